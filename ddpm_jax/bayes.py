@@ -1,0 +1,85 @@
+"""Bayes' rule where everything is known exactly: the notes' first steps, and oracles.
+
+    p(z|x) = p(x|z) p(z) / p(x)                                                          (1)
+    log p(x) = ELBO(q) + KL(q(z) || p(z|x))                                              (2)
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import betaln
+from jaxtyping import Array, Float
+
+
+class Beta(NamedTuple):
+    """The distribution Beta(a, b) of a coin's chance of heads."""
+
+    a: float
+    b: float
+
+
+def coin_posterior(prior: Beta, heads: int, tails: int) -> Beta:
+    """The posterior of a coin's chance of heads after the tosses, eq. (1).
+
+    A uniform prior is Beta(1, 1); 7 heads of 10 then give Beta(8, 4).
+    """
+    return Beta(prior.a + heads, prior.b + tails)
+
+
+def coin_log_evidence(prior: Beta, heads: int, tails: int) -> Float[Array, ""]:
+    """log p(number of heads), the sequence's order not counted, in nats.
+
+    log C(n, heads) + log B(a + heads, b + tails) - log B(a, b); under a uniform prior
+    every number of heads has evidence 1 / (n + 1).
+    """
+    after = coin_posterior(prior, heads, tails)
+    log_choose = -jnp.log(heads + tails + 1.0) - betaln(heads + 1.0, tails + 1.0)
+    return log_choose + betaln(after.a, after.b) - betaln(prior.a, prior.b)
+
+
+class LinearGaussian(NamedTuple):
+    """z ~ N(0, I), x | z ~ N(weights z + bias, variance I): a VAE that is solved exactly."""
+
+    weights: Float[Array, "x z"]
+    bias: Float[Array, "x"]
+    variance: Float[Array, ""]
+
+
+def linear_gaussian_log_evidence(
+    model: LinearGaussian, x: Float[Array, "x"]
+) -> Float[Array, ""]:
+    """log p(x) = log N(x; bias, W W^T + variance I) in nats (Bishop 2006, eq. 12.35)."""
+    dims = x.shape[0]
+    covariance = model.weights @ model.weights.T + model.variance * jnp.eye(dims)
+    return jax.scipy.stats.multivariate_normal.logpdf(x, model.bias, covariance)
+
+
+def linear_gaussian_posterior(
+    model: LinearGaussian, x: Float[Array, "x"]
+) -> tuple[Float[Array, "z"], Float[Array, "z z"]]:
+    """(mean, covariance) of p(z|x) (Bishop 2006, eq. 12.42).
+
+    M = W^T W + variance I;  mean = M^-1 W^T (x - bias);  covariance = variance M^-1
+    """
+    inner = model.weights.T @ model.weights
+    inner = inner + model.variance * jnp.eye(inner.shape[0])
+    mean = jnp.linalg.solve(inner, model.weights.T @ (x - model.bias))
+    return mean, model.variance * jnp.linalg.inv(inner)
+
+
+def gaussian_kl(
+    mean_q: Float[Array, "d"],
+    covariance_q: Float[Array, "d d"],
+    mean_p: Float[Array, "d"],
+    covariance_p: Float[Array, "d d"],
+) -> Float[Array, ""]:
+    """KL(q || p) of two Gaussians with full covariances, in nats.
+
+    1/2 (tr(P^-1 Q) + (m_p - m_q)^T P^-1 (m_p - m_q) - d + log det P - log det Q)
+    """
+    shift = mean_p - mean_q
+    trace = jnp.trace(jnp.linalg.solve(covariance_p, covariance_q))
+    quadratic = shift @ jnp.linalg.solve(covariance_p, shift)
+    log_dets = jnp.linalg.slogdet(covariance_p)[1] - jnp.linalg.slogdet(covariance_q)[1]
+    return 0.5 * (trace + quadratic - mean_q.shape[0] + log_dets)

@@ -1,0 +1,203 @@
+"""An experiment's `Config`: a frozen dataclass whose fields the command line overrides.
+
+A field's annotation says what it takes.  `int`, `float`, `bool`, `str`, `Literal[...]`,
+`tuple[int, ...]` and `... | None` are parsed; `Annotated[int, AtLeast(1)]` is checked too,
+and `Annotated[..., FROM_DATA]` is set from the data set and cannot be overridden.
+
+A field whose value may change when a run is resumed (a length or an interval: it says
+nothing of what is trained, only for how long and how often something is told) is
+annotated `MAY_CHANGE`.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Annotated, Any, Literal, NamedTuple
+
+from ddpm_jax.errors import UserError, nearest
+
+
+class AtLeast(NamedTuple):
+    """A lower bound of a number, itself allowed."""
+
+    low: float
+
+
+class MoreThan(NamedTuple):
+    """A lower bound of a number, itself not allowed."""
+
+    low: float
+
+
+class AtMost(NamedTuple):
+    """An upper bound of a number, itself allowed."""
+
+    high: float
+
+
+FROM_DATA = "from data"
+MAY_CHANGE = "may change on resuming"
+
+Count = Annotated[int, AtLeast(1)]
+Positive = Annotated[float, MoreThan(0.0)]
+NonNegative = Annotated[float, AtLeast(0.0)]
+Length = Annotated[int, AtLeast(1), MAY_CHANGE]  # a number of steps, or of images to tell of
+Interval = Annotated[int, AtLeast(0), MAY_CHANGE]  # 0: only at the end
+Shape = Annotated[tuple[int, int, int], FROM_DATA]  # (height, width, channels) of an image
+Levels = Annotated[int, FROM_DATA]  # of grey in an image: 256, or 17 for `digits`
+
+
+def fields(config: Any) -> dict[str, Any]:
+    """The annotation of every field, by name."""
+    cls = config if isinstance(config, type) else type(config)
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def marked(config: Any, mark: str) -> set[str]:
+    """The names of the fields that are annotated with `mark`."""
+    return {name for name, hint in fields(config).items() if mark in _notes(hint)}
+
+
+def override(config: Any, texts: dict[str, str]) -> Any:
+    """Replace fields of `config` by what the user typed.
+
+    Args:
+      config: a frozen dataclass.
+      texts: field name -> text, as in `--config.steps=100`.
+
+    Raises:
+      UserError: an unknown field (with the nearest one), a value that is not of the
+        field's type or out of its range, or a field that the data set decides.
+    """
+    hints = fields(config)
+    values = {}
+    for name, text in texts.items():
+        if name not in hints:
+            raise UserError(f'unknown field "--config.{name}"{nearest(name, hints)}')
+        if FROM_DATA in _notes(hints[name]):
+            raise UserError(f"--config.{name} follows from the data set and cannot be set")
+        try:
+            values[name] = _parse(text, hints[name])
+        except ValueError as error:
+            raise UserError(f"--config.{name}={text}: {error}") from None
+    return dataclasses.replace(config, **values)
+
+
+def describe(cls: type) -> list[tuple[str, str, str]]:
+    """(field, type, default) of every field that can be overridden, for `--help`."""
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    return [
+        (name, _type_name(hint), str(defaults[name]))
+        for name, hint in fields(cls).items()
+        if FROM_DATA not in _notes(hint)
+    ]
+
+
+def _notes(hint: Any) -> tuple:
+    return hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
+
+
+def _bare(hint: Any) -> Any:
+    return hint.__origin__ if typing.get_origin(hint) is Annotated else hint
+
+
+def _type_name(hint: Any) -> str:
+    bare = _bare(hint)
+    if typing.get_origin(bare) is Literal:
+        return "|".join(str(value) for value in typing.get_args(bare))
+    return bare.__name__ if isinstance(bare, type) else str(bare)
+
+
+def _parse(text: str, hint: Any) -> Any:
+    """Read `text` as a value of the annotated type `hint`; ValueError says what is wrong."""
+    value = _read(text, _bare(hint))
+    for note in _notes(hint):
+        if isinstance(note, AtLeast) and not value >= note.low:
+            raise ValueError(f"must be at least {note.low:g}")
+        if isinstance(note, MoreThan) and not value > note.low:
+            raise ValueError(f"must be more than {note.low:g}")
+        if isinstance(note, AtMost) and not value <= note.high:
+            raise ValueError(f"must be at most {note.high:g}")
+    return value
+
+
+def _read(text: str, hint: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        for choice in args:
+            if text == str(choice):
+                return choice
+        raise ValueError(f"must be one of {', '.join(map(str, args))}")
+    if origin in (typing.Union, types.UnionType):
+        if text.lower() == "none":
+            return None
+        (inner,) = (arg for arg in args if arg is not type(None))
+        return _read(text, inner)
+    if origin is tuple:
+        words = [word for word in text.strip("()[] ").split(",") if word.strip()]
+        item = args[0]
+        if args[-1] is not Ellipsis and len(words) != len(args):
+            raise ValueError(f"must be {len(args)} values with commas between them")
+        return tuple(_parse(word.strip(), item) for word in words)
+    if hint is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in words:
+            raise ValueError("must be true or false")
+        return words[text.lower()]
+    if hint is int:
+        try:
+            value = float(text) if "e" in text.lower() else int(text)  # 1e5 and 100_000 too
+            if value != int(value):
+                raise ValueError
+        except (ValueError, OverflowError):
+            raise ValueError("must be a whole number") from None
+        return int(value)
+    if hint is float:
+        try:
+            number = float(text)
+        except ValueError:
+            raise ValueError("must be a number") from None
+        if not math.isfinite(number):
+            raise ValueError("must be a finite number")
+        return number
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The fields that every trained experiment has: what means the same is named the same.
+
+    Changing `steps` of a run that decays its learning rate changes the decay, too.
+    """
+
+    data: str = "digits"
+    steps: Length = 1000
+    batch_size: Count = 128
+    learning_rate: Positive = 1e-3
+    warmup: Annotated[int, AtLeast(0)] = 0  # steps of linear warm-up
+    decay: Literal["none", "cosine"] = "none"  # to 0 at the last step
+    beta2: Annotated[float, AtLeast(0.0), AtMost(0.99999)] = 0.999  # of Adam
+    weight_decay: NonNegative = 0.0  # AdamW's; 0 is Adam
+    clip: NonNegative = 0.0  # of the gradient's global norm; 0: none
+    ema_half_life: NonNegative = 0.0  # in images; 0: no averaging
+    log_every: Annotated[int, AtLeast(1), MAY_CHANGE] = 100
+    eval_every: Interval = 0
+    checkpoint_every: Interval = 0
+    steps_per_call: Count = 1  # steps that one dispatch runs on the device
+    shape: Shape = (8, 8, 1)
+    levels: Levels = 17
+
+
+def restore(cls: type, values: dict[str, Any], where: Any) -> Any:
+    """A config as config.json recorded it.
+
+    Raises:
+      UserError: the record's fields are not those of `cls`: it is of another version.
+    """
+    names = {field.name for field in dataclasses.fields(cls)}
+    if names != set(values):
+        odd = ", ".join(sorted(names ^ set(values)))
+        raise UserError(f"the run in {where} was made by another version (fields {odd} differ)")
+    tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return cls(**tuples)

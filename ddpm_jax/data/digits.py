@@ -1,0 +1,71 @@
+"""`digits`: 1,797 real handwritten digits, 8x8 in 17 levels of grey, always at hand.
+
+They come with scikit-learn (`sklearn.datasets.load_digits`: the test part of the UCI
+"optical recognition of handwritten digits" set).  `digits:28` is the same, resized to
+28x28 in 256 levels, which is what takes MNIST's place where that cannot be had.  The set
+has no official split: one example in five, drawn once, is the test split.
+"""
+
+import gzip
+import importlib.util
+import pathlib
+
+import numpy as np
+
+from ddpm_jax.data.loader import Data, Split, fingerprint, permutation
+from ddpm_jax.errors import UserError
+
+TEST_EXAMPLES = 360
+
+
+def load(argument: str, data_dir: str | None) -> Data:
+    """The digits at 8x8, or resized to `argument` pixels a side."""
+    del data_dir  # they lie in scikit-learn's own folder
+    images, labels = _read()
+    levels, title = 17, "digits 8x8 (scikit-learn)"
+    if argument:
+        if not argument.isdecimal() or not 8 <= int(argument) <= 256:
+            raise UserError(f"digits:{argument}: the size must be a number from 8 to 256")
+        side = int(argument)
+        images, levels = _resize(images, side), 256
+        title = f"digits (scikit-learn) resized to {side}x{side}"
+    order = permutation(0, 0, len(images))
+    test = Split(images[order[:TEST_EXAMPLES]], labels[order[:TEST_EXAMPLES]])
+    train = Split(images[order[TEST_EXAMPLES:]], labels[order[TEST_EXAMPLES:]])
+    return Data(
+        name="digits" + (f":{argument}" if argument else ""),
+        title=title,
+        train=train,
+        test=test,
+        levels=levels,
+        classes=tuple("0123456789"),
+        fingerprint=fingerprint(train, test),
+    )
+
+
+def _read() -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [1797, 8, 8, 1] in 0 ... 16 and labels int32 [1797]."""
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("data set digits comes with scikit-learn: pip install scikit-learn")
+    # The file itself: importing sklearn takes two seconds.
+    path = pathlib.Path(spec.submodule_search_locations[0]) / "datasets/data/digits.csv.gz"
+    if path.exists():
+        with gzip.open(path) as file:
+            table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+        pixels, labels = table[:, :-1], table[:, -1]
+    else:
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+    return pixels.astype(np.uint8).reshape(-1, 8, 8, 1), labels.astype(np.int32)
+
+
+def _resize(images: np.ndarray, side: int) -> np.ndarray:
+    """Bicubic, from 17 to 256 levels."""
+    from PIL import Image
+
+    grey = np.round(images[..., 0] * (255 / 16)).astype(np.uint8)
+    bicubic = Image.Resampling.BICUBIC
+    resized = [Image.fromarray(image).resize((side, side), bicubic) for image in grey]
+    return np.stack([np.asarray(image) for image in resized])[..., None]

@@ -1,0 +1,114 @@
+"""`folder:PATH`: images of the user's own, with labels from sub-folders.
+
+With sub-folders `train` and `test` these are the splits; otherwise one file in ten,
+chosen by a hash of its name, is held out for testing.  A split's own sub-folders are its
+classes.  All images must have one size; a corrupt file is named, skipped and counted.
+"""
+
+import hashlib
+import pathlib
+
+import numpy as np
+
+from ddpm_jax.data.loader import Data, Split, cache_dir, decoded_once, fingerprint
+from ddpm_jax.errors import UserError
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def load(argument: str, data_dir: str | None) -> Data:
+    """The images below folder `argument`."""
+    del data_dir
+    root = pathlib.Path(argument).expanduser()
+    if not argument or not root.is_dir():
+        raise UserError(f'there is no folder "{argument}"; give one as --config.data=folder:PATH')
+    root = root.resolve()
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+    if not files:
+        endings = ", ".join(sorted(ENDINGS))
+        raise UserError(f"there are no images in {root} (looked for {endings})")
+    listing = hashlib.sha256()
+    for path in files:
+        stat = path.stat()
+        listing.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    stamp = "1 " + listing.hexdigest()
+    place = cache_dir() / "decoded" / hashlib.sha256(str(root).encode()).hexdigest()[:16]
+    return decoded_once(place, stamp, lambda: _decode(root, files))
+
+
+def _decode(root: pathlib.Path, files: list[pathlib.Path]) -> Data:
+    images: list[np.ndarray] = []
+    kept: list[pathlib.PurePath] = []
+    corrupt: list[str] = []
+    for path in files:
+        try:
+            image = _open(path)
+        except Exception as error:  # Pillow raises whatever its decoders raise
+            corrupt.append(f"{path.relative_to(root)} ({type(error).__name__})")
+            continue
+        if images and image.shape[:2] != images[0].shape[:2]:
+            raise UserError(
+                f"images must have one size: {root / kept[0]} is {_size(images[0])}, "
+                f"{path} is {_size(image)}; resize them, or move the odd ones out of {root}"
+            )
+        images.append(image)
+        kept.append(path.relative_to(root))
+    if not images:
+        raise UserError(f"none of the {len(files)} images in {root} can be read")
+
+    tops = {path.parts[0] for path in kept if len(path.parts) > 1}
+    if {"train", "test"} <= tops:
+        testing = np.array([path.parts[0] == "test" for path in kept])
+        inner = [pathlib.PurePath(*path.parts[1:]) for path in kept]
+        keep = np.array([path.parts[0] in ("train", "test") for path in kept])
+    else:
+        testing = np.array([_held_out(path) for path in kept])
+        inner = list(kept)
+        keep = np.ones(len(kept), bool)
+    if len(kept) > 1 and testing.all() == testing.any():  # a handful: one for testing
+        testing = np.arange(len(kept)) == 0
+    names = [path.parts[0] if len(path.parts) > 1 else "" for path in inner]
+    classes = tuple(sorted({n for n, k in zip(names, keep, strict=True) if n and k}))
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = np.array([numbers.get(name, -1) for name in names], np.int32)
+    channels = max(image.shape[2] for image in images)  # grey ones among colour ones join them
+    stack = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images])
+    train = Split(stack[keep & ~testing], labels[keep & ~testing])
+    test = Split(stack[keep & testing], labels[keep & testing])
+    notes = ()
+    if corrupt:
+        shown = ", ".join(corrupt[:5]) + (", ..." if len(corrupt) > 5 else "")
+        notes = (f"skipped {len(corrupt)} corrupt of {len(files)} images: {shown}",)
+    return Data(
+        name=f"folder:{root}",
+        title=f"folder {root.name}",
+        train=train,
+        test=test,
+        levels=256,
+        classes=classes,
+        fingerprint=fingerprint(train, test),
+        notes=notes,
+    )
+
+
+def _open(path: pathlib.Path) -> np.ndarray:
+    """uint8 [H, W, 1 or 3]; transparency is laid on white."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+        if image.mode in ("1", "L"):
+            return np.asarray(image.convert("L"))[..., None]
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+        return np.asarray(image.convert("RGB"))
+
+
+def _held_out(path: pathlib.PurePath) -> bool:
+    return hashlib.sha256(path.as_posix().encode()).digest()[0] % 10 == 0
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"

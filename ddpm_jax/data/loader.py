@@ -1,0 +1,241 @@
+"""The one loader: a data set by name, decoded once, and the batch of any step.
+
+A data set is named `SOURCE[:ARGUMENT]`: the file `ddpm_jax/data/SOURCE.py` reads it (its
+function `load(argument, data_dir)`), and any other name is one of TFDS's.  A new source is
+a new file.  Nothing here imports jax.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddpm_jax.errors import UserError
+
+
+class Split(NamedTuple):
+    """Images [N, H, W, C], uint8 in 0 ... levels - 1, and labels [N], int32 (-1: none)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Data(NamedTuple):
+    """A data set with its two splits; `title` is what tables and figures call it."""
+
+    name: str
+    title: str
+    train: Split
+    test: Split
+    levels: int
+    classes: tuple[str, ...]
+    fingerprint: str
+    notes: tuple[str, ...] = ()  # what the user should be told, such as skipped files
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of an image."""
+        height, width, channels = self.train.images.shape[1:]
+        return height, width, channels
+
+    def describe(self) -> dict[str, Any]:
+        """What `config.json` records: enough to know the same data again."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "shape": list(self.shape),
+            "levels": self.levels,
+            "train": len(self.train.images),
+            "test": len(self.test.images),
+            "classes": list(self.classes),
+            "fingerprint": self.fingerprint,
+        }
+
+
+class Batch(NamedTuple):
+    """A batch of a step: images uint8, labels, and each example's index in that batch."""
+
+    images: Any
+    labels: Any
+    index: Any
+
+
+class MissingData(UserError):
+    """The data set is not at hand and cannot be had; a fallback may take its place."""
+
+
+def load(name: str, data_dir: str | None = None) -> Data:
+    """Load data set `name`.
+
+    Args:
+      name: `digits`, `digits:28`, `folder:PATH`, or a TFDS name such as `mnist`.
+      data_dir: where TFDS data sets lie or are prepared; TFDS's own default if None.
+
+    Raises:
+      MissingData: it is neither prepared nor can be downloaded.
+      UserError: the name or what it names is wrong.
+    """
+    source, _, argument = name.partition(":")
+    here = pathlib.Path(__file__).parent
+    if source in {path.stem for path in here.glob("*.py")} - {"__init__", "loader"}:
+        module = importlib.import_module(f"ddpm_jax.data.{source}")
+        data = module.load(argument, data_dir)
+    else:
+        from ddpm_jax.data import tfds
+
+        data = tfds.load(name, data_dir)
+    for split, part in (("training", data.train), ("test", data.test)):
+        if not len(part.images):
+            raise UserError(f"data set {name} has no {split} images")
+    return data
+
+
+# Order: a function of (seed, step) alone, so that resuming needs no iterator state.
+
+
+def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order of epoch `epoch`: int64 [size]."""
+    bits = np.random.Philox(key=[seed % 2**64, epoch])
+    return np.random.Generator(bits).permutation(size)
+
+
+def epoch_order(seed: int, size: int) -> Callable[[int, int], np.ndarray]:
+    """Returns rows(start, stop): which examples stand at places start ... stop - 1.
+
+    Epoch after epoch is laid end to end, each a permutation of its own, so every epoch
+    shows every example once and a batch may straddle two epochs.
+    """
+    orders: dict[int, np.ndarray] = {}
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        parts = []
+        for epoch in range(start // size, (stop - 1) // size + 1):
+            if epoch not in orders:
+                while len(orders) > 1:  # two epochs at most are ever in use
+                    orders.pop(min(orders))
+                orders[epoch] = permutation(seed, epoch, size)
+            low, high = start - epoch * size, stop - epoch * size
+            parts.append(orders[epoch][max(low, 0) : min(high, size)])
+        return np.concatenate(parts)
+
+    return rows
+
+
+def training_batches(
+    split: Split, seed: int, batch_size: int, plan: Iterable[tuple[int, int]], stack: int | None
+) -> Iterator[Batch]:
+    """The batches of steps [first, last) for every (first, last) of `plan`.
+
+    With `stack`, that many batches lie along a leading axis, [stack, batch_size, ...], those
+    from `last` on being only there to fill it; without, every call is one step.
+    """
+    rows = epoch_order(seed, len(split.images))
+    index = np.arange(batch_size, dtype=np.int32)
+    for first, _ in plan:
+        steps = stack or 1
+        order = rows(first * batch_size, (first + steps) * batch_size)
+        batch = Batch(split.images[order], split.labels[order], np.tile(index, steps))
+        if stack:
+            batch = Batch(*(array.reshape(stack, batch_size, *array.shape[1:]) for array in batch))
+        yield batch
+
+
+def evaluation_batches(split: Split, batch_size: int) -> Iterator[tuple[Batch, int]]:
+    """Every example once, in order: (batch, how many of it count).
+
+    The last batch is filled up with its first example, so that one shape serves all; the
+    index is the example's place in the split.
+    """
+    size = len(split.images)
+    for start in range(0, size, batch_size):
+        count = min(batch_size, size - start)
+        order = np.full(batch_size, start)
+        order[:count] = np.arange(start, start + count)
+        yield Batch(split.images[order], split.labels[order], order.astype(np.int32)), count
+
+
+# Decoded once: a folder with images.npy and labels.npy per split, and meta.json.
+
+
+def cache_dir() -> pathlib.Path:
+    """Where what can be made again is kept: $XDG_CACHE_HOME/ddpm_jax or ~/.cache/ddpm_jax."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(root) / "ddpm_jax"
+
+
+def decoded_once(folder: pathlib.Path, stamp: str, decode: Callable[[], Data]) -> Data:
+    """`decode()`, kept in `folder` as memory-mapped arrays for the next time.
+
+    Args:
+      folder: where to keep it; the user's cache where that cannot be written.
+      stamp: changes when what was decoded changes.
+    """
+    elsewhere = cache_dir() / "decoded" / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    for place in (folder, elsewhere):
+        found = _read_decoded(place, stamp)
+        if found is not None:
+            return found
+    data = decode()
+    for place in (folder, elsewhere):
+        try:
+            _write_decoded(place, stamp, data)
+        except OSError:
+            continue
+        found = _read_decoded(place, stamp)
+        if found is not None:
+            return found
+    return data
+
+
+def fingerprint(*splits: Split) -> str:
+    """A hash of every image and label."""
+    digest = hashlib.sha256()
+    for split in splits:
+        for array in split:
+            digest.update(f"{array.shape} {array.dtype}".encode())
+            digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]
+
+
+def _read_decoded(place: pathlib.Path, stamp: str) -> Data | None:
+    try:
+        meta = json.loads((place / "meta.json").read_text())
+        if meta.pop("stamp") != stamp:
+            return None
+        splits = {
+            split: Split(
+                np.load(place / f"{split}_images.npy", mmap_mode="r", allow_pickle=False),
+                np.load(place / f"{split}_labels.npy", allow_pickle=False),
+            )
+            for split in ("train", "test")
+        }
+        meta |= {"classes": tuple(meta["classes"]), "notes": tuple(meta["notes"])}
+        return Data(**meta, **splits)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # absent, torn or of another time: decoded anew
+
+
+def _write_decoded(place: pathlib.Path, stamp: str, data: Data) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draft = pathlib.Path(tempfile.mkdtemp(prefix=place.name + ".", dir=place.parent))
+    try:
+        for split in ("train", "test"):
+            part = getattr(data, split)
+            np.save(draft / f"{split}_images.npy", part.images)
+            np.save(draft / f"{split}_labels.npy", part.labels)
+        meta = {key: getattr(data, key) for key in Data._fields if key not in ("train", "test")}
+        (draft / "meta.json").write_text(json.dumps({"stamp": stamp, **meta}))
+        draft.chmod(0o755)
+        if place.exists():
+            shutil.rmtree(place, ignore_errors=True)
+        draft.rename(place)  # whole or not at all, whoever else writes it meanwhile
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise

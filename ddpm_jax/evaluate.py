@@ -1,0 +1,50 @@
+"""Averages over a whole split, every example counted once, in float64 on the host."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddpm_jax.data.loader import Batch, Split, evaluation_batches
+from ddpm_jax.keys import EVALUATE, example_keys, purpose_key
+
+
+class Average(NamedTuple):
+    """A mean over examples with its standard error."""
+
+    mean: float
+    error: float
+
+
+def per_example(
+    fn: Callable[[Batch, Any], dict[str, Any]],
+    split: Split,
+    batch_size: int,
+    seed: int,
+    shard: Callable[[Any], Any] = lambda batch: batch,
+) -> dict[str, np.ndarray]:
+    """`fn` of every example of a split, in its order.
+
+    Args:
+      fn: (batch, keys) -> {name: [B, ...]}, compiled by the caller.
+      split: the examples.
+      batch_size: how many at a time; it changes no result.
+      seed: with an example's place in the split, keys its draws: the same at every
+        evaluation, so that two of them differ by the parameters alone.
+      shard: puts a batch on the devices.
+    """
+    key = purpose_key(seed, EVALUATE)
+    rows: dict[str, list[np.ndarray]] = {}
+    for batch, count in evaluation_batches(split, batch_size):
+        batch = shard(batch)
+        for name, values in fn(batch, example_keys(key, 0, batch.index)).items():
+            rows.setdefault(name, []).append(np.asarray(values, np.float64)[:count])
+    return {name: np.concatenate(parts) for name, parts in rows.items()}
+
+
+def average(values: np.ndarray) -> Average:
+    """The mean and its standard error; the latter is NaN of a single example."""
+    size = len(values)
+    error = float(values.std(ddof=1)) / math.sqrt(size) if size > 1 else math.nan
+    return Average(float(values.mean()), error)

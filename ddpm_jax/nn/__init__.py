@@ -1,0 +1,1 @@
+"""Networks, as Flax modules: batches [B, *event] in and out."""

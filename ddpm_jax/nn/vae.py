@@ -1,0 +1,123 @@
+"""The VAE's two networks: q(z|x)'s (mean, logvar) and p(x|z)'s parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ddpm_jax.errors import UserError
+
+
+class MLP(nn.Module):
+    """Dense layers with GELU between them: [B, *] -> [B, outputs]."""
+
+    hidden: tuple[int, ...]
+    outputs: int
+    bias_init: Callable[..., Any] = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch *event"]) -> Float[Array, "batch outputs"]:
+        x = x.reshape(x.shape[0], -1)
+        for width in self.hidden:
+            x = nn.gelu(nn.Dense(width)(x))
+        return nn.Dense(self.outputs, bias_init=self.bias_init, name="out")(x)
+
+
+class ConvEncoder(nn.Module):
+    """Strided 3x3 convolutions, each halving the image: [B, H, W, C] -> [B, outputs]."""
+
+    channels: tuple[int, ...]
+    outputs: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch outputs"]:
+        x = nn.gelu(nn.Conv(self.channels[0], (3, 3))(x))
+        for width in self.channels:
+            x = nn.gelu(nn.Conv(width, (3, 3), strides=2)(x))
+        return nn.Dense(self.outputs, name="out")(x.reshape(x.shape[0], -1))
+
+
+class ConvDecoder(nn.Module):
+    """The way back: nearest-neighbour doubling, then 3x3 convolutions; [B, Z] -> [B, H, W, C].
+
+    (Doubling instead of transposed convolutions leaves no checkerboard; Odena et al. 2016.)
+    """
+
+    channels: tuple[int, ...]
+    shape: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "batch latent"]) -> Float[Array, "batch h w c"]:
+        height, width, outputs = self.shape
+        scale = 2 ** len(self.channels)
+        x = nn.Dense(height // scale * (width // scale) * self.channels[-1])(z)
+        x = nn.gelu(x).reshape(z.shape[0], height // scale, width // scale, self.channels[-1])
+        for features in reversed(self.channels):
+            batch, height, width, _ = x.shape
+            x = jax.image.resize(x, (batch, 2 * height, 2 * width, x.shape[-1]), "nearest")
+            x = nn.gelu(nn.Conv(features, (3, 3))(x))
+        bias = self.param("bias", nn.initializers.zeros, self.shape)
+        return nn.Conv(outputs, (3, 3), use_bias=False, name="out")(x) + bias
+
+
+class VAE(nn.Module):
+    """An encoder and a decoder of one kind, with a Gaussian's one variance beside them.
+
+    Attributes:
+      shape: of an image.
+      latents: dimensions of z.
+      hidden: widths of the MLP's layers, from the image to z (reversed on the way back),
+        or, with `conv`, channels of the convolutions, each of which halves the image.
+      conv: convolutional networks instead of MLPs.
+    """
+
+    shape: tuple[int, int, int]
+    latents: int
+    hidden: tuple[int, ...]
+    conv: bool = False
+
+    def setup(self) -> None:
+        height, width, channels = self.shape
+        scale = 2 ** len(self.hidden)
+        if self.conv and (height % scale or width % scale):
+            raise UserError(
+                f"the convolutional VAE halves images {len(self.hidden)} times, and {height}x"
+                f"{width} does not divide by {scale}; give fewer --config.hidden, or a data set "
+                "of another size"
+            )
+        if self.conv:
+            self.encoder = ConvEncoder(self.hidden, 2 * self.latents)
+            self.decoder = ConvDecoder(self.hidden, self.shape)
+        else:
+            self.encoder = MLP(self.hidden, 2 * self.latents)
+            self.decoder = MLP(self.hidden[::-1], height * width * channels)
+        self.logvar = self.param("logvar", nn.initializers.zeros, ())
+
+    def encode(
+        self, x: Float[Array, "batch h w c"]
+    ) -> tuple[Float[Array, "batch latent"], Float[Array, "batch latent"]]:
+        """q(z|x): (mean, logvar)."""
+        mean, logvar = jnp.split(self.encoder(x), 2, axis=-1)
+        return mean, logvar
+
+    def decode(
+        self, z: Float[Array, "batch latent"]
+    ) -> tuple[Float[Array, "batch h w c"], Float[Array, ""]]:
+        """p(x|z): (logits or mean, the one learned logvar, which only a Gaussian reads)."""
+        return self.decoder(z).reshape(z.shape[0], *self.shape), self.logvar
+
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Any:
+        return self.decode(self.encode(x)[0])
+
+
+def with_output_bias(params: Any, bias: Float[Array, "h w c"]) -> Any:
+    """The parameters with the decoder's output bias replaced, as by the data's mean."""
+    decoder = dict(params["params"]["decoder"])
+    if "bias" in decoder:
+        decoder["bias"] = bias
+    else:
+        decoder["out"] = {**decoder["out"], "bias": bias.reshape(-1)}
+    return {"params": {**params["params"], "decoder": decoder}}

@@ -1,0 +1,68 @@
+"""How a step is spread over devices: the only file that knows them.
+
+`jit`: one mesh axis, `data`; batches are sharded along it, everything else is replicated,
+and XLA inserts the collectives.  A step is written as if there were one device.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ddpm_jax.errors import UserError
+
+MODES = ("jit",)
+
+
+class Parallel(NamedTuple):
+    """How arrays are placed and a step is compiled.
+
+    devices: how many there are.
+    place: a state's arrays -> the devices.
+    shard(batch, axis=0): a batch's arrays -> the devices, split along `axis`.
+    compile(step): step(state, ...) -> the same, compiled; `state` is donated.
+    """
+
+    devices: int
+    place: Callable[[Any], Any]
+    shard: Callable[..., Any]
+    compile: Callable[[Callable], Callable]
+
+
+def make(mode: str = "jit") -> Parallel:
+    """The devices at hand, in `mode`."""
+    if mode not in MODES:
+        raise UserError(f"--parallel={mode}: there are {', '.join(MODES)}")
+    devices = jax.devices()
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,))
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def place(tree: Any) -> Any:
+        return jax.device_put(tree, replicated)
+
+    def shard(tree: Any, axis: int = 0) -> Any:
+        split = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+        return jax.tree.map(lambda array: jax.device_put(np.asarray(array), split), tree)
+
+    return Parallel(len(devices), place, shard, lambda step: jax.jit(step, donate_argnums=0))
+
+
+def check_batch(parallel: Parallel, batch_size: int, name: str = "--config.batch_size") -> None:
+    """A batch is split evenly, or not at all.
+
+    Raises:
+      UserError: the devices do not divide it.
+    """
+    if batch_size % parallel.devices:
+        raise UserError(
+            f"{name}={batch_size} does not divide over {parallel.devices} devices; "
+            f"give a multiple of {parallel.devices}"
+        )
+
+
+def describe() -> dict[str, Any]:
+    """The devices, for `config.json`."""
+    devices = jax.devices()
+    return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}

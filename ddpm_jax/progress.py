@@ -1,0 +1,79 @@
+"""What a person sees of a run while it goes on: loss, steps/s, time left."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal
+
+
+class Clock:
+    """The progress bar, and the seconds that went into steps, evaluations and checkpoints."""
+
+    def __init__(self, step: int, total: int) -> None:
+        self._first, self._total = step, total
+        self._lap_step, self._lap_start = step, time.perf_counter()
+        self._start: float | None = None  # of the steps after the first call, which compiles
+        self._paused: dict[str, float] = {}
+        self._last_line = time.perf_counter()
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
+
+    def show(self, step: int, loss: float) -> None:
+        """Tell that `step` is done."""
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.perf_counter()
+        if self._start is None:
+            self._start, self._first, self._excluded = now, step, sum(self._paused.values())
+            print(f"step {step}/{self._total}  loss {loss:.4g}  (compiled)", file=sys.stderr)
+        elif now - self._last_line > SECONDS_BETWEEN_LINES or step == self._total:
+            busy = now - self._start - (sum(self._paused.values()) - self._excluded)
+            rate = (step - self._first) / max(busy, 1e-9)
+            left = (self._total - step) / max(rate, 1e-9)
+            print(
+                f"step {step}/{self._total}  loss {loss:.4g}  {rate:.1f} steps/s  "
+                f"{_minutes(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._last_line = now
+
+    def lap(self, step: int) -> dict[str, float]:
+        """The seconds since the last lap, by what they went into, and the steps/s."""
+        now = time.perf_counter()
+        paused, self._paused = self._paused, {}
+        if self._start is not None:
+            self._excluded -= sum(paused.values())
+        seconds = now - self._lap_start - sum(paused.values())
+        rate = (step - self._lap_step) / max(seconds, 1e-9)
+        self._lap_step, self._lap_start = step, now
+        others = {f"{what}_seconds": spent for what, spent in paused.items()}
+        return {"seconds": seconds, "steps_per_second": rate, **others}
+
+    @contextlib.contextmanager
+    def pause(self, what: str) -> Iterator[None]:
+        """Seconds in here are no training."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self._paused[what] = self._paused.get(what, 0.0) + spent
+
+    def close(self) -> None:
+        """Leave the bar where it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _minutes(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,110 @@
+"""Pictures, curves and tables."""
+
+import json
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+
+def to_uint8(images: Float[np.ndarray, "*batch"]) -> UInt8[np.ndarray, "*batch"]:
+    """[-1, 1] -> 0 ... 255, clipped."""
+    return np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def grid(
+    images: Float[np.ndarray, "n h w c"], columns: int | None = None, side: int = 56
+) -> UInt8[np.ndarray, "H W c"]:
+    """Images in rows, from the top left, with lines between them.
+
+    Args:
+      images: in [-1, 1].
+      columns: how many in a row; as many as rows by default.
+      side: small images are enlarged, pixel by pixel, to at least about this many pixels.
+    """
+    count, height, width, channels = images.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    zoom = max(1, round(side / max(height, width)))
+    cells = to_uint8(images).repeat(zoom, 1).repeat(zoom, 2)
+    height, width = height * zoom, width * zoom
+    sheet = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, channels), 96, np.uint8)
+    for number, cell in enumerate(cells):
+        top = number // columns * (height + 2) + 2
+        left = number % columns * (width + 2) + 2
+        sheet[top : top + height, left : left + width] = cell
+    return sheet
+
+
+def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w c"]) -> None:
+    """Write a grey or colour picture."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
+
+
+def read_lines(path: pathlib.Path) -> list[dict]:
+    """The lines of a .jsonl file; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def curves(path: pathlib.Path, lines: Iterable[dict], title: str) -> None:
+    """One panel for each metric, training and test in the same, over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    series: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            split, _, metric = name.partition("/")
+            if metric and isinstance(value, (int, float)) and not metric.endswith("_error"):
+                points = series.setdefault(metric, {}).setdefault(split, [])
+                points.append((line["step"], value))
+    series = {m: s for m, s in series.items() if any(len(points) > 1 for points in s.values())}
+    if not series:
+        return
+    columns = min(3, len(series))
+    rows = -(-len(series) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False)
+    for axis, (metric, splits) in zip(axes.flat, series.items(), strict=False):
+        for split, points in splits.items():
+            steps, values = zip(*points, strict=True)
+            axis.plot(steps, values, label=split, marker="." if len(points) < 30 else None)
+            late = [v for s, v in points if s >= 0.05 * points[-1][0]]
+            if split == "train" and len(late) > 2:  # the first steps would flatten the rest
+                axis.set_ylim(top=max(late) + 0.1 * (max(late) - min(late) or 1))
+        axis.set_title(metric)
+        axis.set_xlabel("step")
+        axis.legend()
+    for axis in axes.flat[len(series) :]:
+        axis.remove()
+    figure.suptitle(title)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def table(rows: list[tuple[str, str]], title: str) -> str:
+    """Two columns under a title."""
+    width = max((len(name) for name, _ in rows), default=0)
+    lines = [f"  {name:<{width}}  {value}" for name, value in rows]
+    return "\n".join([title, *lines])
+
+
+def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    """Figures as a table shows them, each with its standard error where there is one."""
+    rows = []
+    for name, value in metrics.items():
+        if name.endswith("_error") or not isinstance(value, (int, float)):
+            continue
+        error = metrics.get(f"{name}_error")
+        text = f"{value:.4g}" if abs(value) < 100 else f"{value:.2f}"
+        rows.append((name, text if error is None else f"{value:.2f} +- {error:.2f}"))
+    return rows

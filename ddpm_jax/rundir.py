@@ -1,0 +1,218 @@
+"""A run's directory: what it is (config.json), what it said (metrics.jsonl), what came out.
+
+config.json       experiment, config, seed, data, versions, devices, git commit
+metrics.jsonl     one line per logged step, reproducible to the bit
+timing.jsonl      all that a clock says
+tensorboard/      the same for TensorBoard
+images/           pictures
+checkpoints/      see checkpoint.py
+summary.json      the final figures
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddpm_jax import report
+from ddpm_jax.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+
+
+class RunDir(NamedTuple):
+    """An open run directory; one process at a time has it."""
+
+    path: pathlib.Path
+    record: dict[str, Any]  # what config.json says
+    lock: Any
+    board: Any = None  # TensorBoard's writer, once training has begun
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append a line of figures."""
+        _append(self.path / "metrics.jsonl", {"step": step, **metrics})
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
+
+    def time(self, step: int, **seconds: float) -> None:
+        """Append a line of what a clock says."""
+        _append(self.path / "timing.jsonl", {"step": step, "time": time.time(), **seconds})
+
+    def picture(self, name: str, image: np.ndarray, step: int | None = None) -> pathlib.Path:
+        """Write a picture; with a step, one of many by that name."""
+        stem = name if step is None else f"{name}_{step:08d}"
+        path = self.path / "images" / f"{stem}.png"
+        report.save_png(path, image)
+        self.board.add_image(name, image, step or 0, dataformats="HWC")
+        return path
+
+    def lines(self) -> list[dict]:
+        """The lines of metrics.jsonl."""
+        return report.read_lines(self.path / "metrics.jsonl")
+
+    def evaluated(self, step: int) -> bool:
+        """Whether there is a line of an evaluation at `step`."""
+        return any(line["step"] == step and "test/loss" in line for line in self.lines())
+
+    def at(self, step: int) -> "RunDir":
+        """The directory as it was at `step`: what was said later, and torn lines, are cut."""
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            path = self.path / name
+            if not path.exists():
+                continue
+            kept = []
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    pass
+            _replace(path, b"".join(kept))
+        from tensorboardX import SummaryWriter
+
+        board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+        return self._replace(board=board)
+
+    def summary(self) -> dict | None:
+        """The final figures, if the run is finished."""
+        return _read_json(self.path / "summary.json")
+
+    def finish(self, summary: dict) -> None:
+        """Write the final figures."""
+        _replace(self.path / "summary.json", _json(summary))
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        if self.board is not None:
+            self.board.close()
+        self.lock.close()
+
+
+def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """What config.json of a run directory says; None where there is none.
+
+    Raises:
+      UserError: there is one, and it cannot be read.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    record = _read_json(path)
+    if record is None or "experiment" not in record:
+        raise UserError(f"{path} is damaged; give another --workdir, or remove {workdir}")
+    return record
+
+
+def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]) -> RunDir:
+    """Open a run directory for training, new or to go on with.
+
+    Args:
+      workdir: the directory.
+      record: what this run is: experiment, config, seed, data, ...
+      may_change: fields of the config that need not be what they were.
+
+    Raises:
+      UserError: it belongs to another experiment, config, seed or data; another process
+        is using it; it cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UserError(
+            f"another process is training in {workdir}; wait for it, or give another --workdir"
+        ) from None
+    earlier = read_record(workdir)
+    if earlier is not None:
+        check_same(workdir, earlier, record, may_change)
+    elif any(workdir.glob("checkpoints/*")):
+        raise UserError(f"{workdir} holds checkpoints but no config.json; give another --workdir")
+    _replace(workdir / "config.json", _json(record))
+    return RunDir(workdir, record, lock)
+
+
+def check_same(
+    workdir: pathlib.Path, earlier: dict, record: dict, may_change: set[str] = frozenset()
+) -> None:
+    """Raises UserError, naming what differs, unless `record` goes on with `earlier`."""
+    if earlier["experiment"] != record["experiment"]:
+        raise UserError(
+            f"{workdir} holds a run of {earlier['experiment']}, not of {record['experiment']}; "
+            "give another --workdir"
+        )
+    old = {"seed": earlier.get("seed"), **earlier.get("config", {})}
+    new = {"seed": record["seed"], **record["config"]}
+    old |= {f"data {key}": value for key, value in earlier.get("data", {}).items()}
+    new |= {f"data {key}": value for key, value in record["data"].items()}
+    same = json.loads(_json(new))
+    differ = [
+        f"{name} was {old.get(name)}, is {same.get(name)}"
+        for name in [*same, *(name for name in old if name not in same)]
+        if old.get(name) != same.get(name) and name not in may_change
+    ]
+    if differ:
+        raise UserError(
+            f"{workdir} holds a run with another setting ({'; '.join(differ[:4])}); "
+            "give another --workdir, or the same setting"
+        )
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and git commit."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        versions[package] = importlib.metadata.version(package)
+    return {"versions": versions, "git_commit": _git_commit()}
+
+
+def _git_commit() -> str | None:
+    here = pathlib.Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _append(path: pathlib.Path, line: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    draft = path.with_name(path.name + ".draft")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

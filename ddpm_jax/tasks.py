@@ -1,0 +1,226 @@
+"""The contract between training and everything that is trained, and the tasks themselves.
+
+A `Task` is pure functions of (params, fixed, ...): `fixed` holds what is carried along but
+not trained by gradients.  The loop in `train.py` sees nothing else.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ddpm_jax import report, vae
+from ddpm_jax.data.loader import Batch, Data
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluate import average, per_example
+from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
+from ddpm_jax.nn.likelihood import Likelihood
+from ddpm_jax.nn.vae import VAE, with_output_bias
+
+
+class Request(NamedTuple):
+    """What `--mode=sample` asks for, besides how many; None: the task's own choice."""
+
+    label: int | None = None
+    sampler: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    prompt: str | None = None
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found: figures by name, and pictures (uint8 [H, W, C]) by name."""
+
+    metrics: dict[str, float]
+    pictures: dict[str, np.ndarray]
+
+
+class Task(NamedTuple):
+    """What is trained.
+
+    init(key, batch) -> (params, fixed); `batch` holds training examples, for layers whose
+        first values depend on the data.
+    loss(params, fixed, batch, keys, *, train, gather)
+        -> (Float[B], {name: Float[B]}, statistics), one value for each example.
+    update(fixed, statistics) -> fixed
+    evaluate(params, fixed, data, *, seed, full, shard) -> Evaluation; quick during
+        training, `full` at its end.  Its "test/loss" decides which checkpoint is the best.
+    sample(params, fixed, keys, request) -> images [B, H, W, C] in [-1, 1]
+    """
+
+    init: Callable[..., tuple[Any, Any]]
+    loss: Callable[..., tuple[Any, dict[str, Any], Any]]
+    update: Callable[[Any, Any], Any]
+    evaluate: Callable[..., Evaluation]
+    sample: Callable[..., Any]
+
+
+def refuse(request: Request, *names: str) -> None:
+    """A flag that means nothing to a task is said, not ignored.
+
+    Raises:
+      UserError: the request sets one of the fields `names`.
+    """
+    for name in names:
+        if getattr(request, name) is not None:
+            raise UserError(f"--{name} means nothing to this experiment; leave it out")
+
+
+IWAE_SAMPLES = (1, 64, 1000)
+ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, sec. 4.2
+
+
+def vae_task(
+    net: VAE, likelihood: Likelihood, *, beta: float, eval_batch: int, iwae_images: int
+) -> Task:
+    """A VAE with a standard normal prior.
+
+    Args:
+      net: encoder and decoder.
+      likelihood: what the decoder's output means.
+      beta: weight of the KL; 1 is the variational bound.
+      eval_batch: examples at a time in evaluation.
+      iwae_images: of how many test images the importance-weighted bounds are estimated
+        (1,000 samples each, which is most of an evaluation's time).
+    """
+
+    def init(key, batch: Batch):
+        x = jax.vmap(likelihood.observe)(jax.random.split(key, len(batch.images)), batch.images)
+        params = net.init(key, x[:1])
+        return with_output_bias(params, likelihood.bias(x.mean(0))), {}
+
+    def posterior(params, batch, keys):
+        """x, q(z|x) and a draw of it."""
+        observe_keys, z_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        x = jax.vmap(likelihood.observe)(observe_keys, batch.images)
+        mean, logvar = net.apply(params, x, method="encode")
+        eps = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(z_keys)
+        return x, mean, logvar, jax.vmap(vae.reparameterize)(mean, logvar, eps)
+
+    def nll_of(params, z, x):
+        out, logvar = net.apply(params, z, method="decode")
+        return jax.vmap(lambda out, x: likelihood.nll((out, logvar), x))(out, x)
+
+    def loss(params, fixed, batch, keys, *, train, gather):
+        del fixed, train, gather  # nothing is carried, dropped out or compared
+        x, mean, logvar, z = posterior(params, batch, keys)
+        nll = nll_of(params, z, x)
+        kl = jax.vmap(vae.kl_to_standard_normal)(mean, logvar)
+        return -vae.elbo(nll, kl, beta), {"nll": nll, "kl": kl, "neg_elbo": nll + kl}, {}
+
+    @jax.jit
+    def bound(params, batch, keys):
+        x, mean, logvar, z = posterior(params, batch, keys)
+        nll = nll_of(params, z, x)
+        kl = jax.vmap(vae.kl_to_standard_normal)(mean, logvar)
+        return {"nll": nll, "kl": kl, "mean": mean}
+
+    @jax.jit
+    def importance_weights(params, batch, keys):
+        """[B, 1000] log weights of each image; x is the x of `bound`."""
+        x, mean, logvar, _ = posterior(params, batch, keys)
+
+        def draw(_, number):
+            key = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+            eps = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(key)
+            z = jax.vmap(vae.reparameterize)(mean, logvar, eps)
+            return None, jax.vmap(vae.log_weight)(nll_of(params, z, x), z, mean, logvar)
+
+        _, weights = jax.lax.scan(draw, None, 1000 + jnp.arange(max(IWAE_SAMPLES)))
+        return {"log_weights": weights.T}
+
+    @jax.jit
+    def reconstruct(params, batch, keys):
+        x, mean, *_ = posterior(params, batch, keys)
+        return likelihood.show(x), likelihood.picture(net.apply(params, mean, method="decode"))
+
+    @jax.jit
+    def decode(params, z):
+        return likelihood.picture(net.apply(params, z, method="decode"))
+
+    def evaluate(params, fixed, data: Data, *, seed, full, shard):
+        test = data.test
+        found = per_example(
+            lambda batch, keys: bound(params, batch, keys), test, eval_batch, seed, shard
+        )
+        neg_elbo = average(found["nll"] + found["kl"])
+        nll, kl = average(found["nll"]).mean, average(found["kl"]).mean
+        metrics = {
+            "test/loss": nll + beta * kl,
+            "test/neg_elbo": neg_elbo.mean,
+            "test/neg_elbo_error": neg_elbo.error,
+            "test/nll": nll,
+            "test/kl": kl,
+            "test/active_units": float((found["mean"].var(0) > ACTIVE_VARIANCE).sum()),
+        }
+        if likelihood.bits_per_dim is not None:
+            dims = int(np.prod(data.shape))
+            metrics["test/bits_per_dim"] = float(likelihood.bits_per_dim(neg_elbo.mean, dims))
+        if full:
+            some = test._replace(
+                images=test.images[:iwae_images], labels=test.labels[:iwae_images]
+            )
+            weights = per_example(
+                lambda batch, keys: importance_weights(params, batch, keys),
+                some,
+                min(eval_batch, 100),
+                seed,
+                shard,
+            )["log_weights"]
+            metrics |= importance_weighted(weights)
+        return Evaluation(metrics, pictures(params, fixed, data, seed, shard))
+
+    def pictures(params, fixed, data, seed, shard):
+        some = data.test._replace(images=data.test.images[:40], labels=data.test.labels[:40])
+        shown = per_example(
+            lambda batch, keys: dict(
+                zip(("x", "again"), reconstruct(params, batch, keys), strict=True)
+            ),
+            some,
+            40,
+            seed,
+        )
+        rows = []
+        for start in range(0, len(shown["x"]), 10):  # originals above their reconstructions
+            rows += [shown["x"][start : start + 10], shown["again"][start : start + 10]]
+        found = {"reconstructions": report.grid(np.concatenate(rows), columns=10)}
+        keys = example_keys(purpose_key(seed, SAMPLE), 0, jnp.arange(100))
+        found["samples"] = report.grid(np.asarray(sample(params, fixed, keys, Request())))
+        if net.latents == 2:
+            # The unit square through the inverse normal CDF: equal shares of the prior.
+            axis = jax.scipy.stats.norm.ppf(jnp.linspace(0.02, 0.98, 20))
+            plane = jnp.stack(jnp.meshgrid(axis, -axis), -1).reshape(-1, 2)
+            found["latent_plane"] = report.grid(np.asarray(decode(params, plane)), columns=20)
+        return found
+
+    def sample(params, fixed, keys, request):
+        del fixed
+        refuse(request, *Request._fields)
+        z = jax.vmap(lambda key: jax.random.normal(key, (net.latents,)))(keys)
+        return decode(params, z)
+
+    return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample)
+
+
+def importance_weighted(log_weights: Float[np.ndarray, "images samples"]) -> dict[str, float]:
+    """-IWAE bounds for k = 1, 64 and all samples, and the gap between the first and last.
+
+    Each k uses every sample it can: the bound of k is the mean over disjoint groups of k.
+    """
+    metrics, bounds = {}, {}
+    for k in IWAE_SAMPLES:
+        groups = log_weights.shape[1] // k
+        grouped = log_weights[:, : groups * k].reshape(len(log_weights), groups, k)
+        peak = grouped.max(-1)  # log-mean-exp in float64
+        means = peak + np.log(np.exp(grouped - peak[..., None]).mean(-1))
+        bounds[k] = -means.mean(1)
+        metrics[f"test/neg_iwae_{k}"], metrics[f"test/neg_iwae_{k}_error"] = average(bounds[k])
+    gap = average(bounds[IWAE_SAMPLES[0]] - bounds[IWAE_SAMPLES[-1]])
+    return metrics | {
+        "test/gap": gap.mean,
+        "test/gap_error": gap.error,
+        "test/iwae_images": float(len(log_weights)),
+    }

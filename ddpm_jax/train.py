@@ -1,0 +1,318 @@
+"""Training: the state, the step and the one loop for every task.
+
+The loop's order is fixed, so that a run cut off at any moment and started again ends as
+if it had never been:
+
+    evaluate, if due -> checkpoint, if due -> next call of some steps -> log what the call
+    before it found
+
+What is told of a step is told once the next call is on its way, so the device never waits
+for the host; before an evaluation or a checkpoint everything is told first.
+"""
+
+import contextlib
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ddpm_jax import parallel as devices
+from ddpm_jax.checkpoint import Checkpoints
+from ddpm_jax.config import Training
+from ddpm_jax.data.loader import Batch, Data, training_batches
+from ddpm_jax.data.prefetch import prefetch
+from ddpm_jax.errors import RunError
+from ddpm_jax.keys import INIT, TRAIN, example_keys, purpose_key
+from ddpm_jax.progress import Clock
+from ddpm_jax.rundir import RunDir
+from ddpm_jax.tasks import Task
+
+INIT_EXAMPLES = 1000  # training examples that `Task.init` sees
+EMA_WARMUP = 0.05  # the half-life is at most this share of the images seen (Karras et al. 2024)
+
+
+class TrainState(NamedTuple):
+    """All that a step reads and writes, and all that a checkpoint holds."""
+
+    step: jax.Array
+    params: Any
+    fixed: Any
+    opt_state: Any
+    ema: Any
+
+
+class Fit(NamedTuple):
+    """How `fit` ended: the state, and at which step, which is the last unless it was stopped."""
+
+    state: TrainState
+    step: int
+
+
+def optimizer(config: Training) -> optax.GradientTransformation:
+    """Adam or AdamW with warm-up, decay and clipping, as the config says."""
+    rate: Any = config.learning_rate
+    if config.decay == "cosine":
+        rate = optax.cosine_decay_schedule(rate, config.steps)
+    peak = rate if callable(rate) else lambda count: config.learning_rate
+
+    def schedule(count):
+        return peak(count) * jnp.minimum(1.0, (count + 1) / max(config.warmup, 1))
+
+    adam = optax.adamw(schedule, b2=config.beta2, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip), adam) if config.clip else adam
+
+
+def ema_decay(step: Any, batch_size: int, half_life: float) -> Any:
+    """The share of the old average that a step keeps: 2^(-batch / half-life).
+
+    The half-life, in images, is cut to 5 % of the images seen, so that the average is
+    never mostly the first values (Karras et al. 2024, `training_loop.py`).
+    """
+    seen = jnp.asarray(step, jnp.float32) * batch_size
+    half_life = jnp.maximum(jnp.minimum(half_life, EMA_WARMUP * seen), 1e-8)
+    return 0.5 ** (batch_size / half_life)
+
+
+def init_state(task: Task, config: Training, batch: Batch, seed: int) -> TrainState:
+    """The state before the first step; `batch` holds training examples for `Task.init`."""
+    params, fixed = task.init(purpose_key(seed, INIT), batch)
+    opt_state = optimizer(config).init(params)
+    # The average starts as a copy: a step donates both, and must not donate one array twice.
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, fixed, opt_state, ema)
+
+
+def train_step(
+    task: Task,
+    config: Training,
+    seed: int,
+    state: TrainState,
+    batch: Batch,
+    reduce: Callable[[Any], Any] = lambda tree: tree,
+    gather: Callable[[Any], Any] = lambda tree: tree,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step: loss -> mean -> gradient -> reduce -> optimizer -> EMA.
+
+    Args:
+      batch: this device's part of the batch; `batch.index` places it in the whole.
+      reduce: the mean over devices.
+      gather: puts the devices' parts together, for losses that compare examples.
+
+    Returns:
+      The next state, and the step's means by name.
+    """
+    keys = example_keys(purpose_key(seed, TRAIN), state.step, batch.index)
+
+    def mean_loss(params):
+        losses, metrics, statistics = task.loss(
+            params, state.fixed, batch, keys, train=True, gather=gather
+        )
+        means = {name: values.mean() for name, values in {"loss": losses, **metrics}.items()}
+        return losses.mean(), (means, statistics)
+
+    gradient, (metrics, statistics) = jax.grad(mean_loss, has_aux=True)(state.params)
+    gradient, metrics, statistics = reduce((gradient, metrics, statistics))
+    updates, opt_state = optimizer(config).update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = params
+    if config.ema_half_life:
+        decay = ema_decay(state.step + 1, config.batch_size, config.ema_half_life)
+        ema = optax.incremental_update(params, state.ema, 1 - decay)
+    metrics["gradient_norm"] = optax.global_norm(gradient)
+    fixed = task.update(state.fixed, statistics)
+    return TrainState(state.step + 1, params, fixed, opt_state, ema), metrics
+
+
+def train_steps(
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]],
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """Several steps in one dispatch: call(state, batches [K, B, ...], count) of `step`.
+
+    It runs the first `count` <= K of the batches and returns metrics [K] of which as many
+    mean something.  One program serves every count, so where the calls are cut changes no
+    bit of the result.
+    """
+
+    def call(state, batches, count):
+        def body(i, carry):
+            state, metrics = carry
+            state, found = step(state, jax.tree.map(lambda array: array[i], batches))
+            return state, {name: metrics[name].at[i].set(found[name]) for name in metrics}
+
+        size = jax.tree.leaves(batches)[0].shape[0]
+        shapes = jax.eval_shape(step, state, jax.tree.map(lambda array: array[0], batches))[1]
+        metrics = {name: jnp.zeros(size, found.dtype) for name, found in shapes.items()}
+        return jax.lax.fori_loop(0, count, body, (state, metrics))
+
+    return call
+
+
+def calls(first: int, config: Training) -> Iterator[tuple[int, int]]:
+    """(first, last) of each call: at most `steps_per_call` steps, none across a boundary."""
+    intervals = (config.log_every, config.eval_every, config.checkpoint_every)
+    while first < config.steps:
+        ends = [(first // every + 1) * every for every in intervals if every]
+        last = min(first + config.steps_per_call, config.steps, *ends)
+        yield first, last
+        first = last
+
+
+def fit(
+    task: Task,
+    config: Training,
+    data: Data,
+    run: RunDir,
+    checkpoints: Checkpoints,
+    seed: int,
+    mode: str = "jit",
+) -> Fit:
+    """Train to the last step, from the newest checkpoint where there is one.
+
+    Raises:
+      RunError: a loss is not finite; the last checkpoint is older and good.
+    """
+    # State: of the newest checkpoint, or new.
+    spread = devices.make(mode)
+    devices.check_batch(spread, config.batch_size)
+    size = min(INIT_EXAMPLES, len(data.train.images))
+    examples = Batch(data.train.images[:size], data.train.labels[:size], np.arange(size))
+    state = spread.place(init_state(task, config, examples, seed))
+    window: dict[str, float] = {}  # sums since the last line, and of how many steps
+    step = checkpoints.newest() or 0
+    if step:
+        state, host = checkpoints.restore(step, state)
+        window = host["window"]
+        print(f"resuming at step {step}", file=sys.stderr)
+
+    # Compiled once; batches are made and placed ahead of the calls that use them.
+    stack = config.steps_per_call if config.steps_per_call > 1 else None
+
+    def one_step(state, batch):
+        return train_step(task, config, seed, state, batch)
+
+    call = spread.compile(train_steps(one_step) if stack else one_step)
+    plan = list(calls(step, config))
+    batches = training_batches(data.train, seed, config.batch_size, plan, stack)
+    placed = prefetch(batches, lambda batch: spread.shard(batch, axis=1 if stack else 0))
+
+    pending: tuple[int, int, Any] | None = None  # (first, last, metrics), not told yet
+    clock = Clock(step, config.steps)
+
+    def tell() -> None:
+        """Fetch what the last call found; check it, add it up, log it."""
+        nonlocal pending, window
+        if pending is None:
+            return
+        first, last, found = pending
+        pending = None
+        values = {name: np.atleast_1d(np.asarray(v, np.float64)) for name, v in found.items()}
+        for i in range(last - first):
+            for name in values:
+                if not math.isfinite(values[name][i]):
+                    raise RunError(
+                        f"{name} is {values[name][i]} at step {first + i + 1}; the newest "
+                        f"checkpoint is of step {checkpoints.newest() or 0}: try a smaller "
+                        "--config.learning_rate, or --config.clip=1, in another --workdir"
+                    )
+                window[name] = window.get(name, 0.0) + float(values[name][i])
+            window["count"] = window.get("count", 0) + 1
+        if last % config.log_every == 0 or last == config.steps:
+            count = window.pop("count")
+            means = {f"train/{name}": total / count for name, total in window.items()}
+            window = {}
+            run.log(last, means)
+            run.time(last, **clock.lap(last))
+        clock.show(last, float(values["loss"][last - first - 1]))
+
+    with _Signals() as signals, contextlib.closing(placed), contextlib.closing(clock):
+        for first, last in [*plan, (config.steps, config.steps)]:
+            finished = first == config.steps
+            metrics = None
+            if _due(first, config.eval_every) and not (finished or signals.stop):
+                tell()
+                if not run.evaluated(first):
+                    with signals.interrupting(), clock.pause("evaluation"):
+                        metrics = evaluate(task, state, data, run, first, seed, spread.shard)
+            if _due(first, config.checkpoint_every) or finished or signals.stop:
+                tell()
+                if first > 0 and checkpoints.newest() != first:
+                    with clock.pause("checkpoint"):
+                        checkpoints.save(first, state, {"window": window}, metrics)
+            if finished or signals.stop:
+                break
+            batch = next(placed)
+            state, found = call(state, batch, last - first) if stack else call(state, batch)
+            tell()
+            pending = (first, last, found)
+        checkpoints.wait()
+    return Fit(state, first)
+
+
+def _due(step: int, every: int) -> bool:
+    return step > 0 and every > 0 and step % every == 0
+
+
+def evaluate(
+    task: Task,
+    state: TrainState,
+    data: Data,
+    run: RunDir,
+    step: int,
+    seed: int,
+    shard: Callable[[Any], Any],
+    full: bool = False,
+) -> dict[str, float]:
+    """Evaluate the averaged parameters, write the line and the pictures."""
+    found = task.evaluate(state.ema, state.fixed, data, seed=seed, full=full, shard=shard)
+    for name, picture in found.pictures.items():
+        run.picture(name, picture, None if full else step)
+    run.log(step, found.metrics)
+    return found.metrics
+
+
+class _Signals:
+    """SIGTERM and Ctrl-C ask the loop to stop; a second Ctrl-C stops it at once."""
+
+    def __init__(self) -> None:
+        self.stop = False
+        self._interrupt = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        with contextlib.suppress(ValueError):  # not in the main thread: nobody signals it
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        again = self.stop and number == signal.SIGINT
+        self.stop = True
+        if again:
+            raise KeyboardInterrupt
+        if self._interrupt:
+            raise _Interrupted
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """What can be done again later is broken off at once."""
+        self._interrupt = True
+        try:
+            yield
+        except _Interrupted:
+            pass
+        finally:
+            self._interrupt = False
+
+
+class _Interrupted(Exception):
+    pass

@@ -1,0 +1,58 @@
+"""A VAE on binarised MNIST: one stochastic layer, an MLP on either side.
+
+    python launch.py --experiment=vae_mnist
+"""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from ddpm_jax.config import AtLeast, Count, Length, NonNegative, Positive, Training
+from ddpm_jax.nn import likelihood
+from ddpm_jax.nn.vae import VAE
+from ddpm_jax.tasks import Task, vae_task
+
+FALLBACK = "digits:28"  # where MNIST cannot be had
+DEBUG = {"steps": 20, "eval_every": 10, "checkpoint_every": 10, "log_every": 5}
+DEBUG |= {"steps_per_call": 5, "hidden": "32", "iwae_images": 20}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Training):
+    """See `python launch.py --experiment=vae_mnist --help`."""
+
+    data: str = "mnist"
+    steps: Length = 15_000
+    batch_size: Count = 128
+    learning_rate: Positive = 3e-3
+    warmup: Annotated[int, AtLeast(0)] = 200
+    decay: Literal["none", "cosine"] = "cosine"
+    beta2: float = 0.99
+    ema_half_life: NonNegative = 45_000.0
+    log_every: Length = 100
+    eval_every: Length = 3000
+    checkpoint_every: Length = 1000
+    steps_per_call: Count = 50
+    latents: Count = 50
+    hidden: tuple[Count, ...] = (500, 500)
+    network: Literal["mlp", "conv"] = "mlp"
+    likelihood: Literal["bernoulli", "gaussian", "gaussian_learned"] = "bernoulli"
+    std: Positive = 0.5  # of likelihood=gaussian
+    beta: NonNegative = 1.0
+    eval_batch: Count = 500
+    iwae_images: Length = 1000
+
+
+def build(config: Config) -> Task:
+    """The task that this experiment trains."""
+    p_x = {
+        "bernoulli": lambda: likelihood.bernoulli(config.levels),
+        "gaussian": lambda: likelihood.gaussian(config.levels, config.std),
+        "gaussian_learned": lambda: likelihood.gaussian(config.levels, None),
+    }[config.likelihood]()
+    return vae_task(
+        VAE(config.shape, config.latents, config.hidden, conv=config.network == "conv"),
+        p_x,
+        beta=config.beta,
+        eval_batch=config.eval_batch,
+        iwae_images=config.iwae_images,
+    )

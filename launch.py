@@ -1,0 +1,218 @@
+"""Train, evaluate or sample one experiment: python launch.py --experiment=vae_mnist"""
+
+import ast
+import importlib
+import os
+import pathlib
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("ddpm_jax needs Python 3.11 or newer")
+
+from absl import flags
+
+from ddpm_jax.errors import RunError, UserError, nearest
+
+HERE = pathlib.Path(__file__).parent
+EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("[a-z]*.py"))
+FLAGS = flags.FlagValues()
+SAMPLE_FLAGS = ("label", "sampler", "steps", "guidance", "prompt")  # the fields of a Request
+
+
+def define_flags() -> None:
+    """All flags but --config.FIELD, which follow from the experiment."""
+
+    def define(kind, name, default, text, *args, **kwargs):
+        kind(name, default, *args, text, flag_values=FLAGS, **kwargs)
+
+    define(flags.DEFINE_enum, "experiment", None, "A file of experiments/.", EXPERIMENTS)
+    define(
+        flags.DEFINE_enum,
+        "mode",
+        "train",
+        "eval and sample read the run's newest checkpoint.",
+        ["train", "eval", "sample"],
+    )
+    define(flags.DEFINE_string, "workdir", None, "Default: runs/EXPERIMENT; resumed if there.")
+    define(flags.DEFINE_bool, "debug", False, "A tiny variant that ends in seconds.")
+    define(
+        flags.DEFINE_enum,
+        "parallel",
+        "jit",
+        "How a step is spread over devices.",
+        ["jit"],
+    )
+    define(flags.DEFINE_string, "data_dir", None, "Where TFDS data sets are or get prepared.")
+    define(flags.DEFINE_bool, "strict_data", False, "A missing data set is an error.")
+    define(flags.DEFINE_integer, "seed", 0, "Of everything that is drawn.", lower_bound=0)
+    define(flags.DEFINE_integer, "num_samples", 64, "sample: how many images.", lower_bound=1)
+    define(flags.DEFINE_string, "out", None, "sample: where to, a .png or .npz.")
+    define(flags.DEFINE_integer, "label", None, "sample: the class to draw.", lower_bound=0)
+    define(flags.DEFINE_string, "sampler", None, "sample: which sampler.")
+    define(flags.DEFINE_integer, "steps", None, "sample: how many steps.", lower_bound=1)
+    define(flags.DEFINE_float, "guidance", None, "sample: scale of guidance; 1: none.")
+    define(flags.DEFINE_string, "prompt", None, "sample: the text to draw.")
+
+
+def parse(arguments: list[str]) -> dict[str, str]:
+    """Fill FLAGS; returns the config's overrides {field: text}.
+
+    Raises:
+      UserError: an unknown flag, a value that is none, or a stray word.
+    """
+    overrides, others = {}, []
+    words = iter(arguments)
+    for word in words:
+        if word.startswith(("--config.", "-config.")):
+            name, equals, text = word.partition(".")[2].partition("=")
+            if not equals:
+                text = next(words, None)
+                if text is None or text.startswith("--"):
+                    raise UserError(f"--config.{name} needs a value: --config.{name}=VALUE")
+            overrides[name] = text
+        else:
+            others.append(word)
+    try:
+        stray = FLAGS(["launch.py", *others])[1:]
+    except flags.UnrecognizedFlagError as error:
+        known = [name for name in FLAGS if len(name) > 1]
+        raise UserError(f'unknown flag "--{error.flagname}"{nearest(error.flagname, known)}') from None
+    except flags.IllegalFlagValueError as error:
+        flag = FLAGS[str(error).split("flag --")[1].split("=")[0]]
+        raise UserError(_explain(flag, str(error))) from None
+    except flags.Error as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    if stray:
+        raise UserError(f'"{stray[0]}" is no flag: flags are written --NAME=VALUE')
+    return overrides
+
+
+def _explain(flag: flags.Flag, message: str) -> str:
+    value, reason = message.split("=", 1)[1].split(": ", 1)
+    if isinstance(flag, flags.EnumFlag):
+        return f'--{flag.name}: there is no "{value}"{nearest(value, flag.parser.enum_values)}'
+    return f"--{flag.name}={value}: {reason}"
+
+
+def help_text(arguments: list[str]) -> str:
+    """The flags, the experiments and, with --experiment, its config's fields."""
+    lines = [__doc__ or "", "", "flags:"]
+    for name in FLAGS:
+        flag = FLAGS[name]
+        choices = ""
+        if isinstance(flag, flags.EnumFlag) and name != "experiment":
+            choices = " " + "|".join(flag.parser.enum_values)
+        default = "" if flag.default in (None, False) else f" (default {flag.default})"
+        lines.append(f"  --{name:<12}{flag.help}{choices}{default}")
+    lines += ["  --config.FIELD=VALUE  Override a field of the experiment's Config.", ""]
+    lines.append("experiments:")
+    for name in EXPERIMENTS:
+        tree = ast.parse((HERE / "experiments" / f"{name}.py").read_text())
+        lines.append(f"  {name:<20}{(ast.get_docstring(tree) or '').splitlines()[0]}")
+    chosen = [word.partition("=")[2] for word in arguments if word.startswith("--experiment=")]
+    if chosen and chosen[-1] in EXPERIMENTS:
+        from ddpm_jax.config import describe
+
+        lines += ["", f"fields of {chosen[-1]}:"]
+        for name, kind, default in describe(load_experiment(chosen[-1]).Config):
+            lines.append(f"  --config.{name + '=' + kind:<44}{default}")
+    else:
+        lines += ["", "python launch.py --experiment=NAME --help lists its config's fields."]
+    return "\n".join(lines)
+
+
+def load_experiment(name: str):
+    """The module of experiments/NAME.py."""
+    sys.path.insert(0, str(HERE))
+    return importlib.import_module(f"experiments.{name}")
+
+
+def main(arguments: list[str]) -> None:
+    """Do what the command line says."""
+    define_flags()
+    if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(arguments):
+        print(help_text(arguments))
+        return
+    overrides = parse(arguments)
+    sampling = FLAGS.mode == "sample"
+    for name in (*SAMPLE_FLAGS, "out", "num_samples"):
+        if FLAGS[name].present and not sampling:
+            raise UserError(f"--{name} goes with --mode=sample")
+    from ddpm_jax.config import MAY_CHANGE, marked, override, restore
+    from ddpm_jax.rundir import read_record
+
+    name, record = FLAGS.experiment, None
+    workdir = pathlib.Path(FLAGS.workdir).expanduser() if FLAGS.workdir else None
+    if FLAGS.mode != "train":
+        if name is None and workdir is None:
+            raise UserError(f"--mode={FLAGS.mode} needs --workdir=DIR or --experiment=NAME")
+        if workdir is None:
+            workdir = pathlib.Path("runs") / (name + "-debug" * FLAGS.debug)
+        record = read_record(workdir)
+        if record is None:
+            raise UserError(f"there is no run in {workdir}; train one, or give its --workdir")
+        if name not in (None, record["experiment"]):
+            raise UserError(f"{workdir} holds a run of {record['experiment']}, not of {name}")
+        name = record["experiment"]
+        if name not in EXPERIMENTS:
+            raise UserError(f"{workdir} holds a run of {name}, which experiments/ has no file of")
+    if name is None:
+        raise UserError(f"--experiment=NAME is missing; there are: {', '.join(EXPERIMENTS)}")
+    workdir = workdir or pathlib.Path("runs") / (name + "-debug" * FLAGS.debug)
+
+    experiment = load_experiment(name)
+    config = experiment.Config()
+    from ddpm_jax import run
+
+    options = run.Options(
+        FLAGS.seed, FLAGS.parallel, FLAGS.data_dir, FLAGS.strict_data, FLAGS.debug
+    )
+    if FLAGS.mode == "train":
+        if FLAGS.debug:
+            config = override(config, {key: str(value) for key, value in experiment.DEBUG.items()})
+        config = override(config, overrides)
+        run.compile_cache()
+        if hasattr(experiment, "run"):
+            experiment.run(config, workdir, options)
+        else:
+            run.train_experiment(experiment, config, workdir, options)
+        return
+
+    fixed = set(overrides) - marked(config, MAY_CHANGE)
+    override(config, overrides)  # a mistyped one is told as such
+    if fixed:
+        raise UserError(
+            f"--config.{min(fixed)} is what the run in {workdir} was trained with; only lengths "
+            f"and intervals can change: {', '.join(sorted(marked(config, MAY_CHANGE)))}"
+        )
+    if not hasattr(experiment, "build"):
+        raise UserError(
+            f"{name} trains several models; give the --workdir of one, such as "
+            f"{next((str(p.parent) for p in sorted(workdir.glob('*/config.json'))), workdir)}"
+        )
+    config = override(restore(experiment.Config, record["config"], workdir), overrides)
+    run.compile_cache()
+    if sampling:
+        request = run.Request(*(FLAGS[flag].value for flag in SAMPLE_FLAGS))
+        out = pathlib.Path(FLAGS.out).expanduser() if FLAGS.out else None
+        run.sample_experiment(experiment, config, workdir, options, request, FLAGS.num_samples, out)
+    else:
+        run.eval_experiment(experiment, config, workdir, options)
+
+
+def _die(kind: str, message: str, code: int) -> None:
+    print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(code) if code == 130 else sys.exit(code)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        _die("error", str(error), 2)
+    except RunError as error:
+        _die("stopped", str(error), 1)
+    except KeyboardInterrupt:
+        _die("interrupted", "the same command goes on from the newest checkpoint", 130)
