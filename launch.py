@@ -1,12 +1,13 @@
 """Train, evaluate or sample one experiment: python launch.py --experiment=vae_mnist"""
 
 import ast
+import dataclasses
 import importlib
 import os
 import pathlib
 import sys
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit("ddpm_jax needs Python 3.11 or newer")
 
 from absl import flags
@@ -66,8 +67,8 @@ def parse(arguments: list[str]) -> dict[str, str]:
         if word.startswith(("--config.", "-config.")):
             name, equals, text = word.partition(".")[2].partition("=")
             if not equals:
-                text = next(words, None)
-                if text is None or text.startswith("--"):
+                text = next(words, "--")
+                if text.startswith("--"):
                     raise UserError(f"--config.{name} needs a value: --config.{name}=VALUE")
             overrides[name] = text
         else:
@@ -76,7 +77,9 @@ def parse(arguments: list[str]) -> dict[str, str]:
         stray = FLAGS(["launch.py", *others])[1:]
     except flags.UnrecognizedFlagError as error:
         known = [name for name in FLAGS if len(name) > 1]
-        raise UserError(f'unknown flag "--{error.flagname}"{nearest(error.flagname, known)}') from None
+        raise UserError(
+            f'unknown flag "--{error.flagname}"{nearest(error.flagname, known)}'
+        ) from None
     except flags.IllegalFlagValueError as error:
         flag = FLAGS[str(error).split("flag --")[1].split("=")[0]]
         raise UserError(_explain(flag, str(error))) from None
@@ -169,7 +172,7 @@ def main(arguments: list[str]) -> None:
     )
     if FLAGS.mode == "train":
         if FLAGS.debug:
-            config = override(config, {key: str(value) for key, value in experiment.DEBUG.items()})
+            config = dataclasses.replace(config, **experiment.DEBUG)
         config = override(config, overrides)
         run.compile_cache()
         if hasattr(experiment, "run"):
@@ -190,6 +193,7 @@ def main(arguments: list[str]) -> None:
             f"{name} trains several models; give the --workdir of one, such as "
             f"{next((str(p.parent) for p in sorted(workdir.glob('*/config.json'))), workdir)}"
         )
+    assert record is not None
     config = override(restore(experiment.Config, record["config"], workdir), overrides)
     run.compile_cache()
     if sampling:

@@ -1,7 +1,7 @@
 """Bayes' rule where everything is known exactly: the notes' first steps, and oracles.
 
-    p(z|x) = p(x|z) p(z) / p(x)                                                          (1)
-    log p(x) = ELBO(q) + KL(q(z) || p(z|x))                                              (2)
+p(z|x) = p(x|z) p(z) / p(x)                                                          (1)
+log p(x) = ELBO(q) + KL(q(z) || p(z|x))                                              (2)
 """
 
 from typing import NamedTuple
@@ -46,13 +46,12 @@ class LinearGaussian(NamedTuple):
     variance: Float[Array, ""]
 
 
-def linear_gaussian_log_evidence(
-    model: LinearGaussian, x: Float[Array, "x"]
-) -> Float[Array, ""]:
+def linear_gaussian_log_evidence(model: LinearGaussian, x: Float[Array, "x"]) -> Float[Array, ""]:
     """log p(x) = log N(x; bias, W W^T + variance I) in nats (Bishop 2006, eq. 12.35)."""
     dims = x.shape[0]
     covariance = model.weights @ model.weights.T + model.variance * jnp.eye(dims)
-    return jax.scipy.stats.multivariate_normal.logpdf(x, model.bias, covariance)
+    logpdf = jax.scipy.stats.multivariate_normal.logpdf(x, model.bias, covariance)
+    return jnp.asarray(logpdf)
 
 
 def linear_gaussian_posterior(

@@ -43,9 +43,7 @@ class Checkpoints(NamedTuple):
         """(state, host record) of a step; `like` has the state's shapes and placement."""
         import orbax.checkpoint as ocp
 
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), host=ocp.args.JsonRestore()
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), host=ocp.args.JsonRestore())
         found = self.manager.restore(step, args=args)
         return found.state, found.host
 

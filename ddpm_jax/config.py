@@ -141,10 +141,10 @@ def _read(text: str, hint: Any) -> Any:
             raise ValueError(f"must be {len(args)} values with commas between them")
         return tuple(_parse(word.strip(), item) for word in words)
     if hint is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if text.lower() not in words:
+        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in known:
             raise ValueError("must be true or false")
-        return words[text.lower()]
+        return known[text.lower()]
     if hint is int:
         try:
             value = float(text) if "e" in text.lower() else int(text)  # 1e5 and 100_000 too

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from ddpm_jax.data.loader import Batch, Split, evaluation_batches
@@ -22,7 +23,7 @@ def per_example(
     split: Split,
     batch_size: int,
     seed: int,
-    shard: Callable[[Any], Any] = lambda batch: batch,
+    shard: Callable[[Any], Any] = jax.device_put,
 ) -> dict[str, np.ndarray]:
     """`fn` of every example of a split, in its order.
 

@@ -26,7 +26,7 @@ from ddpm_jax.config import FROM_DATA, MAY_CHANGE, marked
 from ddpm_jax.data.loader import Batch, Data, MissingData, cache_dir, load
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
-from ddpm_jax.rundir import RunDir, check_same, open_run, provenance, read_record
+from ddpm_jax.rundir import check_same, open_run, provenance, read_record
 from ddpm_jax.tasks import Request, Task
 
 SAMPLE_BATCH = 64
@@ -45,7 +45,7 @@ class Options(NamedTuple):
 def compile_cache() -> None:
     """Keep compiled programs between runs."""
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 
 
 def load_data(experiment: types.ModuleType, name: str, options: Options) -> tuple[Data, str]:
@@ -123,9 +123,7 @@ def train_experiment(
             task, result.state, data, run, result.step, options.seed, shard, full=True
         )
         run.time(result.step, run_seconds=trained, total_seconds=time.perf_counter() - started)
-        report.curves(
-            workdir / "images" / "curves.png", run.lines(), f"{name} on {data.title}"
-        )
+        report.curves(workdir / "images" / "curves.png", run.lines(), f"{name} on {data.title}")
         summary = {
             "experiment": name,
             "step": result.step,

@@ -17,6 +17,7 @@ import pathlib
 import platform
 import subprocess
 import time
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,7 +145,7 @@ def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]
 
 
 def check_same(
-    workdir: pathlib.Path, earlier: dict, record: dict, may_change: set[str] = frozenset()
+    workdir: pathlib.Path, earlier: dict, record: dict, may_change: Collection[str] = ()
 ) -> None:
     """Raises UserError, naming what differs, unless `record` goes on with `earlier`."""
     if earlier["experiment"] != record["experiment"]:

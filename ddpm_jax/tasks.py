@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from ddpm_jax import report, vae
 from ddpm_jax.data.loader import Batch, Data
@@ -18,7 +18,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.evaluate import average, per_example
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.nn.likelihood import Likelihood
-from ddpm_jax.nn.vae import VAE, with_output_bias
+from ddpm_jax.nn.vae import VAE, check_shape, with_output_bias
 
 
 class Request(NamedTuple):
@@ -85,7 +85,12 @@ def vae_task(
       eval_batch: examples at a time in evaluation.
       iwae_images: of how many test images the importance-weighted bounds are estimated
         (1,000 samples each, which is most of an evaluation's time).
+
+    Raises:
+      UserError: the network cannot be built for images of this size.
     """
+
+    check_shape(net)
 
     def init(key, batch: Batch):
         x = jax.vmap(likelihood.observe)(jax.random.split(key, len(batch.images)), batch.images)
@@ -160,13 +165,11 @@ def vae_task(
             dims = int(np.prod(data.shape))
             metrics["test/bits_per_dim"] = float(likelihood.bits_per_dim(neg_elbo.mean, dims))
         if full:
-            some = test._replace(
-                images=test.images[:iwae_images], labels=test.labels[:iwae_images]
-            )
+            some = test._replace(images=test.images[:iwae_images], labels=test.labels[:iwae_images])
             weights = per_example(
                 lambda batch, keys: importance_weights(params, batch, keys),
                 some,
-                min(eval_batch, 100),
+                min(eval_batch, iwae_images, 100),
                 seed,
                 shard,
             )["log_weights"]

@@ -75,17 +75,22 @@ def ema_decay(step: Any, batch_size: int, half_life: float) -> Any:
     never mostly the first values (Karras et al. 2024, `training_loop.py`).
     """
     seen = jnp.asarray(step, jnp.float32) * batch_size
-    half_life = jnp.maximum(jnp.minimum(half_life, EMA_WARMUP * seen), 1e-8)
-    return 0.5 ** (batch_size / half_life)
+    images = jnp.maximum(jnp.minimum(half_life, EMA_WARMUP * seen), 1e-8)
+    return 0.5 ** (batch_size / images)
 
 
 def init_state(task: Task, config: Training, batch: Batch, seed: int) -> TrainState:
     """The state before the first step; `batch` holds training examples for `Task.init`."""
-    params, fixed = task.init(purpose_key(seed, INIT), batch)
-    opt_state = optimizer(config).init(params)
-    # The average starts as a copy: a step donates both, and must not donate one array twice.
-    ema = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, fixed, opt_state, ema)
+
+    @jax.jit  # one program instead of a hundred small ones
+    def init(batch):
+        params, fixed = task.init(purpose_key(seed, INIT), batch)
+        opt_state = optimizer(config).init(params)
+        # The average starts as a copy: a step donates both, and not one array twice.
+        ema = jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.zeros((), jnp.int32), params, fixed, opt_state, ema)
+
+    return init(batch)
 
 
 def train_step(

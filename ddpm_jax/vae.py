@@ -40,8 +40,8 @@ def kl_to_standard_normal(
 def bernoulli_nll(logits: Float[Array, "*event"], x: Float[Array, "*event"]) -> Float[Array, ""]:
     """-log p(x) of independent Bernoulli pixels in nats, summed.
 
-    softplus(-|logit|) + (1 - x) max(logit, 0) + x max(-logit, 0), which cancels nothing:
-    exact for any logit, infinite ones that are right about a pixel included.
+    x softplus(-logit) + (1 - x) softplus(logit), which cancels nothing: exact for any
+    logit, infinite ones that are right about a pixel included.
 
     Args:
       logits: log-odds of a 1.
@@ -49,8 +49,7 @@ def bernoulli_nll(logits: Float[Array, "*event"], x: Float[Array, "*event"]) -> 
     """
     largest = jnp.finfo(logits.dtype).max
     logits = jnp.clip(logits, -largest, largest)  # 0 * inf is no 0
-    wrong = (1 - x) * jnp.maximum(logits, 0) + x * jnp.maximum(-logits, 0)
-    return jnp.sum(jax.nn.softplus(-jnp.abs(logits)) + wrong)
+    return jnp.sum(x * jax.nn.softplus(-logits) + (1 - x) * jax.nn.softplus(logits))
 
 
 def gaussian_nll(

@@ -1,19 +1,21 @@
 """A VAE on binarised MNIST: one stochastic layer, an MLP on either side.
 
-    python launch.py --experiment=vae_mnist
+python launch.py --experiment=vae_mnist
 """
 
 import dataclasses
 from typing import Annotated, Literal
 
-from ddpm_jax.config import AtLeast, Count, Length, NonNegative, Positive, Training
+from ddpm_jax.config import AtLeast, Count, Interval, Length, NonNegative, Positive, Training
 from ddpm_jax.nn import likelihood
 from ddpm_jax.nn.vae import VAE
 from ddpm_jax.tasks import Task, vae_task
 
 FALLBACK = "digits:28"  # where MNIST cannot be had
-DEBUG = {"steps": 20, "eval_every": 10, "checkpoint_every": 10, "log_every": 5}
-DEBUG |= {"steps_per_call": 5, "hidden": "32", "iwae_images": 20}
+DEBUG = dict(
+    steps=20, eval_every=10, checkpoint_every=10, log_every=5, steps_per_call=5,
+    hidden=(32,), iwae_images=20,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +30,8 @@ class Config(Training):
     decay: Literal["none", "cosine"] = "cosine"
     beta2: float = 0.99
     ema_half_life: NonNegative = 45_000.0
-    log_every: Length = 100
-    eval_every: Length = 3000
-    checkpoint_every: Length = 1000
+    eval_every: Interval = 3000
+    checkpoint_every: Interval = 1000
     steps_per_call: Count = 50
     latents: Count = 50
     hidden: tuple[Count, ...] = (500, 500)

@@ -75,7 +75,7 @@ def _decode(root: pathlib.Path, files: list[pathlib.Path]) -> Data:
     stack = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images])
     train = Split(stack[keep & ~testing], labels[keep & ~testing])
     test = Split(stack[keep & testing], labels[keep & testing])
-    notes = ()
+    notes: tuple[str, ...] = ()
     if corrupt:
         shown = ", ".join(corrupt[:5]) + (", ..." if len(corrupt) > 5 else "")
         notes = (f"skipped {len(corrupt)} corrupt of {len(files)} images: {shown}",)
@@ -95,8 +95,9 @@ def _open(path: pathlib.Path) -> np.ndarray:
     """uint8 [H, W, 1 or 3]; transparency is laid on white."""
     from PIL import Image
 
-    with Image.open(path) as image:
-        image.load()
+    with Image.open(path) as file:
+        file.load()
+        image: Image.Image = file
         if image.mode in ("1", "L"):
             return np.asarray(image.convert("L"))[..., None]
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

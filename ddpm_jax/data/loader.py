@@ -200,7 +200,7 @@ def fingerprint(*splits: Split) -> str:
     for split in splits:
         for array in split:
             digest.update(f"{array.shape} {array.dtype}".encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
 
 
@@ -209,15 +209,15 @@ def _read_decoded(place: pathlib.Path, stamp: str) -> Data | None:
         meta = json.loads((place / "meta.json").read_text())
         if meta.pop("stamp") != stamp:
             return None
-        splits = {
-            split: Split(
+        train, test = (
+            Split(
                 np.load(place / f"{split}_images.npy", mmap_mode="r", allow_pickle=False),
                 np.load(place / f"{split}_labels.npy", allow_pickle=False),
             )
             for split in ("train", "test")
-        }
+        )
         meta |= {"classes": tuple(meta["classes"]), "notes": tuple(meta["notes"])}
-        return Data(**meta, **splits)
+        return Data(train=train, test=test, **meta)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # absent, torn or of another time: decoded anew
 

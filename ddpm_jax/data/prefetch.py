@@ -2,14 +2,14 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 AHEAD = 2
 _END = object()
 
 
-def prefetch(batches: Iterator[Any], place: Callable[[Any], Any]) -> Iterator[Any]:
+def prefetch(batches: Iterator[Any], place: Callable[[Any], Any]) -> Generator[Any, None, None]:
     """`place(batch)` for every batch, up to two of them ready before they are asked for.
 
     What the making raises is raised where the batch is asked for; closing it ends the thread.
@@ -36,7 +36,7 @@ def prefetch(batches: Iterator[Any], place: Callable[[Any], Any]) -> Iterator[An
 
     thread = threading.Thread(target=make, daemon=True, name="prefetch")
 
-    def take() -> Iterator[Any]:
+    def take() -> Generator[Any, None, None]:
         thread.start()
         try:
             while True:

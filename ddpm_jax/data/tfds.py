@@ -113,12 +113,13 @@ def _decode(name: str, builder: Any) -> Data:
     print(f"decoding {name}, once", file=sys.stderr)
     label = "label" if "label" in features and features["label"].shape == () else None
     train = _read(name, builder, "train", label)
+    notes: tuple[str, ...] = ()
     if test is None:  # every tenth example is held out
         held_out = np.arange(len(train.images)) % 10 == 9
         parts = Split(*(a[~held_out] for a in train)), Split(*(a[held_out] for a in train))
         notes = ("it has no test split: every tenth training example is held out instead",)
     else:
-        parts, notes = (train, _read(name, builder, test, label)), ()
+        parts = train, _read(name, builder, test, label)
     classes = tuple(getattr(features[label], "names", ())) if label else ()
     return Data(
         name=name,
@@ -141,7 +142,8 @@ def _read(name: str, builder: Any, split: str, label: str | None) -> Split:
     from PIL import Image
     from tensorflow_datasets.proto import tf_example_pb2
 
-    images, labels = None, None
+    images: Any = None
+    labels: Any = None
     row = 0
     try:
         records = builder.as_data_source(split).data_source
@@ -173,7 +175,7 @@ def _read(name: str, builder: Any, split: str, label: str | None) -> Split:
             f"data set {name} in {builder.data_path} cannot be read ({_line(error)}); "
             "remove that folder to have it prepared again"
         ) from error
-    if images is None or labels is None:
+    if images is None:
         raise UserError(f"split {split} of data set {name} is empty")
     return Split(images, labels)
 
@@ -206,7 +208,7 @@ def _without_tensorflow(name: str) -> type:
         def _split_generators(self, dl_manager):
             if cifar:
                 (path,) = dl_manager.download([_address(self)])
-                return {s: _cifar10(path, s, self.info) for s in ("train", "test")}
+                return {s: _cifar10(path, s) for s in ("train", "test")}
             urls = {
                 (split, kind): urllib.parse.urljoin(self.URL, f"{prefix}-{kind}-ubyte.gz")
                 for split, prefix in (("train", "train"), ("test", "t10k"))
@@ -238,7 +240,7 @@ def _idx(images: Any, labels: Any) -> Iterator[tuple[int, dict]]:
         yield row, {"image": Image.fromarray(image), "label": int(number)}
 
 
-def _cifar10(path: Any, split: str, info: Any) -> Iterator[tuple[int, dict]]:
+def _cifar10(path: Any, split: str) -> Iterator[tuple[int, dict]]:
     """The binary version: per image a label, then 3 x 32 x 32 bytes, channels first.
 
     TFDS's `id` is the example's number within its split, and its keys are the same.
@@ -254,11 +256,14 @@ def _cifar10(path: Any, split: str, info: Any) -> Iterator[tuple[int, dict]]:
             records = np.frombuffer(file.read(), np.uint8).reshape(-1, 3073)
             for record in records:
                 image = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
-                yield row, {
-                    "id": f"{split}_{row:05d}",
-                    "image": Image.fromarray(np.ascontiguousarray(image)),
-                    "label": int(record[0]),
-                }
+                yield (
+                    row,
+                    {
+                        "id": f"{split}_{row:05d}",
+                        "image": Image.fromarray(np.ascontiguousarray(image)),
+                        "label": int(record[0]),
+                    },
+                )
                 row += 1
 
 

@@ -1,5 +1,6 @@
 """The VAE's two networks: q(z|x)'s (mean, logvar) and p(x|z)'s parameters."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -80,20 +81,15 @@ class VAE(nn.Module):
     conv: bool = False
 
     def setup(self) -> None:
-        height, width, channels = self.shape
-        scale = 2 ** len(self.hidden)
-        if self.conv and (height % scale or width % scale):
-            raise UserError(
-                f"the convolutional VAE halves images {len(self.hidden)} times, and {height}x"
-                f"{width} does not divide by {scale}; give fewer --config.hidden, or a data set "
-                "of another size"
-            )
-        if self.conv:
-            self.encoder = ConvEncoder(self.hidden, 2 * self.latents)
-            self.decoder = ConvDecoder(self.hidden, self.shape)
-        else:
-            self.encoder = MLP(self.hidden, 2 * self.latents)
-            self.decoder = MLP(self.hidden[::-1], height * width * channels)
+        pixels = math.prod(self.shape)
+        self.encoder: nn.Module = (
+            ConvEncoder(self.hidden, 2 * self.latents)
+            if self.conv
+            else MLP(self.hidden, 2 * self.latents)
+        )
+        self.decoder: nn.Module = (
+            ConvDecoder(self.hidden, self.shape) if self.conv else MLP(self.hidden[::-1], pixels)
+        )
         self.logvar = self.param("logvar", nn.initializers.zeros, ())
 
     def encode(
@@ -111,6 +107,17 @@ class VAE(nn.Module):
 
     def __call__(self, x: Float[Array, "batch h w c"]) -> Any:
         return self.decode(self.encode(x)[0])
+
+
+def check_shape(net: VAE) -> None:
+    """Raises UserError unless the networks can be built for the images' size."""
+    height, width, _ = net.shape
+    scale = 2 ** len(net.hidden)
+    if net.conv and (height % scale or width % scale):
+        raise UserError(
+            f"the convolutional VAE halves images {len(net.hidden)} times, and {height}x{width} "
+            f"does not divide by {scale}; give fewer --config.hidden, or a data set of another size"
+        )
 
 
 def with_output_bias(params: Any, bias: Float[Array, "h w c"]) -> Any:

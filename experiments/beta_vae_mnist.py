@@ -1,0 +1,85 @@
+"""The beta-VAE on binarised MNIST: what a weight on the KL buys and costs.
+
+    python launch.py --experiment=beta_vae_mnist
+
+One `vae_mnist` run for each beta, in a sub-directory of its own: each resumes, and
+`--mode=sample --workdir=runs/beta_vae_mnist/beta_4` draws from one.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from ddpm_jax import report
+from ddpm_jax.config import Interval, Length, NonNegative
+from ddpm_jax.run import Options, train_experiment
+from experiments import vae_mnist
+
+DEBUG = vae_mnist.DEBUG | {"steps": 10, "betas": (0.25, 4.0)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(vae_mnist.Config):
+    """See `python launch.py --experiment=beta_vae_mnist --help`; `beta` itself is not used."""
+
+    steps: Length = 4000
+    eval_every: Interval = 0
+    iwae_images: Length = 200
+    betas: tuple[NonNegative, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
+    """Train every beta, then write one table and one plot."""
+    fields = {field.name for field in dataclasses.fields(vae_mnist.Config)}
+    shared = {name: getattr(config, name) for name in fields}
+    found = []
+    for beta in config.betas:
+        one = vae_mnist.Config(**{**shared, "beta": beta})
+        summary = train_experiment(vae_mnist, one, workdir / f"beta_{beta:g}", options)
+        if summary is None:  # asked to stop
+            return
+        found.append((beta, summary))
+    title = f"beta-VAE on {found[0][1]['data']}, {config.steps} steps each"
+    rows = []
+    for beta, summary in found:
+        metrics = summary["metrics"]
+        rows.append(
+            (
+                f"beta {beta:g}",
+                f"reconstruction {metrics['test/nll']:7.2f}  KL {metrics['test/kl']:6.2f}  "
+                f"-ELBO {metrics['test/neg_elbo']:7.2f}  "
+                f"active units {metrics['test/active_units']:.0f}",
+            )
+        )
+    print(report.table(rows, title))
+    plot(workdir / "images" / "reconstruction_against_kl.png", found, title)
+    table = {f"{beta:g}": summary["metrics"] for beta, summary in found}
+    written = {"experiment": "beta_vae_mnist", "title": title, "betas": table}
+    (workdir / "summary.json").write_text(json.dumps(written, indent=2) + "\n")
+    print(f"  plot in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
+
+
+def plot(path: pathlib.Path, found: list[tuple[float, dict]], title: str) -> None:
+    """Reconstruction over KL, a point for each beta; lines of equal ELBO behind them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4.5))
+    kl = [summary["metrics"]["test/kl"] for _, summary in found]
+    nll = [summary["metrics"]["test/nll"] for _, summary in found]
+    axis.plot(kl, nll, "o-")
+    for (beta, _), x, y in zip(found, kl, nll, strict=True):
+        axis.annotate(f"$\\beta$ = {beta:g}", (x, y), xytext=(6, 6), textcoords="offset points")
+    best = min(x + y for x, y in zip(kl, nll, strict=True))
+    low, high = min(kl), max(kl)
+    axis.plot([low, high], [best - low, best - high], "k:", label=f"-ELBO = {best:.1f}")
+    axis.set_xlabel("KL(q(z|x) || p(z)), nats")
+    axis.set_ylabel("reconstruction -E[log p(x|z)], nats")
+    axis.set_title(title)
+    axis.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -1,0 +1,29 @@
+"""A VAE with a two-dimensional latent on the 8x8 digits that scikit-learn carries: seconds.
+
+python launch.py --experiment=vae_digits
+"""
+
+import dataclasses
+from typing import Literal
+
+from ddpm_jax.config import Count, Interval, Length, NonNegative
+from experiments import vae_mnist
+
+DEBUG = vae_mnist.DEBUG
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(vae_mnist.Config):
+    """See `python launch.py --experiment=vae_digits --help`."""
+
+    data: str = "digits"
+    steps: Length = 4000
+    ema_half_life: NonNegative = 20_000.0
+    eval_every: Interval = 1000
+    checkpoint_every: Interval = 1000
+    latents: Count = 2  # so that the plane can be drawn
+    hidden: tuple[Count, ...] = (256, 256)
+    likelihood: Literal["bernoulli", "gaussian", "gaussian_learned"] = "gaussian_learned"
+
+
+build = vae_mnist.build

@@ -1,0 +1,31 @@
+"""A convolutional VAE on Fashion-MNIST's grey values, its one variance learned: bits/dim.
+
+python launch.py --experiment=vae_fashion_mnist
+"""
+
+import dataclasses
+from typing import Literal
+
+from ddpm_jax.config import Count, Interval, Length, NonNegative, Positive
+from experiments import vae_mnist
+
+DEBUG = vae_mnist.DEBUG | {"hidden": (4, 4), "steps_per_call": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(vae_mnist.Config):
+    """See `python launch.py --experiment=vae_fashion_mnist --help`."""
+
+    data: str = "fashion_mnist"
+    steps: Length = 6000
+    learning_rate: Positive = 2e-3
+    ema_half_life: NonNegative = 40_000.0
+    eval_every: Interval = 2000
+    steps_per_call: Count = 1  # a convolution's weight gradient crawls inside a CPU's loop
+    latents: Count = 50
+    hidden: tuple[Count, ...] = (32, 64)  # channels, each after a halving
+    network: Literal["mlp", "conv"] = "conv"
+    likelihood: Literal["bernoulli", "gaussian", "gaussian_learned"] = "gaussian_learned"
+
+
+build = vae_mnist.build

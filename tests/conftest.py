@@ -1,0 +1,63 @@
+"""Eight devices forced on the host, float64 where a test asks for it, real data where it is."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _caches(tmp_path_factory):
+    """Tests share a compile cache of their own, and decode into no folder of the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def x64():
+    """Formulas are compared in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def original_files():
+    """The folder of data sets' original files that DDPM_JAX_TEST_DATA names."""
+    folder = os.environ.get("DDPM_JAX_TEST_DATA")
+    if not folder or not pathlib.Path(folder).is_dir():
+        pytest.skip("DDPM_JAX_TEST_DATA names no folder of original files")
+    return pathlib.Path(folder).resolve()
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run launch.py as a user would: launch("--experiment=...", ...) -> CompletedProcess."""
+
+    def run(*arguments, timeout=120, **environment):
+        return subprocess.run(
+            [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)],
+            cwd=tmp_path,
+            env=user_environment(**environment),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+def user_environment(**changes):
+    """The environment of a user: one device, and no data set prepared."""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    return {**environment, "TFDS_DATA_DIR": os.environ["XDG_CACHE_HOME"] + "/tfds", **changes}

@@ -1,0 +1,283 @@
+"""Data: real files through TFDS, the embedded digits, folders, order and batches."""
+
+import pathlib
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax.data import loader
+from ddpm_jax.data.prefetch import prefetch
+from ddpm_jax.errors import UserError
+
+# Order.
+
+
+def test_every_epoch_shows_every_example_once():
+    rows = loader.epoch_order(seed=3, size=10)
+    seen = np.concatenate([rows(step * 4, step * 4 + 4) for step in range(10)])  # 4 epochs
+    for epoch in seen.reshape(4, 10):
+        assert sorted(epoch) == list(range(10))
+    assert not np.array_equal(seen[:10], seen[10:20])
+
+
+def test_order_is_a_function_of_seed_and_step_alone():
+    whole = loader.epoch_order(seed=3, size=10)(0, 40)
+    later = loader.epoch_order(seed=3, size=10)
+    for start in (36, 8, 20, 0):  # in any order, from a fresh start
+        assert np.array_equal(later(start, start + 4), whole[start : start + 4])
+    assert not np.array_equal(loader.epoch_order(seed=4, size=10)(0, 40), whole)
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    assert len(loader.epoch_order(seed=0, size=3)(5, 25)) == 20
+
+
+def split(size):
+    images = np.arange(size, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    return loader.Split(images, np.arange(size, dtype=np.int32))
+
+
+def test_stacked_batches_are_the_single_ones():
+    plan = [(0, 3), (3, 4), (4, 7)]
+    single = loader.training_batches(split(50), 0, 8, [(i, i + 1) for i in range(7)], None)
+    singles = list(single)
+    for (first, last), batch in zip(
+        plan, loader.training_batches(split(50), 0, 8, plan, 3), strict=True
+    ):
+        assert batch.images.shape == (3, 8, 1, 1, 1)
+        for step in range(first, last):
+            assert np.array_equal(batch.images[step - first], singles[step].images)
+            assert np.array_equal(batch.labels[step - first], batch.images[step - first].ravel())
+            assert np.array_equal(batch.index[step - first], np.arange(8))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 64])
+def test_evaluation_counts_every_example_once(batch_size):
+    seen = []
+    for batch, count in loader.evaluation_batches(split(10), batch_size):
+        assert len(batch.images) == batch_size
+        seen += list(batch.index[:count])
+    assert seen == list(range(10))
+
+
+def test_prefetching_changes_nothing_and_passes_errors_on():
+    assert list(prefetch(iter(range(50)), lambda x: x * 2)) == list(range(0, 100, 2))
+
+    def breaks():
+        yield 1
+        raise OSError("the disk is gone")
+
+    batches = prefetch(breaks(), lambda x: x)
+    assert next(batches) == 1
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+
+
+# The embedded digits.
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    data = loader.load("digits")
+    images, labels = load_digits(return_X_y=True)
+    together = np.concatenate([data.test.images, data.train.images]).reshape(-1, 64)
+    order = loader.permutation(0, 0, 1797)
+    assert np.array_equal(together, images[order])
+    assert np.array_equal(np.concatenate([data.test.labels, data.train.labels]), labels[order])
+    assert data.levels == 17
+    assert together.max() == 16
+
+
+def test_resized_digits_say_what_they_are():
+    data = loader.load("digits:28")
+    assert data.shape == (28, 28, 1)
+    assert "28x28" in data.title
+    assert "digits" in data.title
+    assert "MNIST" not in str(data.describe())
+
+
+# Folders.
+
+
+def write(path, seed, size=(8, 8), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, len(mode)), np.uint8)
+    Image.fromarray(pixels.squeeze()).save(path)
+    return pixels
+
+
+def test_a_folder_gives_its_images_and_labels(tmp_path):
+    expected = {}
+    for label in ("cat", "dog"):
+        for i in range(20):
+            image = write(tmp_path / label / f"{i}.png", seed=len(expected))
+            expected[image.tobytes()] = label
+    data = loader.load(f"folder:{tmp_path}")
+    assert data.classes == ("cat", "dog")
+    assert len(data.test.images) > 0
+    found = {}
+    for part in (data.train, data.test):
+        for image, label in zip(part.images, part.labels, strict=True):
+            found[image.tobytes()] = data.classes[label]
+    assert found == expected
+
+
+def test_a_folder_with_train_and_test_keeps_them_apart(tmp_path):
+    for name, count in (("train", 5), ("test", 3)):
+        for i in range(count):
+            write(tmp_path / name / "a" / f"{i}.png", i)
+    data = loader.load(f"folder:{tmp_path}")
+    assert (len(data.train.images), len(data.test.images)) == (5, 3)
+    assert data.classes == ("a",)
+
+
+def test_a_corrupt_file_is_named_skipped_and_counted(tmp_path):
+    for i in range(10):
+        write(tmp_path / f"{i}.png", i)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    truncated = (tmp_path / "3.png").read_bytes()[:-100]
+    (tmp_path / "torn.png").write_bytes(truncated)
+    for _ in range(2):  # decoded, then from the cache
+        data = loader.load(f"folder:{tmp_path}")
+        assert len(data.train.images) + len(data.test.images) == 10
+        assert "skipped 2 corrupt of 12" in data.notes[0]
+        assert "broken.png" in data.notes[0]
+        assert "torn.png" in data.notes[0]
+
+
+def test_a_changed_folder_is_read_anew(tmp_path):
+    for i in range(10):
+        write(tmp_path / f"{i}.png", i)
+    first = loader.load(f"folder:{tmp_path}")
+    write(tmp_path / "new.png", 99)
+    second = loader.load(f"folder:{tmp_path}")
+    assert len(second.train.images) + len(second.test.images) == 11
+    assert first.fingerprint != second.fingerprint
+
+
+def test_images_of_two_sizes_are_an_error_that_names_both(tmp_path):
+    write(tmp_path / "a.png", 0)
+    write(tmp_path / "b.png", 1, size=(8, 12))
+    with pytest.raises(UserError, match=r"a\.png is 8x8, .*b\.png is 12x8"):
+        loader.load(f"folder:{tmp_path}")
+
+
+def test_grey_images_among_colour_ones_become_colour(tmp_path):
+    for i in range(4):
+        write(tmp_path / f"{i}.png", i, mode="RGB" if i % 2 else "L")
+    assert loader.load(f"folder:{tmp_path}").shape == (8, 8, 3)
+
+
+def test_a_pickled_array_in_the_cache_is_not_loaded(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (pathlib.Path(tmp_path / "owned").touch, ())
+
+    for i in range(4):
+        write(tmp_path / "images" / f"{i}.png", i)
+    loader.load(f"folder:{tmp_path}/images")
+    caches = [p.parent for p in (loader.cache_dir() / "decoded").glob("*/meta.json")]
+    assert caches
+    for cache in caches:
+        np.save(cache / "train_images.npy", np.array([Evil()], dtype=object), allow_pickle=True)
+    data = loader.load(f"folder:{tmp_path}/images")
+    assert len(data.train.images) > 0
+    assert not (tmp_path / "owned").exists()
+
+
+# TFDS, on the original files.
+
+
+@pytest.fixture(scope="session")
+def prepared(original_files, tmp_path_factory):
+    """MNIST and Fashion-MNIST, prepared from the original files, without TensorFlow."""
+    from ddpm_jax.data import tfds
+
+    root = tmp_path_factory.mktemp("tfds")
+    library = tfds._import()
+    for name in ("mnist", "fashion_mnist"):
+        builder = library.builder(name, data_dir=root)
+        tfds.prepare(name, builder, root, manual_dir=str(original_files / name))
+    return root
+
+
+def raw(path, header):
+    import gzip
+
+    with gzip.open(path) as file:
+        return np.frombuffer(file.read(), np.uint8, offset=header)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_prepared_sets_hold_the_original_files_bytes(name, prepared, original_files):
+    data = loader.load(name, str(prepared))
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        part = getattr(data, split)
+        images = raw(original_files / name / f"{prefix}-images-idx3-ubyte.gz", 16)
+        labels = raw(original_files / name / f"{prefix}-labels-idx1-ubyte.gz", 8)
+        # TFDS shuffles what it writes: the same images with the same labels, in its order.
+        pairs = sorted(zip(map(bytes, images.reshape(-1, 784)), labels, strict=True))
+        found = sorted(zip(map(bytes, part.images.reshape(-1, 784)), part.labels, strict=True))
+        assert pairs == found
+    assert loader.load(name, str(prepared)).fingerprint == data.fingerprint  # memory-mapped now
+
+
+@pytest.mark.slow
+def test_what_is_read_is_what_tfds_data_source_gives(prepared):
+    import tensorflow_datasets
+
+    data = loader.load("mnist", str(prepared))
+    source = tensorflow_datasets.data_source("mnist", split="test", data_dir=str(prepared))
+    for row in range(0, 10_000, 501):
+        assert np.array_equal(source[row]["image"], data.test.images[row])
+        assert source[row]["label"] == data.test.labels[row]
+
+
+def test_a_file_with_a_wrong_checksum_is_refused(original_files, tmp_path):
+    import shutil
+
+    from ddpm_jax.data import tfds
+
+    files = tmp_path / "files"
+    shutil.copytree(original_files / "mnist", files)
+    path = files / "t10k-labels-idx1-ubyte.gz"
+    path.chmod(0o644)
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    builder = tfds._import().builder("mnist", data_dir=tmp_path / "tfds")
+    with pytest.raises(UserError, match="wrong checksum"):
+        tfds.prepare("mnist", builder, tmp_path / "tfds", manual_dir=str(files))
+
+
+def test_cifar10s_binary_records_become_images(original_files, tmp_path):
+    """The archive's format, rebuilt from real images: label, then channels first."""
+    from ddpm_jax.data import tfds
+
+    sheet = np.asarray(Image.open(original_files / "cifar10" / "test_00.webp").convert("RGB"))
+    tiles = sheet.reshape(25, 32, 40, 32, 3).swapaxes(1, 2).reshape(1000, 32, 32, 3)
+    labels = np.fromfile(original_files / "cifar10" / "test_labels.u8", np.uint8)[:1000]
+    records = np.concatenate([labels[:, None], tiles.transpose(0, 3, 1, 2).reshape(1000, -1)], 1)
+    member = tmp_path / "test_batch.bin"
+    member.write_bytes(records.astype(np.uint8).tobytes())
+    with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as archive:
+        archive.add(member, "cifar-10-batches-bin/test_batch.bin")
+    found = dict(tfds._cifar10(tmp_path / "cifar.tar.gz", "test"))
+    assert len(found) == 1000
+    for row, example in found.items():
+        assert np.array_equal(np.asarray(example["image"]), tiles[row])
+        assert example["label"] == labels[row]
+
+
+def test_an_unreachable_host_is_found_out_within_seconds(tmp_path):
+    import time
+
+    from ddpm_jax.data import tfds
+
+    start = time.perf_counter()
+    assert not tfds._reachable("http://192.0.2.1/file.gz")  # an address that never answers
+    assert time.perf_counter() - start < 3.5

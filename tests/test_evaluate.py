@@ -1,0 +1,54 @@
+"""Averages over splits, importance weights, pictures."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import report, vae
+from ddpm_jax.data.loader import Split
+from ddpm_jax.evaluate import average, per_example
+from ddpm_jax.tasks import importance_weighted
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_every_example_is_counted_once_with_the_same_draws_in_any_batch(batch_size):
+    split = Split(np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1), np.zeros(10, np.int32))
+
+    def fn(batch, keys):
+        noise = jax.vmap(jax.random.uniform)(keys)
+        return {"value": batch.images[:, 0, 0, 0].astype(jnp.float32), "noise": noise}
+
+    found = per_example(fn, split, batch_size, seed=0)
+    assert list(found["value"]) == list(range(10))
+    np.testing.assert_array_equal(found["noise"], per_example(fn, split, 7, seed=0)["noise"])
+    assert len(np.unique(found["noise"])) == 10
+
+
+def test_an_average_tells_its_standard_error():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 10_000)
+    found = average(values)
+    assert abs(found.mean - 3) < 4 * found.error
+    assert found.error == pytest.approx(2 / 100, rel=0.05)
+
+
+def test_importance_weighted_figures_are_the_bounds_of_disjoint_groups():
+    weights = np.random.default_rng(0).normal(-90, 3, (20, 1000))
+    found = importance_weighted(weights)
+    assert found["test/neg_iwae_1"] == pytest.approx(-weights.mean())
+    groups = weights[:, :960].reshape(20, 15, 64)
+    bound = jax.vmap(jax.vmap(vae.iwae_bound))(jnp.asarray(groups)).mean()
+    assert found["test/neg_iwae_64"] == pytest.approx(-float(bound), rel=1e-5)
+    whole = jax.vmap(vae.iwae_bound)(jnp.asarray(weights)).mean()
+    assert found["test/neg_iwae_1000"] == pytest.approx(-float(whole), rel=1e-5)
+    gap = found["test/neg_iwae_1"] - found["test/neg_iwae_1000"]
+    assert found["test/gap"] == pytest.approx(gap)
+    assert found["test/gap"] > 0
+
+
+def test_a_grid_shows_every_image_in_its_place():
+    images = np.linspace(-1, 1, 6).reshape(6, 1, 1, 1) * np.ones((1, 4, 4, 1))
+    sheet = report.grid(images, columns=3, side=4)
+    assert sheet.shape == (2 * 6 + 2, 3 * 6 + 2, 1)
+    found = [sheet[4 + 6 * (i // 3), 4 + 6 * (i % 3), 0] for i in range(6)]
+    assert found == list(np.round(np.linspace(0, 255, 6)).astype(np.uint8))

@@ -1,0 +1,228 @@
+"""The command line, as a user types it: what works, and one line for each mistake."""
+
+import json
+import pathlib
+import re
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+DIGITS = ("--experiment=vae_digits", "--debug")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The directory of a finished tiny run."""
+    import subprocess
+    import sys
+
+    from conftest import ROOT, user_environment
+
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    result = subprocess.run(
+        [sys.executable, ROOT / "launch.py", *DIGITS, f"--workdir={workdir}"],
+        env=user_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+def test_a_run_leaves_what_the_readme_says(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.json", "metrics.jsonl", "timing.jsonl", "summary.json"} <= names
+    assert {"images", "checkpoints", "tensorboard"} <= names
+    for name in ("reconstructions", "samples", "latent_plane", "curves"):
+        with Image.open(trained / "images" / f"{name}.png") as image:
+            assert np.asarray(image).std() > 0, name
+    record = json.loads((trained / "config.json").read_text())
+    assert record["experiment"] == "vae_digits"
+    assert record["data"]["levels"] == 17
+    assert record["versions"]["jax"]
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [5, 10, 15, 20]
+    assert [line["step"] for line in lines if "test/loss" in line] == [10, 20]
+    metrics = json.loads((trained / "summary.json").read_text())["metrics"]
+    for name in ("neg_elbo", "nll", "kl", "neg_iwae_1", "neg_iwae_64", "neg_iwae_1000",
+                 "active_units", "bits_per_dim"):  # fmt: skip
+        assert np.isfinite(metrics[f"test/{name}"]), name
+    assert metrics["test/neg_elbo"] == pytest.approx(metrics["test/nll"] + metrics["test/kl"])
+
+
+def test_a_finished_run_prints_its_table_and_is_done(launch, trained):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("checkpoints/**/*")}
+    result = launch(*DIGITS, f"--workdir={trained}")
+    assert result.returncode == 0
+    assert "test/neg_elbo" in result.stdout
+    assert {p: p.stat().st_mtime_ns for p in trained.rglob("checkpoints/**/*")} == before
+
+
+def test_a_finished_run_goes_on_when_it_is_made_longer(launch, trained):
+    import shutil
+
+    longer = trained.parent / "longer"
+    shutil.copytree(trained, longer)
+    result = launch(*DIGITS, f"--workdir={longer}", "--config.steps=25")
+    assert result.returncode == 0, result.stderr
+    assert "resuming at step 20" in result.stderr
+    assert json.loads((longer / "summary.json").read_text())["step"] == 25
+
+
+def test_eval_reads_the_run_and_finds_the_same_figures(launch, trained):
+    result = launch("--mode=eval", f"--workdir={trained}")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((trained / "summary.json").read_text())["metrics"]
+    found = json.loads((trained / "eval.json").read_text())["metrics"]
+    assert found == pytest.approx(summary, rel=1e-5)
+
+
+def test_sampling_needs_no_flag_retyped(launch, trained, tmp_path):
+    out = tmp_path / "drawn.npz"
+    result = launch("--mode=sample", f"--workdir={trained}", "--num_samples=70", f"--out={out}")
+    assert result.returncode == 0, result.stderr
+    images = np.load(out)["images"]
+    assert images.shape == (70, 8, 8, 1)
+    assert images.dtype == np.uint8
+    result = launch("--mode=sample", f"--workdir={trained}", "--num_samples=3", f"--out={out}")
+    assert np.array_equal(np.load(out)["images"], images[:3])  # image 2 is image 2
+    launch("--mode=sample", f"--workdir={trained}", "--num_samples=3", f"--out={out}", "--seed=1")
+    assert not np.array_equal(np.load(out)["images"], images[:3])
+    result = launch("--mode=sample", f"--workdir={trained}", f"--out={tmp_path}/drawn.png")
+    assert result.returncode == 0
+    with Image.open(tmp_path / "drawn.png") as image:
+        assert image.size[0] > 8 * 8
+
+
+def test_without_mnist_the_digits_take_its_place_and_nothing_calls_them_mnist(launch, tmp_path):
+    start = time.perf_counter()
+    result = launch("--experiment=vae_mnist", "--debug", "--workdir=run")
+    assert result.returncode == 0, result.stderr
+    assert time.perf_counter() - start < 60
+    # Loudly, at the start and at the end.
+    assert result.stderr.count("NOT mnist, which is not at hand, but digits") == 2
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert record["data"]["name"] == "digits:28"
+    assert record["data_asked_for"] == "mnist"
+    assert "NOT mnist" in summary["data_note"]
+    assert "MNIST" not in summary["data"]
+    assert "MNIST" not in result.stdout
+
+
+def test_strict_data_makes_the_missing_set_an_error(launch, tmp_path):
+    result = launch("--experiment=vae_mnist", "--debug", "--strict_data", "--workdir=run")
+    expect_one_line(result, "data set mnist is not prepared")
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_lists_experiments_and_their_fields_at_once(launch):
+    start = time.perf_counter()
+    result = launch("--help")
+    assert time.perf_counter() - start < 3
+    assert result.returncode == 0
+    for path in pathlib.Path(__file__).parent.parent.glob("experiments/[a-z]*.py"):
+        assert path.stem in result.stdout
+    result = launch("--experiment=vae_mnist", "--help")
+    assert "--config.latents=int" in result.stdout
+
+
+def expect_one_line(result, says):
+    """One clear line on stderr, exit code 2, no traceback."""
+    assert result.returncode == 2, result.stderr + result.stdout
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert re.search(says, lines[0]), lines[0]
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--experiment=NAME is missing; there are: beta_vae_mnist"),
+        (["--experiment=vae_mnits"], 'no "vae_mnits"; did you mean "vae_mnist"'),
+        (["--experiment="], "--experiment"),
+        (["vae_mnist"], '"vae_mnist" is no flag'),
+        (["--experment=vae_mnist"], 'unknown flag "--experment"; did you mean "experiment"'),
+        ([*DIGITS, "--mode=predict"], 'no "predict"'),
+        ([*DIGITS, "--parallel=magic"], 'no "magic"'),
+        ([*DIGITS, "--seed=seven"], "--seed=seven"),
+        ([*DIGITS, "--seed=-1"], "--seed=-1"),
+        ([*DIGITS, "--debug=perhaps"], "debug"),
+        ([*DIGITS, "--workdir"], "workdir"),
+        ([*DIGITS, "--config.stepps=3"], 'unknown field "--config.stepps"; did you mean "steps"'),
+        ([*DIGITS, "--config.steps=three"], "--config.steps=three: must be a whole number"),
+        ([*DIGITS, "--config.steps=0"], "must be at least 1"),
+        ([*DIGITS, "--config.steps"], "needs a value"),
+        ([*DIGITS, "--config.batch_size=-4"], "must be at least 1"),
+        ([*DIGITS, "--config.learning_rate=nan"], "finite"),
+        ([*DIGITS, "--config.likelihood=poisson"], "must be one of bernoulli, gaussian"),
+        ([*DIGITS, "--config.hidden=32,x"], "must be a whole number"),
+        ([*DIGITS, "--config.shape=9,9,1"], "follows from the data set"),
+        ([*DIGITS, "--config.data=mnits"], 'no data set "mnits"; did you mean "mnist"'),
+        ([*DIGITS, "--config.data=mnist"], "data set mnist is not prepared"),
+        ([*DIGITS, "--config.data=kmnist"], "TFDS needs TensorFlow to prepare it"),
+        ([*DIGITS, "--config.data=folder:/no/such"], 'no folder "/no/such"'),
+        ([*DIGITS, "--config.data=digits:huge"], "size must be a number"),
+        ([*DIGITS, "--config.network=conv", "--config.hidden=4,4,4,4"], "does not divide by 16"),
+        ([*DIGITS, "--workdir=/proc/nothing"], "cannot write to /proc/nothing"),
+        (["--experiment=vae_fashion_mnist", "--debug"], "data set fashion_mnist is not prepared"),
+        (["--mode=sample"], "needs --workdir=DIR or --experiment=NAME"),
+        (["--mode=eval", "--experiment=vae_digits"], "no run in runs/vae_digits; train one"),
+        (["--mode=sample", "--workdir=nowhere"], "no run in nowhere"),
+        ([*DIGITS, "--num_samples=3"], "--num_samples goes with --mode=sample"),
+        (["--mode=sample", "--workdir=x", "--num_samples=0"], "--num_samples=0"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(launch, arguments, says):
+    expect_one_line(launch(*arguments), says)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--experiment=vae_mnist", "--debug"], "holds a run of vae_digits, not of vae_mnist"),
+        ([*DIGITS, "--config.latents=3"], "latents was 2, is 3"),
+        ([*DIGITS, "--seed=5"], "seed was 0, is 5"),
+        ([*DIGITS, "--config.data=digits:16"], "data name was digits, is digits:16"),
+        ([*DIGITS, "--config.steps=7"], "at step 20 already"),
+        (["--mode=sample", "--steps=10"], "--steps means nothing to this experiment"),
+        (["--mode=sample", "--guidance=2"], "--guidance means nothing"),
+        (["--mode=sample", "--out=x.jpg"], "must end in .png or .npz"),
+        (["--mode=sample", "--out=no/x.png"], "there is no folder no"),
+        (["--mode=eval", "--config.latents=3"], "latents is what the run .* was trained with"),
+        (["--mode=eval", "--experiment=vae_mnist"], "holds a run of vae_digits"),
+    ],
+)
+def test_a_mistake_about_a_run_is_one_line_and_harms_nothing(launch, trained, arguments, says):
+    before = {p: p.read_bytes() for p in trained.glob("*.json*")}
+    expect_one_line(launch(*arguments, f"--workdir={trained}"), says)
+    assert {p: p.read_bytes() for p in trained.glob("*.json*")} == before
+
+
+def test_a_run_without_a_checkpoint_is_said(launch, trained, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_bytes((trained / "config.json").read_bytes())
+    expect_one_line(launch("--mode=sample", "--workdir=run"), "no checkpoint in run yet")
+
+
+def test_a_damaged_config_is_said(launch, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"experiment": "vae_')
+    expect_one_line(launch("--mode=eval", "--workdir=run"), "config.json is damaged")
+
+
+def test_own_images_train_with_one_flag(launch, tmp_path):
+    for i in range(40):
+        pixels = np.random.default_rng(i).integers(0, 256, (12, 8), np.uint8)
+        folder = tmp_path / "own" / ("a" if i % 2 else "b")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    result = launch(*DIGITS, "--config.data=folder:own", "--workdir=run")
+    assert result.returncode == 0, result.stderr
+    assert "folder own" in result.stdout

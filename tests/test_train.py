@@ -1,0 +1,320 @@
+"""The loop: one program, one result, whatever interrupts it."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, user_environment
+
+from ddpm_jax import parallel, train
+from ddpm_jax.checkpoint import open_checkpoints
+from ddpm_jax.config import MAY_CHANGE, Training, marked
+from ddpm_jax.data import loader
+from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.keys import TRAIN, example_keys, purpose_key
+from ddpm_jax.nn import likelihood
+from ddpm_jax.nn.vae import VAE
+from ddpm_jax.rundir import open_run
+from ddpm_jax.tasks import Evaluation, Request, Task, vae_task
+from experiments import vae_digits
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return loader.load("digits")
+
+
+def small(**changes):
+    config = dataclasses.replace(vae_digits.Config(), **vae_digits.DEBUG)
+    return dataclasses.replace(config, batch_size=16, **changes)
+
+
+def batch_of(data, size, start=0):
+    rows = slice(start, start + size)
+    return loader.Batch(data.train.images[rows], data.train.labels[rows], np.arange(size))
+
+
+def bind(task, config, seed=0):
+    return lambda state, batch: train.train_step(task, config, seed, state, batch)
+
+
+def fit(config, data, workdir, task=None, seed=0):
+    task = task or vae_digits.build(config)
+    record = {"experiment": "test", "config": dataclasses.asdict(config), "seed": seed, "data": {}}
+    run = open_run(workdir, record, marked(config, MAY_CHANGE))
+    checkpoints = open_checkpoints(workdir / "checkpoints")
+    try:
+        run = run.at(checkpoints.newest() or 0)
+        return train.fit(task, config, data, run, checkpoints, seed)
+    finally:
+        checkpoints.close()
+        run.close()
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_one_batch_is_overfitted(digits, conv):
+    config = dataclasses.replace(small(), learning_rate=3e-3, ema_half_life=0.0, decay="none")
+    net = VAE((8, 8, 1), 16, (16, 32) if conv else (128,), conv=conv)
+    p_x = likelihood.gaussian(17, std=0.1)
+    task = vae_task(net, p_x, beta=0.0, eval_batch=16, iwae_images=1)
+    batch = batch_of(digits, 16)
+    state = train.init_state(task, config, batch, 0)
+    step = jax.jit(bind(task, config))
+    losses = []
+    for _ in range(600):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    # The error is of the size of the dequantisation noise: a bin's width / sqrt(12).
+    mse = (2 * losses[-1] / 64 - np.log(2 * np.pi * 0.1**2)) * 0.1**2
+    assert mse < 2 * (2 / 17) ** 2 / 12
+
+
+def test_the_train_step_compiles_once(digits, tmp_path):
+    traces = []
+    config = small(steps=43, log_every=7, eval_every=0, checkpoint_every=10)
+    task = vae_digits.build(config)
+
+    def loss(*arguments, **named):
+        traces.append(1)
+        return task.loss(*arguments, **named)
+
+    fit(config, digits, tmp_path, task._replace(loss=loss))
+    # The calls are of 1 to 5 steps; traced for the shapes and for the loop's body, no more.
+    lengths = {last - first for first, last in train.calls(0, config)}
+    assert len(lengths) > 2
+    assert len(traces) <= 3
+
+
+def test_where_the_calls_are_cut_changes_no_bit(digits, tmp_path):
+    states = []
+    for number, log_every in enumerate((3, 5, 20)):
+        config = small(log_every=log_every, eval_every=0, checkpoint_every=0)
+        states.append(fit(config, digits, tmp_path / str(number)).state)
+    chex.assert_trees_all_equal(states[0], states[1], states[2])
+
+
+def test_metrics_are_means_over_the_steps_since_the_last_line(digits, tmp_path):
+    ones = small(log_every=1, eval_every=0, checkpoint_every=0)
+    fives = small(log_every=5, eval_every=0, checkpoint_every=0)
+    fit(ones, digits, tmp_path / "ones")
+    fit(fives, digits, tmp_path / "fives")
+
+    def lines(name):
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    each = [line["train/loss"] for line in lines("ones")]
+    assert [line["step"] for line in lines("ones")] == list(range(1, 21))
+    for line in lines("fives"):
+        expected = np.mean(each[line["step"] - 5 : line["step"]])
+        assert line["train/loss"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_draws_are_keyed_by_step_and_example():
+    key = purpose_key(0, TRAIN)
+    whole = example_keys(key, 3, jnp.arange(8))
+    part = example_keys(key, 3, jnp.array([6, 2]))
+    chex.assert_trees_all_equal(
+        jax.random.key_data(part), jax.random.key_data(whole)[np.array([6, 2])]
+    )
+    data = jax.random.key_data(jnp.stack([whole, example_keys(key, 4, jnp.arange(8))]))
+    assert len(np.unique(data.reshape(16, -1), axis=0)) == 16
+
+
+def test_eight_devices_train_as_one(digits):
+    assert jax.device_count() == 8
+    config = small()
+    task = vae_digits.build(config)
+    with jax.enable_x64(True):
+        start = train.init_state(task, config, batch_of(digits, 100), 0)
+        start = jax.tree.map(
+            lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a, start
+        )
+        alone = jax.jit(bind(task, config))
+        spread = parallel.make("jit")
+        together = spread.compile(bind(task, config))
+        one, many = start, spread.place(start)
+        for step in range(20):
+            batch = batch_of(digits, 16, 16 * step)
+            one, a = alone(one, batch)
+            many, b = together(many, spread.shard(batch))
+            chex.assert_trees_all_close(a, b, rtol=1e-10)
+        chex.assert_trees_all_close(one.params, jax.device_get(many.params), rtol=1e-8, atol=1e-8)
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused():
+    with pytest.raises(UserError, match="does not divide over 8 devices"):
+        parallel.check_batch(parallel.make("jit"), 12)
+
+
+def test_the_average_follows_its_half_life_after_the_warm_up():
+    # Late, a half-life of 1,000 images halves the old average's share in 1,000 images.
+    decay = train.ema_decay(10**6, 100, 1000.0)
+    assert float(decay) ** 10 == pytest.approx(0.5, rel=1e-5)
+    # Early, it is 5 % of the images seen.
+    assert float(train.ema_decay(10, 100, 1e9)) == pytest.approx(0.5 ** (1 / 0.5), rel=1e-5)
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    config = Training(learning_rate=0.5, warmup=10, decay="cosine", steps=100)
+    params = {"x": jnp.zeros(1)}
+    optimizer = train.optimizer(config)
+    state = optimizer.init(params)
+    sizes = []
+    for _ in range(100):  # Adam's step under a constant gradient is the learning rate
+        updates, state = optimizer.update({"x": jnp.ones(1)}, state, params)
+        sizes.append(-float(updates["x"][0]))
+    expected = [
+        0.5 * min(1, (i + 1) / 10) * 0.5 * (1 + np.cos(np.pi * i / 100)) for i in range(100)
+    ]
+    np.testing.assert_allclose(sizes, expected, rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(digits, tmp_path):
+    """The weight falls by 1 a step (Adam's, under a constant gradient), into a bad logarithm."""
+
+    def loss(params, fixed, batch, keys, *, train, gather):
+        size = len(batch.images)
+        value = params["w"] + 0 * jnp.log(params["w"] + 12.5)
+        return jnp.full(size, value), {}, {}
+
+    task = Task(
+        init=lambda key, batch: ({"w": jnp.zeros(())}, {}),
+        loss=loss,
+        update=lambda fixed, statistics: fixed,
+        evaluate=lambda *_, **__: Evaluation({"test/loss": 0.0}, {}),
+        sample=lambda params, fixed, keys, request: None,
+    )
+    config = dataclasses.replace(
+        small(checkpoint_every=4), learning_rate=1.0, decay="none", warmup=0
+    )
+    with pytest.raises(RunError, match=r"loss is nan at step 14;.* of step 12"):
+        fit(config, digits, tmp_path, task)
+    checkpoints = open_checkpoints(tmp_path / "checkpoints", read_only=True)
+    assert checkpoints.newest() == 12
+    checkpoints.close()
+
+
+def test_an_image_is_the_same_in_any_batch(digits):
+    config = small()
+    task = vae_digits.build(config)
+    params = train.init_state(task, config, batch_of(digits, 100), 0).params
+    keys = example_keys(purpose_key(0, TRAIN), 0, jnp.arange(64))
+    many = task.sample(params, {}, keys, Request())
+    few = task.sample(params, {}, keys[:8], Request())
+    np.testing.assert_allclose(many[7], few[7], atol=1e-6)
+
+
+# Interruptions, of a real process.
+
+COMMAND = [
+    sys.executable, str(ROOT / "launch.py"), "--experiment=vae_digits", "--debug",
+    "--config.steps=400", "--config.checkpoint_every=20", "--config.eval_every=50",
+    "--config.log_every=10", "--config.eval_batch=180",
+]  # fmt: skip
+
+
+def start(workdir):
+    log = (workdir.parent / f"{workdir.name}.log").open("a")
+    return subprocess.Popen(
+        [*COMMAND, f"--workdir={workdir}"], env=user_environment(), stdout=log, stderr=log
+    )
+
+
+def wait_for(condition, process, timeout=60.0):
+    begun = time.monotonic()
+    while not condition() and process.poll() is None and time.monotonic() - begun < timeout:
+        time.sleep(0.02)
+
+
+def finish(workdir):
+    process = start(workdir)
+    assert process.wait(timeout=180) == 0, (workdir.parent / f"{workdir.name}.log").read_text()
+
+
+def steps_of(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def end_of(workdir):
+    """(parameters' bytes, metrics file) of a finished run."""
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(), host=ocp.args.JsonRestore())
+        state = manager.restore(400, args=args).state
+    arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+    return arrays, (workdir / "metrics.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    finish(workdir)
+    return end_of(workdir)
+
+
+def kill_and_resume(workdir, uninterrupted, moments):
+    for lines, delay in moments:
+        process = start(workdir)
+        enough = steps_of(workdir) + lines
+        wait_for(lambda enough=enough: steps_of(workdir) >= enough, process)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+    finish(workdir)
+    arrays, metrics = end_of(workdir)
+    assert arrays == uninterrupted[0]
+    assert metrics == uninterrupted[1]
+
+
+def test_a_killed_run_started_again_ends_bit_identical(tmp_path, uninterrupted):
+    kill_and_resume(tmp_path / "run", uninterrupted, [(9, 0.0)])
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_ends_bit_identical(tmp_path, uninterrupted):
+    rng = random.Random(os.urandom(8))
+    moments = [(rng.randint(0, 3), rng.uniform(0, 0.3)) for _ in range(20)]
+    print(moments)
+    kill_and_resume(tmp_path / "run", uninterrupted, moments)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_a_run_writes_a_checkpoint_and_exits_cleanly(number, tmp_path, uninterrupted):
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    wait_for(lambda: steps_of(workdir) >= 5, process)
+    process.send_signal(number)
+    asked = time.monotonic()
+    assert process.wait(timeout=60) == 0
+    assert time.monotonic() - asked < 30
+    log = (tmp_path / "run.log").read_text()
+    assert "stopped at step" in log
+    assert "Traceback" not in log
+    finish(workdir)
+    assert end_of(workdir) == uninterrupted
+
+
+def test_a_second_process_on_one_directory_is_refused_and_the_first_unharmed(
+    tmp_path, uninterrupted, launch
+):
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    wait_for(lambda: steps_of(workdir) >= 2, process)
+    second = launch(*COMMAND[2:], f"--workdir={workdir}")
+    assert second.returncode == 2
+    assert "another process is training in" in second.stderr
+    assert process.wait(timeout=120) == 0
+    assert end_of(workdir) == uninterrupted
