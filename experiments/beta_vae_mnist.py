@@ -22,7 +22,7 @@ DEBUG = vae_mnist.DEBUG | {"steps": 10, "betas": (0.25, 4.0)}
 class Config(vae_mnist.Config):
     """See `python launch.py --experiment=beta_vae_mnist --help`; `beta` itself is not used."""
 
-    steps: Length = 4000
+    steps: Length = 2000
     eval_every: Interval = 0
     iwae_images: Length = 200
     betas: tuple[NonNegative, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)

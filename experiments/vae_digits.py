@@ -17,9 +17,10 @@ class Config(vae_mnist.Config):
     """See `python launch.py --experiment=vae_digits --help`."""
 
     data: str = "digits"
-    steps: Length = 4000
+    steps: Length = 2000
+    batch_size: Count = 128
     ema_half_life: NonNegative = 20_000.0
-    eval_every: Interval = 1000
+    eval_every: Interval = 500
     checkpoint_every: Interval = 1000
     latents: Count = 2  # so that the plane can be drawn
     hidden: tuple[Count, ...] = (256, 256)

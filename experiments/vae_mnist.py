@@ -23,17 +23,18 @@ class Config(Training):
     """See `python launch.py --experiment=vae_mnist --help`."""
 
     data: str = "mnist"
-    steps: Length = 15_000
-    batch_size: Count = 128
+    steps: Length = 7500
+    batch_size: Count = 256
     learning_rate: Positive = 3e-3
-    warmup: Annotated[int, AtLeast(0)] = 200
+    warmup: Annotated[int, AtLeast(0)] = 500
     decay: Literal["none", "cosine"] = "cosine"
     beta2: float = 0.99
-    ema_half_life: NonNegative = 45_000.0
-    eval_every: Interval = 3000
-    checkpoint_every: Interval = 1000
+    weight_decay: NonNegative = 0.02
+    ema_half_life: NonNegative = 90_000.0
+    eval_every: Interval = 2500
+    checkpoint_every: Interval = 500
     steps_per_call: Count = 50
-    latents: Count = 50
+    latents: Count = 40
     hidden: tuple[Count, ...] = (500, 500)
     network: Literal["mlp", "conv"] = "mlp"
     likelihood: Literal["bernoulli", "gaussian", "gaussian_learned"] = "bernoulli"
