@@ -1,0 +1,269 @@
+"""Noise schedules: logsnr as a decreasing function of time, and its inverse.
+
+    logsnr(t) = log(alpha(t)^2 / sigma(t)^2),  t in [0, 1],  1 is pure noise             (1)
+    of a table of betas, at t = i / T:  logit(alpha_bar_i),  alpha_bar_i = prod_j (1 - beta_j)  (2)
+
+Which steps a sampler takes is a grid of logsnr, made here once and given to it.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Scalar = Float[Array, ""]
+Spacing = Literal["leading", "trailing", "linspace", "quadratic", "logsnr", "rho7"]
+
+
+class Schedule(NamedTuple):
+    """logsnr: t in [0, 1] -> logsnr, decreasing; time: its inverse; steps: T of a table."""
+
+    logsnr: Callable[..., Array]
+    time: Callable[..., Array]
+    steps: int | None = None
+
+
+def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> np.ndarray:
+    """Betas rising linearly (Ho et al. 2020, sec. 4): float64 [steps]."""
+    return np.linspace(first, last, steps)
+
+
+def cosine_betas(steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> np.ndarray:
+    """Betas of a squared cosine (Nichol & Dhariwal 2021, eq. 17): float64 [steps].
+
+    alpha_bar(t) = cos^2((t + offset) / (1 + offset) pi / 2);
+    beta_i = 1 - alpha_bar(i / T) / alpha_bar((i - 1) / T), at most `max_beta`
+    """
+    t = np.arange(steps + 1) / steps
+    alpha_bars = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bars[1:] / alpha_bars[:-1], max_beta)
+
+
+def log_alpha_bars(betas: np.ndarray) -> np.ndarray:
+    """log alpha_bar_i for i = 0 ... T, eq. (2), in float64: [T + 1]."""
+    return np.concatenate([[0.0], np.cumsum(np.log1p(-np.asarray(betas, np.float64)))])
+
+
+def from_betas(betas: np.ndarray) -> Schedule:
+    """The schedule of a table of betas, eq. (2); logsnr(0) = +inf.
+
+    Both directions round to the nearest step.
+
+    Raises:
+      ValueError: a beta is not between 0 and 1.
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
+        raise ValueError("betas must be a list of numbers between 0 and 1, both excluded")
+    steps = len(betas)
+    log_bars = log_alpha_bars(betas)
+    with np.errstate(divide="ignore"):
+        table = log_bars - np.log(-np.expm1(log_bars))  # 1 - alpha_bar cancels; this does not
+    middles = (table[1:-1] + table[2:]) / 2  # between steps 1 and 2, 2 and 3, ...
+
+    def logsnr(t):
+        step = jnp.clip(jnp.round(jnp.asarray(t) * steps), 0, steps).astype(jnp.int32)
+        return jnp.asarray(table)[step]
+
+    def time(logsnr):
+        logsnr = jnp.asarray(logsnr)
+        # Decreasing, so searched with the sign turned; +inf alone is step 0.
+        step = 1 + jnp.searchsorted(jnp.asarray(-middles), -logsnr)
+        return jnp.where(jnp.isposinf(logsnr), 0, step) / steps
+
+    return Schedule(logsnr, time, steps)
+
+
+def linear(lowest: float = -15.0, highest: float = 15.0) -> Schedule:
+    """logsnr falls linearly (Kingma et al. 2021, fig. 2's start)."""
+    return Schedule(
+        lambda t: highest + t * (lowest - highest),
+        lambda logsnr: (logsnr - highest) / (lowest - highest),
+    )
+
+
+def cosine(lowest: float = -15.0, highest: float = 15.0) -> Schedule:
+    """alpha = cos(pi t' / 2), cut to a range of logsnr (Kingma & Gao 2023, app. D.2).
+
+    logsnr = -2 log tan(a + t (b - a)),  tan(a) = exp(-highest / 2),  tan(b) = exp(-lowest / 2)
+    """
+    a, b = np.arctan(np.exp(-0.5 * highest)), np.arctan(np.exp(-0.5 * lowest))
+    c = np.arctan(np.exp(0.5 * lowest))  # pi / 2 - b, which would cancel
+
+    def logsnr(t):
+        # tan(angle) from the nearer end, so that neither end cancels in float32.
+        up, down = a + t * (b - a), c + (1 - t) * (b - a)
+        near_noise = -jnp.log(jnp.tan(jnp.where(t > 0.5, down, 1.0)))
+        return -2 * jnp.where(t > 0.5, near_noise, jnp.log(jnp.tan(jnp.where(t > 0.5, 1.0, up))))
+
+    def time(logsnr):
+        from_data = jnp.arctan(jnp.exp(-0.5 * logsnr)) - a
+        from_noise = jnp.arctan(jnp.exp(0.5 * logsnr)) - c
+        return jnp.where(logsnr > 0, from_data / (b - a), 1 - from_noise / (b - a))
+
+    return Schedule(logsnr, time)
+
+
+def sigmoid(
+    start: float = -3.0, end: float = 3.0, tau: float = 1.0,
+    lowest: float = -15.0, highest: float = 15.0,
+) -> Schedule:  # fmt: skip
+    """alpha_bar is a falling sigmoid (Jabri et al. 2023, alg. 1), cut to a range of logsnr.
+
+    alpha_bar(u) = (S(end) - S(u)) / (S(end) - S(start)), S(u) = 1 / (1 + exp(-u / tau)), so
+    logsnr = log sinh(e) - log sinh(d) + constant with d = (u - start) / 2 tau and
+    e = (end - u) / 2 tau, which cancels nowhere.
+    """
+    width = (end - start) / tau
+    shift = float(np.log(np.cosh(0.5 * start / tau)) - np.log(np.cosh(0.5 * end / tau)))
+
+    def distance(log_ratio, xp):
+        """2 d of log_ratio = log(sinh(e) / sinh(d)), d + e = width / 2; 2 e of its negative."""
+        return 2 * xp.arctanh(np.sinh(width / 2) / (xp.exp(log_ratio) + np.cosh(width / 2)))
+
+    near, rest = (float(distance(end, np)) for end in (highest - shift, shift - lowest))
+    length = float(distance(lowest - shift, np)) - near
+
+    def logsnr(t):
+        d, e = near + t * length, rest + (1 - t) * length
+        return jnp.log(jnp.sinh(0.5 * e)) - jnp.log(jnp.sinh(0.5 * d)) + shift
+
+    def time(logsnr):
+        from_data = (distance(logsnr - shift, jnp) - near) / length
+        from_noise = (distance(shift - logsnr, jnp) - rest) / length
+        return jnp.where(logsnr > shift, from_data, 1 - from_noise)
+
+    return Schedule(logsnr, time)
+
+
+def shifted(schedule: Schedule, factor: float) -> Schedule:
+    """`schedule` with alpha / sigma times `factor` (Hoogeboom et al. 2023, eq. 3).
+
+    For images of a side times k larger than those the schedule was made for, 1 / k.
+    """
+    change = 2 * float(np.log(factor))
+    return Schedule(
+        lambda t: schedule.logsnr(t) + change,
+        lambda logsnr: schedule.time(logsnr - change),
+        schedule.steps,
+    )
+
+
+def edm(
+    mean: float = -1.2, std: float = 1.2, lowest: float = 0.002, highest: float = 80.0
+) -> Schedule:
+    """EDM's training distribution: with t uniform, log(sigma / alpha) ~ N(mean, std^2).
+
+    Cut to sigma / alpha between `lowest` and `highest` (Karras et al. 2022, table 1).
+    """
+    low = float(jax.scipy.special.ndtr((np.log(lowest) - mean) / std))
+    high = float(jax.scipy.special.ndtr((np.log(highest) - mean) / std))
+
+    def logsnr(t):
+        return -2 * (mean + std * jax.scipy.special.ndtri(low + t * (high - low)))
+
+    def time(logsnr):
+        return (jax.scipy.special.ndtr((-0.5 * logsnr - mean) / std) - low) / (high - low)
+
+    return Schedule(logsnr, time)
+
+
+def learned_init(
+    key: Array, width: int = 64, lowest: float = -5.0, highest: float = 13.3
+) -> dict[str, Array]:
+    """Parameters of a `learned` schedule that starts linear between the two ends."""
+    first, second = jax.random.split(key)
+    return {
+        "ends": jnp.array([highest, lowest]),
+        "slope": jnp.zeros(()),
+        "inner": jax.random.normal(first, (2, width)),
+        "outer": jax.random.normal(second, (width,)) - 4.0,
+    }
+
+
+def learned(params: dict[str, Array]) -> Schedule:
+    """VDM's monotone network, learned with its two ends (Kingma et al. 2021, app. H).
+
+    f(t) = softplus(slope) t + sum_j softplus(outer_j) S(softplus(inner_j) t + bias_j);
+    logsnr = highest + (lowest - highest) (f(t) - f(0)) / (f(1) - f(0)).  Its inverse is found
+    by bisection.
+    """
+    highest, lowest = params["ends"]
+    rate, bias = jax.nn.softplus(params["inner"][0]), params["inner"][1]
+
+    def rise(t):
+        t = jnp.asarray(t)[..., None]
+        steps = jax.nn.softplus(params["outer"]) * jax.nn.sigmoid(rate * t + bias)
+        return jax.nn.softplus(params["slope"]) * t[..., 0] + steps.sum(-1)
+
+    def logsnr(t):
+        share = (rise(t) - rise(0.0)) / (rise(1.0) - rise(0.0))
+        return highest + (lowest - highest) * share
+
+    def time(value):
+        def halve(_, ends):
+            low, high = ends
+            middle = (low + high) / 2
+            above = logsnr(middle) > value
+            return jnp.where(above, middle, low), jnp.where(above, high, middle)
+
+        value = jnp.asarray(value)
+        ends = jnp.zeros_like(value), jnp.ones_like(value)
+        low, high = jax.lax.fori_loop(0, 40, halve, ends)
+        return (low + high) / 2
+
+    return Schedule(logsnr, time)
+
+
+def grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Float[Array, "grid"]:
+    """The logsnr that a sampler of `steps` steps visits, from noise to data: [steps + 1].
+
+    The last entry is +inf, the clean data, so a one-evaluation sampler costs `steps`
+    evaluations.  Of a T-step table, in steps 1 ... T, with T = 1000 and `steps` = 10:
+
+    leading    901, 801, ..., 1: every T/steps-th step, from the data's end
+    trailing   1000, 900, ..., 100: the same from the noise's end
+    linspace   1000, 889, ..., 1: both ends
+    quadratic  801, 633, ..., 1: squares up to 0.8 T (Song et al. 2021, app. D.2, its code)
+    logsnr     uniform in logsnr between both ends
+    rho7       uniform in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5)
+
+    Raises:
+      ValueError: no steps, more than the table has, or an unknown spacing.
+    """
+    total = schedule.steps
+    if steps < 1:
+        raise ValueError(f"a sampler needs at least 1 step, not {steps}")
+    if total is not None and steps > total:
+        raise ValueError(f"the schedule has {total} steps, fewer than {steps}")
+    first = 1 / total if total else 0.0  # the cleanest time
+    down = np.arange(steps)[::-1]
+    if spacing == "leading":
+        times = down * (total // steps) / total + first if total else down / steps
+    elif spacing == "trailing":
+        times = np.arange(steps, 0, -1) / steps
+        times = np.round(times * total) / total if total else times
+    elif spacing == "linspace":
+        times = np.linspace(1.0, first, steps)
+        times = np.round(times * total) / total if total else times
+    elif spacing == "quadratic":
+        scale = total or 1000
+        times = np.linspace(0, np.sqrt(0.8 * scale), steps) ** 2
+        if total:  # whole steps, none twice
+            times = np.maximum(times.astype(int), np.arange(steps)) + 1
+        times = times[::-1] / scale
+    elif spacing in ("logsnr", "rho7"):
+        high, low = (schedule.logsnr(jnp.asarray(end)) for end in (first, 1.0))
+        share = jnp.linspace(0.0, 1.0, steps)
+        if spacing == "logsnr":
+            inner = low + share * (high - low)
+        else:
+            noisy, clean = jnp.exp(-0.5 * low / 7), jnp.exp(-0.5 * high / 7)
+            inner = -14 * jnp.log(noisy + share * (clean - noisy))
+        return jnp.append(inner, jnp.inf)
+    else:
+        raise ValueError(f"unknown spacing {spacing}")
+    return jnp.append(jax.vmap(schedule.logsnr)(jnp.asarray(times)), jnp.inf)

@@ -1,0 +1,597 @@
+"""Diffusion's maths against closed forms and exact denoisers.
+
+The oracles: of data N(mean, std^2) the best prediction of x0 is known at every logsnr, so
+every sampler, bound and schedule has a right answer without training anything.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from ddpm_jax import elbo, guidance, loss, prediction, process, sampler, schedule
+from ddpm_jax.prediction import Prediction
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+SCHEDULES = {
+    "linear_betas": lambda: schedule.from_betas(schedule.linear_betas()),
+    "cosine_betas": lambda: schedule.from_betas(schedule.cosine_betas()),
+    "few betas": lambda: schedule.from_betas(np.array([0.1, 0.2, 0.5, 0.9])),
+    "linear": schedule.linear,
+    "cosine": schedule.cosine,
+    "sigmoid": schedule.sigmoid,
+    "sigmoid 0 3 0.3": lambda: schedule.sigmoid(0.0, 3.0, 0.3),
+    "shifted": lambda: schedule.shifted(schedule.cosine(), 0.5),
+    "shifted betas": lambda: schedule.shifted(schedule.from_betas(schedule.linear_betas()), 0.5),
+    "edm": schedule.edm,
+    "learned": lambda: schedule.learned(schedule.learned_init(jax.random.key(0))),
+}
+
+
+@pytest.fixture(params=SCHEDULES)
+def any_schedule(request):
+    return SCHEDULES[request.param]()
+
+
+def gaussian(mean, std):
+    """The exact denoiser of N(mean, std^2): x0 = E[x_0 | x_t]."""
+
+    def denoise(xt, logsnr):
+        alpha, sigma = process.alpha_sigma(logsnr)
+        gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
+        x0 = mean + gain * (xt - alpha * mean)
+        return Prediction(x0, (xt - alpha * x0) / sigma)
+
+    return denoise
+
+
+# Schedules.
+
+
+def test_a_schedule_falls_and_is_inverted(any_schedule):
+    steps = any_schedule.steps
+    t = jnp.arange(1, steps + 1) / steps if steps else jnp.linspace(0.001, 0.999, 500)
+    logsnr = any_schedule.logsnr(t)
+    assert (jnp.diff(logsnr) < 0).all()
+    np.testing.assert_allclose(any_schedule.time(logsnr), t, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid", "sigmoid 0 3 0.3"])
+def test_a_continuous_schedule_reaches_its_ends_in_float32(name):
+    with jax.enable_x64(False):
+        made = SCHEDULES[name]()
+        ends = made.logsnr(jnp.array([0.0, 1.0]))
+        np.testing.assert_allclose(ends, [15, -15], rtol=1e-5)
+        np.testing.assert_allclose(made.time(ends), [0, 1], atol=1e-5)
+
+
+def test_linear_betas_are_hos():
+    betas = schedule.linear_betas()
+    assert betas.dtype == np.float64
+    assert np.exp(schedule.log_alpha_bars(betas)[-1]) == pytest.approx(4.0358e-5, rel=1e-4)
+    made = schedule.from_betas(betas)
+    two, one = made.logsnr(2 / 1000), made.logsnr(1 / 1000)
+    _, variance = process.q_posterior(jnp.zeros(()), jnp.zeros(()), two, one)
+    assert variance == pytest.approx(5.4532e-5, rel=1e-4)
+    assert made.logsnr(0.0) == jnp.inf
+    assert made.time(jnp.inf) == 0
+
+
+def test_a_table_rounds_to_the_nearest_step():
+    made = schedule.from_betas(schedule.linear_betas())
+    assert made.logsnr(0.5004) == made.logsnr(0.5)
+    assert made.logsnr(0.5006) == made.logsnr(0.501)
+    middle = (made.logsnr(0.5) + made.logsnr(0.501)) / 2
+    assert made.time(middle + 1e-6) == pytest.approx(0.5)
+    assert made.time(middle - 1e-6) == pytest.approx(0.501)
+
+
+def test_cosine_betas_follow_their_alpha_bar_until_they_are_cut():
+    bars = np.exp(schedule.log_alpha_bars(schedule.cosine_betas()))
+    t = np.arange(1000) / 1000
+    expected = (np.cos((t + 0.008) / 1.008 * np.pi / 2) / np.cos(0.008 / 1.008 * np.pi / 2)) ** 2
+    np.testing.assert_allclose(bars[:-1], expected, rtol=1e-9)
+    assert schedule.cosine_betas().max() == 0.999
+
+
+def test_sigmoid_is_its_formula():
+    made = schedule.sigmoid(-3.0, 3.0, 0.9)
+    u = np.linspace(-2.5, 2.5, 20)  # the formula's own time, from start to end
+    curve = lambda x: 1 / (1 + np.exp(-x / 0.9))  # noqa: E731
+    bars = (curve(3) - curve(u)) / (curve(3) - curve(-3))
+    times = made.time(jnp.asarray(np.log(bars / (1 - bars))))
+    assert np.ptp(np.diff(times)) < 1e-9  # its time is linear in ours
+
+
+def test_edm_draws_log_sigma_from_its_normal():
+    made = schedule.edm()
+    log_sigma = -0.5 * made.logsnr(jnp.linspace(0.0, 1.0, 100_001)[1:-1])
+    assert log_sigma.mean() == pytest.approx(-1.2, abs=2e-3)
+    assert log_sigma.std() == pytest.approx(1.2, abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "expected"),
+    [
+        ("leading", [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]),
+        ("trailing", [1000, 900, 800, 700, 600, 500, 400, 300, 200, 100]),
+        ("linspace", [1000, 889, 778, 667, 556, 445, 334, 223, 112, 1]),
+        ("quadratic", [801, 633, 484, 356, 247, 159, 89, 40, 10, 1]),
+    ],
+)
+def test_a_grid_of_ten_steps_visits_the_steps_of_the_paper(spacing, expected):
+    made = schedule.from_betas(schedule.linear_betas())
+    found = schedule.grid(made, 10, spacing)
+    assert found[-1] == jnp.inf
+    np.testing.assert_allclose(found[:-1], made.logsnr(jnp.array(expected) / 1000))
+
+
+@pytest.mark.parametrize(
+    "spacing", ["leading", "trailing", "linspace", "quadratic", "logsnr", "rho7"]
+)
+@pytest.mark.parametrize("steps", [1, 30])
+def test_a_grid_rises_to_the_clean_data(any_schedule, spacing, steps):
+    if any_schedule.steps is not None and steps > any_schedule.steps:
+        with pytest.raises(ValueError, match=f"has {any_schedule.steps} steps"):
+            schedule.grid(any_schedule, steps, spacing)
+        return
+    found = schedule.grid(any_schedule, steps, spacing)
+    assert found.shape == (steps + 1,)
+    assert (jnp.diff(found) > 0).all()
+    assert jnp.isfinite(found[:-1]).all()
+    assert found[-1] == jnp.inf
+
+
+def test_a_grid_of_no_steps_is_refused():
+    with pytest.raises(ValueError, match="at least 1 step"):
+        schedule.grid(schedule.linear(), 0)
+
+
+# The process and its posterior.
+
+
+def test_alpha_and_sigma_are_right_at_both_ends():
+    logsnr = jnp.array([-jnp.inf, -900.0, 0.0, 900.0, jnp.inf])
+    alpha, sigma = process.alpha_sigma(logsnr)
+    half = 0.5**0.5
+    chex.assert_trees_all_close(alpha, jnp.array([0, np.exp(-450), half, 1, 1]))
+    chex.assert_trees_all_close(sigma, jnp.array([1, 1, half, np.exp(-450), 0]))
+
+
+def test_the_posterior_is_hos_beta_form():
+    betas = schedule.linear_betas()
+    bars = np.concatenate([[1], np.cumprod(1 - betas)])
+    made = schedule.from_betas(betas)
+    x0, xt = jnp.array([0.3, -0.8]), jnp.array([1.1, 0.2])
+    for step in (1, 2, 10, 500, 1000):
+        beta, bar, before = betas[step - 1], bars[step], bars[step - 1]
+        mean = np.sqrt(before) * beta / (1 - bar) * x0
+        mean += np.sqrt(1 - beta) * (1 - before) / (1 - bar) * xt
+        variance = (1 - before) / (1 - bar) * beta
+        times = made.logsnr(step / 1000), made.logsnr((step - 1) / 1000)
+        found = process.q_posterior(x0, xt, *times)
+        chex.assert_trees_all_close(found[0], mean, rtol=1e-8)
+        assert found[1] == pytest.approx(variance, rel=1e-8, abs=1e-30)
+        assert process.step_beta(*times) == pytest.approx(beta, rel=1e-8)
+
+
+def test_the_posterior_composes_to_the_marginal():
+    """x_t ~ q(x_t | x_0), then x_s ~ q(x_s | x_t, x_0), is x_s ~ q(x_s | x_0)."""
+    t, s = jnp.asarray(-1.3), jnp.asarray(0.8)
+    x0 = jnp.asarray(0.7)
+    alpha_t, sigma_t = process.alpha_sigma(t)
+    alpha_s, sigma_s = process.alpha_sigma(s)
+    at = lambda xt: process.q_posterior(x0, xt, t, s)  # noqa: E731
+    slope = at(jnp.asarray(1.0))[0] - at(jnp.asarray(0.0))[0]
+    mean, variance = at(alpha_t * x0)
+    assert mean == pytest.approx(float(alpha_s * x0))
+    assert slope**2 * sigma_t**2 + variance == pytest.approx(float(sigma_s**2))
+
+
+def test_the_posterior_at_the_data_is_the_data_and_at_noise_is_finite():
+    x0, xt = jnp.array([0.5]), jnp.array([-2.0])
+    mean, variance = process.q_posterior(x0, xt, jnp.asarray(-3.0), jnp.asarray(jnp.inf))
+    chex.assert_trees_all_close((mean, variance), (x0, jnp.asarray(0.0)))
+    mean, variance = process.q_posterior(x0, xt, jnp.asarray(-jnp.inf), jnp.asarray(1.0))
+    alpha, sigma = process.alpha_sigma(jnp.asarray(1.0))
+    chex.assert_trees_all_close((mean, variance), (alpha * x0, sigma**2))
+
+
+# Predictions.
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+@pytest.mark.parametrize("logsnr", [-8.0, 0.0, 5.0])
+def test_reading_undoes_writing(kind, logsnr):
+    x0, eps = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    logsnr = jnp.asarray(logsnr)
+    xt = process.q_sample(x0, eps, logsnr)
+    out = prediction.write(kind, Prediction(x0, eps), logsnr)
+    chex.assert_trees_all_close(prediction.read(kind, out, xt, logsnr), Prediction(x0, eps))
+
+
+def test_edms_preconditioning_is_v_with_the_sign_turned():
+    x0, eps, out = jax.random.normal(jax.random.key(1), (3, 5))
+    sigma = 2.7  # EDM's: y = x0 + sigma eps
+    y = x0 + sigma * eps
+    denoised = y / (sigma**2 + 1) + sigma / np.sqrt(sigma**2 + 1) * out
+    logsnr = jnp.asarray(-2 * np.log(sigma))
+    xt = process.q_sample(x0, eps, logsnr)
+    chex.assert_trees_all_close(prediction.read("v", -out, xt, logsnr).x0, denoised)
+
+
+def test_clipping_keeps_x0_and_eps_consistent():
+    denoise = prediction.clip_x0(gaussian(0.0, 5.0))
+    xt, logsnr = 4 * jax.random.normal(jax.random.key(2), (3, 7)), jnp.asarray(0.3)
+    found = denoise(xt, logsnr)
+    assert jnp.abs(found.x0).max() == 1
+    chex.assert_trees_all_close(process.q_sample(found.x0, found.eps, logsnr), xt)
+
+
+def test_dynamic_thresholding_never_mixes_images():
+    denoise = prediction.threshold_x0(gaussian(0.0, 5.0), 90.0)
+    xt, logsnr = 4 * jax.random.normal(jax.random.key(3), (3, 7)), jnp.asarray(0.3)
+    together = denoise(xt, logsnr).x0
+    alone = denoise(xt[1:2], logsnr).x0
+    chex.assert_trees_all_close(together[1:2], alone)
+    assert jnp.abs(together).max() <= 1 + 1e-12
+
+
+def test_inpainting_ends_at_what_is_known():
+    known, mask = jnp.linspace(-1, 1, 6)[None], (jnp.arange(6) < 3)[None].astype(float)
+    denoise = prediction.inpaint(gaussian(0.2, 0.5), known, mask)
+    xT = jax.random.normal(jax.random.key(4), (1, 6))
+    keys = jax.random.split(jax.random.key(5), 1)
+    x = sampler.sample(sampler.ancestral(), denoise, schedule.grid(schedule.cosine(), 20), keys, xT)
+    chex.assert_trees_all_close(x[0, :3], known[0, :3])
+    assert jnp.abs(x[0, 3:] - known[0, 3:]).min() > 1e-3
+
+
+# Samplers, with exact denoisers.
+
+DETERMINISTIC = {
+    "ddim": (sampler.ddim, 1),
+    "heun": (sampler.heun, 2),
+    "dpmpp_2m": (sampler.dpmpp_2m, 2),
+    "unipc": (sampler.unipc, 3),  # its corrector adds one
+}
+
+
+def walk(one, denoise, grid, xT, seed=0, **named):
+    keys = jax.random.split(jax.random.key(seed), len(xT))
+    return sampler.sample(one, denoise, grid, keys, xT, **named)
+
+
+def ode_solution(mean, std, x, logsnr_t, logsnr_s):
+    """The probability-flow ODE of N(mean, std^2): (x - alpha mean) / marginal std is kept."""
+    alpha_t, sigma_t = process.alpha_sigma(logsnr_t)
+    alpha_s, sigma_s = process.alpha_sigma(logsnr_s)
+    scale = jnp.sqrt((alpha_s**2 * std**2 + sigma_s**2) / (alpha_t**2 * std**2 + sigma_t**2))
+    return alpha_s * mean + scale * (x - alpha_t * mean)
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_a_samplers_error_falls_with_its_order(name):
+    make, order = DETERMINISTIC[name]
+    mean, std = 0.4, 0.6
+    start, end = jnp.asarray(-6.0), jnp.asarray(6.0)
+    xT = jax.random.normal(jax.random.key(6), (4, 1))
+    exact = ode_solution(mean, std, xT, start, end)
+    counts, errors = np.array([20, 40, 80, 160]), []
+    for steps in counts:
+        grid = jnp.linspace(start, end, steps + 1)  # it ends before +inf, where order drops
+        x = walk(make(), gaussian(mean, std), grid, xT)
+        errors.append(float(jnp.abs(x - exact).max()))
+    slopes = -np.diff(np.log(errors)) / np.diff(np.log(counts))
+    assert abs(slopes[-1] - order) < 0.2, slopes
+
+
+def test_unipc_beats_its_own_predictor():
+    xT = jax.random.normal(jax.random.key(6), (4, 1))
+    grid = jnp.linspace(-6.0, 6.0, 41)
+    exact = ode_solution(0.4, 0.6, xT, grid[0], grid[-1])
+    errors = {
+        name: jnp.abs(walk(DETERMINISTIC[name][0](), gaussian(0.4, 0.6), grid, xT) - exact).max()
+        for name in ("unipc", "dpmpp_2m")
+    }
+    assert errors["unipc"] < errors["dpmpp_2m"]
+
+
+STOCHASTIC = {
+    "ancestral": sampler.ancestral,
+    "ancestral_beta": lambda: sampler.ancestral("beta"),
+    "ddim_eta1": lambda: sampler.ddim(1.0),
+    "dpmpp_2m_sde": sampler.dpmpp_2m_sde,
+    "edm": lambda: sampler.edm(200, noise_scale=1.0),
+}
+
+
+@pytest.mark.parametrize("name", [*STOCHASTIC, *DETERMINISTIC])
+def test_a_sampler_recovers_mean_and_variance(name):
+    mean, std, count = 0.3, 0.5, 20_000
+    make = STOCHASTIC.get(name) or DETERMINISTIC[name][0]
+    grid = schedule.grid(schedule.linear(-9.0, 9.0), 200, "logsnr")
+    xT = jax.random.normal(jax.random.key(7), (count, 1))
+    x = walk(make(), gaussian(mean, std), grid, xT)
+    assert abs(x.mean() - mean) < 4 * std / count**0.5 + 0.003  # + discretisation
+    assert abs(x.std() - std) < 4 * std / (2 * count) ** 0.5 + 0.012
+
+
+@pytest.mark.parametrize("name", sampler.SAMPLERS)
+def test_a_point_mass_is_reached_exactly_without_noise_at_the_end(name):
+    point = jnp.array([[0.5, -0.25, 1.0]])
+
+    def denoise(xt, logsnr):
+        alpha, sigma = process.alpha_sigma(logsnr)
+        x0 = jnp.broadcast_to(point, xt.shape)
+        return Prediction(x0, (xt - alpha * x0) / sigma, jnp.full_like(xt, 0.5))
+
+    for steps in (1, 2, 10):
+        grid = schedule.grid(schedule.from_betas(schedule.linear_betas()), steps)
+        xT = jax.random.normal(jax.random.key(8), (4, 3))
+        x = walk(sampler.SAMPLERS[name](steps), denoise, grid, xT)
+        chex.assert_trees_all_close(x, jnp.broadcast_to(point, x.shape), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sampler.SAMPLERS)
+def test_the_denoiser_is_never_called_at_clean_data_and_as_often_as_promised(name):
+    called = []
+
+    def denoise(xt, logsnr):
+        jax.debug.callback(lambda value: called.append(float(value)), logsnr)
+        return gaussian(0.0, 1.0)(xt, logsnr)._replace(variance_fraction=jnp.zeros_like(xt))
+
+    grid = schedule.grid(schedule.cosine(), 6)
+    walk(sampler.SAMPLERS[name](6), denoise, grid, jnp.ones((2, 1)))
+    jax.effects_barrier()
+    assert np.isfinite(called).all()
+    assert len(called) == (11 if name in ("heun", "edm") else 6)
+
+
+def test_ddim_with_eta_1_is_ancestral():
+    grid = schedule.grid(schedule.from_betas(schedule.linear_betas()), 50)
+    xT = jax.random.normal(jax.random.key(9), (3, 2))
+    one = walk(sampler.ddim(1.0), gaussian(0.1, 0.4), grid, xT)
+    other = walk(sampler.ancestral(), gaussian(0.1, 0.4), grid, xT)
+    chex.assert_trees_all_close(one, other, rtol=1e-9)
+
+
+def test_image_7_of_64_is_image_7_of_8():
+    grid = schedule.grid(schedule.cosine(), 10)
+    xT = jax.random.normal(jax.random.key(10), (64, 2))
+    keys = jax.random.split(jax.random.key(11), 64)
+    for make in (sampler.ancestral(), sampler.dpmpp_2m_sde(), sampler.edm(10)):
+        many = sampler.sample(make, gaussian(0.0, 0.5), grid, keys, xT)
+        few = sampler.sample(make, gaussian(0.0, 0.5), grid, keys[:8], xT[:8])
+        chex.assert_trees_all_close(many[7], few[7])
+
+
+def test_a_trace_starts_at_the_noise_and_ends_at_the_image():
+    grid = schedule.grid(schedule.cosine(), 10)
+    xT = jax.random.normal(jax.random.key(12), (3, 2))
+    x, seen = walk(sampler.ddim(), gaussian(0.1, 0.4), grid, xT, trace=True)
+    chex.assert_shape(seen, (10, 3, 2))
+    chex.assert_trees_all_close(seen.xt[0], xT)
+    chex.assert_trees_all_close(seen.x0[-1], x)
+
+
+def test_inverting_ddim_and_walking_back_returns_the_image():
+    grid = schedule.grid(schedule.cosine(-9.0, 9.0), 500, "logsnr")
+    x0 = jnp.array([[0.3, -0.4]])
+    noise = sampler.invert(gaussian(0.1, 0.4), grid, x0)
+    again = walk(sampler.ddim(), gaussian(0.1, 0.4), grid, noise)
+    chex.assert_trees_all_close(again, x0, atol=0.02)
+
+
+def test_slerp_of_two_noises_is_noise():
+    a, b = jax.random.normal(jax.random.key(13), (2, 10_000))
+    middle = sampler.slerp(a, b, 0.5)
+    assert middle.std() == pytest.approx(1.0, abs=0.03)
+    chex.assert_trees_all_close(sampler.slerp(a, b, 0.0), a)
+
+
+# Guidance.
+
+
+def test_guidance_0_is_unconditional_and_1_conditional():
+    xt, logsnr = jnp.array([[0.3], [1.0]]), jnp.asarray(0.2)
+    one, other = gaussian(1.0, 0.5), gaussian(-1.0, 0.8)
+    for scale, expected in ((0.0, other), (1.0, one)):
+        guided = guidance.classifier_free(one, other, scale)(xt, logsnr)
+        chex.assert_trees_all_close(guided, expected(xt, logsnr))
+    limited = guidance.limited(one, other, -1.0, 1.0)
+    chex.assert_trees_all_close(limited(xt, logsnr), one(xt, logsnr))
+    chex.assert_trees_all_close(limited(xt, jnp.asarray(2.0)), other(xt, jnp.asarray(2.0)))
+
+
+def test_a_guided_prediction_stays_consistent():
+    xt, logsnr = jnp.array([[0.3], [1.0]]), jnp.asarray(0.2)
+    found = guidance.classifier_free(gaussian(1.0, 0.5), gaussian(-1.0, 0.8), 3.0)(xt, logsnr)
+    chex.assert_trees_all_close(process.q_sample(found.x0, found.eps, logsnr), xt)
+
+
+def test_classifier_guidance_by_the_exact_classifier_gives_the_conditional():
+    """Of two Gaussians of one width, p(y | x_t) is known, and scale 1 is Bayes' rule."""
+    means, std = jnp.array([0.8, -0.8]), 0.5
+
+    def log_joint(xt, logsnr):
+        alpha, sigma = process.alpha_sigma(logsnr)
+        spread = jnp.sqrt(alpha**2 * std**2 + sigma**2)
+        return jax.scipy.stats.norm.logpdf(xt, alpha * means, spread)  # [B, 2]
+
+    def mixture(xt, logsnr):
+        share = jax.nn.softmax(log_joint(xt, logsnr))
+        x0 = sum(share[:, i : i + 1] * gaussian(means[i], std)(xt, logsnr).x0 for i in range(2))
+        return prediction.with_x0(Prediction(x0, x0), x0, xt, logsnr)
+
+    guided = guidance.classifier(
+        mixture, lambda xt, logsnr: jax.nn.log_softmax(log_joint(xt, logsnr))[:, 0], 1.0
+    )
+    xt, logsnr = jnp.array([[0.3], [-1.0]]), jnp.asarray(0.2)
+    chex.assert_trees_all_close(guided(xt, logsnr), gaussian(means[0], std)(xt, logsnr))
+
+
+# Bounds.
+
+
+@pytest.mark.parametrize(
+    ("levels", "mean", "std"),
+    [(256, 0.37, 0.01), (256, -1.2, 0.3), (17, 0.9, 0.05), (256, 3.0, 1e-3)],
+)
+def test_the_decoders_probabilities_sum_to_one(levels, mean, std):
+    found = Prediction(jnp.full(1, mean), jnp.zeros(1))
+    values = jnp.linspace(-1, 1, levels)
+    nll = jax.vmap(lambda x: elbo.decoder_nll(found, x[None], std, levels))(values)
+    assert jnp.exp(-nll).sum() == pytest.approx(1.0, abs=1e-9)
+    assert jnp.isfinite(nll).all()
+
+
+def test_the_decoders_nll_is_scipys_and_finite_with_gradients_far_out_in_float32():
+    value = 2 * 77 / 255 - 1
+    found = elbo.decoder_nll(Prediction(jnp.array([0.1]), jnp.zeros(1)), jnp.array([value]), 0.3)
+    normal = scipy.stats.norm(0.1, 0.3)
+    expected = -np.log(normal.cdf(value + 1 / 255) - normal.cdf(value - 1 / 255))
+    assert found == pytest.approx(expected)
+    with jax.enable_x64(False):
+        for x in (-1.0, 1.0, value):
+            far = lambda mean, x=x: elbo.decoder_nll(  # noqa: E731
+                Prediction(mean, mean), jnp.full(1, x, jnp.float32), 0.01
+            )
+            for mean in (-1.0, 1.0, 0.5):
+                nll, slope = jax.value_and_grad(lambda m, far=far: far(m).sum())(jnp.full(1, mean))
+                assert jnp.isfinite(nll)
+                assert jnp.isfinite(slope).all()
+
+
+def test_prior_kl_is_the_gaussians():
+    x0 = jnp.array([0.5, -1.0])
+    logsnr = jnp.asarray(-4.0)
+    alpha, sigma = process.alpha_sigma(logsnr)
+    expected = 0.5 * (alpha**2 * x0**2 + sigma**2 - 1 - jnp.log(sigma**2)).sum()
+    assert elbo.prior_kl(x0, logsnr) == pytest.approx(float(expected))
+
+
+def bound_of_gaussian(steps, x0, std, t_min=1e-3):
+    """sum of L_{t-1} down to t_min, and the continuous bound, with the exact denoiser."""
+    made = schedule.linear(-8.0, 8.0)
+    eps = jnp.asarray(np.random.default_rng(0).normal(size=(4_000,)))
+    data = jnp.full_like(eps, x0)
+    denoise = gaussian(0.0, std)
+    times = jnp.linspace(1.0, t_min, steps + 1)
+
+    def kl(t, s):
+        logsnr_t, logsnr_s = made.logsnr(t), made.logsnr(s)
+        xt = process.q_sample(data, eps, logsnr_t)
+        found = denoise(xt, logsnr_t)
+        # `step_kl` sums over dimensions: here 20,000 draws of one.
+        return elbo.step_kl(found, data, xt, logsnr_t, logsnr_s) / len(eps)
+
+    def integrand(t):
+        logsnr, slope = jax.value_and_grad(made.logsnr)(t)
+        xt = process.q_sample(data, eps, logsnr)
+        return elbo.continuous_kl(denoise(xt, logsnr), eps, slope) / len(eps)
+
+    discrete = jax.vmap(kl)(times[:-1], times[1:]).sum()
+    fine = jnp.linspace(t_min, 1.0, 501)
+    continuous = jnp.trapezoid(jax.vmap(integrand)(fine), fine)
+    return float(discrete), float(continuous)
+
+
+def test_the_discrete_bound_falls_to_the_continuous_one():
+    errors = []
+    for steps in (50, 200, 800):
+        discrete, continuous = bound_of_gaussian(steps, 0.4, 0.5)
+        errors.append(discrete - continuous)
+    assert errors[0] > errors[1] > errors[2] > 0
+    assert errors[2] < 0.02 * continuous
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)  # as 1 / steps
+
+
+def test_the_continuous_loss_of_the_exact_denoiser_is_a_difference_of_informations():
+    """Over Gaussian data the loss is I(x0; x_tmin) - I(x0; x_1) = 1/2 log of the SNRs."""
+    std = 0.5
+    made = schedule.linear(-8.0, 8.0)
+    rng = np.random.default_rng(1)
+    x0, eps = jnp.asarray(std * rng.normal(size=100_000)), jnp.asarray(rng.normal(size=100_000))
+
+    def integrand(t):
+        logsnr, slope = jax.value_and_grad(made.logsnr)(t)
+        xt = process.q_sample(x0, eps, logsnr)
+        return elbo.continuous_kl(gaussian(0.0, std)(xt, logsnr), eps, slope) / len(eps)
+
+    fine = jnp.linspace(0.0, 1.0, 501)
+    found = jnp.trapezoid(jax.lax.map(integrand, fine), fine)
+    information = lambda logsnr: 0.5 * np.log1p(std**2 * np.exp(logsnr))  # noqa: E731
+    assert found == pytest.approx(information(8.0) - information(-8.0), rel=5e-3)
+
+
+def test_bits_per_dim():
+    assert elbo.bits_per_dim(jnp.asarray(8 * 10 * np.log(2)), 10) == pytest.approx(8)
+
+
+# Losses.
+
+
+def test_losses_are_one_error_with_different_weights():
+    x0, eps, wrong = jax.random.normal(jax.random.key(14), (3, 9))
+    logsnr = jnp.asarray(1.7)
+    xt = process.q_sample(x0, eps, logsnr)
+    found = prediction.read("eps", wrong, xt, logsnr)
+    mse = loss.simple(found, eps)
+    v = prediction.write("v", Prediction(x0, eps), logsnr)
+    v_hat = prediction.write("v", found, logsnr)
+    assert loss.v_weight(logsnr) * mse == pytest.approx(float(jnp.mean((v - v_hat) ** 2)))
+    x0_error = jnp.mean((x0 - found.x0) ** 2)
+    assert jnp.exp(-logsnr) * mse == pytest.approx(float(x0_error))
+    assert loss.min_snr(logsnr) * mse == pytest.approx(float(min(np.exp(1.7), 5) * x0_error))
+    assert loss.edm_weight(logsnr, 1.0) == pytest.approx(float(loss.v_weight(logsnr)))
+
+
+def test_the_hybrid_trains_the_variance_alone_through_its_bound():
+    x0, eps, wrong = jax.random.normal(jax.random.key(15), (3, 9))
+    logsnr_t, logsnr_s = jnp.asarray(0.5), jnp.asarray(0.9)
+    xt = process.q_sample(x0, eps, logsnr_t)
+
+    def value(out, fraction, scale):
+        found = prediction.read("eps", out, xt, logsnr_t)._replace(variance_fraction=fraction)
+        return loss.hybrid(found, x0, eps, xt, logsnr_t, logsnr_s, 1000, scale)
+
+    fraction = jnp.full(9, 0.3)
+    with_bound = jax.grad(value, (0, 1))(wrong, fraction, 1e-3)
+    without = jax.grad(value, (0, 1))(wrong, fraction, 0.0)
+    chex.assert_trees_all_close(with_bound[0], without[0])
+    assert jnp.abs(with_bound[1]).min() > 0
+    found = prediction.read("eps", wrong, xt, logsnr_t)._replace(variance_fraction=fraction)
+    nats = elbo.step_kl(found, x0, xt, logsnr_t, logsnr_s, "learned")
+    expected = loss.simple(found, eps) + 1e-3 * 1000 * elbo.bits_per_dim(nats, 9)
+    assert value(wrong, fraction, 1e-3) == pytest.approx(float(expected))
+
+
+def test_stratified_times_are_uniform_and_even():
+    keys = jax.random.split(jax.random.key(16), 64)
+    times = loss.stratified_times(keys, jnp.arange(64), 64)
+    assert (jnp.floor(times * 64) == jnp.arange(64)).all()
+
+
+def test_importance_sampled_times_follow_the_losses_and_stay_unbiased():
+    history = loss.empty_history(4)
+    size = jnp.array([1.0, 2.0, 3.0, 4.0])
+    for _ in range(10):
+        history = loss.record(history, (jnp.arange(4) + 0.5) / 4, size)
+    keys = jax.random.split(jax.random.key(17), 50_000)
+    times, weights = loss.importance_times(history, keys)
+    rows = jnp.floor(times * 4).astype(int)
+    counts = np.bincount(rows, minlength=4) / len(rows)
+    np.testing.assert_allclose(counts, size / size.sum(), atol=0.01)
+    values = weights * size[rows]
+    assert abs(values.mean() - size.mean()) < 4 * values.std() / len(rows) ** 0.5 + 1e-9
+
+
+def test_an_importance_history_is_uniform_until_it_is_full_and_forgets_the_oldest():
+    history = loss.record(loss.empty_history(2, 3), jnp.full(5, 0.1), jnp.arange(5.0))
+    assert sorted(np.asarray(history.losses[0])) == [2, 3, 4]
+    _, weights = loss.importance_times(history, jax.random.split(jax.random.key(0), 9))
+    chex.assert_trees_all_close(weights, jnp.ones(9))
