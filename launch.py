@@ -174,7 +174,7 @@ def main(arguments: list[str]) -> None:
         if FLAGS.debug:
             config = dataclasses.replace(config, **experiment.DEBUG)
         config = override(config, overrides)
-        run.compile_cache()
+        run.set_up_jax()
         if hasattr(experiment, "run"):
             experiment.run(config, workdir, options)
         else:
@@ -195,7 +195,7 @@ def main(arguments: list[str]) -> None:
         )
     assert record is not None
     config = override(restore(experiment.Config, record["config"], workdir), overrides)
-    run.compile_cache()
+    run.set_up_jax()
     if sampling:
         request = run.Request(*(FLAGS[flag].value for flag in SAMPLE_FLAGS))
         out = pathlib.Path(FLAGS.out).expanduser() if FLAGS.out else None

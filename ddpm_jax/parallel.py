@@ -4,6 +4,8 @@
 and XLA inserts the collectives.  A step is written as if there were one device.
 """
 
+import importlib.metadata
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +16,18 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ddpm_jax.errors import UserError
 
 MODES = ("jit",)
+# Makes a convolution's gradients 2 to 3 times faster on a CPU.  A flag that jaxlib does not
+# know aborts the process, so it is set for the versions it was tried with alone.
+CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+CPU_FLAG_VERSIONS = ("0.10.2", "0.12.0.1")
+
+
+def tune_cpu() -> None:
+    """Set `CPU_FLAG` where jaxlib knows it; before the first computation, or it does nothing."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    known = importlib.metadata.version("jaxlib") in CPU_FLAG_VERSIONS
+    if known and CPU_FLAG.partition("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {CPU_FLAG}".strip()
 
 
 class Parallel(NamedTuple):

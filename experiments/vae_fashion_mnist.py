@@ -17,11 +17,11 @@ class Config(vae_mnist.Config):
     """See `python launch.py --experiment=vae_fashion_mnist --help`."""
 
     data: str = "fashion_mnist"
-    steps: Length = 3000
+    steps: Length = 2000
     batch_size: Count = 128
     learning_rate: Positive = 2e-3
     ema_half_life: NonNegative = 20_000.0
-    eval_every: Interval = 1000
+    eval_every: Interval = 500
     steps_per_call: Count = 1  # a convolution's weight gradient crawls inside a CPU's loop
     latents: Count = 50
     hidden: tuple[Count, ...] = (32, 64)  # channels, each after a halving

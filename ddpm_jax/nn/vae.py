@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -28,23 +27,23 @@ class MLP(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Strided 3x3 convolutions, each halving the image: [B, H, W, C] -> [B, outputs]."""
+    """3x3 convolutions of stride 2, each halving the image: [B, H, W, C] -> [B, outputs]."""
 
     channels: tuple[int, ...]
     outputs: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch outputs"]:
-        x = nn.gelu(nn.Conv(self.channels[0], (3, 3))(x))
         for width in self.channels:
             x = nn.gelu(nn.Conv(width, (3, 3), strides=2)(x))
         return nn.Dense(self.outputs, name="out")(x.reshape(x.shape[0], -1))
 
 
 class ConvDecoder(nn.Module):
-    """The way back: nearest-neighbour doubling, then 3x3 convolutions; [B, Z] -> [B, H, W, C].
+    """The way back: 3x3 convolutions, each doubling the image; [B, Z] -> [B, H, W, C].
 
-    (Doubling instead of transposed convolutions leaves no checkerboard; Odena et al. 2016.)
+    A doubling writes a pixel's four children as channels and lays them out (Shi et al.
+    2016), so that every convolution runs on the smaller image.
     """
 
     channels: tuple[int, ...]
@@ -52,16 +51,20 @@ class ConvDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "batch latent"]) -> Float[Array, "batch h w c"]:
-        height, width, outputs = self.shape
         scale = 2 ** len(self.channels)
-        x = nn.Dense(height // scale * (width // scale) * self.channels[-1])(z)
-        x = nn.gelu(x).reshape(z.shape[0], height // scale, width // scale, self.channels[-1])
-        for features in reversed(self.channels):
-            batch, height, width, _ = x.shape
-            x = jax.image.resize(x, (batch, 2 * height, 2 * width, x.shape[-1]), "nearest")
-            x = nn.gelu(nn.Conv(features, (3, 3))(x))
+        height, width = self.shape[0] // scale, self.shape[1] // scale
+        x = nn.gelu(nn.Dense(height * width * self.channels[-1])(z))
+        x = x.reshape(z.shape[0], height, width, self.channels[-1])
+        for features in (*self.channels[-2::-1], -(-self.channels[0] // 2)):
+            x = nn.gelu(_double(nn.Conv(4 * features, (3, 3))(x)))
         bias = self.param("bias", nn.initializers.zeros, self.shape)
-        return nn.Conv(outputs, (3, 3), use_bias=False, name="out")(x) + bias
+        return nn.Conv(self.shape[2], (3, 3), use_bias=False, name="out")(x) + bias
+
+
+def _double(x: Float[Array, "batch h w 4*c"]) -> Float[Array, "batch 2*h 2*w c"]:
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height, width, 2, 2, channels // 4)
+    return x.swapaxes(2, 3).reshape(batch, 2 * height, 2 * width, channels // 4)
 
 
 class VAE(nn.Module):
