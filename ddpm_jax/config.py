@@ -46,6 +46,7 @@ Length = Annotated[int, AtLeast(1), MAY_CHANGE]  # a number of steps, or of imag
 Interval = Annotated[int, AtLeast(0), MAY_CHANGE]  # 0: only at the end
 Shape = Annotated[tuple[int, int, int], FROM_DATA]  # (height, width, channels) of an image
 Levels = Annotated[int, FROM_DATA]  # of grey in an image: 256, or 17 for `digits`
+Classes = Annotated[int, FROM_DATA]  # of labels; 0: there are none
 
 
 def fields(config: Any) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""Layers that Flax lacks or does otherwise: per-example dropout, time embedding, attention."""
+
+import zlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+
+class Dropout(nn.Module):
+    """Dropout with a key for each example, so that a draw does not depend on the batch.
+
+    The layer's path is folded into the keys, so that no two layers drop the same units.
+    Without keys (outside training) it does nothing.
+    """
+
+    rate: float
+
+    def __call__(
+        self, x: Float[Array, "batch *event"], keys: Key[Array, "batch"] | None
+    ) -> Float[Array, "batch *event"]:
+        if keys is None or self.rate == 0.0:
+            return x
+        path = zlib.crc32("/".join(self.path).encode())
+
+        def one(key, x):
+            keep = jax.random.bernoulli(jax.random.fold_in(key, path), 1 - self.rate, x.shape)
+            return jnp.where(keep, x / (1 - self.rate), 0)
+
+        return jax.vmap(one)(keys, x)
+
+
+def time_embedding(time: Float[Array, "batch"], width: int) -> Float[Array, "batch width"]:
+    """Sines, then cosines, of 1000 t at frequencies from 1 down to 1 / 10,000.
+
+    Ho et al. 2020's (from tensor2tensor): its step i of T = 1000 is 1000 t here.
+    """
+    half = width // 2
+    rates = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / (half - 1))
+    angles = 1000.0 * time.astype(jnp.float32)[:, None] * rates
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+
+
+def attention(
+    query: Float[Array, "batch q heads d"],
+    key: Float[Array, "batch k heads d"],
+    value: Float[Array, "batch k heads d"],
+) -> Float[Array, "batch q heads d"]:
+    """softmax(q k^T / sqrt(d)) v, the softmax in float32."""
+    scale = query.shape[-1] ** -0.5
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32) * scale
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits).astype(value.dtype), value)

@@ -1,0 +1,214 @@
+"""The U-Net of Ho et al. 2020, appendix B, with the options that came after it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.nn.layers import Dropout, attention, time_embedding
+
+
+def _init(scale: float) -> Callable[..., Any]:
+    """DDPM's: variance scaling over the mean fan, uniform; `scale` 0 is (almost) zero."""
+    return nn.initializers.variance_scaling(max(scale, 1e-10), "fan_avg", "uniform")
+
+
+class UNet(nn.Module):
+    """x_t [B, H, W, C] -> [B, H, W, C] (2 C with a learned variance).
+
+    The defaults are CIFAR-10's of Ho et al.: 35,746,307 parameters.
+
+    Attributes:
+      outputs: channels of the output.
+      channels: of the first level.
+      multipliers: of the channels, a level each; every level but the last halves the image.
+      blocks: residual blocks a level on the way down (one more on the way up).
+      attention_sizes: image sides at which the blocks are followed by attention.
+      head_channels: channels of a head; 0: one head.
+      dropout: rate, in training.
+      classes: how many; label `classes` is "no class". 0: unconditional.
+      scale_shift: time scales and shifts after the norm (Nichol & Dhariwal 2021) instead of
+        being added before it.
+      dtype: of the computation; norms' statistics, softmax, time embedding and output stay
+        float32.
+      remat: compute a block's inside again in the backward pass instead of keeping it.
+    """
+
+    outputs: int = 3
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    blocks: int = 2
+    attention_sizes: tuple[int, ...] = (16,)
+    head_channels: int = 0
+    dropout: float = 0.1
+    classes: int = 0
+    scale_shift: bool = False
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        xt: Float[Array, "batch h w c"],
+        time: Float[Array, "batch"],
+        labels: Int[Array, "batch"] | None = None,
+        keys: Key[Array, "batch"] | None = None,
+    ) -> Float[Array, "batch h w outputs"]:
+        """The network's raw output.
+
+        Args:
+          time: in [0, 1]; 1 is pure noise.
+          labels: classes, or `classes` for none; required by a class-conditional network.
+          keys: of the dropout; None outside training.
+        """
+        width = 4 * self.channels
+        emb = time_embedding(time, self.channels)
+        emb = nn.Dense(width, kernel_init=_init(1.0), name="time_1")(emb)
+        emb = nn.Dense(width, kernel_init=_init(1.0), name="time_2")(nn.swish(emb))
+        if self.classes:
+            if labels is None:
+                raise ValueError("a class-conditional network needs labels")
+            normal = nn.initializers.normal(1.0)
+            emb += nn.Embed(self.classes + 1, width, embedding_init=normal, name="label")(labels)
+        emb = nn.swish(emb)
+
+        block_class = nn.remat(ResBlock) if self.remat else ResBlock
+
+        def block(x: Array, features: int, name: str) -> Array:
+            made = block_class(features, self.dropout, self.scale_shift, self.dtype, name=name)
+            return made(x, emb, keys)
+
+        def attend(x: Array, name: str) -> Array:
+            return AttentionBlock(self.head_channels, self.dtype, name=f"{name}_attention")(x)
+
+        x = nn.Conv(
+            self.channels, (3, 3), kernel_init=_init(1.0), dtype=self.dtype, name="conv_in"
+        )(xt)
+        skips = [x]
+        for level, multiplier in enumerate(self.multipliers):
+            for number in range(self.blocks):
+                name = f"down_{level}_{number}"
+                x = block(x, self.channels * multiplier, name)
+                if x.shape[1] in self.attention_sizes:
+                    x = attend(x, name)
+                skips.append(x)
+            if level < len(self.multipliers) - 1:
+                down = nn.Conv(
+                    x.shape[-1], (3, 3), strides=2, kernel_init=_init(1.0), dtype=self.dtype,
+                    name=f"down_{level}",
+                )  # fmt: skip
+                x = down(x)
+                skips.append(x)
+
+        x = block(x, x.shape[-1], "middle_0")
+        x = attend(x, "middle")
+        x = block(x, x.shape[-1], "middle_1")
+
+        for level, multiplier in reversed(list(enumerate(self.multipliers))):
+            for number in range(self.blocks + 1):
+                name = f"up_{level}_{number}"
+                x = block(jnp.concatenate([x, skips.pop()], -1), self.channels * multiplier, name)
+                if x.shape[1] in self.attention_sizes:
+                    x = attend(x, name)
+            if level > 0:
+                x = x.repeat(2, 1).repeat(2, 2)
+                x = nn.Conv(
+                    x.shape[-1],
+                    (3, 3),
+                    kernel_init=_init(1.0),
+                    dtype=self.dtype,
+                    name=f"up_{level}",
+                )(x)
+
+        x = nn.swish(_norm(x, "norm_out"))
+        out = nn.Conv(self.outputs, (3, 3), kernel_init=_init(0.0), name="conv_out")
+        return out(x.astype(jnp.float32))
+
+
+class ResBlock(nn.Module):
+    """Norm, swish, 3x3 convolution, time; norm, swish, dropout, 3x3 convolution; shortcut."""
+
+    features: int
+    dropout: float
+    scale_shift: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch h w c"],
+        emb: Float[Array, "batch e"],
+        keys: Key[Array, "batch"] | None,
+    ) -> Float[Array, "batch h w features"]:
+        h = nn.swish(_norm(x, "norm_1"))
+        h = nn.Conv(self.features, (3, 3), kernel_init=_init(1.0), dtype=self.dtype, name="conv_1")(
+            h
+        )
+        if self.scale_shift:
+            emb = nn.Dense(2 * self.features, kernel_init=_init(1.0), name="time")(emb)
+            scale, shift = jnp.split(emb.astype(h.dtype)[:, None, None], 2, -1)
+            h = _norm(h, "norm_2") * (1 + scale) + shift
+        else:
+            emb = nn.Dense(self.features, kernel_init=_init(1.0), name="time")(emb)
+            h = _norm(h + emb.astype(h.dtype)[:, None, None], "norm_2")
+        h = Dropout(self.dropout, name="dropout")(nn.swish(h), keys)
+        h = nn.Conv(self.features, (3, 3), kernel_init=_init(0.0), dtype=self.dtype, name="conv_2")(
+            h
+        )
+        if x.shape[-1] != self.features:
+            x = nn.Dense(self.features, kernel_init=_init(1.0), dtype=self.dtype, name="shortcut")(
+                x
+            )
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Norm, self-attention over all places, residual."""
+
+    head_channels: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+        batch, height, width, channels = x.shape
+        heads = channels // self.head_channels if self.head_channels else 1
+        h = _norm(x, "norm")
+
+        def dense(name: str, scale: float = 1.0) -> nn.Dense:
+            return nn.Dense(channels, kernel_init=_init(scale), dtype=self.dtype, name=name)
+
+        places = (batch, height * width, heads, channels // heads)
+        q, k, v = (dense(name)(h).reshape(places) for name in ("query", "key", "value"))
+        h = attention(q, k, v).reshape(x.shape)
+        return x + dense("out", 0.0)(h)
+
+
+def _norm(x: Float[Array, "batch h w c"], name: str) -> Float[Array, "batch h w c"]:
+    """Group norm of 32 groups (of fewer where there are few channels), statistics in float32."""
+    groups = min(32, x.shape[-1] // 4)
+    while x.shape[-1] % groups:
+        groups -= 1
+    made = nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.float32, name=name)
+    return made(x).astype(x.dtype)
+
+
+def check_unet(net: UNet, shape: tuple[int, int, int]) -> None:
+    """Raises UserError unless the network can be built for images of this shape."""
+    halvings = len(net.multipliers) - 1
+    height, width, _ = shape
+    if height % 2**halvings or width % 2**halvings:
+        raise UserError(
+            f"the U-Net halves images {halvings} times, and {height}x{width} does not divide by "
+            f"{2**halvings}; give fewer --config.multipliers, or images of another size"
+        )
+    if net.channels % 4:
+        raise UserError(f"--config.channels={net.channels}: must divide by 4")
+    for multiplier in net.multipliers:
+        if net.head_channels and net.channels * multiplier % net.head_channels:
+            raise UserError(
+                f"{net.channels * multiplier} channels do not divide into heads of "
+                f"--config.head_channels={net.head_channels}"
+            )
