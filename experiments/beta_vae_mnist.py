@@ -2,6 +2,17 @@
 
     python launch.py --experiment=beta_vae_mnist
 
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2; 2,000 steps each, 9 minutes in all with other
+work on the machine), MNIST's 10,000 test images, nats:
+
+    beta            0.25     0.5       1       2       4       8
+    reconstruction  50.39   58.67   69.71   84.51  108.64  163.97
+    KL              63.73   42.07   26.42   15.72    8.55    2.48
+    -ELBO          114.12  100.75   96.14  100.23  117.19  166.46
+    active units       40      35      24      15      10      12
+
+beta trades one term for the other, and only beta = 1 minimises their sum.
+
 One `vae_mnist` run for each beta, in a sub-directory of its own: each resumes, and
 `--mode=sample --workdir=runs/beta_vae_mnist/beta_4` draws from one.
 """
@@ -78,6 +89,7 @@ def plot(path: pathlib.Path, found: list[tuple[float, dict]], title: str) -> Non
     axis.set_xlabel("KL(q(z|x) || p(z)), nats")
     axis.set_ylabel("reconstruction -E[log p(x|z)], nats")
     axis.set_title(title)
+    axis.margins(0.14, 0.08)
     axis.legend()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,23 @@
 """A VAE on binarised MNIST: one stochastic layer, an MLP on either side.
 
-python launch.py --experiment=vae_mnist
+    python launch.py --experiment=vae_mnist
+
+Measured on 2 CPU cores (AMD EPYC, float32, jax 0.10.2), MNIST's 10,000 test images,
+dynamically binarised, in nats; the importance-weighted bounds on the first 1,000 of them with
+1,000 samples each, +- a standard error; parameters averaged (EMA), seed 0.
+
+                     -ELBO           k = 1           k = 64          k = 1,000       gap
+    the default      91.36 +- 0.24   90.86 +- 0.75   87.49 +- 0.72   86.90 +- 0.72   3.95 +- 0.05
+    the long run     88.74 +- 0.24   88.29 +- 0.74   85.54 +- 0.71   85.11 +- 0.71   3.17 +- 0.05
+
+The default (7,500 steps) takes 4 min 17 s from command to table, 3 min 35 s of it training;
+the long run, with other work on the machine, 19 minutes:
+
+    python launch.py --experiment=vae_mnist --workdir=runs/vae_mnist_long --config.steps=40000
+        --config.hidden=400,400 --config.weight_decay=0.05 --config.ema_half_life=400000
+
+For comparison, Burda et al. (2016) report a negative log-likelihood of 86.8 (k = 5,000) for
+a VAE with one stochastic layer, on the same dynamically binarised set.
 """
 
 import dataclasses
