@@ -18,7 +18,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.evaluate import average, per_example
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.nn.likelihood import Likelihood
-from ddpm_jax.nn.vae import VAE, check_shape, with_output_bias
+from ddpm_jax.nn.vae import VAE, check_shape, with_data_moments
 
 
 class Request(NamedTuple):
@@ -95,7 +95,9 @@ def vae_task(
     def init(key, batch: Batch):
         x = jax.vmap(likelihood.observe)(jax.random.split(key, len(batch.images)), batch.images)
         params = net.init(key, x[:1])
-        return with_output_bias(params, likelihood.bias(x.mean(0))), {}
+        mean = x.mean(0)
+        logvar = jnp.log(jnp.mean(jnp.square(x - mean)))
+        return with_data_moments(params, likelihood.bias(mean), logvar), {}
 
     def posterior(params, batch, keys):
         """x, q(z|x) and a draw of it."""

@@ -24,6 +24,7 @@ class Config(vae_mnist.Config):
     eval_every: Interval = 500
     steps_per_call: Count = 1  # a convolution's weight gradient crawls inside a CPU's loop
     latents: Count = 50
+    iwae_images: Length = 100  # a convolutional decoder takes its time
     hidden: tuple[Count, ...] = (32, 64)  # channels, each after a halving
     network: Literal["mlp", "conv"] = "conv"
     likelihood: Literal["bernoulli", "gaussian", "gaussian_learned"] = "gaussian_learned"

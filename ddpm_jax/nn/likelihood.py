@@ -36,11 +36,15 @@ class Likelihood(NamedTuple):
 def bernoulli(levels: int) -> Likelihood:
     """Dynamically binarised pixels: 1 with the probability of the grey value.
 
-    Every epoch sees other bits (Salakhutdinov & Murray 2008; Burda et al. 2016).
+    Every epoch sees other bits (Salakhutdinov & Murray 2008; Burda et al. 2016).  Each pixel's
+    draw has 16 bits, two to a word, which is twice as fast; black and white are never wrong.
     """
 
     def observe(key, image):
-        return (jax.random.uniform(key, image.shape) * (levels - 1) < image).astype(jnp.float32)
+        words = jax.random.bits(key, ((image.size + 1) // 2,), jnp.uint32)
+        draws = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[: image.size]
+        draws = draws.reshape(image.shape).astype(jnp.uint32)
+        return (draws * (levels - 1) < image.astype(jnp.uint32) * 2**16).astype(jnp.float32)
 
     def bias(mean):
         mean = jnp.clip(mean, 1e-3, 1 - 1e-3)

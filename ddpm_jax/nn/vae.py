@@ -123,11 +123,16 @@ def check_shape(net: VAE) -> None:
         )
 
 
-def with_output_bias(params: Any, bias: Float[Array, "h w c"]) -> Any:
-    """The parameters with the decoder's output bias replaced, as by the data's mean."""
+def with_data_moments(params: Any, bias: Float[Array, "h w c"], logvar: Float[Array, ""]) -> Any:
+    """The parameters of a decoder that knows nothing but the data's mean and variance yet.
+
+    Args:
+      bias: of the output, what `Likelihood.bias` makes of the mean.
+      logvar: log of the pixels' mean variance around it.
+    """
     decoder = dict(params["params"]["decoder"])
     if "bias" in decoder:
         decoder["bias"] = bias
     else:
         decoder["out"] = {**decoder["out"], "bias": bias.reshape(-1)}
-    return {"params": {**params["params"], "decoder": decoder}}
+    return {"params": {**params["params"], "decoder": decoder, "logvar": logvar}}
