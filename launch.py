@@ -45,7 +45,14 @@ def define_flags() -> None:
     )
     define(flags.DEFINE_string, "data_dir", None, "Where TFDS data sets are or get prepared.")
     define(flags.DEFINE_bool, "strict_data", False, "A missing data set is an error.")
-    define(flags.DEFINE_integer, "seed", 0, "Of everything that is drawn.", lower_bound=0)
+    define(
+        flags.DEFINE_integer,
+        "seed",
+        0,
+        "Of all that is drawn.",
+        lower_bound=0,
+        upper_bound=2**32 - 1,
+    )
     define(flags.DEFINE_integer, "num_samples", 64, "sample: how many images.", lower_bound=1)
     define(flags.DEFINE_string, "out", None, "sample: where to, a .png or .npz.")
     define(flags.DEFINE_integer, "label", None, "sample: the class to draw.", lower_bound=0)
@@ -83,8 +90,11 @@ def parse(arguments: list[str]) -> dict[str, str]:
     except flags.IllegalFlagValueError as error:
         flag = FLAGS[str(error).split("flag --")[1].split("=")[0]]
         raise UserError(_explain(flag, str(error))) from None
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:
         raise UserError(str(error).splitlines()[0]) from None
+    for name in ("workdir", "out", "data_dir"):
+        if FLAGS[name].value == "":
+            raise UserError(f"--{name}= is empty: give a path")
     if stray:
         raise UserError(f'"{stray[0]}" is no flag: flags are written --NAME=VALUE')
     return overrides
@@ -219,4 +229,4 @@ if __name__ == "__main__":
     except RunError as error:
         _die("stopped", str(error), 1)
     except KeyboardInterrupt:
-        _die("interrupted", "the same command goes on from the newest checkpoint", 130)
+        _die("interrupted", "by Ctrl-C", 130)

@@ -42,6 +42,7 @@ MAY_CHANGE = "may change on resuming"
 Count = Annotated[int, AtLeast(1)]
 Positive = Annotated[float, MoreThan(0.0)]
 NonNegative = Annotated[float, AtLeast(0.0)]
+Share = Annotated[float, AtLeast(0.0), AtMost(0.99999)]  # as of dropout; never all
 Length = Annotated[int, AtLeast(1), MAY_CHANGE]  # a number of steps, or of images to tell of
 Interval = Annotated[int, AtLeast(0), MAY_CHANGE]  # 0: only at the end
 Shape = Annotated[tuple[int, int, int], FROM_DATA]  # (height, width, channels) of an image
@@ -137,6 +138,8 @@ def _read(text: str, hint: Any) -> Any:
         return _read(text, inner)
     if origin is tuple:
         words = [word for word in text.strip("()[] ").split(",") if word.strip()]
+        if not words:
+            raise ValueError("must be one value or more, with commas between them")
         item = args[0]
         if args[-1] is not Ellipsis and len(words) != len(args):
             raise ValueError(f"must be {len(args)} values with commas between them")
@@ -178,7 +181,7 @@ class Training:
     learning_rate: Positive = 1e-3
     warmup: Annotated[int, AtLeast(0)] = 0  # steps of linear warm-up
     decay: Literal["none", "cosine"] = "none"  # to 0 at the last step
-    beta2: Annotated[float, AtLeast(0.0), AtMost(0.99999)] = 0.999  # of Adam
+    beta2: Share = 0.999  # of Adam
     weight_decay: NonNegative = 0.0  # AdamW's; 0 is Adam
     clip: NonNegative = 0.0  # of the gradient's global norm; 0: none
     ema_half_life: NonNegative = 0.0  # in images; 0: no averaging

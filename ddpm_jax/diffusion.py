@@ -84,6 +84,7 @@ def diffusion_task(
       UserError: the network cannot be built for images of this shape.
     """
     check_unet(net, shape)
+    check_sampler(sampling.sampler, "--config.sampler")
     classes = net.classes
 
     def init(key, batch: Batch):
@@ -256,14 +257,7 @@ def diffusion_task(
         refuse(request, "prompt")
         how = sampling
         if request.sampler is not None:
-            if request.sampler not in sampler.SAMPLERS:
-                hint = nearest(request.sampler, sampler.SAMPLERS)
-                raise UserError(f'--sampler: there is no "{request.sampler}"{hint}')
-            if request.sampler == "ancestral_learned":
-                raise UserError(
-                    "--sampler=ancestral_learned: this run's network has not learned a variance; "
-                    "use ancestral or ancestral_beta"
-                )
+            check_sampler(request.sampler, "--sampler")
             how = how._replace(sampler=request.sampler)
         if request.steps is not None:
             if schedule.steps is not None and request.steps > schedule.steps:
@@ -281,3 +275,14 @@ def diffusion_task(
         return how
 
     return Task(init, loss_of, lambda fixed, statistics: fixed, evaluate, sample)
+
+
+def check_sampler(name: str, flag: str) -> None:
+    """Raises UserError unless there is such a sampler, for a network without a variance."""
+    if name not in sampler.SAMPLERS:
+        raise UserError(f'{flag}: there is no "{name}"{nearest(name, sampler.SAMPLERS)}')
+    if name == "ancestral_learned":
+        raise UserError(
+            f"{flag}={name}: this run's network has not learned a variance; use ancestral or "
+            "ancestral_beta"
+        )

@@ -9,6 +9,7 @@ import numpy as np
 
 from ddpm_jax.data.loader import Batch, Split, evaluation_batches
 from ddpm_jax.keys import EVALUATE, example_keys, purpose_key
+from ddpm_jax.parallel import round_up
 
 
 class Average(NamedTuple):
@@ -30,14 +31,15 @@ def per_example(
     Args:
       fn: (batch, keys) -> {name: [B, ...]}, compiled by the caller.
       split: the examples.
-      batch_size: how many at a time; it changes no result.
+      batch_size: how many at a time, rounded up to what the devices divide; it changes no
+        result.
       seed: with an example's place in the split, keys its draws: the same at every
         evaluation, so that two of them differ by the parameters alone.
       shard: puts a batch on the devices.
     """
     key = purpose_key(seed, EVALUATE)
     rows: dict[str, list[np.ndarray]] = {}
-    for batch, count in evaluation_batches(split, batch_size):
+    for batch, count in evaluation_batches(split, round_up(batch_size)):
         batch = shard(batch)
         for name, values in fn(batch, example_keys(key, 0, batch.index)).items():
             rows.setdefault(name, []).append(np.asarray(values, np.float64)[:count])
@@ -45,7 +47,7 @@ def per_example(
 
 
 def average(values: np.ndarray) -> Average:
-    """The mean and its standard error; the latter is NaN of a single example."""
+    """The mean and its standard error (0 of a single example, which tells of none)."""
     size = len(values)
-    error = float(values.std(ddof=1)) / math.sqrt(size) if size > 1 else math.nan
+    error = float(values.std(ddof=1)) / math.sqrt(size) if size > 1 else 0.0
     return Average(float(values.mean()), error)

@@ -35,12 +35,14 @@ class Parallel(NamedTuple):
 
     devices: how many there are.
     place: a state's arrays -> the devices.
+    like: a state's shapes -> the same with the placement, for restoring.
     shard(batch, axis=0): a batch's arrays -> the devices, split along `axis`.
     compile(step): step(state, ...) -> the same, compiled; `state` is donated.
     """
 
     devices: int
     place: Callable[[Any], Any]
+    like: Callable[[Any], Any]
     shard: Callable[..., Any]
     compile: Callable[[Callable], Callable]
 
@@ -56,23 +58,35 @@ def make(mode: str = "jit") -> Parallel:
     def place(tree: Any) -> Any:
         return jax.device_put(tree, replicated)
 
+    def like(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), tree
+        )
+
     def shard(tree: Any, axis: int = 0) -> Any:
         split = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
         return jax.tree.map(lambda array: jax.device_put(np.asarray(array), split), tree)
 
-    return Parallel(len(devices), place, shard, lambda step: jax.jit(step, donate_argnums=0))
+    return Parallel(len(devices), place, like, shard, lambda step: jax.jit(step, donate_argnums=0))
 
 
-def check_batch(parallel: Parallel, batch_size: int, name: str = "--config.batch_size") -> None:
-    """A batch is split evenly, or not at all.
+def round_up(batch_size: int) -> int:
+    """The next batch size that the devices divide, for batches that are filled up anyway."""
+    devices = jax.device_count()
+    return -(-batch_size // devices) * devices
+
+
+def check_batch(batch_size: int) -> None:
+    """A training batch is split evenly over the devices, or not at all.
 
     Raises:
       UserError: the devices do not divide it.
     """
-    if batch_size % parallel.devices:
+    devices = jax.device_count()
+    if batch_size % devices:
         raise UserError(
-            f"{name}={batch_size} does not divide over {parallel.devices} devices; "
-            f"give a multiple of {parallel.devices}"
+            f"--config.batch_size={batch_size} does not divide over {devices} devices; "
+            f"give a multiple of {devices}"
         )
 
 

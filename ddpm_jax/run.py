@@ -8,6 +8,8 @@ An experiment is a module with `Config`, `DEBUG` (what `--debug` changes) and ei
 import contextlib
 import dataclasses
 import json
+import logging
+import os
 import pathlib
 import sys
 import time
@@ -45,28 +47,53 @@ class Options(NamedTuple):
 def set_up_jax() -> None:
     """Fast convolutions on a CPU, and compiled programs kept between runs."""
     devices.tune_cpu()
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+    logging.getLogger("absl").setLevel(logging.ERROR)  # what is the user's business is told here
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the user's own choice
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 
 
-def load_data(experiment: types.ModuleType, name: str, options: Options) -> tuple[Data, str]:
-    """The data set, or the experiment's `FALLBACK` in its place; and a line that says so.
+class Loaded(NamedTuple):
+    """A data set, and what is to be shouted of it: that it is not the one asked for."""
+
+    data: Data
+    note: str = ""
+
+
+def load_data(
+    experiment: types.ModuleType, name: str, workdir: pathlib.Path, options: Options
+) -> Loaded:
+    """The data set, or the experiment's `FALLBACK` in its place.
+
+    A run that is there already goes on with the data it has, whatever is at hand today.
 
     Raises:
       UserError: it cannot be had, and there is no fallback or `--strict_data`.
     """
-    fallback = getattr(experiment, "FALLBACK", None)
-    try:
-        data, line = load(name, options.data_dir), ""
-    except MissingData as error:
-        if fallback is None or options.strict_data or name != experiment.Config().data:
-            raise
-        data = load(fallback, options.data_dir)
-        line = f"NOT {name}, which is not at hand, but {data.title}: the figures are of these. "
-        line += f"({error})"
-    for note in data.notes:
-        print(f"{data.title}: {note}", file=sys.stderr)
-    return data, line
+    earlier = read_record(workdir)
+    if earlier is not None and earlier.get("data_asked_for") == name:
+        loaded = Loaded(load_again(earlier, options), earlier.get("data_note", ""))
+    else:
+        fallback = getattr(experiment, "FALLBACK", None)
+        try:
+            loaded = Loaded(load(name, options.data_dir))
+        except MissingData as error:
+            if fallback is None or options.strict_data or name != experiment.Config().data:
+                raise
+            data = load(fallback, options.data_dir)
+            loaded = Loaded(
+                data,
+                f"NOT {name}, which is not at hand, but {data.title}: the figures are of these. "
+                f"({error})",
+            )
+    for note in loaded.data.notes:
+        print(f"{loaded.data.title}: {note}", file=sys.stderr)
+    return loaded
+
+
+def load_again(record: dict[str, Any], options: Options) -> Data:
+    """The data of an earlier run, from where it was or from --data_dir."""
+    return load(record["data"]["name"], options.data_dir or record.get("data_dir"))
 
 
 def from_data(config: Any, data: Data) -> Any:
@@ -76,80 +103,99 @@ def from_data(config: Any, data: Data) -> Any:
     return dataclasses.replace(config, **{name: known[name] for name in names})
 
 
-def train_experiment(
-    experiment: types.ModuleType, config: Any, workdir: pathlib.Path, options: Options
-) -> dict[str, Any] | None:
-    """Train to the end, evaluate, draw; returns the summary, or None if it was stopped."""
-    started = time.perf_counter()
-    name = experiment.__name__.rpartition(".")[2]
-    data, fallback = load_data(experiment, config.data, options)
-    config = from_data(config, data)
-    task = experiment.build(config)
-    record = {
+def record_of(name: str, config: Any, loaded: Loaded, options: Options) -> dict[str, Any]:
+    """What config.json says of a run."""
+    return {
         "experiment": name,
         "config": dataclasses.asdict(config),
         "seed": options.seed,
         "debug": options.debug,
-        "data": data.describe(),
+        "data": loaded.data.describe(),
         "data_asked_for": config.data,
+        "data_note": loaded.note,
+        "data_dir": options.data_dir and str(pathlib.Path(options.data_dir).absolute()),
         "parallel": options.parallel,
         "devices": devices.describe(),
         **provenance(),
     }
+
+
+def train_experiment(
+    experiment: types.ModuleType,
+    config: Any,
+    workdir: pathlib.Path,
+    options: Options,
+    loaded: Loaded | None = None,
+) -> dict[str, Any] | None:
+    """Train to the end, evaluate, draw; returns the summary, or None if it was stopped.
+
+    Args:
+      loaded: the data, where the caller has them already.
+    """
+    started = time.perf_counter()
+    name = experiment.__name__.rpartition(".")[2]
+    loaded = loaded or load_data(experiment, config.data, workdir, options)
+    data = loaded.data
+    config = from_data(config, data)
+    task = experiment.build(config)
+    devices.check_batch(config.batch_size)
+    record = record_of(name, config, loaded, options)
     run = open_run(workdir, record, marked(config, MAY_CHANGE))
-    checkpoints = open_checkpoints(workdir / "checkpoints")
-    with contextlib.closing(run), contextlib.closing(checkpoints):
+    checkpoints = None
+    try:
+        checkpoints = open_checkpoints(workdir / "checkpoints")
         step = checkpoints.newest() or 0
         if step > config.steps:
             raise UserError(
                 f"{workdir} is at step {step} already, beyond --config.steps={config.steps}"
             )
         summary = run.summary()
-        if summary is not None and step == summary["step"] == config.steps:
+        if summary is not None and step == summary.get("step") == config.steps:
             _tell_finished(workdir, summary)
             return summary
-        _tell_start(name, data, fallback, workdir)
-        run = run.at(step)
+        _tell_start(name, loaded, workdir)
+        run.write_record()
+        run = run.at(step, last=step == config.steps)
         result = train.fit(task, config, data, run, checkpoints, options.seed, options.parallel)
-        if result.step < config.steps:
+        if result.metrics is None:
             print(
                 f"stopped at step {result.step} of {config.steps}; the same command goes on",
                 file=sys.stderr,
             )
             return None
-        trained = time.perf_counter() - started
-        print("evaluating", file=sys.stderr)
-        shard = devices.make(options.parallel).shard
-        metrics = train.evaluate(
-            task, result.state, data, run, result.step, options.seed, shard, full=True
-        )
-        run.time(result.step, run_seconds=trained, total_seconds=time.perf_counter() - started)
-        report.curves(workdir / "images" / "curves.png", run.lines(), f"{name} on {data.title}")
+        run.time(result.step, run_seconds=time.perf_counter() - started)
+        curves = workdir / "images" / "curves.png"
+        report.curves(curves, run.lines(), f"{name} on {data.title}")
         summary = {
             "experiment": name,
             "step": result.step,
             "data": data.title,
-            "data_note": fallback,
+            "data_note": loaded.note,
             "parameters": _count(result.state.params),
-            "metrics": metrics,
+            "metrics": result.metrics,
         }
         run.finish(summary)
         _tell_finished(workdir, summary)
-        print(f"  {trained:.0f} s to the last step, {time.perf_counter() - started:.0f} s in all")
+        print(f"  {time.perf_counter() - started:.0f} s in all")
         return summary
+    finally:
+        if checkpoints is not None:
+            checkpoints.close()
+        run.close()
 
 
 def eval_experiment(
     experiment: types.ModuleType, config: Any, workdir: pathlib.Path, options: Options
 ) -> dict[str, float]:
     """Evaluate the newest checkpoint in full; writes eval.json and pictures."""
-    with _trained(experiment, config, workdir) as (task, config, record, state):
-        data, _ = load_data(experiment, record["data"]["name"], options)
+    with _trained(experiment, config, workdir, options) as (task, config, record, state):
+        data = load_again(record, options)
         check_same(workdir, record, {**record, "data": data.describe()})
         shard = devices.make(options.parallel).shard
         found = task.evaluate(
             state.ema, state.fixed, data, seed=record["seed"], full=True, shard=shard
         )
+        train.check_figures(found.metrics)
         step = int(state.step)
         for name, picture in found.pictures.items():
             report.save_png(workdir / "images" / f"{name}.png", picture)
@@ -179,7 +225,7 @@ def sample_experiment(
         raise UserError(f"--out={out}: must end in .png or .npz")
     if not out.parent.is_dir() and out.parent != workdir / "images":
         raise UserError(f"--out={out}: there is no folder {out.parent}")
-    with _trained(experiment, config, workdir) as (task, _, record, state):
+    with _trained(experiment, config, workdir, options) as (task, _, record, state):
         key = purpose_key(options.seed, SAMPLE)
         parts = []
         for start in range(0, count, SAMPLE_BATCH):  # one shape, compiled once
@@ -199,7 +245,7 @@ def sample_experiment(
 
 @contextlib.contextmanager
 def _trained(
-    experiment: types.ModuleType, config: Any, workdir: pathlib.Path
+    experiment: types.ModuleType, config: Any, workdir: pathlib.Path, options: Options
 ) -> Iterator[tuple[Task, Any, dict, train.TrainState]]:
     """The task, config, record and newest state of a run directory."""
     record = read_record(workdir)
@@ -218,12 +264,12 @@ def _trained(
             np.zeros((2, *config.shape), np.uint8), np.zeros(2, np.int32), np.arange(2)
         )
         like = jax.eval_shape(lambda: train.init_state(task, config, examples, record["seed"]))
-        state, _ = checkpoints.restore(step, like)
+        state, _ = checkpoints.restore(step, devices.make(options.parallel).like(like))
         yield task, config, record, state
 
 
-def _tell_start(name: str, data: Data, fallback: str, workdir: pathlib.Path) -> None:
-    here = devices.describe()
+def _tell_start(name: str, loaded: Loaded, workdir: pathlib.Path) -> None:
+    here, data = devices.describe(), loaded.data
     height, width, channels = data.shape
     print(
         f"{name} on {data.title}: {len(data.train.images)} images to train on, "
@@ -231,7 +277,7 @@ def _tell_start(name: str, data: Data, fallback: str, workdir: pathlib.Path) -> 
         f"{here['count']} x {here['kind']} ({here['platform']}); everything goes to {workdir}",
         file=sys.stderr,
     )
-    _shout(fallback)
+    _shout(loaded.note)
 
 
 def _tell_finished(workdir: pathlib.Path, summary: dict) -> None:

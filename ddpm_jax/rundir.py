@@ -62,8 +62,18 @@ class RunDir(NamedTuple):
         """Whether there is a line of an evaluation at `step`."""
         return any(line["step"] == step and "test/loss" in line for line in self.lines())
 
-    def at(self, step: int) -> "RunDir":
-        """The directory as it was at `step`: what was said later, and torn lines, are cut."""
+    def at(self, step: int, last: bool = False) -> "RunDir":
+        """The directory as it was at `step`: what was said later, and torn lines, are cut.
+
+        With `last`, so is an evaluation at `step` itself: a final one that was cut short.
+        """
+
+        def kept_line(line: dict) -> bool:
+            return line["step"] < step or (
+                line["step"] == step
+                and not (last and ("test/loss" in line or "run_seconds" in line))
+            )
+
         for name in ("metrics.jsonl", "timing.jsonl"):
             path = self.path / name
             if not path.exists():
@@ -71,7 +81,7 @@ class RunDir(NamedTuple):
             kept = []
             for line in path.read_bytes().splitlines(keepends=True):
                 try:
-                    if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                    if line.endswith(b"\n") and kept_line(json.loads(line)):
                         kept.append(line)
                 except (ValueError, KeyError, TypeError):
                     pass
@@ -89,6 +99,15 @@ class RunDir(NamedTuple):
         """Write the final figures."""
         _replace(self.path / "summary.json", _json(summary))
 
+    def write_record(self) -> None:
+        """Write config.json: from here on the directory is this run's."""
+        _replace(self.path / "config.json", _json(self.record))
+
+    def flush(self) -> None:
+        """Put TensorBoard's events on disk."""
+        if self.board is not None:
+            self.board.flush()
+
     def close(self) -> None:
         """Let go of the directory."""
         if self.board is not None:
@@ -103,8 +122,11 @@ def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
       UserError: there is one, and it cannot be read.
     """
     path = workdir / "config.json"
-    if not path.exists():
-        return None
+    try:
+        if not path.exists():
+            return None
+    except OSError as error:
+        raise UserError(f"cannot read {workdir}: {error.strerror}") from None
     record = _read_json(path)
     if record is None or "experiment" not in record:
         raise UserError(f"{path} is damaged; give another --workdir, or remove {workdir}")
@@ -112,7 +134,9 @@ def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]) -> RunDir:
-    """Open a run directory for training, new or to go on with.
+    """Open a run directory for training, new or to go on with; writes nothing but the lock.
+
+    A directory that nothing was trained in yet may become another run's.
 
     Args:
       workdir: the directory.
@@ -135,12 +159,18 @@ def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]
         raise UserError(
             f"another process is training in {workdir}; wait for it, or give another --workdir"
         ) from None
-    earlier = read_record(workdir)
-    if earlier is not None:
-        check_same(workdir, earlier, record, may_change)
-    elif any(workdir.glob("checkpoints/*")):
-        raise UserError(f"{workdir} holds checkpoints but no config.json; give another --workdir")
-    _replace(workdir / "config.json", _json(record))
+    try:
+        earlier = read_record(workdir)
+        trained = any(workdir.glob("checkpoints/[0-9]*")) or any(workdir.glob("*/config.json"))
+        if earlier is None and trained:
+            raise UserError(
+                f"{workdir} holds checkpoints but no config.json; give another --workdir"
+            )
+        if earlier is not None and trained:
+            check_same(workdir, earlier, record, may_change)
+    except UserError:
+        lock.close()
+        raise
     return RunDir(workdir, record, lock)
 
 
@@ -158,6 +188,8 @@ def check_same(
     old |= {f"data {key}": value for key, value in earlier.get("data", {}).items()}
     new |= {f"data {key}": value for key, value in record["data"].items()}
     same = json.loads(_json(new))
+    if same.get("data fingerprint") and same["data fingerprint"] == old.get("data fingerprint"):
+        may_change = {*may_change, "data", "data name", "data title"}  # the same data by any name
     differ = [
         f"{name} was {old.get(name)}, is {same.get(name)}"
         for name in [*same, *(name for name in old if name not in same)]

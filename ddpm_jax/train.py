@@ -11,6 +11,7 @@ for the host; before an evaluation or a checkpoint everything is told first.
 """
 
 import contextlib
+import itertools
 import math
 import signal
 import sys
@@ -48,10 +49,11 @@ class TrainState(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """How `fit` ended: the state, and at which step, which is the last unless it was stopped."""
+    """How `fit` ended: the state, its step, and the final figures, unless it was stopped."""
 
     state: TrainState
     step: int
+    metrics: dict[str, float] | None
 
 
 def optimizer(config: Training) -> optax.GradientTransformation:
@@ -177,14 +179,13 @@ def fit(
     seed: int,
     mode: str = "jit",
 ) -> Fit:
-    """Train to the last step, from the newest checkpoint where there is one.
+    """Train to the last step, from the newest checkpoint where there is one, and evaluate.
 
     Raises:
       RunError: a loss is not finite; the last checkpoint is older and good.
     """
     # State: of the newest checkpoint, or new.
     spread = devices.make(mode)
-    devices.check_batch(spread, config.batch_size)
     size = min(INIT_EXAMPLES, len(data.train.images))
     examples = Batch(data.train.images[:size], data.train.labels[:size], np.arange(size))
     state = spread.place(init_state(task, config, examples, seed))
@@ -202,7 +203,7 @@ def fit(
         return train_step(task, config, seed, state, batch)
 
     call = spread.compile(train_steps(one_step) if stack else one_step)
-    plan = list(calls(step, config))
+    plan = calls(step, config)
     batches = training_batches(data.train, seed, config.batch_size, plan, stack)
     placed = prefetch(batches, lambda batch: spread.shard(batch, axis=1 if stack else 0))
 
@@ -236,7 +237,7 @@ def fit(
         clock.show(last, float(values["loss"][last - first - 1]))
 
     with _Signals() as signals, contextlib.closing(placed), contextlib.closing(clock):
-        for first, last in [*plan, (config.steps, config.steps)]:
+        for first, last in itertools.chain(calls(step, config), [(config.steps, config.steps)]):
             finished = first == config.steps
             metrics = None
             if _due(first, config.eval_every) and not (finished or signals.stop):
@@ -244,8 +245,9 @@ def fit(
                 if not run.evaluated(first):
                     with signals.interrupting(), clock.pause("evaluation"):
                         metrics = evaluate(task, state, data, run, first, seed, spread.shard)
-            if _due(first, config.checkpoint_every) or finished or signals.stop:
+            if metrics or _due(first, config.checkpoint_every) or finished or signals.stop:
                 tell()
+                run.flush()
                 if first > 0 and checkpoints.newest() != first:
                     with clock.pause("checkpoint"):
                         checkpoints.save(first, state, {"window": window}, metrics)
@@ -256,7 +258,12 @@ def fit(
             tell()
             pending = (first, last, found)
         checkpoints.wait()
-    return Fit(state, first)
+        metrics = None
+        if finished and not signals.stop:
+            print("evaluating", file=sys.stderr)
+            with signals.interrupting():
+                metrics = evaluate(task, state, data, run, first, seed, spread.shard, full=True)
+    return Fit(state, first, metrics)
 
 
 def _due(step: int, every: int) -> bool:
@@ -275,10 +282,18 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate the averaged parameters, write the line and the pictures."""
     found = task.evaluate(state.ema, state.fixed, data, seed=seed, full=full, shard=shard)
+    check_figures(found.metrics)
     for name, picture in found.pictures.items():
         run.picture(name, picture, None if full else step)
     run.log(step, found.metrics)
     return found.metrics
+
+
+def check_figures(metrics: dict[str, float]) -> None:
+    """Raises RunError, naming it, if a figure is not finite."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise RunError(f"{name} is {value}: the parameters are no good")
 
 
 class _Signals:

@@ -17,13 +17,15 @@ One `vae_mnist` run for each beta, in a sub-directory of its own: each resumes, 
 `--mode=sample --workdir=runs/beta_vae_mnist/beta_4` draws from one.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 
 from ddpm_jax import report
-from ddpm_jax.config import Interval, Length, NonNegative
-from ddpm_jax.run import Options, train_experiment
+from ddpm_jax.config import MAY_CHANGE, Interval, Length, NonNegative, marked
+from ddpm_jax.run import Loaded, Options, from_data, load_data, record_of, train_experiment
+from ddpm_jax.rundir import open_run
 from experiments import vae_mnist
 
 DEBUG = vae_mnist.DEBUG | {"steps": 10, "betas": (0.25, 4.0)}
@@ -41,12 +43,24 @@ class Config(vae_mnist.Config):
 
 def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
     """Train every beta, then write one table and one plot."""
+    loaded = load_data(vae_mnist, config.data, workdir, options)
+    config = from_data(config, loaded.data)
+    record = record_of("beta_vae_mnist", config, loaded, options)
+    sweep = open_run(workdir, record, marked(config, MAY_CHANGE))
+    with contextlib.closing(sweep):
+        sweep.write_record()
+        train_all(config, workdir, options, loaded)
+
+
+def train_all(config: Config, workdir: pathlib.Path, options: Options, loaded: Loaded) -> None:
+    """A `vae_mnist` run for each beta, unless it is there already."""
     fields = {field.name for field in dataclasses.fields(vae_mnist.Config)}
     shared = {name: getattr(config, name) for name in fields}
     found = []
     for beta in config.betas:
         one = vae_mnist.Config(**{**shared, "beta": beta})
-        summary = train_experiment(vae_mnist, one, workdir / f"beta_{beta:g}", options)
+        place = workdir / f"beta_{beta:g}"
+        summary = train_experiment(vae_mnist, one, place, options, loaded)
         if summary is None:  # asked to stop
             return
         found.append((beta, summary))
@@ -65,7 +79,13 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
     print(report.table(rows, title))
     plot(workdir / "images" / "reconstruction_against_kl.png", found, title)
     table = {f"{beta:g}": summary["metrics"] for beta, summary in found}
-    written = {"experiment": "beta_vae_mnist", "title": title, "betas": table}
+    written = {
+        "experiment": "beta_vae_mnist",
+        "data": loaded.data.title,
+        "data_note": loaded.note,
+        "steps": config.steps,
+        "betas": table,
+    }
     (workdir / "summary.json").write_text(json.dumps(written, indent=2) + "\n")
     print(f"  plot in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
 

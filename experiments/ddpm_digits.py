@@ -9,13 +9,13 @@ from typing import Annotated, Literal
 from ddpm_jax import loss, schedule
 from ddpm_jax.config import (
     AtLeast,
-    AtMost,
     Classes,
     Count,
     Interval,
     Length,
     NonNegative,
     Positive,
+    Share,
     Training,
 )  # fmt: skip
 from ddpm_jax.diffusion import Sampling, diffusion_task
@@ -26,7 +26,6 @@ DEBUG = dict(
     steps=6, eval_every=4, checkpoint_every=3, log_every=2, channels=8, blocks=1,
     sample_steps=4, batch_size=16, eval_times=2,
 )  # fmt: skip
-Share = Annotated[float, AtLeast(0.0), AtMost(1.0)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,6 +97,50 @@ def test_sampling_needs_no_flag_retyped(launch, trained, tmp_path):
         assert image.size[0] > 8 * 8
 
 
+def test_an_evaluation_cut_short_at_the_end_is_done_again_without_doubled_lines(launch, trained):
+    import shutil
+
+    again = trained.parent / "again"
+    shutil.copytree(trained, again)
+    (again / "summary.json").unlink()  # as if killed before it was written
+    result = launch(*DIGITS, f"--workdir={again}")
+    assert result.returncode == 0, result.stderr
+    assert (again / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+    assert (again / "summary.json").read_bytes() == (trained / "summary.json").read_bytes()
+
+
+def test_a_run_on_four_devices_samples_and_evaluates_on_one(launch, tmp_path):
+    devices = "--xla_force_host_platform_device_count=4"
+    result = launch(*DIGITS, "--workdir=run", XLA_FLAGS=devices)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["devices"]["count"] == 4
+    for mode in ("eval", "sample"):
+        result = launch(f"--mode={mode}", "--workdir=run")
+        assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
+    found = json.loads((tmp_path / "run" / "eval.json").read_text())["metrics"]
+    assert found == pytest.approx(summary, rel=1e-4)
+
+
+def test_a_run_that_never_trained_leaves_its_directory_free(launch, tmp_path):
+    devices = "--xla_force_host_platform_device_count=3"
+    result = launch(*DIGITS, "--workdir=run", "--config.batch_size=32", XLA_FLAGS=devices)
+    expect_one_line(result, "batch_size=32 does not divide over 3 devices")
+    assert launch(*DIGITS, "--workdir=run").returncode == 0
+
+
+def test_a_run_goes_on_with_the_data_it_has(launch, trained, tmp_path):
+    """The same images by another name are the same data."""
+    (tmp_path / "own").mkdir()
+    for i in range(40):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "own" / f"{i}.png")
+    assert launch(*DIGITS, "--config.data=folder:own", "--workdir=run").returncode == 0
+    same = f"--config.data=folder:{tmp_path}/own"
+    result = launch(*DIGITS, same, "--workdir=run", "--config.steps=25")
+    assert result.returncode == 0, result.stderr
+
+
 def test_without_mnist_the_digits_take_its_place_and_nothing_calls_them_mnist(launch, tmp_path):
     start = time.perf_counter()
     result = launch("--experiment=vae_mnist", "--debug", "--workdir=run")
@@ -163,6 +207,13 @@ def expect_one_line(result, says):
         ([*DIGITS, "--config.learning_rate=nan"], "finite"),
         ([*DIGITS, "--config.likelihood=poisson"], "must be one of bernoulli, gaussian"),
         ([*DIGITS, "--config.hidden=32,x"], "must be a whole number"),
+        ([*DIGITS, "--config.hidden="], "one value or more"),
+        ([*DIGITS, "--config.beta2=2"], "must be at most"),
+        ([*DIGITS, "--config.data=prefetch"], 'no data set "prefetch"'),
+        ([*DIGITS, "--seed=99999999999999999999"], "--seed="),
+        ([*DIGITS, "--nodebug=1"], "nodebug"),
+        ([*DIGITS, "--workdir="], "--workdir= is empty"),
+        (["--experiment=ddpm_digits", "--config.sampler=euler"], 'no "euler"'),
         ([*DIGITS, "--config.shape=9,9,1"], "follows from the data set"),
         ([*DIGITS, "--config.data=mnits"], 'no data set "mnits"; did you mean "mnist"'),
         ([*DIGITS, "--config.data=mnist"], "data set mnist is not prepared"),
@@ -197,6 +248,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(launch, arguments, says):
         (["--mode=sample", "--out=no/x.png"], "there is no folder no"),
         (["--mode=eval", "--config.latents=3"], "latents is what the run .* was trained with"),
         (["--mode=eval", "--experiment=vae_mnist"], "holds a run of vae_digits"),
+        (["--experiment=beta_vae_mnist", "--debug"], "holds a run of vae_digits, not of beta_vae"),
     ],
 )
 def test_a_mistake_about_a_run_is_one_line_and_harms_nothing(launch, trained, arguments, says):

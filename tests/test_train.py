@@ -154,7 +154,7 @@ def test_eight_devices_train_as_one(digits):
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
     with pytest.raises(UserError, match="does not divide over 8 devices"):
-        parallel.check_batch(parallel.make("jit"), 12)
+        parallel.check_batch(12)
 
 
 def test_the_average_follows_its_half_life_after_the_warm_up():

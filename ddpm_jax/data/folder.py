@@ -78,7 +78,9 @@ def _decode(root: pathlib.Path, files: list[pathlib.Path]) -> Data:
     notes: tuple[str, ...] = ()
     if corrupt:
         shown = ", ".join(corrupt[:5]) + (", ..." if len(corrupt) > 5 else "")
-        notes = (f"skipped {len(corrupt)} corrupt of {len(files)} images: {shown}",)
+        notes += (f"skipped {len(corrupt)} corrupt of {len(files)} images: {shown}",)
+    if not keep.all():
+        notes += (f"left out {(~keep).sum()} images outside its folders train and test",)
     return Data(
         name=f"folder:{root}",
         title=f"folder {root.name}",
@@ -98,6 +100,12 @@ def _open(path: pathlib.Path) -> np.ndarray:
     with Image.open(path) as file:
         file.load()
         image: Image.Image = file
+        if image.mode.startswith("I"):  # 16 bits of grey
+            return (
+                (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)[..., None]
+            )
+        if image.mode == "F":
+            raise ValueError("float images have no known range")
         if image.mode in ("1", "L"):
             return np.asarray(image.convert("L"))[..., None]
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

@@ -84,7 +84,7 @@ def load(name: str, data_dir: str | None = None) -> Data:
     """
     source, _, argument = name.partition(":")
     here = pathlib.Path(__file__).parent
-    if source in {path.stem for path in here.glob("*.py")} - {"__init__", "loader"}:
+    if source in {path.stem for path in here.glob("*.py")} - {"__init__", "loader", "prefetch"}:
         module = importlib.import_module(f"ddpm_jax.data.{source}")
         data = module.load(argument, data_dir)
     else:
@@ -218,7 +218,7 @@ def _read_decoded(place: pathlib.Path, stamp: str) -> Data | None:
         )
         meta |= {"classes": tuple(meta["classes"]), "notes": tuple(meta["notes"])}
         return Data(train=train, test=test, **meta)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None  # absent, torn or of another time: decoded anew
 
 

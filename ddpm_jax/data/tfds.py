@@ -18,6 +18,7 @@ import pathlib
 import sys
 import tarfile
 import threading
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
@@ -96,8 +97,13 @@ def prepare(name: str, builder: Any, root: pathlib.Path, manual_dir: str | None 
     try:
         with _free_disk(root):
             builder.download_and_prepare(download_config=config, file_format="array_record")
+    except UserError:
+        raise
     except Exception as error:
-        kind = MissingData if here else UserError
+        import requests
+
+        network = isinstance(error, (requests.RequestException, urllib.error.URLError))
+        kind = MissingData if network or "DownloadError" in type(error).__name__ else UserError
         raise kind(f"data set {name} could not be prepared: {_line(error)}") from error
     return tfds.builder(name, data_dir=root)
 
@@ -286,11 +292,13 @@ def _reachable(url: str | None) -> bool:
 
     def ask() -> None:
         request = urllib.request.Request(url, method="HEAD")
-        with (
-            contextlib.suppress(OSError, ValueError),
-            urllib.request.urlopen(request, timeout=PROBE_SECONDS),
-        ):
-            answered.set()
+        try:
+            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # an answer, too
+        except (OSError, ValueError):
+            return
+        answered.set()
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
