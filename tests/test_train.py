@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(digits, tmp_
         sample=lambda params, fixed, keys, request: None,
     )
     config = dataclasses.replace(
-        small(checkpoint_every=4), learning_rate=1.0, decay="none", warmup=0
+        small(checkpoint_every=4), learning_rate=1.0, decay="none", warmup=0, weight_decay=0.0
     )
     with pytest.raises(RunError, match=r"loss is nan at step 14;.* of step 12"):
         fit(config, digits, tmp_path, task)
