@@ -120,7 +120,7 @@ def diffusion_task(
             labels = jnp.where(dropped, classes, batch.labels)
         found = predict(params, xt, logsnr, labels, drop_keys if train else None)
         mse = jax.vmap(loss.simple)(found, eps)
-        return weight(logsnr) * mse, {"mse": mse}, {}
+        return jax.vmap(weight)(logsnr) * mse, {"mse": mse}, {}
 
     # Evaluation: the error at evenly spread times, and the bound.
 

@@ -213,7 +213,6 @@ def expect_one_line(result, says):
         ([*DIGITS, "--seed=99999999999999999999"], "--seed="),
         ([*DIGITS, "--nodebug=1"], "nodebug"),
         ([*DIGITS, "--workdir="], "--workdir= is empty"),
-        (["--experiment=ddpm_digits", "--config.sampler=euler"], 'no "euler"'),
         ([*DIGITS, "--config.shape=9,9,1"], "follows from the data set"),
         ([*DIGITS, "--config.data=mnits"], 'no data set "mnits"; did you mean "mnist"'),
         ([*DIGITS, "--config.data=mnist"], "data set mnist is not prepared"),

@@ -1,0 +1,136 @@
+"""The U-Net to the letter, its dropout, and the diffusion task around it."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.data.loader import Batch
+from ddpm_jax.diffusion import Sampling, diffusion_task
+from ddpm_jax.errors import UserError
+from ddpm_jax.nn.layers import Dropout, attention, time_embedding
+from ddpm_jax.nn.unet import UNet
+from ddpm_jax.schedule import from_betas, linear_betas
+from ddpm_jax.tasks import Request
+
+
+def count(net, shape, **inputs):
+    keys = jax.random.key(0)
+    params = jax.eval_shape(lambda: net.init(keys, jnp.zeros((1, *shape)), jnp.zeros(1), **inputs))
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_hos_cifar10_network_has_its_35_746_307_parameters():
+    assert count(UNet(), (32, 32, 3)) == 35_746_307
+
+
+def test_options_change_the_network_as_they_say():
+    plain = UNet(channels=16, multipliers=(1, 2), blocks=1)
+    labels = jnp.zeros(1, jnp.int32)
+    base = count(plain, (8, 8, 3))
+    assert count(plain.copy(classes=10), (8, 8, 3), labels=labels) == base + 11 * 64
+    assert count(plain.copy(outputs=6), (8, 8, 3)) == base + 3 * (9 * 16 + 1)
+    assert count(plain.copy(head_channels=8, remat=True), (8, 8, 3)) == base
+
+
+def test_dropout_drops_each_example_by_its_own_key_and_nothing_without_keys():
+    x, keys = jnp.ones((4, 1000)), jax.random.split(jax.random.key(0), 4)
+    layer = Dropout(0.25)
+    chex.assert_trees_all_equal(layer.apply({}, x, None), x)
+    dropped = layer.apply({}, x, keys)
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
+    assert abs((dropped == 0).mean() - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
+    chex.assert_trees_all_equal(layer.apply({}, x[2:3], keys[2:3])[0], dropped[2])
+
+
+def test_the_time_embedding_is_hos():
+    found = time_embedding(jnp.array([0.5]), 8)[0]
+    rates = np.exp(-np.log(10_000) * np.arange(4) / 3)
+    expected = np.concatenate([np.sin(500 * rates), np.cos(500 * rates)])
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_attention_is_flaxs():
+    import flax.linen as nn
+
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 4, 8))
+    expected = nn.dot_product_attention(q, k, v)
+    np.testing.assert_allclose(attention(q, k, v), expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    net = UNet(
+        outputs=1,
+        channels=8,
+        multipliers=(1,),
+        blocks=1,
+        attention_sizes=(),
+        classes=3,
+        dropout=0.5,
+    )
+    task = diffusion_task(
+        net,
+        from_betas(linear_betas()),
+        (4, 4, 1),
+        17,
+        sampling=Sampling(steps=3),
+        batch_size=8,
+    )
+    images = np.random.default_rng(0).integers(0, 17, (8, 4, 4, 1), np.uint8)
+    batch = jax.tree.map(
+        jnp.asarray, Batch(images, np.arange(8, dtype=np.int32) % 3, np.arange(8, dtype=np.int32))
+    )
+    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
+    return task, params, fixed, batch
+
+
+def test_a_new_networks_loss_is_the_noises_own_size(tiny):
+    task, params, fixed, batch = tiny
+    keys = jax.random.split(jax.random.key(1), 8)
+    losses, metrics, _ = task.loss(
+        params, fixed, batch, keys, train=False, gather=lambda tree: tree
+    )
+    chex.assert_shape(losses, (8,))
+    # The output layer starts at zero, so |eps - 0|^2 is 1 on average over 128 dimensions.
+    assert abs(losses.mean() - 1) < 4 * (2 / 128) ** 0.5
+    chex.assert_trees_all_equal(losses, metrics["mse"])
+
+
+def test_the_task_draws_image_3_the_same_in_any_batch(tiny):
+    task, params, fixed, _ = tiny
+    keys = jax.random.split(jax.random.key(2), 8)
+    many = task.sample(params, fixed, keys, Request())
+    few = task.sample(params, fixed, keys[:4], Request())
+    chex.assert_shape(many, (8, 4, 4, 1))
+    assert jnp.abs(many).max() <= 1
+    np.testing.assert_allclose(many[3], few[3], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (Request(sampler="ddimm"), 'no "ddimm"; did you mean "ddim"'),
+        (Request(sampler="ancestral_learned"), "has not learned a variance"),
+        (Request(steps=1001), "has 1000 steps"),
+        (Request(label=3), "there are 3 classes"),
+        (Request(prompt="a cat"), "--prompt means nothing"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_one_line(tiny, request_, says):
+    task, params, fixed, _ = tiny
+    with pytest.raises(UserError, match=says):
+        task.sample(params, fixed, jax.random.split(jax.random.key(0), 2), request_)
+
+
+def test_guidance_on_an_unconditional_network_is_refused():
+    net = UNet(outputs=1, channels=8, multipliers=(1,), blocks=1, attention_sizes=())
+    task = diffusion_task(net, from_betas(linear_betas()), (4, 4, 1), 17, batch_size=8)
+    with pytest.raises(UserError, match="needs a class-conditional run"):
+        task.sample({}, {}, jax.random.split(jax.random.key(0), 2), Request(guidance=2.0))
+
+
+def test_an_image_that_the_network_cannot_halve_is_refused():
+    with pytest.raises(UserError, match="halves images 3 times, and 28x28 does not divide by 8"):
+        diffusion_task(UNet(), from_betas(linear_betas()), (28, 28, 1), 256, batch_size=8)
