@@ -334,4 +334,4 @@ def _free_disk(root: pathlib.Path) -> Iterator[None]:
 def _line(error: BaseException) -> str:
     """The first line of an error's message."""
     lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)[:200]
+    return next((line for line in lines if line), type(error).__name__)[:500]
