@@ -165,7 +165,8 @@ def vae_task(
         }
         if likelihood.bits_per_dim is not None:
             dims = int(np.prod(data.shape))
-            metrics["test/bits_per_dim"] = float(likelihood.bits_per_dim(neg_elbo.mean, dims))
+            bits = likelihood.bits_per_dim(jnp.asarray(neg_elbo.mean), dims)
+            metrics["test/bits_per_dim"] = float(bits)
         if full:
             some = test._replace(images=test.images[:iwae_images], labels=test.labels[:iwae_images])
             weights = per_example(

@@ -129,13 +129,15 @@ def test_a_run_that_never_trained_leaves_its_directory_free(launch, tmp_path):
     assert launch(*DIGITS, "--workdir=run").returncode == 0
 
 
-def test_a_run_goes_on_with_the_data_it_has(launch, trained, tmp_path):
-    """The same images by another name are the same data."""
-    (tmp_path / "own").mkdir()
+def test_own_images_train_with_one_flag_and_by_another_name_are_the_same(launch, tmp_path):
     for i in range(40):
-        pixels = np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "own" / f"{i}.png")
-    assert launch(*DIGITS, "--config.data=folder:own", "--workdir=run").returncode == 0
+        pixels = np.random.default_rng(i).integers(0, 256, (12, 8), np.uint8)
+        folder = tmp_path / "own" / ("a" if i % 2 else "b")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    result = launch(*DIGITS, "--config.data=folder:own", "--workdir=run")
+    assert result.returncode == 0, result.stderr
+    assert "folder own" in result.stdout
     same = f"--config.data=folder:{tmp_path}/own"
     result = launch(*DIGITS, same, "--workdir=run", "--config.steps=25")
     assert result.returncode == 0, result.stderr
@@ -266,14 +268,3 @@ def test_a_damaged_config_is_said(launch, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"experiment": "vae_')
     expect_one_line(launch("--mode=eval", "--workdir=run"), "config.json is damaged")
-
-
-def test_own_images_train_with_one_flag(launch, tmp_path):
-    for i in range(40):
-        pixels = np.random.default_rng(i).integers(0, 256, (12, 8), np.uint8)
-        folder = tmp_path / "own" / ("a" if i % 2 else "b")
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    result = launch(*DIGITS, "--config.data=folder:own", "--workdir=run")
-    assert result.returncode == 0, result.stderr
-    assert "folder own" in result.stdout

@@ -61,7 +61,7 @@ class ConvDecoder(nn.Module):
         return nn.Conv(self.shape[2], (3, 3), use_bias=False, name="out")(x) + bias
 
 
-def _double(x: Float[Array, "batch h w 4*c"]) -> Float[Array, "batch 2*h 2*w c"]:
+def _double(x: Float[Array, "batch h w four_c"]) -> Float[Array, "batch two_h two_w c"]:
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height, width, 2, 2, channels // 4)
     return x.swapaxes(2, 3).reshape(batch, 2 * height, 2 * width, channels // 4)
