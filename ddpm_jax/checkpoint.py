@@ -5,6 +5,7 @@ the background and appears under its name whole or not at all, so a process kill
 moment leaves the one before it.
 """
 
+import copy
 import pathlib
 from typing import Any, NamedTuple
 
@@ -24,13 +25,14 @@ class Checkpoints(NamedTuple):
     def save(self, step: int, state: Any, host: dict, metrics: dict | None = None) -> None:
         """Start writing `state` and the host's record; returns before they are on disk.
 
-        The arrays are copied first: a training step donates, and so overwrites, its state.
+        Both are copied first: a training step donates, and so overwrites, its state, and the
+        host goes on with its record.
         """
         import orbax.checkpoint as ocp
 
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)),
-            host=ocp.args.JsonSave(host),
+            host=ocp.args.JsonSave(copy.deepcopy(host)),
         )
         best = {BEST: metrics[BEST]} if metrics else None
         self.manager.save(step, args=args, metrics=best, force=True)

@@ -250,8 +250,7 @@ def fit(
                 run.flush()
                 if first > 0 and checkpoints.newest() != first:
                     with clock.pause("checkpoint"):
-                        # A copy: it is written in the background, while the sums go on.
-                        checkpoints.save(first, state, {"window": dict(window)}, metrics)
+                        checkpoints.save(first, state, {"window": window}, metrics)
             if finished or signals.stop:
                 break
             batch = next(placed)

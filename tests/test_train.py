@@ -216,6 +216,21 @@ def test_an_image_is_the_same_in_any_batch(digits):
     np.testing.assert_allclose(many[7], few[7], atol=1e-6)
 
 
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path):
+    state, host = {"x": jnp.arange(3.0)}, {"window": {"loss": 1.0}}
+    overwrite = jax.jit(lambda state: {"x": state["x"] + 1}, donate_argnums=0)
+    checkpoints = open_checkpoints(tmp_path)
+    checkpoints.save(1, state, host)
+    for _ in range(100):  # while it is written in the background
+        host["window"]["loss"] += 1
+        state = overwrite(state)
+    checkpoints.wait()
+    found, record = checkpoints.restore(1, {"x": jnp.zeros(3)})
+    checkpoints.close()
+    chex.assert_trees_all_equal(found, {"x": jnp.arange(3.0)})
+    assert record == {"window": {"loss": 1.0}}
+
+
 # Interruptions, of a real process.
 
 COMMAND = [
