@@ -33,14 +33,12 @@ def tune_cpu() -> None:
 class Parallel(NamedTuple):
     """How arrays are placed and a step is compiled.
 
-    devices: how many there are.
     place: a state's arrays -> the devices.
     like: a state's shapes -> the same with the placement, for restoring.
     shard(batch, axis=0): a batch's arrays -> the devices, split along `axis`.
     compile(step): step(state, ...) -> the same, compiled; `state` is donated.
     """
 
-    devices: int
     place: Callable[[Any], Any]
     like: Callable[[Any], Any]
     shard: Callable[..., Any]
@@ -67,7 +65,7 @@ def make(mode: str = "jit") -> Parallel:
         split = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
         return jax.tree.map(lambda array: jax.device_put(np.asarray(array), split), tree)
 
-    return Parallel(len(devices), place, like, shard, lambda step: jax.jit(step, donate_argnums=0))
+    return Parallel(place, like, shard, lambda step: jax.jit(step, donate_argnums=0))
 
 
 def round_up(batch_size: int) -> int:

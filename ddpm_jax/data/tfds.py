@@ -95,8 +95,8 @@ def prepare(name: str, builder: Any, root: pathlib.Path, manual_dir: str | None 
     print(f"preparing {name} in {root}", file=sys.stderr)
     config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
     try:
-        with _free_disk(root):
-            builder.download_and_prepare(download_config=config, file_format="array_record")
+        _make_folder(root)
+        builder.download_and_prepare(download_config=config, file_format="array_record")
     except UserError:
         raise
     except Exception as error:
@@ -321,14 +321,12 @@ def _import() -> Any:
     return tfds
 
 
-@contextlib.contextmanager
-def _free_disk(root: pathlib.Path) -> Iterator[None]:
+def _make_folder(root: pathlib.Path) -> None:
     """A folder that cannot be written is told before anything is downloaded."""
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {root}: {error.strerror}") from None
-    yield
 
 
 def _line(error: BaseException) -> str:
