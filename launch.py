@@ -184,7 +184,7 @@ def main(arguments: list[str]) -> None:
         if FLAGS.debug:
             config = dataclasses.replace(config, **experiment.DEBUG)
         config = override(config, overrides)
-        run.set_up_jax()
+        run.set_up_jax(FLAGS.debug)
         if hasattr(experiment, "run"):
             experiment.run(config, workdir, options)
         else:

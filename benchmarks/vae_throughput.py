@@ -111,8 +111,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=11)
     arguments = parser.parse_args()
+    parallel.tune_cpu()  # as launch.py does
     config = vae_mnist.Config()
     try:
         data = load(config.data, arguments.data_dir)

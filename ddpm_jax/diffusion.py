@@ -10,18 +10,21 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from ddpm_jax import elbo, guidance, loss, report, sampler
+from ddpm_jax.classifier import Judge
 from ddpm_jax.data.loader import Batch, Data
 from ddpm_jax.errors import UserError, nearest
 from ddpm_jax.evaluate import average, per_example
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
+from ddpm_jax.metrics.quality import quality
 from ddpm_jax.nn.unet import UNet, check_unet
 from ddpm_jax.prediction import Denoiser, Kind, Prediction, Variance, clip_x0, read
 from ddpm_jax.process import q_posterior, q_sample
 from ddpm_jax.schedule import Schedule, Spacing, grid
-from ddpm_jax.tasks import Evaluation, Request, Task, refuse
+from ddpm_jax.tasks import Evaluation, Request, Task, refuse, to_images
 
 FIRST_NOISE = 2**31 - 1  # the number of x_T's draw; the steps' are 0, 1, 2, ...
 NOISE_LEVELS = 10  # of the table of errors
+DRAWN_AT_ONCE = 100  # images in one call of a sampler, and on a sheet of samples
 
 
 class Sampling(NamedTuple):
@@ -35,11 +38,6 @@ class Sampling(NamedTuple):
     steps: int = 250
     spacing: Spacing = "trailing"
     guidance: float = 1.0
-
-
-def to_images(images: Array, levels: int) -> Float[Array, "..."]:
-    """Grey values 0 ... levels - 1 -> [-1, 1]."""
-    return 2 * images.astype(jnp.float32) / (levels - 1) - 1
 
 
 def step_time(schedule: Schedule, t: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
@@ -64,6 +62,8 @@ def diffusion_task(
     batch_size: int,
     eval_batch: int = 256,
     eval_times: int = 8,
+    judge: Callable[[], Judge] | None = None,
+    judged: int = 1000,
 ) -> Task:
     """Denoising diffusion of images (Ho et al. 2020, alg. 1-2).
 
@@ -79,6 +79,8 @@ def diffusion_task(
       sampling: how images are drawn by default.
       batch_size: of training, over which times are spread evenly.
       eval_times: noise levels of each test image that the test figures average over.
+      judge: gives the classifier that judges drawn images, in a full evaluation.
+      judged: how many images are drawn for it, the classes in turn.
 
     Raises:
       UserError: the network cannot be built for images of this shape.
@@ -192,10 +194,27 @@ def diffusion_task(
             for row in range(NOISE_LEVELS):
                 name = f"test/mse_t_{row / NOISE_LEVELS:.1f}"
                 metrics[name] = float(found["mse"][rows == row].mean())
-        keys = example_keys(purpose_key(seed, SAMPLE), 0, jnp.arange(100))
-        labels = jnp.repeat(jnp.arange(10), 10) % classes if classes else None
-        images = draw(params, keys, labels, sampling)
-        return Evaluation(metrics, {"samples": report.grid(np.asarray(images), columns=10)})
+        count = max(judged, DRAWN_AT_ONCE) if full and judge else DRAWN_AT_ONCE
+        images, labels = draw_many(params, seed, count)
+        pictures = {"samples": report.grid(images[:DRAWN_AT_ONCE], columns=10)}
+        about = {**sampling._asdict(), "parameters": "averaged (EMA)", "reference": "test split"}
+        if full and judge:
+            meant = None if labels is None else labels[:judged]
+            judgement = quality(judge(), images[:judged], meant, data)
+            metrics |= judgement.metrics
+            pictures["neighbours"] = judgement.neighbours
+        return Evaluation(metrics, pictures, about)
+
+    def draw_many(params, seed, count):
+        """Images 0 ... count - 1, their labels in turn; a sheet of 100 has a class a column."""
+        images = []
+        for start in range(0, count, DRAWN_AT_ONCE):  # one shape, compiled once
+            index = jnp.arange(start, start + DRAWN_AT_ONCE)
+            keys = example_keys(purpose_key(seed, SAMPLE), 0, index)
+            images.append(
+                np.asarray(draw(params, keys, index % classes if classes else None, sampling))
+            )
+        return np.concatenate(images)[:count], np.arange(count) % classes if classes else None
 
     # Sampling.
 

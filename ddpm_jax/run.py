@@ -2,7 +2,8 @@
 
 An experiment is a module with `Config`, `DEBUG` (what `--debug` changes) and either
 `build(config) -> Task`, which the functions here train, evaluate and sample from, or
-`run(config, workdir, options)`, which does as it likes.
+`run(config, workdir, options)`, which does as it likes.  Beside `build` it may have
+`prepare(config, loaded, options) -> config`, for what must be there before it trains.
 """
 
 import contextlib
@@ -14,7 +15,6 @@ import pathlib
 import sys
 import time
 import types
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,12 +24,12 @@ import numpy as np
 from ddpm_jax import parallel as devices
 from ddpm_jax import report, train
 from ddpm_jax.checkpoint import open_checkpoints
-from ddpm_jax.config import FROM_DATA, MAY_CHANGE, marked
-from ddpm_jax.data.loader import Batch, Data, MissingData, cache_dir, load
+from ddpm_jax.config import FROM_DATA, MAY_CHANGE, marked, restore
+from ddpm_jax.data.loader import Data, MissingData, cache_dir, load
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.rundir import check_same, open_run, provenance, read_record
-from ddpm_jax.tasks import Request, Task
+from ddpm_jax.tasks import Request
 
 SAMPLE_BATCH = 64
 
@@ -44,9 +44,14 @@ class Options(NamedTuple):
     debug: bool = False
 
 
-def set_up_jax() -> None:
-    """Fast convolutions on a CPU, and compiled programs kept between runs."""
+def set_up_jax(debug: bool = False) -> None:
+    """Fast convolutions on a CPU, and compiled programs kept between runs.
+
+    Args:
+      debug: compile in half the time programs that are slower, for runs of a few steps.
+    """
     devices.tune_cpu()
+    jax.config.update("jax_disable_most_optimizations", debug)
     logging.getLogger("absl").setLevel(logging.ERROR)  # what is the user's business is told here
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the user's own choice
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
@@ -136,9 +141,11 @@ def train_experiment(
     name = experiment.__name__.rpartition(".")[2]
     loaded = loaded or load_data(experiment, config.data, workdir, options)
     data = loaded.data
-    config = from_data(config, data)
-    task = experiment.build(config)
     devices.check_batch(config.batch_size)
+    config = _prepared(experiment, from_data(config, data), loaded, options)
+    if config is None:
+        return None
+    task = experiment.build(config)
     record = record_of(name, config, loaded, options)
     run = open_run(workdir, record, marked(config, MAY_CHANGE))
     checkpoints = None
@@ -157,7 +164,7 @@ def train_experiment(
         run.write_record()
         run = run.at(step, last=step == config.steps)
         result = train.fit(task, config, data, run, checkpoints, options.seed, options.parallel)
-        if result.metrics is None:
+        if result.final is None:
             print(
                 f"stopped at step {result.step} of {config.steps}; the same command goes on",
                 file=sys.stderr,
@@ -172,7 +179,8 @@ def train_experiment(
             "data": data.title,
             "data_note": loaded.note,
             "parameters": _count(result.state.params),
-            "metrics": result.metrics,
+            "about": result.final.about,
+            "metrics": result.final.metrics,
         }
         run.finish(summary)
         _tell_finished(workdir, summary)
@@ -188,23 +196,26 @@ def eval_experiment(
     experiment: types.ModuleType, config: Any, workdir: pathlib.Path, options: Options
 ) -> dict[str, float]:
     """Evaluate the newest checkpoint in full; writes eval.json and pictures."""
-    with _trained(experiment, config, workdir, options) as (task, config, record, state):
-        data = load_again(record, options)
-        check_same(workdir, record, {**record, "data": data.describe()})
-        shard = devices.make(options.parallel).shard
-        found = task.evaluate(
-            state.ema, state.fixed, data, seed=record["seed"], full=True, shard=shard
-        )
-        train.check_figures(found.metrics)
-        step = int(state.step)
-        for name, picture in found.pictures.items():
-            report.save_png(workdir / "images" / f"{name}.png", picture)
-        written = {"step": step, "data": data.title, "metrics": found.metrics}
-        (workdir / "eval.json").write_text(json.dumps(written, indent=2) + "\n")
-        title = f"{record['experiment']} on {data.title}, checkpoint of step {step}"
-        print(report.table(report.metric_rows(found.metrics), title))
-        print(f"  pictures in {workdir / 'images'}, figures in {workdir / 'eval.json'}")
-        return found.metrics
+    config, state = load_state(experiment, workdir, config, options.parallel)
+    record = read_record(workdir) or {}
+    data = load_again(record, options)
+    check_same(workdir, record, {**record, "data": data.describe()})
+    config = _prepared(experiment, config, Loaded(data), options._replace(debug=record["debug"]))
+    if config is None:
+        return {}
+    task = experiment.build(config)
+    shard = devices.make(options.parallel).shard
+    found = task.evaluate(state.ema, state.fixed, data, seed=record["seed"], full=True, shard=shard)
+    train.check_figures(found.metrics)
+    step = int(state.step)
+    for name, picture in found.pictures.items():
+        report.save_png(workdir / "images" / f"{name}.png", picture)
+    written = {"step": step, "data": data.title, "about": found.about, "metrics": found.metrics}
+    (workdir / "eval.json").write_text(json.dumps(written, indent=2) + "\n")
+    title = f"{record['experiment']} on {data.title}, checkpoint of step {step}"
+    print(report.table(report.metric_rows(found.metrics), title))
+    print(f"  pictures in {workdir / 'images'}, figures in {workdir / 'eval.json'}")
+    return found.metrics
 
 
 def sample_experiment(
@@ -225,47 +236,64 @@ def sample_experiment(
         raise UserError(f"--out={out}: must end in .png or .npz")
     if not out.parent.is_dir() and out.parent != workdir / "images":
         raise UserError(f"--out={out}: there is no folder {out.parent}")
-    with _trained(experiment, config, workdir, options) as (task, _, record, state):
-        key = purpose_key(options.seed, SAMPLE)
-        parts = []
-        for start in range(0, count, SAMPLE_BATCH):  # one shape, compiled once
-            keys = example_keys(key, 0, jnp.arange(start, start + SAMPLE_BATCH))
-            parts.append(np.asarray(task.sample(state.ema, state.fixed, keys, request)))
-        images = np.concatenate(parts)[:count]
-        try:
-            if out.suffix == ".npz":
-                np.savez_compressed(out, images=report.to_uint8(images))
-            else:
-                report.save_png(out, report.grid(images))
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {error.strerror}") from None
-        print(f"{count} images of {record['experiment']}, step {int(state.step)}: {out}")
-        return out
+    config, state = load_state(experiment, workdir, config, options.parallel)
+    task = experiment.build(config)
+    key = purpose_key(options.seed, SAMPLE)
+    parts = []
+    for start in range(0, count, SAMPLE_BATCH):  # one shape, compiled once
+        keys = example_keys(key, 0, jnp.arange(start, start + SAMPLE_BATCH))
+        parts.append(np.asarray(task.sample(state.ema, state.fixed, keys, request)))
+    images = np.concatenate(parts)[:count]
+    try:
+        if out.suffix == ".npz":
+            np.savez_compressed(out, images=report.to_uint8(images))
+        else:
+            report.save_png(out, report.grid(images))
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    name = experiment.__name__.rpartition(".")[2]
+    print(f"{count} images of {name}, step {int(state.step)}: {out}")
+    return out
 
 
-@contextlib.contextmanager
-def _trained(
-    experiment: types.ModuleType, config: Any, workdir: pathlib.Path, options: Options
-) -> Iterator[tuple[Task, Any, dict, train.TrainState]]:
-    """The task, config, record and newest state of a run directory."""
+def load_state(
+    experiment: types.ModuleType,
+    workdir: pathlib.Path,
+    config: Any = None,
+    parallel: str = "jit",
+) -> tuple[Any, train.TrainState]:
+    """The config and the newest state of a run directory.
+
+    Args:
+      config: instead of the recorded one.
+
+    Raises:
+      UserError: there is no run, or no checkpoint yet.
+    """
     record = read_record(workdir)
     if record is None:
         raise UserError(f"there is no run in {workdir}; train one first, or give --workdir")
+    config = config or restore(experiment.Config, record["config"], workdir)
     folder = workdir / "checkpoints"
+    nothing = UserError(f"there is no checkpoint in {workdir} yet; train first")
     if not any(folder.glob("[0-9]*")):
-        raise UserError(f"there is no checkpoint in {workdir} yet; train first")
-    task = experiment.build(config)
-    checkpoints = open_checkpoints(folder, read_only=True)
-    with contextlib.closing(checkpoints):
+        raise nothing
+    with contextlib.closing(open_checkpoints(folder, read_only=True)) as checkpoints:
         step = checkpoints.newest()
         if step is None:
-            raise UserError(f"there is no checkpoint in {workdir} yet; train first")
-        examples = Batch(
-            np.zeros((2, *config.shape), np.uint8), np.zeros(2, np.int32), np.arange(2)
-        )
-        like = jax.eval_shape(lambda: train.init_state(task, config, examples, record["seed"]))
-        state, _ = checkpoints.restore(step, devices.make(options.parallel).like(like))
-        yield task, config, record, state
+            raise nothing
+        shapes = train.state_shapes(experiment.build(config), config)
+        state, _ = checkpoints.restore(step, devices.make(parallel).like(shapes))
+        return config, state
+
+
+def _prepared(
+    experiment: types.ModuleType, config: Any, loaded: Loaded, options: Options
+) -> Any | None:
+    """The config, with what the experiment's `prepare` made first; None: asked to stop."""
+    if not hasattr(experiment, "prepare"):
+        return config
+    return experiment.prepare(config, loaded, options)
 
 
 def _tell_start(name: str, loaded: Loaded, workdir: pathlib.Path) -> None:

@@ -32,10 +32,14 @@ class Request(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found: figures by name, and pictures (uint8 [H, W, C]) by name."""
+    """What an evaluation found: figures and pictures (uint8 [H, W, C]) by name.
+
+    `about` says what figures cannot: how images were drawn, what they were compared with.
+    """
 
     metrics: dict[str, float]
     pictures: dict[str, np.ndarray]
+    about: dict[str, Any] = {}  # noqa: RUF012
 
 
 class Task(NamedTuple):
@@ -56,6 +60,11 @@ class Task(NamedTuple):
     update: Callable[[Any, Any], Any]
     evaluate: Callable[..., Evaluation]
     sample: Callable[..., Any]
+
+
+def to_images(images: Any, levels: int) -> Any:
+    """Grey values 0 ... levels - 1 -> float32 in [-1, 1]; an array of numpy or of jax."""
+    return 2 * images.astype(np.float32) / np.float32(levels - 1) - 1
 
 
 def refuse(request: Request, *names: str) -> None:

@@ -32,7 +32,7 @@ from ddpm_jax.errors import RunError
 from ddpm_jax.keys import INIT, TRAIN, example_keys, purpose_key
 from ddpm_jax.progress import Clock
 from ddpm_jax.rundir import RunDir
-from ddpm_jax.tasks import Task
+from ddpm_jax.tasks import Evaluation, Task
 
 INIT_EXAMPLES = 1000  # training examples that `Task.init` sees
 EMA_WARMUP = 0.05  # the half-life is at most this share of the images seen (Karras et al. 2024)
@@ -49,11 +49,11 @@ class TrainState(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """How `fit` ended: the state, its step, and the final figures, unless it was stopped."""
+    """How `fit` ended: the state, its step, and the final evaluation, unless it was stopped."""
 
     state: TrainState
     step: int
-    metrics: dict[str, float] | None
+    final: Evaluation | None
 
 
 def optimizer(config: Training) -> optax.GradientTransformation:
@@ -95,6 +95,13 @@ def init_state(task: Task, config: Training, batch: Batch, seed: int) -> TrainSt
     return init(batch)
 
 
+def state_shapes(task: Task, config: Training) -> TrainState:
+    """What `init_state` would make, as shapes alone: for restoring into."""
+    images = np.zeros((2, *config.shape), np.uint8)
+    batch = Batch(images, np.zeros(2, np.int32), np.arange(2))
+    return jax.eval_shape(lambda: init_state(task, config, batch, 0))
+
+
 def train_step(
     task: Task,
     config: Training,
@@ -131,9 +138,15 @@ def train_step(
     if config.ema_half_life:
         decay = ema_decay(state.step + 1, config.batch_size, config.ema_half_life)
         ema = optax.incremental_update(params, state.ema, 1 - decay)
-    metrics["gradient_norm"] = optax.global_norm(gradient)
+    metrics["gradient_norm"] = _norm(gradient)
     fixed = task.update(state.fixed, statistics)
     return TrainState(state.step + 1, params, fixed, opt_state, ema), metrics
+
+
+def _norm(tree: Any) -> jax.Array:
+    """The global norm, by products, which a CPU sums on all its cores."""
+    squares = [jnp.vdot(leaf, leaf, precision="highest") for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares))
 
 
 def train_steps(
@@ -186,15 +199,17 @@ def fit(
     """
     # State: of the newest checkpoint, or new.
     spread = devices.make(mode)
-    size = min(INIT_EXAMPLES, len(data.train.images))
-    examples = Batch(data.train.images[:size], data.train.labels[:size], np.arange(size))
-    state = spread.place(init_state(task, config, examples, seed))
     window: dict[str, float] = {}  # sums since the last line, and of how many steps
     step = checkpoints.newest() or 0
     if step:
-        state, host = checkpoints.restore(step, state)
+        like = spread.like(state_shapes(task, config))
+        state, host = checkpoints.restore(step, like)
         window = host["window"]
         print(f"resuming at step {step}", file=sys.stderr)
+    else:
+        size = min(INIT_EXAMPLES, len(data.train.images))
+        examples = Batch(data.train.images[:size], data.train.labels[:size], np.arange(size))
+        state = spread.place(init_state(task, config, examples, seed))
 
     # Compiled once; batches are made and placed ahead of the calls that use them.
     stack = config.steps_per_call if config.steps_per_call > 1 else None
@@ -244,7 +259,8 @@ def fit(
                 tell()
                 if not run.evaluated(first):
                     with signals.interrupting(), clock.pause("evaluation"):
-                        metrics = evaluate(task, state, data, run, first, seed, spread.shard)
+                        shown = evaluate(task, state, data, run, first, seed, spread.shard)
+                        metrics = shown.metrics
             if metrics or _due(first, config.checkpoint_every) or finished or signals.stop:
                 tell()
                 run.flush()
@@ -258,12 +274,12 @@ def fit(
             tell()
             pending = (first, last, found)
         checkpoints.wait()
-        metrics = None
+        final = None
         if finished and not signals.stop:
             print("evaluating", file=sys.stderr)
             with signals.interrupting():
-                metrics = evaluate(task, state, data, run, first, seed, spread.shard, full=True)
-    return Fit(state, first, metrics)
+                final = evaluate(task, state, data, run, first, seed, spread.shard, full=True)
+    return Fit(state, first, final)
 
 
 def _due(step: int, every: int) -> bool:
@@ -279,14 +295,14 @@ def evaluate(
     seed: int,
     shard: Callable[[Any], Any],
     full: bool = False,
-) -> dict[str, float]:
+) -> Evaluation:
     """Evaluate the averaged parameters, write the line and the pictures."""
     found = task.evaluate(state.ema, state.fixed, data, seed=seed, full=full, shard=shard)
     check_figures(found.metrics)
     for name, picture in found.pictures.items():
         run.picture(name, picture, None if full else step)
     run.log(step, found.metrics)
-    return found.metrics
+    return found
 
 
 def check_figures(metrics: dict[str, float]) -> None:

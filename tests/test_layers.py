@@ -10,7 +10,15 @@ FILES = sorted((ROOT / "ddpm_jax").rglob("*.py"))
 MATHS = {
     "bayes", "elbo", "guidance", "loss", "prediction", "process", "sampler", "schedule", "vae",
 }  # fmt: skip
-LEVELS = {"tasks": 3, "diffusion": 3, "train": 4, "run": 5}  # maths 0, nn 1, the rest 2
+LEVELS = {
+    "tasks": 3,
+    "classifier": 4,
+    "metrics": 5,
+    "diffusion": 6,
+    "train": 7,
+    "run": 8,
+    "judge": 9,
+}  # maths 0, nn 1, the rest 2
 
 
 def module_of(path):

@@ -1,0 +1,70 @@
+"""Judges: classifiers trained once for a data set and kept, for every run that needs one."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import sys
+import types
+from typing import Any
+
+from ddpm_jax.classifier import Judge, judge_of
+from ddpm_jax.data.loader import cache_dir
+from ddpm_jax.errors import UserError
+from ddpm_jax.run import Loaded, Options, load_state, train_experiment
+
+
+def with_judge(
+    experiment: types.ModuleType, config: Any, loaded: Loaded, options: Options
+) -> Any | None:
+    """`config` with the directory of a trained classifier in its field `judge`.
+
+    Args:
+      experiment: the classifier's, such as `experiments.classifier_digits`.
+      config: whose `judge` says "auto" (train one, unless it is there), "none" or where one is.
+
+    Returns:
+      None if the training of it was asked to stop.
+
+    Raises:
+      UserError: there is no classifier where the config says.
+    """
+    if config.judge == "none":
+        return config
+    if config.judge != "auto" and (pathlib.Path(config.judge) / "summary.json").exists():
+        return config
+    if not loaded.data.classes:
+        print("no labels, so no classifier: no distances are told", file=sys.stderr)
+        return dataclasses.replace(config, judge="none")
+    place = trained(experiment, loaded, options)
+    return place and dataclasses.replace(config, judge=str(place))
+
+
+def trained(experiment: types.ModuleType, loaded: Loaded, options: Options) -> pathlib.Path | None:
+    """Where a classifier of this data set is, trained now if it never was; None: stopped."""
+    config = dataclasses.replace(experiment.Config(), data=loaded.data.name)
+    if options.debug:
+        config = dataclasses.replace(config, **experiment.DEBUG)
+    name = experiment.__name__.rpartition(".")[2]
+    known = f"{dataclasses.asdict(config)} {loaded.data.fingerprint}"
+    place = cache_dir() / "judges" / f"{name}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+    if not (place / "summary.json").exists():
+        print(f"training {name} once, to judge drawn images with", file=sys.stderr)
+        if train_experiment(experiment, config, place, options._replace(seed=0), loaded) is None:
+            return None
+    return place
+
+
+@functools.lru_cache(maxsize=4)
+def load_judge(experiment: types.ModuleType, place: str) -> Judge:
+    """The classifier in `place`.
+
+    Raises:
+      UserError: there is none.
+    """
+    if not (pathlib.Path(place) / "summary.json").exists():
+        raise UserError(f"--config.judge={place}: there is no trained classifier")
+    config, state = load_state(experiment, pathlib.Path(place))
+    summary = json.loads((pathlib.Path(place) / "summary.json").read_text())
+    return judge_of(summary["experiment"], experiment.network(config), state.ema)

@@ -1,0 +1,35 @@
+"""A small convolutional classifier, whose last layer but one serves as features."""
+
+import flax.linen as nn
+from jaxtyping import Array, Float, Key
+
+from ddpm_jax.nn.layers import Dropout
+
+SMALLEST = 8  # a side that is not halved any more
+
+
+class Classifier(nn.Module):
+    """Images [B, H, W, C] in [-1, 1] -> (logits [B, classes], features [B, features]).
+
+    Attributes:
+      classes: how many.
+      channels: of the 3x3 convolutions, each of which halves a side longer than 8.
+      features: width of the layer before the logits.
+      dropout: rate on the features, in training.
+    """
+
+    classes: int
+    channels: tuple[int, ...] = (32, 64, 64)
+    features: int = 64
+    dropout: float = 0.3
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch h w c"], keys: Key[Array, "batch"] | None = None
+    ) -> tuple[Float[Array, "batch classes"], Float[Array, "batch features"]]:
+        for number, width in enumerate(self.channels):
+            strides = 2 if x.shape[1] > SMALLEST else 1
+            x = nn.gelu(nn.Conv(width, (3, 3), strides=strides, name=f"conv_{number}")(x))
+        x = x.reshape(x.shape[0], -1)
+        x = nn.gelu(nn.Dense(self.features, name="features")(x))
+        return nn.Dense(self.classes, name="logits")(Dropout(self.dropout, name="drop")(x, keys)), x

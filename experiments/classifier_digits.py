@@ -1,0 +1,44 @@
+"""A small convolutional classifier of the 8x8 digits: it judges what other models draw.
+
+python launch.py --experiment=classifier_digits
+"""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from ddpm_jax.classifier import classifier_task
+from ddpm_jax.config import AtLeast, Classes, Count, Interval, Length, NonNegative, Share, Training
+from ddpm_jax.nn.classifier import Classifier
+from ddpm_jax.tasks import Task
+
+DEBUG = dict(steps=6, eval_every=4, checkpoint_every=3, log_every=2, batch_size=16, channels=(8,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Training):
+    """See `python launch.py --experiment=classifier_digits --help`."""
+
+    steps: Length = 600
+    batch_size: Count = 128
+    decay: Literal["none", "cosine"] = "cosine"
+    weight_decay: NonNegative = 0.01
+    ema_half_life: NonNegative = 10_000.0
+    eval_every: Interval = 200
+    checkpoint_every: Interval = 200
+    classes: Classes = 10
+    channels: tuple[Count, ...] = (32, 64, 64)
+    features: Count = 64
+    dropout: Share = 0.3
+    shift: Annotated[int, AtLeast(0)] = 1  # pixels that training images are moved by
+    eval_batch: Count = 360
+
+
+def network(config: Config) -> Classifier:
+    """The network alone, as a judge uses it."""
+    return Classifier(config.classes, config.channels, config.features, config.dropout)
+
+
+def build(config: Config) -> Task:
+    """The task that this experiment trains."""
+    net = network(config)
+    return classifier_task(net, config.levels, shift=config.shift, eval_batch=config.eval_batch)

@@ -1,0 +1,25 @@
+"""A small convolutional classifier of MNIST: it judges what other models draw.
+
+python launch.py --experiment=classifier_mnist
+"""
+
+import dataclasses
+
+from ddpm_jax.config import Count, Interval, Length, NonNegative
+from experiments import classifier_digits
+
+FALLBACK = "digits:28"  # where MNIST cannot be had
+DEBUG = classifier_digits.DEBUG
+network, build = classifier_digits.network, classifier_digits.build
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(classifier_digits.Config):
+    """See `python launch.py --experiment=classifier_mnist --help`."""
+
+    data: str = "mnist"
+    steps: Length = 3000
+    ema_half_life: NonNegative = 50_000.0
+    eval_every: Interval = 1000
+    checkpoint_every: Interval = 500
+    eval_batch: Count = 500

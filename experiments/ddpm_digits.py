@@ -1,0 +1,128 @@
+"""Class-conditional denoising diffusion on the 8x8 digits that scikit-learn carries.
+
+python launch.py --experiment=ddpm_digits
+"""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from ddpm_jax import loss, schedule
+from ddpm_jax.config import (
+    MAY_CHANGE,
+    AtLeast,
+    AtMost,
+    Classes,
+    Count,
+    Interval,
+    Length,
+    NonNegative,
+    Positive,
+    Share,
+    Training,
+)  # fmt: skip
+from ddpm_jax.diffusion import Sampling, diffusion_task
+from ddpm_jax.judge import load_judge, with_judge
+from ddpm_jax.nn.unet import UNet
+from ddpm_jax.run import Loaded, Options
+from ddpm_jax.schedule import Spacing
+from ddpm_jax.tasks import Task
+from experiments import classifier_digits as classifier
+
+DEBUG = dict(
+    steps=6, eval_every=4, checkpoint_every=3, log_every=2, channels=8, blocks=1, multipliers=(1,),
+    sample_steps=4, batch_size=16, eval_times=2, draw=40, judge="none",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Training):
+    """See `python launch.py --experiment=ddpm_digits --help`."""
+
+    data: str = "digits"
+    steps: Length = 3000
+    batch_size: Count = 64
+    learning_rate: Positive = 1e-3
+    warmup: Annotated[int, AtLeast(0)] = 100
+    decay: Literal["none", "cosine"] = "cosine"
+    clip: NonNegative = 1.0
+    ema_half_life: NonNegative = 20_000.0
+    eval_every: Interval = 1000
+    checkpoint_every: Interval = 250
+    classes: Classes = 10
+    # The network.
+    channels: Count = 32
+    multipliers: tuple[Count, ...] = (1, 2)
+    blocks: Count = 2
+    attention_sizes: tuple[Count, ...] = (4,)
+    head_channels: Annotated[int, AtLeast(0)] = 0
+    dropout: Share = 0.1
+    conditional: bool = True
+    # The process.
+    noise: Literal["linear_betas", "cosine_betas", "cosine"] = "linear_betas"
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    weight: Literal["simple", "v", "min_snr", "sigmoid"] = "simple"
+    label_dropout: Annotated[float, AtLeast(0.0), AtMost(1.0)] = 0.1
+    flip: bool = False
+    # Sampling and evaluation.
+    sampler: str = "ancestral"
+    sample_steps: Count = 250
+    spacing: Spacing = "trailing"
+    guidance: float = 1.0
+    eval_batch: Count = 120
+    eval_times: Count = 16
+    draw: Length = 1437  # images that the final figures are of
+    judge: Annotated[str, MAY_CHANGE] = "auto"  # a trained classifier's run; auto, none
+
+
+SCHEDULES = {
+    "linear_betas": lambda: schedule.from_betas(schedule.linear_betas()),
+    "cosine_betas": lambda: schedule.from_betas(schedule.cosine_betas()),
+    "cosine": schedule.cosine,
+}
+WEIGHTS = {
+    "simple": loss.one,
+    "v": loss.v_weight,
+    "min_snr": loss.min_snr,
+    "sigmoid": loss.sigmoid_weight,
+}
+
+
+def prepare(config: Config, loaded: Loaded, options: Options) -> Config | None:
+    """A classifier of the same data, trained once, judges what is drawn."""
+    return with_judge(classifier, config, loaded, options)
+
+
+def network(config: Config) -> UNet:
+    """The U-Net of the config."""
+    return UNet(
+        outputs=config.shape[-1],
+        channels=config.channels,
+        multipliers=config.multipliers,
+        blocks=config.blocks,
+        attention_sizes=config.attention_sizes,
+        head_channels=config.head_channels,
+        dropout=config.dropout,
+        classes=config.classes if config.conditional else 0,
+    )
+
+
+def build(config: Config) -> Task:
+    """The task that this experiment trains."""
+    return diffusion_task(
+        network(config),
+        SCHEDULES[config.noise](),
+        config.shape,
+        config.levels,
+        kind=config.prediction,
+        weight=WEIGHTS[config.weight],
+        label_dropout=config.label_dropout,
+        flip=config.flip,
+        sampling=Sampling(config.sampler, config.sample_steps, config.spacing, config.guidance),
+        batch_size=config.batch_size,
+        eval_batch=config.eval_batch,
+        eval_times=config.eval_times,
+        judge=None
+        if config.judge in ("auto", "none")
+        else lambda: load_judge(classifier, config.judge),
+        judged=config.draw,
+    )
