@@ -195,8 +195,8 @@ def main(arguments: list[str]) -> None:
     override(config, overrides)  # a mistyped one is told as such
     if fixed:
         raise UserError(
-            f"--config.{min(fixed)} is what the run in {workdir} was trained with; only lengths "
-            f"and intervals can change: {', '.join(sorted(marked(config, MAY_CHANGE)))}"
+            f"--config.{min(fixed)} is what the run in {workdir} was trained with; only lengths, "
+            f"intervals and the like can change: {', '.join(sorted(marked(config, MAY_CHANGE)))}"
         )
     if not hasattr(experiment, "build"):
         raise UserError(

@@ -16,7 +16,8 @@ from ddpm_jax.errors import UserError, nearest
 from ddpm_jax.evaluate import average, per_example
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.metrics.quality import quality
-from ddpm_jax.nn.unet import UNet, check_unet
+from ddpm_jax.nn.dit import DiT
+from ddpm_jax.nn.unet import UNet
 from ddpm_jax.prediction import Denoiser, Kind, Prediction, Variance, clip_x0, read
 from ddpm_jax.process import q_posterior, q_sample
 from ddpm_jax.schedule import Schedule, Spacing, grid
@@ -48,7 +49,7 @@ def step_time(schedule: Schedule, t: Float[Array, "*batch"]) -> Float[Array, "*b
 
 
 def diffusion_task(
-    net: UNet,
+    net: UNet | DiT,
     schedule: Schedule,
     shape: tuple[int, int, int],
     levels: int,
@@ -85,7 +86,7 @@ def diffusion_task(
     Raises:
       UserError: the network cannot be built for images of this shape.
     """
-    check_unet(net, shape)
+    net.check(shape)
     check_sampler(sampling.sampler, "--config.sampler")
     classes = net.classes
 

@@ -4,9 +4,11 @@ python launch.py --experiment=ddpm_digits
 """
 
 import dataclasses
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 from ddpm_jax import loss, schedule
+from ddpm_jax.classifier import Judge
 from ddpm_jax.config import (
     MAY_CHANGE,
     AtLeast,
@@ -22,6 +24,7 @@ from ddpm_jax.config import (
 )  # fmt: skip
 from ddpm_jax.diffusion import Sampling, diffusion_task
 from ddpm_jax.judge import load_judge, with_judge
+from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.run import Loaded, Options
 from ddpm_jax.schedule import Spacing
@@ -39,35 +42,43 @@ class Config(Training):
     """See `python launch.py --experiment=ddpm_digits --help`."""
 
     data: str = "digits"
-    steps: Length = 3000
+    steps: Length = 800
     batch_size: Count = 64
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 2e-3
     warmup: Annotated[int, AtLeast(0)] = 100
     decay: Literal["none", "cosine"] = "cosine"
     clip: NonNegative = 1.0
     ema_half_life: NonNegative = 20_000.0
-    eval_every: Interval = 1000
+    eval_every: Interval = 0
     checkpoint_every: Interval = 250
     classes: Classes = 10
-    # The network.
+    network: Literal["unet", "dit"] = "unet"
+    # The U-Net.
+    fold: Count = 1
     channels: Count = 32
     multipliers: tuple[Count, ...] = (1, 2)
     blocks: Count = 2
     attention_sizes: tuple[Count, ...] = (4,)
     head_channels: Annotated[int, AtLeast(0)] = 0
+    # The DiT.
+    patch: Count = 2
+    width: Count = 128
+    depth: Count = 6
+    heads: Count = 4
+    # Either.
     dropout: Share = 0.1
     conditional: bool = True
     # The process.
-    noise: Literal["linear_betas", "cosine_betas", "cosine"] = "linear_betas"
-    prediction: Literal["eps", "x0", "v"] = "eps"
+    noise: Literal["linear_betas", "cosine_betas", "cosine"] = "cosine_betas"
+    prediction: Literal["eps", "x0", "v"] = "v"
     weight: Literal["simple", "v", "min_snr", "sigmoid"] = "simple"
     label_dropout: Annotated[float, AtLeast(0.0), AtMost(1.0)] = 0.1
     flip: bool = False
-    # Sampling and evaluation.
-    sampler: str = "ancestral"
-    sample_steps: Count = 250
-    spacing: Spacing = "trailing"
-    guidance: float = 1.0
+    # Sampling and evaluation, which may change from one evaluation to the next.
+    sampler: Annotated[str, MAY_CHANGE] = "dpmpp_2m"
+    sample_steps: Length = 20
+    spacing: Annotated[Spacing, MAY_CHANGE] = "logsnr"
+    guidance: Annotated[float, MAY_CHANGE] = 1.2
     eval_batch: Count = 120
     eval_times: Count = 16
     draw: Length = 1437  # images that the final figures are of
@@ -92,22 +103,34 @@ def prepare(config: Config, loaded: Loaded, options: Options) -> Config | None:
     return with_judge(classifier, config, loaded, options)
 
 
-def network(config: Config) -> UNet:
-    """The U-Net of the config."""
-    return UNet(
+def network(config: Config) -> UNet | DiT:
+    """The network that the config chooses."""
+    common: dict[str, Any] = dict(
         outputs=config.shape[-1],
+        dropout=config.dropout,
+        classes=config.classes if config.conditional else 0,
+    )
+    if config.network == "dit":
+        return DiT(
+            patch=config.patch,
+            width=config.width,
+            depth=config.depth,
+            heads=config.heads,
+            **common,
+        )
+    return UNet(
+        fold=config.fold,
         channels=config.channels,
         multipliers=config.multipliers,
         blocks=config.blocks,
         attention_sizes=config.attention_sizes,
         head_channels=config.head_channels,
-        dropout=config.dropout,
-        classes=config.classes if config.conditional else 0,
+        **common,
     )
 
 
-def build(config: Config) -> Task:
-    """The task that this experiment trains."""
+def task(config: Config, judge: Callable[[], Judge]) -> Task:
+    """The task of a config, judged by what `judge` loads, if the config wants that."""
     return diffusion_task(
         network(config),
         SCHEDULES[config.noise](),
@@ -121,8 +144,11 @@ def build(config: Config) -> Task:
         batch_size=config.batch_size,
         eval_batch=config.eval_batch,
         eval_times=config.eval_times,
-        judge=None
-        if config.judge in ("auto", "none")
-        else lambda: load_judge(classifier, config.judge),
+        judge=None if config.judge in ("auto", "none") else judge,
         judged=config.draw,
     )
+
+
+def build(config: Config) -> Task:
+    """The task that this experiment trains."""
+    return task(config, lambda: load_judge(classifier, config.judge))

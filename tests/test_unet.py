@@ -9,7 +9,8 @@ import pytest
 from ddpm_jax.data.loader import Batch
 from ddpm_jax.diffusion import Sampling, diffusion_task
 from ddpm_jax.errors import UserError
-from ddpm_jax.nn.layers import Dropout, attention, time_embedding
+from ddpm_jax.nn.dit import DiT
+from ddpm_jax.nn.layers import Dropout, attention, fold, time_embedding, unfold
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.schedule import from_betas, linear_betas
 from ddpm_jax.tasks import Request
@@ -134,3 +135,78 @@ def test_guidance_on_an_unconditional_network_is_refused():
 def test_an_image_that_the_network_cannot_halve_is_refused():
     with pytest.raises(UserError, match="halves images 3 times, and 28x28 does not divide by 8"):
         diffusion_task(UNet(), from_betas(linear_betas()), (28, 28, 1), 256, batch_size=8)
+
+
+def test_folding_is_undone_and_keeps_a_patch_together():
+    x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
+    folded = fold(x, 2)
+    chex.assert_shape(folded, (2, 2, 3, 12))
+    chex.assert_trees_all_equal(unfold(folded, 2), x)
+    chex.assert_trees_all_equal(folded[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
+
+
+DIT = DiT(outputs=2, patch=2, width=16, depth=3, heads=2, classes=3, dropout=0.5)
+
+
+def test_a_dit_starts_as_nothing_and_its_images_do_not_mix():
+    x, time = jax.random.normal(jax.random.key(0), (4, 4, 6, 1)), jnp.linspace(0.1, 0.9, 4)
+    labels = jnp.arange(4) % 3
+    params = DIT.init(jax.random.key(1), x, time, labels)
+    # adaLN-Zero (Peebles & Xie 2023, sec. 3.2): every block is the identity, the output 0.
+    chex.assert_trees_all_equal(DIT.apply(params, x, time, labels), jnp.zeros((4, 4, 6, 2)))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noisy = [a + 0.3 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    params = jax.tree.unflatten(tree, noisy)
+    drops = jax.random.split(jax.random.key(3), 4)
+    for keys in (None, drops):
+        many = DIT.apply(params, x, time, labels, keys)
+        one = DIT.apply(params, x[2:3], time[2:3], labels[2:3], None if keys is None else keys[2:3])
+        np.testing.assert_allclose(many[2], one[0], atol=1e-5)
+    plain = DIT.apply(params, x, time, labels)
+    assert not np.allclose(plain, DIT.apply(params, x, time, labels, drops), atol=1e-2)
+    for other in (
+        DIT.apply(params, x, time + 0.1, labels),
+        DIT.apply(params, x, time, (labels + 1) % 4),
+    ):
+        assert not np.allclose(plain, other, atol=1e-3)
+
+
+def test_a_dits_blocks_drop_differently():
+    # One layer of a scan: the block's number is folded in, too.
+    x, keys = jnp.ones((2, 1000)), jax.random.split(jax.random.key(0), 2)
+    layer = Dropout(0.5)
+    first, second = (layer.apply({}, x, keys, number) for number in (0, 1))
+    assert abs((first == second).mean() - 0.5) < 4 * (0.25 / 2000) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("net", "says"),
+    [
+        (DiT(patch=3), "28x28 does not divide by --config.patch=3"),
+        (DiT(width=10, heads=4), "--config.width=10: must divide by 4 heads"),
+        (UNet(fold=2, multipliers=(1, 2, 2)), "folds 2x2 pixels and halves images 2 times"),
+    ],
+)
+def test_a_network_that_does_not_fit_the_images_is_one_line(net, says):
+    with pytest.raises(UserError, match=says):
+        net.check((28, 28, 1))
+
+
+def test_a_dit_trains_in_the_diffusion_task():
+    net = DiT(outputs=1, patch=2, width=16, depth=2, heads=2, classes=3)
+    task = diffusion_task(net, from_betas(linear_betas()), (4, 4, 1), 17, batch_size=8)
+    images = np.random.default_rng(0).integers(0, 17, (8, 4, 4, 1), np.uint8)
+    batch = Batch(images, np.arange(8, dtype=np.int32) % 3, np.arange(8, dtype=np.int32))
+    batch = jax.tree.map(jnp.asarray, batch)
+    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
+    keys = jax.random.split(jax.random.key(1), 8)
+
+    def mean(params):
+        return task.loss(params, fixed, batch, keys, train=True, gather=lambda t: t)[0].mean()
+
+    step = jax.jit(lambda p: jax.tree.map(lambda a, g: a - 0.3 * g, p, jax.grad(mean)(p)))
+    before = mean(params)
+    for _ in range(20):
+        params = step(params)
+    assert mean(params) < 0.8 * before

@@ -5,7 +5,7 @@ import zlib
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 
 class Dropout(nn.Module):
@@ -18,14 +18,19 @@ class Dropout(nn.Module):
     rate: float
 
     def __call__(
-        self, x: Float[Array, "batch *event"], keys: Key[Array, "batch"] | None
+        self,
+        x: Float[Array, "batch *event"],
+        keys: Key[Array, "batch"] | None,
+        number: Int[Array, ""] | int = 0,
     ) -> Float[Array, "batch *event"]:
+        """`number` tells apart the calls of one layer, as those of a scan."""
         if keys is None or self.rate == 0.0:
             return x
         path = zlib.crc32("/".join(self.path).encode())
 
         def one(key, x):
-            keep = jax.random.bernoulli(jax.random.fold_in(key, path), 1 - self.rate, x.shape)
+            key = jax.random.fold_in(jax.random.fold_in(key, path), number)
+            keep = jax.random.bernoulli(key, 1 - self.rate, x.shape)
             return jnp.where(keep, x / (1 - self.rate), 0)
 
         return jax.vmap(one)(keys, x)
@@ -51,3 +56,17 @@ def attention(
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32) * scale
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits).astype(value.dtype), value)
+
+
+def fold(x: Float[Array, "batch h w c"], side: int) -> Float[Array, "batch rows columns d"]:
+    """side x side pixels -> the channels of one."""
+    size, height, width, channels = x.shape
+    x = x.reshape(size, height // side, side, width // side, side, channels).swapaxes(2, 3)
+    return x.reshape(size, height // side, width // side, side * side * channels)
+
+
+def unfold(x: Float[Array, "batch rows columns d"], side: int) -> Float[Array, "batch h w c"]:
+    """The inverse of `fold`."""
+    size, rows, columns, features = x.shape
+    x = x.reshape(size, rows, columns, side, side, features // side**2).swapaxes(2, 3)
+    return x.reshape(size, rows * side, columns * side, features // side**2)

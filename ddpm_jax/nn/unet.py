@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.nn.layers import Dropout, attention, time_embedding
+from ddpm_jax.nn.layers import Dropout, attention, fold, time_embedding, unfold
 
 
 def _init(scale: float) -> Callable[..., Any]:
@@ -23,6 +23,8 @@ class UNet(nn.Module):
 
     Attributes:
       outputs: channels of the output.
+      fold: so many pixels either way become channels on the way in, and pixels again on the
+        way out: a network for small machines.
       channels: of the first level.
       multipliers: of the channels, a level each; every level but the last halves the image.
       blocks: residual blocks a level on the way down (one more on the way up).
@@ -38,6 +40,7 @@ class UNet(nn.Module):
     """
 
     outputs: int = 3
+    fold: int = 1
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
     blocks: int = 2
@@ -86,7 +89,7 @@ class UNet(nn.Module):
 
         x = nn.Conv(
             self.channels, (3, 3), kernel_init=_init(1.0), dtype=self.dtype, name="conv_in"
-        )(xt)
+        )(fold(xt, self.fold))
         skips = [x]
         for level, multiplier in enumerate(self.multipliers):
             for number in range(self.blocks):
@@ -124,8 +127,29 @@ class UNet(nn.Module):
                 )(x)
 
         x = nn.swish(_norm(x, "norm_out"))
-        out = nn.Conv(self.outputs, (3, 3), kernel_init=_init(0.0), name="conv_out")
-        return out(x.astype(jnp.float32))
+        features = self.outputs * self.fold**2
+        out = nn.Conv(features, (3, 3), kernel_init=_init(0.0), name="conv_out")
+        return unfold(out(x.astype(jnp.float32)), self.fold)
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """Raises UserError unless the network can be built for images of this shape."""
+        halvings = len(self.multipliers) - 1
+        height, width, _ = shape
+        least = self.fold * 2**halvings
+        if height % least or width % least:
+            folded = f"folds {self.fold}x{self.fold} pixels and " if self.fold > 1 else ""
+            raise UserError(
+                f"the U-Net {folded}halves images {halvings} times, and {height}x{width} does not "
+                f"divide by {least}; give fewer --config.multipliers, or images of another size"
+            )
+        if self.channels % 4:
+            raise UserError(f"--config.channels={self.channels}: must divide by 4")
+        for multiplier in self.multipliers:
+            if self.head_channels and self.channels * multiplier % self.head_channels:
+                raise UserError(
+                    f"{self.channels * multiplier} channels do not divide into heads of "
+                    f"--config.head_channels={self.head_channels}"
+                )
 
 
 class ResBlock(nn.Module):
@@ -193,22 +217,3 @@ def _norm(x: Float[Array, "batch h w c"], name: str) -> Float[Array, "batch h w 
         groups -= 1
     made = nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.float32, name=name)
     return made(x).astype(x.dtype)
-
-
-def check_unet(net: UNet, shape: tuple[int, int, int]) -> None:
-    """Raises UserError unless the network can be built for images of this shape."""
-    halvings = len(net.multipliers) - 1
-    height, width, _ = shape
-    if height % 2**halvings or width % 2**halvings:
-        raise UserError(
-            f"the U-Net halves images {halvings} times, and {height}x{width} does not divide by "
-            f"{2**halvings}; give fewer --config.multipliers, or images of another size"
-        )
-    if net.channels % 4:
-        raise UserError(f"--config.channels={net.channels}: must divide by 4")
-    for multiplier in net.multipliers:
-        if net.head_channels and net.channels * multiplier % net.head_channels:
-            raise UserError(
-                f"{net.channels * multiplier} channels do not divide into heads of "
-                f"--config.head_channels={net.head_channels}"
-            )
