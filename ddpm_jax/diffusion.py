@@ -2,43 +2,27 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax import elbo, guidance, loss, report, sampler
+from ddpm_jax import elbo, loss, report
 from ddpm_jax.classifier import Judge
 from ddpm_jax.data.loader import Batch, Data
-from ddpm_jax.errors import UserError, nearest
+from ddpm_jax.drawing import AT_ONCE, Drawing, Sampling, drawing
 from ddpm_jax.evaluate import average, per_example
-from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.metrics.quality import quality
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.prediction import Denoiser, Kind, Prediction, Variance, clip_x0, read
+from ddpm_jax.prediction import Kind, Prediction, Variance, clip_x0, read
 from ddpm_jax.process import q_posterior, q_sample
-from ddpm_jax.schedule import Schedule, Spacing, grid
-from ddpm_jax.tasks import Evaluation, Request, Task, refuse, to_images
+from ddpm_jax.schedule import Schedule
+from ddpm_jax.tasks import Evaluation, Task, to_images
 
-FIRST_NOISE = 2**31 - 1  # the number of x_T's draw; the steps' are 0, 1, 2, ...
 NOISE_LEVELS = 10  # of the table of errors
-DRAWN_AT_ONCE = 100  # images in one call of a sampler, and on a sheet of samples
-
-
-class Sampling(NamedTuple):
-    """How images are drawn, unless the request says otherwise.
-
-    sampler: a name in `sampler.SAMPLERS`; steps: of the grid; spacing: of it; guidance: the
-    scale of classifier-free guidance, 1: none.
-    """
-
-    sampler: str = "ancestral"
-    steps: int = 250
-    spacing: Spacing = "trailing"
-    guidance: float = 1.0
 
 
 def step_time(schedule: Schedule, t: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
@@ -87,7 +71,6 @@ def diffusion_task(
       UserError: the network cannot be built for images of this shape.
     """
     net.check(shape)
-    check_sampler(sampling.sampler, "--config.sampler")
     classes = net.classes
 
     def init(key, batch: Batch):
@@ -99,6 +82,8 @@ def diffusion_task(
         """A batch, each image with its own logsnr."""
         out: Any = net.apply(params, xt, schedule.time(logsnr), labels, keys)
         return jax.vmap(functools.partial(read, kind))(out, xt, logsnr)
+
+    draw = drawing(predict, lambda params: schedule, shape, classes, sampling, steps=schedule.steps)
 
     def noisy(batch, keys, t):
         """x0, eps, x_t and logsnr of each example."""
@@ -127,16 +112,10 @@ def diffusion_task(
 
     # Evaluation: the error at evenly spread times, and the bound.
 
-    def time_of(place, keys):
-        """`eval_times` times for each image, together evenly spread over all images."""
-        draws = jax.vmap(lambda key: jax.random.uniform(key, (eval_times,)))(keys)
-        offset = (place * 0.6180339887) % 1  # a low-discrepancy start of each image's comb
-        return (jnp.arange(eval_times) + (offset[:, None] + draws / 997) % 1) / eval_times
-
     @jax.jit
     def test_terms(params, batch, keys):
         labels = batch.labels if classes else None
-        times = time_of(batch.index, keys)
+        times = spread_times(batch.index, keys, eval_times)
 
         def at(number):
             t = times[:, number]
@@ -195,114 +174,42 @@ def diffusion_task(
             for row in range(NOISE_LEVELS):
                 name = f"test/mse_t_{row / NOISE_LEVELS:.1f}"
                 metrics[name] = float(found["mse"][rows == row].mean())
-        count = max(judged, DRAWN_AT_ONCE) if full and judge else DRAWN_AT_ONCE
-        images, labels = draw_many(params, seed, count)
-        pictures = {"samples": report.grid(images[:DRAWN_AT_ONCE], columns=10)}
-        about = {**sampling._asdict(), "parameters": "averaged (EMA)", "reference": "test split"}
-        if full and judge:
-            meant = None if labels is None else labels[:judged]
-            judgement = quality(judge(), images[:judged], meant, data)
-            metrics |= judgement.metrics
-            pictures["neighbours"] = judgement.neighbours
-        return Evaluation(metrics, pictures, about)
+        shown = show(draw, params, seed, data, full, judge, judged)
+        return shown._replace(metrics=metrics | shown.metrics)
 
-    def draw_many(params, seed, count):
-        """Images 0 ... count - 1, their labels in turn; a sheet of 100 has a class a column."""
-        images = []
-        for start in range(0, count, DRAWN_AT_ONCE):  # one shape, compiled once
-            index = jnp.arange(start, start + DRAWN_AT_ONCE)
-            keys = example_keys(purpose_key(seed, SAMPLE), 0, index)
-            images.append(
-                np.asarray(draw(params, keys, index % classes if classes else None, sampling))
-            )
-        return np.concatenate(images)[:count], np.arange(count) % classes if classes else None
-
-    # Sampling.
-
-    @functools.lru_cache
-    def drawer(how: Sampling):
-        """The compiled sampler of one way to draw; scale 1 needs no second half."""
-        logsnrs = grid(schedule, how.steps, how.spacing)
-        one = sampler.SAMPLERS[how.sampler](how.steps)
-
-        @jax.jit
-        def run(params, keys, labels):
-            xT = jax.vmap(
-                lambda key: jax.random.normal(jax.random.fold_in(key, FIRST_NOISE), shape)
-            )(keys)
-            denoise = clip_x0(denoiser(params, labels, how.guidance))
-            return sampler.sample(one, denoise, logsnrs, keys, xT)
-
-        return run
-
-    def denoiser(params, labels, scale: float) -> Denoiser:
-        """All images at one logsnr; guided, on a doubled batch."""
-
-        def denoise(xt, logsnr):
-            size = len(xt)
-            if scale == 1.0 or labels is None:
-                return predict(params, xt, jnp.full(size, logsnr), labels)
-            none = jnp.full_like(labels, classes)
-            both = predict(
-                params,
-                jnp.concatenate([xt, xt]),
-                jnp.full(2 * size, logsnr),
-                jnp.concatenate([labels, none]),
-            )
-            halves = (
-                jax.tree.map(lambda a, s=s: a[s], both) for s in (slice(size), slice(size, None))
-            )
-            return guidance.combine(*halves, scale)
-
-        return denoise
-
-    def draw(params, keys: Key[Array, "batch"], labels: Array | None, how: Sampling) -> Array:
-        return drawer(how)(params, keys, labels)
-
-    def sample(params, fixed, keys, request: Request):
-        del fixed
-        how = requested(request)
-        labels = None
-        if classes and request.label is not None:
-            labels = jnp.full(len(keys), request.label)
-        elif classes:  # each image a class of its own draw
-            labels = jax.vmap(
-                lambda key: jax.random.randint(
-                    jax.random.fold_in(key, FIRST_NOISE - 1), (), 0, classes
-                )
-            )(keys)
-        return draw(params, keys, labels, how)
-
-    def requested(request: Request) -> Sampling:
-        refuse(request, "prompt")
-        how = sampling
-        if request.sampler is not None:
-            check_sampler(request.sampler, "--sampler")
-            how = how._replace(sampler=request.sampler)
-        if request.steps is not None:
-            if schedule.steps is not None and request.steps > schedule.steps:
-                raise UserError(
-                    f"--steps={request.steps}: this run's schedule has {schedule.steps} steps"
-                )
-            how = how._replace(steps=request.steps)
-        if not classes and (request.guidance is not None or request.label is not None):
-            flag = "guidance" if request.guidance is not None else "label"
-            raise UserError(f"--{flag} needs a class-conditional run; this one has no classes")
-        if request.label is not None and request.label >= classes:
-            raise UserError(f"--label={request.label}: there are {classes} classes, from 0 on")
-        if request.guidance is not None:
-            how = how._replace(guidance=request.guidance)
-        return how
-
-    return Task(init, loss_of, lambda fixed, statistics: fixed, evaluate, sample)
+    return Task(init, loss_of, lambda fixed, statistics: fixed, evaluate, draw.sample)
 
 
-def check_sampler(name: str, flag: str) -> None:
-    """Raises UserError unless there is such a sampler, for a network without a variance."""
-    if name not in sampler.SAMPLERS:
-        raise UserError(f'{flag}: there is no "{name}"{nearest(name, sampler.SAMPLERS)}')
-    if name == "ancestral_learned":
-        raise UserError(
-            f"{flag}={name}: this run's network has not learned a variance; use ancestral or "
-            "ancestral_beta"
-        )
+def spread_times(
+    place: Int[Array, "batch"], keys: Key[Array, "batch"], count: int
+) -> Float[Array, "batch count"]:
+    """`count` times in [0, 1) for each image, together evenly spread over all images.
+
+    An image's times are a comb, whose start is its place's in a low-discrepancy sequence.
+    """
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+    start = (place * 0.6180339887) % 1
+    return (jnp.arange(count) + (start[:, None] + draws / 997) % 1) / count
+
+
+def show(
+    draw: Drawing,
+    params: Any,
+    seed: int,
+    data: Data,
+    full: bool,
+    judge: Callable[[], Judge] | None,
+    judged: int,
+) -> Evaluation:
+    """A sheet of samples; in a full evaluation trajectories, and what the judge says."""
+    judging = full and judge is not None
+    images, labels = draw.many(params, seed, max(judged, AT_ONCE) if judging else AT_ONCE)
+    pictures = {"samples": report.grid(images[:AT_ONCE], columns=10)}
+    if full:
+        pictures["trajectories"], pictures["trajectories_movie"] = draw.trajectories(params, seed)
+    if not full or judge is None:
+        return Evaluation({}, pictures, draw.about)
+    meant = None if labels is None else labels[:judged]
+    judgement = quality(judge(), images[:judged], meant, data)
+    pictures["neighbours"] = judgement.neighbours
+    return Evaluation(judgement.metrics, pictures, {**draw.about, "reference": "test split"})

@@ -45,6 +45,26 @@ def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w c"]) -> None:
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
 
 
+def save_gif(path: pathlib.Path, frames: UInt8[np.ndarray, "f h w c"]) -> None:
+    """Write a movie of ten frames a second, whose last frame stays for two."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [
+        Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames
+    ]
+    times = [100] * (len(pictures) - 1) + [2000]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
+
+
+def save_picture(stem: pathlib.Path, image: np.ndarray) -> pathlib.Path:
+    """Write a picture [H, W, C] as STEM.png, or a movie [F, H, W, C] as STEM.gif."""
+    movie = image.ndim == 4
+    path = stem.with_name(stem.name + (".gif" if movie else ".png"))
+    (save_gif if movie else save_png)(path, image)
+    return path
+
+
 def read_lines(path: pathlib.Path) -> list[dict]:
     """The lines of a .jsonl file; none where there is no file."""
     if not path.exists():
@@ -89,6 +109,28 @@ def curves(path: pathlib.Path, lines: Iterable[dict], title: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def lines(
+    x: Float[np.ndarray, "points"], ys: dict[str, np.ndarray], xlabel: str, title: str
+) -> UInt8[np.ndarray, "h w c"]:
+    """Curves over one axis, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), dpi=100)
+    for name, y in ys.items():
+        axis.plot(x, y, ".-" if len(x) < 30 else "-", label=name)
+    axis.set_xlabel(xlabel)
+    axis.set_title(title)
+    axis.legend()
+    figure.tight_layout()
+    figure.canvas.draw()
+    picture = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
+    plt.close(figure)
+    return picture
 
 
 def table(rows: list[tuple[str, str]], title: str) -> str:

@@ -209,7 +209,7 @@ def eval_experiment(
     train.check_figures(found.metrics)
     step = int(state.step)
     for name, picture in found.pictures.items():
-        report.save_png(workdir / "images" / f"{name}.png", picture)
+        report.save_picture(workdir / "images" / name, picture)
     written = {"step": step, "data": data.title, "about": found.about, "metrics": found.metrics}
     (workdir / "eval.json").write_text(json.dumps(written, indent=2) + "\n")
     title = f"{record['experiment']} on {data.title}, checkpoint of step {step}"

@@ -47,12 +47,11 @@ class RunDir(NamedTuple):
         _append(self.path / "timing.jsonl", {"step": step, "time": time.time(), **seconds})
 
     def picture(self, name: str, image: np.ndarray, step: int | None = None) -> pathlib.Path:
-        """Write a picture; with a step, one of many by that name."""
+        """Write a picture or a movie; with a step, one of many by that name."""
         stem = name if step is None else f"{name}_{step:08d}"
-        path = self.path / "images" / f"{stem}.png"
-        report.save_png(path, image)
-        self.board.add_image(name, image, step or 0, dataformats="HWC")
-        return path
+        if image.ndim == 3:
+            self.board.add_image(name, image, step or 0, dataformats="HWC")
+        return report.save_picture(self.path / "images" / stem, image)
 
     def lines(self) -> list[dict]:
         """The lines of metrics.jsonl."""

@@ -32,9 +32,10 @@ class Request(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found: figures and pictures (uint8 [H, W, C]) by name.
+    """What an evaluation found: figures and pictures by name.
 
-    `about` says what figures cannot: how images were drawn, what they were compared with.
+    A picture is uint8 [H, W, C], a movie [F, H, W, C].  `about` says what figures cannot: how
+    images were drawn, what they were compared with.
     """
 
     metrics: dict[str, float]

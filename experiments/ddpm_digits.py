@@ -22,7 +22,8 @@ from ddpm_jax.config import (
     Share,
     Training,
 )  # fmt: skip
-from ddpm_jax.diffusion import Sampling, diffusion_task
+from ddpm_jax.diffusion import diffusion_task
+from ddpm_jax.drawing import Sampling
 from ddpm_jax.judge import load_judge, with_judge
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet

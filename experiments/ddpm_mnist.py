@@ -22,8 +22,8 @@ class Config(ddpm_digits.Config):
 
     data: str = "mnist"
     steps: Length = 5000
-    batch_size: Count = 128
-    learning_rate: Positive = 1e-3
+    batch_size: Count = 64
+    learning_rate: Positive = 2e-3
     ema_half_life: NonNegative = 50_000.0
     checkpoint_every: Interval = 500
     fold: Count = 2

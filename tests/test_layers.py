@@ -14,10 +14,12 @@ LEVELS = {
     "tasks": 3,
     "classifier": 4,
     "metrics": 5,
+    "drawing": 5,
+    "vdm": 7,
     "diffusion": 6,
-    "train": 7,
-    "run": 8,
-    "judge": 9,
+    "train": 8,
+    "run": 9,
+    "judge": 10,
 }  # maths 0, nn 1, the rest 2
 
 

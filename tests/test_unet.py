@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ddpm_jax.data.loader import Batch
-from ddpm_jax.diffusion import Sampling, diffusion_task
+from ddpm_jax.diffusion import diffusion_task
+from ddpm_jax.drawing import Sampling
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.layers import Dropout, attention, fold, time_embedding, unfold

@@ -1,0 +1,182 @@
+"""How a trained denoiser draws: samplers, guidance and requests, whatever its task."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, UInt8
+
+from ddpm_jax import guidance, report, sampler
+from ddpm_jax.errors import UserError, nearest
+from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
+from ddpm_jax.prediction import Denoiser, Prediction, clip_x0
+from ddpm_jax.schedule import Schedule, Spacing, grid
+from ddpm_jax.tasks import Request, refuse
+
+FIRST_NOISE = 2**31 - 1  # the number of x_T's draw; the steps' are 0, 1, 2, ...
+AT_ONCE = 100  # images in one call of a sampler, and on a sheet of samples
+SHOWN = 10  # trajectories in a picture, and moments of them
+
+
+class Sampling(NamedTuple):
+    """How images are drawn, unless the request says otherwise.
+
+    sampler: a name in `sampler.SAMPLERS`; steps: of the grid; spacing: of it; guidance: the
+    scale of classifier-free guidance, 1: none.
+    """
+
+    sampler: str = "ancestral"
+    steps: int = 250
+    spacing: Spacing = "trailing"
+    guidance: float = 1.0
+
+
+class Drawing(NamedTuple):
+    """What draws with a task's parameters.
+
+    many(params, seed, count) -> (images, labels or None), the classes in turn
+    trajectories(params, seed) -> (sheet, movie): x_t above the predicted x0, left to right
+    sample(params, fixed, keys, request) -> images, as a `Task`'s
+    about: how `many` draws, for the record
+    """
+
+    many: Callable[..., tuple[np.ndarray, np.ndarray | None]]
+    trajectories: Callable[..., tuple[UInt8[np.ndarray, "h w c"], UInt8[np.ndarray, "f h w c"]]]
+    sample: Callable[..., Any]
+    about: dict[str, Any]
+
+
+def drawing(
+    predict: Callable[..., Prediction],
+    schedule_of: Callable[[Any], Schedule],
+    shape: tuple[int, int, int],
+    classes: int,
+    sampling: Sampling,
+    *,
+    steps: int | None = None,
+    variance: bool = False,
+) -> Drawing:
+    """Drawing with `predict(params, xt, logsnrs [B], labels) -> Prediction`.
+
+    Args:
+      schedule_of: the parameters' schedule (which they may hold).
+      steps: of its table, if it has one.
+      variance: whether the network has learned one.
+
+    Raises:
+      UserError: `sampling` makes no sense for this network.
+    """
+    _check(sampling, "--config.sampler", "--config.sample_steps", steps, variance)
+
+    @functools.lru_cache
+    def drawer(how: Sampling, trace: bool = False):
+        """The compiled sampler of one way to draw; scale 1 needs no second half."""
+        one = sampler.SAMPLERS[how.sampler](how.steps)
+
+        @jax.jit
+        def run(params, keys, labels):
+            logsnrs = grid(schedule_of(params), how.steps, how.spacing)
+            xT = jax.vmap(
+                lambda key: jax.random.normal(jax.random.fold_in(key, FIRST_NOISE), shape)
+            )(keys)
+            denoise = clip_x0(denoiser(params, labels, how.guidance))
+            return sampler.sample(one, denoise, logsnrs, keys, xT, trace)
+
+        return run
+
+    def denoiser(params, labels, scale: float) -> Denoiser:
+        """All images at one logsnr; guided, on a doubled batch."""
+
+        def denoise(xt, logsnr):
+            size = len(xt)
+            if scale == 1.0 or labels is None:
+                return predict(params, xt, jnp.full(size, logsnr), labels)
+            none = jnp.full_like(labels, classes)
+            both = predict(
+                params,
+                jnp.concatenate([xt, xt]),
+                jnp.full(2 * size, logsnr),
+                jnp.concatenate([labels, none]),
+            )
+            halves = (
+                jax.tree.map(lambda a, s=s: a[s], both) for s in (slice(size), slice(size, None))
+            )
+            return guidance.combine(*halves, scale)
+
+        return denoise
+
+    def many(params, seed: int, count: int):
+        images = []
+        for start in range(0, count, AT_ONCE):  # one shape, compiled once
+            index = jnp.arange(start, start + AT_ONCE)
+            keys = example_keys(purpose_key(seed, SAMPLE), 0, index)
+            labels = index % classes if classes else None
+            images.append(np.asarray(drawer(sampling)(params, keys, labels)))
+        return np.concatenate(images)[:count], np.arange(count) % classes if classes else None
+
+    def trajectories(params, seed: int):
+        index = jnp.arange(SHOWN)
+        keys = example_keys(purpose_key(seed, SAMPLE), 0, index)
+        labels = index % classes if classes else None
+        x, trace = drawer(sampling, True)(params, keys, labels)
+        xt = np.concatenate([np.asarray(trace.xt), np.asarray(x)[None]])
+        x0 = np.concatenate([np.asarray(trace.x0), np.asarray(x)[None]])
+        moments = np.unique(np.linspace(0, len(xt) - 1, SHOWN).round().astype(int))
+        rows = [a[moments, image] for image in range(4) for a in (xt, x0)]
+        sheet = report.grid(np.concatenate(rows), columns=len(moments))
+        frames = np.unique(np.linspace(0, len(xt) - 1, 50).round().astype(int))
+        movie = [report.grid(np.concatenate([xt[f], x0[f]]), columns=SHOWN) for f in frames]
+        return sheet, np.stack(movie)
+
+    def sample(params, fixed, keys: Key[Array, "batch"], request: Request) -> Float[Array, "..."]:
+        del fixed
+        how = requested(request)
+        labels = None
+        if classes and request.label is not None:
+            labels = jnp.full(len(keys), request.label)
+        elif classes:  # each image a class of its own draw
+            labels = jax.vmap(
+                lambda key: jax.random.randint(
+                    jax.random.fold_in(key, FIRST_NOISE - 1), (), 0, classes
+                )
+            )(keys)
+        return drawer(how)(params, keys, labels)
+
+    def requested(request: Request) -> Sampling:
+        refuse(request, "prompt")
+        how = sampling
+        if request.sampler is not None:
+            how = how._replace(sampler=request.sampler)
+        if request.steps is not None:
+            how = how._replace(steps=request.steps)
+        _check(how, "--sampler", "--steps", steps, variance)
+        if not classes and (request.guidance is not None or request.label is not None):
+            flag = "guidance" if request.guidance is not None else "label"
+            raise UserError(f"--{flag} needs a class-conditional run; this one has no classes")
+        if request.label is not None and request.label >= classes:
+            raise UserError(f"--label={request.label}: there are {classes} classes, from 0 on")
+        if request.guidance is not None:
+            how = how._replace(guidance=request.guidance)
+        return how
+
+    about = {**sampling._asdict(), "parameters": "averaged (EMA)"}
+    return Drawing(many, trajectories, sample, about)
+
+
+def _check(
+    how: Sampling, sampler_flag: str, steps_flag: str, steps: int | None, variance: bool
+) -> None:
+    """Raises UserError unless there is such a sampler, for such a network and schedule."""
+    name = how.sampler
+    if name not in sampler.SAMPLERS:
+        raise UserError(f'{sampler_flag}: there is no "{name}"{nearest(name, sampler.SAMPLERS)}')
+    if name == "ancestral_learned" and not variance:
+        raise UserError(
+            f"{sampler_flag}={name}: this run's network has not learned a variance; use ancestral "
+            "or ancestral_beta"
+        )
+    if steps is not None and how.steps > steps:
+        raise UserError(f"{steps_flag}={how.steps}: this run's schedule has {steps} steps")

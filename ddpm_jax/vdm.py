@@ -1,0 +1,212 @@
+"""Variational diffusion (Kingma et al. 2021): the bound itself is the loss, the schedule learned.
+
+-log P(x0) <= prior + diffusion + decoder, in nats, where for z_t = x_t at time t          (1)
+
+    prior      KL(q(z_1 | x0) || N(0, I))
+    diffusion  E_t 1/2 (-dlogsnr/dt) |eps - eps_hat|^2     in continuous time, eq. 17
+               T E_i KL(q(z_s | z_t, x0) || p(z_s | z_t))  in T steps, s = (i - 1) / T
+    decoder    -log P(x0 | z_0), the mass of N(z_0 / alpha, sigma^2 / alpha^2) in x0's bin
+
+and by the probability-flow ODE, with q(z_0 | x0) as its dequantisation,
+
+    -log P(x0) <= E_q [log q(z_0 | x0) - log p(z_0)] + decoder                           (2)
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import elbo, ode, report
+from ddpm_jax import schedule as schedules
+from ddpm_jax.classifier import Judge
+from ddpm_jax.data.loader import Batch, Data
+from ddpm_jax.diffusion import show, spread_times
+from ddpm_jax.drawing import Sampling, drawing
+from ddpm_jax.evaluate import average, per_example
+from ddpm_jax.loss import stratified_times
+from ddpm_jax.nn.dit import DiT
+from ddpm_jax.nn.unet import UNet
+from ddpm_jax.prediction import Prediction, read
+from ddpm_jax.process import alpha_sigma, q_sample
+from ddpm_jax.tasks import Evaluation, Task, to_images
+
+ROUTES = ("continuous", "discrete", "ode")
+
+
+def vdm_task(
+    net: UNet | DiT,
+    shape: tuple[int, int, int],
+    levels: int,
+    *,
+    ends: tuple[float, float],
+    sampling: Sampling,
+    batch_size: int,
+    eval_batch: int,
+    eval_times: int,
+    steps: int = 1000,
+    ode_images: int = 1000,
+    judge: Callable[[], Judge] | None = None,
+    judged: int = 1000,
+) -> Task:
+    """A diffusion model of v trained on the continuous bound, its schedule with it.
+
+    Args:
+      net: network, of v; conditional if it has classes (then the bound is of log P(x0 | y)).
+      shape, levels: of the images.
+      ends: logsnr at t = 0 and 1 that the schedule starts from.
+      sampling: how images are drawn by default.
+      batch_size: of training, over which times are spread evenly.
+      eval_times: times of each test image, in the bounds.
+      steps: T of the discrete bound.
+      ode_images: of how many test images the ODE's likelihood is taken, in full evaluations.
+      judge, judged: as in `diffusion_task`.
+
+    Raises:
+      UserError: the network cannot be built for images of this shape.
+    """
+    net.check(shape)
+    highest, lowest = ends
+    classes, dims = net.classes, int(np.prod(shape))
+
+    def init(key, batch: Batch):
+        net_key, schedule_key = jax.random.split(key)
+        labels = jnp.zeros(1, jnp.int32) if classes else None
+        params = net.init(net_key, jnp.zeros((1, *shape)), jnp.zeros(1), labels)
+        schedule = schedules.learned_init(schedule_key, lowest=lowest, highest=highest)
+        return {"net": params, "schedule": schedule}, {}
+
+    def schedule_of(params):
+        return schedules.learned(params["schedule"])
+
+    def predict(params, xt, logsnr, labels, keys=None) -> Prediction:
+        """A batch, each image with its own logsnr, which is the network's time."""
+        time = (highest - logsnr) / (highest - lowest)
+        out: Any = net.apply(params["net"], xt, time, labels, keys)
+        return jax.vmap(functools.partial(read, "v"))(out, xt, logsnr)
+
+    draw = drawing(predict, schedule_of, shape, classes, sampling)
+
+    def normal(keys, number):
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+        return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+    def ends_terms(schedule, x0, eps):
+        """(prior, decoder, z_0): eq. (1)'s first and last terms."""
+        prior = jax.vmap(lambda x0: elbo.prior_kl(x0, schedule.logsnr(jnp.ones(()))))(x0)
+        logsnr = schedule.logsnr(jnp.zeros(()))
+        z0 = jax.vmap(q_sample, (0, 0, None))(x0, eps, logsnr)
+        decoder = jax.vmap(lambda z, x: rounding_nll(z, x, logsnr, levels))(z0, x0)
+        return prior, decoder, z0
+
+    def diffusion(params, schedule, x0, eps, t, labels, keys=None):
+        """Eq. (1)'s middle term, of one time for each image."""
+        logsnr, slope = jax.vmap(lambda t: jax.jvp(schedule.logsnr, (t,), (jnp.ones(()),)))(t)
+        xt = jax.vmap(q_sample)(x0, eps, logsnr)
+        found = predict(params, xt, logsnr, labels, keys)
+        return jax.vmap(elbo.continuous_kl)(found, eps, slope)
+
+    def loss(params, fixed, batch, keys, *, train, gather):
+        del fixed, gather
+        schedule, x0 = schedule_of(params), to_images(batch.images, levels)
+        split = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
+        t = stratified_times(split[:, 0], batch.index % batch_size, batch_size)
+        labels = batch.labels if classes else None
+        prior, decoder, _ = ends_terms(schedule, x0, normal(keys, 0))
+        drop = split[:, 1] if train else None
+        inner = diffusion(params, schedule, x0, normal(keys, 1), t, labels, drop)
+        parts = {"prior": prior, "diffusion": inner, "decoder": decoder}
+        bits = {name: elbo.bits_per_dim(nats, dims) for name, nats in parts.items()}
+        total = bits["prior"] + bits["diffusion"] + bits["decoder"]
+        return total, {f"bits_{name}": value for name, value in bits.items()}, {}
+
+    @jax.jit
+    def bounds(params, batch, keys):
+        """Nats of each image: what both bounds share, and each one's middle term."""
+        schedule, x0 = schedule_of(params), to_images(batch.images, levels)
+        labels = batch.labels if classes else None
+        prior, decoder, _ = ends_terms(schedule, x0, normal(keys, 0))
+        times = spread_times(batch.index, keys, eval_times)
+
+        def at(number):
+            eps = normal(keys, 2 + number)
+            t = times[:, number]
+            continuous = diffusion(params, schedule, x0, eps, t, labels)
+            step = jnp.floor(t * steps) + 1
+            now, before = schedule.logsnr(step / steps), schedule.logsnr((step - 1) / steps)
+            xt = jax.vmap(q_sample)(x0, eps, now)
+            found = predict(params, xt, now, labels)
+            discrete = steps * jax.vmap(elbo.step_kl)(found, x0, xt, now, before)
+            return continuous, discrete
+
+        continuous, discrete = jax.lax.map(at, jnp.arange(eval_times))
+        ends = {"prior": prior, "decoder": decoder}
+        return {**ends, "continuous": continuous.mean(0), "discrete": discrete.mean(0)}
+
+    @jax.jit
+    def by_ode(params, batch, keys):
+        """Nats of each image, eq. (2)."""
+        schedule, x0 = schedule_of(params), to_images(batch.images, levels)
+        labels = batch.labels if classes else None
+        eps, probe = normal(keys, 0), jnp.sign(normal(keys, 1))
+        _, decoder, z0 = ends_terms(schedule, x0, eps)
+        clean, noisy = schedule.logsnr(jnp.zeros(())), schedule.logsnr(jnp.ones(()))
+
+        def denoise(xt, logsnr):
+            return predict(params, xt, jnp.full(len(xt), logsnr), labels)
+
+        log_p, evaluations = ode.log_density(denoise, z0, probe, clean, noisy)
+        _, sigma = alpha_sigma(clean)
+        log_q = -0.5 * (jnp.square(eps) + jnp.log(2 * jnp.pi)).reshape(len(eps), -1).sum(-1)
+        log_q -= dims * jnp.log(sigma)
+        return {"ode": log_q - log_p + decoder, "calls": jnp.full(len(eps), evaluations)}
+
+    def evaluate(params, fixed, data: Data, *, seed, full, shard):
+        found = per_example(
+            lambda batch, keys: bounds(params, batch, keys), data.test, eval_batch, seed, shard
+        )
+        ends = found["prior"] + found["decoder"]
+        nats = {name: ends + found[name] for name in ROUTES[:2]}
+        metrics = {}
+        if full:
+            some = data.test._replace(
+                images=data.test.images[:ode_images], labels=data.test.labels[:ode_images]
+            )
+            solved = per_example(
+                lambda batch, keys: by_ode(params, batch, keys), some, eval_batch, seed, shard
+            )
+            nats["ode"] = solved["ode"]
+            metrics["test/ode_calls"] = float(solved["calls"].mean())
+            metrics["test/ode_images"] = float(len(solved["calls"]))
+        scale = 1 / (dims * np.log(2))
+        for name, values in nats.items():
+            mean, error = average(values * scale)
+            metrics[f"test/bits_per_dim_{name}"] = mean
+            metrics[f"test/bits_per_dim_{name}_error"] = error
+        for name in ("prior", "decoder"):
+            metrics[f"test/bits_{name}"] = average(found[name]).mean * scale
+        highest, lowest = (float(end) for end in params["schedule"]["ends"])
+        metrics |= {"test/logsnr_highest": highest, "test/logsnr_lowest": lowest}
+        metrics["test/loss"] = metrics["test/bits_per_dim_continuous"]
+        shown = show(draw, params, seed, data, full, judge, judged)
+        pictures = dict(shown.pictures)
+        if full:
+            pictures["schedule"] = report.lines(
+                np.linspace(0, 1, 101),
+                {"logsnr": np.asarray(schedule_of(params).logsnr(jnp.linspace(0, 1, 101)))},
+                "t",
+                "The learned schedule",
+            )
+        return Evaluation(metrics | shown.metrics, pictures, shown.about)
+
+    return Task(init, loss, lambda fixed, statistics: fixed, evaluate, draw.sample)
+
+
+def rounding_nll(z0: Any, x0: Any, logsnr: Any, levels: int) -> Any:
+    """-log P(x0 | z_0) in nats, eq. (1): z_0 / alpha rounded to a grey value, of one image."""
+    alpha, sigma = alpha_sigma(logsnr)
+    seen = Prediction(z0 / alpha, jnp.zeros_like(z0))
+    return elbo.decoder_nll(seen, x0, sigma / alpha, levels)
