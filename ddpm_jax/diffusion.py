@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from ddpm_jax import elbo, loss, report
 from ddpm_jax.classifier import Judge
 from ddpm_jax.data.loader import Batch, Data
 from ddpm_jax.drawing import AT_ONCE, Drawing, Sampling, drawing
+from ddpm_jax.errors import UserError
 from ddpm_jax.evaluate import average, per_example
 from ddpm_jax.metrics.quality import quality
 from ddpm_jax.nn.dit import DiT
@@ -22,6 +23,7 @@ from ddpm_jax.process import q_posterior, q_sample
 from ddpm_jax.schedule import Schedule
 from ddpm_jax.tasks import Evaluation, Task, to_images
 
+Times = Literal["uniform", "stratified", "importance"]
 NOISE_LEVELS = 10  # of the table of errors
 
 
@@ -43,6 +45,8 @@ def diffusion_task(
     label_dropout: float = 0.1,
     flip: bool = False,
     variance: Variance = "beta",
+    bound_scale: float = 1e-3,
+    times: Times = "stratified",
     sampling: Sampling = Sampling(),
     batch_size: int,
     eval_batch: int = 256,
@@ -60,7 +64,9 @@ def diffusion_task(
       weight: of the squared error of eps, by logsnr.
       label_dropout: share of labels replaced by "no class" in training.
       flip: mirror half of the training images.
-      variance: of p(x_s | x_t) in the bound.
+      variance: of p(x_s | x_t) in the bound; "learned": the network has twice the outputs,
+        and is trained on L_simple + bound_scale L_vlb (Nichol & Dhariwal 2021).
+      times: how training draws t: "uniform", "stratified" or by the loss's "importance".
       sampling: how images are drawn by default.
       batch_size: of training, over which times are spread evenly.
       eval_times: noise levels of each test image that the test figures average over.
@@ -71,19 +77,47 @@ def diffusion_task(
       UserError: the network cannot be built for images of this shape.
     """
     net.check(shape)
-    classes = net.classes
+    classes, steps, learned = net.classes, schedule.steps, variance == "learned"
+    if net.outputs != shape[-1] * (2 if learned else 1):
+        raise ValueError(f"{net.outputs} outputs for images of {shape} and a {variance} variance")
+    if steps is None and (learned or times == "importance"):
+        raise UserError(
+            "a learned variance and importance-sampled times need a table of betas: give "
+            "--config.noise=linear_betas or cosine_betas"
+        )
+    step_nats = jax.vmap(
+        functools.partial(elbo.step_nats, variance=variance, levels=levels),
+        (0, 0, 0, 0, 0, None),
+    )
+    least = jnp.zeros(())
+    if steps:
+        first, second = (schedule.logsnr(jnp.asarray(i / steps)) for i in (1, 2))
+        least = jnp.log(q_posterior(jnp.zeros(()), jnp.zeros(()), second, first)[1])
 
     def init(key, batch: Batch):
         zeros = jnp.zeros((1, *shape))
         labels = jnp.zeros(1, jnp.int32) if classes else None
-        return net.init(key, zeros, jnp.zeros(1), labels), {}
+        fixed = {"history": loss.empty_history(steps)} if steps and times == "importance" else {}
+        return net.init(key, zeros, jnp.zeros(1), labels), fixed
 
     def predict(params, xt, logsnr, labels, keys=None) -> Prediction:
         """A batch, each image with its own logsnr."""
         out: Any = net.apply(params, xt, schedule.time(logsnr), labels, keys)
-        return jax.vmap(functools.partial(read, kind))(out, xt, logsnr)
+        if not learned:
+            return jax.vmap(functools.partial(read, kind))(out, xt, logsnr)
+        out, between = jnp.split(out, 2, -1)
+        found = jax.vmap(functools.partial(read, kind))(out, xt, logsnr)
+        return found._replace(variance_fraction=(between + 1) / 2)
 
-    draw = drawing(predict, lambda params: schedule, shape, classes, sampling, steps=schedule.steps)
+    draw = drawing(
+        predict,
+        lambda params: schedule,
+        shape,
+        classes,
+        sampling,
+        steps=steps,
+        variance=learned,
+    )
 
     def noisy(batch, keys, t):
         """x0, eps, x_t and logsnr of each example."""
@@ -92,23 +126,47 @@ def diffusion_task(
         eps = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
         return x0, eps, jax.vmap(q_sample)(x0, eps, logsnr), logsnr
 
+    def before(t):
+        """logsnr a step of the table earlier: +inf, the clean data, before the first."""
+        return schedule.logsnr(step_time(schedule, t) - 1 / steps)
+
     def loss_of(params, fixed, batch, keys, *, train, gather):
-        del fixed, gather
+        del gather
         split = jax.vmap(lambda key: jax.random.split(key, 5))(keys)
         t_keys, eps_keys, label_keys, flip_keys, drop_keys = (split[:, i] for i in range(5))
         if flip and train:
             mirrored = jax.vmap(jax.random.bernoulli)(flip_keys)[:, None, None, None]
             images = jnp.where(mirrored, batch.images[:, :, ::-1], batch.images)
             batch = batch._replace(images=images)
-        t = loss.stratified_times(t_keys, batch.index % batch_size, batch_size)
-        _, eps, xt, logsnr = noisy(batch, eps_keys, t)
+        share = jnp.ones(len(keys))
+        if times == "importance":
+            t, share = loss.importance_times(fixed["history"], t_keys)
+        elif times == "stratified":
+            t = loss.stratified_times(t_keys, batch.index % batch_size, batch_size)
+        else:
+            t = loss.uniform_times(t_keys, batch.index, batch_size)
+        x0, eps, xt, logsnr = noisy(batch, eps_keys, t)
         labels = None
         if classes:
             dropped = jax.vmap(lambda key: jax.random.bernoulli(key, label_dropout))(label_keys)
             labels = jnp.where(dropped, classes, batch.labels)
         found = predict(params, xt, logsnr, labels, drop_keys if train else None)
         mse = jax.vmap(loss.simple)(found, eps)
-        return jax.vmap(weight)(logsnr) * mse, {"mse": mse}, {}
+        losses, metrics = jax.vmap(weight)(logsnr) * mse, {"mse": mse}
+        if learned:
+            bound = functools.partial(loss.variance_bound, steps=steps, levels=levels)
+            metrics["vlb"] = jax.vmap(bound, (0, 0, 0, 0, 0, None))(
+                found, x0, xt, logsnr, before(t), least
+            )
+            losses += bound_scale * metrics["vlb"]
+        statistics = {"t": t, "losses": losses} if times == "importance" else {}
+        # Weighted by their share, means over a batch are unbiased however t was drawn.
+        return share * losses, {name: share * v for name, v in metrics.items()}, statistics
+
+    def update(fixed, statistics):
+        if times != "importance":
+            return fixed
+        return {"history": loss.record(fixed["history"], statistics["t"], statistics["losses"])}
 
     # Evaluation: the error at evenly spread times, and the bound.
 
@@ -123,18 +181,16 @@ def diffusion_task(
             x0, eps, xt, logsnr = noisy(batch, eps_keys, t)
             found = predict(params, xt, logsnr, labels)
             terms = {"mse": jax.vmap(loss.simple)(found, eps), "t": t}
-            if schedule.steps:
+            if steps:
                 found = clipped(found, xt, logsnr)
-                before = schedule.logsnr(step_time(schedule, t) - 1 / schedule.steps)
-                kl = jax.vmap(functools.partial(elbo.step_kl, variance=variance))
-                inner = kl(found, x0, xt, logsnr, before)
-                # The first step is the decoder's: its KL is not part of the bound.
-                terms["kl"] = jnp.where(jnp.isposinf(before), 0.0, inner) * schedule.steps
+                nats = step_nats(found, x0, xt, logsnr, before(t), least)
+                # The first step is the decoder's, which is taken of every image below.
+                terms["kl"] = jnp.where(jnp.isposinf(before(t)), 0.0, nats) * steps
             return terms
 
         found = jax.lax.map(at, jnp.arange(eval_times))
         found = {name: jnp.moveaxis(values, 0, 1) for name, values in found.items()}
-        if schedule.steps:
+        if steps:
             x0 = to_images(batch.images, levels)
             found["prior"] = jax.vmap(lambda x0: elbo.prior_kl(x0, schedule.logsnr(1.0)))(x0)
             found["decoder"] = decoder(params, batch, keys, labels)
@@ -144,16 +200,11 @@ def diffusion_task(
         return jax.vmap(lambda p, x, s: clip_x0(lambda *_: p)(x, s))(found, xt, logsnr)
 
     def decoder(params, batch, keys, labels):
-        """L_0, of the first step, with the second step's posterior deviation at least."""
-        first, second = (schedule.logsnr(jnp.asarray(i / schedule.steps)) for i in (1, 2))
-        zero = jnp.zeros(())
-        std = jnp.sqrt(q_posterior(zero, zero, second, first)[1])
-        size = len(batch.images)
-        t = jnp.zeros(size)
+        """L_0, of the first step."""
+        t = jnp.zeros(len(batch.images))
         x0, _, xt, logsnr = noisy(batch, keys, t)
         found = clipped(predict(params, xt, logsnr, labels), xt, logsnr)
-        nll = functools.partial(elbo.decoder_nll, std=std, levels=levels)
-        return jax.vmap(nll)(found, x0)
+        return step_nats(found, x0, xt, logsnr, before(t), least)
 
     def evaluate(params, fixed, data: Data, *, seed, full, shard):
         found = per_example(
@@ -162,7 +213,7 @@ def diffusion_task(
         mse = average(found["mse"].mean(1))
         metrics = {"test/loss": mse.mean, "test/loss_error": mse.error}
         dims = int(np.prod(shape))
-        if schedule.steps:
+        if steps:
             bound = average(found["kl"].mean(1) + found["prior"] + found["decoder"])
             scale = 1 / (dims * np.log(2))
             metrics["test/bits_per_dim"] = bound.mean * scale
@@ -177,7 +228,7 @@ def diffusion_task(
         shown = show(draw, params, seed, data, full, judge, judged)
         return shown._replace(metrics=metrics | shown.metrics)
 
-    return Task(init, loss_of, lambda fixed, statistics: fixed, evaluate, draw.sample)
+    return Task(init, loss_of, update, evaluate, draw.sample)
 
 
 def spread_times(

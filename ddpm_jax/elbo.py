@@ -71,6 +71,37 @@ def decoder_nll(
     return -jnp.sum(log_mass)
 
 
+def step_nats(
+    prediction: Prediction,
+    x0: Float[Array, "*event"],
+    xt: Float[Array, "*event"],
+    logsnr_t: Scalar,
+    logsnr_s: Scalar,
+    least: Scalar,
+    variance: Variance = "posterior",
+    levels: int = 256,
+) -> Scalar:
+    """L_{t-1}, or L_0 where `logsnr_s` is +inf: a step's part of the bound, in nats.
+
+    Args:
+      least: log of the variance that stands for the posterior's, which is 0, in the last step:
+        the second step's (Ho et al. 2020's code; Nichol & Dhariwal 2021).  A fixed variance
+        is this one there; a learned one lies between it and beta.
+
+    Raises:
+      ValueError: as `step_kl`.
+    """
+    clean = jnp.isposinf(logsnr_s)
+    finite = jnp.where(clean, logsnr_t + 1.0, logsnr_s)  # what it is there goes nowhere
+    inner = step_kl(prediction, x0, xt, logsnr_t, finite, variance)
+    log_variance = least
+    if prediction.variance_fraction is not None and variance == "learned":
+        log_beta = jax.nn.log_sigmoid(-logsnr_t)
+        log_variance = least + prediction.variance_fraction * (log_beta - least)
+    last = decoder_nll(prediction, x0, jnp.exp(0.5 * log_variance), levels)
+    return jnp.where(clean, last, inner)
+
+
 def continuous_kl(prediction: Prediction, eps: Float[Array, "*event"], slope: Scalar) -> Scalar:
     """The integrand over t of the continuous-time diffusion loss, in nats.
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax.elbo import step_kl
+from ddpm_jax.elbo import bits_per_dim, step_nats
 from ddpm_jax.prediction import Prediction
 
 Scalar = Float[Array, ""]
@@ -22,6 +22,27 @@ def simple(prediction: Prediction, eps: Float[Array, "*event"]) -> Scalar:
     return jnp.mean(jnp.square(eps - prediction.eps))
 
 
+def variance_bound(
+    prediction: Prediction,
+    x0: Float[Array, "*event"],
+    xt: Float[Array, "*event"],
+    logsnr_t: Scalar,
+    logsnr_s: Scalar,
+    least: Scalar,
+    steps: int,
+    levels: int = 256,
+) -> Scalar:
+    """L_vlb in bits per dimension, whose gradient reaches the learned variance alone.
+
+    `steps` times one step's part, the estimate of the whole sum from one step; its last step
+    is the decoder's (Nichol & Dhariwal 2021, sec. 3.1: a stop-gradient on the mean).
+    """
+    still = jax.lax.stop_gradient
+    fixed = prediction._replace(x0=still(prediction.x0), eps=still(prediction.eps))
+    nats = step_nats(fixed, x0, xt, logsnr_t, logsnr_s, least, "learned", levels)
+    return steps * bits_per_dim(nats, x0.size)
+
+
 def hybrid(
     prediction: Prediction,
     x0: Float[Array, "*event"],
@@ -29,18 +50,14 @@ def hybrid(
     xt: Float[Array, "*event"],
     logsnr_t: Scalar,
     logsnr_s: Scalar,
+    least: Scalar,
     steps: int,
+    levels: int = 256,
     scale: float = 1e-3,
 ) -> Scalar:
-    """L_simple + scale L_vlb, whose L_vlb trains the variance alone.
-
-    L_vlb is `steps` times a step's KL, in bits per dimension: the estimate of the whole sum
-    from one step (Nichol & Dhariwal 2021, eq. 16; sec. 3.1: a stop-gradient on the mean).
-    """
-    still = jax.lax.stop_gradient
-    fixed = prediction._replace(x0=still(prediction.x0), eps=still(prediction.eps))
-    nats = step_kl(fixed, x0, xt, logsnr_t, logsnr_s, "learned")
-    return simple(prediction, eps) + scale * steps * nats / (x0.size * jnp.log(2.0))
+    """L_simple + scale L_vlb (Nichol & Dhariwal 2021, eq. 16); arguments as `variance_bound`'s."""
+    bound = variance_bound(prediction, x0, xt, logsnr_t, logsnr_s, least, steps, levels)
+    return simple(prediction, eps) + scale * bound
 
 
 # Weights of the squared error of eps.

@@ -22,7 +22,7 @@ from ddpm_jax.config import (
     Share,
     Training,
 )  # fmt: skip
-from ddpm_jax.diffusion import diffusion_task
+from ddpm_jax.diffusion import Times, diffusion_task
 from ddpm_jax.drawing import Sampling
 from ddpm_jax.judge import load_judge, with_judge
 from ddpm_jax.nn.dit import DiT
@@ -61,6 +61,7 @@ class Config(Training):
     blocks: Count = 2
     attention_sizes: tuple[Count, ...] = (4,)
     head_channels: Annotated[int, AtLeast(0)] = 0
+    scale_shift: bool = False
     # The DiT.
     patch: Count = 2
     width: Count = 128
@@ -71,7 +72,11 @@ class Config(Training):
     conditional: bool = True
     # The process.
     noise: Literal["linear_betas", "cosine_betas", "cosine"] = "cosine_betas"
+    noise_steps: Annotated[int, AtLeast(2)] = 1000  # T of a table of betas
     prediction: Literal["eps", "x0", "v"] = "v"
+    variance: Literal["posterior", "beta", "learned"] = "beta"  # of p(x_s | x_t); in the bound
+    bound_scale: NonNegative = 1e-3  # of L_vlb beside L_simple, with a learned variance
+    times: Times = "stratified"
     weight: Literal["simple", "v", "min_snr", "sigmoid"] = "simple"
     label_dropout: Annotated[float, AtLeast(0.0), AtMost(1.0)] = 0.1
     flip: bool = False
@@ -87,9 +92,9 @@ class Config(Training):
 
 
 SCHEDULES = {
-    "linear_betas": lambda: schedule.from_betas(schedule.linear_betas()),
-    "cosine_betas": lambda: schedule.from_betas(schedule.cosine_betas()),
-    "cosine": schedule.cosine,
+    "linear_betas": lambda steps: schedule.from_betas(schedule.linear_betas(steps)),
+    "cosine_betas": lambda steps: schedule.from_betas(schedule.cosine_betas(steps)),
+    "cosine": lambda steps: schedule.cosine(),
 }
 WEIGHTS = {
     "simple": loss.one,
@@ -107,7 +112,7 @@ def prepare(config: Config, loaded: Loaded, options: Options) -> Config | None:
 def network(config: Config) -> UNet | DiT:
     """The network that the config chooses."""
     common: dict[str, Any] = dict(
-        outputs=config.shape[-1],
+        outputs=config.shape[-1] * (2 if config.variance == "learned" else 1),
         dropout=config.dropout,
         classes=config.classes if config.conditional else 0,
     )
@@ -126,6 +131,7 @@ def network(config: Config) -> UNet | DiT:
         blocks=config.blocks,
         attention_sizes=config.attention_sizes,
         head_channels=config.head_channels,
+        scale_shift=config.scale_shift,
         **common,
     )
 
@@ -134,13 +140,16 @@ def task(config: Config, judge: Callable[[], Judge]) -> Task:
     """The task of a config, judged by what `judge` loads, if the config wants that."""
     return diffusion_task(
         network(config),
-        SCHEDULES[config.noise](),
+        SCHEDULES[config.noise](config.noise_steps),
         config.shape,
         config.levels,
         kind=config.prediction,
         weight=WEIGHTS[config.weight],
         label_dropout=config.label_dropout,
         flip=config.flip,
+        variance=config.variance,
+        bound_scale=config.bound_scale,
+        times=config.times,
         sampling=Sampling(config.sampler, config.sample_steps, config.spacing, config.guidance),
         batch_size=config.batch_size,
         eval_batch=config.eval_batch,

@@ -552,22 +552,30 @@ def test_losses_are_one_error_with_different_weights():
     assert loss.edm_weight(logsnr, 1.0) == pytest.approx(float(loss.v_weight(logsnr)))
 
 
-def test_the_hybrid_trains_the_variance_alone_through_its_bound():
-    x0, eps, wrong = jax.random.normal(jax.random.key(15), (3, 9))
-    logsnr_t, logsnr_s = jnp.asarray(0.5), jnp.asarray(0.9)
+@pytest.mark.parametrize("logsnr_s", [0.9, np.inf])
+def test_the_hybrid_trains_the_variance_alone_through_its_bound(logsnr_s):
+    eps, wrong = jax.random.normal(jax.random.key(15), (2, 9))
+    x0 = jnp.linspace(-1, 1, 9)
+    logsnr_t, logsnr_s, least = jnp.asarray(0.5), jnp.asarray(logsnr_s), jnp.asarray(-3.0)
     xt = process.q_sample(x0, eps, logsnr_t)
 
     def value(out, fraction, scale):
         found = prediction.read("eps", out, xt, logsnr_t)._replace(variance_fraction=fraction)
-        return loss.hybrid(found, x0, eps, xt, logsnr_t, logsnr_s, 1000, scale)
+        return loss.hybrid(found, x0, eps, xt, logsnr_t, logsnr_s, least, 1000, 9, scale)
 
     fraction = jnp.full(9, 0.3)
     with_bound = jax.grad(value, (0, 1))(wrong, fraction, 1e-3)
     without = jax.grad(value, (0, 1))(wrong, fraction, 0.0)
     chex.assert_trees_all_close(with_bound[0], without[0])
     assert jnp.abs(with_bound[1]).min() > 0
+    assert jnp.isfinite(with_bound[1]).all()
     found = prediction.read("eps", wrong, xt, logsnr_t)._replace(variance_fraction=fraction)
-    nats = elbo.step_kl(found, x0, xt, logsnr_t, logsnr_s, "learned")
+    if jnp.isfinite(logsnr_s):
+        nats = elbo.step_kl(found, x0, xt, logsnr_t, logsnr_s, "learned")
+    else:  # the decoder, whose deviation lies between the least and beta = sigma^2 of step 1
+        log_beta = jnp.log(process.alpha_sigma(logsnr_t)[1] ** 2)
+        std = jnp.exp(0.5 * (0.7 * least + 0.3 * log_beta))
+        nats = elbo.decoder_nll(found, x0, std, 9)
     expected = loss.simple(found, eps) + 1e-3 * 1000 * elbo.bits_per_dim(nats, 9)
     assert value(wrong, fraction, 1e-3) == pytest.approx(float(expected))
 

@@ -8,7 +8,11 @@ import pytest
 EXPERIMENTS = sorted(
     path.stem for path in pathlib.Path(__file__).parent.parent.glob("experiments/[a-z]*.py")
 )
-DATA = {"vae_fashion_mnist": "--config.data=digits:28"}  # there is no fashion without a network
+# There is no fashion, no CIFAR-10 and no folder without a network or a user.
+DATA = dict.fromkeys(
+    ("vae_fashion_mnist", "ddpm_fashion_mnist", "classifier_fashion_mnist", "ddpm_folder"),
+    "--config.data=digits:28",
+) | dict.fromkeys(("ddpm_cifar10", "iddpm_cifar10", "classifier_cifar10"), "--config.data=digits")
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

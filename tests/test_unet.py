@@ -13,7 +13,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.layers import Dropout, attention, fold, time_embedding, unfold
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.schedule import from_betas, linear_betas
+from ddpm_jax.schedule import cosine, from_betas, linear_betas
 from ddpm_jax.tasks import Request
 
 
@@ -211,3 +211,52 @@ def test_a_dit_trains_in_the_diffusion_task():
     for _ in range(20):
         params = step(params)
     assert mean(params) < 0.8 * before
+
+
+def test_a_learned_variance_and_importance_times_train_and_draw():
+    net = DiT(outputs=2, patch=2, width=8, depth=1, heads=1)
+    task = diffusion_task(
+        net,
+        from_betas(linear_betas(6)),
+        (4, 4, 1),
+        17,
+        variance="learned",
+        times="importance",
+        bound_scale=1.0,
+        sampling=Sampling("ancestral_learned", 3),
+        batch_size=32,
+    )
+    images = np.random.default_rng(0).integers(0, 17, (32, 4, 4, 1), np.uint8)
+    batch = Batch(images, np.zeros(32, np.int32), np.arange(32, dtype=np.int32))
+    batch = jax.tree.map(jnp.asarray, batch)
+    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
+
+    @jax.jit
+    def step(params, fixed, number):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), number), 32)
+
+        def mean(params):
+            losses, metrics, statistics = task.loss(
+                params, fixed, batch, keys, train=True, gather=lambda t: t
+            )
+            return losses.mean(), (metrics, statistics)
+
+        gradient, (metrics, statistics) = jax.grad(mean, has_aux=True)(params)
+        params = jax.tree.map(lambda a, g: a - 0.01 * jnp.clip(g, -1, 1), params, gradient)
+        return params, task.update(fixed, statistics), metrics["vlb"].mean()
+
+    bounds = []
+    for number in range(60):
+        params, fixed, bound = step(params, fixed, number)
+        bounds.append(float(bound))
+    assert fixed["history"].counts.sum() == 60 * 32
+    assert np.isfinite(bounds).all()
+    assert np.mean(bounds[-20:]) < np.mean(bounds[:20])
+    drawn = task.sample(params, fixed, jax.random.split(jax.random.key(2), 2), Request())
+    assert jnp.isfinite(drawn).all()
+
+
+def test_a_learned_variance_needs_a_table():
+    net = DiT(outputs=2, patch=2, width=8, depth=1, heads=1)
+    with pytest.raises(UserError, match="need a table of betas"):
+        diffusion_task(net, cosine(), (4, 4, 1), 17, variance="learned", batch_size=8)

@@ -1,0 +1,18 @@
+"""A small convolutional classifier of Fashion-MNIST: it judges what other models draw.
+
+python launch.py --experiment=classifier_fashion_mnist
+"""
+
+import dataclasses
+
+from experiments import classifier_mnist
+
+DEBUG = classifier_mnist.DEBUG
+network, build = classifier_mnist.network, classifier_mnist.build
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(classifier_mnist.Config):
+    """See `python launch.py --experiment=classifier_fashion_mnist --help`."""
+
+    data: str = "fashion_mnist"
