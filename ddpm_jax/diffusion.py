@@ -183,6 +183,7 @@ def diffusion_task(
             terms = {"mse": jax.vmap(loss.simple)(found, eps), "t": t}
             if steps:
                 found = clipped(found, xt, logsnr)
+                terms["distortion"] = jnp.square(found.x0 - x0).reshape(len(x0), -1).mean(-1)
                 nats = step_nats(found, x0, xt, logsnr, before(t), least)
                 # The first step is the decoder's, which is taken of every image below.
                 terms["kl"] = jnp.where(jnp.isposinf(before(t)), 0.0, nats) * steps
@@ -220,15 +221,49 @@ def diffusion_task(
             metrics["test/bits_per_dim_error"] = bound.error * scale
             metrics["test/bits_per_dim_decoder"] = average(found["decoder"]).mean * scale
             metrics["test/bits_per_dim_prior"] = average(found["prior"]).mean * scale
+        pictures: dict[str, np.ndarray] = {}
         if full:
-            rows = np.minimum((found["t"] * NOISE_LEVELS).astype(int), NOISE_LEVELS - 1)
-            for row in range(NOISE_LEVELS):
-                name = f"test/mse_t_{row / NOISE_LEVELS:.1f}"
-                metrics[name] = float(found["mse"][rows == row].mean())
+            by_level, pictures = noise_levels(found, dims)
+            metrics |= by_level
         shown = show(draw, params, seed, data, full, judge, judged)
-        return shown._replace(metrics=metrics | shown.metrics)
+        return shown._replace(metrics=metrics | shown.metrics, pictures=pictures | shown.pictures)
 
     return Task(init, loss_of, update, evaluate, draw.sample)
+
+
+def noise_levels(
+    found: dict[str, np.ndarray], dims: int
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The error of eps and the bits per dimension of each tenth of t, and their pictures.
+
+    Progressive coding (Ho et al. 2020, sec. 4.3): sent from noise to data, after the bits of
+    all times above t, the predicted x0 differs from the image by its root mean squared error.
+
+    Args:
+      found: [images, times] t, mse and, of a table, kl (nats, times T) and distortion.
+    """
+    rows = np.minimum((found["t"] * NOISE_LEVELS).astype(int), NOISE_LEVELS - 1)
+    seen = np.unique(rows)  # all of them, but for a handful of images
+    levels = seen / NOISE_LEVELS
+
+    def of(name: str) -> np.ndarray:
+        return np.array([found[name][rows == row].mean() for row in seen])
+
+    mse = of("mse")
+    metrics = {f"test/mse_t_{t:.1f}": float(v) for t, v in zip(levels, mse, strict=True)}
+    pictures = {"levels": report.lines(levels, {"error of eps": mse}, "t", "By noise level")}
+    if "kl" in found:
+        bits = of("kl") / NOISE_LEVELS / (dims * np.log(2))
+        metrics |= {f"test/bits_t_{t:.1f}": float(v) for t, v in zip(levels, bits, strict=True)}
+        pictures["levels"] = report.lines(
+            levels, {"error of eps": mse, "bits/dim": bits}, "t", "By noise level"
+        )
+        rate = np.cumsum(bits[::-1])
+        rmse = 127.5 * np.sqrt(of("distortion"))[::-1]
+        pictures["rate_distortion"] = report.lines(
+            rate, {"RMSE of 255": rmse}, "bits/dim sent", "Progressive coding"
+        )
+    return metrics, pictures
 
 
 def spread_times(

@@ -24,7 +24,7 @@ SHOWN = 10  # trajectories in a picture, and moments of them
 class Sampling(NamedTuple):
     """How images are drawn, unless the request says otherwise.
 
-    sampler: a name in `sampler.SAMPLERS`; steps: of the grid; spacing: of it; guidance: the
+    sampler: a name that `sampler.named` knows; steps: of the grid; spacing: of it; guidance: the
     scale of classifier-free guidance, 1: none.
     """
 
@@ -74,7 +74,7 @@ def drawing(
     @functools.lru_cache
     def drawer(how: Sampling, trace: bool = False):
         """The compiled sampler of one way to draw; scale 1 needs no second half."""
-        one = sampler.SAMPLERS[how.sampler](how.steps)
+        one = sampler.named(how.sampler, how.steps)
 
         @jax.jit
         def run(params, keys, labels):
@@ -171,9 +171,14 @@ def _check(
 ) -> None:
     """Raises UserError unless there is such a sampler, for such a network and schedule."""
     name = how.sampler
-    if name not in sampler.SAMPLERS:
-        raise UserError(f'{sampler_flag}: there is no "{name}"{nearest(name, sampler.SAMPLERS)}')
-    if name == "ancestral_learned" and not variance:
+    base = name.partition(":")[0]
+    if base not in sampler.SAMPLERS:
+        raise UserError(f'{sampler_flag}: there is no "{base}"{nearest(base, sampler.SAMPLERS)}')
+    try:
+        sampler.named(name, how.steps)
+    except ValueError as error:
+        raise UserError(f"{sampler_flag}={name}: {error}") from None
+    if base == "ancestral_learned" and not variance:
         raise UserError(
             f"{sampler_flag}={name}: this run's network has not learned a variance; use ancestral "
             "or ancestral_beta"

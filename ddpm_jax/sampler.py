@@ -76,11 +76,12 @@ def sample(
     return (state.x, seen) if trace else state.x
 
 
-def ancestral(variance: Variance = "posterior") -> Sampler:
+def ancestral(variance: Variance = "posterior", noise_scale: float = 1.0) -> Sampler:
     """Draw of p(x_s | x_t) (Ho et al. 2020, alg. 2): x0's posterior mean, and noise.
 
     Args:
       variance: "posterior" (the lower one), "beta" (the upper one) or "learned".
+      noise_scale: of the noise that is added; less than 1 is no sampler, but shows why.
     """
 
     def step(denoise, state, noise, logsnr_t, logsnr_s):
@@ -88,7 +89,7 @@ def ancestral(variance: Variance = "posterior") -> Sampler:
         mean, _ = q_posterior(prediction.x0, state.x, logsnr_t, logsnr_s)
         log_variance = reverse_log_variance(prediction, variance, logsnr_t, logsnr_s)
         std = jnp.where(jnp.isposinf(logsnr_s), 0.0, jnp.exp(0.5 * log_variance))
-        return State(mean + std * noise), prediction
+        return State(mean + noise_scale * std * noise), prediction
 
     return Sampler(State, step)
 
@@ -294,16 +295,35 @@ def slerp(
     return (jnp.sin((1 - share) * angle) * a + jnp.sin(share * angle) * b) / jnp.sin(angle)
 
 
-# What `--sampler` knows: name -> (steps) -> Sampler.
-SAMPLERS: dict[str, Callable[[int], Sampler]] = {
-    "ancestral": lambda steps: ancestral("posterior"),
-    "ancestral_beta": lambda steps: ancestral("beta"),
-    "ancestral_learned": lambda steps: ancestral("learned"),
-    "ddim": lambda steps: ddim(0.0),
-    "ddim_eta1": lambda steps: ddim(1.0),
+# What `--sampler` knows: name -> (steps[, the number after a colon]) -> Sampler.
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
+    "ancestral": lambda steps, noise=1.0: ancestral("posterior", noise),
+    "ancestral_beta": lambda steps, noise=1.0: ancestral("beta", noise),
+    "ancestral_learned": lambda steps, noise=1.0: ancestral("learned", noise),
+    "ddim": lambda steps, eta=0.0: ddim(eta),
     "heun": lambda steps: heun(),
-    "edm": edm,
+    "edm": lambda steps, churn=40.0: edm(steps, churn),
     "dpmpp_2m": lambda steps: dpmpp_2m(),
     "dpmpp_2m_sde": lambda steps: dpmpp_2m_sde(),
     "unipc": lambda steps: unipc(),
 }
+
+
+def named(name: str, steps: int) -> Sampler:
+    """The sampler of a name: "ddim", or "ddim:0.5" for eta 0.5.
+
+    Raises:
+      KeyError: there is none of that name.
+      ValueError: what stands behind the colon is no number, or one that means nothing to it.
+    """
+    base, colon, text = name.partition(":")
+    make = SAMPLERS[base]
+    if not colon:
+        return make(steps)
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError("a sampler's number is 0 or more")
+    try:
+        return make(steps, value)
+    except TypeError:
+        raise ValueError(f"{base} takes no number") from None

@@ -334,7 +334,7 @@ def test_a_point_mass_is_reached_exactly_without_noise_at_the_end(name):
     for steps in (1, 2, 10):
         grid = schedule.grid(schedule.from_betas(schedule.linear_betas()), steps)
         xT = jax.random.normal(jax.random.key(8), (4, 3))
-        x = walk(sampler.SAMPLERS[name](steps), denoise, grid, xT)
+        x = walk(sampler.named(name, steps), denoise, grid, xT)
         chex.assert_trees_all_close(x, jnp.broadcast_to(point, x.shape), atol=1e-9)
 
 
@@ -347,7 +347,7 @@ def test_the_denoiser_is_never_called_at_clean_data_and_as_often_as_promised(nam
         return gaussian(0.0, 1.0)(xt, logsnr)._replace(variance_fraction=jnp.zeros_like(xt))
 
     grid = schedule.grid(schedule.cosine(), 6)
-    walk(sampler.SAMPLERS[name](6), denoise, grid, jnp.ones((2, 1)))
+    walk(sampler.named(name, 6), denoise, grid, jnp.ones((2, 1)))
     jax.effects_barrier()
     assert np.isfinite(called).all()
     assert len(called) == (11 if name in ("heun", "edm") else 6)
@@ -550,6 +550,36 @@ def test_losses_are_one_error_with_different_weights():
     assert jnp.exp(-logsnr) * mse == pytest.approx(float(x0_error))
     assert loss.min_snr(logsnr) * mse == pytest.approx(float(min(np.exp(1.7), 5) * x0_error))
     assert loss.edm_weight(logsnr, 1.0) == pytest.approx(float(loss.v_weight(logsnr)))
+
+
+def test_a_samplers_name_may_carry_its_number():
+    grid, xT = schedule.grid(SCHEDULES["cosine"](), 5), jnp.ones((2, 1))
+    denoise = gaussian(0.3, 0.5)
+    for name, same in (
+        ("ddim:0.5", sampler.ddim(0.5)),
+        ("ddim:1", sampler.ancestral()),
+        ("ancestral:0", sampler.ancestral(noise_scale=0.0)),
+        ("edm:10", sampler.edm(5, 10.0)),
+    ):
+        found = walk(sampler.named(name, 5), denoise, grid, xT)
+        np.testing.assert_allclose(found, walk(same, denoise, grid, xT), atol=1e-9)
+    for wrong in ("heun:1", "ddim:x", "ddim:-1", "ddim:nan"):
+        with pytest.raises(ValueError):  # noqa: PT011
+            sampler.named(wrong, 5)
+
+
+def test_leaving_the_noise_out_loses_variance_and_the_ode_does_not():
+    # Data N(0, 0.5^2): the ancestral sampler's steps to their means shrink it towards 0.
+    grid = schedule.grid(SCHEDULES["cosine"](), 200)
+    xT = jax.random.normal(jax.random.key(5), (4000, 1))
+    denoise = gaussian(0.0, 0.5)
+    stds = {
+        name: float(walk(sampler.named(name, 200), denoise, grid, xT).std())
+        for name in ("ddim", "ancestral", "ancestral:0")
+    }
+    assert stds["ddim"] == pytest.approx(0.5, abs=0.03)
+    assert stds["ancestral"] == pytest.approx(0.5, abs=0.03)
+    assert stds["ancestral:0"] < 0.1
 
 
 @pytest.mark.parametrize("logsnr_s", [0.9, np.inf])

@@ -1,0 +1,132 @@
+"""Why is noise added while sampling?  eta from 0 to 1, and the ancestral sampler without it.
+
+    python launch.py --experiment=noise_in_sampling
+
+Trains one `ddpm_digits` model and draws from it in several ways, as many steps each: DDIM
+with eta 0 (an ODE: no noise, and none needed, for its step keeps x_t's variance), with eta up
+to 1 (which is the ancestral sampler), the ancestral sampler with the larger variance beta,
+and the ancestral sampler with its noise left out or halved.  The last two take the mean of
+p(x_s | x_t) for a draw of it: every step loses variance that nothing gives back, and what
+comes out is smoother than any image.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import report
+from ddpm_jax.config import MAY_CHANGE, Length, marked
+from ddpm_jax.judge import load_judge, with_judge
+from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
+from ddpm_jax.metrics.quality import quality
+from ddpm_jax.run import (
+    Loaded,
+    Options,
+    from_data,
+    load_data,
+    load_state,
+    record_of,
+    train_experiment,
+)
+from ddpm_jax.rundir import open_run
+from ddpm_jax.tasks import Request
+from experiments import classifier_digits, ddpm_digits
+
+DEBUG = ddpm_digits.DEBUG | dict(steps=3, compare_steps=3, judge="auto", samplers=("ancestral:0",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(ddpm_digits.Config):
+    """See `--help`; the fields that are not these are those of the model that is trained."""
+
+    draw: Length = 500  # images of each way
+    compare_steps: Length = 100
+    samplers: tuple[str, ...] = (
+        "ddim", "ddim:0.25", "ddim:0.5", "ddim:0.75", "ddim:1",
+        "ancestral", "ancestral_beta", "ancestral:0.5", "ancestral:0",
+    )  # fmt: skip
+
+
+def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
+    """Train the model unless it is there, then draw in every way."""
+    loaded = load_data(ddpm_digits, config.data, workdir, options)
+    config = from_data(config, loaded.data)
+    judged = with_judge(classifier_digits, config, loaded, options)
+    if judged is None:
+        return
+    record = record_of("noise_in_sampling", judged, loaded, options)
+    sweep = open_run(workdir, record, marked(config, MAY_CHANGE))
+    with contextlib.closing(sweep):
+        sweep.write_record()
+        fields = {field.name for field in dataclasses.fields(ddpm_digits.Config)}
+        model = ddpm_digits.Config(**{name: getattr(judged, name) for name in fields})
+        place = workdir / "model"
+        if train_experiment(ddpm_digits, model, place, options, loaded) is not None:
+            compare(judged, model, place, workdir, options, loaded)
+
+
+def compare(
+    config: Config,
+    model: ddpm_digits.Config,
+    place: pathlib.Path,
+    workdir: pathlib.Path,
+    options: Options,
+    loaded: Loaded,
+) -> None:
+    """A row of figures and of pictures for every way of drawing."""
+    model, state = load_state(ddpm_digits, place, model)
+    task = ddpm_digits.build(model)
+    judge = load_judge(classifier_digits, config.judge)
+    each = max(1, config.draw // model.classes)
+    key = purpose_key(options.seed, SAMPLE)
+    found, shown = {}, []
+    for name in config.samplers:
+        request = Request(sampler=name, steps=config.compare_steps, guidance=1.0)
+        parts = []
+        for label in range(model.classes):
+            keys = example_keys(key, 0, jnp.arange(label * each, (label + 1) * each))
+            drawn = task.sample(state.ema, state.fixed, keys, request._replace(label=label))
+            parts.append(np.asarray(drawn))
+        images, labels = np.concatenate(parts), np.repeat(np.arange(model.classes), each)
+        shown.append(images[::each][:10])
+        found[name] = quality(judge, images, labels, loaded.data).metrics
+        found[name]["test/deviation"] = float(images.std(0).mean())
+    title = f"{config.compare_steps} steps each, on {loaded.data.title}"
+    fd = f"test/fd_{judge.name}"
+    rows = [
+        (
+            name,
+            f"Frechet distance ({judge.name}) {m[fd]:8.2f}  recognised {m['test/recognised']:.3f}  "
+            f"nearest {m['test/nearest_ratio']:.2f}  deviation {m['test/deviation']:.3f}",
+        )
+        for name, m in found.items()
+    ]
+    train = loaded.data.train.images * (2.0 / (loaded.data.levels - 1)) - 1
+    of_data = float(train.std(0).mean())
+    of_training = next(iter(found.values()))[f"{fd}_of_training"]
+    rows.append(
+        ("training set", f"Frechet distance ({judge.name}) {of_training:8.2f}  "
+         f"{'':33}deviation {of_data:.3f}")
+    )  # fmt: skip
+    print(report.table(rows, title))
+    sheet = report.grid(np.concatenate(shown), columns=min(10, model.classes))
+    report.save_png(workdir / "images" / "a_row_each.png", sheet)
+    etas = {float(n.partition(":")[2] or 0): m[fd] for n, m in found.items() if n[:4] == "ddim"}
+    if len(etas) > 1:
+        points = np.array(sorted(etas))
+        curve = {f"Frechet distance ({judge.name})": np.array([etas[eta] for eta in points])}
+        picture = report.lines(points, curve, "eta of DDIM", title)
+        report.save_png(workdir / "images" / "distance_against_eta.png", picture)
+    written = {
+        "experiment": "noise_in_sampling",
+        "data": loaded.data.title,
+        "steps": config.compare_steps,
+        "deviation_of_training_images": of_data,
+        "samplers": found,
+    }
+    (workdir / "summary.json").write_text(json.dumps(written, indent=2) + "\n")
+    print(f"  pictures in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
