@@ -1,6 +1,7 @@
 """Pictures, curves and tables."""
 
 import json
+import math
 import pathlib
 from collections.abc import Iterable
 
@@ -147,6 +148,10 @@ def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
         if name.endswith("_error") or not isinstance(value, (int, float)):
             continue
         error = metrics.get(f"{name}_error")
-        text = f"{value:.4g}" if abs(value) < 100 else f"{value:.2f}"
-        rows.append((name, text if error is None else f"{value:.2f} +- {error:.2f}"))
+        if error:  # two digits of it, and as many of the value
+            places = min(max(1 - math.floor(math.log10(error)), 0), 9)
+            text = f"{value:.{places}f} +- {error:.{places}f}"
+        else:
+            text = f"{value:.4g}" if abs(value) < 100 else f"{value:.2f}"
+        rows.append((name, text))
     return rows

@@ -1,6 +1,8 @@
 """A small convolutional classifier of CIFAR-10: it judges what other models draw.
 
-python launch.py --experiment=classifier_cifar10
+    python launch.py --experiment=classifier_cifar10
+
+Not trained to its end yet: no figures.
 """
 
 import dataclasses

@@ -1,6 +1,8 @@
 """A small convolutional classifier of Fashion-MNIST: it judges what other models draw.
 
-python launch.py --experiment=classifier_fashion_mnist
+    python launch.py --experiment=classifier_fashion_mnist
+
+Not trained to its end yet: no figures.
 """
 
 import dataclasses

@@ -21,7 +21,11 @@ sys.path.insert(0, str(ROOT))
 @pytest.fixture(autouse=True, scope="session")
 def _caches(tmp_path_factory):
     """Tests share a compile cache of their own, and decode into no folder of the user's."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # all workers the same
+        place = place.parent
+    (place / "cache").mkdir(exist_ok=True)
+    os.environ["XDG_CACHE_HOME"] = str(place / "cache")
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def original_files():
 def launch(tmp_path):
     """Run launch.py as a user would: launch("--experiment=...", ...) -> CompletedProcess."""
 
-    def run(*arguments, timeout=120, **environment):
+    def run(*arguments, timeout=240, **environment):
         return subprocess.run(
             [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)],
             cwd=tmp_path,
