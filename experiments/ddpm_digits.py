@@ -1,6 +1,24 @@
 """Class-conditional denoising diffusion on the 8x8 digits that scikit-learn carries.
 
-python launch.py --experiment=ddpm_digits
+    python launch.py --experiment=ddpm_digits
+
+A U-Net of 1.0 M parameters that predicts v under cosine betas; 800 steps of 64 images; DPM-
+Solver++(2M) in 20 steps with guidance 1.2.  Measured on 2 CPU cores (AMD EPYC, jax 0.10.2),
+seed 0, in 178 s from nothing: 22 s of it train the classifier that judges, once for all runs,
+and some 20 s compile.  1,437 images, as many as there are to train on:
+
+    recognised by classifier_digits                                  98.4 %
+    Frechet distance to the held-out images, of its features         5.73
+    the same of as many training images                              5.86 (ratio 0.98)
+    median distance to the nearest training image, over that of
+    held-out images                                                  1.07
+
+Guidance trades one for another (1,200 steps, seed 0, 15 to 25 steps of the sampler):
+
+    guidance            1.0     1.25    1.5     2.0
+    recognised          96.3    99.1    99.9    100.0 %
+    ratio of distances  0.88    1.11    1.57    2.50
+    nearest             1.08    1.04    1.01    0.98
 """
 
 import dataclasses
