@@ -152,23 +152,24 @@ DIT = DiT(outputs=2, patch=2, width=16, depth=3, heads=2, classes=3, dropout=0.5
 def test_a_dit_starts_as_nothing_and_its_images_do_not_mix():
     x, time = jax.random.normal(jax.random.key(0), (4, 4, 6, 1)), jnp.linspace(0.1, 0.9, 4)
     labels = jnp.arange(4) % 3
-    params = DIT.init(jax.random.key(1), x, time, labels)
+    apply = jax.jit(DIT.apply)
+    params = jax.jit(DIT.init)(jax.random.key(1), x, time, labels)
     # adaLN-Zero (Peebles & Xie 2023, sec. 3.2): every block is the identity, the output 0.
-    chex.assert_trees_all_equal(DIT.apply(params, x, time, labels), jnp.zeros((4, 4, 6, 2)))
+    chex.assert_trees_all_equal(apply(params, x, time, labels), jnp.zeros((4, 4, 6, 2)))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     noisy = [a + 0.3 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
     params = jax.tree.unflatten(tree, noisy)
     drops = jax.random.split(jax.random.key(3), 4)
     for keys in (None, drops):
-        many = DIT.apply(params, x, time, labels, keys)
-        one = DIT.apply(params, x[2:3], time[2:3], labels[2:3], None if keys is None else keys[2:3])
+        many = apply(params, x, time, labels, keys)
+        one = apply(params, x[2:3], time[2:3], labels[2:3], None if keys is None else keys[2:3])
         np.testing.assert_allclose(many[2], one[0], atol=1e-5)
-    plain = DIT.apply(params, x, time, labels)
-    assert not np.allclose(plain, DIT.apply(params, x, time, labels, drops), atol=1e-2)
+    plain = apply(params, x, time, labels)
+    assert not np.allclose(plain, apply(params, x, time, labels, drops), atol=1e-2)
     for other in (
-        DIT.apply(params, x, time + 0.1, labels),
-        DIT.apply(params, x, time, (labels + 1) % 4),
+        apply(params, x, time + 0.1, labels),
+        apply(params, x, time, (labels + 1) % 4),
     ):
         assert not np.allclose(plain, other, atol=1e-3)
 
