@@ -31,7 +31,7 @@ def log_density(
     probe: Float[Array, "batch *event"],
     clean: Scalar,
     noisy: Scalar,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-3,
 ) -> tuple[Float[Array, "batch"], Float[Array, ""]]:
     """(log p(x) in nats at logsnr `clean`, how often the field was evaluated), eq. (2).
 

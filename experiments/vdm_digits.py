@@ -28,7 +28,7 @@ class Config(ddpm_digits.Config):
     lowest: float = -6.0
     guidance: float = 1.0
     eval_times: Count = 32
-    ode_images: Length = 360
+    ode_images: Length = 120
 
 
 prepare = ddpm_digits.prepare
