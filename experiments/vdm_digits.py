@@ -1,6 +1,18 @@
 """Variational diffusion on the 8x8 digits: continuous time, a learned schedule, exact bits.
 
-python launch.py --experiment=vdm_digits
+    python launch.py --experiment=vdm_digits
+
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0: 1,000 steps in 2 min 30 s, then 3
+minutes of evaluation with other work on the machine.  Bits per dimension of the 360 held-out
+digits (17 grey levels, log2 17 = 4.09), by three routes that share prior and decoder:
+
+    continuous bound     2.180 +- 0.014
+    discrete, T = 1,000  2.192 +- 0.014
+    ODE (of 120 digits)  2.190 +- 0.025   dequantised by q(z_0 | x_0); 108 evaluations a batch
+
+`ddpm_digits`, which is trained on another weight, is at 3.26 +- 0.21, and `vae_digits` at
+3.65.  What the bound buys in bits it costs in looks: drawn without classes, the Frechet
+distance (classifier_digits) is 21.9, 3.7 times that of training images.
 """
 
 import dataclasses
