@@ -7,7 +7,10 @@ with eta 0 (an ODE: no noise, and none needed, for its step keeps x_t's variance
 to 1 (which is the ancestral sampler), the ancestral sampler with the larger variance beta,
 and the ancestral sampler with its noise left out or halved.  The last two take the mean of
 p(x_s | x_t) for a draw of it: every step loses variance that nothing gives back, and what
-comes out is smoother than any image.
+comes out is smoother than any image.  (Of Gaussian data, whose exact denoiser is known, a
+test shows it: 200 such steps leave less than a fifth of the deviation.)
+
+Not run to its end yet: no figures.
 """
 
 import contextlib
