@@ -14,6 +14,15 @@ steps, guidance 1.2:
     median distance to the nearest training image, over that of
     test images                                                      1.13
     bits/dim (256 levels, variance beta)                             2.12 +- 0.05
+
+Of 500 images each, against the test images (as many training images: 4.95, more because 500
+are few):
+
+    DPM-Solver++(2M), 15 steps, logsnr spacing    2.89    97.6 % recognised
+    ancestral, 250 steps, trailing spacing        2.57    97.2 %
+
+    python launch.py --mode=eval --workdir=runs/ddpm_mnist --config.draw=500
+        --config.sampler=ancestral --config.sample_steps=250 --config.spacing=trailing
 """
 
 import dataclasses
