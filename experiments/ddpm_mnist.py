@@ -21,6 +21,8 @@ are few):
     DPM-Solver++(2M), 15 steps, logsnr spacing    2.89    97.6 % recognised
     ancestral, 250 steps, trailing spacing        2.57    97.2 %
 
+(one draw of each, without a standard error).  Guidance 1.2 is `ddpm_digits`'s, not chosen here.
+
     python launch.py --mode=eval --workdir=runs/ddpm_mnist --config.draw=500
         --config.sampler=ancestral --config.sample_steps=250 --config.spacing=trailing
 """
