@@ -7,21 +7,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float
 
 from ddpm_jax import elbo, loss, report
 from ddpm_jax.classifier import Judge
 from ddpm_jax.data.loader import Batch, Data
-from ddpm_jax.drawing import AT_ONCE, Drawing, Sampling, drawing
+from ddpm_jax.drawing import Sampling, drawing, show
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluate import average, per_example
-from ddpm_jax.metrics.quality import quality
+from ddpm_jax.evaluate import average, per_example, spread_times
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.prediction import Kind, Prediction, Variance, clip_x0, read
 from ddpm_jax.process import q_posterior, q_sample
 from ddpm_jax.schedule import Schedule
-from ddpm_jax.tasks import Evaluation, Task, to_images
+from ddpm_jax.tasks import Task, to_images
 
 Times = Literal["uniform", "stratified", "importance"]
 NOISE_LEVELS = 10  # of the table of errors
@@ -184,9 +183,10 @@ def diffusion_task(
             if steps:
                 found = clipped(found, xt, logsnr)
                 terms["distortion"] = jnp.square(found.x0 - x0).reshape(len(x0), -1).mean(-1)
-                nats = step_nats(found, x0, xt, logsnr, before(t), least)
+                cleaner = before(t)
+                nats = step_nats(found, x0, xt, logsnr, cleaner, least)
                 # The first step is the decoder's, which is taken of every image below.
-                terms["kl"] = jnp.where(jnp.isposinf(before(t)), 0.0, nats) * steps
+                terms["kl"] = jnp.where(jnp.isposinf(cleaner), 0.0, nats) * steps
             return terms
 
         found = jax.lax.map(at, jnp.arange(eval_times))
@@ -264,38 +264,3 @@ def noise_levels(
             rate, {"RMSE of 255": rmse}, "bits/dim sent", "Progressive coding"
         )
     return metrics, pictures
-
-
-def spread_times(
-    place: Int[Array, "batch"], keys: Key[Array, "batch"], count: int
-) -> Float[Array, "batch count"]:
-    """`count` times in [0, 1) for each image, together evenly spread over all images.
-
-    An image's times are a comb, whose start is its place's in a low-discrepancy sequence.
-    """
-    draws = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
-    start = (place * 0.6180339887) % 1
-    return (jnp.arange(count) + (start[:, None] + draws / 997) % 1) / count
-
-
-def show(
-    draw: Drawing,
-    params: Any,
-    seed: int,
-    data: Data,
-    full: bool,
-    judge: Callable[[], Judge] | None,
-    judged: int,
-) -> Evaluation:
-    """A sheet of samples; in a full evaluation trajectories, and what the judge says."""
-    judging = full and judge is not None
-    images, labels = draw.many(params, seed, max(judged, AT_ONCE) if judging else AT_ONCE)
-    pictures = {"samples": report.grid(images[:AT_ONCE], columns=10)}
-    if full:
-        pictures["trajectories"], pictures["trajectories_movie"] = draw.trajectories(params, seed)
-    if not full or judge is None:
-        return Evaluation({}, pictures, draw.about)
-    meant = None if labels is None else labels[:judged]
-    judgement = quality(judge(), images[:judged], meant, data)
-    pictures["neighbours"] = judgement.neighbours
-    return Evaluation(judgement.metrics, pictures, {**draw.about, "reference": "test split"})

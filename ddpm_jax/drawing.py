@@ -10,11 +10,14 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 
 from ddpm_jax import guidance, report, sampler
+from ddpm_jax.classifier import Judge
+from ddpm_jax.data.loader import Data
 from ddpm_jax.errors import UserError, nearest
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
+from ddpm_jax.metrics.quality import quality
 from ddpm_jax.prediction import Denoiser, Prediction, clip_x0
 from ddpm_jax.schedule import Schedule, Spacing, grid
-from ddpm_jax.tasks import Request, refuse
+from ddpm_jax.tasks import Evaluation, Request, refuse
 
 FIRST_NOISE = 2**31 - 1  # the number of x_T's draw; the steps' are 0, 1, 2, ...
 AT_ONCE = 100  # images in one call of a sampler, and on a sheet of samples
@@ -164,6 +167,29 @@ def drawing(
 
     about = {**sampling._asdict(), "parameters": "averaged (EMA)"}
     return Drawing(many, trajectories, sample, about)
+
+
+def show(
+    draw: Drawing,
+    params: Any,
+    seed: int,
+    data: Data,
+    full: bool,
+    judge: Callable[[], Judge] | None,
+    judged: int,
+) -> Evaluation:
+    """A sheet of samples; in a full evaluation trajectories, and what the judge says."""
+    judging = full and judge is not None
+    images, labels = draw.many(params, seed, max(judged, AT_ONCE) if judging else AT_ONCE)
+    pictures = {"samples": report.grid(images[:AT_ONCE], columns=10)}
+    if full:
+        pictures["trajectories"], pictures["trajectories_movie"] = draw.trajectories(params, seed)
+    if not full or judge is None:
+        return Evaluation({}, pictures, draw.about)
+    meant = None if labels is None else labels[:judged]
+    judgement = quality(judge(), images[:judged], meant, data)
+    pictures["neighbours"] = judgement.neighbours
+    return Evaluation(judgement.metrics, pictures, {**draw.about, "reference": "test split"})
 
 
 def _check(

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.data.loader import Batch, Split, evaluation_batches
 from ddpm_jax.keys import EVALUATE, example_keys, purpose_key
@@ -51,3 +53,15 @@ def average(values: np.ndarray) -> Average:
     size = len(values)
     error = float(values.std(ddof=1)) / math.sqrt(size) if size > 1 else 0.0
     return Average(float(values.mean()), error)
+
+
+def spread_times(
+    place: Int[Array, "batch"], keys: Key[Array, "batch"], count: int
+) -> Float[Array, "batch count"]:
+    """`count` times in [0, 1) for each image, together evenly spread over all images.
+
+    An image's times are a comb, whose start is its place's in a low-discrepancy sequence.
+    """
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+    start = (place * 0.6180339887) % 1
+    return (jnp.arange(count) + (start[:, None] + draws / 997) % 1) / count

@@ -7,6 +7,7 @@ import json
 import pathlib
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 from ddpm_jax.classifier import Judge, judge_of
@@ -54,6 +55,11 @@ def trained(experiment: types.ModuleType, loaded: Loaded, options: Options) -> p
         if train_experiment(experiment, config, place, options._replace(seed=0), loaded) is None:
             return None
     return place
+
+
+def judge_loader(experiment: types.ModuleType, place: str) -> Callable[[], Judge] | None:
+    """What loads the judge that a config's field `judge` names; None where it names none."""
+    return None if place in ("auto", "none") else functools.partial(load_judge, experiment, place)
 
 
 @functools.lru_cache(maxsize=4)

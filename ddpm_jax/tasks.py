@@ -178,7 +178,7 @@ def vae_task(
             bits = likelihood.bits_per_dim(jnp.asarray(neg_elbo.mean), dims)
             metrics["test/bits_per_dim"] = float(bits)
         if full:
-            some = test._replace(images=test.images[:iwae_images], labels=test.labels[:iwae_images])
+            some = test.first(iwae_images)
             weights = per_example(
                 lambda batch, keys: importance_weights(params, batch, keys),
                 some,
@@ -190,7 +190,7 @@ def vae_task(
         return Evaluation(metrics, pictures(params, fixed, data, seed, shard))
 
     def pictures(params, fixed, data, seed, shard):
-        some = data.test._replace(images=data.test.images[:40], labels=data.test.labels[:40])
+        some = data.test.first(40)
         shown = per_example(
             lambda batch, keys: dict(
                 zip(("x", "again"), reconstruct(params, batch, keys), strict=True)

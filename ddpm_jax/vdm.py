@@ -24,9 +24,8 @@ from ddpm_jax import elbo, ode, report
 from ddpm_jax import schedule as schedules
 from ddpm_jax.classifier import Judge
 from ddpm_jax.data.loader import Batch, Data
-from ddpm_jax.diffusion import show, spread_times
-from ddpm_jax.drawing import Sampling, drawing
-from ddpm_jax.evaluate import average, per_example
+from ddpm_jax.drawing import Sampling, drawing, show
+from ddpm_jax.evaluate import average, per_example, spread_times
 from ddpm_jax.loss import stratified_times
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
@@ -172,9 +171,7 @@ def vdm_task(
         nats = {name: ends + found[name] for name in ROUTES[:2]}
         metrics = {}
         if full:
-            some = data.test._replace(
-                images=data.test.images[:ode_images], labels=data.test.labels[:ode_images]
-            )
+            some = data.test.first(ode_images)
             solved = per_example(
                 lambda batch, keys: by_ode(params, batch, keys), some, eval_batch, seed, shard
             )

@@ -16,14 +16,11 @@ import math
 from typing import Annotated, Literal
 
 from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Interval, Length, NonNegative, Positive
-from ddpm_jax.judge import load_judge, with_judge
-from ddpm_jax.run import Loaded, Options
 from ddpm_jax.schedule import Spacing
-from ddpm_jax.tasks import Task
-from experiments import classifier_cifar10 as classifier
-from experiments import ddpm_digits
+from experiments import classifier_cifar10, ddpm_digits
 
 DEBUG = ddpm_digits.DEBUG
+prepare, build = ddpm_digits.judged_by(classifier_cifar10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +50,3 @@ class Config(ddpm_digits.Config):
     eval_batch: Count = 500
     eval_times: Count = 4
     draw: Length = 50_000
-
-
-def prepare(config: Config, loaded: Loaded, options: Options) -> Config | None:
-    """A classifier of the same data, trained once, judges what is drawn."""
-    return with_judge(classifier, config, loaded, options)
-
-
-def build(config: Config) -> Task:
-    """The task that this experiment trains."""
-    return ddpm_digits.task(config, lambda: load_judge(classifier, config.judge))

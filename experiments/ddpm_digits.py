@@ -24,6 +24,7 @@ as the figures above: those are not blind to the choice, and are of one seed.
 """
 
 import dataclasses
+import types
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -44,13 +45,13 @@ from ddpm_jax.config import (
 )  # fmt: skip
 from ddpm_jax.diffusion import Times, diffusion_task
 from ddpm_jax.drawing import Sampling
-from ddpm_jax.judge import load_judge, with_judge
+from ddpm_jax.judge import judge_loader, with_judge
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.run import Loaded, Options
 from ddpm_jax.schedule import Spacing
 from ddpm_jax.tasks import Task
-from experiments import classifier_digits as classifier
+from experiments import classifier_digits
 
 DEBUG = dict(
     steps=6, eval_every=4, checkpoint_every=3, log_every=2, channels=8, blocks=1, multipliers=(1,),
@@ -124,11 +125,6 @@ WEIGHTS = {
 }
 
 
-def prepare(config: Config, loaded: Loaded, options: Options) -> Config | None:
-    """A classifier of the same data, trained once, judges what is drawn."""
-    return with_judge(classifier, config, loaded, options)
-
-
 def network(config: Config) -> UNet | DiT:
     """The network that the config chooses."""
     common: dict[str, Any] = dict(
@@ -156,8 +152,8 @@ def network(config: Config) -> UNet | DiT:
     )
 
 
-def task(config: Config, judge: Callable[[], Judge]) -> Task:
-    """The task of a config, judged by what `judge` loads, if the config wants that."""
+def task(config: Config, judge: Callable[[], Judge] | None) -> Task:
+    """The task of a config, judged by what `judge` loads."""
     return diffusion_task(
         network(config),
         SCHEDULES[config.noise](config.noise_steps),
@@ -174,11 +170,24 @@ def task(config: Config, judge: Callable[[], Judge]) -> Task:
         batch_size=config.batch_size,
         eval_batch=config.eval_batch,
         eval_times=config.eval_times,
-        judge=None if config.judge in ("auto", "none") else judge,
+        judge=judge,
         judged=config.draw,
     )
 
 
-def build(config: Config) -> Task:
-    """The task that this experiment trains."""
-    return task(config, lambda: load_judge(classifier, config.judge))
+def judged_by(classifier: types.ModuleType) -> tuple[Callable, Callable]:
+    """An experiment's `prepare` and `build`; its images are judged by a classifier's experiment.
+
+    The classifier is trained on the same data, once, by `prepare`.
+    """
+
+    def prepare(config: Config, loaded: Loaded, options: Options) -> Config | None:
+        return with_judge(classifier, config, loaded, options)
+
+    def build(config: Config) -> Task:
+        return task(config, judge_loader(classifier, config.judge))
+
+    return prepare, build
+
+
+prepare, build = judged_by(classifier_digits)

@@ -7,13 +7,10 @@ Not trained to its end yet: no figures.
 
 import dataclasses
 
-from ddpm_jax.judge import load_judge, with_judge
-from ddpm_jax.run import Loaded, Options
-from ddpm_jax.tasks import Task
-from experiments import classifier_fashion_mnist as classifier
-from experiments import ddpm_digits, ddpm_mnist
+from experiments import classifier_fashion_mnist, ddpm_digits, ddpm_mnist
 
 DEBUG = ddpm_mnist.DEBUG
+prepare, build = ddpm_digits.judged_by(classifier_fashion_mnist)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +18,3 @@ class Config(ddpm_mnist.Config):
     """See `python launch.py --experiment=ddpm_fashion_mnist --help`."""
 
     data: str = "fashion_mnist"
-
-
-def prepare(config: Config, loaded: Loaded, options: Options) -> Config | None:
-    """A classifier of the same data, trained once, judges what is drawn."""
-    return with_judge(classifier, config, loaded, options)
-
-
-def build(config: Config) -> Task:
-    """The task that this experiment trains."""
-    return ddpm_digits.task(config, lambda: load_judge(classifier, config.judge))

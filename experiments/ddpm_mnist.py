@@ -30,14 +30,11 @@ are few):
 import dataclasses
 
 from ddpm_jax.config import Count, Interval, Length, NonNegative, Positive, Share
-from ddpm_jax.judge import load_judge, with_judge
-from ddpm_jax.run import Loaded, Options
-from ddpm_jax.tasks import Task
-from experiments import classifier_mnist as classifier
-from experiments import ddpm_digits
+from experiments import classifier_mnist, ddpm_digits
 
 FALLBACK = "digits:28"  # where MNIST cannot be had
 DEBUG = ddpm_digits.DEBUG
+prepare, build = ddpm_digits.judged_by(classifier_mnist)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +53,3 @@ class Config(ddpm_digits.Config):
     eval_batch: Count = 200
     eval_times: Count = 4
     draw: Length = 2000
-
-
-def prepare(config: Config, loaded: Loaded, options: Options) -> Config | None:
-    """A classifier of the same data, trained once, judges what is drawn."""
-    return with_judge(classifier, config, loaded, options)
-
-
-def build(config: Config) -> Task:
-    """The task that this experiment trains."""
-    return ddpm_digits.task(config, lambda: load_judge(classifier, config.judge))

@@ -43,7 +43,7 @@ from ddpm_jax.run import (
     train_experiment,
 )
 from ddpm_jax.rundir import open_run
-from ddpm_jax.tasks import Request
+from ddpm_jax.tasks import Request, to_images
 from experiments import classifier_digits, ddpm_digits
 
 DEBUG = ddpm_digits.DEBUG | dict(steps=3, compare_steps=3, judge="auto", samplers=("ancestral:0",))
@@ -115,7 +115,7 @@ def compare(
         )
         for name, m in found.items()
     ]
-    train = loaded.data.train.images * (2.0 / (loaded.data.levels - 1)) - 1
+    train = to_images(loaded.data.train.images, loaded.data.levels)
     of_data = float(train.std(0).mean())
     of_training = next(iter(found.values()))[f"{fd}_of_training"]
     rows.append(

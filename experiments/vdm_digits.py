@@ -19,11 +19,10 @@ import dataclasses
 
 from ddpm_jax.config import Count, Length, NonNegative, Positive
 from ddpm_jax.drawing import Sampling
-from ddpm_jax.judge import load_judge
+from ddpm_jax.judge import judge_loader
 from ddpm_jax.tasks import Task
 from ddpm_jax.vdm import vdm_task
-from experiments import classifier_digits as classifier
-from experiments import ddpm_digits
+from experiments import classifier_digits, ddpm_digits
 
 DEBUG = ddpm_digits.DEBUG | dict(ode_images=8, eval_batch=8, sample_steps=2)
 
@@ -58,8 +57,6 @@ def build(config: Config) -> Task:
         eval_batch=config.eval_batch,
         eval_times=config.eval_times,
         ode_images=config.ode_images,
-        judge=None
-        if config.judge in ("auto", "none")
-        else lambda: load_judge(classifier, config.judge),
+        judge=judge_loader(classifier_digits, config.judge),
         judged=config.draw,
     )

@@ -26,6 +26,10 @@ class Split(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
+    def first(self, count: int) -> "Split":
+        """The first examples alone."""
+        return Split(self.images[:count], self.labels[:count])
+
 
 class Data(NamedTuple):
     """A data set with its two splits; `title` is what tables and figures call it."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.nn.layers import Dropout, attention, fold, time_embedding, unfold
+from ddpm_jax.nn.layers import Dropout, attention, condition, fold, unfold
 
 
 class DiT(nn.Module):
@@ -46,16 +46,8 @@ class DiT(nn.Module):
         """The network's raw output; arguments as the U-Net's."""
         size, height, width, _ = xt.shape
         rows, columns = height // self.patch, width // self.patch
-        emb = nn.Dense(self.width, name="time_1")(time_embedding(time, 256))
-        emb = nn.Dense(self.width, name="time_2")(nn.swish(emb))
-        if self.classes:
-            if labels is None:
-                raise ValueError("a class-conditional network needs labels")
-            normal = nn.initializers.normal(0.02)
-            emb += nn.Embed(self.classes + 1, self.width, embedding_init=normal, name="label")(
-                labels
-            )
-        emb = nn.swish(emb)
+        default = nn.initializers.lecun_normal()
+        emb = condition(time, labels, self.classes, 256, self.width, default, 0.02)
 
         x = fold(xt, self.patch).reshape(size, rows * columns, -1)
         x = nn.Dense(self.width, dtype=self.dtype, name="patches")(x)

@@ -1,6 +1,8 @@
 """Layers that Flax lacks or does otherwise: per-example dropout, time embedding, attention."""
 
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -45,6 +47,36 @@ def time_embedding(time: Float[Array, "batch"], width: int) -> Float[Array, "bat
     rates = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / (half - 1))
     angles = 1000.0 * time.astype(jnp.float32)[:, None] * rates
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+
+
+def condition(
+    time: Float[Array, "batch"],
+    labels: Int[Array, "batch"] | None,
+    classes: int,
+    sines: int,
+    width: int,
+    kernel_init: Callable[..., Any],
+    label_std: float,
+) -> Float[Array, "batch width"]:
+    """What a network is told beside x_t: an MLP of the time, and the label's vector, added.
+
+    Called within a module's compact method, whose parameters time_1, time_2 and label it makes.
+
+    Args:
+      labels: label `classes` is "no class"; not read where `classes` is 0.
+      sines: width of the time embedding; `width`: of the rest.
+
+    Raises:
+      ValueError: there are classes, and no labels.
+    """
+    emb = nn.Dense(width, kernel_init=kernel_init, name="time_1")(time_embedding(time, sines))
+    emb = nn.Dense(width, kernel_init=kernel_init, name="time_2")(nn.swish(emb))
+    if classes:
+        if labels is None:
+            raise ValueError("a class-conditional network needs labels")
+        normal = nn.initializers.normal(label_std)
+        emb += nn.Embed(classes + 1, width, embedding_init=normal, name="label")(labels)
+    return nn.swish(emb)
 
 
 def attention(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.nn.layers import Dropout, attention, fold, time_embedding, unfold
+from ddpm_jax.nn.layers import Dropout, attention, condition, fold, unfold
 
 
 def _init(scale: float) -> Callable[..., Any]:
@@ -68,15 +68,7 @@ class UNet(nn.Module):
           keys: of the dropout; None outside training.
         """
         width = 4 * self.channels
-        emb = time_embedding(time, self.channels)
-        emb = nn.Dense(width, kernel_init=_init(1.0), name="time_1")(emb)
-        emb = nn.Dense(width, kernel_init=_init(1.0), name="time_2")(nn.swish(emb))
-        if self.classes:
-            if labels is None:
-                raise ValueError("a class-conditional network needs labels")
-            normal = nn.initializers.normal(1.0)
-            emb += nn.Embed(self.classes + 1, width, embedding_init=normal, name="label")(labels)
-        emb = nn.swish(emb)
+        emb = condition(time, labels, self.classes, self.channels, width, _init(1.0), 1.0)
 
         block_class = nn.remat(ResBlock) if self.remat else ResBlock
 
