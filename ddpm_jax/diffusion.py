@@ -88,10 +88,11 @@ def diffusion_task(
         functools.partial(elbo.step_nats, variance=variance, levels=levels),
         (0, 0, 0, 0, 0, None),
     )
-    least = jnp.zeros(())
-    if steps:
+
+    def least():
+        """log of the posterior's variance in the table's second step."""
         first, second = (schedule.logsnr(jnp.asarray(i / steps)) for i in (1, 2))
-        least = jnp.log(q_posterior(jnp.zeros(()), jnp.zeros(()), second, first)[1])
+        return jnp.log(q_posterior(jnp.zeros(()), jnp.zeros(()), second, first)[1])
 
     def init(key, batch: Batch):
         zeros = jnp.zeros((1, *shape))
@@ -155,7 +156,7 @@ def diffusion_task(
         if learned:
             bound = functools.partial(loss.variance_bound, steps=steps, levels=levels)
             metrics["vlb"] = jax.vmap(bound, (0, 0, 0, 0, 0, None))(
-                found, x0, xt, logsnr, before(t), least
+                found, x0, xt, logsnr, before(t), least()
             )
             losses += bound_scale * metrics["vlb"]
         statistics = {"t": t, "losses": losses} if times == "importance" else {}
@@ -184,7 +185,7 @@ def diffusion_task(
                 found = clipped(found, xt, logsnr)
                 terms["distortion"] = jnp.square(found.x0 - x0).reshape(len(x0), -1).mean(-1)
                 cleaner = before(t)
-                nats = step_nats(found, x0, xt, logsnr, cleaner, least)
+                nats = step_nats(found, x0, xt, logsnr, cleaner, least())
                 # The first step is the decoder's, which is taken of every image below.
                 terms["kl"] = jnp.where(jnp.isposinf(cleaner), 0.0, nats) * steps
             return terms
@@ -205,7 +206,7 @@ def diffusion_task(
         t = jnp.zeros(len(batch.images))
         x0, _, xt, logsnr = noisy(batch, keys, t)
         found = clipped(predict(params, xt, logsnr, labels), xt, logsnr)
-        return step_nats(found, x0, xt, logsnr, before(t), least)
+        return step_nats(found, x0, xt, logsnr, before(t), least())
 
     def evaluate(params, fixed, data: Data, *, seed, full, shard):
         found = per_example(

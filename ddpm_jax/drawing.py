@@ -40,14 +40,12 @@ class Sampling(NamedTuple):
 class Drawing(NamedTuple):
     """What draws with a task's parameters.
 
-    many(params, seed, count) -> (images, labels or None), the classes in turn
-    trajectories(params, seed) -> (sheet, movie): x_t above the predicted x0, left to right
+    many(params, seed, count) -> (images, labels or None, Trace of the first), the classes in turn
     sample(params, fixed, keys, request) -> images, as a `Task`'s
     about: how `many` draws, for the record
     """
 
-    many: Callable[..., tuple[np.ndarray, np.ndarray | None]]
-    trajectories: Callable[..., tuple[UInt8[np.ndarray, "h w c"], UInt8[np.ndarray, "f h w c"]]]
+    many: Callable[..., tuple[np.ndarray, np.ndarray | None, sampler.Trace]]
     sample: Callable[..., Any]
     about: dict[str, Any]
 
@@ -75,7 +73,7 @@ def drawing(
     _check(sampling, "--config.sampler", "--config.sample_steps", steps, variance)
 
     @functools.lru_cache
-    def drawer(how: Sampling, trace: bool = False):
+    def drawer(how: Sampling, trace: int = 0):
         """The compiled sampler of one way to draw; scale 1 needs no second half."""
         one = sampler.named(how.sampler, how.steps)
 
@@ -112,27 +110,16 @@ def drawing(
         return denoise
 
     def many(params, seed: int, count: int):
-        images = []
+        images, first = [], None
         for start in range(0, count, AT_ONCE):  # one shape, compiled once
             index = jnp.arange(start, start + AT_ONCE)
             keys = example_keys(purpose_key(seed, SAMPLE), 0, index)
             labels = index % classes if classes else None
-            images.append(np.asarray(drawer(sampling)(params, keys, labels)))
-        return np.concatenate(images)[:count], np.arange(count) % classes if classes else None
-
-    def trajectories(params, seed: int):
-        index = jnp.arange(SHOWN)
-        keys = example_keys(purpose_key(seed, SAMPLE), 0, index)
-        labels = index % classes if classes else None
-        x, trace = drawer(sampling, True)(params, keys, labels)
-        xt = np.concatenate([np.asarray(trace.xt), np.asarray(x)[None]])
-        x0 = np.concatenate([np.asarray(trace.x0), np.asarray(x)[None]])
-        moments = np.unique(np.linspace(0, len(xt) - 1, SHOWN).round().astype(int))
-        rows = [a[moments, image] for image in range(4) for a in (xt, x0)]
-        sheet = report.grid(np.concatenate(rows), columns=len(moments))
-        frames = np.unique(np.linspace(0, len(xt) - 1, 50).round().astype(int))
-        movie = [report.grid(np.concatenate([xt[f], x0[f]]), columns=SHOWN) for f in frames]
-        return sheet, np.stack(movie)
+            x, trace = drawer(sampling, SHOWN)(params, keys, labels)
+            images.append(np.asarray(x))
+            first = first or trace
+        meant = np.arange(count) % classes if classes else None
+        return np.concatenate(images)[:count], meant, first
 
     def sample(params, fixed, keys: Key[Array, "batch"], request: Request) -> Float[Array, "..."]:
         del fixed
@@ -166,7 +153,20 @@ def drawing(
         return how
 
     about = {**sampling._asdict(), "parameters": "averaged (EMA)"}
-    return Drawing(many, trajectories, sample, about)
+    return Drawing(many, sample, about)
+
+
+def trajectories(
+    trace: sampler.Trace, images: Float[np.ndarray, "n h w c"]
+) -> tuple[UInt8[np.ndarray, "H W c"], UInt8[np.ndarray, "f H W c"]]:
+    """A sheet and a movie of x_t above the predicted x0, which both end at the first `images`."""
+    xt, x0 = (np.concatenate([a, images[None, : a.shape[1]]]) for a in map(np.asarray, trace))
+    moments = np.unique(np.linspace(0, len(xt) - 1, SHOWN).round().astype(int))
+    rows = [a[moments, image] for image in range(4) for a in (xt, x0)]
+    sheet = report.grid(np.concatenate(rows), columns=len(moments))
+    frames = np.unique(np.linspace(0, len(xt) - 1, 50).round().astype(int))
+    movie = [report.grid(np.concatenate([xt[f], x0[f]]), columns=SHOWN) for f in frames]
+    return sheet, np.stack(movie)
 
 
 def show(
@@ -180,10 +180,10 @@ def show(
 ) -> Evaluation:
     """A sheet of samples; in a full evaluation trajectories, and what the judge says."""
     judging = full and judge is not None
-    images, labels = draw.many(params, seed, max(judged, AT_ONCE) if judging else AT_ONCE)
+    images, labels, trace = draw.many(params, seed, max(judged, AT_ONCE) if judging else AT_ONCE)
     pictures = {"samples": report.grid(images[:AT_ONCE], columns=10)}
     if full:
-        pictures["trajectories"], pictures["trajectories_movie"] = draw.trajectories(params, seed)
+        pictures["trajectories"], pictures["trajectories_movie"] = trajectories(trace, images)
     if not full or judge is None:
         return Evaluation({}, pictures, draw.about)
     meant = None if labels is None else labels[:judged]

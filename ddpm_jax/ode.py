@@ -58,6 +58,7 @@ def log_density(
         -0.01 * (clean - noisy),
         (x, jnp.zeros(len(x), x.dtype)),
         stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
+        adjoint=diffrax.ForwardMode(),  # nothing is differentiated: a plain loop
         max_steps=4096,
     )
     end, change = (a[0] for a in solution.ys)

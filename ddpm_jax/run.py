@@ -32,6 +32,7 @@ from ddpm_jax.rundir import check_same, open_run, provenance, read_record
 from ddpm_jax.tasks import Request
 
 SAMPLE_BATCH = 64
+DEBUG_IMAGES = 128  # test images that a --debug run looks at
 
 
 class Options(NamedTuple):
@@ -50,7 +51,7 @@ def set_up_jax(debug: bool = False) -> None:
     Args:
       debug: compile in half the time programs that are slower, for runs of a few steps.
     """
-    devices.tune_cpu()
+    devices.tune_cpu(debug)
     jax.config.update("jax_disable_most_optimizations", debug)
     logging.getLogger("absl").setLevel(logging.ERROR)  # what is the user's business is told here
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the user's own choice
@@ -81,11 +82,11 @@ def load_data(
     else:
         fallback = getattr(experiment, "FALLBACK", None)
         try:
-            loaded = Loaded(load(name, options.data_dir))
+            loaded = Loaded(_load(name, options.data_dir, options.debug))
         except MissingData as error:
             if fallback is None or options.strict_data or name != experiment.Config().data:
                 raise
-            data = load(fallback, options.data_dir)
+            data = _load(fallback, options.data_dir, options.debug)
             loaded = Loaded(
                 data,
                 f"NOT {name}, which is not at hand, but {data.title}: the figures are of these. "
@@ -98,7 +99,16 @@ def load_data(
 
 def load_again(record: dict[str, Any], options: Options) -> Data:
     """The data of an earlier run, from where it was or from --data_dir."""
-    return load(record["data"]["name"], options.data_dir or record.get("data_dir"))
+    where = options.data_dir or record.get("data_dir")
+    return _load(record["data"]["name"], where, record.get("debug", False))
+
+
+def _load(name: str, data_dir: str | None, debug: bool) -> Data:
+    data = load(name, data_dir)
+    if not debug:
+        return data
+    note = f"--debug: only the first {DEBUG_IMAGES} test images"
+    return data._replace(test=data.test.first(DEBUG_IMAGES), notes=(*data.notes, note))
 
 
 def from_data(config: Any, data: Data) -> Any:

@@ -51,7 +51,7 @@ def sample(
     logsnrs: Float[Array, "grid"],
     keys: Key[Array, "batch"],
     xT: Float[Array, "batch *event"],
-    trace: bool = False,
+    trace: bool | int = False,
 ) -> Any:
     """Walk `sampler` along `logsnrs`, in one `lax.scan`.
 
@@ -60,8 +60,10 @@ def sample(
       logsnrs: rising, from noise to data, as `schedule.grid` makes them.
       keys: one for each image, of the noise that the steps add.
       xT: noise, already drawn.
-      trace: return (x, Trace) instead of x.
+      trace: return (x, Trace) instead of x; a number: of so many images, the first ones.
     """
+
+    traced = None if trace is True else trace
 
     def step(state, now):
         number, logsnr_t, logsnr_s = now
@@ -69,7 +71,7 @@ def sample(
             lambda key, x: jax.random.normal(jax.random.fold_in(key, number), x.shape, x.dtype)
         )(keys, state.x)
         after, prediction = sampler.step(denoise, state, noise, logsnr_t, logsnr_s)
-        return after, Trace(state.x, prediction.x0) if trace else None
+        return after, Trace(state.x[:traced], prediction.x0[:traced]) if trace else None
 
     steps = jnp.arange(len(logsnrs) - 1), logsnrs[:-1], logsnrs[1:]
     state, seen = jax.lax.scan(step, sampler.init(xT), steps)

@@ -16,6 +16,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +84,11 @@ def ema_decay(step: Any, batch_size: int, half_life: float) -> Any:
 
 def init_state(task: Task, config: Training, batch: Batch, seed: int) -> TrainState:
     """The state before the first step; `batch` holds training examples for `Task.init`."""
+    return initializer(task, config, seed)(batch)
+
+
+def initializer(task: Task, config: Training, seed: int) -> Callable[[Batch], TrainState]:
+    """`init_state` of a batch, compiled."""
 
     @jax.jit  # one program instead of a hundred small ones
     def init(batch):
@@ -92,14 +98,14 @@ def init_state(task: Task, config: Training, batch: Batch, seed: int) -> TrainSt
         ema = jax.tree.map(jnp.copy, params)
         return TrainState(jnp.zeros((), jnp.int32), params, fixed, opt_state, ema)
 
-    return init(batch)
+    return init
 
 
 def state_shapes(task: Task, config: Training) -> TrainState:
     """What `init_state` would make, as shapes alone: for restoring into."""
     images = np.zeros((2, *config.shape), np.uint8)
     batch = Batch(images, np.zeros(2, np.int32), np.arange(2))
-    return jax.eval_shape(lambda: init_state(task, config, batch, 0))
+    return jax.eval_shape(initializer(task, config, 0), batch)
 
 
 def train_step(
@@ -197,30 +203,37 @@ def fit(
     Raises:
       RunError: a loss is not finite; the last checkpoint is older and good.
     """
-    # State: of the newest checkpoint, or new.
     spread = devices.make(mode)
     window: dict[str, float] = {}  # sums since the last line, and of how many steps
     step = checkpoints.newest() or 0
-    if step:
-        like = spread.like(state_shapes(task, config))
-        state, host = checkpoints.restore(step, like)
-        window = host["window"]
-        print(f"resuming at step {step}", file=sys.stderr)
-    else:
-        size = min(INIT_EXAMPLES, len(data.train.images))
-        examples = Batch(data.train.images[:size], data.train.labels[:size], np.arange(size))
-        state = spread.place(init_state(task, config, examples, seed))
-
-    # Compiled once; batches are made and placed ahead of the calls that use them.
+    size = min(INIT_EXAMPLES, len(data.train.images))
+    examples = Batch(data.train.images[:size], data.train.labels[:size], np.arange(size))
+    init = initializer(task, config, seed)
+    like = spread.like(jax.eval_shape(init, examples))
     stack = config.steps_per_call if config.steps_per_call > 1 else None
 
     def one_step(state, batch):
         return train_step(task, config, seed, state, batch)
 
-    call = spread.compile(train_steps(one_step) if stack else one_step)
-    plan = calls(step, config)
-    batches = training_batches(data.train, seed, config.batch_size, plan, stack)
-    placed = prefetch(batches, lambda batch: spread.shard(batch, axis=1 if stack else 0))
+    def batches(plan):
+        return training_batches(data.train, seed, config.batch_size, plan, stack)
+
+    def place(batch):
+        return spread.shard(batch, axis=1 if stack else 0)
+
+    # One program, compiled while the state is made: of the newest checkpoint, or new.
+    arguments = (like, place(next(batches([(step, step + 1)]))), *((1,) if stack else ()))
+    lowered = spread.compile(train_steps(one_step) if stack else one_step).lower(*arguments)
+    with ThreadPoolExecutor(1) as background:
+        compiled = background.submit(lowered.compile)
+        if step:
+            state, host = checkpoints.restore(step, like)
+            window = host["window"]
+            print(f"resuming at step {step}", file=sys.stderr)
+        else:
+            state = spread.place(init(examples))
+    call = compiled.result()
+    placed = prefetch(batches(calls(step, config)), place)  # ahead of the calls that use them
 
     pending: tuple[int, int, Any] | None = None  # (first, last, metrics), not told yet
     clock = Clock(step, config.steps)
