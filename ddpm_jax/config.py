@@ -185,6 +185,9 @@ class Training:
     weight_decay: NonNegative = 0.0  # AdamW's; 0 is Adam
     clip: NonNegative = 0.0  # of the gradient's global norm; 0: none
     ema_half_life: NonNegative = 0.0  # in images; 0: no averaging
+    ema_others: tuple[NonNegative, ...] = ()  # half-lives of further averages
+    ema_power: tuple[Positive, ...] = ()  # widths of power-function averages, after those
+    ema: Annotated[int, AtLeast(0), MAY_CHANGE] = 0  # which of them is evaluated and drawn from
     log_every: Annotated[int, AtLeast(1), MAY_CHANGE] = 100
     eval_every: Interval = 0
     checkpoint_every: Interval = 0

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from ddpm_jax.data.loader import Data
 from ddpm_jax.errors import UserError, nearest
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.metrics.quality import quality
-from ddpm_jax.prediction import Denoiser, Prediction, clip_x0
+from ddpm_jax.prediction import Denoiser, Prediction, clip_x0, threshold_x0
 from ddpm_jax.schedule import Schedule, Spacing, grid
 from ddpm_jax.tasks import Evaluation, Request, refuse
 
@@ -24,17 +24,26 @@ AT_ONCE = 100  # images in one call of a sampler, and on a sheet of samples
 SHOWN = 10  # trajectories in a picture, and moments of them
 
 
+Limit = Literal["clip", "dynamic", "none"]
+LIMITS = {"clip": clip_x0, "dynamic": threshold_x0, "none": lambda denoise: denoise}
+
+
 class Sampling(NamedTuple):
     """How images are drawn, unless the request says otherwise.
 
     sampler: a name that `sampler.named` knows; steps: of the grid; spacing: of it; guidance: the
-    scale of classifier-free guidance, 1: none.
+    scale of classifier-free guidance, 1: none; interval: the logsnr between which it acts;
+    rescale: the share of x0's deviation that is set back to the conditional one's; limit: what
+    keeps x0 within the range of images.
     """
 
     sampler: str = "ancestral"
     steps: int = 250
     spacing: Spacing = "trailing"
     guidance: float = 1.0
+    interval: tuple[float, float] = (-100.0, 100.0)
+    rescale: float = 0.0
+    limit: Limit = "clip"
 
 
 class Drawing(NamedTuple):
@@ -83,31 +92,38 @@ def drawing(
             xT = jax.vmap(
                 lambda key: jax.random.normal(jax.random.fold_in(key, FIRST_NOISE), shape)
             )(keys)
-            denoise = clip_x0(denoiser(params, labels, how.guidance))
+            denoise = LIMITS[how.limit](denoiser(params, labels, how))
             return sampler.sample(one, denoise, logsnrs, keys, xT, trace)
 
         return run
 
-    def denoiser(params, labels, scale: float) -> Denoiser:
+    def denoiser(params, labels, how: Sampling) -> Denoiser:
         """All images at one logsnr; guided, on a doubled batch."""
 
-        def denoise(xt, logsnr):
-            size = len(xt)
-            if scale == 1.0 or labels is None:
-                return predict(params, xt, jnp.full(size, logsnr), labels)
-            none = jnp.full_like(labels, classes)
+        def plain(xt, logsnr):
+            return predict(params, xt, jnp.full(len(xt), logsnr), labels)
+
+        def guided(xt, logsnr):
+            size, none = len(xt), jnp.full_like(labels, classes)
             both = predict(
                 params,
                 jnp.concatenate([xt, xt]),
                 jnp.full(2 * size, logsnr),
                 jnp.concatenate([labels, none]),
             )
-            halves = (
+            conditional, unconditional = (
                 jax.tree.map(lambda a, s=s: a[s], both) for s in (slice(size), slice(size, None))
             )
-            return guidance.combine(*halves, scale)
+            found = guidance.combine(conditional, unconditional, how.guidance)
+            if how.rescale:
+                found = guidance.rescaled(found, conditional, xt, logsnr, how.rescale)
+            return found
 
-        return denoise
+        if how.guidance == 1.0 or labels is None:
+            return plain
+        if how.interval == Sampling().interval:
+            return guided
+        return guidance.limited(guided, plain, *how.interval)
 
     def many(params, seed: int, count: int):
         images, first = [], None
@@ -158,7 +174,7 @@ def drawing(
 
 def trajectories(
     trace: sampler.Trace, images: Float[np.ndarray, "n h w c"]
-) -> tuple[UInt8[np.ndarray, "H W c"], UInt8[np.ndarray, "f H W c"]]:
+) -> tuple[UInt8[np.ndarray, "high wide c"], UInt8[np.ndarray, "frames rows columns c"]]:
     """A sheet and a movie of x_t above the predicted x0, which both end at the first `images`."""
     xt, x0 = (np.concatenate([a, images[None, : a.shape[1]]]) for a in map(np.asarray, trace))
     moments = np.unique(np.linspace(0, len(xt) - 1, SHOWN).round().astype(int))

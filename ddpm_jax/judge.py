@@ -14,6 +14,7 @@ from ddpm_jax.classifier import Judge, judge_of
 from ddpm_jax.data.loader import cache_dir
 from ddpm_jax.errors import UserError
 from ddpm_jax.run import Loaded, Options, load_state, train_experiment
+from ddpm_jax.train import averaged
 
 
 def with_judge(
@@ -73,4 +74,4 @@ def load_judge(experiment: types.ModuleType, place: str) -> Judge:
         raise UserError(f"--config.judge={place}: there is no trained classifier")
     config, state = load_state(experiment, pathlib.Path(place))
     summary = json.loads((pathlib.Path(place) / "summary.json").read_text())
-    return judge_of(summary["experiment"], experiment.network(config), state.ema)
+    return judge_of(summary["experiment"], experiment.network(config), averaged(state, config))

@@ -105,10 +105,7 @@ def load_again(record: dict[str, Any], options: Options) -> Data:
 
 def _load(name: str, data_dir: str | None, debug: bool) -> Data:
     data = load(name, data_dir)
-    if not debug:
-        return data
-    note = f"--debug: only the first {DEBUG_IMAGES} test images"
-    return data._replace(test=data.test.first(DEBUG_IMAGES), notes=(*data.notes, note))
+    return data._replace(test=data.test.first(DEBUG_IMAGES)) if debug else data
 
 
 def from_data(config: Any, data: Data) -> Any:
@@ -152,6 +149,7 @@ def train_experiment(
     loaded = loaded or load_data(experiment, config.data, workdir, options)
     data = loaded.data
     devices.check_batch(config.batch_size)
+    train.check_ema(config)
     config = _prepared(experiment, from_data(config, data), loaded, options)
     if config is None:
         return None
@@ -189,7 +187,7 @@ def train_experiment(
             "data": data.title,
             "data_note": loaded.note,
             "parameters": _count(result.state.params),
-            "about": result.final.about,
+            "about": result.final.about | {"ema": config.ema},
             "metrics": result.final.metrics,
         }
         run.finish(summary)
@@ -215,12 +213,18 @@ def eval_experiment(
         return {}
     task = experiment.build(config)
     shard = devices.make(options.parallel).shard
-    found = task.evaluate(state.ema, state.fixed, data, seed=record["seed"], full=True, shard=shard)
+    params = train.averaged(state, config)
+    found = task.evaluate(params, state.fixed, data, seed=record["seed"], full=True, shard=shard)
     train.check_figures(found.metrics)
     step = int(state.step)
     for name, picture in found.pictures.items():
         report.save_picture(workdir / "images" / name, picture)
-    written = {"step": step, "data": data.title, "about": found.about, "metrics": found.metrics}
+    written = {
+        "step": step,
+        "data": data.title,
+        "about": found.about | {"ema": config.ema},
+        "metrics": found.metrics,
+    }
     (workdir / "eval.json").write_text(json.dumps(written, indent=2) + "\n")
     title = f"{record['experiment']} on {data.title}, checkpoint of step {step}"
     print(report.table(report.metric_rows(found.metrics), title))
@@ -249,10 +253,10 @@ def sample_experiment(
     config, state = load_state(experiment, workdir, config, options.parallel)
     task = experiment.build(config)
     key = purpose_key(options.seed, SAMPLE)
-    parts = []
+    params, parts = train.averaged(state, config), []
     for start in range(0, count, SAMPLE_BATCH):  # one shape, compiled once
         keys = example_keys(key, 0, jnp.arange(start, start + SAMPLE_BATCH))
-        parts.append(np.asarray(task.sample(state.ema, state.fixed, keys, request)))
+        parts.append(np.asarray(task.sample(params, state.fixed, keys, request)))
     images = np.concatenate(parts)[:count]
     try:
         if out.suffix == ".npz":
@@ -284,6 +288,7 @@ def load_state(
     if record is None:
         raise UserError(f"there is no run in {workdir}; train one first, or give --workdir")
     config = config or restore(experiment.Config, record["config"], workdir)
+    train.check_ema(config)
     folder = workdir / "checkpoints"
     nothing = UserError(f"there is no checkpoint in {workdir} yet; train first")
     if not any(folder.glob("[0-9]*")):

@@ -29,7 +29,7 @@ from ddpm_jax.checkpoint import Checkpoints
 from ddpm_jax.config import Training
 from ddpm_jax.data.loader import Batch, Data, training_batches
 from ddpm_jax.data.prefetch import prefetch
-from ddpm_jax.errors import RunError
+from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.keys import INIT, TRAIN, example_keys, purpose_key
 from ddpm_jax.progress import Clock
 from ddpm_jax.rundir import RunDir
@@ -46,7 +46,7 @@ class TrainState(NamedTuple):
     params: Any
     fixed: Any
     opt_state: Any
-    ema: Any
+    ema: tuple[Any, ...]  # the parameters' averages, in the order of `ema_decays`
 
 
 class Fit(NamedTuple):
@@ -82,6 +82,41 @@ def ema_decay(step: Any, batch_size: int, half_life: float) -> Any:
     return 0.5 ** (batch_size / images)
 
 
+def power_decay(step: Any, width: float) -> Any:
+    """The share that a power-function average keeps: (1 - 1 / step)^(g + 1).
+
+    Its weights grow as time^g; their standard deviation is `width` of the time that has passed,
+    width^2 = (g + 1) / ((g + 2)^2 (g + 3)) (Karras et al. 2024, eq. 121 and 123).
+    """
+    t = width**-2
+    power = float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
+    return (1 - 1 / jnp.maximum(jnp.asarray(step, jnp.float32), 1)) ** (power + 1)
+
+
+def ema_decays(config: Training, step: Any) -> list[Any]:
+    """What step `step` keeps of every average: `ema_half_life`'s, `ema_others`', `ema_power`'s."""
+    lives = (config.ema_half_life, *config.ema_others)
+    return [
+        *(ema_decay(step, config.batch_size, life) if life else 0.0 for life in lives),
+        *(power_decay(step, width) for width in config.ema_power),
+    ]
+
+
+def averaged(state: TrainState, config: Training) -> Any:
+    """The parameters that are evaluated and drawn from: the average that `config.ema` chooses."""
+    return state.ema[config.ema]
+
+
+def check_ema(config: Training) -> None:
+    """Raises UserError unless there is the average that `config.ema` chooses."""
+    count = 1 + len(config.ema_others) + len(config.ema_power)
+    if config.ema >= count:
+        raise UserError(f"--config.ema={config.ema}: there are {count} averages, from 0 on")
+    for width in config.ema_power:
+        if width > 0.28:  # beyond 1 / sqrt(12) the weights would fall with time
+            raise UserError(f"--config.ema_power={width:g}: must be at most 0.28")
+
+
 def init_state(task: Task, config: Training, batch: Batch, seed: int) -> TrainState:
     """The state before the first step; `batch` holds training examples for `Task.init`."""
     return initializer(task, config, seed)(batch)
@@ -94,9 +129,9 @@ def initializer(task: Task, config: Training, seed: int) -> Callable[[Batch], Tr
     def init(batch):
         params, fixed = task.init(purpose_key(seed, INIT), batch)
         opt_state = optimizer(config).init(params)
-        # The average starts as a copy: a step donates both, and not one array twice.
-        ema = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, fixed, opt_state, ema)
+        # An average starts as a copy: a step donates both, and not one array twice.
+        ema = [jax.tree.map(jnp.copy, params) for _ in ema_decays(config, 0)]
+        return TrainState(jnp.zeros((), jnp.int32), params, fixed, opt_state, tuple(ema))
 
     return init
 
@@ -140,10 +175,8 @@ def train_step(
     gradient, metrics, statistics = reduce((gradient, metrics, statistics))
     updates, opt_state = optimizer(config).update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = params
-    if config.ema_half_life:
-        decay = ema_decay(state.step + 1, config.batch_size, config.ema_half_life)
-        ema = optax.incremental_update(params, state.ema, 1 - decay)
+    decays = zip(state.ema, ema_decays(config, state.step + 1), strict=True)
+    ema = tuple(optax.incremental_update(params, old, 1 - decay) for old, decay in decays)
     metrics["gradient_norm"] = _norm(gradient)
     fixed = task.update(state.fixed, statistics)
     return TrainState(state.step + 1, params, fixed, opt_state, ema), metrics
@@ -272,7 +305,7 @@ def fit(
                 tell()
                 if not run.evaluated(first):
                     with signals.interrupting(), clock.pause("evaluation"):
-                        shown = evaluate(task, state, data, run, first, seed, spread.shard)
+                        shown = evaluate(task, config, state, data, run, first, seed, spread.shard)
                         metrics = shown.metrics
             if metrics or _due(first, config.checkpoint_every) or finished or signals.stop:
                 tell()
@@ -291,7 +324,9 @@ def fit(
         if finished and not signals.stop:
             print("evaluating", file=sys.stderr)
             with signals.interrupting():
-                final = evaluate(task, state, data, run, first, seed, spread.shard, full=True)
+                final = evaluate(
+                    task, config, state, data, run, first, seed, spread.shard, full=True
+                )
     return Fit(state, first, final)
 
 
@@ -301,6 +336,7 @@ def _due(step: int, every: int) -> bool:
 
 def evaluate(
     task: Task,
+    config: Training,
     state: TrainState,
     data: Data,
     run: RunDir,
@@ -309,8 +345,9 @@ def evaluate(
     shard: Callable[[Any], Any],
     full: bool = False,
 ) -> Evaluation:
-    """Evaluate the averaged parameters, write the line and the pictures."""
-    found = task.evaluate(state.ema, state.fixed, data, seed=seed, full=full, shard=shard)
+    """Evaluate the chosen average of the parameters, write the line and the pictures."""
+    params = averaged(state, config)
+    found = task.evaluate(params, state.fixed, data, seed=seed, full=full, shard=shard)
     check_figures(found.metrics)
     for name, picture in found.pictures.items():
         run.picture(name, picture, None if full else step)

@@ -28,6 +28,8 @@ import types
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
+import jax.numpy as jnp
+
 from ddpm_jax import loss, schedule
 from ddpm_jax.classifier import Judge
 from ddpm_jax.config import (
@@ -44,7 +46,7 @@ from ddpm_jax.config import (
     Training,
 )  # fmt: skip
 from ddpm_jax.diffusion import Times, diffusion_task
-from ddpm_jax.drawing import Sampling
+from ddpm_jax.drawing import Limit, Sampling
 from ddpm_jax.judge import judge_loader, with_judge
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
@@ -90,6 +92,8 @@ class Config(Training):
     heads: Count = 4
     # Either.
     dropout: Share = 0.1
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the network's inside
+    remat: bool = False  # the U-Net's blocks are computed again in the backward pass
     conditional: bool = True
     # The process.
     noise: Literal["linear_betas", "cosine_betas", "cosine"] = "cosine_betas"
@@ -106,6 +110,9 @@ class Config(Training):
     sample_steps: Length = 20
     spacing: Annotated[Spacing, MAY_CHANGE] = "logsnr"
     guidance: Annotated[float, MAY_CHANGE] = 1.2
+    guidance_interval: Annotated[tuple[float, float], MAY_CHANGE] = Sampling().interval
+    guidance_rescale: Annotated[float, AtLeast(0.0), AtMost(1.0), MAY_CHANGE] = 0.0
+    limit: Annotated[Limit, MAY_CHANGE] = "clip"  # of x0
     eval_batch: Count = 120
     eval_times: Count = 16
     draw: Length = 1437  # images that the final figures are of
@@ -130,6 +137,7 @@ def network(config: Config) -> UNet | DiT:
     common: dict[str, Any] = dict(
         outputs=config.shape[-1] * (2 if config.variance == "learned" else 1),
         dropout=config.dropout,
+        dtype=jnp.dtype(config.precision),
         classes=config.classes if config.conditional else 0,
     )
     if config.network == "dit":
@@ -148,7 +156,21 @@ def network(config: Config) -> UNet | DiT:
         attention_sizes=config.attention_sizes,
         head_channels=config.head_channels,
         scale_shift=config.scale_shift,
+        remat=config.remat,
         **common,
+    )
+
+
+def sampling(config: Config) -> Sampling:
+    """How the config draws."""
+    return Sampling(
+        config.sampler,
+        config.sample_steps,
+        config.spacing,
+        config.guidance,
+        config.guidance_interval,
+        config.guidance_rescale,
+        config.limit,
     )
 
 
@@ -166,7 +188,7 @@ def task(config: Config, judge: Callable[[], Judge] | None) -> Task:
         variance=config.variance,
         bound_scale=config.bound_scale,
         times=config.times,
-        sampling=Sampling(config.sampler, config.sample_steps, config.spacing, config.guidance),
+        sampling=sampling(config),
         batch_size=config.batch_size,
         eval_batch=config.eval_batch,
         eval_times=config.eval_times,

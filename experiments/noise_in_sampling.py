@@ -44,6 +44,7 @@ from ddpm_jax.run import (
 )
 from ddpm_jax.rundir import open_run
 from ddpm_jax.tasks import Request, to_images
+from ddpm_jax.train import averaged
 from experiments import classifier_digits, ddpm_digits
 
 DEBUG = ddpm_digits.DEBUG | dict(steps=3, compare_steps=3, judge="auto", samplers=("ancestral:0",))
@@ -89,7 +90,7 @@ def compare(
 ) -> None:
     """A row of figures and of pictures for every way of drawing."""
     model, state = load_state(ddpm_digits, place, model)
-    task = ddpm_digits.build(model)
+    task, params = ddpm_digits.build(model), averaged(state, model)
     judge = load_judge(classifier_digits, config.judge)
     each = max(1, config.draw // model.classes)
     key = purpose_key(options.seed, SAMPLE)
@@ -99,7 +100,7 @@ def compare(
         parts = []
         for label in range(model.classes):
             keys = example_keys(key, 0, jnp.arange(label * each, (label + 1) * each))
-            drawn = task.sample(state.ema, state.fixed, keys, request._replace(label=label))
+            drawn = task.sample(params, state.fixed, keys, request._replace(label=label))
             parts.append(np.asarray(drawn))
         images, labels = np.concatenate(parts), np.repeat(np.arange(model.classes), each)
         shown.append(images[::each][:10])

@@ -18,7 +18,6 @@ distance (classifier_digits) is 21.9, 3.7 times that of training images.
 import dataclasses
 
 from ddpm_jax.config import Count, Length, NonNegative, Positive
-from ddpm_jax.drawing import Sampling
 from ddpm_jax.judge import judge_loader
 from ddpm_jax.tasks import Task
 from ddpm_jax.vdm import vdm_task
@@ -52,7 +51,7 @@ def build(config: Config) -> Task:
         config.shape,
         config.levels,
         ends=(config.highest, config.lowest),
-        sampling=Sampling(config.sampler, config.sample_steps, config.spacing, config.guidance),
+        sampling=ddpm_digits.sampling(config),
         batch_size=config.batch_size,
         eval_batch=config.eval_batch,
         eval_times=config.eval_times,

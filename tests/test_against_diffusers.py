@@ -1,0 +1,505 @@
+"""Schedules, samplers and the U-Net against diffusers' own, an implementation of other people.
+
+diffusers counts time steps from 0: its t is our step t + 1.  Its tables are float32, so they
+are computed again here from its betas in float64, and what is left is rounding: FLOAT64.
+DPM-Solver and Euler turn x_t into float32 at every step, whatever it was: FLOAT32.
+"""
+
+import re
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import prediction, process, sampler, schedule
+from ddpm_jax.nn.unet import UNet
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+FLOAT64 = {"rtol": 1e-9, "atol": 1e-9}
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
+LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+KINDS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+SHAPE = (3, 2, 4, 4)
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def network(xp, x, level):
+    """What a network might answer, in either library."""
+    return xp.sin(2 * x - level) + 0.5 * xp.cos(3 * x + level)
+
+
+def in_float64(scheduler):
+    """diffusers' scheduler with a float64 table, and our schedule of the same betas."""
+    betas = scheduler.betas.double()
+    scheduler.alphas_cumprod = torch.cumprod(1 - betas, 0)
+    return scheduler, schedule.from_betas(betas.numpy())
+
+
+def timed(made, kind, clip=False):
+    """Our denoiser around `network`, told the time."""
+
+    def denoise(xt, logsnr):
+        step = jnp.round(1000 * made.time(logsnr))  # the time itself is float32
+        out = network(jnp, xt, step.astype(xt.dtype) / 1000)
+        return prediction.read(kind, out, xt, logsnr)
+
+    return prediction.clip_x0(denoise) if clip else denoise
+
+
+def walk(one, denoise, logsnrs, x, noises):
+    """Our x_t after every step."""
+    step = jax.jit(lambda *now: one.step(denoise, *now)[0])
+    state, xs = one.init(jnp.asarray(x)), []
+    for now in zip(jnp.asarray(noises), logsnrs[:-1], logsnrs[1:], strict=True):
+        state = step(state, *now)
+        xs.append(state.x)
+    return np.stack(xs)
+
+
+def walk_theirs(scheduler, answer, x, **inputs):
+    """diffusers' x_t after every step; inputs: lists, an entry a step."""
+    x, xs = torch.from_numpy(x), []
+    for number, t in enumerate(scheduler.timesteps):
+        now = {name: values[number] for name, values in inputs.items()}
+        x = scheduler.step(answer(x, int(t)), t, x, **now).prev_sample
+        xs.append(x.numpy())
+    return np.stack(xs)
+
+
+def told_the_time(x, t):
+    return network(torch, x, (t + 1) / 1000)
+
+
+# Tables, grids and the forward process.
+
+
+@pytest.mark.parametrize(
+    ("options", "betas"),
+    [
+        (LINEAR, schedule.linear_betas()),
+        ({"beta_schedule": "squaredcos_cap_v2"}, schedule.cosine_betas()),
+    ],
+)
+def test_betas_and_alpha_bars_are_diffusers(options, betas):
+    scheduler = diffusers.DDPMScheduler(**options)
+    np.testing.assert_allclose(betas, scheduler.betas, rtol=1e-6)
+    bars = np.exp(schedule.log_alpha_bars(betas))[1:]
+    # A float32 product of 1000 factors, each of them rounded to 6e-8.
+    np.testing.assert_allclose(bars, scheduler.alphas_cumprod, rtol=1e-4)
+    _, made = in_float64(scheduler)
+    expected = torch.logit(scheduler.alphas_cumprod)
+    found = made.logsnr(jnp.arange(1, 1001) / 1000)
+    np.testing.assert_allclose(found, expected, **FLOAT64)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps"),
+    [(spacing, steps) for spacing in ("leading", "trailing") for steps in (1, 7, 10, 30, 1000)]
+    # Of an odd number of steps some fall between two whole ones, and may be rounded either
+    # way; of one step, diffusers' linspace is the data's end and ours the noise's.
+    + [("linspace", steps) for steps in (2, 10, 30, 50, 1000)],
+)
+def test_a_grid_visits_diffusers_steps(spacing, steps):
+    scheduler = diffusers.DDPMScheduler(**LINEAR, timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    made = schedule.from_betas(schedule.linear_betas())
+    found = made.time(schedule.grid(made, steps, spacing))
+    np.testing.assert_allclose(found[:-1] * 1000 - 1, scheduler.timesteps, atol=1e-3)
+
+
+SIGMAS = {
+    "trailing": {"timestep_spacing": "trailing"},
+    "logsnr": {"use_exponential_sigmas": True},
+    "rho7": {"use_karras_sigmas": True},
+}
+
+
+def with_sigmas(scheduler, steps):
+    """diffusers' scheduler at the first of its steps, and its sigmas as our grid."""
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(0)
+    scheduler.sigmas = scheduler.sigmas.double()
+    logsnrs = -2 * np.log(scheduler.sigmas[:-1])
+    return scheduler, jnp.append(jnp.asarray(np.unique(logsnrs)), jnp.inf)
+
+
+@pytest.mark.parametrize("spacing", SIGMAS)
+def test_a_grid_of_a_solver_is_diffusers(spacing):
+    scheduler = diffusers.DPMSolverMultistepScheduler(**LINEAR, **SIGMAS[spacing])
+    _, expected = with_sigmas(scheduler, 12)
+    found = schedule.grid(schedule.from_betas(schedule.linear_betas()), 12, spacing)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)  # of float32 tables
+
+
+def test_noising_and_v_are_diffusers():
+    scheduler, made = in_float64(diffusers.DDPMScheduler(**LINEAR))
+    x0, eps = draw(0, 2, *SHAPE)
+    for t in (0, 1, 500, 999):
+        logsnr = made.logsnr((t + 1) / 1000)
+        inputs = torch.from_numpy(x0), torch.from_numpy(eps), torch.tensor([t])
+        found = process.q_sample(jnp.asarray(x0), jnp.asarray(eps), logsnr)
+        np.testing.assert_allclose(found, scheduler.add_noise(*inputs), **FLOAT64)
+        found = prediction.write(
+            "v", prediction.Prediction(jnp.asarray(x0), jnp.asarray(eps)), logsnr
+        )
+        np.testing.assert_allclose(found, scheduler.get_velocity(*inputs), **FLOAT64)
+
+
+def test_dynamic_thresholding_is_diffusers():
+    scheduler, made = in_float64(
+        diffusers.DDPMScheduler(
+            **LINEAR,
+            prediction_type="sample",
+            thresholding=True,
+            dynamic_thresholding_ratio=0.9,
+            sample_max_value=100.0,
+        )
+    )
+    x, out = draw(1, 2, *SHAPE) * np.array([0.3, 1.0, 3.0])[:, None, None, None]
+    expected = scheduler.step(torch.from_numpy(out), 500, torch.from_numpy(x))
+    denoise = prediction.threshold_x0(
+        lambda xt, logsnr: prediction.read("x0", jnp.asarray(out), xt, logsnr), 90.0
+    )
+    found = denoise(jnp.asarray(x), made.logsnr(0.501))
+    np.testing.assert_allclose(found.x0, expected.pred_original_sample, **FLOAT64)
+
+
+def test_v_with_the_sign_turned_is_diffusers_edm_preconditioning():
+    scheduler = diffusers.EDMEulerScheduler(sigma_data=1.0)
+    y, out = draw(2, 2, *SHAPE)
+    for sigma in (0.002, 1.3, 80.0):
+        logsnr = jnp.asarray(-2 * np.log(sigma))
+        xt = scheduler.precondition_inputs(torch.from_numpy(y), sigma)
+        np.testing.assert_allclose(process.alpha_sigma(logsnr)[0] * y, xt, **FLOAT64)
+        expected = scheduler.precondition_outputs(torch.from_numpy(y), torch.from_numpy(out), sigma)
+        found = prediction.read("v", -jnp.asarray(out), jnp.asarray(xt.numpy()), logsnr)
+        np.testing.assert_allclose(found.x0, expected, **FLOAT64)
+
+
+# Ancestral sampling and DDIM.
+
+
+@pytest.fixture
+def give_noise(monkeypatch):
+    """give_noise(module, noises): what that scheduler draws next, one after the other."""
+
+    def give(module, noises):
+        draws = iter(torch.from_numpy(noises))
+        name = f"diffusers.schedulers.{module}.randn_tensor"
+        monkeypatch.setattr(name, lambda *_, **__: next(draws))
+
+    return give
+
+
+def noises_until_the_end(steps):
+    # Our step to the clean data adds no noise.  diffusers' adds none at t = 0, but does where
+    # its grid ends earlier ("trailing"): of variance 1e-20, or of 1 - alpha_bar ("fixed_large").
+    noises = draw(3, steps, *SHAPE)
+    noises[-1] = 0
+    return noises
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize(
+    ("variance", "theirs"),
+    [("posterior", "fixed_small"), ("beta", "fixed_large"), ("learned", "learned_range")],
+)
+def test_ancestral_sampling_is_diffusers(variance, theirs, spacing, give_noise):
+    scheduler, made = in_float64(
+        diffusers.DDPMScheduler(
+            **LINEAR, variance_type=theirs, timestep_spacing=spacing, clip_sample=False
+        )
+    )
+    scheduler.set_timesteps(10)
+    x, noises = draw(4, *SHAPE), noises_until_the_end(10)
+    give_noise("scheduling_ddpm", noises)
+
+    def answer(x, t):
+        between = torch.sin(5 * x)
+        out = told_the_time(x, t)
+        return torch.cat([out, between], 1) if variance == "learned" else out
+
+    def denoise(xt, logsnr):
+        found = timed(made, "eps")(xt, logsnr)
+        return found._replace(variance_fraction=(jnp.sin(5 * xt) + 1) / 2)
+
+    found = walk(sampler.ancestral(variance), denoise, schedule.grid(made, 10, spacing), x, noises)
+    np.testing.assert_allclose(found, walk_theirs(scheduler, answer, x), **FLOAT64)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("betas", [LINEAR, {"beta_schedule": "squaredcos_cap_v2"}])
+def test_ancestral_sampling_is_diffusers_whatever_the_network_predicts(
+    betas, kind, clip, give_noise
+):
+    scheduler, made = in_float64(
+        diffusers.DDPMScheduler(**betas, prediction_type=KINDS[kind], clip_sample=clip)
+    )
+    scheduler.set_timesteps(10)
+    x, noises = draw(4, *SHAPE), noises_until_the_end(10)
+    give_noise("scheduling_ddpm", noises)
+    found = walk(
+        sampler.ancestral(), timed(made, kind, clip), schedule.grid(made, 10, "leading"), x, noises
+    )
+    np.testing.assert_allclose(found, walk_theirs(scheduler, told_the_time, x), **FLOAT64)
+
+
+def test_all_1000_steps_are_diffusers(give_noise):
+    scheduler, made = in_float64(diffusers.DDPMScheduler(**LINEAR))
+    x, noises = draw(4, *SHAPE), noises_until_the_end(1000)
+    give_noise("scheduling_ddpm", noises)
+    denoise = timed(made, "eps", clip=True)
+    found = walk(sampler.ancestral(), denoise, schedule.grid(made, 1000), x, noises)
+    np.testing.assert_allclose(found, walk_theirs(scheduler, told_the_time, x), **FLOAT64)
+
+
+# Not "linspace": there diffusers' DDIM steps from t to t - T / steps, and is asked to go on
+# from another t.
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("to_one", [True, False])
+def test_ddim_is_diffusers(eta, clip, spacing, to_one):
+    scheduler, made = in_float64(
+        diffusers.DDIMScheduler(**LINEAR, timestep_spacing=spacing, clip_sample=clip)
+    )
+    grid = schedule.grid(made, 10, spacing)
+    if not to_one:
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+        grid = grid.at[-1].set(made.logsnr(1 / 1000))
+    scheduler.set_timesteps(10)
+    x, noises = draw(5, *SHAPE), draw(6, 10, *SHAPE)
+    expected = walk_theirs(
+        scheduler,
+        told_the_time,
+        x,
+        variance_noise=torch.from_numpy(noises),
+        eta=[eta] * 10,
+        use_clipped_model_output=[True] * 10,
+    )
+    found = walk(sampler.ddim(eta), timed(made, "eps", clip), grid, x, noises)
+    np.testing.assert_allclose(found, expected, **FLOAT64)
+
+
+# Solvers, on diffusers' sigmas: what is compared is their steps.
+
+
+def told_the_noise(kind):
+    """Our denoiser around `network`, told log(sigma / alpha)."""
+    return lambda xt, logsnr: prediction.read(kind, network(jnp, xt, -logsnr / 2), xt, logsnr)
+
+
+def log_sigma(scheduler):
+    return float(np.log(scheduler.sigmas[scheduler.step_index or 0]))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+@pytest.mark.parametrize("spacing", SIGMAS)
+@pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_2m_sde", "unipc"])
+def test_a_multistep_solver_is_diffusers(name, spacing, steps):
+    options = {**LINEAR, **SIGMAS[spacing], "solver_order": 2, "final_sigmas_type": "zero"}
+    options["prediction_type"] = "v_prediction"
+    x, noises, inputs = draw(7, *SHAPE), draw(8, steps, *SHAPE), {}
+    if name == "unipc":
+        scheduler = diffusers.UniPCMultistepScheduler(**options, solver_type="bh2")
+    else:
+        options["algorithm_type"] = f"{'sde-' if 'sde' in name else ''}dpmsolver++"
+        scheduler = diffusers.DPMSolverMultistepScheduler(**options, solver_type="midpoint")
+        inputs["variance_noise"] = torch.from_numpy(noises)
+    scheduler, logsnrs = with_sigmas(scheduler, steps)
+
+    def answer(x, _):
+        return network(torch, x, log_sigma(scheduler))
+
+    expected = walk_theirs(scheduler, answer, x, **inputs)
+    found = walk(getattr(sampler, name)(), told_the_noise("v"), logsnrs, x, noises)
+    np.testing.assert_allclose(found, expected, **(FLOAT64 if name == "unipc" else FLOAT32))
+
+
+def alphas(logsnrs):
+    """Ours are alpha times the samples of the schedulers that keep alpha at 1."""
+    return np.asarray(process.alpha_sigma(logsnrs)[0])[:, None, None, None, None]
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("spacing", SIGMAS)
+@pytest.mark.parametrize("one", [sampler.heun(), sampler.edm(8, churn=0.0)], ids=["heun", "edm"])
+def test_heun_is_diffusers(one, spacing, kind):
+    scheduler, logsnrs = with_sigmas(
+        diffusers.HeunDiscreteScheduler(**LINEAR, **SIGMAS[spacing], prediction_type=KINDS[kind]), 8
+    )
+    x, noises = draw(9, *SHAPE), draw(10, 8, *SHAPE)
+
+    def answer(y, t):
+        scaled = scheduler.scale_model_input(y, t)
+        return network(torch, scaled, log_sigma(scheduler))
+
+    ys = walk_theirs(scheduler, answer, x / alphas(logsnrs[:1])[0])
+    expected = np.concatenate([ys[1::2], ys[-1:]]) * alphas(logsnrs[1:])
+    found = walk(one, told_the_noise(kind), logsnrs, x, noises)
+    np.testing.assert_allclose(found, expected, **FLOAT64)
+
+
+@pytest.mark.parametrize("churn", [2.0, 40.0])
+def test_edms_churn_is_diffusers(churn, give_noise):
+    """diffusers has it in Euler's method, which is Heun's where the predicted x0 never changes."""
+    scheduler, logsnrs = with_sigmas(
+        diffusers.EulerDiscreteScheduler(
+            **LINEAR, use_karras_sigmas=True, prediction_type="sample"
+        ),
+        10,
+    )
+    low, high, scale = 0.05, 50.0, 1.003
+    x, x0, noises = draw(11, *SHAPE), draw(12, *SHAPE), draw(13, 10, *SHAPE)
+    churned = (scheduler.sigmas[:-1] >= low) & (scheduler.sigmas[:-1] <= high)
+    assert 0 < churned.sum() < 10
+    give_noise("scheduling_euler_discrete", noises[churned.numpy()])
+
+    y, ys = torch.from_numpy(x / alphas(logsnrs[:1])[0]), []
+    for t in scheduler.timesteps:
+        scheduler.scale_model_input(y, t)
+        y = scheduler.step(
+            torch.from_numpy(x0), t, y, s_churn=churn, s_tmin=low, s_tmax=high, s_noise=scale
+        ).prev_sample
+        ys.append(y.numpy())
+
+    def denoise(xt, logsnr):
+        return prediction.read("x0", jnp.asarray(x0), xt, logsnr)
+
+    found = walk(sampler.edm(10, churn, low, high, scale), denoise, logsnrs, x, noises)
+    np.testing.assert_allclose(found, np.stack(ys) * alphas(logsnrs[1:]), **FLOAT32)
+
+
+# The U-Net.
+
+
+def their_unet(widths, blocks, attended, **options):
+    """diffusers' configuration of google/ddpm-cifar10-32, at another size."""
+    kinds = ["AttnDownBlock2D" if here else "DownBlock2D" for here in attended]
+    return diffusers.UNet2DModel(
+        block_out_channels=widths,
+        layers_per_block=blocks,
+        down_block_types=tuple(kinds),
+        up_block_types=tuple(kind.replace("Down", "Up") for kind in reversed(kinds)),
+        **{
+            "downsample_padding": 0,
+            "flip_sin_to_cos": False,
+            "freq_shift": 1,
+            "norm_eps": 1e-6,
+            "norm_num_groups": 32,
+            "attn_norm_num_groups": 32,  # else no norm before the attention with scale_shift
+            "attention_head_dim": None,
+            **options,
+        },
+    )
+
+
+OUTER = {
+    "time_1": "time_embedding.linear_1",
+    "time_2": "time_embedding.linear_2",
+    "label": "class_embedding",
+    "middle_0": "mid_block.resnets.0",
+    "middle_attention": "mid_block.attentions.0",
+    "middle_1": "mid_block.resnets.1",
+    "norm_out": "conv_norm_out",
+}
+INNER = {
+    "norm_1": "norm1",
+    "conv_1": "conv1",
+    "time": "time_emb_proj",
+    "norm_2": "norm2",
+    "conv_2": "conv2",
+    "shortcut": "conv_shortcut",
+    "norm": "group_norm",
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "out": "to_out.0",
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+}
+
+
+def their_name(path, levels):
+    first, *rest = path
+    if found := re.fullmatch(r"(down|up)_(\d)(_\d)?(_attention)?", first):
+        way, level, number, attention = found.groups()
+        level = int(level) if way == "down" else levels - 1 - int(level)
+        kind = "attentions" if attention else "resnets"
+        inside = f"{kind}.{number[1:]}" if number else f"{way}samplers.0.conv"
+        first = f"{way}_blocks.{level}.{inside}"
+    return ".".join([OUTER.get(first, first), *(INNER.get(name, name) for name in rest)])
+
+
+def their_layout(path, leaf):
+    if path[-1] == "kernel":
+        leaf = leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf.T
+        leaf = leaf[..., None, None] if path[-2] == "shortcut" else leaf
+    return torch.from_numpy(np.ascontiguousarray(leaf))
+
+
+def random_parameters(net, *inputs):
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(14)
+
+    def fill(path, leaf):
+        values = rng.normal(size=leaf.shape)
+        if path[-1] == "kernel":
+            values /= np.sqrt(np.prod(leaf.shape[:-1]))
+        elif path[-1] in ("scale", "bias"):
+            values = (path[-1] == "scale") + 0.2 * values
+        return values.astype(np.float32)
+
+    flat = flax.traverse_util.flatten_dict(shapes)
+    return {path: fill(path, leaf) for path, leaf in flat.items()}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {}),
+        ({"scale_shift": True}, {"resnet_time_scale_shift": "scale_shift"}),
+        ({"head_channels": 32, "classes": 10}, {"attention_head_dim": 32, "num_class_embeds": 11}),
+    ],
+    ids=["ho", "scale_shift", "heads_and_classes"],
+)
+def test_the_unet_with_the_same_parameters_is_diffusers(ours, theirs):
+    """128 channels, the least of which both make 32 groups in every norm."""
+    with jax.enable_x64(False):
+        net = UNet(multipliers=(1, 1, 2), attention_sizes=(8,), **ours)
+        xt, time = draw(15, 2, 16, 16, 3).astype(np.float32), np.array([0.999, 0.02], np.float32)
+        labels = np.array([3, 10])
+        inputs = jnp.asarray(xt), jnp.asarray(time), jnp.asarray(labels, jnp.int32)
+        flat = random_parameters(net, *inputs)
+        params = jax.tree.map(jnp.asarray, flax.traverse_util.unflatten_dict(flat))
+        found = jax.jit(net.apply)({"params": params}, *inputs)
+    model = their_unet((128, 128, 256), 2, (False, True, False), **theirs).eval()
+    model.load_state_dict({their_name(p, 3): their_layout(p, leaf) for p, leaf in flat.items()})
+    with torch.no_grad():
+        expected = model(
+            torch.from_numpy(xt.transpose(0, 3, 1, 2)),
+            torch.from_numpy(1000 * time),
+            torch.from_numpy(labels) if "classes" in ours else None,
+        ).sample.numpy()
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(found, expected.transpose(0, 2, 3, 1), atol=1e-4)
+
+
+def test_hos_cifar10_network_has_as_many_parameters_as_diffusers():
+    with torch.device("meta"):
+        model = their_unet((128, 256, 256, 256), 2, (False, True, False, False))
+    expected = sum(leaf.numel() for leaf in model.parameters())
+    net = UNet()
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros(1))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected == 35_746_307
