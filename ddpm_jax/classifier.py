@@ -88,12 +88,17 @@ def classifier_task(net: Classifier, levels: int, *, shift: int = 0, eval_batch:
     return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample)
 
 
-def judge_of(name: str, net: Classifier, params: Any, batch_size: int = 500) -> Judge:
-    """The judge that a trained classifier makes."""
+def judge_of(
+    name: str,
+    network: Callable[[Any, Float[Array, "batch h w c"]], tuple[Array, Array]],
+    params: Any,
+    batch_size: int = 500,
+) -> Judge:
+    """The judge that `network(params, images in [-1, 1]) -> (logits, features)` makes."""
 
     @jax.jit
-    def forward(params, x: Float[Array, "batch h w c"]):
-        logits, features = net.apply(params, x)
+    def forward(params, x):
+        logits, features = network(params, x)
         return features, jax.nn.log_softmax(logits)
 
     def see(images):

@@ -10,9 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ddpm_jax import elbo, loss, report
-from ddpm_jax.classifier import Judge
 from ddpm_jax.data.loader import Batch, Data
-from ddpm_jax.drawing import Sampling, drawing, show
+from ddpm_jax.drawing import Judging, Sampling, drawing, show
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluate import average, per_example, spread_times
 from ddpm_jax.nn.dit import DiT
@@ -50,8 +49,7 @@ def diffusion_task(
     batch_size: int,
     eval_batch: int = 256,
     eval_times: int = 8,
-    judge: Callable[[], Judge] | None = None,
-    judged: int = 1000,
+    judging: Judging = Judging(),
 ) -> Task:
     """Denoising diffusion of images (Ho et al. 2020, alg. 1-2).
 
@@ -69,8 +67,7 @@ def diffusion_task(
       sampling: how images are drawn by default.
       batch_size: of training, over which times are spread evenly.
       eval_times: noise levels of each test image that the test figures average over.
-      judge: gives the classifier that judges drawn images, in a full evaluation.
-      judged: how many images are drawn for it, the classes in turn.
+      judging: what judges drawn images, the classes in turn.
 
     Raises:
       UserError: the network cannot be built for images of this shape.
@@ -226,7 +223,7 @@ def diffusion_task(
         if full:
             by_level, pictures = noise_levels(found, dims)
             metrics |= by_level
-        shown = show(draw, params, seed, data, full, judge, judged)
+        shown = show(draw, params, seed, data, full, judging)
         return shown._replace(metrics=metrics | shown.metrics, pictures=pictures | shown.pictures)
 
     return Task(init, loss_of, update, evaluate, draw.sample)

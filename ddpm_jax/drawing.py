@@ -46,6 +46,14 @@ class Sampling(NamedTuple):
     limit: Limit = "clip"
 
 
+class Judging(NamedTuple):
+    """What loads the judges of drawn images, and how many they see: at the end, and before it."""
+
+    judges: tuple[Callable[[], Judge], ...] = ()
+    final: int = 1000
+    between: int = 0
+
+
 class Drawing(NamedTuple):
     """What draws with a task's parameters.
 
@@ -191,21 +199,24 @@ def show(
     seed: int,
     data: Data,
     full: bool,
-    judge: Callable[[], Judge] | None,
-    judged: int,
+    judging: Judging,
 ) -> Evaluation:
-    """A sheet of samples; in a full evaluation trajectories, and what the judge says."""
-    judging = full and judge is not None
-    images, labels, trace = draw.many(params, seed, max(judged, AT_ONCE) if judging else AT_ONCE)
+    """A sheet of samples and what the judges say of more; trajectories in a full evaluation."""
+    judged = (judging.final if full else judging.between) if judging.judges else 0
+    images, labels, trace = draw.many(params, seed, max(judged, AT_ONCE))
     pictures = {"samples": report.grid(images[:AT_ONCE], columns=10)}
     if full:
         pictures["trajectories"], pictures["trajectories_movie"] = trajectories(trace, images)
-    if not full or judge is None:
-        return Evaluation({}, pictures, draw.about)
+    metrics: dict[str, float] = {}
+    if not judged:
+        return Evaluation(metrics, pictures, draw.about)
     meant = None if labels is None else labels[:judged]
-    judgement = quality(judge(), images[:judged], meant, data)
-    pictures["neighbours"] = judgement.neighbours
-    return Evaluation(judgement.metrics, pictures, {**draw.about, "reference": "test split"})
+    for number, judge in enumerate(judging.judges):
+        found = quality(judge(), images[:judged], meant, data, pixels=full and number == 0)
+        metrics |= found.metrics
+        if found.neighbours is not None:
+            pictures["neighbours"] = found.neighbours
+    return Evaluation(metrics, pictures, {**draw.about, "reference": "test split"})
 
 
 def _check(

@@ -10,11 +10,17 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+
 from ddpm_jax.classifier import Judge, judge_of
 from ddpm_jax.data.loader import cache_dir
 from ddpm_jax.errors import UserError
+from ddpm_jax.metrics.pth import read_tensors
+from ddpm_jax.nn.inception import Inception, from_torch
 from ddpm_jax.run import Loaded, Options, load_state, train_experiment
 from ddpm_jax.train import averaged
+
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
 
 def with_judge(
@@ -32,6 +38,11 @@ def with_judge(
     Raises:
       UserError: there is no classifier where the config says.
     """
+    if config.fid and not inception_file().exists():
+        print(
+            f"no FID: put {INCEPTION}, of pytorch-fid's releases, into {inception_file().parent}",
+            file=sys.stderr,
+        )
     if config.judge == "none":
         return config
     if config.judge != "auto" and (pathlib.Path(config.judge) / "summary.json").exists():
@@ -58,9 +69,36 @@ def trained(experiment: types.ModuleType, loaded: Loaded, options: Options) -> p
     return place
 
 
-def judge_loader(experiment: types.ModuleType, place: str) -> Callable[[], Judge] | None:
-    """What loads the judge that a config's field `judge` names; None where it names none."""
-    return None if place in ("auto", "none") else functools.partial(load_judge, experiment, place)
+def judges_of(experiment: types.ModuleType, config: Any) -> tuple[Callable[[], Judge], ...]:
+    """What loads the judges of a config: the classifier that `judge` names, Inception if `fid`."""
+    judges: list[Callable[[], Judge]] = []
+    if config.judge not in ("auto", "none"):
+        judges.append(functools.partial(load_judge, experiment, config.judge))
+    if config.fid and inception_file().exists():
+        judges.append(load_inception)
+    return tuple(judges)
+
+
+def inception_file() -> pathlib.Path:
+    """Where the user puts the weights of the network in whose features FID is told."""
+    return cache_dir() / INCEPTION
+
+
+@functools.lru_cache(maxsize=1)
+def load_inception() -> Judge:
+    """The judge "inception", of the weights in `inception_file()`; it sees 8-bit images.
+
+    Raises:
+      UserError: there are none, or not those.
+    """
+    params = from_torch(read_tensors(inception_file()))
+
+    def network(params, x):
+        grey = jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5)
+        features, logits = Inception().apply(params, grey)
+        return logits, features
+
+    return judge_of("inception", network, params, batch_size=50)
 
 
 @functools.lru_cache(maxsize=4)
@@ -74,4 +112,6 @@ def load_judge(experiment: types.ModuleType, place: str) -> Judge:
         raise UserError(f"--config.judge={place}: there is no trained classifier")
     config, state = load_state(experiment, pathlib.Path(place))
     summary = json.loads((pathlib.Path(place) / "summary.json").read_text())
-    return judge_of(summary["experiment"], experiment.network(config), averaged(state, config))
+    return judge_of(
+        summary["experiment"], experiment.network(config).apply, averaged(state, config)
+    )

@@ -13,7 +13,6 @@ and by the probability-flow ODE, with q(z_0 | x0) as its dequantisation,
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,9 +21,8 @@ import numpy as np
 
 from ddpm_jax import elbo, ode, report
 from ddpm_jax import schedule as schedules
-from ddpm_jax.classifier import Judge
 from ddpm_jax.data.loader import Batch, Data
-from ddpm_jax.drawing import Sampling, drawing, show
+from ddpm_jax.drawing import Judging, Sampling, drawing, show
 from ddpm_jax.evaluate import average, per_example, spread_times
 from ddpm_jax.loss import stratified_times
 from ddpm_jax.nn.dit import DiT
@@ -48,8 +46,7 @@ def vdm_task(
     eval_times: int,
     steps: int = 1000,
     ode_images: int = 1000,
-    judge: Callable[[], Judge] | None = None,
-    judged: int = 1000,
+    judging: Judging = Judging(),
 ) -> Task:
     """A diffusion model of v trained on the continuous bound, its schedule with it.
 
@@ -62,7 +59,7 @@ def vdm_task(
       eval_times: times of each test image, in the bounds.
       steps: T of the discrete bound.
       ode_images: of how many test images the ODE's likelihood is taken, in full evaluations.
-      judge, judged: as in `diffusion_task`.
+      judging: what judges drawn images, the classes in turn.
 
     Raises:
       UserError: the network cannot be built for images of this shape.
@@ -188,7 +185,7 @@ def vdm_task(
         highest, lowest = (float(end) for end in params["schedule"]["ends"])
         metrics |= {"test/logsnr_highest": highest, "test/logsnr_lowest": lowest}
         metrics["test/loss"] = metrics["test/bits_per_dim_continuous"]
-        shown = show(draw, params, seed, data, full, judge, judged)
+        shown = show(draw, params, seed, data, full, judging)
         pictures = dict(shown.pictures)
         if full:
             pictures["schedule"] = report.lines(

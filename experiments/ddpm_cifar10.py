@@ -50,3 +50,5 @@ class Config(ddpm_digits.Config):
     eval_batch: Count = 500
     eval_times: Count = 4
     draw: Length = 50_000
+    draw_between: Interval = 2000
+    fid: Annotated[bool, MAY_CHANGE] = True

@@ -31,7 +31,6 @@ from typing import Annotated, Any, Literal
 import jax.numpy as jnp
 
 from ddpm_jax import loss, schedule
-from ddpm_jax.classifier import Judge
 from ddpm_jax.config import (
     MAY_CHANGE,
     AtLeast,
@@ -46,8 +45,8 @@ from ddpm_jax.config import (
     Training,
 )  # fmt: skip
 from ddpm_jax.diffusion import Times, diffusion_task
-from ddpm_jax.drawing import Limit, Sampling
-from ddpm_jax.judge import judge_loader, with_judge
+from ddpm_jax.drawing import Judging, Limit, Sampling
+from ddpm_jax.judge import judges_of, with_judge
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.run import Loaded, Options
@@ -116,7 +115,9 @@ class Config(Training):
     eval_batch: Count = 120
     eval_times: Count = 16
     draw: Length = 1437  # images that the final figures are of
+    draw_between: Interval = 0  # the same of every evaluation before; 0: none
     judge: Annotated[str, MAY_CHANGE] = "auto"  # a trained classifier's run; auto, none
+    fid: Annotated[bool, MAY_CHANGE] = False  # in Inception's features, whose file the user has
 
 
 SCHEDULES = {
@@ -174,8 +175,8 @@ def sampling(config: Config) -> Sampling:
     )
 
 
-def task(config: Config, judge: Callable[[], Judge] | None) -> Task:
-    """The task of a config, judged by what `judge` loads."""
+def task(config: Config, judging: Judging) -> Task:
+    """The task of a config."""
     return diffusion_task(
         network(config),
         SCHEDULES[config.noise](config.noise_steps),
@@ -192,9 +193,13 @@ def task(config: Config, judge: Callable[[], Judge] | None) -> Task:
         batch_size=config.batch_size,
         eval_batch=config.eval_batch,
         eval_times=config.eval_times,
-        judge=judge,
-        judged=config.draw,
+        judging=judging,
     )
+
+
+def judging(classifier: types.ModuleType, config: Config) -> Judging:
+    """What judges the images that the config draws."""
+    return Judging(judges_of(classifier, config), config.draw, config.draw_between)
 
 
 def judged_by(classifier: types.ModuleType) -> tuple[Callable, Callable]:
@@ -207,7 +212,7 @@ def judged_by(classifier: types.ModuleType) -> tuple[Callable, Callable]:
         return with_judge(classifier, config, loaded, options)
 
     def build(config: Config) -> Task:
-        return task(config, judge_loader(classifier, config.judge))
+        return task(config, judging(classifier, config))
 
     return prepare, build
 

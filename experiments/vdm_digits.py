@@ -18,7 +18,6 @@ distance (classifier_digits) is 21.9, 3.7 times that of training images.
 import dataclasses
 
 from ddpm_jax.config import Count, Length, NonNegative, Positive
-from ddpm_jax.judge import judge_loader
 from ddpm_jax.tasks import Task
 from ddpm_jax.vdm import vdm_task
 from experiments import classifier_digits, ddpm_digits
@@ -56,6 +55,5 @@ def build(config: Config) -> Task:
         eval_batch=config.eval_batch,
         eval_times=config.eval_times,
         ode_images=config.ode_images,
-        judge=judge_loader(classifier_digits, config.judge),
-        judged=config.draw,
+        judging=ddpm_digits.judging(classifier_digits, config),
     )

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 FLOAT64 = {"rtol": 1e-9, "atol": 1e-9}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 KINDS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 SHAPE = (3, 2, 4, 4)
 
@@ -58,8 +59,8 @@ def timed(made, kind, clip=False):
 def walk(one, denoise, logsnrs, x, noises):
     """Our x_t after every step."""
     step = jax.jit(lambda *now: one.step(denoise, *now)[0])
-    state, xs = one.init(jnp.asarray(x)), []
-    for now in zip(jnp.asarray(noises), logsnrs[:-1], logsnrs[1:], strict=True):
+    state, xs, logsnrs = one.init(jnp.asarray(x)), [], np.asarray(logsnrs)
+    for now in zip(noises, logsnrs[:-1], logsnrs[1:], strict=True):
         state = step(state, *now)
         xs.append(state.x)
     return np.stack(xs)
@@ -84,10 +85,8 @@ def told_the_time(x, t):
 
 @pytest.mark.parametrize(
     ("options", "betas"),
-    [
-        (LINEAR, schedule.linear_betas()),
-        ({"beta_schedule": "squaredcos_cap_v2"}, schedule.cosine_betas()),
-    ],
+    [(LINEAR, schedule.linear_betas()), (COSINE, schedule.cosine_betas())],
+    ids=["linear", "cosine"],
 )
 def test_betas_and_alpha_bars_are_diffusers(options, betas):
     scheduler = diffusers.DDPMScheduler(**options)
@@ -102,18 +101,18 @@ def test_betas_and_alpha_bars_are_diffusers(options, betas):
 
 
 @pytest.mark.parametrize(
-    ("spacing", "steps"),
-    [(spacing, steps) for spacing in ("leading", "trailing") for steps in (1, 7, 10, 30, 1000)]
-    # Of an odd number of steps some fall between two whole ones, and may be rounded either
-    # way; of one step, diffusers' linspace is the data's end and ours the noise's.
-    + [("linspace", steps) for steps in (2, 10, 30, 50, 1000)],
+    ("spacing", "counts"),
+    # Of an odd number of steps, "linspace" has some that fall between two whole ones, and may be
+    # rounded either way; its only one is the data's end in diffusers, the noise's in ours.
+    [("leading", (1, 7, 10, 1000)), ("trailing", (1, 7, 10, 1000)), ("linspace", (2, 10, 1000))],
 )
-def test_a_grid_visits_diffusers_steps(spacing, steps):
+def test_a_grid_visits_diffusers_steps(spacing, counts):
     scheduler = diffusers.DDPMScheduler(**LINEAR, timestep_spacing=spacing)
-    scheduler.set_timesteps(steps)
     made = schedule.from_betas(schedule.linear_betas())
-    found = made.time(schedule.grid(made, steps, spacing))
-    np.testing.assert_allclose(found[:-1] * 1000 - 1, scheduler.timesteps, atol=1e-3)
+    for steps in counts:
+        scheduler.set_timesteps(steps)
+        found = made.time(schedule.grid(made, steps, spacing))
+        np.testing.assert_allclose(found[:-1] * 1000 - 1, scheduler.timesteps, atol=1e-3)
 
 
 SIGMAS = {
@@ -137,7 +136,8 @@ def test_a_grid_of_a_solver_is_diffusers(spacing):
     scheduler = diffusers.DPMSolverMultistepScheduler(**LINEAR, **SIGMAS[spacing])
     _, expected = with_sigmas(scheduler, 12)
     found = schedule.grid(schedule.from_betas(schedule.linear_betas()), 12, spacing)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)  # of float32 tables
+    # Of a float32 table, whose 1 - alpha_bar is at least 1e-4, rounded to 6e-8.
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_noising_and_v_are_diffusers():
@@ -238,12 +238,9 @@ def test_ancestral_sampling_is_diffusers(variance, theirs, spacing, give_noise):
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("betas", [LINEAR, {"beta_schedule": "squaredcos_cap_v2"}])
-def test_ancestral_sampling_is_diffusers_whatever_the_network_predicts(
-    betas, kind, clip, give_noise
-):
+def test_ancestral_sampling_is_diffusers_whatever_the_network_predicts(kind, clip, give_noise):
     scheduler, made = in_float64(
-        diffusers.DDPMScheduler(**betas, prediction_type=KINDS[kind], clip_sample=clip)
+        diffusers.DDPMScheduler(**COSINE, prediction_type=KINDS[kind], clip_sample=clip)
     )
     scheduler.set_timesteps(10)
     x, noises = draw(4, *SHAPE), noises_until_the_end(10)
@@ -266,8 +263,7 @@ def test_all_1000_steps_are_diffusers(give_noise):
 # Not "linspace": there diffusers' DDIM steps from t to t - T / steps, and is asked to go on
 # from another t.
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
-@pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize(("eta", "clip"), [(0.0, False), (0.7, False), (0.7, True)])
 @pytest.mark.parametrize("to_one", [True, False])
 def test_ddim_is_diffusers(eta, clip, spacing, to_one):
     scheduler, made = in_float64(
@@ -303,8 +299,9 @@ def log_sigma(scheduler):
     return float(np.log(scheduler.sigmas[scheduler.step_index or 0]))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 20])
-@pytest.mark.parametrize("spacing", SIGMAS)
+@pytest.mark.parametrize(
+    ("spacing", "steps"), [("trailing", 1), ("rho7", 2), *((spacing, 20) for spacing in SIGMAS)]
+)
 @pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_2m_sde", "unipc"])
 def test_a_multistep_solver_is_diffusers(name, spacing, steps):
     options = {**LINEAR, **SIGMAS[spacing], "solver_order": 2, "final_sigmas_type": "zero"}
@@ -331,8 +328,9 @@ def alphas(logsnrs):
     return np.asarray(process.alpha_sigma(logsnrs)[0])[:, None, None, None, None]
 
 
-@pytest.mark.parametrize("kind", ["eps", "v"])
-@pytest.mark.parametrize("spacing", SIGMAS)
+@pytest.mark.parametrize(
+    ("kind", "spacing"), [("eps", "trailing"), *(("v", spacing) for spacing in SIGMAS)]
+)
 @pytest.mark.parametrize("one", [sampler.heun(), sampler.edm(8, churn=0.0)], ids=["heun", "edm"])
 def test_heun_is_diffusers(one, spacing, kind):
     scheduler, logsnrs = with_sigmas(
@@ -466,26 +464,36 @@ def random_parameters(net, *inputs):
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("multipliers", "blocks", "ours", "theirs"),
     [
-        ({}, {}),
-        ({"scale_shift": True}, {"resnet_time_scale_shift": "scale_shift"}),
-        ({"head_channels": 32, "classes": 10}, {"attention_head_dim": 32, "num_class_embeds": 11}),
+        ((1, 1, 2), 2, {}, {}),
+        ((1, 2), 1, {"scale_shift": True}, {"resnet_time_scale_shift": "scale_shift"}),
+        (
+            (1, 2),
+            1,
+            {"head_channels": 32, "classes": 10},
+            {"attention_head_dim": 32, "num_class_embeds": 11},
+        ),
     ],
     ids=["ho", "scale_shift", "heads_and_classes"],
 )
-def test_the_unet_with_the_same_parameters_is_diffusers(ours, theirs):
+def test_the_unet_with_the_same_parameters_is_diffusers(multipliers, blocks, ours, theirs):
     """128 channels, the least of which both make 32 groups in every norm."""
     with jax.enable_x64(False):
-        net = UNet(multipliers=(1, 1, 2), attention_sizes=(8,), **ours)
+        net = UNet(multipliers=multipliers, blocks=blocks, attention_sizes=(8,), **ours)
         xt, time = draw(15, 2, 16, 16, 3).astype(np.float32), np.array([0.999, 0.02], np.float32)
         labels = np.array([3, 10])
         inputs = jnp.asarray(xt), jnp.asarray(time), jnp.asarray(labels, jnp.int32)
         flat = random_parameters(net, *inputs)
         params = jax.tree.map(jnp.asarray, flax.traverse_util.unflatten_dict(flat))
         found = jax.jit(net.apply)({"params": params}, *inputs)
-    model = their_unet((128, 128, 256), 2, (False, True, False), **theirs).eval()
-    model.load_state_dict({their_name(p, 3): their_layout(p, leaf) for p, leaf in flat.items()})
+    levels = len(multipliers)
+    widths = tuple(128 * multiplier for multiplier in multipliers)
+    attended = [level == 1 for level in range(levels)]
+    model = their_unet(widths, blocks, attended, **theirs).eval()
+    model.load_state_dict(
+        {their_name(path, levels): their_layout(path, leaf) for path, leaf in flat.items()}
+    )
     with torch.no_grad():
         expected = model(
             torch.from_numpy(xt.transpose(0, 3, 1, 2)),

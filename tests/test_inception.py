@@ -212,6 +212,13 @@ def test_no_storage_is_other_than_told(tmp_path, write, told):
     refused(write(tmp_path / "it.pth", two))
 
 
+def test_a_storage_is_told_in_one_way(tmp_path):
+    path = tmp_path / "it.pth"
+    two = state_dict(tensor(storage()), tensor(storage(kind="IntStorage")))
+    refused(zipped(path, two), "told in two ways")
+    refused(streamed(path, state_dict(tensor(storage())), length=5), "has 5 elements")
+
+
 def test_nothing_but_storages_has_a_persistent_id(tmp_path):
     for told in (b"Pos.system\n", literal(("storage",)) + b"Q", literal([1]) + b"Q", b"NQ"):
         refused(zipped(tmp_path / "it.pth", state_dict(told)), "storage")
@@ -236,7 +243,12 @@ def test_a_file_cannot_ask_for_more_memory_than_it_has(tmp_path):
     lots = b"N" + b"r\xff\xff\xff\xff" + b"0" + state_dict()  # LONG_BINPUT
     assert read_tensors(zipped(path, lots)) == {}
     refused(zipped(path, b"\x8e" + struct.pack("<Q", 2**61) + b"x"))  # BINBYTES8
-    refused(zipped(path, state_dict(tensor(storage())), compression=zipfile.ZIP_DEFLATED), "compre")
+    whole = state_dict(tensor(storage()))
+    refused(zipped(path, whole, compression=zipfile.ZIP_DEFLATED), "compressed")
+    with zipfile.ZipFile(zipped(path, whole), "a") as archive:
+        archive.writestr("last", b"x" * 1000)
+        archive.filelist.extend([archive.filelist[-1]] * 100)  # the same bytes, told again
+    refused(path, "larger than the whole")
 
 
 @WRITERS

@@ -129,6 +129,7 @@ def test_a_classifier_is_trained_once_and_judges(tmp_path, monkeypatch, capfd):
     @dataclasses.dataclass(frozen=True)
     class Config:
         judge: str = "auto"
+        fid: bool = False
 
     config = judges.with_judge(classifier_digits, Config(), loaded, options)
     assert "training classifier_digits once" in capfd.readouterr().err

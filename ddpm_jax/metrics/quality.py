@@ -1,5 +1,6 @@
-"""How good a set of drawn images is, judged in a classifier's features and in pixels."""
+"""How good a set of drawn images is, judged in a network's features and in pixels."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -7,8 +8,9 @@ from jaxtyping import Float
 
 from ddpm_jax import report
 from ddpm_jax.classifier import Judge
-from ddpm_jax.data.loader import Data
+from ddpm_jax.data.loader import Data, Split
 from ddpm_jax.metrics.distances import (
+    Moments,
     frechet,
     inception_score,
     kernel_distance,
@@ -18,12 +20,38 @@ from ddpm_jax.metrics.distances import (
 )
 from ddpm_jax.tasks import to_images
 
+CHUNK = 1000  # images that are looked at, and added to the moments, at once
+KEPT = 10_000  # of a set: features for KID, precision and recall, images for neighbours
+
 
 class Quality(NamedTuple):
     """Figures by name, and a picture of drawn images beside their nearest training images."""
 
     metrics: dict[str, float]
-    neighbours: np.ndarray
+    neighbours: np.ndarray | None
+
+
+class Seen(NamedTuple):
+    """What a judge saw of a set: all features' moments, the first `KEPT` features, log p(y|x)."""
+
+    moments: Moments
+    features: np.ndarray
+    logs: np.ndarray
+
+
+def look(judge: Judge, parts: Iterator[np.ndarray]) -> Seen:
+    """Show a judge a set of images, part by part."""
+    total = None
+    kept: list[np.ndarray] = []
+    logs: list[np.ndarray] = []
+    for part in parts:
+        features, log = judge.see(part)
+        total = moments(features, total)
+        room = KEPT - sum(len(some) for some in kept)
+        kept.append(features[:room].astype(np.float32))
+        logs.append(log.astype(np.float32))
+    assert total is not None
+    return Seen(total, np.concatenate(kept), np.concatenate(logs))
 
 
 def quality(
@@ -31,53 +59,77 @@ def quality(
     drawn: Float[np.ndarray, "n h w c"],
     labels: np.ndarray | None,
     data: Data,
+    pixels: bool = True,
 ) -> Quality:
     """Compare `drawn` with the held-out images, and as many training images with them, too.
 
     A distance between two finite sets is never 0: that of training images to the held-out
-    ones is what a perfect model would reach.
+    ones is what a perfect model would reach.  Figures are named for the judge; Inception's is
+    FID, told against the whole training set, too, as papers do.
 
     Args:
       drawn: in [-1, 1].
       labels: what each was meant to be; None: nothing was asked for.
+      pixels: compare with the nearest training images, too.
     """
     draws = np.random.Generator(np.random.Philox(key=[0, 1]))
-    order = draws.permutation(len(data.train.images))[: len(drawn)]
-    train = to_images(np.asarray(data.train.images), data.levels)
-    test = to_images(np.asarray(data.test.images), data.levels)
-    drawn_features, logs = judge.see(drawn)
-    train_features, _ = judge.see(train[np.sort(order)])
-    test_features, _ = judge.see(test)
-    held_out = moments(test_features)
-    ours, theirs = (
-        frechet(moments(drawn_features), held_out),
-        frechet(moments(train_features), held_out),
-    )
-    kid, deviation = kernel_distance(drawn_features, test_features)
-    precision, recall = precision_recall(test_features, drawn_features)
-    sure = np.exp(logs).max(1)
+    order = np.sort(draws.permutation(len(data.train.images))[: len(drawn)])
+    ours = look(judge, (drawn[at : at + CHUNK] for at in range(0, len(drawn), CHUNK)))
+    some = Split(data.train.images[order], data.train.labels[order])
+    theirs = look(judge, _parts(some, data.levels)).moments
+    test = look(judge, _parts(data.test, data.levels))
+    inception = judge.name == "inception"
     name = judge.name
+    distance = "fid" if inception else f"fd_{name}"
+    apart, usual = frechet(ours.moments, test.moments), frechet(theirs, test.moments)
+    kid, deviation = kernel_distance(ours.features, test.features)
+    precision, recall = precision_recall(test.features, ours.features)
     metrics = {
-        f"test/fd_{name}": ours,
-        f"test/fd_{name}_of_training": theirs,
-        f"test/fd_{name}_ratio": ours / theirs,
+        f"test/{distance}": apart,
+        f"test/{distance}_of_training": usual,
+        f"test/{distance}_ratio": apart / usual,
         f"test/kid_{name}": kid,
         f"test/kid_{name}_error": deviation,
-        f"test/score_{name}": inception_score(np.exp(logs)),
+        f"test/score_{name}": inception_score(np.exp(ours.logs)),
         f"test/precision_{name}": precision,
         f"test/recall_{name}": recall,
-        "test/sure": float((sure > 0.9).mean()),
         "test/drawn": float(len(drawn)),
     }
-    if labels is not None:
-        metrics["test/recognised"] = float((logs.argmax(1) == labels).mean())
+    if inception:
+        train = look(judge, _parts(data.train, data.levels)).moments
+        metrics["test/fid_to_training"] = frechet(ours.moments, train)
+    else:
+        metrics["test/sure"] = float((np.exp(ours.logs).max(1) > 0.9).mean())
+        if labels is not None:
+            metrics["test/recognised"] = float((ours.logs.argmax(1) == labels).mean())
+    if not pixels:
+        return Quality(metrics, None)
+    near, picture = neighbours(drawn[:KEPT], data)
+    return Quality(metrics | near, picture)
+
+
+def neighbours(
+    drawn: Float[np.ndarray, "n h w c"], data: Data
+) -> tuple[dict[str, float], np.ndarray]:
+    """How far drawn images are, in pixels, from the nearest training ones, and a sheet of both.
+
+    The median distance, and its ratio to that of held-out images: under 1 is memorising.
+    """
+    train = to_images(np.asarray(data.train.images), data.levels)
+    test = to_images(np.asarray(data.test.images), data.levels)
     flat = [images.reshape(len(images), -1) for images in (drawn, test, train)]
     distance, which = nearest(flat[0], flat[2])
     usual, _ = nearest(flat[1], flat[2])
-    metrics["test/nearest"] = float(np.median(distance))
-    metrics["test/nearest_ratio"] = float(np.median(distance) / np.median(usual))
     rows = []
     for start in range(0, min(40, len(drawn)) // 10 * 10, 10):
         rows += [drawn[start : start + 10], train[which[start : start + 10]]]
-    sheet = np.concatenate(rows) if rows else drawn
-    return Quality(metrics, report.grid(sheet, columns=10))
+    metrics = {
+        "test/nearest": float(np.median(distance)),
+        "test/nearest_ratio": float(np.median(distance) / np.median(usual)),
+    }
+    return metrics, report.grid(np.concatenate(rows) if rows else drawn, columns=10)
+
+
+def _parts(split: Split, levels: int) -> Iterator[np.ndarray]:
+    for at in range(0, len(split.images), CHUNK):
+        yield to_images(np.asarray(split.images[at : at + CHUNK]), levels)
