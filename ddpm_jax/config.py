@@ -197,14 +197,16 @@ class Training:
 
 
 def restore(cls: type, values: dict[str, Any], where: Any) -> Any:
-    """A config as config.json recorded it.
+    """A config as config.json recorded it; fields that were not there then keep their defaults.
 
     Raises:
-      UserError: the record's fields are not those of `cls`: it is of another version.
+      UserError: the record has fields that `cls` lacks: it is of another version.
     """
-    names = {field.name for field in dataclasses.fields(cls)}
-    if names != set(values):
-        odd = ", ".join(sorted(names ^ set(values)))
-        raise UserError(f"the run in {where} was made by another version (fields {odd} differ)")
+    odd = set(values) - {field.name for field in dataclasses.fields(cls)}
+    if odd:
+        raise UserError(
+            f"the run in {where} was made by another version, with fields that are no more: "
+            f"{', '.join(sorted(odd))}"
+        )
     tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     return cls(**tuples)

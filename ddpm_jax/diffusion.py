@@ -11,9 +11,10 @@ from jaxtyping import Array, Float
 
 from ddpm_jax import elbo, loss, report
 from ddpm_jax.data.loader import Batch, Data
-from ddpm_jax.drawing import Judging, Sampling, drawing, show
+from ddpm_jax.drawing import Sampling, drawing
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluate import average, per_example, spread_times
+from ddpm_jax.gallery import Judging, show
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.prediction import Kind, Prediction, Variance, clip_x0, read

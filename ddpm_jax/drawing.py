@@ -7,22 +7,19 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Key
 
-from ddpm_jax import guidance, report, sampler
-from ddpm_jax.classifier import Judge
-from ddpm_jax.data.loader import Data
+from ddpm_jax import guidance, sampler
 from ddpm_jax.errors import UserError, nearest
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
-from ddpm_jax.metrics.quality import quality
-from ddpm_jax.prediction import Denoiser, Prediction, clip_x0, threshold_x0
+from ddpm_jax.prediction import Denoiser, Prediction, clip_x0, inpaint, threshold_x0
+from ddpm_jax.process import q_sample
 from ddpm_jax.schedule import Schedule, Spacing, grid
-from ddpm_jax.tasks import Evaluation, Request, refuse
+from ddpm_jax.tasks import Request, refuse
 
 FIRST_NOISE = 2**31 - 1  # the number of x_T's draw; the steps' are 0, 1, 2, ...
 AT_ONCE = 100  # images in one call of a sampler, and on a sheet of samples
-SHOWN = 10  # trajectories in a picture, and moments of them
-
+SHOWN = 10  # images whose trajectories are kept
 
 Limit = Literal["clip", "dynamic", "none"]
 LIMITS = {"clip": clip_x0, "dynamic": threshold_x0, "none": lambda denoise: denoise}
@@ -46,24 +43,19 @@ class Sampling(NamedTuple):
     limit: Limit = "clip"
 
 
-class Judging(NamedTuple):
-    """What loads the judges of drawn images, and how many they see: at the end, and before it."""
-
-    judges: tuple[Callable[[], Judge], ...] = ()
-    final: int = 1000
-    between: int = 0
-
-
 class Drawing(NamedTuple):
     """What draws with a task's parameters.
 
     many(params, seed, count) -> (images, labels or None, Trace of the first), the classes in turn
     sample(params, fixed, keys, request) -> images, as a `Task`'s
+    edit(params, keys, labels, t, images, known, mask) -> images: noised to time t and drawn
+        again, those pixels kept to `known` where `mask` is 1 (in [-1, 1]; [B, H, W, C] each)
     about: how `many` draws, for the record
     """
 
     many: Callable[..., tuple[np.ndarray, np.ndarray | None, sampler.Trace]]
     sample: Callable[..., Any]
+    edit: Callable[..., Float[Array, "batch h w c"]]
     about: dict[str, Any]
 
 
@@ -104,6 +96,20 @@ def drawing(
             return sampler.sample(one, denoise, logsnrs, keys, xT, trace)
 
         return run
+
+    @jax.jit
+    def edit(params, keys, labels, t, images, known, mask):
+        schedule = schedule_of(params)
+        cleanest = grid(schedule, sampling.steps, sampling.spacing)[-2]
+        start = schedule.logsnr(t)
+        noise = jax.vmap(
+            lambda key: jax.random.normal(jax.random.fold_in(key, FIRST_NOISE), shape)
+        )(keys)
+        xt = jax.vmap(q_sample, (0, 0, None))(images, noise, start)
+        logsnrs = jnp.append(jnp.linspace(start, cleanest, sampling.steps), jnp.inf)
+        denoise = LIMITS[sampling.limit](denoiser(params, labels, sampling))
+        one = sampler.named(sampling.sampler, sampling.steps)
+        return sampler.sample(one, inpaint(denoise, known, mask), logsnrs, keys, xt)
 
     def denoiser(params, labels, how: Sampling) -> Denoiser:
         """All images at one logsnr; guided, on a doubled batch."""
@@ -177,46 +183,7 @@ def drawing(
         return how
 
     about = {**sampling._asdict(), "parameters": "averaged (EMA)"}
-    return Drawing(many, sample, about)
-
-
-def trajectories(
-    trace: sampler.Trace, images: Float[np.ndarray, "n h w c"]
-) -> tuple[UInt8[np.ndarray, "high wide c"], UInt8[np.ndarray, "frames rows columns c"]]:
-    """A sheet and a movie of x_t above the predicted x0, which both end at the first `images`."""
-    xt, x0 = (np.concatenate([a, images[None, : a.shape[1]]]) for a in map(np.asarray, trace))
-    moments = np.unique(np.linspace(0, len(xt) - 1, SHOWN).round().astype(int))
-    rows = [a[moments, image] for image in range(4) for a in (xt, x0)]
-    sheet = report.grid(np.concatenate(rows), columns=len(moments))
-    frames = np.unique(np.linspace(0, len(xt) - 1, 50).round().astype(int))
-    movie = [report.grid(np.concatenate([xt[f], x0[f]]), columns=SHOWN) for f in frames]
-    return sheet, np.stack(movie)
-
-
-def show(
-    draw: Drawing,
-    params: Any,
-    seed: int,
-    data: Data,
-    full: bool,
-    judging: Judging,
-) -> Evaluation:
-    """A sheet of samples and what the judges say of more; trajectories in a full evaluation."""
-    judged = (judging.final if full else judging.between) if judging.judges else 0
-    images, labels, trace = draw.many(params, seed, max(judged, AT_ONCE))
-    pictures = {"samples": report.grid(images[:AT_ONCE], columns=10)}
-    if full:
-        pictures["trajectories"], pictures["trajectories_movie"] = trajectories(trace, images)
-    metrics: dict[str, float] = {}
-    if not judged:
-        return Evaluation(metrics, pictures, draw.about)
-    meant = None if labels is None else labels[:judged]
-    for number, judge in enumerate(judging.judges):
-        found = quality(judge(), images[:judged], meant, data, pixels=full and number == 0)
-        metrics |= found.metrics
-        if found.neighbours is not None:
-            pictures["neighbours"] = found.neighbours
-    return Evaluation(metrics, pictures, {**draw.about, "reference": "test split"})
+    return Drawing(many, sample, edit, about)
 
 
 def _check(

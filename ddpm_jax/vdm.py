@@ -22,8 +22,9 @@ import numpy as np
 from ddpm_jax import elbo, ode, report
 from ddpm_jax import schedule as schedules
 from ddpm_jax.data.loader import Batch, Data
-from ddpm_jax.drawing import Judging, Sampling, drawing, show
+from ddpm_jax.drawing import Sampling, drawing
 from ddpm_jax.evaluate import average, per_example, spread_times
+from ddpm_jax.gallery import Judging, show
 from ddpm_jax.loss import stratified_times
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet

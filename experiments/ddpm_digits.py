@@ -45,7 +45,8 @@ from ddpm_jax.config import (
     Training,
 )  # fmt: skip
 from ddpm_jax.diffusion import Times, diffusion_task
-from ddpm_jax.drawing import Judging, Limit, Sampling
+from ddpm_jax.drawing import Limit, Sampling
+from ddpm_jax.gallery import Judging
 from ddpm_jax.judge import judges_of, with_judge
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet

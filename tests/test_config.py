@@ -79,3 +79,10 @@ def test_a_record_of_another_version_is_refused():
     record = {**dataclasses.asdict(Config()), "gone": 1}
     with pytest.raises(UserError, match="gone"):
         c.restore(Config, record, "runs/x")
+
+
+def test_a_run_of_before_a_field_was_there_keeps_its_default_and_a_lost_field_is_told():
+    recorded = {"steps": 7, "shape": [4, 4, 1]}
+    assert c.restore(c.Training, recorded, "runs/x") == c.Training(steps=7, shape=(4, 4, 1))
+    with pytest.raises(UserError, match="fields that are no more: colour"):
+        c.restore(c.Training, {**recorded, "colour": 3}, "runs/x")

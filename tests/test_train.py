@@ -166,6 +166,27 @@ def test_the_average_follows_its_half_life_after_the_warm_up():
     assert float(train.ema_decay(10, 100, 1e9)) == pytest.approx(0.5 ** (1 / 0.5), rel=1e-5)
 
 
+def test_a_power_averages_weights_have_the_width_that_was_asked_for():
+    width, steps = 0.1, 20_000
+    decays = np.asarray(train.power_decay(np.arange(1, steps + 1), width), np.float64)
+    weights = (1 - decays) * np.append(np.cumprod(decays[::-1])[::-1][1:], 1.0)
+    assert weights.sum() == pytest.approx(1, abs=1e-3)
+    time = np.arange(1, steps + 1) / steps
+    mean = (weights * time).sum()
+    assert np.sqrt((weights * (time - mean) ** 2).sum()) == pytest.approx(width, rel=0.01)
+
+
+def test_several_averages_are_kept_at_once_and_one_is_chosen(digits, tmp_path):
+    config = small(ema_half_life=1e6, ema_others=(0.0, 100.0), ema_power=(0.1,), ema=1)
+    state = fit(config, digits, tmp_path).state
+    assert len(state.ema) == 4
+    chex.assert_trees_all_equal(train.averaged(state, config), state.params)  # no averaging
+    alone = fit(small(ema_half_life=100.0), digits, tmp_path / "alone").state
+    chex.assert_trees_all_close(state.ema[2], alone.ema[0], rtol=1e-6)
+    with pytest.raises(UserError, match="there are 4 averages"):
+        train.check_ema(dataclasses.replace(config, ema=4))
+
+
 def test_the_learning_rate_warms_up_and_decays():
     config = Training(learning_rate=0.5, warmup=10, decay="cosine", steps=100)
     params = {"x": jnp.zeros(1)}

@@ -1,0 +1,108 @@
+"""Pictures of what a trained denoiser draws, and what judges say of it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from ddpm_jax import report, sampler
+from ddpm_jax.classifier import Judge
+from ddpm_jax.data.loader import Data
+from ddpm_jax.drawing import AT_ONCE, SHOWN, Drawing
+from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
+from ddpm_jax.metrics.quality import quality
+from ddpm_jax.tasks import Evaluation, to_images
+
+EDIT_TIMES = (0.3, 0.5, 0.7)
+BLEND_TIME = 0.5
+
+
+class Judging(NamedTuple):
+    """What loads the judges of drawn images, and how many they see: at the end, and before it."""
+
+    judges: tuple[Callable[[], Judge], ...] = ()
+    final: int = 1000
+    between: int = 0
+
+
+def trajectories(
+    trace: sampler.Trace, images: Float[np.ndarray, "n h w c"]
+) -> tuple[UInt8[np.ndarray, "high wide c"], UInt8[np.ndarray, "frames rows columns c"]]:
+    """A sheet and a movie of x_t above the predicted x0, which both end at the first `images`."""
+    xt, x0 = (np.concatenate([a, images[None, : a.shape[1]]]) for a in map(np.asarray, trace))
+    moments = np.unique(np.linspace(0, len(xt) - 1, SHOWN).round().astype(int))
+    rows = [a[moments, image] for image in range(4) for a in (xt, x0)]
+    sheet = report.grid(np.concatenate(rows), columns=len(moments))
+    frames = np.unique(np.linspace(0, len(xt) - 1, 50).round().astype(int))
+    movie = [report.grid(np.concatenate([xt[f], x0[f]]), columns=SHOWN) for f in frames]
+    return sheet, np.stack(movie)
+
+
+def edits(
+    draw: Drawing, params: Any, seed: int, data: Data, conditional: bool
+) -> dict[str, UInt8[np.ndarray, "high wide c"]]:
+    """What a denoiser makes of test images, by rows.
+
+    inpainting: images; their upper halves alone; the rest drawn, twice.
+    image_to_image: images; noised to each of `EDIT_TIMES` and drawn again.
+    interpolation: from one image to the next; both noised alike to `BLEND_TIME`, mixed, and
+        drawn again without a class (Ho et al. 2020, fig. 8).
+    """
+    some = data.test.first(SHOWN)
+    images = to_images(jnp.asarray(some.images), data.levels)
+    labels = jnp.asarray(some.labels) if conditional else None
+    none = jnp.full_like(labels, len(data.classes)) if labels is not None else None
+    count = len(images)
+
+    def keys(number):
+        index = jnp.arange(number * count, (number + 1) * count)
+        return example_keys(purpose_key(seed, SAMPLE), 1, index)
+
+    free = jnp.zeros_like(images)
+    upper = free.at[:, : images.shape[1] // 2].set(1.0)
+    rows = {
+        "inpainting": [images, images * upper]
+        + [draw.edit(params, keys(n), labels, 1.0, images, images, upper) for n in range(2)],
+        "image_to_image": [images]
+        + [draw.edit(params, keys(2), labels, t, images, images, free) for t in EDIT_TIMES],
+        "interpolation": [],
+    }
+    share = jnp.linspace(0, 1, count)[:, None, None, None]
+    for one in range(0, min(8, count - 1), 2):
+        mixed = (1 - share) * images[one] + share * images[one + 1]
+        same = jnp.broadcast_to(keys(3)[:1], (count,))
+        rows["interpolation"].append(draw.edit(params, same, none, BLEND_TIME, mixed, mixed, free))
+    return {
+        name: report.grid(np.concatenate([np.asarray(row) for row in found]), columns=count)
+        for name, found in rows.items()
+        if found
+    }
+
+
+def show(
+    draw: Drawing,
+    params: Any,
+    seed: int,
+    data: Data,
+    full: bool,
+    judging: Judging,
+) -> Evaluation:
+    """A sheet of samples and what the judges say of more; trajectories in a full evaluation."""
+    judged = (judging.final if full else judging.between) if judging.judges else 0
+    images, labels, trace = draw.many(params, seed, max(judged, AT_ONCE))
+    pictures = {"samples": report.grid(images[:AT_ONCE], columns=10)}
+    if full:
+        pictures["trajectories"], pictures["trajectories_movie"] = trajectories(trace, images)
+        pictures |= edits(draw, params, seed, data, labels is not None)
+    metrics: dict[str, float] = {}
+    if not judged:
+        return Evaluation(metrics, pictures, draw.about)
+    meant = None if labels is None else labels[:judged]
+    for number, judge in enumerate(judging.judges):
+        found = quality(judge(), images[:judged], meant, data, pixels=full and number == 0)
+        metrics |= found.metrics
+        if found.neighbours is not None:
+            pictures["neighbours"] = found.neighbours
+    return Evaluation(metrics, pictures, {**draw.about, "reference": "test split"})
