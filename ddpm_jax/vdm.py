@@ -22,6 +22,7 @@ import numpy as np
 from ddpm_jax import elbo, ode, report
 from ddpm_jax import schedule as schedules
 from ddpm_jax.data.loader import Batch, Data
+from ddpm_jax.diffusion import QUICK_IMAGES
 from ddpm_jax.drawing import Sampling, drawing
 from ddpm_jax.evaluate import average, per_example, spread_times
 from ddpm_jax.gallery import Judging, show
@@ -162,8 +163,9 @@ def vdm_task(
         return {"ode": log_q - log_p + decoder, "calls": jnp.full(len(eps), evaluations)}
 
     def evaluate(params, fixed, data: Data, *, seed, full, shard):
+        test = data.test if full else data.test.first(QUICK_IMAGES)
         found = per_example(
-            lambda batch, keys: bounds(params, batch, keys), data.test, eval_batch, seed, shard
+            lambda batch, keys: bounds(params, batch, keys), test, eval_batch, seed, shard
         )
         ends = found["prior"] + found["decoder"]
         nats = {name: ends + found[name] for name in ROUTES[:2]}

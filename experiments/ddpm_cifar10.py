@@ -19,7 +19,7 @@ from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Interval, Length, NonNeg
 from ddpm_jax.schedule import Spacing
 from experiments import classifier_cifar10, ddpm_digits
 
-DEBUG = ddpm_digits.DEBUG
+DEBUG = ddpm_digits.DEBUG | dict(fold=4, eval_batch=64)  # 8x8 inside: attention over 32x32 is slow
 prepare, build = ddpm_digits.judged_by(classifier_cifar10)
 
 
@@ -40,7 +40,7 @@ class Config(ddpm_digits.Config):
     multipliers: tuple[Count, ...] = (1, 2, 2, 2)
     attention_sizes: tuple[Count, ...] = (16,)
     conditional: bool = False
-    noise: Literal["linear_betas", "cosine_betas", "cosine"] = "linear_betas"
+    noise: ddpm_digits.Noise = "linear_betas"
     prediction: Literal["eps", "x0", "v"] = "eps"
     flip: bool = True
     sampler: Annotated[str, MAY_CHANGE] = "ancestral_beta"

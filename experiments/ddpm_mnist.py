@@ -46,6 +46,7 @@ class Config(ddpm_digits.Config):
     batch_size: Count = 64
     learning_rate: Positive = 2e-3
     ema_half_life: NonNegative = 50_000.0
+    eval_every: Interval = 1000
     checkpoint_every: Interval = 500
     fold: Count = 2
     attention_sizes: tuple[Count, ...] = (7,)

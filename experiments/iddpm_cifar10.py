@@ -13,7 +13,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Length, Positive, Share
-from experiments import ddpm_cifar10
+from experiments import ddpm_cifar10, ddpm_digits
 
 DEBUG = ddpm_cifar10.DEBUG | dict(noise_steps=50, head_channels=4)
 prepare, build = ddpm_cifar10.prepare, ddpm_cifar10.build
@@ -31,7 +31,7 @@ class Config(ddpm_cifar10.Config):
     head_channels: Annotated[int, AtLeast(0)] = 64
     scale_shift: bool = True
     dropout: Share = 0.3
-    noise: Literal["linear_betas", "cosine_betas", "cosine"] = "cosine_betas"
+    noise: ddpm_digits.Noise = "cosine_betas"
     noise_steps: Annotated[int, AtLeast(2)] = 4000
     variance: Literal["posterior", "beta", "learned"] = "learned"
     sampler: Annotated[str, MAY_CHANGE] = "ancestral_learned"

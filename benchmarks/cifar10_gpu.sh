@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Ho et al.'s CIFAR-10 model on a machine with a GPU, for as long as it may be had.
+#
+#   benchmarks/cifar10_gpu.sh pack DATA_DIR PIECES       the prepared data set in pieces of 40 MB
+#   benchmarks/cifar10_gpu.sh unpack PIECES DATA_DIR     and together again, over there
+#   benchmarks/cifar10_gpu.sh train DATA_DIR WORKDIR MINUTES [--FLAG=VALUE ...]
+#
+# `train` goes on where WORKDIR stands, in bfloat16, is asked to stop after MINUTES (it writes a
+# checkpoint), then draws and measures with --mode=eval, and tells the images/s of the training.
+# Checkpoints stay in WORKDIR on that machine; its pictures and figures are what to take home.
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python}
+case ${1:-} in
+pack)
+  mkdir -p "$3"
+  tar -C "$2" -cf - cifar10 | split -b 40M - "$3/cifar10.tar."
+  ;;
+unpack)
+  mkdir -p "$3"
+  cat "$2"/cifar10.tar.* | tar -C "$3" -xf -
+  ;;
+train)
+  data=$2 workdir=$3 minutes=$4
+  shift 4
+  timeout --preserve-status -s TERM "${minutes}m" "$python" "$here/launch.py" \
+    --experiment=ddpm_cifar10 --strict_data --data_dir="$data" --workdir="$workdir" \
+    --config.precision=bfloat16 "$@"
+  "$python" "$here/launch.py" --mode=eval --workdir="$workdir" --data_dir="$data"
+  "$python" - "$workdir" <<'EOF'
+import json, pathlib, statistics, sys
+
+place = pathlib.Path(sys.argv[1])
+batch = json.loads((place / "config.json").read_text())["config"]["batch_size"]
+lines = map(json.loads, (place / "timing.jsonl").read_text().splitlines())
+rates = [line["steps_per_second"] for line in lines if line.get("steps_per_second")]
+if rates:
+    print(f"{batch * statistics.median(rates):.0f} images/s in training (median of {len(rates)})")
+EOF
+  ;;
+*)
+  sed -n '2,11p' "$0"
+  exit 2
+  ;;
+esac

@@ -1,0 +1,84 @@
+"""How much of a T = 1,000 ancestral sampler's time is spent outside the network.
+
+    python benchmarks/sampler_overhead.py [--steps=1000] [--rounds=5] [--batch=16]
+
+The sampler of an untrained `ddpm_mnist` (its network, its table of betas, x0 clipped), beside a
+`lax.scan` that calls the same network as often and nothing else; in turn, several rounds.
+"""
+
+import argparse
+import functools
+import pathlib
+import statistics
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax import parallel, sampler, schedule
+from ddpm_jax.prediction import clip_x0, read
+from experiments import ddpm_digits, ddpm_mnist
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=16)
+    arguments = parser.parse_args()
+    parallel.tune_cpu()
+    config = ddpm_mnist.Config(shape=(28, 28, 1), levels=256)
+    net = ddpm_digits.network(config)
+    table = schedule.from_betas(schedule.cosine_betas(1000))
+    logsnrs = schedule.grid(table, arguments.steps)
+    labels = jnp.zeros(arguments.batch, jnp.int32)
+    key = jax.random.key(0)
+    xT = jax.random.normal(key, (arguments.batch, 28, 28, 1))
+    params = jax.jit(net.init)(key, xT[:1], jnp.zeros(1), labels[:1])
+    compiled = []
+
+    def network(params, xt, logsnr):
+        return net.apply(params, xt, jnp.full(len(xt), table.time(logsnr)), labels)
+
+    @jax.jit
+    def sampling(params, xT):
+        compiled.append(1)
+
+        def denoise(xt, logsnr):
+            out = network(params, xt, logsnr)
+            return jax.vmap(functools.partial(read, "v"), (0, 0, None))(out, xt, logsnr)
+
+        keys = jax.random.split(key, arguments.batch)
+        return sampler.sample(sampler.ancestral(), clip_x0(denoise), logsnrs, keys, xT)
+
+    @jax.jit
+    def calling(params, xT):
+        def step(x, logsnr):
+            return network(params, x, logsnr), None
+
+        return jax.lax.scan(step, xT, logsnrs[:-1])[0]
+
+    def seconds(run):
+        start = time.perf_counter()
+        jax.block_until_ready(run(params, xT))
+        return time.perf_counter() - start
+
+    for run in (sampling, calling):
+        seconds(run)
+    shares = []
+    for number in range(arguments.rounds):
+        whole, inside = seconds(sampling), seconds(calling)
+        shares.append(1 - inside / whole)
+        print(f"round {number}: sampler {whole:.2f} s, network {inside:.2f} s, {shares[-1]:.1%}")
+    print(
+        f"outside the network: {statistics.median(shares):.1%} (median; {min(shares):.1%} to "
+        f"{max(shares):.1%}), {arguments.steps} steps of {arguments.batch} images, compiled "
+        f"{len(compiled)} time"
+    )
+
+
+if __name__ == "__main__":
+    main()
