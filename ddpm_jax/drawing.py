@@ -203,5 +203,8 @@ def _check(
             f"{sampler_flag}={name}: this run's network has not learned a variance; use ancestral "
             "or ancestral_beta"
         )
+    if how.interval[0] > how.interval[1]:
+        low, high = how.interval
+        raise UserError(f"--config.guidance_interval={low:g},{high:g}: must rise; it is of logsnr")
     if steps is not None and how.steps > steps:
         raise UserError(f"{steps_flag}={how.steps}: this run's schedule has {steps} steps")

@@ -92,6 +92,8 @@ def test_an_edit_keeps_what_it_knows_and_stays_near_where_it_started():
     assert (filled * PATTERN)[:, 2:].mean() == pytest.approx(-0.5, abs=0.03)
 
 
-def test_a_sampler_that_is_none_is_one_line():
+def test_a_way_to_draw_that_makes_no_sense_is_one_line():
     with pytest.raises(UserError, match='there is no "dimm"; did you mean "ddim"'):
         drawing(predict, lambda params: cosine(), SHAPE, 2, Sampling("dimm"))
+    with pytest.raises(UserError, match="guidance_interval=3,1: must rise"):
+        draw(interval=(3.0, 1.0))

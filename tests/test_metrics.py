@@ -8,11 +8,12 @@ import pytest
 from ddpm_jax import judge as judges
 from ddpm_jax.classifier import Judge
 from ddpm_jax.data.loader import load
+from ddpm_jax.errors import UserError
 from ddpm_jax.metrics import distances
-from ddpm_jax.metrics.quality import quality
+from ddpm_jax.metrics.quality import look, quality
 from ddpm_jax.run import Loaded, Options
 from ddpm_jax.tasks import to_images
-from experiments import classifier_digits
+from experiments import classifier_digits, ddpm_digits
 
 
 def gaussian(size, mean, covariance, seed=0):
@@ -120,6 +121,40 @@ def test_quality_knows_the_training_set_from_new_images_and_from_noise():
     assert "test/recognised" not in held_out
     noise = np.random.default_rng(0).uniform(-1, 1, (500, 8, 8, 1))
     assert quality(judge, noise, None, data).metrics["test/fd_quarters_ratio"] > 20
+
+
+def test_a_distance_is_called_fid_in_inceptions_features_alone(tmp_path, monkeypatch, capfd):
+    data = load("digits")
+    drawn = to_images(data.test.images[:50], data.levels)
+    found = quality(Judge("inception", pixels), drawn, None, data, pixels=False)
+    assert found.metrics["test/fid"] > 0
+    assert found.metrics["test/fid_to_training"] > 0
+    assert found.neighbours is None
+    other = quality(Judge("quarters", pixels), drawn, None, data).metrics
+    assert not [name for name in other if "fid" in name]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = dataclasses.replace(ddpm_digits.Config(), judge="none", fid=True)
+    assert judges.with_judge(classifier_digits, config, Loaded(data), Options()) == config
+    said = capfd.readouterr().err
+    assert "no FID: put pt_inception-2015-12-05-6726825d.pth" in said
+    assert len(said.splitlines()) == 1
+    assert judges.judges_of(classifier_digits, config) == ()
+    judges.inception_file().parent.mkdir()
+    judges.inception_file().write_bytes(b"nothing of the kind")
+    (judge,) = judges.judges_of(classifier_digits, config)
+    with pytest.raises(UserError):
+        judge()
+
+
+def test_a_set_looked_at_in_parts_is_the_set_looked_at_whole():
+    images = np.random.default_rng(0).uniform(-1, 1, (300, 8, 8, 1))
+    judge = Judge("quarters", pixels)
+    whole = look(judge, iter([images]))
+    parts = look(judge, iter([images[:7], images[7:150], images[150:]]))
+    np.testing.assert_allclose(parts.moments.covariance, whole.moments.covariance, atol=1e-12)
+    np.testing.assert_array_equal(parts.features, whole.features)
+    np.testing.assert_array_equal(parts.logs, whole.logs)
 
 
 def test_a_classifier_is_trained_once_and_judges(tmp_path, monkeypatch, capfd):
