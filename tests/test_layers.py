@@ -16,6 +16,7 @@ LEVELS = {
     "metrics": 5,
     "drawing": 5,
     "vdm": 7,
+    "gallery": 6,
     "diffusion": 6,
     "train": 8,
     "run": 9,
