@@ -81,6 +81,11 @@ def drawing(
     """
     _check(sampling, "--config.sampler", "--config.sample_steps", steps, variance)
 
+    def first_noise(keys):
+        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, FIRST_NOISE), shape))(
+            keys
+        )
+
     @functools.lru_cache
     def drawer(how: Sampling, trace: int = 0):
         """The compiled sampler of one way to draw; scale 1 needs no second half."""
@@ -89,9 +94,7 @@ def drawing(
         @jax.jit
         def run(params, keys, labels):
             logsnrs = grid(schedule_of(params), how.steps, how.spacing)
-            xT = jax.vmap(
-                lambda key: jax.random.normal(jax.random.fold_in(key, FIRST_NOISE), shape)
-            )(keys)
+            xT = first_noise(keys)
             denoise = LIMITS[how.limit](denoiser(params, labels, how))
             return sampler.sample(one, denoise, logsnrs, keys, xT, trace)
 
@@ -102,10 +105,7 @@ def drawing(
         schedule = schedule_of(params)
         cleanest = grid(schedule, sampling.steps, sampling.spacing)[-2]
         start = schedule.logsnr(t)
-        noise = jax.vmap(
-            lambda key: jax.random.normal(jax.random.fold_in(key, FIRST_NOISE), shape)
-        )(keys)
-        xt = jax.vmap(q_sample, (0, 0, None))(images, noise, start)
+        xt = jax.vmap(q_sample, (0, 0, None))(images, first_noise(keys), start)
         logsnrs = jnp.append(jnp.linspace(start, cleanest, sampling.steps), jnp.inf)
         denoise = LIMITS[sampling.limit](denoiser(params, labels, sampling))
         one = sampler.named(sampling.sampler, sampling.steps)

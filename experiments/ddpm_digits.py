@@ -66,6 +66,7 @@ DEBUG = dict(
 
 
 Noise = Literal["linear_betas", "cosine_betas", "linear", "cosine", "sigmoid", "edm"]
+Weight = Literal["simple", "v", "min_snr", "sigmoid", "edm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Config(Training):
     variance: Literal["posterior", "beta", "learned"] = "beta"  # of p(x_s | x_t); in the bound
     bound_scale: NonNegative = 1e-3  # of L_vlb beside L_simple, with a learned variance
     times: Times = "stratified"
-    weight: Literal["simple", "v", "min_snr", "sigmoid", "edm"] = "simple"
+    weight: Weight = "simple"
     label_dropout: Annotated[float, AtLeast(0.0), AtMost(1.0)] = 0.1
     flip: bool = False
     # Sampling and evaluation, which may change from one evaluation to the next.

@@ -31,7 +31,6 @@ few):
 """
 
 import dataclasses
-from typing import Literal
 
 from ddpm_jax.config import Count, Interval, Length, NonNegative, Positive, Share
 from experiments import classifier_mnist, ddpm_digits
@@ -52,7 +51,7 @@ class Config(ddpm_digits.Config):
     ema_half_life: NonNegative = 50_000.0
     eval_every: Interval = 1000
     checkpoint_every: Interval = 500
-    weight: Literal["simple", "v", "min_snr", "sigmoid", "edm"] = "v"
+    weight: ddpm_digits.Weight = "v"
     fold: Count = 2
     attention_sizes: tuple[Count, ...] = (7,)
     dropout: Share = 0.0
