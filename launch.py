@@ -41,8 +41,14 @@ def define_flags() -> None:
         "parallel",
         "jit",
         "How a step is spread over devices.",
-        ["jit"],
+        ["jit", "pmap", "fsdp"],
     )
+    define(flags.DEFINE_bool, "profile", False, "Trace steps 10 to 15 into WORKDIR/profile.")
+    define(flags.DEFINE_bool, "wandb", False, "Follow the run on Weights & Biases, too.")
+    define(flags.DEFINE_bool, "distributed", False, "One of several processes (docs/clusters.md).")
+    define(flags.DEFINE_string, "coordinator", None, "HOST:PORT of process 0, outside of clusters.")
+    define(flags.DEFINE_integer, "num_processes", None, "How many there are.", lower_bound=1)
+    define(flags.DEFINE_integer, "process_id", None, "Which this is, from 0 on.", lower_bound=0)
     define(flags.DEFINE_string, "data_dir", None, "Where TFDS data sets are or get prepared.")
     define(flags.DEFINE_bool, "strict_data", False, "A missing data set is an error.")
     define(
@@ -173,18 +179,32 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--experiment=NAME is missing; there are: {', '.join(EXPERIMENTS)}")
     workdir = workdir or pathlib.Path("runs") / (name + "-debug" * FLAGS.debug)
 
+    given = [flag for flag in ("coordinator", "num_processes", "process_id") if FLAGS[flag].present]
+    if given and not FLAGS.distributed:
+        raise UserError(f"--{given[0]} goes with --distributed")
     experiment = load_experiment(name)
     config = experiment.Config()
-    from ddpm_jax import run
+    from ddpm_jax import boards, run
 
+    cluster = None
+    if FLAGS.distributed:
+        cluster = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     options = run.Options(
-        FLAGS.seed, FLAGS.parallel, FLAGS.data_dir, FLAGS.strict_data, FLAGS.debug
+        FLAGS.seed,
+        FLAGS.parallel,
+        FLAGS.data_dir,
+        FLAGS.strict_data,
+        FLAGS.debug,
+        FLAGS.profile,
+        FLAGS.wandb,
     )
     if FLAGS.mode == "train":
         if FLAGS.debug:
             config = dataclasses.replace(config, **experiment.DEBUG)
         config = override(config, overrides)
-        run.set_up_jax(FLAGS.debug)
+        if FLAGS.wandb:
+            boards.check_wandb()
+        run.set_up_jax(FLAGS.debug, cluster)
         if hasattr(experiment, "run"):
             experiment.run(config, workdir, options)
         else:
@@ -205,7 +225,7 @@ def main(arguments: list[str]) -> None:
         )
     assert record is not None
     config = override(restore(experiment.Config, record["config"], workdir), overrides)
-    run.set_up_jax()
+    run.set_up_jax(cluster=cluster)
     if sampling:
         request = run.Request(*(FLAGS[flag].value for flag in SAMPLE_FLAGS))
         out = pathlib.Path(FLAGS.out).expanduser() if FLAGS.out else None
@@ -218,7 +238,13 @@ def _die(kind: str, message: str, code: int) -> None:
     print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
     sys.stderr.flush()
     sys.stdout.flush()
-    os._exit(code) if code == 130 else sys.exit(code)
+    # One of several processes would wait, while it exits, for the others.
+    os._exit(code) if code == 130 or FLAGS["distributed"].value else sys.exit(code)
+
+
+def _lost(error: Exception) -> bool:
+    """Whether this is how jax tells that another process is gone."""
+    return bool(FLAGS["distributed"].value) and type(error).__name__ == "JaxRuntimeError"
 
 
 if __name__ == "__main__":
@@ -230,3 +256,13 @@ if __name__ == "__main__":
         _die("stopped", str(error), 1)
     except KeyboardInterrupt:
         _die("interrupted", "by Ctrl-C", 130)
+    except Exception as error:
+        if not _lost(error):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        _die(
+            "stopped",
+            f"another process of this run is gone ({reason}); start all of them again, and the run "
+            "goes on from its newest checkpoint",
+            1,
+        )

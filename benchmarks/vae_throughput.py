@@ -10,6 +10,7 @@ speed changes from minute to minute, and the medians and the ratio of each pair 
 
 import argparse
 import dataclasses
+import functools
 import os
 import pathlib
 import statistics
@@ -34,9 +35,11 @@ def jax_runner(config: vae_mnist.Config, data: Data):
     spread = parallel.make("jit")
     examples = Batch(data.train.images[:1000], data.train.labels[:1000], np.arange(1000))
     state = spread.place(train.init_state(task, config, examples, 0))
-    call = spread.compile(
-        train.train_steps(lambda state, batch: train.train_step(task, config, 0, state, batch))
+    program = train.train_steps(functools.partial(train.train_step, task, config, 0))
+    first = next(
+        training_batches(data.train, 0, config.batch_size, [(0, 1)], config.steps_per_call)
     )
+    call = spread.lower(program, spread.like(state), spread.feed(first, axis=1), 1)()
 
     def run(steps: int) -> float:
         nonlocal state
@@ -44,7 +47,7 @@ def jax_runner(config: vae_mnist.Config, data: Data):
         batches = training_batches(data.train, 0, config.batch_size, plan, config.steps_per_call)
         start = time.perf_counter()
         for (first, last), batch in zip(
-            plan, prefetch(batches, lambda batch: spread.shard(batch, axis=1)), strict=True
+            plan, prefetch(batches, lambda batch: spread.feed(batch, axis=1)), strict=True
         ):
             state, metrics = call(state, batch, last - first)
         jax.block_until_ready((state, metrics))

@@ -13,6 +13,7 @@ from ddpm_jax.data.loader import Batch, Data
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluate import average, per_example
 from ddpm_jax.nn.classifier import Classifier
+from ddpm_jax.parallel import fetch, make
 from ddpm_jax.tasks import Evaluation, Task, to_images
 
 
@@ -68,9 +69,9 @@ def classifier_task(net: Classifier, levels: int, *, shift: int = 0, eval_batch:
             "right": logits.argmax(-1) == batch.labels,
         }
 
-    def evaluate(params, fixed, data: Data, *, seed, full, shard):
+    def evaluate(params, fixed, data: Data, *, seed, full, spread):
         found = per_example(
-            lambda batch, keys: judged(params, batch), data.test, eval_batch, seed, shard
+            lambda batch, keys: judged(params, batch), data.test, eval_batch, seed, spread
         )
         nll, right = average(found["nll"]), average(found["right"])
         metrics = {
@@ -102,11 +103,13 @@ def judge_of(
         return features, jax.nn.log_softmax(logits)
 
     def see(images):
-        found = []
-        for start in range(0, len(images), batch_size):  # one shape, compiled once
-            part = np.asarray(images[start : start + batch_size], np.float32)
-            filled = np.concatenate([part, np.repeat(part[:1], batch_size - len(part), 0)])
-            found.append([np.asarray(a, np.float64)[: len(part)] for a in forward(params, filled)])
+        spread, found = make(), []
+        size = spread.round_up(batch_size)
+        for start in range(0, len(images), size):  # one shape, compiled once
+            part = np.asarray(images[start : start + size], np.float32)
+            filled = np.concatenate([part, np.repeat(part[:1], size - len(part), 0)])
+            seen = fetch(forward(params, spread.shard(filled[spread.rows(size)])))
+            found.append([a.astype(np.float64)[: len(part)] for a in seen])
         features, logs = zip(*found, strict=True)
         return np.concatenate(features), np.concatenate(logs)
 

@@ -207,10 +207,10 @@ def diffusion_task(
         found = clipped(predict(params, xt, logsnr, labels), xt, logsnr)
         return step_nats(found, x0, xt, logsnr, before(t), least())
 
-    def evaluate(params, fixed, data: Data, *, seed, full, shard):
+    def evaluate(params, fixed, data: Data, *, seed, full, spread):
         test = data.test if full else data.test.first(QUICK_IMAGES)
         found = per_example(
-            lambda batch, keys: test_terms(params, batch, keys), test, eval_batch, seed, shard
+            lambda batch, keys: test_terms(params, batch, keys), test, eval_batch, seed, spread
         )
         mse = average(found["mse"].mean(1))
         metrics = {"test/loss": mse.mean, "test/loss_error": mse.error}
@@ -226,7 +226,7 @@ def diffusion_task(
         if full:
             by_level, pictures = noise_levels(found, dims)
             metrics |= by_level
-        shown = show(draw, params, seed, data, full, judging)
+        shown = show(draw, params, seed, data, full, judging, spread)
         return shown._replace(metrics=metrics | shown.metrics, pictures=pictures | shown.pictures)
 
     return Task(init, loss_of, update, evaluate, draw.sample)

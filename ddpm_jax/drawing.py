@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 from ddpm_jax import guidance, sampler
 from ddpm_jax.errors import UserError, nearest
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
+from ddpm_jax.parallel import Parallel, fetch
 from ddpm_jax.prediction import Denoiser, Prediction, clip_x0, inpaint, threshold_x0
 from ddpm_jax.process import q_sample
 from ddpm_jax.schedule import Schedule, Spacing, grid
@@ -46,7 +47,8 @@ class Sampling(NamedTuple):
 class Drawing(NamedTuple):
     """What draws with a task's parameters.
 
-    many(params, seed, count) -> (images, labels or None, Trace of the first), the classes in turn
+    many(params, seed, count, spread) -> (images, labels or None, Trace of the first), the classes
+        in turn, the images spread over the devices
     sample(params, fixed, keys, request) -> images, as a `Task`'s
     edit(params, keys, labels, t, images, known, mask) -> images: noised to time t and drawn
         again, those pixels kept to `known` where `mask` is 1 (in [-1, 1]; [B, H, W, C] each)
@@ -139,15 +141,16 @@ def drawing(
             return guided
         return guidance.limited(guided, plain, *how.interval)
 
-    def many(params, seed: int, count: int):
+    def many(params, seed: int, count: int, spread: Parallel):
         images, first = [], None
-        for start in range(0, count, AT_ONCE):  # one shape, compiled once
-            index = jnp.arange(start, start + AT_ONCE)
+        size = spread.round_up(AT_ONCE)
+        for start in range(0, count, size):  # one shape, compiled once
+            index = spread.indices(start, size)
             keys = example_keys(purpose_key(seed, SAMPLE), 0, index)
             labels = index % classes if classes else None
             x, trace = drawer(sampling, SHOWN)(params, keys, labels)
-            images.append(np.asarray(x))
-            first = first or trace
+            images.append(fetch(x))
+            first = first or fetch(trace)
         meant = np.arange(count) % classes if classes else None
         return np.concatenate(images)[:count], meant, first
 

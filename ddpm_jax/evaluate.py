@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.data.loader import Batch, Split, evaluation_batches
 from ddpm_jax.keys import EVALUATE, example_keys, purpose_key
-from ddpm_jax.parallel import round_up
+from ddpm_jax.parallel import Parallel, fetch
 
 
 class Average(NamedTuple):
@@ -26,7 +26,7 @@ def per_example(
     split: Split,
     batch_size: int,
     seed: int,
-    shard: Callable[[Any], Any] = jax.device_put,
+    spread: Parallel,
 ) -> dict[str, np.ndarray]:
     """`fn` of every example of a split, in its order.
 
@@ -37,13 +37,14 @@ def per_example(
         result.
       seed: with an example's place in the split, keys its draws: the same at every
         evaluation, so that two of them differ by the parameters alone.
-      shard: puts a batch on the devices.
+      spread: the devices.
     """
     key = purpose_key(seed, EVALUATE)
     rows: dict[str, list[np.ndarray]] = {}
-    for batch, count in evaluation_batches(split, round_up(batch_size)):
-        batch = shard(batch)
-        for name, values in fn(batch, example_keys(key, 0, batch.index)).items():
+    size = spread.round_up(batch_size)
+    for batch, count in evaluation_batches(split, size, spread.rows(size)):
+        batch = spread.shard(batch)
+        for name, values in fetch(fn(batch, example_keys(key, 0, batch.index))).items():
             rows.setdefault(name, []).append(np.asarray(values, np.float64)[:count])
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 

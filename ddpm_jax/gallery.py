@@ -13,6 +13,7 @@ from ddpm_jax.data.loader import Data
 from ddpm_jax.drawing import AT_ONCE, SHOWN, Drawing
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.metrics.quality import quality
+from ddpm_jax.parallel import Parallel, fetch
 from ddpm_jax.tasks import Evaluation, to_images
 
 EDIT_TIMES = (0.3, 0.5, 0.7)
@@ -31,7 +32,7 @@ def trajectories(
     trace: sampler.Trace, images: Float[np.ndarray, "n h w c"]
 ) -> tuple[UInt8[np.ndarray, "high wide c"], UInt8[np.ndarray, "frames rows columns c"]]:
     """A sheet and a movie of x_t above the predicted x0, which both end at the first `images`."""
-    xt, x0 = (np.concatenate([a, images[None, : a.shape[1]]]) for a in map(np.asarray, trace))
+    xt, x0 = (np.concatenate([a, images[None, : a.shape[1]]]) for a in trace)
     moments = np.unique(np.linspace(0, len(xt) - 1, SHOWN).round().astype(int))
     rows = [a[moments, image] for image in range(4) for a in (xt, x0)]
     sheet = report.grid(np.concatenate(rows), columns=len(moments))
@@ -75,7 +76,7 @@ def edits(
         same = jnp.broadcast_to(keys(3)[:1], (count,))
         rows["interpolation"].append(draw.edit(params, same, none, BLEND_TIME, mixed, mixed, free))
     return {
-        name: report.grid(np.concatenate([np.asarray(row) for row in found]), columns=count)
+        name: report.grid(np.concatenate(fetch(found)), columns=count)
         for name, found in rows.items()
         if found
     }
@@ -88,10 +89,11 @@ def show(
     data: Data,
     full: bool,
     judging: Judging,
+    spread: Parallel,
 ) -> Evaluation:
     """A sheet of samples and what the judges say of more; trajectories in a full evaluation."""
     judged = (judging.final if full else judging.between) if judging.judges else 0
-    images, labels, trace = draw.many(params, seed, max(judged, AT_ONCE))
+    images, labels, trace = draw.many(params, seed, max(judged, AT_ONCE), spread)
     pictures = {"samples": report.grid(images[:AT_ONCE], columns=10)}
     if full:
         pictures["trajectories"], pictures["trajectories_movie"] = trajectories(trace, images)

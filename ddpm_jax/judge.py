@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import pathlib
-import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,8 @@ from ddpm_jax.data.loader import cache_dir
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics.pth import read_tensors
 from ddpm_jax.nn.inception import Inception, from_torch
+from ddpm_jax.parallel import from_main
+from ddpm_jax.progress import tell
 from ddpm_jax.run import Loaded, Options, load_state, train_experiment
 from ddpm_jax.train import averaged
 
@@ -39,16 +40,13 @@ def with_judge(
       UserError: there is no classifier where the config says.
     """
     if config.fid and not inception_file().exists():
-        print(
-            f"no FID: put {INCEPTION}, of pytorch-fid's releases, into {inception_file().parent}",
-            file=sys.stderr,
-        )
+        tell(f"no FID: put {INCEPTION}, of pytorch-fid's releases, into {inception_file().parent}")
     if config.judge == "none":
         return config
     if config.judge != "auto" and (pathlib.Path(config.judge) / "summary.json").exists():
         return config
     if not loaded.data.classes:
-        print("no labels, so no classifier: no distances are told", file=sys.stderr)
+        tell("no labels, so no classifier: no distances are told")
         return dataclasses.replace(config, judge="none")
     place = trained(experiment, loaded, options)
     return place and dataclasses.replace(config, judge=str(place))
@@ -62,9 +60,18 @@ def trained(experiment: types.ModuleType, loaded: Loaded, options: Options) -> p
     name = experiment.__name__.rpartition(".")[2]
     known = f"{dataclasses.asdict(config)} {loaded.data.fingerprint}"
     place = cache_dir() / "judges" / f"{name}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
-    if not (place / "summary.json").exists():
-        print(f"training {name} once, to judge drawn images with", file=sys.stderr)
-        if train_experiment(experiment, config, place, options._replace(seed=0), loaded) is None:
+    if not from_main((place / "summary.json").exists):
+        tell(f"training {name} once, to judge drawn images with")
+        if (
+            train_experiment(
+                experiment,
+                config,
+                place,
+                options._replace(seed=0, profile=False, wandb=False),
+                loaded,
+            )
+            is None
+        ):
             return None
     return place
 

@@ -1,21 +1,37 @@
-"""How a step is spread over devices: the only file that knows them.
+"""How a run is spread over devices and processes: the only file that knows them.
 
-`jit`: one mesh axis, `data`; batches are sharded along it, everything else is replicated,
-and XLA inserts the collectives.  A step is written as if there were one device.
+A step is a pure function of a state and a batch that asks three things of whoever spreads it:
+`reduce`, the mean over devices; `gather`, the devices' parts put together; `whole`, a sharded
+tree put together where it is used.
+
+`jit`: a global view.  Batches are sharded, the state is replicated, XLA inserts what is sent.
+`fsdp`: the same with every array of the state sharded; parameters are put together for the
+    loss alone, and their gradient is sharded again (ZeRO-3, Rajbhandari et al. 2020).
+`pmap`: a view of one device; `reduce` is `pmean`, `gather` an all-gather.
+
+A batch's rows lie on the devices in the order of the processes, so each process reads one run
+of rows and no other.
 """
 
+import functools
 import importlib.metadata
+import itertools
+import json
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import RunError, UserError
 
-MODES = ("jit",)
+MODES = ("jit", "pmap", "fsdp")
+AXIS = "data"  # of `pmap`
+HEARTBEAT = 30  # seconds after which a silent process is taken for dead
 # A flag that jaxlib does not know aborts the process, so each is set for the versions it was
 # tried with alone.  The first makes a convolution's gradients 2 to 3 times faster on a CPU; the
 # second makes compiling a third faster and the program slower.
@@ -36,68 +52,348 @@ def tune_cpu(debug: bool = False) -> None:
             os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
 
 
-class Parallel(NamedTuple):
-    """How arrays are placed and a step is compiled.
+def identity(tree: Any) -> Any:
+    """What `reduce`, `gather` and `whole` are where there is nothing to do."""
+    return tree
 
+
+class Parallel(NamedTuple):
+    """How arrays are placed and a step is spread.
+
+    devices: how many.
     place: a state's arrays -> the devices.
     like: a state's shapes -> the same with the placement, for restoring.
-    shard(batch, axis=0): a batch's arrays -> the devices, split along `axis`.
-    compile(step): step(state, ...) -> the same, compiled; `state` is donated.
+    shardings: a state's shapes -> where each of its arrays lies.
+    rows(size): of a batch of `size` examples on all devices, those that this process reads.
+    shard(batch, axis=0): those rows of a batch's arrays -> arrays of the whole batch, which lies
+        along `axis`, on the devices.
+    feed: as `shard`, for the step.
+    lower(step, *arguments): lowers step(state, batch, ...) -> (state, metrics), which is given
+        `reduce`, `gather` and `whole` by name, and returns what compiles it; `state` is donated.
     """
 
+    devices: int
     place: Callable[[Any], Any]
     like: Callable[[Any], Any]
+    shardings: Callable[[Any], Any]
+    rows: Callable[[int], slice]
     shard: Callable[..., Any]
-    compile: Callable[[Callable], jax.stages.Wrapped]
+    feed: Callable[..., Any]
+    lower: Callable[..., Callable[[], Callable]]
+
+    def round_up(self, batch_size: int) -> int:
+        """The next batch size that the devices divide, for batches that are filled up anyway."""
+        return -(-batch_size // self.devices) * self.devices
+
+    def indices(self, start: int, size: int) -> jax.Array:
+        """start ... start + size - 1, spread as a batch is."""
+        return self.shard(np.arange(start, start + size, dtype=np.int32)[self.rows(size)])
 
 
-def make(mode: str = "jit") -> Parallel:
-    """The devices at hand, in `mode`."""
+def make(mode: str = "jit", devices: list[jax.Device] | None = None) -> Parallel:
+    """`devices`, all that there are unless given, in `mode`.
+
+    Raises:
+      UserError: there is no such mode.
+    """
     if mode not in MODES:
         raise UserError(f"--parallel={mode}: there are {', '.join(MODES)}")
-    devices = jax.devices()
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,))
+    devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+    count = len(devices)
+    # One axis for each prime factor, so that an array is sharded over as many devices as some
+    # split of its axes allows; a batch lies along all of them.
+    factors = prime_factors(count)
+    axes = tuple(f"data_{number}" for number in range(len(factors)))
+    mesh = Mesh(np.reshape(devices, factors), axes, axis_types=(AxisType.Auto,) * len(axes))
     replicated = NamedSharding(mesh, PartitionSpec())
 
+    def shardings(tree: Any) -> Any:
+        if mode != "fsdp":
+            return jax.tree.map(lambda _: replicated, tree)
+        return jax.tree.map(lambda a: NamedSharding(mesh, split(a.shape, factors, axes)), tree)
+
     def place(tree: Any) -> Any:
-        return jax.device_put(tree, replicated)
+        return jax.device_put(tree, shardings(tree))
 
     def like(tree: Any) -> Any:
         return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), tree
+            lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+            tree,
+            shardings(tree),
         )
+
+    def rows(size: int) -> slice:
+        own = [i for i, device in enumerate(devices) if device.process_index == _process()]
+        return slice(own[0] * size // count, (own[-1] + 1) * size // count)
 
     def shard(tree: Any, axis: int = 0) -> Any:
-        split = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
-        return jax.tree.map(lambda array: jax.device_put(np.asarray(array), split), tree)
+        where = NamedSharding(mesh, PartitionSpec(*[None] * axis, axes))
+        return jax.tree.map(lambda array: _put(np.asarray(array), where), tree)
 
-    def compile(step: Callable) -> jax.stages.Wrapped:
-        return jax.jit(step, donate_argnums=0, out_shardings=replicated)
+    def lower(step: Callable, *arguments: Any) -> Callable[[], Callable]:
+        def spread(state, *rest):
+            return step(state, *rest, reduce=identity, gather=identity, whole=whole)
 
-    return Parallel(place, like, shard, compile)
+        out = (shardings(arguments[0]), replicated)
+        lowered = jax.jit(spread, donate_argnums=0, out_shardings=out).lower(*arguments)
+        return lowered.compile
+
+    @jax.custom_vjp
+    def together(tree):
+        return jax.lax.with_sharding_constraint(tree, replicated)
+
+    def apart(_, gradient):
+        return (jax.lax.with_sharding_constraint(gradient, shardings(gradient)),)
+
+    together.defvjp(lambda tree: (together(tree), None), apart)
+    whole = together if mode == "fsdp" else identity
+
+    if mode == "pmap":
+        line = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+        feed, lower = _mapped(line, replicated)
+    else:
+        feed = shard
+    return Parallel(count, place, like, shardings, rows, shard, feed, lower)
 
 
-def round_up(batch_size: int) -> int:
-    """The next batch size that the devices divide, for batches that are filled up anyway."""
-    devices = jax.device_count()
-    return -(-batch_size // devices) * devices
+def prime_factors(number: int) -> tuple[int, ...]:
+    """Largest first; (1,) of 1."""
+    found = []
+    for factor in itertools.count(2):
+        while number % factor == 0:
+            found.append(factor)
+            number //= factor
+        if number == 1:
+            return tuple(reversed(found)) or (1,)
+    raise AssertionError
 
 
-def check_batch(batch_size: int) -> None:
-    """A training batch is split evenly over the devices, or not at all.
+def split(shape: tuple[int, ...], factors: tuple[int, ...], axes: tuple[str, ...]) -> PartitionSpec:
+    """Which axes of the mesh, of sizes `factors`, divide which axis of an array.
+
+    Each goes to the longest part that it divides, and nowhere if it divides none.
+    """
+    left: list[int] = list(shape)
+    given: list[tuple[str, ...]] = [()] * len(shape)
+    for factor, axis in zip(factors, axes, strict=True):
+        fitting = [i for i, size in enumerate(left) if size % factor == 0]
+        if fitting:
+            longest = max(fitting, key=lambda i: left[i])
+            left[longest] //= factor
+            given[longest] += (axis,)
+    return PartitionSpec(*(names or None for names in given))
+
+
+def _mapped(line: Mesh, replicated: NamedSharding) -> tuple[Callable, Callable]:
+    """`feed` and `lower` of `pmap`, whose batches have the devices as their first axis."""
+    count = line.size
+
+    def feed(tree: Any, axis: int = 0) -> Any:
+        def put(array):
+            array = np.asarray(array)
+            here = len(line.local_devices)
+            parts = array.reshape(*array.shape[:axis], here, -1, *array.shape[axis + 1 :])
+            return _put(np.moveaxis(parts, axis, 0), NamedSharding(line, PartitionSpec(AXIS)))
+
+        return jax.tree.map(put, tree)
+
+    def lower(step: Callable, *arguments: Any) -> Callable[[], Callable]:
+        def spread(state, *rest):
+            def gather(tree):
+                return jax.tree.map(lambda a: jax.lax.all_gather(a, AXIS, tiled=True), tree)
+
+            def reduce(tree):
+                return jax.lax.pmean(tree, AXIS)
+
+            return step(state, *rest, reduce=reduce, gather=gather, whole=identity)
+
+        mapped = jax.pmap(
+            spread,
+            axis_name=AXIS,
+            in_axes=(None, 0, *[None] * (len(arguments) - 2)),
+            out_axes=None,
+            axis_size=count,
+            devices=list(line.devices.flat),
+            donate_argnums=0,
+        )
+        if jax.process_count() == 1:
+            return mapped.lower(*arguments).compile
+
+        def call(*arguments):
+            return jax.tree.map(everywhere, mapped(*arguments))
+
+        def everywhere(array):  # what pmap returns is of this process's devices
+            parts = [part.data for part in array.addressable_shards]
+            return jax.make_array_from_single_device_arrays(array.shape, replicated, parts)
+
+        return lambda: call
+
+    return feed, lower
+
+
+def _put(array: np.ndarray, where: NamedSharding) -> jax.Array:
+    if jax.process_count() == 1:
+        return jax.device_put(array, where)
+    return jax.make_array_from_process_local_data(where, array)
+
+
+def fetch(tree: Any) -> Any:
+    """numpy arrays of what may lie on devices of other processes; all of them call it."""
+
+    def one(array):
+        if isinstance(array, jax.Array) and not (
+            array.is_fully_addressable or array.is_fully_replicated
+        ):
+            assert isinstance(array.sharding, NamedSharding)
+            array = _gathered(NamedSharding(array.sharding.mesh, PartitionSpec()))(array)
+        return np.asarray(array)
+
+    return jax.tree.map(one, tree)
+
+
+@functools.lru_cache
+def _gathered(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(identity, out_shardings=where)
+
+
+def check_batch(batch_size: int, accumulate: int = 1) -> None:
+    """A training batch is split evenly over the devices and the parts, or not at all.
 
     Raises:
-      UserError: the devices do not divide it.
+      UserError: it does not divide.
     """
-    devices = jax.device_count()
-    if batch_size % devices:
+    parts = jax.device_count() * accumulate
+    if batch_size % parts:
+        over = f"{jax.device_count()} devices" + f" x {accumulate} parts" * (accumulate > 1)
         raise UserError(
-            f"--config.batch_size={batch_size} does not divide over {devices} devices; "
-            f"give a multiple of {devices}"
+            f"--config.batch_size={batch_size} does not divide over {over}; "
+            f"give a multiple of {parts}"
         )
+
+
+def memory() -> dict[str, float]:
+    """The most that this process's devices have held, where they tell it."""
+    told = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] for stats in told if "peak_bytes_in_use" in stats]
+    return {"peak_memory_bytes": float(max(peaks))} if peaks else {}
+
+
+# Operations per second of matrix products in bfloat16, as the makers state them (dense).
+PEAKS = {
+    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
+    "TPU v5": 459e12, "TPU v6 lite": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12, "NVIDIA L4": 121e12, "Tesla T4": 65e12, "Tesla V100": 125e12,
+}  # fmt: skip
+
+
+def flops(program: Any) -> float:
+    """Floating-point operations of a compiled program on one device, by XLA's count; 0: unknown."""
+    if not hasattr(program, "cost_analysis"):
+        return 0.0
+    told = program.cost_analysis() or {}
+    return float((told[0] if isinstance(told, list) else told).get("flops", 0.0))
+
+
+def utilisation(flops: float, lap: dict[str, float]) -> dict[str, float]:
+    """Operations per second of a device, and what share that is of its peak where that is known."""
+    if not flops or not math.isfinite(flops):
+        return {}
+    rate = flops * lap["steps_per_second"]
+    kind = jax.devices()[0].device_kind
+    peak = max((name for name in PEAKS if kind.startswith(name)), key=len, default=None)
+    share = {"model_flops_utilisation": rate / PEAKS[peak]} if peak else {}
+    return {"flops_per_second_per_device": rate, **share}
 
 
 def describe() -> dict[str, Any]:
     """The devices, for `config.json`."""
     devices = jax.devices()
-    return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}
+    return {
+        "platform": devices[0].platform,
+        "kind": devices[0].device_kind,
+        "count": len(devices),
+        "processes": jax.process_count(),
+    }
+
+
+# Processes.
+
+
+def _process() -> int:
+    return jax.process_index()
+
+
+def initialize(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Join the other processes; what is None is asked of the cluster (TPU, SLURM, Kubernetes).
+
+    Raises:
+      UserError: there is no cluster to ask, or no coordinator answers.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--distributed: {str(error).splitlines()[0]}; outside of a cluster give "
+            "--coordinator=HOST:PORT --num_processes=N --process_id=I"
+        ) from None
+
+
+def is_main() -> bool:
+    """Whether this process writes what is for people."""
+    return _process() == 0
+
+
+def from_main(fn: Callable[[], Any]) -> Any:
+    """What `fn` (JSON's types) returns in the first process, in all of them; UserErrors, too."""
+    if jax.process_count() == 1:
+        return fn()
+    found: dict[str, Any] = {}
+    own: Exception | None = None
+    if is_main():
+        try:
+            found = {"value": fn()}
+        except (UserError, RunError) as error:
+            found, own = {"error": str(error)}, error
+    text = json.dumps(found).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.zeros(math.ceil(size / 1024) * 1024, np.uint8)
+    padded[: len(text) if is_main() else 0] = np.frombuffer(text if is_main() else b"", np.uint8)
+    sent = multihost_utils.broadcast_one_to_all(padded)
+    found = json.loads(np.asarray(sent, np.uint8).tobytes()[:size])
+    if "error" in found:
+        raise own or UserError(found["error"])
+    return found["value"]
+
+
+def from_main_alone(fn: Callable[[], Any], otherwise: Any) -> Any:
+    """`fn()` in the first process, once done `otherwise` in the others; UserErrors in all."""
+    kept = otherwise
+
+    def run() -> None:
+        nonlocal kept
+        kept = fn()
+
+    from_main(run)
+    return kept
+
+
+def alone() -> bool:
+    """Whether there is one process."""
+    return jax.process_count() == 1
+
+
+def raised(spread: Parallel, flag: bool) -> Any:
+    """This process's flag for `anyone`: on the devices in turn with the steps, not waited for."""
+    if jax.process_count() == 1:
+        return flag
+    own = spread.rows(spread.devices)
+    flags = spread.shard(np.full(own.stop - own.start, flag, np.int32))
+    return _gathered(NamedSharding(flags.sharding.mesh, PartitionSpec()))(flags)
+
+
+def anyone(flags: Any) -> bool:
+    """Whether any process's flag is up, of what `raised` made."""
+    return bool(np.max(flags))

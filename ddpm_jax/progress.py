@@ -5,20 +5,29 @@ import sys
 import time
 from collections.abc import Iterator
 
+from ddpm_jax.parallel import is_main
+
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal
+
+
+def tell(line: str) -> None:
+    """A line for people, from the first process alone."""
+    if is_main():
+        print(line, file=sys.stderr, flush=True)
 
 
 class Clock:
     """The progress bar, and the seconds that went into steps, evaluations and checkpoints."""
 
-    def __init__(self, step: int, total: int) -> None:
+    def __init__(self, step: int, total: int, show: bool = True) -> None:
         self._first, self._total = step, total
         self._lap_step, self._lap_start = step, time.perf_counter()
         self._start: float | None = None  # of the steps after the first call, which compiles
         self._paused: dict[str, float] = {}
         self._last_line = time.perf_counter()
         self._bar = None
-        if sys.stderr.isatty():
+        self._shown = show
+        if show and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
@@ -32,18 +41,20 @@ class Clock:
         now = time.perf_counter()
         if self._start is None:
             self._start, self._first, self._excluded = now, step, sum(self._paused.values())
-            print(f"step {step}/{self._total}  loss {loss:.4g}  (compiled)", file=sys.stderr)
+            self._say(f"step {step}/{self._total}  loss {loss:.4g}  (compiled)")
         elif now - self._last_line > SECONDS_BETWEEN_LINES or step == self._total:
             busy = now - self._start - (sum(self._paused.values()) - self._excluded)
             rate = (step - self._first) / max(busy, 1e-9)
             left = (self._total - step) / max(rate, 1e-9)
-            print(
+            self._say(
                 f"step {step}/{self._total}  loss {loss:.4g}  {rate:.1f} steps/s  "
-                f"{_minutes(left)} left",
-                file=sys.stderr,
-                flush=True,
+                f"{_minutes(left)} left"
             )
             self._last_line = now
+
+    def _say(self, line: str) -> None:
+        if self._shown:
+            print(line, file=sys.stderr, flush=True)
 
     def lap(self, step: int) -> dict[str, float]:
         """The seconds since the last lap, by what they went into, and the steps/s."""

@@ -12,13 +12,11 @@ import json
 import logging
 import os
 import pathlib
-import sys
 import time
 import types
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import parallel as devices
@@ -28,7 +26,8 @@ from ddpm_jax.config import FROM_DATA, MAY_CHANGE, marked, restore
 from ddpm_jax.data.loader import Data, MissingData, cache_dir, load
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
-from ddpm_jax.rundir import check_same, open_run, provenance, read_record
+from ddpm_jax.progress import tell
+from ddpm_jax.rundir import RunDir, check_same, open_run, provenance, read_record
 from ddpm_jax.tasks import Request
 
 SAMPLE_BATCH = 64
@@ -43,17 +42,25 @@ class Options(NamedTuple):
     data_dir: str | None = None
     strict_data: bool = False
     debug: bool = False
+    profile: bool = False
+    wandb: bool = False
 
 
-def set_up_jax(debug: bool = False) -> None:
-    """Fast convolutions on a CPU, and compiled programs kept between runs.
+def set_up_jax(
+    debug: bool = False, cluster: tuple[str | None, int | None, int | None] | None = None
+) -> None:
+    """Fast convolutions on a CPU, compiled programs kept between runs, and the other processes.
 
     Args:
       debug: compile in half the time programs that are slower, for runs of a few steps.
+      cluster: the coordinator's HOST:PORT, how many processes there are, and which this is; None
+        in it is asked of the cluster.
     """
     devices.tune_cpu(debug)
+    if cluster is not None:
+        devices.initialize(*cluster)
     jax.config.update("jax_disable_most_optimizations", debug)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # what is the user's business is told here
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what is the user's business is told here
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the user's own choice
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
@@ -93,7 +100,7 @@ def load_data(
                 f"({error})",
             )
     for note in loaded.data.notes:
-        print(f"{loaded.data.title}: {note}", file=sys.stderr)
+        tell(f"{loaded.data.title}: {note}")
     return loaded
 
 
@@ -148,14 +155,16 @@ def train_experiment(
     name = experiment.__name__.rpartition(".")[2]
     loaded = loaded or load_data(experiment, config.data, workdir, options)
     data = loaded.data
-    devices.check_batch(config.batch_size)
+    devices.check_batch(config.batch_size, config.accumulate)
     train.check_ema(config)
     config = _prepared(experiment, from_data(config, data), loaded, options)
     if config is None:
         return None
     task = experiment.build(config)
     record = record_of(name, config, loaded, options)
-    run = open_run(workdir, record, marked(config, MAY_CHANGE))
+    run = devices.from_main_alone(
+        lambda: open_run(workdir, record, marked(config, MAY_CHANGE)), RunDir(workdir, record)
+    )
     checkpoints = None
     try:
         checkpoints = open_checkpoints(workdir / "checkpoints")
@@ -164,23 +173,19 @@ def train_experiment(
             raise UserError(
                 f"{workdir} is at step {step} already, beyond --config.steps={config.steps}"
             )
-        summary = run.summary()
+        summary = devices.from_main(run.summary)
         if summary is not None and step == summary.get("step") == config.steps:
             _tell_finished(workdir, summary)
             return summary
         _tell_start(name, loaded, workdir)
-        run.write_record()
-        run = run.at(step, last=step == config.steps)
-        result = train.fit(task, config, data, run, checkpoints, options.seed, options.parallel)
+        devices.from_main(run.write_record)
+        spread = devices.make(options.parallel)
+        watch = train.Watch(options.profile, options.wandb)
+        result = train.fit(task, config, data, run, checkpoints, options.seed, spread, watch)
         if result.final is None:
-            print(
-                f"stopped at step {result.step} of {config.steps}; the same command goes on",
-                file=sys.stderr,
-            )
+            tell(f"stopped at step {result.step} of {config.steps}; the same command goes on")
             return None
         run.time(result.step, run_seconds=time.perf_counter() - started)
-        curves = workdir / "images" / "curves.png"
-        report.curves(curves, run.lines(), f"{name} on {data.title}")
         summary = {
             "experiment": name,
             "step": result.step,
@@ -190,9 +195,9 @@ def train_experiment(
             "about": result.final.about | {"ema": config.ema},
             "metrics": result.final.metrics,
         }
-        run.finish(summary)
+        devices.from_main(lambda: run.finish(summary, f"{name} on {data.title}"))
         _tell_finished(workdir, summary)
-        print(f"  {time.perf_counter() - started:.0f} s in all")
+        _say(f"  {time.perf_counter() - started:.0f} s in all")
         return summary
     finally:
         if checkpoints is not None:
@@ -212,23 +217,27 @@ def eval_experiment(
     if config is None:
         return {}
     task = experiment.build(config)
-    shard = devices.make(options.parallel).shard
+    spread = devices.make(options.parallel)
     params = train.averaged(state, config)
-    found = task.evaluate(params, state.fixed, data, seed=record["seed"], full=True, shard=shard)
+    found = task.evaluate(params, state.fixed, data, seed=record["seed"], full=True, spread=spread)
     train.check_figures(found.metrics)
     step = int(state.step)
-    for name, picture in found.pictures.items():
-        report.save_picture(workdir / "images" / name, picture)
     written = {
         "step": step,
         "data": data.title,
         "about": found.about | {"ema": config.ema},
         "metrics": found.metrics,
     }
-    (workdir / "eval.json").write_text(json.dumps(written, indent=2) + "\n")
+
+    def write() -> None:
+        for name, picture in found.pictures.items():
+            report.save_picture(workdir / "images" / name, picture)
+        (workdir / "eval.json").write_text(json.dumps(written, indent=2) + "\n")
+
+    devices.from_main(write)
     title = f"{record['experiment']} on {data.title}, checkpoint of step {step}"
-    print(report.table(report.metric_rows(found.metrics), title))
-    print(f"  pictures in {workdir / 'images'}, figures in {workdir / 'eval.json'}")
+    _say(report.table(report.metric_rows(found.metrics), title))
+    _say(f"  pictures in {workdir / 'images'}, figures in {workdir / 'eval.json'}")
     return found.metrics
 
 
@@ -253,20 +262,25 @@ def sample_experiment(
     config, state = load_state(experiment, workdir, config, options.parallel)
     task = experiment.build(config)
     key = purpose_key(options.seed, SAMPLE)
-    params, parts = train.averaged(state, config), []
-    for start in range(0, count, SAMPLE_BATCH):  # one shape, compiled once
-        keys = example_keys(key, 0, jnp.arange(start, start + SAMPLE_BATCH))
-        parts.append(np.asarray(task.sample(params, state.fixed, keys, request)))
+    spread = devices.make(options.parallel)
+    params, parts, size = train.averaged(state, config), [], spread.round_up(SAMPLE_BATCH)
+    for start in range(0, count, size):  # one shape, compiled once
+        keys = example_keys(key, 0, spread.indices(start, size))
+        parts.append(devices.fetch(task.sample(params, state.fixed, keys, request)))
     images = np.concatenate(parts)[:count]
-    try:
-        if out.suffix == ".npz":
-            np.savez_compressed(out, images=report.to_uint8(images))
-        else:
-            report.save_png(out, report.grid(images))
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+
+    def write() -> None:
+        try:
+            if out.suffix == ".npz":
+                np.savez_compressed(out, images=report.to_uint8(images))
+            else:
+                report.save_png(out, report.grid(images))
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error.strerror}") from None
+
+    devices.from_main(write)
     name = experiment.__name__.rpartition(".")[2]
-    print(f"{count} images of {name}, step {int(state.step)}: {out}")
+    _say(f"{count} images of {name}, step {int(state.step)}: {out}")
     return out
 
 
@@ -294,11 +308,10 @@ def load_state(
     if not any(folder.glob("[0-9]*")):
         raise nothing
     with contextlib.closing(open_checkpoints(folder, read_only=True)) as checkpoints:
-        step = checkpoints.newest()
-        if step is None:
-            raise nothing
         shapes = train.state_shapes(experiment.build(config), config)
-        state, _ = checkpoints.restore(step, devices.make(parallel).like(shapes))
+        _, state, _ = checkpoints.restore_newest(devices.make(parallel).like(shapes))
+        if state is None:
+            raise nothing
         return config, state
 
 
@@ -314,11 +327,10 @@ def _prepared(
 def _tell_start(name: str, loaded: Loaded, workdir: pathlib.Path) -> None:
     here, data = devices.describe(), loaded.data
     height, width, channels = data.shape
-    print(
+    tell(
         f"{name} on {data.title}: {len(data.train.images)} images to train on, "
         f"{len(data.test.images)} to test on, {height}x{width}x{channels}, {data.levels} levels\n"
-        f"{here['count']} x {here['kind']} ({here['platform']}); everything goes to {workdir}",
-        file=sys.stderr,
+        f"{here['count']} x {here['kind']} ({here['platform']}); everything goes to {workdir}"
     )
     _shout(loaded.note)
 
@@ -327,14 +339,20 @@ def _tell_finished(workdir: pathlib.Path, summary: dict) -> None:
     title = f"{summary['experiment']} on {summary['data']}, step {summary['step']}"
     rows = report.metric_rows(summary["metrics"])
     rows.append(("parameters", f"{summary['parameters']:,}"))
-    print(report.table(rows, title))
-    print(f"  pictures in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
+    _say(report.table(rows, title))
+    _say(f"  pictures in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
     _shout(summary["data_note"])
 
 
 def _shout(line: str) -> None:
     if line:
-        print(f"{'!' * 80}\n{line}\n{'!' * 80}", file=sys.stderr)
+        tell(f"{'!' * 80}\n{line}\n{'!' * 80}")
+
+
+def _say(line: str) -> None:
+    """To stdout, from the first process alone."""
+    if devices.is_main():
+        print(line)
 
 
 def _count(params: Any) -> int:

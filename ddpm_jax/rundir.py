@@ -9,6 +9,7 @@ checkpoints/      see checkpoint.py
 summary.json      the final figures
 """
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -16,42 +17,81 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ddpm_jax import report
-from ddpm_jax.errors import UserError
+from ddpm_jax.boards import Board, tensorboard, weights_and_biases
+from ddpm_jax.errors import RunError, UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 
 class RunDir(NamedTuple):
-    """An open run directory; one process at a time has it."""
+    """An open run directory; one process at a time has it, and of a run's several the first.
+
+    What cannot be written, on a full disk, is told and does not end the training: lines are
+    kept for later, and `flush` says whether all of them are there.
+    """
 
     path: pathlib.Path
     record: dict[str, Any]  # what config.json says
-    lock: Any
-    board: Any = None  # TensorBoard's writer, once training has begun
+    lock: Any = None  # None: another process of this run writes
+    boards: tuple[Board, ...] = ()  # that follow, once training has begun
+    late: dict[str, list[dict]] = {}  # noqa: RUF012  # by file, lines not written yet
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append a line of figures."""
-        _append(self.path / "metrics.jsonl", {"step": step, **metrics})
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+        self._append("metrics.jsonl", {"step": step, **metrics})
+        for board in self.boards:
+            board.log(step, metrics)
 
     def time(self, step: int, **seconds: float) -> None:
         """Append a line of what a clock says."""
-        _append(self.path / "timing.jsonl", {"step": step, "time": time.time(), **seconds})
+        self._append("timing.jsonl", {"step": step, "time": time.time(), **seconds})
 
-    def picture(self, name: str, image: np.ndarray, step: int | None = None) -> pathlib.Path:
+    def picture(self, name: str, image: np.ndarray, step: int | None = None) -> None:
         """Write a picture or a movie; with a step, one of many by that name."""
+        if self.lock is None:
+            return
         stem = name if step is None else f"{name}_{step:08d}"
-        if image.ndim == 3:
-            self.board.add_image(name, image, step or 0, dataformats="HWC")
-        return report.save_picture(self.path / "images" / stem, image)
+        for board in self.boards if image.ndim == 3 else ():
+            board.picture(step or 0, name, image)
+        with self._telling(f"the picture {stem}"):
+            report.save_picture(self.path / "images" / stem, image)
+
+    @contextlib.contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            print(f"cannot write {what}: {error.strerror}", file=sys.stderr)
+
+    def _append(self, name: str, line: dict) -> None:
+        if self.lock is None:
+            return
+        self.late.setdefault(name, []).append(line)
+        self._write_late(name)
+
+    def _write_late(self, name: str) -> bool:
+        lines = self.late[name]
+        path = self.path / name
+        text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("ab") as file:
+                file.write(text)
+        except OSError as error:
+            print(f"cannot write to {path}: {error.strerror}; kept for later", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)  # no torn line before the next
+            return False
+        lines.clear()
+        return True
 
     def lines(self) -> list[dict]:
         """The lines of metrics.jsonl."""
@@ -61,7 +101,7 @@ class RunDir(NamedTuple):
         """Whether there is a line of an evaluation at `step`."""
         return any(line["step"] == step and "test/loss" in line for line in self.lines())
 
-    def at(self, step: int, last: bool = False) -> "RunDir":
+    def at(self, step: int, last: bool = False, wandb: bool = False) -> "RunDir":
         """The directory as it was at `step`: what was said later, and torn lines, are cut.
 
         With `last`, so is an evaluation at `step` itself: a final one that was cut short.
@@ -85,33 +125,37 @@ class RunDir(NamedTuple):
                 except (ValueError, KeyError, TypeError):
                     pass
             _replace(path, b"".join(kept))
-        from tensorboardX import SummaryWriter
-
-        board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
-        return self._replace(board=board)
+        boards = [tensorboard(self.path / "tensorboard", step)]
+        if wandb:
+            boards.append(weights_and_biases(self.path, self.record))
+        return self._replace(boards=tuple(boards), late={})
 
     def summary(self) -> dict | None:
         """The final figures, if the run is finished."""
         return _read_json(self.path / "summary.json")
 
-    def finish(self, summary: dict) -> None:
-        """Write the final figures."""
+    def finish(self, summary: dict, title: str) -> None:
+        """Write the final figures, and the curves of all of them."""
+        with self._telling("the curves"):
+            report.curves(self.path / "images" / "curves.png", self.lines(), title)
         _replace(self.path / "summary.json", _json(summary))
 
     def write_record(self) -> None:
         """Write config.json: from here on the directory is this run's."""
         _replace(self.path / "config.json", _json(self.record))
 
-    def flush(self) -> None:
-        """Put TensorBoard's events on disk."""
-        if self.board is not None:
-            self.board.flush()
+    def flush(self) -> bool:
+        """Put everything on disk; whether every line of figures is there."""
+        for board in self.boards:
+            board.flush()
+        return all([self._write_late(name) for name, lines in self.late.items() if lines])
 
     def close(self) -> None:
         """Let go of the directory."""
-        if self.board is not None:
-            self.board.close()
-        self.lock.close()
+        for board in self.boards:
+            board.close()
+        if self.lock is not None:
+            self.lock.close()
 
 
 def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -235,16 +279,16 @@ def _read_json(path: pathlib.Path) -> Any:
         return None
 
 
-def _append(path: pathlib.Path, line: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
 def _replace(path: pathlib.Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     draft = path.with_name(path.name + ".draft")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror}; make room, and the same command goes on"
+        ) from None

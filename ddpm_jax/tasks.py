@@ -19,6 +19,7 @@ from ddpm_jax.evaluate import average, per_example
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.nn.likelihood import Likelihood
 from ddpm_jax.nn.vae import VAE, check_shape, with_data_moments
+from ddpm_jax.parallel import fetch
 
 
 class Request(NamedTuple):
@@ -49,9 +50,11 @@ class Task(NamedTuple):
     init(key, batch) -> (params, fixed); `batch` holds training examples, for layers whose
         first values depend on the data.
     loss(params, fixed, batch, keys, *, train, gather)
-        -> (Float[B], {name: Float[B]}, statistics), one value for each example.
-    update(fixed, statistics) -> fixed
-    evaluate(params, fixed, data, *, seed, full, shard) -> Evaluation; quick during
+        -> (Float[B], {name: Float[B]}, statistics), one value for each example.  A batch may be
+        a device's or a part; `gather` makes the whole of an array [B, ...], or says that it
+        cannot, for losses that compare examples.
+    update(fixed, statistics) -> fixed, of the whole batch's statistics
+    evaluate(params, fixed, data, *, seed, full, spread) -> Evaluation; quick during
         training, `full` at its end.  Its "test/loss" decides which checkpoint is the best.
     sample(params, fixed, keys, request) -> images [B, H, W, C] in [-1, 1]
     """
@@ -158,10 +161,10 @@ def vae_task(
     def decode(params, z):
         return likelihood.picture(net.apply(params, z, method="decode"))
 
-    def evaluate(params, fixed, data: Data, *, seed, full, shard):
+    def evaluate(params, fixed, data: Data, *, seed, full, spread):
         test = data.test
         found = per_example(
-            lambda batch, keys: bound(params, batch, keys), test, eval_batch, seed, shard
+            lambda batch, keys: bound(params, batch, keys), test, eval_batch, seed, spread
         )
         neg_elbo = average(found["nll"] + found["kl"])
         nll, kl = average(found["nll"]).mean, average(found["kl"]).mean
@@ -184,12 +187,12 @@ def vae_task(
                 some,
                 min(eval_batch, iwae_images, 100),
                 seed,
-                shard,
+                spread,
             )["log_weights"]
             metrics |= importance_weighted(weights)
-        return Evaluation(metrics, pictures(params, fixed, data, seed, shard))
+        return Evaluation(metrics, pictures(params, fixed, data, seed, spread))
 
-    def pictures(params, fixed, data, seed, shard):
+    def pictures(params, fixed, data, seed, spread):
         some = data.test.first(40)
         shown = per_example(
             lambda batch, keys: dict(
@@ -198,18 +201,19 @@ def vae_task(
             some,
             40,
             seed,
+            spread,
         )
         rows = []
         for start in range(0, len(shown["x"]), 10):  # originals above their reconstructions
             rows += [shown["x"][start : start + 10], shown["again"][start : start + 10]]
         found = {"reconstructions": report.grid(np.concatenate(rows), columns=10)}
         keys = example_keys(purpose_key(seed, SAMPLE), 0, jnp.arange(100))
-        found["samples"] = report.grid(np.asarray(sample(params, fixed, keys, Request())))
+        found["samples"] = report.grid(fetch(sample(params, fixed, keys, Request())))
         if net.latents == 2:
             # The unit square through the inverse normal CDF: equal shares of the prior.
             axis = jax.scipy.stats.norm.ppf(jnp.linspace(0.02, 0.98, 20))
             plane = jnp.stack(jnp.meshgrid(axis, -axis), -1).reshape(-1, 2)
-            found["latent_plane"] = report.grid(np.asarray(decode(params, plane)), columns=20)
+            found["latent_plane"] = report.grid(fetch(decode(params, plane)), columns=20)
         return found
 
     def sample(params, fixed, keys, request):

@@ -11,11 +11,12 @@ for the host; before an evaluation or a checkpoint everything is told first.
 """
 
 import contextlib
+import functools
 import itertools
 import math
+import pathlib
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -27,11 +28,11 @@ import optax
 from ddpm_jax import parallel as devices
 from ddpm_jax.checkpoint import Checkpoints
 from ddpm_jax.config import Training
-from ddpm_jax.data.loader import Batch, Data, training_batches
+from ddpm_jax.data.loader import Batch, Data, epoch_order, training_batches
 from ddpm_jax.data.prefetch import prefetch
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.keys import INIT, TRAIN, example_keys, purpose_key
-from ddpm_jax.progress import Clock
+from ddpm_jax.progress import Clock, tell
 from ddpm_jax.rundir import RunDir
 from ddpm_jax.tasks import Evaluation, Task
 
@@ -47,6 +48,16 @@ class TrainState(NamedTuple):
     fixed: Any
     opt_state: Any
     ema: tuple[Any, ...]  # the parameters' averages, in the order of `ema_decays`
+
+
+class Watch(NamedTuple):
+    """What is watched of a run: a profiler's trace of a few steps; Weights & Biases."""
+
+    profile: bool = False
+    wandb: bool = False
+
+
+UNWATCHED = Watch()
 
 
 class Fit(NamedTuple):
@@ -94,10 +105,13 @@ def power_decay(step: Any, width: float) -> Any:
 
 
 def ema_decays(config: Training, step: Any) -> list[Any]:
-    """What step `step` keeps of every average: `ema_half_life`'s, `ema_others`', `ema_power`'s."""
+    """What step `step` keeps of every average: `ema_half_life`'s, `ema_others`', `ema_power`'s.
+
+    None of one that is no average but the parameters themselves.
+    """
     lives = (config.ema_half_life, *config.ema_others)
     return [
-        *(ema_decay(step, config.batch_size, life) if life else 0.0 for life in lives),
+        *(ema_decay(step, config.batch_size, life) if life else None for life in lives),
         *(power_decay(step, width) for width in config.ema_power),
     ]
 
@@ -119,13 +133,12 @@ def check_ema(config: Training) -> None:
 
 def init_state(task: Task, config: Training, batch: Batch, seed: int) -> TrainState:
     """The state before the first step; `batch` holds training examples for `Task.init`."""
-    return initializer(task, config, seed)(batch)
+    return jax.jit(initializer(task, config, seed))(batch)  # not a hundred small programs
 
 
 def initializer(task: Task, config: Training, seed: int) -> Callable[[Batch], TrainState]:
-    """`init_state` of a batch, compiled."""
+    """`init_state` of a batch, to be compiled."""
 
-    @jax.jit  # one program instead of a hundred small ones
     def init(batch):
         params, fixed = task.init(purpose_key(seed, INIT), batch)
         opt_state = optimizer(config).init(params)
@@ -149,8 +162,10 @@ def train_step(
     seed: int,
     state: TrainState,
     batch: Batch,
-    reduce: Callable[[Any], Any] = lambda tree: tree,
-    gather: Callable[[Any], Any] = lambda tree: tree,
+    *,
+    reduce: Callable[[Any], Any] = devices.identity,
+    gather: Callable[[Any], Any] = devices.identity,
+    whole: Callable[[Any], Any] = devices.identity,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step: loss -> mean -> gradient -> reduce -> optimizer -> EMA.
 
@@ -158,28 +173,74 @@ def train_step(
       batch: this device's part of the batch; `batch.index` places it in the whole.
       reduce: the mean over devices.
       gather: puts the devices' parts together, for losses that compare examples.
+      whole: puts sharded parameters together, and shards their gradient.
 
     Returns:
-      The next state, and the step's means by name.
+      The next state, and by name the step's means and `finite`, whether each example's loss is.
     """
     keys = example_keys(purpose_key(seed, TRAIN), state.step, batch.index)
+    fixed = whole(state.fixed)
+    compare = gather if config.accumulate == 1 else _refuse_to_compare
 
-    def mean_loss(params):
+    def mean_loss(params, batch, keys):
         losses, metrics, statistics = task.loss(
-            params, state.fixed, batch, keys, train=True, gather=gather
+            whole(params), fixed, batch, keys, train=True, gather=compare
         )
         means = {name: values.mean() for name, values in {"loss": losses, **metrics}.items()}
-        return losses.mean(), (means, statistics)
+        return losses.mean(), (means, {"finite": jnp.isfinite(losses), "statistics": statistics})
 
-    gradient, (metrics, statistics) = jax.grad(mean_loss, has_aux=True)(state.params)
-    gradient, metrics, statistics = reduce((gradient, metrics, statistics))
+    gradient, metrics, each = _accumulated(
+        jax.grad(mean_loss, has_aux=True), state.params, batch, keys, config.accumulate
+    )
+    gradient, metrics = reduce((gradient, metrics))
+    each = gather(each)
     updates, opt_state = optimizer(config).update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decays = zip(state.ema, ema_decays(config, state.step + 1), strict=True)
-    ema = tuple(optax.incremental_update(params, old, 1 - decay) for old, decay in decays)
+    ema = tuple(
+        params if decay is None else optax.incremental_update(params, old, 1 - decay)
+        for old, decay in decays
+    )
     metrics["gradient_norm"] = _norm(gradient)
-    fixed = task.update(state.fixed, statistics)
-    return TrainState(state.step + 1, params, fixed, opt_state, ema), metrics
+    fixed = task.update(fixed, each["statistics"])
+    new = TrainState(state.step + 1, params, fixed, opt_state, ema)
+    if config.skip_nonfinite:
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+        new = new._replace(step=state.step + 1)
+    return new, {**metrics, "finite": each["finite"]}
+
+
+def _accumulated(gradient_of: Callable, params: Any, batch: Batch, keys: Any, parts: int) -> Any:
+    """(mean gradient, means, what is told of each example) of a batch, in `parts` one by one.
+
+    Example i goes to part i mod `parts`, so that every part lies on all devices as the batch does.
+    """
+    if parts == 1:
+        gradient, (means, each) = gradient_of(params, batch, keys)
+        return gradient, means, each
+
+    def apart(a):
+        return jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1)
+
+    def add(total, part):
+        gradient, (means, each) = gradient_of(params, *part)
+        return jax.tree.map(jnp.add, total, (gradient, means)), each
+
+    split = jax.tree.map(apart, (batch, keys))
+    shapes = jax.eval_shape(gradient_of, params, *jax.tree.map(lambda a: a[0], split))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shapes[0], shapes[1][0]))
+    total, each = jax.lax.scan(add, zeros, split)
+    gradient, means = jax.tree.map(lambda a: a / parts, total)
+    each = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1, *a.shape[2:]), each)
+    return gradient, means, each
+
+
+def _refuse_to_compare(tree: Any) -> Any:
+    raise UserError(
+        "--config.accumulate: this experiment's loss compares the examples of a batch with each "
+        "other, so a batch cannot be taken in parts; use a smaller --config.batch_size"
+    )
 
 
 def _norm(tree: Any) -> jax.Array:
@@ -188,35 +249,37 @@ def _norm(tree: Any) -> jax.Array:
     return jnp.sqrt(sum(squares))
 
 
-def train_steps(
-    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]],
-) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """Several steps in one dispatch: call(state, batches [K, B, ...], count) of `step`.
+def train_steps(step: Callable) -> Callable:
+    """Several steps in one dispatch: call(state, batches [K, B, ...], count, **hooks) of `step`.
 
-    It runs the first `count` <= K of the batches and returns metrics [K] of which as many
+    It runs the first `count` <= K of the batches and returns metrics [K, ...] of which as many
     mean something.  One program serves every count, so where the calls are cut changes no
     bit of the result.
     """
 
-    def call(state, batches, count):
+    def call(state, batches, count, **hooks):
+        def one(state, batch):
+            return step(state, batch, **hooks)
+
         def body(i, carry):
             state, metrics = carry
-            state, found = step(state, jax.tree.map(lambda array: array[i], batches))
+            state, found = one(state, jax.tree.map(lambda array: array[i], batches))
             return state, {name: metrics[name].at[i].set(found[name]) for name in metrics}
 
         size = jax.tree.leaves(batches)[0].shape[0]
-        shapes = jax.eval_shape(step, state, jax.tree.map(lambda array: array[0], batches))[1]
-        metrics = {name: jnp.zeros(size, found.dtype) for name, found in shapes.items()}
+        shapes = jax.eval_shape(one, state, jax.tree.map(lambda array: array[0], batches))[1]
+        metrics = {name: jnp.zeros((size, *f.shape), f.dtype) for name, f in shapes.items()}
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 
     return call
 
 
-def calls(first: int, config: Training) -> Iterator[tuple[int, int]]:
-    """(first, last) of each call: at most `steps_per_call` steps, none across a boundary."""
+def calls(first: int, config: Training, cuts: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
+    """(first, last) of each call: at most `steps_per_call` steps, none across a boundary or cut."""
     intervals = (config.log_every, config.eval_every, config.checkpoint_every)
     while first < config.steps:
         ends = [(first // every + 1) * every for every in intervals if every]
+        ends += [cut for cut in cuts if cut > first]
         last = min(first + config.steps_per_call, config.steps, *ends)
         yield first, last
         first = last
@@ -229,105 +292,151 @@ def fit(
     run: RunDir,
     checkpoints: Checkpoints,
     seed: int,
-    mode: str = "jit",
+    spread: devices.Parallel,
+    watch: Watch = UNWATCHED,
 ) -> Fit:
     """Train to the last step, from the newest checkpoint where there is one, and evaluate.
 
     Raises:
       RunError: a loss is not finite; the last checkpoint is older and good.
     """
-    spread = devices.make(mode)
-    window: dict[str, float] = {}  # sums since the last line, and of how many steps
-    step = checkpoints.newest() or 0
     size = min(INIT_EXAMPLES, len(data.train.images))
     examples = Batch(data.train.images[:size], data.train.labels[:size], np.arange(size))
     init = initializer(task, config, seed)
-    like = spread.like(jax.eval_shape(init, examples))
+    shapes = jax.eval_shape(init, examples)
+    like = spread.like(shapes)
     stack = config.steps_per_call if config.steps_per_call > 1 else None
+    mine = spread.rows(config.batch_size)
 
-    def one_step(state, batch):
-        return train_step(task, config, seed, state, batch)
+    one_step = functools.partial(train_step, task, config, seed)
 
     def batches(plan):
-        return training_batches(data.train, seed, config.batch_size, plan, stack)
+        return training_batches(data.train, seed, config.batch_size, plan, stack, mine)
 
     def place(batch):
-        return spread.shard(batch, axis=1 if stack else 0)
+        return spread.feed(batch, axis=1 if stack else 0)
+
+    def lowered():
+        arguments = (like, place(next(batches([(0, 1)]))), *((1,) if stack else ()))
+        return spread.lower(train_steps(one_step) if stack else one_step, *arguments)
 
     # One program, compiled while the state is made: of the newest checkpoint, or new.
-    arguments = (like, place(next(batches([(step, step + 1)]))), *((1,) if stack else ()))
-    lowered = spread.compile(train_steps(one_step) if stack else one_step).lower(*arguments)
     with ThreadPoolExecutor(1) as background:
-        compiled = background.submit(lowered.compile)
-        if step:
-            state, host = checkpoints.restore(step, like)
-            window = host["window"]
-            print(f"resuming at step {step}", file=sys.stderr)
+        finished = checkpoints.newest() == config.steps
+        compiled = None if finished else background.submit(lowered())
+        step, state, host = checkpoints.restore_newest(like)
+        if state is None:
+            state = jax.jit(init, out_shardings=spread.shardings(shapes))(examples)
         else:
-            state = spread.place(init(examples))
-    call = compiled.result()
-    placed = prefetch(batches(calls(step, config)), place)  # ahead of the calls that use them
-
+            tell(f"resuming at step {step}")
+    call: Any = compiled and compiled.result()
+    run = devices.from_main_alone(lambda: run.at(step, step == config.steps, watch.wandb), run)
+    flops = devices.flops(call)  # of a step, on a device
+    traced = [step + 10, step + 15] if watch.profile else [-1, -1]
+    window: dict[str, float] = host.get("window", {})  # sums since the last line, of how many steps
+    skipped: int = host.get("skipped", 0)  # steps in a row
+    plan = [calls(step, config, traced) for _ in range(2)]
+    placed = prefetch(batches(plan[0]), place)  # ahead of the calls that use them
+    order = epoch_order(seed, len(data.train.images))
     pending: tuple[int, int, Any] | None = None  # (first, last, metrics), not told yet
-    clock = Clock(step, config.steps)
+    clock = Clock(step, config.steps, show=devices.is_main())
 
-    def tell() -> None:
+    def finish_call() -> None:
         """Fetch what the last call found; check it, add it up, log it."""
-        nonlocal pending, window
+        nonlocal pending, window, skipped
         if pending is None:
             return
         first, last, found = pending
         pending = None
-        values = {name: np.atleast_1d(np.asarray(v, np.float64)) for name, v in found.items()}
+        values = {name: np.asarray(v) for name, v in devices.fetch(found).items()}
+        values = {name: v if stack else v[None] for name, v in values.items()}
+        finite = values.pop("finite")
         for i in range(last - first):
+            bad = [name for name in values if not math.isfinite(values[name][i])]
+            skipped = skipped + 1 if bad else 0
+            if skipped > config.skip_nonfinite:
+                rows = order((first + i) * config.batch_size, (first + i + 1) * config.batch_size)
+                raise RunError(
+                    _not_finite(bad[0], values[bad[0]][i], first + i + 1, rows[~finite[i]])
+                    + f"; the newest checkpoint is of step {checkpoints.newest() or 0}: try a "
+                    "smaller --config.learning_rate, --config.clip=1 or "
+                    "--config.skip_nonfinite=10, in another --workdir"
+                )
+            if bad:
+                window["skipped"] = window.get("skipped", 0) + 1
+                continue
             for name in values:
-                if not math.isfinite(values[name][i]):
-                    raise RunError(
-                        f"{name} is {values[name][i]} at step {first + i + 1}; the newest "
-                        f"checkpoint is of step {checkpoints.newest() or 0}: try a smaller "
-                        "--config.learning_rate, or --config.clip=1, in another --workdir"
-                    )
                 window[name] = window.get(name, 0.0) + float(values[name][i])
             window["count"] = window.get("count", 0) + 1
         if last % config.log_every == 0 or last == config.steps:
-            count = window.pop("count")
+            count, left_out = window.pop("count", 0), window.pop("skipped", 0)
             means = {f"train/{name}": total / count for name, total in window.items()}
+            if config.skip_nonfinite:
+                means["train/skipped"] = left_out
             window = {}
             run.log(last, means)
-            run.time(last, **clock.lap(last))
+            lap = clock.lap(last)
+            run.time(last, **lap, **devices.memory(), **devices.utilisation(flops, lap))
         clock.show(last, float(values["loss"][last - first - 1]))
 
-    with _Signals() as signals, contextlib.closing(placed), contextlib.closing(clock):
-        for first, last in itertools.chain(calls(step, config), [(config.steps, config.steps)]):
+    with _Signals(alone=devices.alone()) as signals, contextlib.closing(placed):
+        asked = devices.raised(spread, False)
+
+        def stop() -> bool:
+            return signals.stop if devices.alone() else devices.anyone(asked)
+
+        for first, last in itertools.chain(plan[1], [(config.steps, config.steps)]):
             finished = first == config.steps
             metrics = None
-            if _due(first, config.eval_every) and not (finished or signals.stop):
-                tell()
-                if not run.evaluated(first):
+            if _due(first, config.eval_every) and not (finished or stop()):
+                finish_call()
+                if not devices.from_main(functools.partial(run.evaluated, first)):
                     with signals.interrupting(), clock.pause("evaluation"):
-                        shown = evaluate(task, config, state, data, run, first, seed, spread.shard)
+                        shown = evaluate(task, config, state, data, run, first, seed, spread)
                         metrics = shown.metrics
-            if metrics or _due(first, config.checkpoint_every) or finished or signals.stop:
-                tell()
-                run.flush()
-                if first > 0 and checkpoints.newest() != first:
+            if metrics or _due(first, config.checkpoint_every) or finished or stop():
+                finish_call()
+                if first > 0 and checkpoints.newest() != first and run.flush():
                     with clock.pause("checkpoint"):
-                        checkpoints.save(first, state, {"window": window}, metrics)
-            if finished or signals.stop:
+                        host = {"window": window, "skipped": skipped}
+                        checkpoints.save(first, state, host, metrics)
+            if finished or stop():
                 break
-            batch = next(placed)
+            if first in traced:
+                finish_call()
+                if first == traced[0]:
+                    jax.profiler.start_trace(str(run.path / "profile"))
+                else:
+                    _stop_trace(run.path / "profile")
+            with clock.pause("data"):
+                batch = next(placed)
+            asked = devices.raised(spread, signals.stop)
+            call = call or lowered()()
             state, found = call(state, batch, last - first) if stack else call(state, batch)
-            tell()
+            finish_call()
             pending = (first, last, found)
+        clock.close()
+        if traced[0] <= first < traced[1]:
+            _stop_trace(run.path / "profile")
         checkpoints.wait()
         final = None
-        if finished and not signals.stop:
-            print("evaluating", file=sys.stderr)
+        if finished and not stop():
+            tell("evaluating")
             with signals.interrupting():
-                final = evaluate(
-                    task, config, state, data, run, first, seed, spread.shard, full=True
-                )
+                final = evaluate(task, config, state, data, run, first, seed, spread, full=True)
     return Fit(state, first, final)
+
+
+def _stop_trace(folder: pathlib.Path) -> None:
+    jax.profiler.stop_trace()
+    tell(f"profiled: tensorboard --logdir={folder}, or ui.perfetto.dev")
+
+
+def _not_finite(name: str, value: float, step: int, examples: np.ndarray) -> str:
+    """What is wrong with a step, and with which training examples, by their place in the split."""
+    some = ", ".join(map(str, examples[:5])) + ", ..." * (len(examples) > 5)
+    which = f"of training examples {some}" if len(examples) else "though every example's loss is"
+    return f"{name} is {value} at step {step}, {which}"
 
 
 def _due(step: int, every: int) -> bool:
@@ -342,12 +451,12 @@ def evaluate(
     run: RunDir,
     step: int,
     seed: int,
-    shard: Callable[[Any], Any],
+    spread: devices.Parallel,
     full: bool = False,
 ) -> Evaluation:
     """Evaluate the chosen average of the parameters, write the line and the pictures."""
     params = averaged(state, config)
-    found = task.evaluate(params, state.fixed, data, seed=seed, full=full, shard=shard)
+    found = task.evaluate(params, state.fixed, data, seed=seed, full=full, spread=spread)
     check_figures(found.metrics)
     for name, picture in found.pictures.items():
         run.picture(name, picture, None if full else step)
@@ -365,8 +474,9 @@ def check_figures(metrics: dict[str, float]) -> None:
 class _Signals:
     """SIGTERM and Ctrl-C ask the loop to stop; a second Ctrl-C stops it at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool) -> None:
         self.stop = False
+        self._alone = alone  # or other processes wait for this one's share of the work
         self._interrupt = False
         self._before: dict[int, Any] = {}
 
@@ -391,7 +501,7 @@ class _Signals:
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
         """What can be done again later is broken off at once."""
-        self._interrupt = True
+        self._interrupt = self._alone
         try:
             yield
         except _Interrupted:

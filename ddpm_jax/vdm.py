@@ -29,6 +29,7 @@ from ddpm_jax.gallery import Judging, show
 from ddpm_jax.loss import stratified_times
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
+from ddpm_jax.parallel import fetch
 from ddpm_jax.prediction import Prediction, read
 from ddpm_jax.process import alpha_sigma, q_sample
 from ddpm_jax.tasks import Evaluation, Task, to_images
@@ -162,10 +163,10 @@ def vdm_task(
         log_q -= dims * jnp.log(sigma)
         return {"ode": log_q - log_p + decoder, "calls": jnp.full(len(eps), evaluations)}
 
-    def evaluate(params, fixed, data: Data, *, seed, full, shard):
+    def evaluate(params, fixed, data: Data, *, seed, full, spread):
         test = data.test if full else data.test.first(QUICK_IMAGES)
         found = per_example(
-            lambda batch, keys: bounds(params, batch, keys), test, eval_batch, seed, shard
+            lambda batch, keys: bounds(params, batch, keys), test, eval_batch, seed, spread
         )
         ends = found["prior"] + found["decoder"]
         nats = {name: ends + found[name] for name in ROUTES[:2]}
@@ -173,7 +174,7 @@ def vdm_task(
         if full:
             some = data.test.first(ode_images)
             solved = per_example(
-                lambda batch, keys: by_ode(params, batch, keys), some, eval_batch, seed, shard
+                lambda batch, keys: by_ode(params, batch, keys), some, eval_batch, seed, spread
             )
             nats["ode"] = solved["ode"]
             metrics["test/ode_calls"] = float(solved["calls"].mean())
@@ -185,15 +186,15 @@ def vdm_task(
             metrics[f"test/bits_per_dim_{name}_error"] = error
         for name in ("prior", "decoder"):
             metrics[f"test/bits_{name}"] = average(found[name]).mean * scale
-        highest, lowest = (float(end) for end in params["schedule"]["ends"])
+        highest, lowest = (float(end) for end in fetch(params["schedule"]["ends"]))
         metrics |= {"test/logsnr_highest": highest, "test/logsnr_lowest": lowest}
         metrics["test/loss"] = metrics["test/bits_per_dim_continuous"]
-        shown = show(draw, params, seed, data, full, judging)
+        shown = show(draw, params, seed, data, full, judging, spread)
         pictures = dict(shown.pictures)
         if full:
             pictures["schedule"] = report.lines(
                 np.linspace(0, 1, 101),
-                {"logsnr": np.asarray(schedule_of(params).logsnr(jnp.linspace(0, 1, 101)))},
+                {"logsnr": fetch(schedule_of(params).logsnr(jnp.linspace(0, 1, 101)))},
                 "t",
                 "The learned schedule",
             )

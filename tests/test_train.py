@@ -54,8 +54,7 @@ def fit(config, data, workdir, task=None, seed=0):
     run = open_run(workdir, record, marked(config, MAY_CHANGE))
     checkpoints = open_checkpoints(workdir / "checkpoints")
     try:
-        run = run.at(checkpoints.newest() or 0)
-        return train.fit(task, config, data, run, checkpoints, seed)
+        return train.fit(task, config, data, run, checkpoints, seed, parallel.make())
     finally:
         checkpoints.close()
         run.close()
@@ -130,32 +129,6 @@ def test_draws_are_keyed_by_step_and_example():
     )
     data = jax.random.key_data(jnp.stack([whole, example_keys(key, 4, jnp.arange(8))]))
     assert len(np.unique(data.reshape(16, -1), axis=0)) == 16
-
-
-def test_eight_devices_train_as_one(digits):
-    assert jax.device_count() == 8
-    config = small()
-    task = vae_digits.build(config)
-    with jax.enable_x64(True):
-        start = train.init_state(task, config, batch_of(digits, 100), 0)
-        start = jax.tree.map(
-            lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a, start
-        )
-        alone = jax.jit(bind(task, config))
-        spread = parallel.make("jit")
-        together = spread.compile(bind(task, config))
-        one, many = start, spread.place(start)
-        for step in range(20):
-            batch = batch_of(digits, 16, 16 * step)
-            one, a = alone(one, batch)
-            many, b = together(many, spread.shard(batch))
-            chex.assert_trees_all_close(a, b, rtol=1e-10)
-        chex.assert_trees_all_close(one.params, jax.device_get(many.params), rtol=1e-8, atol=1e-8)
-
-
-def test_a_batch_that_the_devices_do_not_divide_is_refused():
-    with pytest.raises(UserError, match="does not divide over 8 devices"):
-        parallel.check_batch(12)
 
 
 def test_the_average_follows_its_half_life_after_the_warm_up():

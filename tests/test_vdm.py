@@ -11,6 +11,7 @@ from ddpm_jax import schedule as schedules
 from ddpm_jax.data.loader import Batch, Data, Split
 from ddpm_jax.drawing import Sampling
 from ddpm_jax.nn.dit import DiT
+from ddpm_jax.parallel import make
 from ddpm_jax.prediction import Prediction
 from ddpm_jax.vdm import rounding_nll, vdm_task
 
@@ -156,7 +157,7 @@ def test_the_loss_is_the_bound_and_reaches_the_schedules_ends(tiny):
 
 def test_the_three_routes_of_one_network_are_near_one_another(tiny):
     task, params, fixed, _, data = tiny
-    found = task.evaluate(params, fixed, data, seed=0, full=True, shard=jax.device_put)
+    found = task.evaluate(params, fixed, data, seed=0, full=True, spread=make())
     routes = [found.metrics[f"test/bits_per_dim_{name}"] for name in ("continuous", "discrete")]
     errors = [found.metrics[f"test/bits_per_dim_{n}_error"] for n in ("continuous", "discrete")]
     assert abs(routes[0] - routes[1]) < 4 * sum(errors)

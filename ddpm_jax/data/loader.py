@@ -101,6 +101,8 @@ def load(name: str, data_dir: str | None = None) -> Data:
     return data
 
 
+ALL = slice(None)
+
 # Order: a function of (seed, step) alone, so that resuming needs no iterator state.
 
 
@@ -133,35 +135,46 @@ def epoch_order(seed: int, size: int) -> Callable[[int, int], np.ndarray]:
 
 
 def training_batches(
-    split: Split, seed: int, batch_size: int, plan: Iterable[tuple[int, int]], stack: int | None
+    split: Split,
+    seed: int,
+    batch_size: int,
+    plan: Iterable[tuple[int, int]],
+    stack: int | None,
+    mine: slice = ALL,
 ) -> Iterator[Batch]:
     """The batches of steps [first, last) for every (first, last) of `plan`.
+
+    Of each batch the rows `mine` are read, and no others.
 
     With `stack`, that many batches lie along a leading axis, [stack, batch_size, ...], those
     from `last` on being only there to fill it; without, every call is one step.
     """
     rows = epoch_order(seed, len(split.images))
-    index = np.arange(batch_size, dtype=np.int32)
+    index = np.arange(batch_size, dtype=np.int32)[mine]
     for first, _ in plan:
         steps = stack or 1
         order = rows(first * batch_size, (first + steps) * batch_size)
+        order = order.reshape(steps, batch_size)[:, mine].reshape(-1)
         batch = Batch(split.images[order], split.labels[order], np.tile(index, steps))
         if stack:
-            batch = Batch(*(array.reshape(stack, batch_size, *array.shape[1:]) for array in batch))
+            batch = Batch(*(array.reshape(stack, len(index), *array.shape[1:]) for array in batch))
         yield batch
 
 
-def evaluation_batches(split: Split, batch_size: int) -> Iterator[tuple[Batch, int]]:
-    """Every example once, in order: (batch, how many of it count).
+def evaluation_batches(
+    split: Split, batch_size: int, mine: slice = ALL
+) -> Iterator[tuple[Batch, int]]:
+    """Every example once, in order: (batch, how many of the whole of it count).
 
     The last batch is filled up with its first example, so that one shape serves all; the
-    index is the example's place in the split.
+    index is the example's place in the split.  Of each batch the rows `mine` are read.
     """
     size = len(split.images)
     for start in range(0, size, batch_size):
         count = min(batch_size, size - start)
         order = np.full(batch_size, start)
         order[:count] = np.arange(start, start + count)
+        order = order[mine]
         yield Batch(split.images[order], split.labels[order], order.astype(np.int32)), count
 
 

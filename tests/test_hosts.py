@@ -1,0 +1,123 @@
+"""Two processes on loopback are one run."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, user_environment
+from test_train import steps_of, wait_for
+
+STEPS = 24
+
+
+def command(workdir, *more, steps=STEPS):
+    return [
+        sys.executable, str(ROOT / "launch.py"), "--experiment=vae_digits", "--debug",
+        f"--config.steps={steps}", "--config.checkpoint_every=8", "--config.eval_every=12",
+        "--config.log_every=4", f"--workdir={workdir}", *more,
+    ]  # fmt: skip
+
+
+def start(workdir, devices, *more, **named):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    log = (workdir.parent / f"{workdir.name}{len(list(workdir.parent.glob('*.log')))}.log").open(
+        "w"
+    )
+    return subprocess.Popen(
+        command(workdir, *more, **named), env=user_environment(XLA_FLAGS=flags),
+        stdout=log, stderr=log,
+    )  # fmt: skip
+
+
+def start_two(workdir, *more, **named):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        start(
+            workdir, 2, "--distributed", f"--coordinator=localhost:{port}", "--num_processes=2",
+            f"--process_id={number}", *more, **named,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+
+
+def logs(workdir):
+    return "\n".join(f"{p.name}:\n{p.read_text()}" for p in sorted(workdir.parent.glob("*.log")))
+
+
+def lines_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+
+
+def same_lines(one, two):
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose([*a.values()], [*b.values()], rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    assert start(workdir, 4).wait(timeout=240) == 0, logs(workdir)
+    return lines_of(workdir)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "jit",
+        pytest.param("fsdp", marks=pytest.mark.slow),
+        pytest.param("pmap", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_are_one(mode, alone, tmp_path):
+    workdir = tmp_path / "run"
+    both = start_two(workdir, f"--parallel={mode}")
+    assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
+    same_lines(lines_of(workdir), alone)
+    assert (workdir / "summary.json").exists()
+    assert "step 24" in (tmp_path / "run0.log").read_text()
+    assert "step 24" not in (tmp_path / "run1.log").read_text()  # process 0 alone tells
+
+
+def test_one_of_two_killed_ends_the_other_and_both_resume(tmp_path):
+    workdir, steps = tmp_path / "run", 4000
+    both = start_two(workdir, steps=steps)
+    wait_for(lambda: (workdir / "checkpoints" / "8").exists() and steps_of(workdir) > 5, both[0])
+    both[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    assert both[0].wait(timeout=120) == 1, logs(workdir)
+    assert time.monotonic() - killed < 60
+    assert "another process of this run is gone" in (tmp_path / "run0.log").read_text()
+    last = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+    steps = last + 40
+    both = start_two(workdir, steps=steps)
+    assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
+    assert "resuming at step" in logs(workdir)
+    assert [line["step"] for line in lines_of(workdir) if "train/loss" in line] == [
+        *range(4, steps + 1, 4)
+    ]
+
+
+def test_asked_to_stop_both_write_one_checkpoint_and_exit_cleanly(tmp_path):
+    workdir = tmp_path / "run"
+    both = start_two(workdir, steps=4000)
+    wait_for(lambda: steps_of(workdir) > 3, both[0])
+    both[1].send_signal(signal.SIGTERM)  # one alone is told
+    asked = time.monotonic()
+    assert [process.wait(timeout=120) for process in both] == [0, 0], logs(workdir)
+    assert time.monotonic() - asked < 30
+    assert "stopped at step" in (tmp_path / "run0.log").read_text()
+
+
+def test_a_mistake_is_told_by_all_and_nobody_waits(tmp_path):
+    both = start_two(tmp_path / "run", "--config.batch_size=6")
+    assert [process.wait(timeout=120) for process in both] == [2, 2]
+    assert "does not divide over 4 devices" in (tmp_path / "run0.log").read_text()
