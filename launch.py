@@ -238,8 +238,12 @@ def _die(kind: str, message: str, code: int) -> None:
     print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
     sys.stderr.flush()
     sys.stdout.flush()
-    # One of several processes would wait, while it exits, for the others.
-    os._exit(code) if code == 130 or FLAGS["distributed"].value else sys.exit(code)
+    if FLAGS["distributed"].value:  # it would wait, while it exits, for the others
+        from ddpm_jax.parallel import leave
+
+        leave()
+        os._exit(code)
+    os._exit(code) if code == 130 else sys.exit(code)
 
 
 def _lost(error: Exception) -> bool:

@@ -1,6 +1,7 @@
 """Where figures and pictures can be watched besides the run directory's own files."""
 
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,17 +20,28 @@ class Board(NamedTuple):
 
 
 def tensorboard(folder: pathlib.Path, step: int) -> Board:
-    """TensorBoard's event files in `folder`; what was there of after `step` is not shown."""
-    from tensorboardX import SummaryWriter
+    """TensorBoard's event files in `folder`; what was there of after `step` is not shown.
 
-    writer = SummaryWriter(str(folder), purge_step=step + 1)
+    Written in the caller's thread: tensorboardX's own hangs for good when the clock jumps back.
+    """
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    folder.mkdir(exist_ok=True)
+    writer = EventsWriter(str(folder / "events"), filename_suffix=f".{step}")
+
+    def write(step: int, **what: Any) -> None:
+        writer.write_event(Event(wall_time=time.time(), step=step, **what))
+
+    write(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def log(step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
+            write(step, summary=summary.scalar(name, value))
 
     def picture(step: int, name: str, image: np.ndarray) -> None:
-        writer.add_image(name, image, step, dataformats="HWC")
+        write(step, summary=summary.image(name, image, dataformats="HWC"))
 
     return Board(log, picture, writer.flush, writer.close)
 

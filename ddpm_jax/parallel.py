@@ -13,12 +13,15 @@ A batch's rows lie on the devices in the order of the processes, so each process
 of rows and no other.
 """
 
+import atexit
 import functools
 import importlib.metadata
 import itertools
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -334,11 +337,35 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
         jax.distributed.initialize(
             coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT
         )
+        _leave_a_mourner()
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"--distributed: {str(error).splitlines()[0]}; outside of a cluster give "
             "--coordinator=HOST:PORT --num_processes=N --process_id=I"
         ) from None
+
+
+# jax aborts a process when another one is gone, which no Python code of its own survives.
+MOURNER = """
+import sys
+if not sys.stdin.read():
+    print("stopped: this process ended before its run did: it was killed, or another process of "
+          "the run is gone; start all of them again, and the run goes on from its newest "
+          "checkpoint", file=sys.stderr)
+"""
+_mourners: list[subprocess.Popen] = []
+
+
+def _leave_a_mourner() -> None:
+    """A small process that tells of this one's end, unless `leave` was called before it."""
+    _mourners.append(subprocess.Popen([sys.executable, "-c", MOURNER], stdin=subprocess.PIPE))
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """Say that this process ends as it means to."""
+    while _mourners:
+        _mourners.pop().communicate(b"farewell")
 
 
 def is_main() -> bool:

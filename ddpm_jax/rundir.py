@@ -47,8 +47,9 @@ class RunDir(NamedTuple):
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append a line of figures."""
         self._append("metrics.jsonl", {"step": step, **metrics})
-        for board in self.boards:
-            board.log(step, metrics)
+        with self._telling("what TensorBoard shows"):
+            for board in self.boards:
+                board.log(step, metrics)
 
     def time(self, step: int, **seconds: float) -> None:
         """Append a line of what a clock says."""
@@ -59,9 +60,9 @@ class RunDir(NamedTuple):
         if self.lock is None:
             return
         stem = name if step is None else f"{name}_{step:08d}"
-        for board in self.boards if image.ndim == 3 else ():
-            board.picture(step or 0, name, image)
         with self._telling(f"the picture {stem}"):
+            for board in self.boards if image.ndim == 3 else ():
+                board.picture(step or 0, name, image)
             report.save_picture(self.path / "images" / stem, image)
 
     @contextlib.contextmanager
@@ -146,14 +147,16 @@ class RunDir(NamedTuple):
 
     def flush(self) -> bool:
         """Put everything on disk; whether every line of figures is there."""
-        for board in self.boards:
-            board.flush()
+        with self._telling("what TensorBoard shows"):
+            for board in self.boards:
+                board.flush()
         return all([self._write_late(name) for name, lines in self.late.items() if lines])
 
     def close(self) -> None:
         """Let go of the directory."""
-        for board in self.boards:
-            board.close()
+        with self._telling("what TensorBoard shows"):
+            for board in self.boards:
+                board.close()
         if self.lock is not None:
             self.lock.close()
 

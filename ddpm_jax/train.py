@@ -357,7 +357,7 @@ def fit(
             if skipped > config.skip_nonfinite:
                 rows = order((first + i) * config.batch_size, (first + i + 1) * config.batch_size)
                 raise RunError(
-                    _not_finite(bad[0], values[bad[0]][i], first + i + 1, rows[~finite[i]])
+                    _not_finite(bad[0], float(values[bad[0]][i]), first + i + 1, rows[~finite[i]])
                     + f"; the newest checkpoint is of step {checkpoints.newest() or 0}: try a "
                     "smaller --config.learning_rate, --config.clip=1 or "
                     "--config.skip_nonfinite=10, in another --workdir"

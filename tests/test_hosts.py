@@ -93,9 +93,10 @@ def test_one_of_two_killed_ends_the_other_and_both_resume(tmp_path):
     wait_for(lambda: (workdir / "checkpoints" / "8").exists() and steps_of(workdir) > 5, both[0])
     both[1].send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    assert both[0].wait(timeout=120) == 1, logs(workdir)
+    assert both[0].wait(timeout=120) != 0, logs(workdir)
     assert time.monotonic() - killed < 60
-    assert "another process of this run is gone" in (tmp_path / "run0.log").read_text()
+    time.sleep(2)  # its last words are another process's
+    assert "start all of them again" in (tmp_path / "run0.log").read_text()
     last = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
     steps = last + 40
     both = start_two(workdir, steps=steps)
