@@ -28,11 +28,19 @@ class ThisPython(AsyncKernelManager):
 
 @pytest.fixture
 def execute(tmp_path, monkeypatch):
-    """execute("tour.ipynb") -> its cells by their ids, executed in an empty folder."""
+    """execute("tour.ipynb") -> its code cells by their ids, executed in an empty folder.
+
+    Args:
+      form: a replacement in the notebook's form, (what is there, what is to be).
+    """
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "jupyter"))
 
-    def run(name):
+    def run(name, form=None):
         notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+        if form is not None:
+            (cell,) = (cell for cell in notebook.cells if cell.id == "form")
+            assert form[0] in cell.source
+            cell.source = cell.source.replace(*form)
         client = NotebookClient(notebook, timeout=240, kernel_manager_class=ThisPython)
         environment = user_environment(
             DDPM_JAX_DEBUG="1", PYTHONPATH=str(ROOT), IPYTHONDIR=str(tmp_path / "ipython")
@@ -78,16 +86,21 @@ def test_the_tour_runs_and_every_figure_is_shown(execute, tmp_path):
         assert (tmp_path / "runs" / "tour-debug" / run / "summary.json").exists()
 
 
-def test_the_colab_notebook_is_cut_off_goes_on_and_draws(execute, tmp_path):
-    cells = execute("train_on_colab.ipynb")
-    workdir = tmp_path / "runs" / "ddpm_mnist-debug"
+@pytest.mark.parametrize(
+    "experiment", ["vae_mnist", pytest.param("ddpm_mnist", marks=pytest.mark.slow)]
+)
+def test_the_colab_notebook_is_cut_off_goes_on_and_draws(experiment, execute, tmp_path):
+    line = 'EXPERIMENT = "{}"'
+    cells = execute("train_on_colab.ipynb", (line.format("ddpm_mnist"), line.format(experiment)))
+    workdir = tmp_path / "runs" / f"{experiment}-debug"
     assert "the same command goes on" in said(cells["rehearsal"])
     assert "resuming at step" in said(cells["train"])
     summary = json.loads((workdir / "summary.json").read_text())
-    assert summary["step"] == 6
+    assert summary["experiment"] == experiment
+    assert summary["step"] == json.loads((workdir / "config.json").read_text())["config"]["steps"]
     for metric in summary["metrics"]:
         assert metric.endswith("_error") or metric in said(cells["results"])
-    assert len(pictures(cells["results"])) == 3  # curves, samples, trajectories
+    assert len(pictures(cells["results"])) == 3  # curves, samples and another
     assert pictures(cells["sample"])[0].std() > 0
     assert (workdir / "results.zip").exists()
 
