@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from ddpm_jax.classifier import classifier_task
 from ddpm_jax.config import AtLeast, Classes, Count, Interval, Length, NonNegative, Share, Training
 from ddpm_jax.nn.classifier import Classifier
+from ddpm_jax.schedule import cosine
 from ddpm_jax.tasks import Task
 
 DEBUG = dict(steps=6, eval_every=4, checkpoint_every=3, log_every=2, batch_size=16, channels=(8,))
@@ -33,15 +34,23 @@ class Config(Training):
     features: Count = 64
     dropout: Share = 0.3
     shift: Annotated[int, AtLeast(0)] = 1  # pixels that training images are moved by
+    noise: Literal["none", "cosine"] = "none"  # that images get: of a diffusion model's guide
     eval_batch: Count = 360
 
 
 def network(config: Config) -> Classifier:
     """The network alone, as a judge uses it."""
-    return Classifier(config.classes, config.channels, config.features, config.dropout)
+    noisy = config.noise != "none"
+    return Classifier(config.classes, config.channels, config.features, config.dropout, noisy)
 
 
 def build(config: Config) -> Task:
     """The task that this experiment trains."""
-    net = network(config)
-    return classifier_task(net, config.levels, shift=config.shift, eval_batch=config.eval_batch)
+    return classifier_task(
+        network(config),
+        config.levels,
+        config.shape,
+        shift=config.shift,
+        schedule=cosine() if config.noise == "cosine" else None,
+        eval_batch=config.eval_batch,
+    )

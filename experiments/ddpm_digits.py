@@ -51,6 +51,8 @@ from ddpm_jax.config import (
 from ddpm_jax.diffusion import Times, diffusion_task
 from ddpm_jax.drawing import Limit, Sampling
 from ddpm_jax.gallery import Judging
+from ddpm_jax.guidance import Guide
+from ddpm_jax.guide import guide_of, with_guide
 from ddpm_jax.judge import judges_of, with_judge
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
@@ -118,6 +120,7 @@ class Config(Training):
     sample_steps: Length = 20
     spacing: Annotated[Spacing, MAY_CHANGE] = "logsnr"
     guidance: Annotated[float, MAY_CHANGE] = 1.2
+    guide: Annotated[str, MAY_CHANGE] = "labels"  # or a run's directory; see `ddpm_jax/guide.py`
     guidance_interval: Annotated[tuple[float, float], MAY_CHANGE] = Sampling().interval
     guidance_rescale: Annotated[float, AtLeast(0.0), AtMost(1.0), MAY_CHANGE] = 0.0
     limit: Annotated[Limit, MAY_CHANGE] = "clip"  # of x0
@@ -188,7 +191,7 @@ def sampling(config: Config) -> Sampling:
     )
 
 
-def task(config: Config, judging: Judging) -> Task:
+def task(config: Config, judging: Judging, guide: Callable[[], Guide | None]) -> Task:
     """The task of a config."""
     return diffusion_task(
         network(config),
@@ -207,6 +210,7 @@ def task(config: Config, judging: Judging) -> Task:
         eval_batch=config.eval_batch,
         eval_times=config.eval_times,
         judging=judging,
+        guide=guide,
     )
 
 
@@ -218,14 +222,15 @@ def judging(classifier: types.ModuleType, config: Config) -> Judging:
 def judged_by(classifier: types.ModuleType) -> tuple[Callable, Callable]:
     """An experiment's `prepare` and `build`; its images are judged by a classifier's experiment.
 
-    The classifier is trained on the same data, once, by `prepare`.
+    The classifier is trained on the same data, once, by `prepare`.  What guides, if it is a run,
+    is of an experiment beside the classifier's.
     """
 
     def prepare(config: Config, loaded: Loaded, options: Options) -> Config | None:
-        return with_judge(classifier, config, loaded, options)
+        return with_judge(classifier, with_guide(classifier, config, loaded), loaded, options)
 
     def build(config: Config) -> Task:
-        return task(config, judging(classifier, config))
+        return task(config, judging(classifier, config), guide_of(classifier, config))
 
     return prepare, build
 
