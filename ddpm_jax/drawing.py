@@ -78,7 +78,8 @@ def drawing(
       schedule_of: the parameters' schedule (which they may hold).
       steps: of its table, if it has one.
       variance: whether the network has learned one.
-      guide: loads what guides; None: the labels do (classifier-free guidance).
+      guide: loads what guides; None: the labels do (classifier-free guidance).  Its parameters
+        are an argument of what is compiled.
 
     Raises:
       UserError: `sampling` makes no sense for this network.
@@ -125,7 +126,7 @@ def drawing(
         return classes or (other.classes if other else 0)
 
     def denoiser(params, others, labels, how: Sampling) -> Denoiser:
-        """All images at one logsnr; guided by the labels, on a doubled batch."""
+        """All images at one logsnr; guided by the labels on a doubled batch, or by another."""
         other = guide()
 
         def plain(xt, logsnr):
@@ -146,8 +147,8 @@ def drawing(
 
         def by_other(xt, logsnr):
             conditional = plain(xt, logsnr)
-            guided = other.guided(others, lambda *_: conditional, labels, how.guidance)
-            return conditional, guided(xt, logsnr)
+            pulled = other.guided(others, lambda *_: conditional, labels, how.guidance)
+            return conditional, pulled(xt, logsnr)
 
         def guided(xt, logsnr):
             conditional, found = by_other(xt, logsnr) if other else by_labels(xt, logsnr)
@@ -198,7 +199,7 @@ def drawing(
             if getattr(request, flag) is not None and not can:
                 raise UserError(
                     f"--{flag} needs a class-conditional run, or --config.guide=DIR of a "
-                    "classifier's; this one has no classes"
+                    "classifier; this one has no classes"
                 )
         if request.label is not None and request.label >= choices():
             raise UserError(f"--label={request.label}: there are {choices()} classes, from 0 on")

@@ -11,12 +11,13 @@ DIR     of a diffusion run, a worse one, smaller or trained for a shorter time: 
 The two runs may differ in schedule, prediction and network: all they share is logsnr.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import pathlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ddpm_jax.config import restore
@@ -79,7 +80,8 @@ def load_guide(
       UserError: there is no run there, no checkpoint, or one that cannot guide such a run.
     """
     flag, workdir = f"--config.guide={place}", pathlib.Path(place).expanduser()
-    record = read_record(workdir)
+    with _flagged(flag):
+        record = read_record(workdir)
     if record is None:
         raise UserError(
             f"{flag}: there is no run; train the guide first, or give --config.guide={LABELS}"
@@ -90,7 +92,8 @@ def load_guide(
         raise UserError(f"{flag}: a run of {name}, which experiments/ has no file of")
     if not hasattr(experiment, "build"):
         raise UserError(f"{flag}: {name} trains several models; give the directory of one")
-    config = restore(experiment.Config, record["config"], workdir)
+    with _flagged(flag):
+        config = restore(experiment.Config, record["config"], workdir)
     guide = experiment.build(config).guide
     if guide is None:
         raise UserError(
@@ -106,10 +109,8 @@ def load_guide(
             f"{flag}: its network knows {guide.classes} classes and should know {known}; give a "
             "run on the same data, as conditional as this one"
         )
-    try:
+    with _flagged(flag):
         _, state = load_state(experiment, workdir, config)
-    except UserError as error:
-        raise UserError(f"{flag}: {error}") from None
     about = f"{guide.kind}: {name}, step {int(state.step)}, {workdir}"
     return guide._replace(params=averaged(state, config), about=about)
 
@@ -123,3 +124,12 @@ def experiment_beside(beside: types.ModuleType, name: Any) -> types.ModuleType |
     if name not in [path.stem for path in folder.glob("[a-z]*.py")]:
         return None
     return importlib.import_module(f"{beside.__name__.rpartition('.')[0]}.{name}")
+
+
+@contextlib.contextmanager
+def _flagged(flag: str) -> Iterator[None]:
+    """What is wrong with a run is told of the flag that named it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
