@@ -32,8 +32,8 @@ class Judge(NamedTuple):
 
 def classifier_task(
     net: Classifier,
-    levels: int,
     shape: tuple[int, int, int],
+    levels: int,
     *,
     shift: int = 0,
     schedule: Schedule | None = None,
@@ -45,6 +45,7 @@ def classifier_task(
     (Dhariwal & Nichol 2021, sec. 4); the figures are then means over t.
 
     Args:
+      shape, levels: of the images.
       shift: training images are moved by up to so many pixels either way.
       schedule: of the noise that images get, where the network is a noisy one.
 

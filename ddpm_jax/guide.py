@@ -93,8 +93,8 @@ def load_guide(
     if not hasattr(experiment, "build"):
         raise UserError(f"{flag}: {name} trains several models; give the directory of one")
     with _flagged(flag):
-        config = restore(experiment.Config, record["config"], workdir)
-    guide = experiment.build(config).guide
+        config = restore(experiment.Config, record.get("config", {}), workdir)
+        guide = experiment.build(config).guide
     if guide is None:
         raise UserError(
             f"{flag}: this run of {name} guides nothing; give a diffusion run's directory, or that "

@@ -4,6 +4,12 @@
 
 Measured on 2 CPU cores (AMD EPYC, jax 0.10.2): 98.9 +- 0.6 % of the 360 held-out digits, in
 22 s.
+
+    python launch.py --experiment=classifier_digits --config.noise=cosine --workdir=runs/noisy
+
+is told t and sees x_t under a cosine schedule, to guide diffusion models (`ddpm_digits` has the
+figures).  Accuracy, seed 0, of t from 0 to 0.1, 0.1 to 0.2, ...: 98.1, 97.2, 95.3, 91.4, 75.3,
+57.5, 43.9, 30.8, 18.1, 8.9 %.
 """
 
 import dataclasses
@@ -48,8 +54,8 @@ def build(config: Config) -> Task:
     """The task that this experiment trains."""
     return classifier_task(
         network(config),
-        config.levels,
         config.shape,
+        config.levels,
         shift=config.shift,
         schedule=cosine() if config.noise == "cosine" else None,
         eval_batch=config.eval_batch,
