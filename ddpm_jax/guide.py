@@ -5,7 +5,7 @@ DIR     of a classifier that was trained on noise (`--config.noise=cosine`): cla
         (Dhariwal & Nichol 2021, alg. 2).  A scale of 0 is the run alone; 1, of an unconditional
         run, is p(x | y).  So an unconditional run is drawn with labels.
 DIR     of a diffusion run, a worse one, smaller or trained for a shorter time: autoguidance
-        (Karras et al. 2024, eq. 3), worse + scale (run - worse) of one and the same label.  A
+        (Karras et al. 2024), worse + scale (run - worse) of one and the same label.  A
         scale of 1 is the run alone.
 
 The two runs may differ in schedule, prediction and network: all they share is logsnr.
