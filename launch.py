@@ -64,7 +64,12 @@ def define_flags() -> None:
     define(flags.DEFINE_integer, "label", None, "sample: the class to draw.", lower_bound=0)
     define(flags.DEFINE_string, "sampler", None, "sample: which sampler.")
     define(flags.DEFINE_integer, "steps", None, "sample: how many steps.", lower_bound=1)
-    define(flags.DEFINE_float, "guidance", None, "sample: scale of guidance; 1: none.")
+    define(
+        flags.DEFINE_float,
+        "guidance",
+        None,
+        "sample: scale of guidance; 1: none (a classifier's: 0).",
+    )
     define(flags.DEFINE_string, "prompt", None, "sample: the text to draw.")
 
 

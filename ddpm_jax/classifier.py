@@ -8,13 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ddpm_jax import report
+from ddpm_jax import guidance, report
 from ddpm_jax.data.loader import Batch, Data
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluate import average, per_example
+from ddpm_jax.evaluate import average, per_example, spread_times
 from ddpm_jax.nn.classifier import Classifier
 from ddpm_jax.parallel import fetch, make
+from ddpm_jax.process import q_sample
+from ddpm_jax.schedule import Schedule
 from ddpm_jax.tasks import Evaluation, Task, to_images
+
+NOISE_LEVELS = 10  # of the table of a noisy classifier's accuracies
 
 
 class Judge(NamedTuple):
@@ -27,17 +31,32 @@ class Judge(NamedTuple):
     see: Callable[[Any], tuple[np.ndarray, np.ndarray]]
 
 
-def classifier_task(net: Classifier, levels: int, *, shift: int = 0, eval_batch: int = 500) -> Task:
+def classifier_task(
+    net: Classifier,
+    shape: tuple[int, int, int],
+    levels: int,
+    *,
+    shift: int = 0,
+    schedule: Schedule | None = None,
+    eval_batch: int = 500,
+) -> Task:
     """Cross-entropy of the labels.
 
+    With a schedule it is of p(y | x_t), t uniform, and guides what diffusion models draw
+    (Dhariwal & Nichol 2021, sec. 4); the figures are then means over t.
+
     Args:
+      shape, levels: of the images.
       shift: training images are moved by up to so many pixels either way.
+      schedule: of the noise that images get, where the network is a noisy one.
 
     Raises:
       UserError: the data set has no labels.
     """
     if not net.classes:
         raise UserError("a classifier needs a data set with labels")
+    if net.noisy != (schedule is not None):
+        raise ValueError("a noisy classifier needs a schedule, and only a noisy one does")
 
     def init(key, batch: Batch):
         return net.init(key, to_images(batch.images[:1], levels)), {}
@@ -51,42 +70,80 @@ def classifier_task(net: Classifier, levels: int, *, shift: int = 0, eval_batch:
     def nll_of(logits, labels):
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
 
+    def noised(x0, keys, t):
+        assert schedule is not None
+        eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(keys)
+        return jax.vmap(q_sample)(x0, eps, schedule.logsnr(t))
+
     def loss(params, fixed, batch, keys, *, train, gather):
         del fixed, gather
-        shift_keys, drop_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        images = batch.images
+        split = jax.vmap(lambda key: jax.random.split(key, 4 if schedule else 2))(keys)
+        shift_keys, drop_keys, *noise_keys = jnp.moveaxis(split, 1, 0)
+        images, t = batch.images, None
         if train and shift:
             images = jax.vmap(moved)(shift_keys, images)
-        logits, _ = net.apply(params, to_images(images, levels), drop_keys if train else None)
+        x = to_images(images, levels)
+        if schedule:
+            t = jax.vmap(jax.random.uniform)(noise_keys[0])
+            x = noised(x, noise_keys[1], t)
+        logits, _ = net.apply(params, x, drop_keys if train else None, t)
         right = (logits.argmax(-1) == batch.labels).astype(jnp.float32)
         return nll_of(logits, batch.labels), {"accuracy": right}, {}
 
     @jax.jit
-    def judged(params, batch):
-        logits: Any = net.apply(params, to_images(batch.images, levels))[0]
-        return {
-            "nll": nll_of(logits, batch.labels),
-            "right": logits.argmax(-1) == batch.labels,
-        }
+    def judged(params, batch, keys):
+        """Of each image and, if noisy, of a time in each tenth of [0, 1]: [B, times]."""
+        x0 = to_images(batch.images, levels)
+        times = spread_times(batch.index, keys, NOISE_LEVELS) if schedule else None
+
+        def at(number):
+            x, t = x0, None
+            if times is not None:
+                t = times[:, number]
+                x = noised(x0, jax.vmap(lambda key: jax.random.fold_in(key, number))(keys), t)
+            logits: Any = net.apply(params, x, None, t)[0]
+            return nll_of(logits, batch.labels), logits.argmax(-1) == batch.labels
+
+        nll, right = jax.lax.map(at, jnp.arange(NOISE_LEVELS if schedule else 1))
+        return {"nll": nll.T, "right": right.T}
 
     def evaluate(params, fixed, data: Data, *, seed, full, spread):
         found = per_example(
-            lambda batch, keys: judged(params, batch), data.test, eval_batch, seed, spread
+            lambda batch, keys: judged(params, batch, keys), data.test, eval_batch, seed, spread
         )
-        nll, right = average(found["nll"]), average(found["right"])
+        nll, right = average(found["nll"].mean(1)), average(found["right"].mean(1))
         metrics = {
             "test/loss": nll.mean,
             "test/accuracy": right.mean,
             "test/accuracy_error": right.error,
         }
-        worst = np.argsort(-found["nll"])[:40]
+        worst = np.argsort(-found["nll"].mean(1))[:40]
         images = to_images(data.test.images[np.sort(worst)], levels)
-        return Evaluation(metrics, {"hardest": report.grid(images, columns=10)})
+        pictures = {"hardest": report.grid(images, columns=10)}
+        if schedule:
+            t, shares = np.arange(NOISE_LEVELS) / NOISE_LEVELS, found["right"].mean(0)
+            metrics |= {
+                f"test/accuracy_t_{t:.1f}": float(v) for t, v in zip(t, shares, strict=True)
+            }
+            pictures["levels"] = report.lines(t, {"accuracy": shares}, "t", "By noise level")
+        return Evaluation(metrics, pictures)
 
     def sample(params, fixed, keys, request):
         raise UserError("a classifier draws no images; --mode=eval evaluates it")
 
-    return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample)
+    def guided(params, denoise, labels, scale):
+        assert schedule is not None
+
+        def log_likelihood(xt, logsnr):
+            t = jnp.clip(schedule.time(logsnr), 0, 1)
+            logits: Any = net.apply(params, xt, None, jnp.full(len(xt), t))[0]
+            nll = nll_of(logits, jnp.minimum(labels, net.classes - 1))
+            return jnp.where(labels < net.classes, -nll, 0.0)  # "no class" pulls nowhere
+
+        return guidance.classifier(denoise, log_likelihood, scale)
+
+    guide = guidance.Guide("classifier", guided, shape, net.classes) if schedule else None
+    return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample, guide)
 
 
 def judge_of(

@@ -15,6 +15,7 @@ from ddpm_jax.drawing import Sampling, drawing
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluate import average, per_example, spread_times
 from ddpm_jax.gallery import Judging, show
+from ddpm_jax.guidance import Guide
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.prediction import Kind, Prediction, Variance, clip_x0, read
@@ -52,6 +53,7 @@ def diffusion_task(
     eval_batch: int = 256,
     eval_times: int = 8,
     judging: Judging = Judging(),
+    guide: Callable[[], Guide | None] = lambda: None,
 ) -> Task:
     """Denoising diffusion of images (Ho et al. 2020, alg. 1-2).
 
@@ -70,6 +72,7 @@ def diffusion_task(
       batch_size: of training, over which times are spread evenly.
       eval_times: noise levels of each test image that the test figures average over.
       judging: what judges drawn images, the classes in turn.
+      guide: loads what guides them; None: the labels do.
 
     Raises:
       UserError: the network cannot be built for images of this shape.
@@ -116,6 +119,7 @@ def diffusion_task(
         sampling,
         steps=steps,
         variance=learned,
+        guide=guide,
     )
 
     def noisy(batch, keys, t):
@@ -229,7 +233,7 @@ def diffusion_task(
         shown = show(draw, params, seed, data, full, judging, spread)
         return shown._replace(metrics=metrics | shown.metrics, pictures=pictures | shown.pictures)
 
-    return Task(init, loss_of, update, evaluate, draw.sample)
+    return Task(init, loss_of, update, evaluate, draw.sample, draw.guide)
 
 
 def noise_levels(

@@ -29,10 +29,10 @@ LIMITS = {"clip": clip_x0, "dynamic": threshold_x0, "none": lambda denoise: deno
 class Sampling(NamedTuple):
     """How images are drawn, unless the request says otherwise.
 
-    sampler: a name that `sampler.named` knows; steps: of the grid; spacing: of it; guidance: the
-    scale of classifier-free guidance, 1: none; interval: the logsnr between which it acts;
-    rescale: the share of x0's deviation that is set back to the conditional one's; limit: what
-    keeps x0 within the range of images.
+    sampler: a name that `sampler.named` knows; steps: of the grid; spacing: of it; guidance: its
+    scale, 1: none, or 0 where a classifier guides; interval: the logsnr between which it acts;
+    rescale: the share of x0's deviation that is set back to the unguided conditional one's;
+    limit: what keeps x0 within the range of images.
     """
 
     sampler: str = "ancestral"
@@ -52,13 +52,15 @@ class Drawing(NamedTuple):
     sample(params, fixed, keys, request) -> images, as a `Task`'s
     edit(params, keys, labels, t, images, known, mask) -> images: noised to time t and drawn
         again, those pixels kept to `known` where `mask` is 1 (in [-1, 1]; [B, H, W, C] each)
-    about: how `many` draws, for the record
+    about() -> how `many` draws, for the record
+    guide: how this denoiser guides a better one (autoguidance, Karras et al. 2024)
     """
 
     many: Callable[..., tuple[np.ndarray, np.ndarray | None, sampler.Trace]]
     sample: Callable[..., Any]
     edit: Callable[..., Float[Array, "batch h w c"]]
-    about: dict[str, Any]
+    about: Callable[[], dict[str, Any]]
+    guide: guidance.Guide
 
 
 def drawing(
@@ -70,6 +72,7 @@ def drawing(
     *,
     steps: int | None = None,
     variance: bool = False,
+    guide: Callable[[], guidance.Guide | None] = lambda: None,
 ) -> Drawing:
     """Drawing with `predict(params, xt, logsnrs [B], labels) -> Prediction`.
 
@@ -77,6 +80,8 @@ def drawing(
       schedule_of: the parameters' schedule (which they may hold).
       steps: of its table, if it has one.
       variance: whether the network has learned one.
+      guide: loads what guides; None: the labels do (classifier-free guidance).  Its parameters
+        are an argument of what is compiled.
 
     Raises:
       UserError: `sampling` makes no sense for this network.
@@ -94,32 +99,42 @@ def drawing(
         one = sampler.named(how.sampler, how.steps)
 
         @jax.jit
-        def run(params, keys, labels):
+        def run(params, others, keys, labels):
             logsnrs = grid(schedule_of(params), how.steps, how.spacing)
             xT = first_noise(keys)
-            denoise = LIMITS[how.limit](denoiser(params, labels, how))
+            denoise = LIMITS[how.limit](denoiser(params, others, labels, how))
             return sampler.sample(one, denoise, logsnrs, keys, xT, trace)
 
-        return run
+        return lambda params, *rest: run(params, guides_params(), *rest)
 
     @jax.jit
-    def edit(params, keys, labels, t, images, known, mask):
+    def edit(params, others, keys, labels, t, images, known, mask):
         schedule = schedule_of(params)
         cleanest = grid(schedule, sampling.steps, sampling.spacing)[-2]
         start = schedule.logsnr(t)
         xt = jax.vmap(q_sample, (0, 0, None))(images, first_noise(keys), start)
         logsnrs = jnp.append(jnp.linspace(start, cleanest, sampling.steps), jnp.inf)
-        denoise = LIMITS[sampling.limit](denoiser(params, labels, sampling))
+        denoise = LIMITS[sampling.limit](denoiser(params, others, labels, sampling))
         one = sampler.named(sampling.sampler, sampling.steps)
         return sampler.sample(one, inpaint(denoise, known, mask), logsnrs, keys, xt)
 
-    def denoiser(params, labels, how: Sampling) -> Denoiser:
-        """All images at one logsnr; guided, on a doubled batch."""
+    def guides_params():
+        other = guide()
+        return other.params if other else None
+
+    def choices() -> int:
+        """Classes that can be asked for: the network's, or those that its guide knows."""
+        other = guide()
+        return classes or (other.classes if other else 0)
+
+    def denoiser(params, others, labels, how: Sampling) -> Denoiser:
+        """All images at one logsnr; guided by the labels on a doubled batch, or by another."""
+        other = guide()
 
         def plain(xt, logsnr):
             return predict(params, xt, jnp.full(len(xt), logsnr), labels)
 
-        def guided(xt, logsnr):
+        def by_labels(xt, logsnr):
             size, none = len(xt), jnp.full_like(labels, classes)
             both = predict(
                 params,
@@ -130,19 +145,27 @@ def drawing(
             conditional, unconditional = (
                 jax.tree.map(lambda a, s=s: a[s], both) for s in (slice(size), slice(size, None))
             )
-            found = guidance.combine(conditional, unconditional, how.guidance)
+            return conditional, guidance.combine(conditional, unconditional, how.guidance)
+
+        def by_other(xt, logsnr):
+            conditional = plain(xt, logsnr)
+            pulled = other.guided(others, lambda *_: conditional, labels, how.guidance)
+            return conditional, pulled(xt, logsnr)
+
+        def guided(xt, logsnr):
+            conditional, found = by_other(xt, logsnr) if other else by_labels(xt, logsnr)
             if how.rescale:
                 found = guidance.rescaled(found, conditional, xt, logsnr, how.rescale)
             return found
 
-        if how.guidance == 1.0 or labels is None:
+        if how.guidance == (other.nothing if other else 1.0) or (labels is None and not other):
             return plain
         if how.interval == Sampling().interval:
             return guided
         return guidance.limited(guided, plain, *how.interval)
 
     def many(params, seed: int, count: int, spread: Parallel):
-        images, first = [], None
+        images, first, classes = [], None, choices()
         size = spread.round_up(AT_ONCE)
         for start in range(0, count, size):  # one shape, compiled once
             index = spread.indices(start, size)
@@ -156,8 +179,7 @@ def drawing(
 
     def sample(params, fixed, keys: Key[Array, "batch"], request: Request) -> Float[Array, "..."]:
         del fixed
-        how = requested(request)
-        labels = None
+        how, classes, labels = requested(request), choices(), None
         if classes and request.label is not None:
             labels = jnp.full(len(keys), request.label)
         elif classes:  # each image a class of its own draw
@@ -176,17 +198,34 @@ def drawing(
         if request.steps is not None:
             how = how._replace(steps=request.steps)
         _check(how, "--sampler", "--steps", steps, variance)
-        if not classes and (request.guidance is not None or request.label is not None):
-            flag = "guidance" if request.guidance is not None else "label"
-            raise UserError(f"--{flag} needs a class-conditional run; this one has no classes")
-        if request.label is not None and request.label >= classes:
-            raise UserError(f"--label={request.label}: there are {classes} classes, from 0 on")
+        for flag, can in (("guidance", choices() or guide()), ("label", choices())):
+            if getattr(request, flag) is not None and not can:
+                raise UserError(
+                    f"--{flag} needs a class-conditional run, or --config.guide=DIR of a "
+                    "classifier; this one has no classes"
+                )
+        if request.label is not None and request.label >= choices():
+            raise UserError(f"--label={request.label}: there are {choices()} classes, from 0 on")
         if request.guidance is not None:
             how = how._replace(guidance=request.guidance)
         return how
 
-    about = {**sampling._asdict(), "parameters": "averaged (EMA)"}
-    return Drawing(many, sample, edit, about)
+    def about():
+        other = guide()
+        by = other.about if other else "labels"
+        return {**sampling._asdict(), "guide": by, "parameters": "averaged (EMA)"}
+
+    def as_worse(params, denoise, labels, scale):
+        def worse(xt, logsnr):
+            return predict(params, xt, jnp.full(len(xt), logsnr), labels)
+
+        return guidance.classifier_free(denoise, worse, scale)
+
+    def edit_with_guide(params, *rest):
+        return edit(params, guides_params(), *rest)
+
+    own = guidance.Guide("diffusion", as_worse, shape, classes)
+    return Drawing(many, sample, edit_with_guide, about, own)
 
 
 def _check(

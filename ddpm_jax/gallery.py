@@ -100,11 +100,11 @@ def show(
         pictures |= edits(draw, params, seed, data, labels is not None)
     metrics: dict[str, float] = {}
     if not judged:
-        return Evaluation(metrics, pictures, draw.about)
+        return Evaluation(metrics, pictures, draw.about())
     meant = None if labels is None else labels[:judged]
     for number, judge in enumerate(judging.judges):
         found = quality(judge(), images[:judged], meant, data, pixels=full and number == 0)
         metrics |= found.metrics
         if found.neighbours is not None:
             pictures["neighbours"] = found.neighbours
-    return Evaluation(metrics, pictures, {**draw.about, "reference": "test split"})
+    return Evaluation(metrics, pictures, {**draw.about(), "reference": "test split"})

@@ -1,6 +1,12 @@
-"""Guidance composes denoisers: scale 0 is unconditional, 1 conditional."""
+"""Guidance composes denoisers: scale 0 is unconditional, 1 conditional.
+
+So it is with a classifier beside an unconditional denoiser, where 1 is Bayes' rule,
+p(x | y) ~ p(x) p(y | x); 0 leaves the denoiser alone, whatever it is.  In autoguidance 0 is the
+worse model and 1 the good one alone.
+"""
 
 from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +14,29 @@ from jaxtyping import Array, Float
 
 from ddpm_jax.prediction import Denoiser, Prediction, with_x0
 from ddpm_jax.process import alpha_sigma
+
+
+class Guide(NamedTuple):
+    """What a trained network does to another's denoiser.
+
+    kind: "classifier" (classifier guidance) or "diffusion" (autoguidance)
+    guided(params, denoise, labels, scale) -> Denoiser; label `classes` is "no class"
+    shape: of images
+    classes: that it is told of; 0: none
+    params: its own, and about: which it is, for the record; once it is loaded
+    """
+
+    kind: Literal["classifier", "diffusion"]
+    guided: Callable[[Any, Denoiser, Any, float], Denoiser]
+    shape: tuple[int, int, int]
+    classes: int
+    params: Any = None
+    about: str = ""
+
+    @property
+    def nothing(self) -> float:
+        """The scale that leaves a denoiser as it is."""
+        return 0.0 if self.kind == "classifier" else 1.0
 
 
 def combine(conditional: Prediction, unconditional: Prediction, scale: float | Array) -> Prediction:

@@ -16,6 +16,7 @@ from ddpm_jax import report, vae
 from ddpm_jax.data.loader import Batch, Data
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluate import average, per_example
+from ddpm_jax.guidance import Guide
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.nn.likelihood import Likelihood
 from ddpm_jax.nn.vae import VAE, check_shape, with_data_moments
@@ -57,6 +58,7 @@ class Task(NamedTuple):
     evaluate(params, fixed, data, *, seed, full, spread) -> Evaluation; quick during
         training, `full` at its end.  Its "test/loss" decides which checkpoint is the best.
     sample(params, fixed, keys, request) -> images [B, H, W, C] in [-1, 1]
+    guide: how the trained one guides what others draw, if it can
     """
 
     init: Callable[..., tuple[Any, Any]]
@@ -64,6 +66,7 @@ class Task(NamedTuple):
     update: Callable[[Any, Any], Any]
     evaluate: Callable[..., Evaluation]
     sample: Callable[..., Any]
+    guide: Guide | None = None
 
 
 def to_images(images: Any, levels: int) -> Any:

@@ -13,6 +13,7 @@ and by the probability-flow ODE, with q(z_0 | x0) as its dequantisation,
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from ddpm_jax.diffusion import QUICK_IMAGES
 from ddpm_jax.drawing import Sampling, drawing
 from ddpm_jax.evaluate import average, per_example, spread_times
 from ddpm_jax.gallery import Judging, show
+from ddpm_jax.guidance import Guide
 from ddpm_jax.loss import stratified_times
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
@@ -50,6 +52,7 @@ def vdm_task(
     steps: int = 1000,
     ode_images: int = 1000,
     judging: Judging = Judging(),
+    guide: Callable[[], Guide | None] = lambda: None,
 ) -> Task:
     """A diffusion model of v trained on the continuous bound, its schedule with it.
 
@@ -63,6 +66,7 @@ def vdm_task(
       steps: T of the discrete bound.
       ode_images: of how many test images the ODE's likelihood is taken, in full evaluations.
       judging: what judges drawn images, the classes in turn.
+      guide: loads what guides them; None: the labels do.
 
     Raises:
       UserError: the network cannot be built for images of this shape.
@@ -87,7 +91,7 @@ def vdm_task(
         out: Any = net.apply(params["net"], xt, time, labels, keys)
         return jax.vmap(functools.partial(read, "v"))(out, xt, logsnr)
 
-    draw = drawing(predict, schedule_of, shape, classes, sampling)
+    draw = drawing(predict, schedule_of, shape, classes, sampling, guide=guide)
 
     def normal(keys, number):
         keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
@@ -200,7 +204,7 @@ def vdm_task(
             )
         return Evaluation(metrics | shown.metrics, pictures, shown.about)
 
-    return Task(init, loss, lambda fixed, statistics: fixed, evaluate, draw.sample)
+    return Task(init, loss, lambda fixed, statistics: fixed, evaluate, draw.sample, draw.guide)
 
 
 def rounding_nll(z0: Any, x0: Any, logsnr: Any, levels: int) -> Any:

@@ -4,6 +4,12 @@
 
 Measured on 2 CPU cores (AMD EPYC, jax 0.10.2): 98.9 +- 0.6 % of the 360 held-out digits, in
 22 s.
+
+    python launch.py --experiment=classifier_digits --config.noise=cosine --workdir=runs/noisy
+
+is told t and sees x_t under a cosine schedule, to guide diffusion models (`ddpm_digits` has the
+figures).  Accuracy, seed 0, of t from 0 to 0.1, 0.1 to 0.2, ...: 98.1, 97.2, 95.3, 91.4, 75.3,
+57.5, 43.9, 30.8, 18.1, 8.9 %.
 """
 
 import dataclasses
@@ -12,6 +18,7 @@ from typing import Annotated, Literal
 from ddpm_jax.classifier import classifier_task
 from ddpm_jax.config import AtLeast, Classes, Count, Interval, Length, NonNegative, Share, Training
 from ddpm_jax.nn.classifier import Classifier
+from ddpm_jax.schedule import cosine
 from ddpm_jax.tasks import Task
 
 DEBUG = dict(steps=6, eval_every=4, checkpoint_every=3, log_every=2, batch_size=16, channels=(8,))
@@ -33,15 +40,23 @@ class Config(Training):
     features: Count = 64
     dropout: Share = 0.3
     shift: Annotated[int, AtLeast(0)] = 1  # pixels that training images are moved by
+    noise: Literal["none", "cosine"] = "none"  # that images get: of a diffusion model's guide
     eval_batch: Count = 360
 
 
 def network(config: Config) -> Classifier:
     """The network alone, as a judge uses it."""
-    return Classifier(config.classes, config.channels, config.features, config.dropout)
+    noisy = config.noise != "none"
+    return Classifier(config.classes, config.channels, config.features, config.dropout, noisy)
 
 
 def build(config: Config) -> Task:
     """The task that this experiment trains."""
-    net = network(config)
-    return classifier_task(net, config.levels, shift=config.shift, eval_batch=config.eval_batch)
+    return classifier_task(
+        network(config),
+        config.shape,
+        config.levels,
+        shift=config.shift,
+        schedule=cosine() if config.noise == "cosine" else None,
+        eval_batch=config.eval_batch,
+    )

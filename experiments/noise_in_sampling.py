@@ -89,6 +89,7 @@ def compare(
     loaded: Loaded,
 ) -> None:
     """A row of figures and of pictures for every way of drawing."""
+    model = dataclasses.replace(model, guide="labels")  # and a scale of 1: no guidance
     model, state = load_state(ddpm_digits, place, model)
     task, params = ddpm_digits.build(model), averaged(state, model)
     judge = load_judge(classifier_digits, config.judge)

@@ -18,6 +18,7 @@ distance (classifier_digits) is 21.9, 3.7 times that of training images.
 import dataclasses
 
 from ddpm_jax.config import Count, Length, NonNegative, Positive
+from ddpm_jax.guide import guide_of
 from ddpm_jax.tasks import Task
 from ddpm_jax.vdm import vdm_task
 from experiments import classifier_digits, ddpm_digits
@@ -58,4 +59,5 @@ def build(config: Config) -> Task:
         eval_times=config.eval_times,
         ode_images=config.ode_images,
         judging=ddpm_digits.judging(classifier_digits, config),
+        guide=guide_of(classifier_digits, config),
     )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax import guidance
 from ddpm_jax.drawing import Sampling, drawing
 from ddpm_jax.errors import UserError
 from ddpm_jax.prediction import Prediction
@@ -27,15 +28,18 @@ def predict(params, xt, logsnr, labels):
     return Prediction(x0, (xt - alpha * x0) / sigma)
 
 
-def draw(**how):
+def draw(predict=predict, classes=2, guide=None, params=None, **how):
+    """Drawing, guided by `guide` of the parameters `params`, if there is one."""
     sampling = Sampling("ddim", 40, "logsnr", **how)
-    return drawing(predict, lambda params: SCHEDULE, SHAPE, 2, sampling)
+    guide = guide and guide._replace(params=params, about="it")
+    return drawing(predict, lambda params: SCHEDULE, SHAPE, classes, sampling, guide=lambda: guide)
 
 
-def images(label, **how):
+def images(label, *arguments, **how):
     """Images times the pattern, so that each pixel's mean is the class's."""
     keys = jax.random.split(jax.random.key(0), 64)
-    return np.asarray(draw(**how).sample({}, {}, keys, Request(label=label)) * PATTERN)
+    drawn = draw(*arguments, **how).sample({}, {}, keys, Request(label=label))
+    return np.asarray(drawn * PATTERN)
 
 
 def test_each_class_is_drawn_with_its_mean_and_deviation():
@@ -72,6 +76,104 @@ def test_dynamic_thresholding_keeps_strong_guidance_within_the_range_unsaturated
     dynamic = images(1, guidance=4.0, limit="dynamic")
     assert np.abs(dynamic).max() <= 1 + 1e-5
     assert (np.abs(dynamic) > 0.999).mean() < (np.abs(clipped) > 0.999).mean()
+
+
+# Guides: another network's parameters come as an argument.
+
+
+def shifted(params, xt, logsnr, labels):
+    """A worse model: the exact one of means that are `params` times as large."""
+    found = predict({}, xt, logsnr, labels)
+    alpha, sigma = (a[:, None, None, None] for a in alpha_sigma(logsnr))
+    change = 1 - alpha**2 * STD**2 / (alpha**2 * STD**2 + sigma**2)
+    x0 = found.x0 + change * (params - 1) * MEANS[labels]
+    return Prediction(x0, (xt - alpha * x0) / sigma)
+
+
+def test_autoguidance_of_scale_0_is_the_worse_model_and_of_1_the_good_one():
+    worse, half = draw(shifted).guide, jnp.asarray(0.5)
+    keys = jax.random.split(jax.random.key(0), 64)
+    guided = draw(guide=worse, params=half)
+    of = lambda scale: guided.sample({}, {}, keys, Request(label=1, guidance=scale)) * PATTERN  # noqa: E731
+    expected = draw(shifted).sample(half, {}, keys, Request(label=1)) * PATTERN
+    np.testing.assert_allclose(of(0.0), expected, atol=1e-5)
+    np.testing.assert_array_equal(of(1.0), images(1))
+    # Of Gaussians of one variance the guided mean is  0.25 + 2 (0.5 - 0.25).
+    assert of(2.0).mean() == pytest.approx(0.75, abs=0.02)
+
+
+def log_joint(params, xt, logsnr):
+    """log p(x_t | y) + log p(y) of both classes, but for a constant; params: log p(y)."""
+    alpha, sigma = alpha_sigma(logsnr)
+    apart = jnp.square(xt[:, None] - alpha * MEANS[:2]).sum((2, 3, 4))
+    return params - apart / (2 * (alpha**2 * STD**2 + sigma**2))
+
+
+EVEN = jnp.zeros(2)
+
+
+def mixture(params, xt, logsnr, labels):
+    """The exact denoiser of both classes together, which is told none."""
+    shares = jax.nn.softmax(log_joint(EVEN, xt, logsnr[0]))
+    x0 = sum(
+        shares[:, i, None, None, None] * predict({}, xt, logsnr, jnp.full(len(xt), i)).x0
+        for i in range(2)
+    )
+    alpha, sigma = (a[:, None, None, None] for a in alpha_sigma(logsnr))
+    return Prediction(x0, (xt - alpha * x0) / sigma)
+
+
+def by_bayes(params, denoise, labels, scale):
+    def log_likelihood(xt, logsnr):
+        logs = jax.nn.log_softmax(log_joint(params, xt, logsnr))
+        picked = jnp.take_along_axis(logs, jnp.minimum(labels, 1)[:, None], 1)[:, 0]
+        return jnp.where(labels < 2, picked, 0.0)
+
+    return guidance.classifier(denoise, log_likelihood, scale)
+
+
+EXACT = guidance.Guide("classifier", by_bayes, SHAPE, 2)
+
+
+def test_an_unconditional_model_guided_by_the_exact_classifier_draws_the_class():
+    guided = draw(mixture, 0, EXACT, EVEN)
+    found, labels, _ = guided.many({}, 0, 100)
+    expected, in_turn, _ = draw().many({}, 0, 100)
+    np.testing.assert_array_equal(labels, in_turn)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    keys = jax.random.split(jax.random.key(0), 64)
+    unguided = guided.sample({}, {}, keys, Request(label=0, guidance=0.0))
+    alone = draw(mixture, 0).sample({}, {}, keys, Request())
+    np.testing.assert_array_equal(unguided, alone)
+    means = (alone * PATTERN).mean((1, 2, 3))
+    assert (means > 0.4).any()  # of both classes
+    assert (means < -0.4).any()
+    assert guided.about()["guide"] == "it"
+    assert draw().about()["guide"] == "labels"
+
+
+def test_without_a_class_a_classifier_pulls_nowhere():
+    keys, start = jax.random.split(jax.random.key(3), 4), jnp.zeros((4, *SHAPE))
+    guided, labels = draw(mixture, 0, EXACT, EVEN), jnp.full(4, 2)
+    found = guided.edit({}, keys, labels, 1.0, start, start, start)
+    expected = draw(mixture, 0).edit({}, keys, labels, 1.0, start, start, start)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    pulled = guided.edit({}, keys, jnp.zeros(4, labels.dtype), 1.0, start, start, start)
+    np.testing.assert_allclose((pulled * PATTERN).mean((1, 2, 3)), -0.5, atol=0.1)
+
+
+def test_a_label_needs_a_class_conditional_run_or_a_classifier():
+    keys = jax.random.split(jax.random.key(0), 1)
+    alone, worse = draw(mixture, 0), draw(mixture, 0, draw(mixture, 0).guide)
+    for request in (Request(label=1), Request(guidance=2.0)):
+        with pytest.raises(UserError, match="needs a class-conditional run, or "):
+            alone.sample({}, {}, keys, request)
+    with pytest.raises(UserError, match="--label needs a class-conditional run"):
+        worse.sample({}, {}, keys, Request(label=1))
+    found = worse.sample({}, {}, keys, Request(guidance=2.0))  # guided by itself
+    np.testing.assert_allclose(found, alone.sample({}, {}, keys, Request()), atol=1e-4)
+    with pytest.raises(UserError, match="there are 2 classes"):
+        draw(mixture, 0, EXACT, EVEN).sample({}, {}, keys, Request(label=2))
 
 
 def test_an_edit_keeps_what_it_knows_and_stays_near_where_it_started():

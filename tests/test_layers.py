@@ -21,6 +21,7 @@ LEVELS = {
     "train": 8,
     "run": 9,
     "judge": 10,
+    "guide": 10,
 }  # maths 0, nn 1, the rest 2
 
 

@@ -1,11 +1,13 @@
 """A small convolutional classifier, whose last layer but one serves as features."""
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from ddpm_jax.nn.layers import Dropout
+from ddpm_jax.nn.layers import Dropout, condition
 
 SMALLEST = 8  # a side that is not halved any more
+SINES = 64  # width of the time embedding
 
 
 class Classifier(nn.Module):
@@ -16,20 +18,34 @@ class Classifier(nn.Module):
       channels: of the 3x3 convolutions, each of which halves a side longer than 8.
       features: width of the layer before the logits.
       dropout: rate on the features, in training.
+      noisy: images are x_t, and the network is told t, behind every convolution.
     """
 
     classes: int
     channels: tuple[int, ...] = (32, 64, 64)
     features: int = 64
     dropout: float = 0.3
+    noisy: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch h w c"], keys: Key[Array, "batch"] | None = None
+        self,
+        x: Float[Array, "batch h w c"],
+        keys: Key[Array, "batch"] | None = None,
+        time: Float[Array, "batch"] | None = None,
     ) -> tuple[Float[Array, "batch classes"], Float[Array, "batch features"]]:
+        """`time` in [0, 1], 1 pure noise, is told to a noisy classifier; None: 0, clean images."""
+        emb = None
+        if self.noisy:
+            time = jnp.zeros(len(x)) if time is None else time
+            init = nn.initializers.lecun_normal()
+            emb = condition(time, None, 0, SINES, 2 * SINES, init, 0.0)
         for number, width in enumerate(self.channels):
             strides = 2 if x.shape[1] > SMALLEST else 1
-            x = nn.gelu(nn.Conv(width, (3, 3), strides=strides, name=f"conv_{number}")(x))
+            x = nn.Conv(width, (3, 3), strides=strides, name=f"conv_{number}")(x)
+            if emb is not None:
+                x += nn.Dense(width, name=f"told_{number}")(emb)[:, None, None]
+            x = nn.gelu(x)
         x = x.reshape(x.shape[0], -1)
         x = nn.gelu(nn.Dense(self.features, name="features")(x))
         return nn.Dense(self.classes, name="logits")(Dropout(self.dropout, name="drop")(x, keys)), x
