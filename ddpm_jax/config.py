@@ -193,10 +193,15 @@ class Training:
     checkpoint_every: Interval = 0
     steps_per_call: Count = 1  # steps that one dispatch runs on the device
     accumulate: Annotated[int, AtLeast(1), MAY_CHANGE] = 1  # parts that a batch is taken in
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the network's inside
+    precision: Literal["float32", "bfloat16"] = "float32"  # that networks compute in
     skip_nonfinite: Annotated[int, AtLeast(0), MAY_CHANGE] = 0  # steps in a row; 0: stop at one
     shape: Shape = (8, 8, 1)
     levels: Levels = 17
+
+
+def inside(precision: str) -> str | None:
+    """The type that networks compute in, which have their inputs' by default."""
+    return None if precision == "float32" else precision
 
 
 def restore(cls: type, values: dict[str, Any], where: Any) -> Any:

@@ -27,7 +27,7 @@ from ddpm_jax.data.loader import Data, MissingData, cache_dir, load
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.progress import tell
-from ddpm_jax.rundir import RunDir, check_same, open_run, provenance, read_record
+from ddpm_jax.rundir import bystander, check_same, open_run, provenance, read_record
 from ddpm_jax.tasks import Request
 
 SAMPLE_BATCH = 64
@@ -163,7 +163,8 @@ def train_experiment(
     task = experiment.build(config)
     record = record_of(name, config, loaded, options)
     run = devices.from_main_alone(
-        lambda: open_run(workdir, record, marked(config, MAY_CHANGE)), RunDir(workdir, record)
+        lambda: open_run(workdir, record, marked(config, MAY_CHANGE)),
+        bystander(workdir, record),
     )
     checkpoints = None
     try:

@@ -40,9 +40,9 @@ class RunDir(NamedTuple):
 
     path: pathlib.Path
     record: dict[str, Any]  # what config.json says
-    lock: Any = None  # None: another process of this run writes
-    boards: tuple[Board, ...] = ()  # that follow, once training has begun
-    late: dict[str, list[dict]] = {}  # noqa: RUF012  # by file, lines not written yet
+    lock: Any  # None: another process of this run writes
+    boards: list[Board]  # that follow, once training has begun
+    late: dict[str, list[dict]]  # by file, lines not written yet
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append a line of figures."""
@@ -102,8 +102,8 @@ class RunDir(NamedTuple):
         """Whether there is a line of an evaluation at `step`."""
         return any(line["step"] == step and "test/loss" in line for line in self.lines())
 
-    def at(self, step: int, last: bool = False, wandb: bool = False) -> "RunDir":
-        """The directory as it was at `step`: what was said later, and torn lines, are cut.
+    def begin(self, step: int, last: bool = False, wandb: bool = False) -> None:
+        """Make it as it was at `step`: what was said later, and torn lines, are cut.
 
         With `last`, so is an evaluation at `step` itself: a final one that was cut short.
         """
@@ -126,10 +126,9 @@ class RunDir(NamedTuple):
                 except (ValueError, KeyError, TypeError):
                     pass
             _replace(path, b"".join(kept))
-        boards = [tensorboard(self.path / "tensorboard", step)]
+        self.boards.append(tensorboard(self.path / "tensorboard", step))
         if wandb:
-            boards.append(weights_and_biases(self.path, self.record))
-        return self._replace(boards=tuple(boards), late={})
+            self.boards.append(weights_and_biases(self.path, self.record))
 
     def summary(self) -> dict | None:
         """The final figures, if the run is finished."""
@@ -217,7 +216,12 @@ def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]
     except UserError:
         lock.close()
         raise
-    return RunDir(workdir, record, lock)
+    return RunDir(workdir, record, lock, [], {})
+
+
+def bystander(workdir: pathlib.Path, record: dict[str, Any]) -> RunDir:
+    """The directory as a process sees it that leaves the writing to another one of its run."""
+    return RunDir(workdir, record, None, [], {})
 
 
 def check_same(

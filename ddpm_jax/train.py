@@ -330,7 +330,7 @@ def fit(
         else:
             tell(f"resuming at step {step}")
     call: Any = compiled and compiled.result()
-    run = devices.from_main_alone(lambda: run.at(step, step == config.steps, watch.wandb), run)
+    devices.from_main(lambda: run.begin(step, step == config.steps, watch.wandb))
     flops = devices.flops(call)  # of a step, on a device
     traced = [step + 10, step + 15] if watch.profile else [-1, -1]
     window: dict[str, float] = host.get("window", {})  # sums since the last line, of how many steps
@@ -352,7 +352,8 @@ def fit(
         values = {name: v if stack else v[None] for name, v in values.items()}
         finite = values.pop("finite")
         for i in range(last - first):
-            bad = [name for name in values if not math.isfinite(values[name][i])]
+            names = sorted(values, key=lambda name: name != "loss")
+            bad = [name for name in names if not math.isfinite(values[name][i])]
             skipped = skipped + 1 if bad else 0
             if skipped > config.skip_nonfinite:
                 rows = order((first + i) * config.batch_size, (first + i + 1) * config.batch_size)

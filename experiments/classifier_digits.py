@@ -16,7 +16,17 @@ import dataclasses
 from typing import Annotated, Literal
 
 from ddpm_jax.classifier import classifier_task
-from ddpm_jax.config import AtLeast, Classes, Count, Interval, Length, NonNegative, Share, Training
+from ddpm_jax.config import (
+    AtLeast,
+    Classes,
+    Count,
+    Interval,
+    Length,
+    NonNegative,
+    Share,
+    Training,
+    inside,
+)
 from ddpm_jax.nn.classifier import Classifier
 from ddpm_jax.schedule import cosine
 from ddpm_jax.tasks import Task
@@ -47,7 +57,14 @@ class Config(Training):
 def network(config: Config) -> Classifier:
     """The network alone, as a judge uses it."""
     noisy = config.noise != "none"
-    return Classifier(config.classes, config.channels, config.features, config.dropout, noisy)
+    return Classifier(
+        config.classes,
+        config.channels,
+        config.features,
+        config.dropout,
+        noisy,
+        inside(config.precision),
+    )
 
 
 def build(config: Config) -> Task:

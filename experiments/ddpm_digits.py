@@ -132,7 +132,6 @@ class Config(Training):
     heads: Count = 4
     # Either.
     dropout: Share = 0.1
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the network's inside
     remat: bool = False  # the U-Net's blocks are computed again in the backward pass
     conditional: bool = True
     # The process.

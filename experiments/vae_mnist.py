@@ -24,7 +24,17 @@ a VAE with one stochastic layer, on the same dynamically binarised set.
 import dataclasses
 from typing import Annotated, Literal
 
-from ddpm_jax.config import AtLeast, Count, Interval, Length, NonNegative, Positive, Share, Training
+from ddpm_jax.config import (
+    AtLeast,
+    Count,
+    Interval,
+    Length,
+    NonNegative,
+    Positive,
+    Share,
+    Training,
+    inside,
+)
 from ddpm_jax.nn import likelihood
 from ddpm_jax.nn.vae import VAE
 from ddpm_jax.tasks import Task, vae_task
@@ -70,7 +80,13 @@ def build(config: Config) -> Task:
         "gaussian_learned": lambda: likelihood.gaussian(config.levels, None),
     }[config.likelihood]()
     return vae_task(
-        VAE(config.shape, config.latents, config.hidden, conv=config.network == "conv"),
+        VAE(
+            config.shape,
+            config.latents,
+            config.hidden,
+            conv=config.network == "conv",
+            dtype=inside(config.precision),
+        ),
         p_x,
         beta=config.beta,
         eval_batch=config.eval_batch,

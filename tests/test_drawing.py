@@ -8,6 +8,7 @@ import pytest
 from ddpm_jax import guidance
 from ddpm_jax.drawing import Sampling, drawing
 from ddpm_jax.errors import UserError
+from ddpm_jax.parallel import make
 from ddpm_jax.prediction import Prediction
 from ddpm_jax.process import alpha_sigma
 from ddpm_jax.schedule import cosine
@@ -137,8 +138,8 @@ EXACT = guidance.Guide("classifier", by_bayes, SHAPE, 2)
 
 def test_an_unconditional_model_guided_by_the_exact_classifier_draws_the_class():
     guided = draw(mixture, 0, EXACT, EVEN)
-    found, labels, _ = guided.many({}, 0, 100)
-    expected, in_turn, _ = draw().many({}, 0, 100)
+    found, labels, _ = guided.many({}, 0, 100, make())
+    expected, in_turn, _ = draw().many({}, 0, 100, make())
     np.testing.assert_array_equal(labels, in_turn)
     np.testing.assert_allclose(found, expected, atol=1e-3)
     keys = jax.random.split(jax.random.key(0), 64)

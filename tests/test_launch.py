@@ -1,6 +1,7 @@
 """The command line, as a user types it: what works, and one line for each mistake."""
 
 import json
+import os
 import pathlib
 import re
 import time
@@ -268,3 +269,44 @@ def test_a_damaged_config_is_said(launch, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"experiment": "vae_')
     expect_one_line(launch("--mode=eval", "--workdir=run"), "config.json is damaged")
+
+
+def test_profile_leaves_a_trace_of_five_steps(launch, tmp_path):
+    traced = launch(*DIGITS, "--profile", "--workdir=run")
+    assert traced.returncode == 0, traced.stderr
+    assert "profiled: tensorboard --logdir=" in traced.stderr
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+WANDB = """
+import json, pathlib
+class util:
+    generate_id = staticmethod(lambda: "abc")
+class Image:
+    def __init__(self, image): self.shape = image.shape
+class Run:
+    def __init__(self, folder): self.folder = pathlib.Path(folder)
+    def log(self, values, step):
+        with (self.folder / "told.jsonl").open("a") as file:
+            file.write(json.dumps([step, sorted(values)]) + "\\n")
+    def finish(self): (self.folder / "finished").touch()
+def init(*, project, name, id, resume, dir, config):
+    assert (project, name, id, resume) == ("ddpm_jax", "run", "abc", "allow")
+    assert config["experiment"] == "vae_digits"
+    return Run(dir)
+"""
+
+
+def test_wandb_follows_a_run_where_it_is_installed(launch, tmp_path):
+    missing = launch(*DIGITS, "--wandb", "--workdir=run")
+    assert missing.returncode == 2
+    assert "pip install wandb" in missing.stderr
+    (tmp_path / "wandb.py").write_text(WANDB)  # a stand-in that writes down what it is told
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(path for path in paths if path)
+    followed = launch(*DIGITS, "--wandb", "--workdir=run", PYTHONPATH=path)
+    assert followed.returncode == 0, followed.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "told.jsonl").open()]
+    assert [step for step, names in lines if "train/loss" in names] == [5, 10, 15, 20]
+    assert any("images/samples" in names for _, names in lines)
+    assert (tmp_path / "run" / "finished").exists()

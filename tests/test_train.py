@@ -193,11 +193,61 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(digits, tmp_
     config = dataclasses.replace(
         small(checkpoint_every=4), learning_rate=1.0, decay="none", warmup=0, weight_decay=0.0
     )
-    with pytest.raises(RunError, match=r"loss is nan at step 14;.* of step 12"):
+    says = r"loss is nan at step 14, of training examples .* of step 12"
+    with pytest.raises(RunError, match=says):
         fit(config, digits, tmp_path, task)
     checkpoints = open_checkpoints(tmp_path / "checkpoints", read_only=True)
     assert checkpoints.newest() == 12
     checkpoints.close()
+
+
+def bad_at(*steps):
+    """A task with one weight, whose gradient is 1, and one example's loss nan at some steps."""
+
+    def init(key, batch):
+        return {"w": jnp.zeros(())}, {"step": jnp.zeros((), jnp.int32)}
+
+    def loss(params, fixed, batch, keys, *, train, gather):
+        here = jnp.isin(fixed["step"], jnp.array(steps)) & (batch.index == 5)
+        return jnp.where(here, jnp.nan, 1.0) * params["w"], {}, {}
+
+    return Task(
+        init=init,
+        loss=loss,
+        update=lambda fixed, statistics: {"step": fixed["step"] + 1},
+        evaluate=lambda *_, **__: Evaluation({"test/loss": 0.0}, {}),
+        sample=lambda params, fixed, keys, request: None,
+    )
+
+
+def test_a_step_that_is_not_finite_names_its_training_examples(digits, tmp_path):
+    order = loader.epoch_order(0, len(digits.train.images))(6 * 16, 7 * 16)
+    with pytest.raises(RunError, match=rf"loss is nan at step 7, of training examples {order[5]};"):
+        fit(small(), digits, tmp_path, bad_at(6))
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(digits, tmp_path):
+    flat = dict(learning_rate=1.0, decay="none", warmup=0, weight_decay=0.0)
+    # A skipped step updates nothing, so the count of `bad_at` stands still: 3 in a row are bad.
+    config = dataclasses.replace(small(log_every=10, skip_nonfinite=3), **flat)
+    task = bad_at(6)
+
+    def loss(params, fixed, batch, keys, *, train, gather):
+        # Bad while the weight says that six steps were taken, and a draw of the step says so.
+        bad = (params["w"] < -5.5) & (params["w"] > -6.5)
+        bad &= jax.random.bernoulli(keys[0], 0.5) & (batch.index == 5)
+        return jnp.where(bad, jnp.nan, 1.0) * params["w"], {}, {}
+
+    found = fit(config, digits, tmp_path, task._replace(loss=loss))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    skipped = sum(line["train/skipped"] for line in lines if "train/skipped" in line)
+    assert float(found.state.params["w"]) == pytest.approx(-(20 - skipped), rel=1e-4)
+    assert all(np.isfinite(line["train/loss"]) for line in lines if "train/loss" in line)
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(digits, tmp_path):
+    with pytest.raises(RunError, match="loss is nan at step 9, of training examples"):
+        fit(small(skip_nonfinite=2), digits, tmp_path, bad_at(6))
 
 
 def test_an_image_is_the_same_in_any_batch(digits):

@@ -1,5 +1,7 @@
 """A small convolutional classifier, whose last layer but one serves as features."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -19,6 +21,7 @@ class Classifier(nn.Module):
       features: width of the layer before the logits.
       dropout: rate on the features, in training.
       noisy: images are x_t, and the network is told t, behind every convolution.
+      dtype: of the computation, but for the logits; None: the images'.
     """
 
     classes: int
@@ -26,6 +29,7 @@ class Classifier(nn.Module):
     features: int = 64
     dropout: float = 0.3
     noisy: bool = False
+    dtype: Any = None
 
     @nn.compact
     def __call__(
@@ -42,10 +46,12 @@ class Classifier(nn.Module):
             emb = condition(time, None, 0, SINES, 2 * SINES, init, 0.0)
         for number, width in enumerate(self.channels):
             strides = 2 if x.shape[1] > SMALLEST else 1
-            x = nn.Conv(width, (3, 3), strides=strides, name=f"conv_{number}")(x)
+            x = nn.Conv(width, (3, 3), strides, dtype=self.dtype, name=f"conv_{number}")(x)
             if emb is not None:
-                x += nn.Dense(width, name=f"told_{number}")(emb)[:, None, None]
+                told = nn.Dense(width, dtype=self.dtype, name=f"told_{number}")(emb)
+                x += told[:, None, None]
             x = nn.gelu(x)
         x = x.reshape(x.shape[0], -1)
-        x = nn.gelu(nn.Dense(self.features, name="features")(x))
+        x = nn.gelu(nn.Dense(self.features, dtype=self.dtype, name="features")(x))
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return nn.Dense(self.classes, name="logits")(Dropout(self.dropout, name="drop")(x, keys)), x

@@ -17,12 +17,13 @@ class MLP(nn.Module):
     hidden: tuple[int, ...]
     outputs: int
     bias_init: Callable[..., Any] = nn.initializers.zeros
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *event"]) -> Float[Array, "batch outputs"]:
         x = x.reshape(x.shape[0], -1)
         for width in self.hidden:
-            x = nn.gelu(nn.Dense(width)(x))
+            x = nn.gelu(nn.Dense(width, dtype=self.dtype)(x))
         return nn.Dense(self.outputs, bias_init=self.bias_init, name="out")(x)
 
 
@@ -31,11 +32,12 @@ class ConvEncoder(nn.Module):
 
     channels: tuple[int, ...]
     outputs: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch outputs"]:
         for width in self.channels:
-            x = nn.gelu(nn.Conv(width, (3, 3), strides=2)(x))
+            x = nn.gelu(nn.Conv(width, (3, 3), strides=2, dtype=self.dtype)(x))
         return nn.Dense(self.outputs, name="out")(x.reshape(x.shape[0], -1))
 
 
@@ -48,15 +50,16 @@ class ConvDecoder(nn.Module):
 
     channels: tuple[int, ...]
     shape: tuple[int, int, int]
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, z: Float[Array, "batch latent"]) -> Float[Array, "batch h w c"]:
         scale = 2 ** len(self.channels)
         height, width = self.shape[0] // scale, self.shape[1] // scale
-        x = nn.gelu(nn.Dense(height * width * self.channels[-1])(z))
+        x = nn.gelu(nn.Dense(height * width * self.channels[-1], dtype=self.dtype)(z))
         x = x.reshape(z.shape[0], height, width, self.channels[-1])
         for features in (*self.channels[-2::-1], -(-self.channels[0] // 2)):
-            x = nn.gelu(_double(nn.Conv(4 * features, (3, 3))(x)))
+            x = nn.gelu(_double(nn.Conv(4 * features, (3, 3), dtype=self.dtype)(x)))
         bias = self.param("bias", nn.initializers.zeros, self.shape)
         return nn.Conv(self.shape[2], (3, 3), use_bias=False, name="out")(x) + bias
 
@@ -76,22 +79,26 @@ class VAE(nn.Module):
       hidden: widths of the MLP's layers, from the image to z (reversed on the way back),
         or, with `conv`, channels of the convolutions, each of which halves the image.
       conv: convolutional networks instead of MLPs.
+      dtype: of the hidden layers' computation; None: the images'.
     """
 
     shape: tuple[int, int, int]
     latents: int
     hidden: tuple[int, ...]
     conv: bool = False
+    dtype: Any = None
 
     def setup(self) -> None:
         pixels = math.prod(self.shape)
         self.encoder: nn.Module = (
-            ConvEncoder(self.hidden, 2 * self.latents)
+            ConvEncoder(self.hidden, 2 * self.latents, self.dtype)
             if self.conv
-            else MLP(self.hidden, 2 * self.latents)
+            else MLP(self.hidden, 2 * self.latents, dtype=self.dtype)
         )
         self.decoder: nn.Module = (
-            ConvDecoder(self.hidden, self.shape) if self.conv else MLP(self.hidden[::-1], pixels)
+            ConvDecoder(self.hidden, self.shape, self.dtype)
+            if self.conv
+            else MLP(self.hidden[::-1], pixels, dtype=self.dtype)
         )
         self.logvar = self.param("logvar", nn.initializers.zeros, ())
 
