@@ -174,10 +174,15 @@ def prime_factors(number: int) -> tuple[int, ...]:
 def split(shape: tuple[int, ...], factors: tuple[int, ...], axes: tuple[str, ...]) -> PartitionSpec:
     """Which axes of the mesh, of sizes `factors`, divide which axis of an array.
 
-    Each goes to the longest part that it divides, and nowhere if it divides none.
+    All of them one axis, the longest that they divide, so that what is sent is sent at once; else
+    each the longest part that it divides, and nothing if it divides none.
     """
     left: list[int] = list(shape)
     given: list[tuple[str, ...]] = [()] * len(shape)
+    whole = [i for i, size in enumerate(shape) if size % math.prod(factors) == 0]
+    if whole:
+        given[max(whole, key=lambda i: shape[i])] = axes
+        return PartitionSpec(*(names or None for names in given))
     for factor, axis in zip(factors, axes, strict=True):
         fitting = [i for i, size in enumerate(left) if size % factor == 0]
         if fitting:

@@ -244,9 +244,16 @@ def _refuse_to_compare(tree: Any) -> Any:
 
 
 def _norm(tree: Any) -> jax.Array:
-    """The global norm, by products, which a CPU sums on all its cores."""
-    squares = [jnp.vdot(leaf, leaf, precision="highest") for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares))
+    """The global norm, by products, which a CPU sums on all its cores.
+
+    Nothing is reshaped, for which a sharded array would be put together.
+    """
+
+    def square(leaf):
+        axes = tuple(range(leaf.ndim))
+        return jax.lax.dot_general(leaf, leaf, ((axes, axes), ((), ())), precision="highest")
+
+    return jnp.sqrt(sum(square(leaf) for leaf in jax.tree.leaves(tree)))
 
 
 def train_steps(step: Callable) -> Callable:

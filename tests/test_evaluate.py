@@ -9,6 +9,7 @@ from ddpm_jax import report, vae
 from ddpm_jax.data.loader import Split
 from ddpm_jax.evaluate import average, per_example
 from ddpm_jax.nn import likelihood
+from ddpm_jax.parallel import make
 from ddpm_jax.tasks import importance_weighted
 
 
@@ -20,9 +21,9 @@ def test_every_example_is_counted_once_with_the_same_draws_in_any_batch(batch_si
         noise = jax.vmap(jax.random.uniform)(keys)
         return {"value": batch.images[:, 0, 0, 0].astype(jnp.float32), "noise": noise}
 
-    found = per_example(fn, split, batch_size, seed=0)
+    found = per_example(fn, split, batch_size, 0, make())
     assert list(found["value"]) == list(range(10))
-    np.testing.assert_array_equal(found["noise"], per_example(fn, split, 7, seed=0)["noise"])
+    np.testing.assert_array_equal(found["noise"], per_example(fn, split, 7, 0, make())["noise"])
     assert len(np.unique(found["noise"])) == 10
 
 

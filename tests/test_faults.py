@@ -73,7 +73,10 @@ def half_write(folder):
     shutil.rmtree(folder / "state")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, flip_record, half_write])
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, *(pytest.param(f, marks=pytest.mark.slow) for f in (flip, flip_record, half_write))],
+)
 def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_used(
     damage, stopped, whole, tmp_path
 ):

@@ -87,6 +87,7 @@ def test_two_processes_are_one(mode, alone, tmp_path):
     assert "step 24" not in (tmp_path / "run1.log").read_text()  # process 0 alone tells
 
 
+@pytest.mark.slow
 def test_one_of_two_killed_ends_the_other_and_both_resume(tmp_path):
     workdir, steps = tmp_path / "run", 4000
     both = start_two(workdir, steps=steps)

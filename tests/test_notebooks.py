@@ -74,6 +74,7 @@ def test_a_notebook_is_kept_without_outputs(path):
             assert cell.execution_count is None
 
 
+@pytest.mark.slow
 def test_the_tour_runs_and_every_figure_is_shown(execute, tmp_path):
     cells = execute("tour.ipynb")  # whose own asserts hold the equations
     drawing = {name: cell for name, cell in cells.items() if "show(figure)\n" in cell.source + "\n"}

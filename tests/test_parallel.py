@@ -178,7 +178,9 @@ def test_a_batch_taken_in_parts_is_the_large_batch(mode, count):
 BAND = 0.05  # of the float32 run's mean loss over the same 20 steps
 
 
-@pytest.mark.parametrize("experiment", [vae_digits, ddpm_digits])
+@pytest.mark.parametrize(
+    "experiment", [vae_digits, pytest.param(ddpm_digits, marks=pytest.mark.slow)]
+)
 def test_a_bfloat16_run_follows_the_float32_runs_loss(experiment):
     """Over 200 steps of the same draws; what is kept and told stays float32."""
     losses = {}

@@ -1,0 +1,135 @@
+"""Bytes that a training step sends over the wires, read from the compiled program.
+
+    python benchmarks/communication.py --experiment=ddpm_cifar10 --devices=8,256
+
+The step is compiled, not run, for so many devices forced on the host, and the collectives of the
+partitioned program are counted, each at what a ring of n devices sends per device:
+
+    all-reduce          2 (n - 1) / n of its bytes
+    all-gather            (n - 1) / n of what comes out
+    reduce-scatter        (n - 1) / n of what goes in
+    all-to-all            (n - 1) / n of its bytes
+    collective-permute    its bytes
+
+On a CPU XLA leaves an all-reduce and a slice where a TPU or GPU gets a reduce-scatter, of half
+the bytes: under fsdp that is most of what is sent here.
+"""
+
+import collections
+import dataclasses
+import importlib
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+from absl import app, flags
+
+EXPERIMENT = flags.DEFINE_string("experiment", "ddpm_cifar10", "Whose step.")
+DEVICES = flags.DEFINE_list("devices", ["8", "256"], "How many.")
+MODES = flags.DEFINE_list("modes", ["jit", "pmap", "fsdp"], "How the step is spread.")
+PER_DEVICE = flags.DEFINE_integer("per_device", 1, "Images of a step on a device.")
+ONE = flags.DEFINE_bool("one", False, "Of the devices that there are: what this starts itself.")
+
+SIZES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f64": 8, "pred": 1, "u8": 1, "s8": 1}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+SHAPES = {"cifar10": (32, 32, 3), "mnist": (28, 28, 1)}
+
+
+def sent(text: str, count: int) -> dict[str, float]:
+    """Bytes that each of `count` devices sends in a program, by kind of collective."""
+    found: dict[str, float] = collections.Counter()
+    for line in text.splitlines():
+        match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
+        if not match:
+            continue
+        result, kind = match.groups()
+        size = sum(
+            SIZES.get(kind_, 4) * math.prod(int(d) for d in dims.split(",") if d)
+            for kind_, dims in SHAPE.findall(result)
+        )
+        group = group_size(line, count)
+        ring = (group - 1) / group
+        factor = {
+            "all-reduce": 2 * ring,
+            "all-gather": ring,
+            "reduce-scatter": ring * group,  # the result is a device's part
+            "all-to-all": ring,
+            "collective-permute": 1.0,
+        }[kind]
+        found[kind] += factor * size
+    return found
+
+
+def group_size(line: str, count: int) -> int:
+    """How many devices a collective is over, of the ways in which XLA writes that."""
+    if named := re.search(r"replica_groups=mesh\[(.*?)\].*?\{('.*?')\}", line):
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
+        return math.prod(int(axes[name]) for name in re.findall(r"'(\w+)'", named.group(2)))
+    if rows := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
+        return int(rows.group(2))
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return len(listed.group(1).split(","))
+    return count
+
+
+def measure(name: str, mode: str) -> None:
+    """Compile the step of an experiment for the devices that there are, and print a line."""
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+    import jax
+    import numpy as np
+
+    from ddpm_jax import parallel, train
+    from ddpm_jax.data.loader import Batch
+
+    jax.config.update("jax_disable_most_optimizations", True)  # they send nothing
+    module = importlib.import_module(f"experiments.{name}")
+    shape = SHAPES.get(name.rpartition("_")[2], (8, 8, 1))
+    count = jax.device_count()
+    size = PER_DEVICE.value * count
+    config = dataclasses.replace(module.Config(), shape=shape, batch_size=size, judge="none")
+    task = module.build(config)
+    spread = parallel.make(mode)
+    shapes = train.state_shapes(task, config)
+    images = np.zeros((size, *shape), np.uint8)
+    batch = Batch(images, np.zeros(size, np.int32), np.arange(size, dtype=np.int32))
+
+    def step(state, batch, **hooks):
+        return train.train_step(task, config, 0, state, batch, **hooks)
+
+    program = spread.lower(step, spread.like(shapes), spread.feed(batch))()
+    found = sent(program.as_text(), count)
+    parameters = sum(4 * math.prod(a.shape) for a in jax.tree.leaves(shapes.params))
+    memory = program.memory_analysis()
+    print(
+        f"{name}  {mode:<5}{count:>6} devices  parameters {parameters / 1e6:.1f} MB  sent "
+        f"{sum(found.values()) / 1e6:.1f} MB  state and batch on a device "
+        f"{memory.argument_size_in_bytes / 1e6:.1f} MB  "
+        + "  ".join(f"{kind} {size / 1e6:.1f}" for kind, size in found.items()),
+        flush=True,
+    )
+
+
+def main(_: list[str]) -> None:
+    """A process for each number of devices, which cannot change within one."""
+    if ONE.value:
+        return measure(EXPERIMENT.value, MODES.value[0])
+    for count in DEVICES.value:
+        for mode in MODES.value:
+            environment = {
+                **os.environ,
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+                "JAX_PLATFORMS": "cpu",
+            }
+            subprocess.run(
+                [sys.executable, __file__, "--one", f"--experiment={EXPERIMENT.value}",
+                 f"--modes={mode}", f"--per_device={PER_DEVICE.value}"],
+                env=environment, check=True,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    app.run(main)
