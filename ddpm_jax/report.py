@@ -75,10 +75,7 @@ def read_lines(path: pathlib.Path) -> list[dict]:
 
 def curves(path: pathlib.Path, lines: Iterable[dict], title: str) -> None:
     """One panel for each metric, training and test in the same, over steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for line in lines:
@@ -92,7 +89,8 @@ def curves(path: pathlib.Path, lines: Iterable[dict], title: str) -> None:
         return
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False)
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="tight")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (metric, splits) in zip(axes.flat, series.items(), strict=False):
         for split, points in splits.items():
             steps, values = zip(*points, strict=True)
@@ -106,32 +104,26 @@ def curves(path: pathlib.Path, lines: Iterable[dict], title: str) -> None:
     for axis in axes.flat[len(series) :]:
         axis.remove()
     figure.suptitle(title)
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def lines(
     x: Float[np.ndarray, "points"], ys: dict[str, np.ndarray], xlabel: str, title: str
 ) -> UInt8[np.ndarray, "h w c"]:
     """Curves over one axis, as a picture."""
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4), dpi=100)
+    figure = Figure(figsize=(6, 4), dpi=100, layout="tight")
+    canvas, axis = FigureCanvasAgg(figure), figure.subplots()
     for name, y in ys.items():
         axis.plot(x, y, ".-" if len(x) < 30 else "-", label=name)
     axis.set_xlabel(xlabel)
     axis.set_title(title)
     axis.legend()
-    figure.tight_layout()
-    figure.canvas.draw()
-    picture = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
-    plt.close(figure)
-    return picture
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def table(rows: list[tuple[str, str]], title: str) -> str:

@@ -23,7 +23,7 @@ from ddpm_jax import parallel as devices
 from ddpm_jax import report, train
 from ddpm_jax.checkpoint import open_checkpoints
 from ddpm_jax.config import FROM_DATA, MAY_CHANGE, marked, restore
-from ddpm_jax.data.loader import Data, MissingData, cache_dir, load
+from ddpm_jax.data.loader import Data, MissingData, cache_dir, is_of_tfds, load
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.progress import tell
@@ -105,9 +105,18 @@ def load_data(
 
 
 def load_again(record: dict[str, Any], options: Options) -> Data:
-    """The data of an earlier run, from where it was or from --data_dir."""
-    where = options.data_dir or record.get("data_dir")
-    return _load(record["data"]["name"], where, record.get("debug", False))
+    """The data of an earlier run, from where it was or from --data_dir.
+
+    Nothing is prepared in a folder that the record names: it may be a stranger's.
+    """
+    where, name = options.data_dir or record.get("data_dir"), record["data"]["name"]
+    if where and not options.data_dir and is_of_tfds(name):
+        folder = pathlib.Path(where) / name.partition("/")[0].partition(":")[0]
+        if not folder.is_dir():
+            raise UserError(
+                f"{where}, where the data of this run were, holds no {name}; give --data_dir"
+            )
+    return _load(name, where, record.get("debug", False))
 
 
 def _load(name: str, data_dir: str | None, debug: bool) -> Data:

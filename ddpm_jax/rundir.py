@@ -199,11 +199,17 @@ def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]
         raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.close()
         raise UserError(
             f"another process is training in {workdir}; wait for it, or give another --workdir"
         ) from None
+    except OSError as error:  # some mounted drives know no locks
+        print(
+            f"{workdir} cannot be locked ({error.strerror}): see to it that no other process "
+            "trains there",
+            file=sys.stderr,
+        )
     try:
         earlier = read_record(workdir)
         trained = any(workdir.glob("checkpoints/[0-9]*")) or any(workdir.glob("*/config.json"))

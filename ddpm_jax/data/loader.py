@@ -87,8 +87,7 @@ def load(name: str, data_dir: str | None = None) -> Data:
       UserError: the name or what it names is wrong.
     """
     source, _, argument = name.partition(":")
-    here = pathlib.Path(__file__).parent
-    if source in {path.stem for path in here.glob("*.py")} - {"__init__", "loader", "prefetch"}:
+    if not is_of_tfds(name):
         module = importlib.import_module(f"ddpm_jax.data.{source}")
         data = module.load(argument, data_dir)
     else:
@@ -99,6 +98,12 @@ def load(name: str, data_dir: str | None = None) -> Data:
         if not len(part.images):
             raise UserError(f"data set {name} has no {split} images")
     return data
+
+
+def is_of_tfds(name: str) -> bool:
+    """Whether a data set is none that a file here reads."""
+    files = {path.stem for path in pathlib.Path(__file__).parent.glob("*.py")}
+    return name.partition(":")[0] not in files - {"__init__", "loader", "prefetch"}
 
 
 ALL = slice(None)
