@@ -253,7 +253,9 @@ def _die(kind: str, message: str, code: int) -> None:
 
 def _lost(error: Exception) -> bool:
     """Whether this is how jax tells that another process is gone."""
-    return bool(FLAGS["distributed"].value) and type(error).__name__ == "JaxRuntimeError"
+    out_of_memory = "RESOURCE_EXHAUSTED" in str(error)
+    several = FLAGS["distributed"].value and not out_of_memory
+    return bool(several) and type(error).__name__ == "JaxRuntimeError"
 
 
 if __name__ == "__main__":

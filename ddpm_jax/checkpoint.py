@@ -82,21 +82,27 @@ class Checkpoints(NamedTuple):
     def restore_newest(self, like: Any) -> tuple[int, Any | None, dict]:
         """(step, state, host record) of the newest that is not damaged; (0, None, {}) of none.
 
-        Damaged ones are told of and, where this may write, set aside.
+        Damaged ones are told of and, where this may write and there is a good one, set aside.
 
         Raises:
           UserError: all of them are.
         """
-        steps = sorted(self.manager.all_steps(), reverse=True)
+        steps, damaged = sorted(self.manager.all_steps(), reverse=True), []
         for step in steps:
             try:
-                return step, *self.restore(step, like)
+                state, host = self.restore(step, like)
             except UserError as error:
                 tell(f"{error}; trying the one before")
-                if not self.read_only:
-                    self._set_aside(step)
+                damaged.append(step)
+                continue
+            for other in [] if self.read_only else damaged:
+                self._set_aside(other)
+            return step, state, host
         if steps:
-            raise UserError(f"every checkpoint in {self.manager.directory} is damaged")
+            raise UserError(
+                f"every checkpoint in {self.manager.directory} is damaged, or of another version "
+                "of the code; they stay as they are: give another --workdir"
+            )
         return 0, None, {}
 
     def _set_aside(self, step: int) -> None:

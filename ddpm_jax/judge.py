@@ -43,7 +43,7 @@ def with_judge(
         tell(f"no FID: put {INCEPTION}, of pytorch-fid's releases, into {inception_file().parent}")
     if config.judge == "none":
         return config
-    if config.judge != "auto" and (pathlib.Path(config.judge) / "summary.json").exists():
+    if config.judge != "auto" and from_main((pathlib.Path(config.judge) / "summary.json").exists):
         return config
     if not loaded.data.classes:
         tell("no labels, so no classifier: no distances are told")
@@ -81,7 +81,7 @@ def judges_of(experiment: types.ModuleType, config: Any) -> tuple[Callable[[], J
     judges: list[Callable[[], Judge]] = []
     if config.judge not in ("auto", "none"):
         judges.append(functools.partial(load_judge, experiment, config.judge))
-    if config.fid and inception_file().exists():
+    if config.fid and from_main(inception_file().exists):
         judges.append(load_inception)
     return tuple(judges)
 

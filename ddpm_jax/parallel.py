@@ -5,8 +5,9 @@ A step is a pure function of a state and a batch that asks three things of whoev
 tree put together where it is used.
 
 `jit`: a global view.  Batches are sharded, the state is replicated, XLA inserts what is sent.
-`fsdp`: the same with every array of the state sharded; parameters are put together for the
-    loss alone, and their gradient is sharded again (ZeRO-3, Rajbhandari et al. 2020).
+`fsdp`: the same with every array of the state sharded, as ZeRO's third stage keeps it
+    (Rajbhandari et al. 2020).  For the loss the parameters are put together, all at once, and
+    their gradient is sharded again: within a step, a device holds both whole.
 `pmap`: a view of one device; `reduce` is `pmean`, `gather` an all-gather.
 
 A batch's rows lie on the devices in the order of the processes, so each process reads one run
@@ -363,7 +364,11 @@ _mourners: list[subprocess.Popen] = []
 
 def _leave_a_mourner() -> None:
     """A small process that tells of this one's end, unless `leave` was called before it."""
-    _mourners.append(subprocess.Popen([sys.executable, "-c", MOURNER], stdin=subprocess.PIPE))
+    _mourners.append(
+        subprocess.Popen(
+            [sys.executable, "-c", MOURNER], stdin=subprocess.PIPE, start_new_session=True
+        )
+    )
     atexit.register(leave)
 
 
@@ -371,6 +376,13 @@ def leave() -> None:
     """Say that this process ends as it means to."""
     while _mourners:
         _mourners.pop().communicate(b"farewell")
+
+
+def check_same_everywhere(what: str, value: str) -> None:
+    """Raises UserError unless `value` is the first process's, too."""
+    first = from_main(lambda: value)
+    if first != value:
+        raise UserError(f"{what} is {value} here and {first} in the first process")
 
 
 def is_main() -> bool:
@@ -387,7 +399,7 @@ def from_main(fn: Callable[[], Any]) -> Any:
     if is_main():
         try:
             found = {"value": fn()}
-        except (UserError, RunError) as error:
+        except Exception as error:  # whatever it is, the others wait for word of it
             found, own = {"error": str(error)}, error
     text = json.dumps(found).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
@@ -396,7 +408,7 @@ def from_main(fn: Callable[[], Any]) -> Any:
     sent = multihost_utils.broadcast_one_to_all(padded)
     found = json.loads(np.asarray(sent, np.uint8).tobytes()[:size])
     if "error" in found:
-        raise own or UserError(found["error"])
+        raise own or RunError(f"the first process ended: {found['error']}")
     return found["value"]
 
 

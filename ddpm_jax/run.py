@@ -14,6 +14,7 @@ import os
 import pathlib
 import time
 import types
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from ddpm_jax.data.loader import Data, MissingData, cache_dir, is_of_tfds, load
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.progress import tell
-from ddpm_jax.rundir import bystander, check_same, open_run, provenance, read_record
+from ddpm_jax.rundir import bystander, check_links, check_same, open_run, provenance, read_record
 from ddpm_jax.tasks import Request
 
 SAMPLE_BATCH = 64
@@ -99,6 +100,7 @@ def load_data(
                 f"NOT {name}, which is not at hand, but {data.title}: the figures are of these. "
                 f"({error})",
             )
+    devices.check_same_everywhere("the data set", loaded.data.fingerprint)
     for note in loaded.data.notes:
         tell(f"{loaded.data.title}: {note}")
     return loaded
@@ -215,6 +217,17 @@ def train_experiment(
         run.close()
 
 
+@contextlib.contextmanager
+def opened(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]) -> Iterator[None]:
+    """A directory of several runs, this process's or the first one's while it is used."""
+    sweep = devices.from_main_alone(
+        lambda: open_run(workdir, record, may_change), bystander(workdir, record)
+    )
+    with contextlib.closing(sweep):
+        devices.from_main(sweep.write_record)
+        yield
+
+
 def eval_experiment(
     experiment: types.ModuleType, config: Any, workdir: pathlib.Path, options: Options
 ) -> dict[str, float]:
@@ -240,9 +253,13 @@ def eval_experiment(
     }
 
     def write() -> None:
-        for name, picture in found.pictures.items():
-            report.save_picture(workdir / "images" / name, picture)
-        (workdir / "eval.json").write_text(json.dumps(written, indent=2) + "\n")
+        check_links(workdir)
+        try:
+            for name, picture in found.pictures.items():
+                report.save_picture(workdir / "images" / name, picture)
+            (workdir / "eval.json").write_text(json.dumps(written, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
 
     devices.from_main(write)
     title = f"{record['experiment']} on {data.title}, checkpoint of step {step}"

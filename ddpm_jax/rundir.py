@@ -55,14 +55,14 @@ class RunDir(NamedTuple):
         """Append a line of what a clock says."""
         self._append("timing.jsonl", {"step": step, "time": time.time(), **seconds})
 
-    def picture(self, name: str, image: np.ndarray, step: int | None = None) -> None:
-        """Write a picture or a movie; with a step, one of many by that name."""
+    def picture(self, name: str, image: np.ndarray, step: int, last: bool = False) -> None:
+        """Write a picture or a movie; unless it is the last, one of many by that name."""
         if self.lock is None:
             return
-        stem = name if step is None else f"{name}_{step:08d}"
+        stem = name if last else f"{name}_{step:08d}"
         with self._telling(f"the picture {stem}"):
             for board in self.boards if image.ndim == 3 else ():
-                board.picture(step or 0, name, image)
+                board.picture(step, name, image)
             report.save_picture(self.path / "images" / stem, image)
 
     @contextlib.contextmanager
@@ -126,7 +126,8 @@ class RunDir(NamedTuple):
                 except (ValueError, KeyError, TypeError):
                     pass
             _replace(path, b"".join(kept))
-        self.boards.append(tensorboard(self.path / "tensorboard", step))
+        with self._telling("what TensorBoard shows"):
+            self.boards.append(tensorboard(self.path / "tensorboard", step))
         if wandb:
             self.boards.append(weights_and_biases(self.path, self.record))
 
@@ -135,7 +136,13 @@ class RunDir(NamedTuple):
         return _read_json(self.path / "summary.json")
 
     def finish(self, summary: dict, title: str) -> None:
-        """Write the final figures, and the curves of all of them."""
+        """Write the final figures, and the curves of all of them.
+
+        Raises:
+          RunError: they cannot be written; the run is not finished then.
+        """
+        if not self.flush():
+            raise RunError(f"cannot write to {self.path}; make room, and the same command goes on")
         with self._telling("the curves"):
             report.curves(self.path / "images" / "curves.png", self.lines(), title)
         _replace(self.path / "summary.json", _json(summary))
@@ -149,7 +156,8 @@ class RunDir(NamedTuple):
         with self._telling("what TensorBoard shows"):
             for board in self.boards:
                 board.flush()
-        return all([self._write_late(name) for name, lines in self.late.items() if lines])
+        late = [name for name, lines in self.late.items() if lines and not self._write_late(name)]
+        return "metrics.jsonl" not in late
 
     def close(self) -> None:
         """Let go of the directory."""
@@ -173,7 +181,10 @@ def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
     except OSError as error:
         raise UserError(f"cannot read {workdir}: {error.strerror}") from None
     record = _read_json(path)
-    if record is None or "experiment" not in record:
+    kinds = {"experiment": str, "config": dict, "data": dict, "seed": int}
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(name), kind) for name, kind in kinds.items()
+    ):
         raise UserError(f"{path} is damaged; give another --workdir, or remove {workdir}")
     return record
 
@@ -194,7 +205,8 @@ def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / "lock").open("w")
+        check_links(workdir)
+        lock = (workdir / "lock").open("a")
     except OSError as error:
         raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
     try:
@@ -212,7 +224,8 @@ def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]
         )
     try:
         earlier = read_record(workdir)
-        trained = any(workdir.glob("checkpoints/[0-9]*")) or any(workdir.glob("*/config.json"))
+        places = ("checkpoints/[0-9]*", "damaged/[0-9]*", "*/config.json")
+        trained = any(any(workdir.glob(place)) for place in places)
         if earlier is None and trained:
             raise UserError(
                 f"{workdir} holds checkpoints but no config.json; give another --workdir"
@@ -223,6 +236,13 @@ def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]
         lock.close()
         raise
     return RunDir(workdir, record, lock, [], {})
+
+
+def check_links(workdir: pathlib.Path) -> None:
+    """Raises UserError if something in a run directory leads out of it: it may be a stranger's."""
+    for path in (*workdir.glob("*"), *workdir.glob("checkpoints/*"), *workdir.glob("images/*")):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, which nothing is written through; remove it")
 
 
 def bystander(workdir: pathlib.Path, record: dict[str, Any]) -> RunDir:

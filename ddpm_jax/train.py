@@ -205,7 +205,7 @@ def train_step(
     fixed = task.update(fixed, each["statistics"])
     new = TrainState(state.step + 1, params, fixed, opt_state, ema)
     if config.skip_nonfinite:
-        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        good = jnp.all(jnp.array([jnp.isfinite(value) for value in metrics.values()]))
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
         new = new._replace(step=state.step + 1)
     return new, {**metrics, "finite": each["finite"]}
@@ -307,6 +307,21 @@ def fit(
     Raises:
       RunError: a loss is not finite; the last checkpoint is older and good.
     """
+    with _Signals(alone=devices.alone()) as signals:
+        return _fit(task, config, data, run, checkpoints, seed, spread, watch, signals)
+
+
+def _fit(
+    task: Task,
+    config: Training,
+    data: Data,
+    run: RunDir,
+    checkpoints: Checkpoints,
+    seed: int,
+    spread: devices.Parallel,
+    watch: Watch,
+    signals: "_Signals",
+) -> Fit:
     size = min(INIT_EXAMPLES, len(data.train.images))
     examples = Batch(data.train.images[:size], data.train.labels[:size], np.arange(size))
     init = initializer(task, config, seed)
@@ -338,7 +353,7 @@ def fit(
             tell(f"resuming at step {step}")
     call: Any = compiled and compiled.result()
     devices.from_main(lambda: run.begin(step, step == config.steps, watch.wandb))
-    flops = devices.flops(call)  # of a step, on a device
+    flops = devices.flops(call) * config.accumulate  # of a step on a device; a loop counts once
     traced = [step + 10, step + 15] if watch.profile else [-1, -1]
     window: dict[str, float] = host.get("window", {})  # sums since the last line, of how many steps
     skipped: int = host.get("skipped", 0)  # steps in a row
@@ -387,7 +402,8 @@ def fit(
             run.time(last, **lap, **devices.memory(), **devices.utilisation(flops, lap))
         clock.show(last, float(values["loss"][last - first - 1]))
 
-    with _Signals(alone=devices.alone()) as signals, contextlib.closing(placed):
+    tracing = False
+    with contextlib.closing(placed):
         asked = devices.raised(spread, False)
 
         def stop() -> bool:
@@ -404,7 +420,7 @@ def fit(
                         metrics = shown.metrics
             if metrics or _due(first, config.checkpoint_every) or finished or stop():
                 finish_call()
-                if first > 0 and checkpoints.newest() != first and run.flush():
+                if devices.from_main(functools.partial(_may_save, first, checkpoints, run)):
                     with clock.pause("checkpoint"):
                         host = {"window": window, "skipped": skipped}
                         checkpoints.save(first, state, host, metrics)
@@ -412,7 +428,8 @@ def fit(
                 break
             if first in traced:
                 finish_call()
-                if first == traced[0]:
+                tracing = first == traced[0]
+                if tracing:
                     jax.profiler.start_trace(str(run.path / "profile"))
                 else:
                     _stop_trace(run.path / "profile")
@@ -424,8 +441,10 @@ def fit(
             finish_call()
             pending = (first, last, found)
         clock.close()
-        if traced[0] <= first < traced[1]:
+        if tracing:
             _stop_trace(run.path / "profile")
+        elif watch.profile and first <= traced[0]:
+            tell("nothing profiled: a trace is of steps 10 to 15 after the first")
         checkpoints.wait()
         final = None
         if finished and not stop():
@@ -433,6 +452,16 @@ def fit(
             with signals.interrupting():
                 final = evaluate(task, config, state, data, run, first, seed, spread, full=True)
     return Fit(state, first, final)
+
+
+def _may_save(step: int, checkpoints: Checkpoints, run: RunDir) -> bool:
+    """Whether a checkpoint is wanted, and all that was said before it is on disk."""
+    if step == 0 or checkpoints.newest() == step:
+        return False
+    if run.flush():
+        return True
+    tell(f"no checkpoint of step {step}: the figures before it could not be written")
+    return False
 
 
 def _stop_trace(folder: pathlib.Path) -> None:
@@ -467,7 +496,7 @@ def evaluate(
     found = task.evaluate(params, state.fixed, data, seed=seed, full=full, spread=spread)
     check_figures(found.metrics)
     for name, picture in found.pictures.items():
-        run.picture(name, picture, None if full else step)
+        run.picture(name, picture, step, last=full)
     run.log(step, found.metrics)
     return found
 

@@ -17,15 +17,22 @@ One `vae_mnist` run for each beta, in a sub-directory of its own: each resumes, 
 `--mode=sample --workdir=runs/beta_vae_mnist/beta_4` draws from one.
 """
 
-import contextlib
 import dataclasses
 import json
 import pathlib
 
 from ddpm_jax import report
 from ddpm_jax.config import MAY_CHANGE, Interval, Length, NonNegative, marked
-from ddpm_jax.run import Loaded, Options, from_data, load_data, record_of, train_experiment
-from ddpm_jax.rundir import open_run
+from ddpm_jax.parallel import is_main
+from ddpm_jax.run import (
+    Loaded,
+    Options,
+    from_data,
+    load_data,
+    opened,
+    record_of,
+    train_experiment,
+)
 from experiments import vae_mnist
 
 DEBUG = vae_mnist.DEBUG | {"steps": 10, "betas": (0.25, 4.0)}
@@ -46,9 +53,7 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
     loaded = load_data(vae_mnist, config.data, workdir, options)
     config = from_data(config, loaded.data)
     record = record_of("beta_vae_mnist", config, loaded, options)
-    sweep = open_run(workdir, record, marked(config, MAY_CHANGE))
-    with contextlib.closing(sweep):
-        sweep.write_record()
+    with opened(workdir, record, marked(config, MAY_CHANGE)):
         train_all(config, workdir, options, loaded)
 
 
@@ -76,6 +81,8 @@ def train_all(config: Config, workdir: pathlib.Path, options: Options, loaded: L
                 f"active units {metrics['test/active_units']:.0f}",
             )
         )
+    if not is_main():
+        return
     print(report.table(rows, title))
     plot(workdir / "images" / "reconstruction_against_kl.png", found, title)
     table = {f"{beta:g}": summary["metrics"] for beta, summary in found}

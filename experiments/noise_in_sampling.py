@@ -20,7 +20,6 @@ So eta hardly matters here (no standard errors; one model), and noise left out d
 digits, all recognised, and little variety.
 """
 
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -33,16 +32,17 @@ from ddpm_jax.config import MAY_CHANGE, Length, marked
 from ddpm_jax.judge import load_judge, with_judge
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.metrics.quality import quality
+from ddpm_jax.parallel import fetch, is_main
 from ddpm_jax.run import (
     Loaded,
     Options,
     from_data,
     load_data,
     load_state,
+    opened,
     record_of,
     train_experiment,
 )
-from ddpm_jax.rundir import open_run
 from ddpm_jax.tasks import Request, to_images
 from ddpm_jax.train import averaged
 from experiments import classifier_digits, ddpm_digits
@@ -70,9 +70,7 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
     if judged is None:
         return
     record = record_of("noise_in_sampling", judged, loaded, options)
-    sweep = open_run(workdir, record, marked(config, MAY_CHANGE))
-    with contextlib.closing(sweep):
-        sweep.write_record()
+    with opened(workdir, record, marked(config, MAY_CHANGE)):
         fields = {field.name for field in dataclasses.fields(ddpm_digits.Config)}
         model = ddpm_digits.Config(**{name: getattr(judged, name) for name in fields})
         place = workdir / "model"
@@ -102,7 +100,7 @@ def compare(
         for label in range(model.classes):
             keys = example_keys(key, 0, jnp.arange(label * each, (label + 1) * each))
             drawn = task.sample(params, state.fixed, keys, request._replace(label=label))
-            parts.append(np.asarray(drawn))
+            parts.append(fetch(drawn))
         images, labels = np.concatenate(parts), np.repeat(np.arange(model.classes), each)
         shown.append(images[::each][:10])
         found[name] = quality(judge, images, labels, loaded.data).metrics
@@ -124,6 +122,8 @@ def compare(
         ("training set", f"Frechet distance ({judge.name}) {of_training:8.2f}  "
          f"{'':33}deviation {of_data:.3f}")
     )  # fmt: skip
+    if not is_main():
+        return
     print(report.table(rows, title))
     sheet = report.grid(np.concatenate(shown), columns=min(10, model.classes))
     report.save_png(workdir / "images" / "a_row_each.png", sheet)
