@@ -43,6 +43,7 @@ def define_flags() -> None:
         "How a step is spread over devices.",
         ["jit", "pmap", "fsdp"],
     )
+    define(flags.DEFINE_bool, "deterministic", False, "Resume to the bit on a GPU, too; slower.")
     define(flags.DEFINE_bool, "profile", False, "Trace steps 10 to 15 into WORKDIR/profile.")
     define(flags.DEFINE_bool, "wandb", False, "Follow the run on Weights & Biases, too.")
     define(flags.DEFINE_bool, "distributed", False, "One of several processes (docs/clusters.md).")
@@ -209,7 +210,7 @@ def main(arguments: list[str]) -> None:
         config = override(config, overrides)
         if FLAGS.wandb:
             boards.check_wandb()
-        run.set_up_jax(FLAGS.debug, cluster)
+        run.set_up_jax(FLAGS.debug, cluster, FLAGS.deterministic)
         if hasattr(experiment, "run"):
             experiment.run(config, workdir, options)
         else:
@@ -230,7 +231,7 @@ def main(arguments: list[str]) -> None:
         )
     assert record is not None
     config = override(restore(experiment.Config, record["config"], workdir), overrides)
-    run.set_up_jax(cluster=cluster)
+    run.set_up_jax(cluster=cluster, deterministic=FLAGS.deterministic)
     if sampling:
         request = run.Request(*(FLAGS[flag].value for flag in SAMPLE_FLAGS))
         out = pathlib.Path(FLAGS.out).expanduser() if FLAGS.out else None

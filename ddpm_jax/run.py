@@ -48,7 +48,9 @@ class Options(NamedTuple):
 
 
 def set_up_jax(
-    debug: bool = False, cluster: tuple[str | None, int | None, int | None] | None = None
+    debug: bool = False,
+    cluster: tuple[str | None, int | None, int | None] | None = None,
+    deterministic: bool = False,
 ) -> None:
     """Fast convolutions on a CPU, compiled programs kept between runs, and the other processes.
 
@@ -56,8 +58,11 @@ def set_up_jax(
       debug: compile in half the time programs that are slower, for runs of a few steps.
       cluster: the coordinator's HOST:PORT, how many processes there are, and which this is; None
         in it is asked of the cluster.
+      deterministic: the same bits at each run on a GPU, which costs speed.
     """
     devices.tune_cpu(debug)
+    if deterministic:
+        devices.tune_gpu()
     if cluster is not None:
         devices.initialize(*cluster)
     jax.config.update("jax_disable_most_optimizations", debug)
