@@ -143,6 +143,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_of_and_the_run_goes_on(stopped, whole, tmp_path):
     """No file may grow: from a checkpoint on, everything that is written fails."""
     workdir = tmp_path / "run"
@@ -187,6 +188,7 @@ def test_a_clock_that_jumps_back_changes_nothing(tmp_path, whole):
     assert end_of(workdir) == whole
 
 
+@pytest.mark.slow
 def test_a_data_directory_may_disappear_in_mid_run(tmp_path, launch):
     from PIL import Image
 

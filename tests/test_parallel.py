@@ -313,7 +313,7 @@ def test_drawn_images_are_the_same_on_eight_devices(mode):
     np.testing.assert_allclose(drawn(mode, 8), drawn("jit", 1), atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["jit", "fsdp"])
+@pytest.mark.parametrize("mode", [pytest.param("jit", marks=pytest.mark.slow), "fsdp"])
 def test_a_whole_evaluation_is_the_same_on_eight_devices(mode):
     config = dataclasses.replace(vae_digits.Config(), **vae_digits.DEBUG)
     task = vae_digits.build(config)
