@@ -17,7 +17,8 @@ from ddpm_jax.errors import RunError, UserError, nearest
 HERE = pathlib.Path(__file__).parent
 EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("[a-z]*.py"))
 FLAGS = flags.FlagValues()
-SAMPLE_FLAGS = ("label", "sampler", "steps", "guidance", "prompt")  # the fields of a Request
+# The fields of a Request.
+SAMPLE_FLAGS = ("label", "sampler", "steps", "guidance", "prompt", "negative_prompt")
 
 
 def define_flags() -> None:
@@ -72,6 +73,8 @@ def define_flags() -> None:
         "sample: scale of guidance; 1: none (a classifier's: 0).",
     )
     define(flags.DEFINE_string, "prompt", None, "sample: the text to draw.")
+    define(flags.DEFINE_string, "negative_prompt", None, "sample: what guidance leads away from.")
+    define(flags.DEFINE_string, "prompt_file", None, "sample: a file of prompts, a line each.")
 
 
 def parse(arguments: list[str]) -> dict[str, str]:
@@ -146,6 +149,25 @@ def help_text(arguments: list[str]) -> str:
     return "\n".join(lines)
 
 
+def prompts_of(file: str) -> tuple[str, ...]:
+    """The lines of a file of prompts that are not empty.
+
+    Raises:
+      UserError: it cannot be read, there are none, or there is --prompt, too.
+    """
+    if FLAGS.prompt is not None:
+        raise UserError("--prompt and --prompt_file: give one of them")
+    try:
+        lines = pathlib.Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        raise UserError(f"--prompt_file={file} cannot be read: {reason}") from None
+    prompts = tuple(line for line in lines if line.strip())
+    if not prompts:
+        raise UserError(f"--prompt_file={file} holds no prompts; write one a line")
+    return prompts
+
+
 def load_experiment(name: str):
     """The module of experiments/NAME.py."""
     sys.path.insert(0, str(HERE))
@@ -160,7 +182,7 @@ def main(arguments: list[str]) -> None:
         return
     overrides = parse(arguments)
     sampling = FLAGS.mode == "sample"
-    for name in (*SAMPLE_FLAGS, "out", "num_samples"):
+    for name in (*SAMPLE_FLAGS, "out", "num_samples", "prompt_file"):
         if FLAGS[name].present and not sampling:
             raise UserError(f"--{name} goes with --mode=sample")
     from ddpm_jax.config import MAY_CHANGE, marked, override, restore
@@ -181,6 +203,17 @@ def main(arguments: list[str]) -> None:
         name = record["experiment"]
         if name not in EXPERIMENTS:
             raise UserError(f"{workdir} holds a run of {name}, which experiments/ has no file of")
+        part = getattr(load_experiment(name), "DRAWS", None)
+        if part is not None:  # of a run of several parts, the one that draws
+            workdir = workdir / part
+            record = read_record(workdir)
+            if record is None:
+                raise UserError(
+                    f"there is no run in {workdir} yet; the same command without --mode"
+                )
+            name = record["experiment"]
+            if name not in EXPERIMENTS:
+                raise UserError(f"{workdir} holds a run of {name}, of no file of experiments/")
     if name is None:
         raise UserError(f"--experiment=NAME is missing; there are: {', '.join(EXPERIMENTS)}")
     workdir = workdir or pathlib.Path("runs") / (name + "-debug" * FLAGS.debug)
@@ -235,7 +268,10 @@ def main(arguments: list[str]) -> None:
     if sampling:
         request = run.Request(*(FLAGS[flag].value for flag in SAMPLE_FLAGS))
         out = pathlib.Path(FLAGS.out).expanduser() if FLAGS.out else None
-        run.sample_experiment(experiment, config, workdir, options, request, FLAGS.num_samples, out)
+        prompts = prompts_of(FLAGS.prompt_file) if FLAGS.prompt_file else ()
+        run.sample_experiment(
+            experiment, config, workdir, options, request, FLAGS.num_samples, out, prompts
+        )
     else:
         run.eval_experiment(experiment, config, workdir, options)
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.parallel import from_main
 from ddpm_jax.progress import tell
 
 KEEP_NEWEST = 3
@@ -108,11 +108,13 @@ class Checkpoints(NamedTuple):
     def _set_aside(self, step: int) -> None:
         folder = pathlib.Path(self.manager.directory)
         aside = folder.with_name("damaged") / str(step)
-        if jax.process_index() == 0:
+
+        def move() -> None:
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(exist_ok=True)
             (folder / str(step)).rename(aside)
-        multihost_utils.sync_global_devices("set aside")
+
+        from_main(move)
         self.manager.reload()
 
     def wait(self) -> None:

@@ -37,6 +37,7 @@ class AtMost(NamedTuple):
 
 
 FROM_DATA = "from data"
+FROM_PARTS = "from parts"  # from what was trained before, and is built on
 MAY_CHANGE = "may change on resuming"
 
 Count = Annotated[int, AtLeast(1)]
@@ -48,6 +49,7 @@ Interval = Annotated[int, AtLeast(0), MAY_CHANGE]  # 0: only at the end
 Shape = Annotated[tuple[int, int, int], FROM_DATA]  # (height, width, channels) of an image
 Levels = Annotated[int, FROM_DATA]  # of grey in an image: 256, or 17 for `digits`
 Classes = Annotated[int, FROM_DATA]  # of labels; 0: there are none
+CaptionLength = Annotated[int, FROM_DATA]  # tokens; 0: there are no captions
 
 
 def fields(config: Any) -> dict[str, Any]:
@@ -79,6 +81,8 @@ def override(config: Any, texts: dict[str, str]) -> Any:
             raise UserError(f'unknown field "--config.{name}"{nearest(name, hints)}')
         if FROM_DATA in _notes(hints[name]):
             raise UserError(f"--config.{name} follows from the data set and cannot be set")
+        if FROM_PARTS in _notes(hints[name]):
+            raise UserError(f"--config.{name} follows from the parts and cannot be set")
         try:
             values[name] = _parse(text, hints[name])
         except ValueError as error:
@@ -92,7 +96,7 @@ def describe(cls: type) -> list[tuple[str, str, str]]:
     return [
         (name, _type_name(hint), str(defaults[name]))
         for name, hint in fields(cls).items()
-        if FROM_DATA not in _notes(hint)
+        if not {FROM_DATA, FROM_PARTS} & set(_notes(hint))
     ]
 
 

@@ -17,7 +17,6 @@ of rows and no other.
 import atexit
 import functools
 import importlib.metadata
-import itertools
 import json
 import math
 import os
@@ -138,7 +137,7 @@ def make(mode: str = "jit", devices: list[jax.Device] | None = None) -> Parallel
         )
 
     def rows(size: int) -> slice:
-        own = [i for i, device in enumerate(devices) if device.process_index == _process()]
+        own = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
         return slice(own[0] * size // count, (own[-1] + 1) * size // count)
 
     def shard(tree: Any, axis: int = 0) -> Any:
@@ -173,14 +172,14 @@ def make(mode: str = "jit", devices: list[jax.Device] | None = None) -> Parallel
 
 def prime_factors(number: int) -> tuple[int, ...]:
     """Largest first; (1,) of 1."""
-    found = []
-    for factor in itertools.count(2):
-        while number % factor == 0:
+    found, factor = [], 2
+    while number > 1:
+        if number % factor:
+            factor += 1
+        else:
             found.append(factor)
             number //= factor
-        if number == 1:
-            return tuple(reversed(found)) or (1,)
-    raise AssertionError
+    return tuple(reversed(found)) or (1,)
 
 
 def split(shape: tuple[int, ...], factors: tuple[int, ...], axes: tuple[str, ...]) -> PartitionSpec:
@@ -339,10 +338,6 @@ def describe() -> dict[str, Any]:
 # Processes.
 
 
-def _process() -> int:
-    return jax.process_index()
-
-
 def initialize(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Join the other processes; what is None is asked of the cluster (TPU, SLURM, Kubernetes).
 
@@ -398,7 +393,7 @@ def check_same_everywhere(what: str, value: str) -> None:
 
 def is_main() -> bool:
     """Whether this process writes what is for people."""
-    return _process() == 0
+    return jax.process_index() == 0
 
 
 def from_main(fn: Callable[[], Any]) -> Any:

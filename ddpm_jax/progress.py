@@ -24,6 +24,7 @@ class Clock:
         self._lap_step, self._lap_start = step, time.perf_counter()
         self._start: float | None = None  # of the steps after the first call, which compiles
         self._paused: dict[str, float] = {}
+        self._waited = 0.0
         self._last_line = time.perf_counter()
         self._bar = None
         self._shown = show
@@ -66,7 +67,9 @@ class Clock:
         rate = (step - self._lap_step) / max(seconds, 1e-9)
         self._lap_step, self._lap_start = step, now
         others = {f"{what}_seconds": spent for what, spent in paused.items()}
-        return {"seconds": seconds, "steps_per_second": rate, **others}
+        waited, self._waited = self._waited, 0.0
+        told = {"seconds": seconds, "steps_per_second": rate, "data_seconds": waited}
+        return {**told, **others}
 
     @contextlib.contextmanager
     def pause(self, what: str) -> Iterator[None]:
@@ -77,6 +80,15 @@ class Clock:
         finally:
             spent = time.perf_counter() - start
             self._paused[what] = self._paused.get(what, 0.0) + spent
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Seconds in here are training's, which waits for data."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - start
 
     def close(self) -> None:
         """Leave the bar where it is."""

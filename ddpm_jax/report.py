@@ -38,6 +38,35 @@ def grid(
     return sheet
 
 
+def captioned(
+    rows: list[tuple[str, Float[np.ndarray, "n h w c"]]], side: int = 64
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Rows of images in [-1, 1], each below its text.
+
+    Args:
+      side: as in `grid`.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    line, font, parts = 18, ImageFont.load_default(12), []
+    for text, images in rows:
+        pixels = grid(images, columns=len(images), side=side)
+        pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+        head = Image.new("RGB", (pixels.shape[1], line), "white")
+        pen = ImageDraw.Draw(head)
+        while len(text) > 4 and pen.textlength(text, font) > head.width - 6:
+            text = text.removesuffix("...")[:-1] + "..."
+        pen.text((3, 2), text, "black", font)
+        parts += [np.asarray(head), pixels]
+    wide = max(part.shape[1] for part in parts)
+    return np.concatenate(
+        [
+            np.pad(part, ((0, 0), (0, wide - part.shape[1]), (0, 0)), constant_values=255)
+            for part in parts
+        ]
+    )
+
+
 def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w c"]) -> None:
     """Write a grey or colour picture."""
     from PIL import Image
@@ -122,6 +151,31 @@ def lines(
     axis.set_xlabel(xlabel)
     axis.set_title(title)
     axis.legend()
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def paths(
+    lines: dict[str, tuple[list[float], list[float], list[str]]],
+    labels: tuple[str, str],
+    title: str,
+) -> UInt8[np.ndarray, "h w c"]:
+    """Lines through points (x, y), each with its word beside it, as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.5), dpi=100, layout="tight")
+    canvas, axis = FigureCanvasAgg(figure), figure.subplots()
+    for name, (x, y, words) in lines.items():
+        axis.plot(x, y, "o-", label=name)
+        for word, *place in zip(words, x, y, strict=True):
+            axis.annotate(word, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axis.set_xlabel(labels[0])
+    axis.set_ylabel(labels[1])
+    axis.set_title(title)
+    axis.margins(0.1)
+    if len(lines) > 1:
+        axis.legend()
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -24,11 +24,27 @@ from ddpm_jax import parallel as devices
 from ddpm_jax import report, train
 from ddpm_jax.checkpoint import open_checkpoints
 from ddpm_jax.config import FROM_DATA, MAY_CHANGE, marked, restore
-from ddpm_jax.data.loader import Data, MissingData, cache_dir, is_of_tfds, load
+from ddpm_jax.data.loader import (
+    ENDLESS,
+    Data,
+    MissingData,
+    Split,
+    cache_dir,
+    is_of_tfds,
+    load,
+)
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.progress import tell
-from ddpm_jax.rundir import bystander, check_links, check_same, open_run, provenance, read_record
+from ddpm_jax.rundir import (
+    RunDir,
+    bystander,
+    check_links,
+    check_same,
+    open_run,
+    provenance,
+    read_record,
+)
 from ddpm_jax.tasks import Request
 
 SAMPLE_BATCH = 64
@@ -133,7 +149,12 @@ def _load(name: str, data_dir: str | None, debug: bool) -> Data:
 
 def from_data(config: Any, data: Data) -> Any:
     """The config with the fields that the data set decides."""
-    known = {"shape": data.shape, "levels": data.levels, "classes": len(data.classes)}
+    known = {
+        "shape": data.shape,
+        "levels": data.levels,
+        "classes": len(data.classes),
+        "caption_length": data.caption_length,
+    }
     names = marked(config, FROM_DATA)
     return dataclasses.replace(config, **{name: known[name] for name in names})
 
@@ -178,10 +199,7 @@ def train_experiment(
         return None
     task = experiment.build(config)
     record = record_of(name, config, loaded, options)
-    run = devices.from_main_alone(
-        lambda: open_run(workdir, record, marked(config, MAY_CHANGE)),
-        bystander(workdir, record),
-    )
+    run = _open(workdir, record, marked(config, MAY_CHANGE))
     checkpoints = None
     try:
         checkpoints = open_checkpoints(workdir / "checkpoints")
@@ -225,12 +243,16 @@ def train_experiment(
 @contextlib.contextmanager
 def opened(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]) -> Iterator[None]:
     """A directory of several runs, this process's or the first one's while it is used."""
-    sweep = devices.from_main_alone(
-        lambda: open_run(workdir, record, may_change), bystander(workdir, record)
-    )
-    with contextlib.closing(sweep):
+    with contextlib.closing(_open(workdir, record, may_change)) as sweep:
         devices.from_main(sweep.write_record)
         yield
+
+
+def _open(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]) -> RunDir:
+    """The run directory, opened by the first process; the others write nothing."""
+    return devices.from_main_alone(
+        lambda: open_run(workdir, record, may_change), bystander(workdir, record)
+    )
 
 
 def eval_experiment(
@@ -281,10 +303,14 @@ def sample_experiment(
     request: Request,
     count: int,
     out: pathlib.Path | None,
+    prompts: tuple[str, ...] = (),
 ) -> pathlib.Path:
     """Draw images with the newest checkpoint's averaged parameters, into a .png or .npz.
 
     Image i is the same whatever `count` is, and another with every `--seed`.
+
+    Args:
+      count: how many images; of each of `prompts`, if there are any, a row of a .png each.
     """
     out = out or workdir / "images" / "drawn.png"
     if out.suffix not in (".png", ".npz"):
@@ -295,24 +321,34 @@ def sample_experiment(
     task = experiment.build(config)
     key = purpose_key(options.seed, SAMPLE)
     spread = devices.make(options.parallel)
-    params, parts, size = train.averaged(state, config), [], spread.round_up(SAMPLE_BATCH)
-    for start in range(0, count, size):  # one shape, compiled once
-        keys = example_keys(key, 0, spread.indices(start, size))
-        parts.append(devices.fetch(task.sample(params, state.fixed, keys, request)))
-    images = np.concatenate(parts)[:count]
+    params, size = train.averaged(state, config), spread.round_up(min(SAMPLE_BATCH, count))
+
+    def draw(request: Request) -> np.ndarray:
+        parts = []
+        for start in range(0, count, size):  # one shape, compiled once
+            keys = example_keys(key, 0, spread.indices(start, size))
+            parts.append(devices.fetch(task.sample(params, state.fixed, keys, request)))
+        return np.concatenate(parts)[:count]
+
+    rows = [draw(request._replace(prompt=prompt)) for prompt in prompts or (request.prompt,)]
+    images = np.concatenate(rows)
 
     def write() -> None:
         try:
             if out.suffix == ".npz":
-                np.savez_compressed(out, images=report.to_uint8(images))
-            else:
+                told = {"prompts": np.repeat(prompts, count)} if prompts else {}
+                np.savez_compressed(out, images=report.to_uint8(images), **told)
+            elif request.prompt is None and not prompts:
                 report.save_png(out, report.grid(images))
+            else:
+                texts = prompts or (request.prompt or "",)
+                report.save_png(out, report.captioned(list(zip(texts, rows, strict=True))))
         except OSError as error:
             raise UserError(f"cannot write {out}: {error.strerror}") from None
 
     devices.from_main(write)
     name = experiment.__name__.rpartition(".")[2]
-    _say(f"{count} images of {name}, step {int(state.step)}: {out}")
+    _say(f"{len(images)} images of {name}, step {int(state.step)}: {out}")
     return out
 
 
@@ -360,11 +396,16 @@ def _tell_start(name: str, loaded: Loaded, workdir: pathlib.Path) -> None:
     here, data = devices.describe(), loaded.data
     height, width, channels = data.shape
     tell(
-        f"{name} on {data.title}: {len(data.train.images)} images to train on, "
+        f"{name} on {data.title}: {_size(data.train)} images to train on, "
         f"{len(data.test.images)} to test on, {height}x{width}x{channels}, {data.levels} levels\n"
         f"{here['count']} x {here['kind']} ({here['platform']}); everything goes to {workdir}"
     )
     _shout(loaded.note)
+
+
+def _size(split: Split) -> str:
+    count = len(split.images)
+    return "endless" if count == ENDLESS else str(count)
 
 
 def _tell_finished(workdir: pathlib.Path, summary: dict) -> None:

@@ -17,7 +17,6 @@ import os
 import pathlib
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ import numpy as np
 from ddpm_jax import report
 from ddpm_jax.boards import Board, tensorboard, weights_and_biases
 from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.progress import tell
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
@@ -70,7 +70,7 @@ class RunDir(NamedTuple):
         try:
             yield
         except OSError as error:
-            print(f"cannot write {what}: {error.strerror}", file=sys.stderr)
+            tell(f"cannot write {what}: {error.strerror}")
 
     def _append(self, name: str, line: dict) -> None:
         if self.lock is None:
@@ -87,7 +87,7 @@ class RunDir(NamedTuple):
             with path.open("ab") as file:
                 file.write(text)
         except OSError as error:
-            print(f"cannot write to {path}: {error.strerror}; kept for later", file=sys.stderr)
+            tell(f"cannot write to {path}: {error.strerror}; kept for later")
             with contextlib.suppress(OSError):
                 os.truncate(path, size)  # no torn line before the next
             return False
@@ -217,10 +217,9 @@ def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]
             f"another process is training in {workdir}; wait for it, or give another --workdir"
         ) from None
     except OSError as error:  # some mounted drives know no locks
-        print(
+        tell(
             f"{workdir} cannot be locked ({error.strerror}): see to it that no other process "
-            "trains there",
-            file=sys.stderr,
+            "trains there"
         )
     try:
         earlier = read_record(workdir)

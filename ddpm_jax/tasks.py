@@ -31,6 +31,7 @@ class Request(NamedTuple):
     steps: int | None = None
     guidance: float | None = None
     prompt: str | None = None
+    negative_prompt: str | None = None
 
 
 class Evaluation(NamedTuple):
@@ -59,6 +60,8 @@ class Task(NamedTuple):
         training, `full` at its end.  Its "test/loss" decides which checkpoint is the best.
     sample(params, fixed, keys, request) -> images [B, H, W, C] in [-1, 1]
     guide: how the trained one guides what others draw, if it can
+    load(fixed) -> fixed of a new run, with what others trained before in the place of zeros; None:
+        nothing is loaded
     """
 
     init: Callable[..., tuple[Any, Any]]
@@ -67,6 +70,7 @@ class Task(NamedTuple):
     evaluate: Callable[..., Evaluation]
     sample: Callable[..., Any]
     guide: Guide | None = None
+    load: Callable[[Any], Any] | None = None
 
 
 def to_images(images: Any, levels: int) -> Any:
@@ -82,7 +86,7 @@ def refuse(request: Request, *names: str) -> None:
     """
     for name in names:
         if getattr(request, name) is not None:
-            raise UserError(f"--{name} means nothing to this experiment; leave it out")
+            raise UserError(f"--{name} means nothing to this run; leave it out")
 
 
 IWAE_SAMPLES = (1, 64, 1000)

@@ -28,7 +28,7 @@ import optax
 from ddpm_jax import parallel as devices
 from ddpm_jax.checkpoint import Checkpoints
 from ddpm_jax.config import Training
-from ddpm_jax.data.loader import Batch, Data, epoch_order, training_batches
+from ddpm_jax.data.loader import Batch, Data, batch_of, epoch_order, training_batches
 from ddpm_jax.data.prefetch import prefetch
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.keys import INIT, TRAIN, example_keys, purpose_key
@@ -292,6 +292,73 @@ def calls(first: int, config: Training, cuts: Sequence[int] = ()) -> Iterator[tu
         first = last
 
 
+class _Ledger:
+    """What calls found, told once the next call is on its way: checked, added up and logged."""
+
+    def __init__(
+        self,
+        config: Training,
+        run: RunDir,
+        clock: Clock,
+        checkpoints: Checkpoints,
+        order: Callable[[int, int], np.ndarray],
+        flops: float,
+        host: dict[str, Any],
+    ) -> None:
+        self._config, self._run, self._clock = config, run, clock
+        self._checkpoints, self._order, self._flops = checkpoints, order, flops
+        self._window: dict[str, float] = host.get("window", {})  # sums since the last line
+        self._skipped: int = host.get("skipped", 0)  # steps in a row
+        self.pending: tuple[int, int, Any] | None = None  # (first, last, metrics), not told yet
+
+    def host(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"window": self._window, "skipped": self._skipped}
+
+    def settle(self) -> None:
+        """Fetch what the last call found; check it, add it up, log it."""
+        if self.pending is None:
+            return
+        first, last, found = self.pending
+        self.pending = None
+        values = {name: np.asarray(v) for name, v in devices.fetch(found).items()}
+        if self._config.steps_per_call == 1:
+            values = {name: v[None] for name, v in values.items()}
+        finite = values.pop("finite")
+        for i in range(last - first):
+            one = {name: float(v[i]) for name, v in values.items()}
+            self._add(first + i + 1, one, finite[i])
+        if last % self._config.log_every == 0 or last == self._config.steps:
+            self._log(last)
+        self._clock.show(last, float(values["loss"][last - first - 1]))
+
+    def _add(self, step: int, values: dict[str, float], finite: np.ndarray) -> None:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        self._skipped = self._skipped + 1 if bad else 0
+        if self._skipped > self._config.skip_nonfinite:
+            name = "loss" if "loss" in bad else bad[0]
+            size = self._config.batch_size
+            examples = self._order((step - 1) * size, step * size)[~finite]
+            raise RunError(
+                _not_finite(name, values[name], step, examples)
+                + f"; the newest checkpoint is of step {self._checkpoints.newest() or 0}: try a "
+                "smaller --config.learning_rate, --config.clip=1 or --config.skip_nonfinite=10, "
+                "in another --workdir"
+            )
+        for name, value in {"skipped": 1.0}.items() if bad else {**values, "count": 1.0}.items():
+            self._window[name] = self._window.get(name, 0.0) + value
+
+    def _log(self, step: int) -> None:
+        count, skipped = self._window.pop("count", 0), self._window.pop("skipped", 0)
+        means = {f"train/{name}": total / count for name, total in self._window.items()}
+        if self._config.skip_nonfinite:
+            means["train/skipped"] = skipped
+        self._window = {}
+        self._run.log(step, means)
+        lap = self._clock.lap(step)
+        self._run.time(step, **lap, **devices.memory(), **devices.utilisation(self._flops, lap))
+
+
 def fit(
     task: Task,
     config: Training,
@@ -307,103 +374,51 @@ def fit(
     Raises:
       RunError: a loss is not finite; the last checkpoint is older and good.
     """
-    with _Signals(alone=devices.alone()) as signals:
-        return _fit(task, config, data, run, checkpoints, seed, spread, watch, signals)
+    with _Signals(alone=devices.alone()) as signals, contextlib.ExitStack() as held:
+        size = min(INIT_EXAMPLES, len(data.train.images))
+        examples = batch_of(data.train, np.arange(size), np.arange(size))
+        init = initializer(task, config, seed)
+        shapes = jax.eval_shape(init, examples)
+        like = spread.like(shapes)
+        stack = config.steps_per_call if config.steps_per_call > 1 else None
+        mine = spread.rows(config.batch_size)
+        one_step = functools.partial(train_step, task, config, seed)
 
+        def batches(plan):
+            return training_batches(data.train, seed, config.batch_size, plan, stack, mine)
 
-def _fit(
-    task: Task,
-    config: Training,
-    data: Data,
-    run: RunDir,
-    checkpoints: Checkpoints,
-    seed: int,
-    spread: devices.Parallel,
-    watch: Watch,
-    signals: "_Signals",
-) -> Fit:
-    size = min(INIT_EXAMPLES, len(data.train.images))
-    examples = Batch(data.train.images[:size], data.train.labels[:size], np.arange(size))
-    init = initializer(task, config, seed)
-    shapes = jax.eval_shape(init, examples)
-    like = spread.like(shapes)
-    stack = config.steps_per_call if config.steps_per_call > 1 else None
-    mine = spread.rows(config.batch_size)
+        def place(batch):
+            return spread.feed(batch, axis=1 if stack else 0)
 
-    one_step = functools.partial(train_step, task, config, seed)
+        def lowered():
+            arguments = (like, place(next(batches([(0, 1)]))), *((1,) if stack else ()))
+            return spread.lower(train_steps(one_step) if stack else one_step, *arguments)
 
-    def batches(plan):
-        return training_batches(data.train, seed, config.batch_size, plan, stack, mine)
+        # One program, compiled while the state is made: of the newest checkpoint, or new.
+        with ThreadPoolExecutor(1) as background:
+            finished = checkpoints.newest() == config.steps
+            compiled = None if finished else background.submit(lowered())
+            step, state, host = checkpoints.restore_newest(like)
+            if state is None:
+                state = jax.jit(init, out_shardings=spread.shardings(shapes))(examples)
+                if task.load is not None:
+                    state = state._replace(fixed=spread.place(task.load(state.fixed)))
+            else:
+                tell(f"resuming at step {step}")
+        call: Any = compiled and compiled.result()
+        devices.from_main(lambda: run.begin(step, step == config.steps, watch.wandb))
+        flops = devices.flops(call) * config.accumulate  # of a step on a device; a loop counts once
+        traced = [step + 10, step + 15] if watch.profile else [-1, -1]
+        plan = [calls(step, config, traced) for _ in range(2)]
+        # Made ahead of the calls that use them.
+        placed = held.enter_context(contextlib.closing(prefetch(batches(plan[0]), place)))
+        clock = held.enter_context(
+            contextlib.closing(Clock(step, config.steps, show=devices.is_main()))
+        )
+        order = epoch_order(seed, len(data.train.images))
+        ledger = _Ledger(config, run, clock, checkpoints, order, flops, host)
 
-    def place(batch):
-        return spread.feed(batch, axis=1 if stack else 0)
-
-    def lowered():
-        arguments = (like, place(next(batches([(0, 1)]))), *((1,) if stack else ()))
-        return spread.lower(train_steps(one_step) if stack else one_step, *arguments)
-
-    # One program, compiled while the state is made: of the newest checkpoint, or new.
-    with ThreadPoolExecutor(1) as background:
-        finished = checkpoints.newest() == config.steps
-        compiled = None if finished else background.submit(lowered())
-        step, state, host = checkpoints.restore_newest(like)
-        if state is None:
-            state = jax.jit(init, out_shardings=spread.shardings(shapes))(examples)
-        else:
-            tell(f"resuming at step {step}")
-    call: Any = compiled and compiled.result()
-    devices.from_main(lambda: run.begin(step, step == config.steps, watch.wandb))
-    flops = devices.flops(call) * config.accumulate  # of a step on a device; a loop counts once
-    traced = [step + 10, step + 15] if watch.profile else [-1, -1]
-    window: dict[str, float] = host.get("window", {})  # sums since the last line, of how many steps
-    skipped: int = host.get("skipped", 0)  # steps in a row
-    plan = [calls(step, config, traced) for _ in range(2)]
-    placed = prefetch(batches(plan[0]), place)  # ahead of the calls that use them
-    order = epoch_order(seed, len(data.train.images))
-    pending: tuple[int, int, Any] | None = None  # (first, last, metrics), not told yet
-    clock = Clock(step, config.steps, show=devices.is_main())
-
-    def finish_call() -> None:
-        """Fetch what the last call found; check it, add it up, log it."""
-        nonlocal pending, window, skipped
-        if pending is None:
-            return
-        first, last, found = pending
-        pending = None
-        values = {name: np.asarray(v) for name, v in devices.fetch(found).items()}
-        values = {name: v if stack else v[None] for name, v in values.items()}
-        finite = values.pop("finite")
-        for i in range(last - first):
-            names = sorted(values, key=lambda name: name != "loss")
-            bad = [name for name in names if not math.isfinite(values[name][i])]
-            skipped = skipped + 1 if bad else 0
-            if skipped > config.skip_nonfinite:
-                rows = order((first + i) * config.batch_size, (first + i + 1) * config.batch_size)
-                raise RunError(
-                    _not_finite(bad[0], float(values[bad[0]][i]), first + i + 1, rows[~finite[i]])
-                    + f"; the newest checkpoint is of step {checkpoints.newest() or 0}: try a "
-                    "smaller --config.learning_rate, --config.clip=1 or "
-                    "--config.skip_nonfinite=10, in another --workdir"
-                )
-            if bad:
-                window["skipped"] = window.get("skipped", 0) + 1
-                continue
-            for name in values:
-                window[name] = window.get(name, 0.0) + float(values[name][i])
-            window["count"] = window.get("count", 0) + 1
-        if last % config.log_every == 0 or last == config.steps:
-            count, left_out = window.pop("count", 0), window.pop("skipped", 0)
-            means = {f"train/{name}": total / count for name, total in window.items()}
-            if config.skip_nonfinite:
-                means["train/skipped"] = left_out
-            window = {}
-            run.log(last, means)
-            lap = clock.lap(last)
-            run.time(last, **lap, **devices.memory(), **devices.utilisation(flops, lap))
-        clock.show(last, float(values["loss"][last - first - 1]))
-
-    tracing = False
-    with contextlib.closing(placed):
+        tracing = False
         asked = devices.raised(spread, False)
 
         def stop() -> bool:
@@ -413,34 +428,32 @@ def _fit(
             finished = first == config.steps
             metrics = None
             if _due(first, config.eval_every) and not (finished or stop()):
-                finish_call()
+                ledger.settle()
                 if not devices.from_main(functools.partial(run.evaluated, first)):
                     with signals.interrupting(), clock.pause("evaluation"):
                         shown = evaluate(task, config, state, data, run, first, seed, spread)
                         metrics = shown.metrics
             if metrics or _due(first, config.checkpoint_every) or finished or stop():
-                finish_call()
+                ledger.settle()
                 if devices.from_main(functools.partial(_may_save, first, checkpoints, run)):
                     with clock.pause("checkpoint"):
-                        host = {"window": window, "skipped": skipped}
-                        checkpoints.save(first, state, host, metrics)
+                        checkpoints.save(first, state, ledger.host(), metrics)
             if finished or stop():
                 break
             if first in traced:
-                finish_call()
+                ledger.settle()
                 tracing = first == traced[0]
                 if tracing:
                     jax.profiler.start_trace(str(run.path / "profile"))
                 else:
                     _stop_trace(run.path / "profile")
-            with clock.pause("data"):
+            with clock.waiting():
                 batch = next(placed)
             asked = devices.raised(spread, signals.stop)
             call = call or lowered()()
             state, found = call(state, batch, last - first) if stack else call(state, batch)
-            finish_call()
-            pending = (first, last, found)
-        clock.close()
+            ledger.settle()
+            ledger.pending = first, last, found
         if tracing:
             _stop_trace(run.path / "profile")
         elif watch.profile and first <= traced[0]:
@@ -451,7 +464,7 @@ def _fit(
             tell("evaluating")
             with signals.interrupting():
                 final = evaluate(task, config, state, data, run, first, seed, spread, full=True)
-    return Fit(state, first, final)
+        return Fit(state, first, final)
 
 
 def _may_save(step: int, checkpoints: Checkpoints, run: RunDir) -> bool:

@@ -244,7 +244,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(launch, arguments, says):
         ([*DIGITS, "--seed=5"], "seed was 0, is 5"),
         ([*DIGITS, "--config.data=digits:16"], "data name was digits, is digits:16"),
         ([*DIGITS, "--config.steps=7"], "at step 20 already"),
-        (["--mode=sample", "--steps=10"], "--steps means nothing to this experiment"),
+        (["--mode=sample", "--steps=10"], "--steps means nothing to this run"),
         (["--mode=sample", "--guidance=2"], "--guidance means nothing"),
         (["--mode=sample", "--out=x.jpg"], "must end in .png or .npz"),
         (["--mode=sample", "--out=no/x.png"], "there is no folder no"),

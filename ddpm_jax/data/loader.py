@@ -19,16 +19,37 @@ import numpy as np
 
 from ddpm_jax.errors import UserError
 
+ENDLESS = 2**31 - 1  # examples of a set that is drawn as it is asked for
+
 
 class Split(NamedTuple):
-    """Images [N, H, W, C], uint8 in 0 ... levels - 1, and labels [N], int32 (-1: none)."""
+    """Images [N, H, W, C], uint8 in 0 ... levels - 1, and labels [N], int32 (-1: none).
+
+    captions: as tokens [N, L] (`ddpm_jax/tokens.py`), if there are any.
+    Arrays, or what is indexed as they are and makes its rows when it is asked for them.
+    """
 
     images: np.ndarray
     labels: np.ndarray
+    captions: np.ndarray | None = None
 
     def first(self, count: int) -> "Split":
         """The first examples alone."""
-        return Split(self.images[:count], self.labels[:count])
+        return Split(*(array if array is None else array[:count] for array in self))
+
+    def some(self, count: int) -> "Split":
+        """So many, or all, always the same ones, as a sample of the whole."""
+        size = len(self.images)
+        if size == ENDLESS:
+            return self.rows(np.arange(count))
+        if size <= count:
+            return self
+        draws = np.random.Generator(np.random.Philox(key=[0, 1]))
+        return self.rows(np.sort(draws.permutation(size)[:count]))
+
+    def rows(self, rows: np.ndarray) -> "Split":
+        """The examples at `rows`, made."""
+        return Split(*(array if array is None else array[rows] for array in self))
 
 
 class Data(NamedTuple):
@@ -49,6 +70,11 @@ class Data(NamedTuple):
         height, width, channels = self.train.images.shape[1:]
         return height, width, channels
 
+    @property
+    def caption_length(self) -> int:
+        """Tokens of a caption, padding included; 0: there are no captions."""
+        return 0 if self.train.captions is None else self.train.captions.shape[1]
+
     def describe(self) -> dict[str, Any]:
         """What `config.json` records: enough to know the same data again."""
         return {
@@ -64,11 +90,12 @@ class Data(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A batch of a step: images uint8, labels, and each example's index in that batch."""
+    """A batch of a step: images uint8, labels, each example's index in that batch, captions."""
 
     images: Any
     labels: Any
     index: Any
+    captions: Any = None
 
 
 class MissingData(UserError):
@@ -123,6 +150,8 @@ def epoch_order(seed: int, size: int) -> Callable[[int, int], np.ndarray]:
     Epoch after epoch is laid end to end, each a permutation of its own, so every epoch
     shows every example once and a batch may straddle two epochs.
     """
+    if size == ENDLESS:  # no example is ever shown twice
+        return lambda start, stop: np.arange(start, stop)
     orders: dict[int, np.ndarray] = {}
 
     def rows(start: int, stop: int) -> np.ndarray:
@@ -160,9 +189,14 @@ def training_batches(
         steps = stack or 1
         order = rows(first * batch_size, (first + steps) * batch_size)
         order = order.reshape(steps, batch_size)[:, mine].reshape(-1)
-        batch = Batch(split.images[order], split.labels[order], np.tile(index, steps))
+        batch = batch_of(split, order, np.tile(index, steps))
         if stack:
-            batch = Batch(*(array.reshape(stack, len(index), *array.shape[1:]) for array in batch))
+            batch = Batch(
+                *(
+                    array if array is None else array.reshape(stack, len(index), *array.shape[1:])
+                    for array in batch
+                )
+            )
         yield batch
 
 
@@ -180,7 +214,13 @@ def evaluation_batches(
         order = np.full(batch_size, start)
         order[:count] = np.arange(start, start + count)
         order = order[mine]
-        yield Batch(split.images[order], split.labels[order], order.astype(np.int32)), count
+        yield batch_of(split, order, order.astype(np.int32)), count
+
+
+def batch_of(split: Split, rows: np.ndarray, index: np.ndarray) -> Batch:
+    """The examples at `rows` of a split."""
+    some = split.rows(rows)
+    return Batch(some.images, some.labels, index, some.captions)
 
 
 # Decoded once: a folder with images.npy and labels.npy per split, and meta.json.

@@ -20,6 +20,7 @@ from ddpm_jax.metrics.distances import (
 )
 from ddpm_jax.tasks import to_images
 
+WHOLE = 100_000  # images of a training set that are looked at, at the most: an endless one's
 CHUNK = 1000  # images that are looked at, and added to the moments, at once
 KEPT = 10_000  # of a set: features for KID, precision and recall, images for neighbours
 
@@ -72,11 +73,8 @@ def quality(
       labels: what each was meant to be; None: nothing was asked for.
       pixels: compare with the nearest training images, too.
     """
-    draws = np.random.Generator(np.random.Philox(key=[0, 1]))
-    order = np.sort(draws.permutation(len(data.train.images))[: len(drawn)])
     ours = look(judge, (drawn[at : at + CHUNK] for at in range(0, len(drawn), CHUNK)))
-    some = Split(data.train.images[order], data.train.labels[order])
-    theirs = look(judge, _parts(some, data.levels)).moments
+    theirs = look(judge, _parts(data.train.some(len(drawn)), data.levels)).moments
     test = look(judge, _parts(data.test, data.levels))
     inception = judge.name == "inception"
     name = judge.name
@@ -96,7 +94,7 @@ def quality(
         "test/drawn": float(len(drawn)),
     }
     if inception:
-        train = look(judge, _parts(data.train, data.levels)).moments
+        train = look(judge, _parts(data.train.some(WHOLE), data.levels)).moments
         metrics["test/fid_to_training"] = frechet(ours.moments, train)
     else:
         metrics["test/sure"] = float((np.exp(ours.logs).max(1) > 0.9).mean())
@@ -115,7 +113,7 @@ def neighbours(
 
     The median distance, and its ratio to that of held-out images: under 1 is memorising.
     """
-    train = to_images(np.asarray(data.train.images), data.levels)
+    train = to_images(np.asarray(data.train.some(WHOLE).images), data.levels)
     test = to_images(np.asarray(data.test.images), data.levels)
     flat = [images.reshape(len(images), -1) for images in (drawn, test, train)]
     distance, which = nearest(flat[0], flat[2])
