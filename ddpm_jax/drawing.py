@@ -52,6 +52,8 @@ class Drawing(NamedTuple):
     sample(params, fixed, keys, request) -> images, as a `Task`'s
     edit(params, keys, labels, t, images, known, mask) -> images: noised to time t and drawn
         again, those pixels kept to `known` where `mask` is 1 (in [-1, 1]; [B, H, W, C] each)
+    told(params, keys, told, how) -> images of whatever else a network is told
+    requested(request) -> how the request has it drawn
     about() -> how `many` draws, for the record
     guide: how this denoiser guides a better one (autoguidance, Karras et al. 2024)
     """
@@ -59,6 +61,8 @@ class Drawing(NamedTuple):
     many: Callable[..., tuple[np.ndarray, np.ndarray | None, sampler.Trace]]
     sample: Callable[..., Any]
     edit: Callable[..., Float[Array, "batch h w c"]]
+    told: Callable[..., Float[Array, "batch h w c"]]
+    requested: Callable[[Request], Sampling]
     about: Callable[[], dict[str, Any]]
     guide: guidance.Guide
 
@@ -73,10 +77,13 @@ def drawing(
     steps: int | None = None,
     variance: bool = False,
     guide: Callable[[], guidance.Guide | None] = lambda: None,
+    nothing: Callable[[Any], Any] | None = None,
 ) -> Drawing:
     """Drawing with `predict(params, xt, logsnrs [B], labels) -> Prediction`.
 
     Args:
+      nothing: where `labels` are no classes but a tree of what else a network is told: that tree
+        -> what an unconditional network is told.
       schedule_of: the parameters' schedule (which they may hold).
       steps: of its table, if it has one.
       variance: whether the network has learned one.
@@ -135,12 +142,13 @@ def drawing(
             return predict(params, xt, jnp.full(len(xt), logsnr), labels)
 
         def by_labels(xt, logsnr):
-            size, none = len(xt), jnp.full_like(labels, classes)
+            size = len(xt)
+            none = nothing(labels) if nothing else jnp.full_like(labels, classes)
             both = predict(
                 params,
                 jnp.concatenate([xt, xt]),
                 jnp.full(2 * size, logsnr),
-                jnp.concatenate([labels, none]),
+                jax.tree.map(lambda a, b: jnp.concatenate([a, b]), labels, none),
             )
             conditional, unconditional = (
                 jax.tree.map(lambda a, s=s: a[s], both) for s in (slice(size), slice(size, None))
@@ -191,14 +199,18 @@ def drawing(
         return drawer(how)(params, keys, labels)
 
     def requested(request: Request) -> Sampling:
-        refuse(request, "prompt")
+        if nothing is None:
+            refuse(request, "prompt", "negative_prompt")
         how = sampling
         if request.sampler is not None:
             how = how._replace(sampler=request.sampler)
         if request.steps is not None:
             how = how._replace(steps=request.steps)
         _check(how, "--sampler", "--steps", steps, variance)
-        for flag, can in (("guidance", choices() or guide()), ("label", choices())):
+        for flag, can in (
+            ("guidance", choices() or guide() or nothing),
+            ("label", choices()),
+        ):
             if getattr(request, flag) is not None and not can:
                 raise UserError(
                     f"--{flag} needs a class-conditional run, or --config.guide=DIR of a "
@@ -224,8 +236,11 @@ def drawing(
     def edit_with_guide(params, *rest):
         return edit(params, guides_params(), *rest)
 
+    def told(params, keys, labels, how: Sampling):
+        return drawer(how)(params, keys, labels)
+
     own = guidance.Guide("diffusion", as_worse, shape, classes)
-    return Drawing(many, sample, edit_with_guide, about, own)
+    return Drawing(many, sample, edit_with_guide, told, requested, about, own)
 
 
 def _check(

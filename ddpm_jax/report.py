@@ -169,7 +169,9 @@ def paths(
     for name, (x, y, words) in lines.items():
         axis.plot(x, y, "o-", label=name)
         for word, *place in zip(words, x, y, strict=True):
-            axis.annotate(word, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axis.annotate(
+                word, (place[0], place[1]), xytext=(5, 4), textcoords="offset points", fontsize=8
+            )
     axis.set_xlabel(labels[0])
     axis.set_ylabel(labels[1])
     axis.set_title(title)

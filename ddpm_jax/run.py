@@ -336,7 +336,7 @@ def sample_experiment(
     def write() -> None:
         try:
             if out.suffix == ".npz":
-                told = {"prompts": np.repeat(prompts, count)} if prompts else {}
+                told: Any = {"prompts": np.repeat(prompts, count)} if prompts else {}
                 np.savez_compressed(out, images=report.to_uint8(images), **told)
             elif request.prompt is None and not prompts:
                 report.save_png(out, report.grid(images))

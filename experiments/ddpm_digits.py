@@ -132,7 +132,7 @@ class Config(Training):
     heads: Count = 4
     # Either.
     dropout: Share = 0.1
-    remat: bool = False  # the U-Net's blocks are computed again in the backward pass
+    remat: bool = False  # blocks are computed again in the backward pass
     conditional: bool = True
     # The process.
     noise: Noise = "cosine_betas"
@@ -185,6 +185,7 @@ def network(config: Config) -> UNet | DiT:
         dropout=config.dropout,
         dtype=jnp.dtype(config.precision),
         classes=config.classes if config.conditional else 0,
+        remat=config.remat,
     )
     if config.network == "dit":
         return DiT(
@@ -202,7 +203,6 @@ def network(config: Config) -> UNet | DiT:
         attention_sizes=config.attention_sizes,
         head_channels=config.head_channels,
         scale_shift=config.scale_shift,
-        remat=config.remat,
         **common,
     )
 

@@ -9,8 +9,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "ddpm_jax").rglob("*.py"))
 MATHS = {
     "bayes", "elbo", "guidance", "loss", "prediction", "process", "sampler", "schedule", "vae",
+    "vq",
 }  # fmt: skip
 LEVELS = {
+    "tokens": 0,
     "tasks": 3,
     "classifier": 4,
     "metrics": 5,
@@ -18,10 +20,15 @@ LEVELS = {
     "vdm": 7,
     "gallery": 6,
     "diffusion": 6,
+    "autoencoder": 6,
+    "contrastive": 6,
+    "generation": 7,
+    "text_to_image": 8,
     "train": 8,
     "run": 9,
     "judge": 10,
     "guide": 10,
+    "parts": 10,
 }  # maths 0, nn 1, the rest 2
 
 

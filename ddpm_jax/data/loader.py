@@ -31,11 +31,11 @@ class Split(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
-    captions: np.ndarray | None = None
+    captions: Any = None
 
     def first(self, count: int) -> "Split":
         """The first examples alone."""
-        return Split(*(array if array is None else array[:count] for array in self))
+        return self._each(lambda array: array[:count])
 
     def some(self, count: int) -> "Split":
         """So many, or all, always the same ones, as a sample of the whole."""
@@ -49,7 +49,11 @@ class Split(NamedTuple):
 
     def rows(self, rows: np.ndarray) -> "Split":
         """The examples at `rows`, made."""
-        return Split(*(array if array is None else array[rows] for array in self))
+        return self._each(lambda array: array[rows])
+
+    def _each(self, of: Callable[[Any], Any]) -> "Split":
+        captions = None if self.captions is None else of(self.captions)
+        return Split(of(self.images), of(self.labels), captions)
 
 
 class Data(NamedTuple):
@@ -260,7 +264,7 @@ def fingerprint(*splits: Split) -> str:
     """A hash of every image and label."""
     digest = hashlib.sha256()
     for split in splits:
-        for array in split:
+        for array in (array for array in split if array is not None):
             digest.update(f"{array.shape} {array.dtype}".encode())
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
@@ -275,8 +279,10 @@ def _read_decoded(place: pathlib.Path, stamp: str) -> Data | None:
             Split(
                 np.load(place / f"{split}_images.npy", mmap_mode="r", allow_pickle=False),
                 np.load(place / f"{split}_labels.npy", allow_pickle=False),
+                np.load(told, allow_pickle=False) if told.exists() else None,
             )
             for split in ("train", "test")
+            for told in (place / f"{split}_captions.npy",)
         )
         meta |= {"classes": tuple(meta["classes"]), "notes": tuple(meta["notes"])}
         return Data(train=train, test=test, **meta)
@@ -292,6 +298,8 @@ def _write_decoded(place: pathlib.Path, stamp: str, data: Data) -> None:
             part = getattr(data, split)
             np.save(draft / f"{split}_images.npy", part.images)
             np.save(draft / f"{split}_labels.npy", part.labels)
+            if part.captions is not None:
+                np.save(draft / f"{split}_captions.npy", part.captions)
         meta = {key: getattr(data, key) for key in Data._fields if key not in ("train", "test")}
         (draft / "meta.json").write_text(json.dumps({"stamp": stamp, **meta}))
         draft.chmod(0o755)

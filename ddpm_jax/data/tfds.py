@@ -122,7 +122,7 @@ def _decode(name: str, builder: Any) -> Data:
     notes: tuple[str, ...] = ()
     if test is None:  # every tenth example is held out
         held_out = np.arange(len(train.images)) % 10 == 9
-        parts = Split(*(a[~held_out] for a in train)), Split(*(a[held_out] for a in train))
+        parts = train.rows(np.flatnonzero(~held_out)), train.rows(np.flatnonzero(held_out))
         notes = ("it has no test split: every tenth training example is held out instead",)
     else:
         parts = train, _read(name, builder, test, label)

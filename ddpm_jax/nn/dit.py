@@ -7,7 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.nn.layers import Dropout, attention, condition, fold, unfold
+from ddpm_jax.nn.layers import (
+    Context,
+    CrossAttention,
+    Dropout,
+    attention,
+    condition,
+    fold,
+    unfold,
+)
 
 
 class DiT(nn.Module):
@@ -24,6 +32,7 @@ class DiT(nn.Module):
       dropout: rate behind each block's two branches, in training.
       classes: how many; label `classes` is "no class". 0: unconditional.
       dtype: of the computation; norms, softmax, time embedding and output stay float32.
+      remat: compute a block's inside again in the backward pass instead of keeping it.
     """
 
     outputs: int = 3
@@ -34,6 +43,7 @@ class DiT(nn.Module):
     dropout: float = 0.0
     classes: int = 0
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -42,26 +52,28 @@ class DiT(nn.Module):
         time: Float[Array, "batch"],
         labels: Int[Array, "batch"] | None = None,
         keys: Key[Array, "batch"] | None = None,
+        context: Context | None = None,
     ) -> Float[Array, "batch h w outputs"]:
         """The network's raw output; arguments as the U-Net's."""
         size, height, width, _ = xt.shape
         rows, columns = height // self.patch, width // self.patch
         default = nn.initializers.lecun_normal()
-        emb = condition(time, labels, self.classes, 256, self.width, default, 0.02)
+        pooled = context and context.pooled
+        emb = condition(time, labels, self.classes, 256, self.width, default, 0.02, pooled)
 
         x = fold(xt, self.patch).reshape(size, rows * columns, -1)
         x = nn.Dense(self.width, dtype=self.dtype, name="patches")(x)
         x += self.param("places", nn.initializers.normal(0.02), x.shape[1:]).astype(x.dtype)
 
         blocks = nn.scan(
-            DiTBlock,
+            nn.remat(DiTBlock, prevent_cse=False) if self.remat else DiTBlock,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=self.depth,
         )
         block = blocks(self.heads, self.dropout, self.dtype, name="blocks")
-        x, _ = block(x, emb, keys, jnp.arange(self.depth))
+        x, _ = block(x, emb, keys, context, jnp.arange(self.depth))
 
         shift, scale = _modulation(self, emb, 2, "modulation_out")
         x = _norm(x) * (1 + scale) + shift
@@ -81,7 +93,10 @@ class DiT(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Attention and an MLP, each normed, scaled and shifted by the time, and gated (adaLN-Zero)."""
+    """Attention and an MLP, each normed, scaled and shifted by the time, and gated (adaLN-Zero).
+
+    Between them, where there is a caption, attention to its tokens.
+    """
 
     heads: int
     dropout: float
@@ -93,6 +108,7 @@ class DiTBlock(nn.Module):
         x: Float[Array, "batch tokens d"],
         emb: Float[Array, "batch d"],
         keys: Key[Array, "batch"] | None,
+        context: Context | None,
         number: Int[Array, ""],
     ) -> tuple[Float[Array, "batch tokens d"], None]:
         size, tokens, width = x.shape
@@ -108,6 +124,10 @@ class DiTBlock(nn.Module):
         q, k, v = (a.reshape(size, tokens, self.heads, width // self.heads) for a in (q, k, v))
         h = dense(width, "project")(attention(q, k, v).reshape(x.shape))
         x += (gate_1 * drop(h, keys, 2 * number)).astype(x.dtype)
+        if (
+            context is not None
+        ):  # as in PixArt (Chen et al. 2024), whose last projection starts at 0
+            x += CrossAttention(self.heads, self.dtype, name="cross")(x, context).astype(x.dtype)
         h = (_norm(x) * (1 + scale_2) + shift_2).astype(self.dtype)
         h = dense(width, "mlp_2")(nn.gelu(dense(4 * width, "mlp_1")(h)))
         x += (gate_2 * drop(h, keys, 2 * number + 1)).astype(x.dtype)

@@ -2,12 +2,20 @@
 
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+class Context(NamedTuple):
+    """What a network is told by a caption: features of its tokens, which are text, and pooled."""
+
+    tokens: Float[Array, "batch length width"]
+    mask: Bool[Array, "batch length"]
+    pooled: Float[Array, "batch width"]
 
 
 class Dropout(nn.Module):
@@ -57,10 +65,12 @@ def condition(
     width: int,
     kernel_init: Callable[..., Any],
     label_std: float,
+    pooled: Float[Array, "batch d"] | None = None,
 ) -> Float[Array, "batch width"]:
-    """What a network is told beside x_t: an MLP of the time, and the label's vector, added.
+    """What a network is told beside x_t: an MLP of the time, the label's vector, a caption's.
 
-    Called within a module's compact method, whose parameters time_1, time_2 and label it makes.
+    Called within a module's compact method, whose parameters time_1, time_2, label and pooled it
+    makes.
 
     Args:
       labels: label `classes` is "no class"; not read where `classes` is 0.
@@ -76,6 +86,8 @@ def condition(
             raise ValueError("a class-conditional network needs labels")
         normal = nn.initializers.normal(label_std)
         emb += nn.Embed(classes + 1, width, embedding_init=normal, name="label")(labels)
+    if pooled is not None:
+        emb += nn.Dense(width, kernel_init=kernel_init, name="pooled")(pooled)
     return nn.swish(emb)
 
 
@@ -83,11 +95,58 @@ def attention(
     query: Float[Array, "batch q heads d"],
     key: Float[Array, "batch k heads d"],
     value: Float[Array, "batch k heads d"],
+    seen: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "batch q heads d"]:
-    """softmax(q k^T / sqrt(d)) v, the softmax in float32."""
+    """softmax(q k^T / sqrt(d)) v, the softmax in float32.
+
+    `seen` (broadcast to [batch, heads, q, k]): which key a query may look at; it must see one.
+    """
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32) * scale
+    if seen is not None:
+        logits = jnp.where(seen, logits, -1e30)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits).astype(value.dtype), value)
+
+
+class CrossAttention(nn.Module):
+    """Attention of [B, L, width] to a context's tokens and one of its own, "nothing".
+
+    So an empty caption can be attended to.  The last projection starts at 0.
+    """
+
+    heads: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch length width"], context: Context
+    ) -> Float[Array, "batch length width"]:
+        size, _, width = x.shape
+        told = context.tokens
+        normal = nn.initializers.normal(0.02)
+        nothing = self.param("nothing", normal, (told.shape[-1],)).astype(told.dtype)
+        told = jnp.concatenate([told, jnp.broadcast_to(nothing, (size, 1, len(nothing)))], 1)
+        seen = jnp.pad(context.mask, ((0, 0), (0, 1)), constant_values=True)
+
+        def heads(a: Array, name: str) -> Array:
+            made = nn.Dense(width, dtype=self.dtype, name=name)(a)
+            return made.reshape(size, a.shape[1], self.heads, width // self.heads)
+
+        found = attention(
+            heads(x, "query"), heads(told, "key"), heads(told, "value"), seen[:, None, None]
+        )
+        zeros = nn.initializers.zeros
+        out = nn.Dense(width, kernel_init=zeros, dtype=self.dtype, name="out")
+        return out(found.reshape(x.shape))
+
+
+def group_norm(x: Float[Array, "batch h w c"], name: str) -> Float[Array, "batch h w c"]:
+    """Group norm of 32 groups (of fewer where there are few channels), statistics in float32."""
+    groups = min(32, x.shape[-1] // 4)
+    while x.shape[-1] % groups:
+        groups -= 1
+    made = nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.float32, name=name)
+    return made(x).astype(x.dtype)
 
 
 def fold(x: Float[Array, "batch h w c"], side: int) -> Float[Array, "batch rows columns d"]:

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.nn.layers import Dropout, attention, condition, fold, unfold
+from ddpm_jax.nn.layers import (
+    Context,
+    CrossAttention,
+    Dropout,
+    attention,
+    condition,
+    fold,
+    group_norm,
+    unfold,
+)
 
 
 def _init(scale: float) -> Callable[..., Any]:
@@ -59,6 +68,7 @@ class UNet(nn.Module):
         time: Float[Array, "batch"],
         labels: Int[Array, "batch"] | None = None,
         keys: Key[Array, "batch"] | None = None,
+        context: Context | None = None,
     ) -> Float[Array, "batch h w outputs"]:
         """The network's raw output.
 
@@ -66,9 +76,12 @@ class UNet(nn.Module):
           time: in [0, 1]; 1 is pure noise.
           labels: classes, or `classes` for none; required by a class-conditional network.
           keys: of the dropout; None outside training.
+          context: a caption's features: its tokens are attended to wherever there is attention,
+            and what is pooled of them is added to the time.
         """
         width = 4 * self.channels
-        emb = condition(time, labels, self.classes, self.channels, width, _init(1.0), 1.0)
+        pooled = context and context.pooled
+        emb = condition(time, labels, self.classes, self.channels, width, _init(1.0), 1.0, pooled)
 
         block_class = nn.remat(ResBlock) if self.remat else ResBlock
 
@@ -77,7 +90,8 @@ class UNet(nn.Module):
             return made(x, emb, keys)
 
         def attend(x: Array, name: str) -> Array:
-            return AttentionBlock(self.head_channels, self.dtype, name=f"{name}_attention")(x)
+            made = AttentionBlock(self.head_channels, self.dtype, name=f"{name}_attention")
+            return made(x, context)
 
         x = nn.Conv(
             self.channels, (3, 3), kernel_init=_init(1.0), dtype=self.dtype, name="conv_in"
@@ -118,7 +132,7 @@ class UNet(nn.Module):
                     name=f"up_{level}",
                 )(x)
 
-        x = nn.swish(_norm(x, "norm_out"))
+        x = nn.swish(group_norm(x, "norm_out"))
         features = self.outputs * self.fold**2
         out = nn.Conv(features, (3, 3), kernel_init=_init(0.0), name="conv_out")
         return unfold(out(x.astype(jnp.float32)), self.fold)
@@ -159,17 +173,17 @@ class ResBlock(nn.Module):
         emb: Float[Array, "batch e"],
         keys: Key[Array, "batch"] | None,
     ) -> Float[Array, "batch h w features"]:
-        h = nn.swish(_norm(x, "norm_1"))
+        h = nn.swish(group_norm(x, "norm_1"))
         h = nn.Conv(self.features, (3, 3), kernel_init=_init(1.0), dtype=self.dtype, name="conv_1")(
             h
         )
         if self.scale_shift:
             emb = nn.Dense(2 * self.features, kernel_init=_init(1.0), name="time")(emb)
             scale, shift = jnp.split(emb.astype(h.dtype)[:, None, None], 2, -1)
-            h = _norm(h, "norm_2") * (1 + scale) + shift
+            h = group_norm(h, "norm_2") * (1 + scale) + shift
         else:
             emb = nn.Dense(self.features, kernel_init=_init(1.0), name="time")(emb)
-            h = _norm(h + emb.astype(h.dtype)[:, None, None], "norm_2")
+            h = group_norm(h + emb.astype(h.dtype)[:, None, None], "norm_2")
         h = Dropout(self.dropout, name="dropout")(nn.swish(h), keys)
         h = nn.Conv(self.features, (3, 3), kernel_init=_init(0.0), dtype=self.dtype, name="conv_2")(
             h
@@ -182,16 +196,18 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Norm, self-attention over all places, residual."""
+    """Norm, self-attention over all places, residual; and the same over a caption's tokens."""
 
     head_channels: int
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+    def __call__(
+        self, x: Float[Array, "batch h w c"], context: Context | None = None
+    ) -> Float[Array, "batch h w c"]:
         batch, height, width, channels = x.shape
         heads = channels // self.head_channels if self.head_channels else 1
-        h = _norm(x, "norm")
+        h = group_norm(x, "norm")
 
         def dense(name: str, scale: float = 1.0) -> nn.Dense:
             return nn.Dense(channels, kernel_init=_init(scale), dtype=self.dtype, name=name)
@@ -199,13 +215,8 @@ class AttentionBlock(nn.Module):
         places = (batch, height * width, heads, channels // heads)
         q, k, v = (dense(name)(h).reshape(places) for name in ("query", "key", "value"))
         h = attention(q, k, v).reshape(x.shape)
-        return x + dense("out", 0.0)(h)
-
-
-def _norm(x: Float[Array, "batch h w c"], name: str) -> Float[Array, "batch h w c"]:
-    """Group norm of 32 groups (of fewer where there are few channels), statistics in float32."""
-    groups = min(32, x.shape[-1] // 4)
-    while x.shape[-1] % groups:
-        groups -= 1
-    made = nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.float32, name=name)
-    return made(x).astype(x.dtype)
+        x = x + dense("out", 0.0)(h)
+        if context is None:
+            return x
+        h = group_norm(x, "norm_cross").reshape(batch, height * width, channels)
+        return x + CrossAttention(heads, self.dtype, name="cross")(h, context).reshape(x.shape)

@@ -1,0 +1,326 @@
+"""`shapes`: an endless set of drawn shapes with captions, at 32 pixels, or `shapes:64`.
+
+One to three circles, squares and triangles, in one or two groups that a caption names by
+number, size, colour, shape and relation:
+
+    a small red circle to the left of a large blue square on a green background
+
+Example i of a split is a pure function of (split, i): drawn antialiased when it is asked for,
+and so never twice in a training.  `HELD_OUT` pairs of colour and shape occur in no training
+example; every second example of the test split has one.
+
+`ddpm_jax/metrics/alignment.py` reads all that back from an image's pixels.
+"""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddpm_jax.data.loader import ENDLESS, Data, Split
+from ddpm_jax.errors import UserError
+from ddpm_jax.tokens import tokenize
+
+SIDES = (32, 64)
+LENGTH = 96  # bytes of a caption, at most
+TEST_EXAMPLES = 2048
+KINDS = ("circle", "square", "triangle")
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 160, 50),
+    "blue": (40, 70, 220),
+    "yellow": (245, 215, 40),
+    "purple": (140, 40, 170),
+    "orange": (245, 130, 20),
+    "cyan": (50, 200, 220),
+    "pink": (250, 130, 190),
+}
+BACKGROUNDS = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "grey": (128, 128, 128),
+    "green": COLOURS["green"],
+    "blue": COLOURS["blue"],
+    "yellow": COLOURS["yellow"],
+}
+HELD_OUT = frozenset(
+    {("red", "triangle"), ("blue", "circle"), ("yellow", "square"), ("purple", "triangle")}
+)
+SMALL, LARGE = (7.0, 8.5), (11.0, 13.5)  # pixels of 32 either way
+GAP = 2.0  # pixels of 32 between shapes, and one to the border
+NUMBERS = {1: ("a", "one"), 2: ("two",), 3: ("three",)}
+RELATIONS = {  # which axis, and whether the first group has the smaller coordinate on it
+    "to the left of": (0, True),
+    "left of": (0, True),
+    "to the right of": (0, False),
+    "right of": (0, False),
+    "above": (1, True),
+    "over": (1, True),
+    "below": (1, False),
+    "under": (1, False),
+}
+OVERSAMPLE = 8
+TRIES = 64  # places of all shapes that are looked at, at once
+
+
+class Group(NamedTuple):
+    """So many shapes that are alike; `size` None: a caption does not say."""
+
+    number: int
+    size: str | None
+    colour: str
+    kind: str
+
+
+class Shape(NamedTuple):
+    """A drawn one: its group's looks, and its box in pixels of 32 (left, top, width)."""
+
+    colour: str
+    kind: str
+    left: float
+    top: float
+    width: float
+
+
+class Scene(NamedTuple):
+    """What is drawn and what is said of it.
+
+    `background` and `relation` are None where the caption does not tell; `behind` is what is
+    behind the shapes.
+    """
+
+    groups: tuple[Group, ...]
+    relation: str | None
+    background: str | None
+    behind: str
+    shapes: tuple[Shape, ...]
+    caption: str
+
+
+# Scenes: pure functions of (split, index).
+
+
+@functools.lru_cache(4096)  # a picture and its caption ask one after the other
+def scene(split: str, index: int, only: str | None = None) -> Scene:
+    """Example `index` of a split.
+
+    Args:
+      split: "train" or "test", or any other word, whose examples may hold what is held out.
+      only: "single": one shape; "relation": two shapes with a relation; None: any.  With
+        " held out" behind it, a held-out pair occurs; in "seen", or in training, none does.
+    """
+    words = hashlib.blake2b(f"{split} {only}".encode(), digest_size=8).digest()
+    for attempt in range(1000):  # until the shapes fit
+        key = [int.from_bytes(words, "little"), index * 1000 + attempt]
+        draw = np.random.Generator(np.random.Philox(key=key))
+        groups, relation = _groups(draw, only)
+        held = any((group.colour, group.kind) in HELD_OUT for group in groups)
+        mixed = split != "train" and index % 2 == 1
+        if held != (mixed if only is None else only.endswith("held out")):
+            continue
+        free = [name for name in BACKGROUNDS if name not in {group.colour for group in groups}]
+        behind = free[draw.integers(len(free))]
+        shapes = _place(draw, groups, relation)
+        if shapes is not None:
+            told = behind if draw.random() < 0.6 else None
+            groups = tuple(
+                group._replace(size=None) if draw.random() < 0.3 else group for group in groups
+            )
+            caption = _caption(draw, groups, relation, told)
+            return Scene(groups, relation, told, behind, shapes, caption)
+    raise AssertionError(f"no scene for {split} {index}")
+
+
+def _groups(draw: np.random.Generator, only: str | None) -> tuple[tuple[Group, ...], str | None]:
+    def group(number: int) -> Group:
+        colour, kind, size = (
+            some[draw.integers(len(some))] for some in (tuple(COLOURS), KINDS, ("small", "large"))
+        )
+        return Group(number, size, colour, kind)
+
+    kind = (only or "any").split()[0]
+    numbers: tuple[int, ...] = ((1,), (2,), (3,), (1, 1), (1, 1), (1, 2), (2, 1))[
+        draw.choice(7, p=[0.3, 0.08, 0.06, 0.23, 0.23, 0.05, 0.05])
+    ]
+    if kind == "single":
+        numbers = (1,)
+    elif kind == "relation":
+        numbers = (1, 1)
+    while True:
+        groups = tuple(group(number) for number in numbers)
+        if len({(g.colour, g.kind) for g in groups}) == len(groups):  # told apart without sizes
+            break
+    relation = None
+    if len(groups) == 2 and (kind == "relation" or draw.random() < 0.75):
+        relation = tuple(RELATIONS)[draw.integers(len(RELATIONS))]
+    return groups, relation
+
+
+def _place(
+    draw: np.random.Generator, groups: tuple[Group, ...], relation: str | None
+) -> tuple[Shape, ...] | None:
+    """Boxes in a picture of 32 pixels, apart and in their relation; None: none were found."""
+    owner = np.repeat(np.arange(len(groups)), [group.number for group in groups])
+    spans = np.array([SMALL if group.size == "small" else LARGE for group in groups])[owner]
+    width = spans[:, 0] + (spans[:, 1] - spans[:, 0]) * draw.random((TRIES, len(owner)))
+    # [tries, axes, shapes]: left and right, top and bottom.
+    low = 1 + (30 - width[:, None]) * draw.random((TRIES, 2, len(owner)))
+    high = low + width[:, None]
+    good = np.ones(TRIES, bool)
+    for one in range(len(owner)):
+        for other in range(one):
+            before = high[:, :, one] + GAP <= low[:, :, other]
+            after = high[:, :, other] + GAP <= low[:, :, one]
+            good &= (before | after).any(1)
+    if relation is not None:
+        axis, smaller = RELATIONS[relation]
+        less, more = (owner == 0, owner == 1) if smaller else (owner == 1, owner == 0)
+        good &= high[:, axis][:, less].max(1) + GAP <= low[:, axis][:, more].min(1)
+    if not good.any():
+        return None
+    first = int(good.argmax())
+    return tuple(
+        Shape(groups[own].colour, groups[own].kind, *map(float, place))
+        for own, *place in zip(owner, *low[first], width[first], strict=True)
+    )
+
+
+def related(first: Sequence[Shape], second: Sequence[Shape], relation: str) -> bool:
+    """Whether all of `first` lie on their side of all of `second`."""
+    axis, smaller = RELATIONS[relation]
+    low, high = (first, second) if smaller else (second, first)
+    ends = [(s.left, s.top)[axis] + s.width for s in low]
+    return max(ends) <= min((s.left, s.top)[axis] for s in high)
+
+
+def _caption(
+    draw: np.random.Generator, groups: tuple[Group, ...], relation: str | None, told: str | None
+) -> str:
+    def noun(group: Group) -> str:
+        number = NUMBERS[group.number][draw.integers(len(NUMBERS[group.number]))]
+        words = [number, group.size, group.colour, group.kind + "s" * (group.number > 1)]
+        if group.size is None and number == "a" and group.colour[0] in "aeiou":
+            words[0] = "an"
+        return " ".join(word for word in words if word)
+
+    names = [noun(group) for group in groups]
+    text = f" {relation} ".join(names) if relation else " and ".join(names)
+    if told is None:
+        return text
+    form = draw.integers(3)
+    if form == 0:
+        return f"{text} on a {told} background"
+    return f"{text}, {told} background" if form == 1 else f"a {told} background with {text}"
+
+
+# Pictures.
+
+
+def render(scene: Scene, side: int = 32) -> np.ndarray:
+    """The picture of a scene, uint8 [side, side, 3]: drawn larger, and averaged."""
+    from PIL import Image, ImageDraw
+
+    scale = OVERSAMPLE * side / 32
+    image = Image.new("RGB", (side * OVERSAMPLE,) * 2, BACKGROUNDS[scene.behind])
+    pen = ImageDraw.Draw(image)
+    for shape in scene.shapes:
+        left, top = round(shape.left * scale), round(shape.top * scale)
+        size = round(shape.width * scale) - 1
+        draw_shape(pen, shape.kind, (left, top, left + size, top + size), COLOURS[shape.colour])
+    return np.asarray(image.reduce(OVERSAMPLE))
+
+
+def draw_shape(pen: Any, kind: str, box: tuple[Any, ...], colour: Any) -> None:
+    """One shape that fills a box (left, top, right, bottom), the last pixels within it."""
+    left, top, right, bottom = box
+    if kind == "circle":
+        pen.ellipse(box, fill=colour)
+    elif kind == "square":
+        pen.rectangle(box, fill=colour)
+    else:
+        pen.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill=colour)
+
+
+class Drawn:
+    """Images [N, side, side, 3] that are drawn when they are indexed, a slice or rows at a time."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, split: str, side: int, rows: range) -> None:
+        self._split, self._side, self._rows = split, side, rows
+        self.shape = (len(rows), side, side, 3)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: Any) -> Any:
+        if isinstance(rows, slice):
+            return type(self)(self._split, self._side, self._rows[rows])
+        return np.stack([self._one(self._rows[int(row)]) for row in rows])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[np.arange(len(self))].astype(dtype or np.uint8)
+
+    def _one(self, index: int) -> np.ndarray:
+        return render(scene(self._split, index), self._side)
+
+
+class Told(Drawn):
+    """The captions of the same rows, as tokens [N, LENGTH]."""
+
+    def __init__(self, split: str, side: int, rows: range) -> None:
+        super().__init__(split, side, rows)
+        self.shape = (len(rows), LENGTH)  # type: ignore[assignment]
+
+    def _one(self, index: int) -> np.ndarray:
+        return tokenize([scene(self._split, index).caption], LENGTH)[0]
+
+
+class Unlabelled:
+    """Labels -1 of any number of examples."""
+
+    dtype = np.dtype(np.int32)
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, rows: Any) -> Any:
+        if isinstance(rows, slice):
+            return type(self)(len(range(self._count)[rows]))
+        return np.full(len(rows), -1, np.int32)
+
+
+def load(argument: str, data_dir: str | None) -> Data:
+    """Both splits; nothing is drawn yet."""
+    del data_dir  # there are no files
+    side = int(argument) if argument.isdecimal() else 32
+    if argument not in ("", *map(str, SIDES)):
+        raise UserError(f"shapes:{argument}: the size must be {' or '.join(map(str, SIDES))}")
+    splits = [
+        Split(Drawn(name, side, rows), Unlabelled(len(rows)), Told(name, side, rows))  # type: ignore[arg-type]
+        for name, rows in (("train", range(ENDLESS)), ("test", range(TEST_EXAMPLES)))
+    ]
+    return Data(
+        name="shapes" + (f":{side}" if argument else ""),
+        title=f"shapes {side}x{side} (drawn)",
+        train=splits[0],
+        test=splits[1],
+        levels=256,
+        classes=(),
+        fingerprint=_fingerprint(side),
+    )
+
+
+def _fingerprint(side: int) -> str:
+    """Of the first pictures and captions: another way to draw is another data set."""
+    digest = hashlib.sha256()
+    for split in ("train", "test"):
+        for index in range(32):
+            one = scene(split, index)
+            digest.update(one.caption.encode() + render(one, side).tobytes())
+    return digest.hexdigest()[:16]

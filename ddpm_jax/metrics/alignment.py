@@ -1,0 +1,167 @@
+"""Whether an image shows what a caption of `shapes` says, read back from its pixels.
+
+An exact judge: it knows how the set is drawn (`ddpm_jax/data/shapes.py`), and nothing is trained.
+Connected parts that are not of the background's colour are shapes; each is of the kind whose
+drawing in its box covers the same pixels best.
+"""
+
+import functools
+import re
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from ddpm_jax.data.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    NUMBERS,
+    OVERSAMPLE,
+    RELATIONS,
+    Group,
+    Shape,
+    draw_shape,
+    related,
+)
+
+APART = 60.0  # of 255: how far from the background's a shape's colour is
+FAR = 80.0  # of 255: how far a shape's colour may be from the one that it is called after
+FIT = 0.06  # mean squared error of what a shape covers, of that of the kind it is called after
+UNCLEAR = "unclear"
+LEAST = 12.0  # pixels of 32 x 32 that a shape covers, at the least
+BETWEEN = 9.75  # pixels of 32: where small is parted from large
+
+
+class Verdict(NamedTuple):
+    """What of a caption an image shows; None: the caption does not say."""
+
+    number: bool
+    colours: bool
+    kinds: bool
+    relation: bool | None
+    sizes: bool | None
+    background: bool | None
+
+    @property
+    def aligned(self) -> bool:
+        """Number, colours, shapes and relation are all as they were told."""
+        return self.number and self.colours and self.kinds and self.relation is not False
+
+    @property
+    def exact(self) -> bool:
+        """Sizes and background, too."""
+        return self.aligned and self.sizes is not False and self.background is not False
+
+
+def parse(caption: str) -> tuple[tuple[Group, ...], str | None, str | None]:
+    """(groups, relation, background) that a caption of this set tells."""
+    numbers = {word: number for number, words in NUMBERS.items() for word in words} | {"an": 1}
+    found = re.findall(
+        rf"\b(?:({'|'.join(numbers)}) )?(?:(small|large) )?({'|'.join(COLOURS)}) "
+        rf"({'|'.join(KINDS)})s?\b",
+        caption,
+    )
+    groups = tuple(
+        Group(numbers.get(number, 1), size or None, colour, kind)
+        for number, size, colour, kind in found
+    )
+    relation = re.search(rf"\b({'|'.join(RELATIONS)})\b", caption)
+    background = re.search(rf"\b({'|'.join(BACKGROUNDS)}) background", caption)
+    return groups, relation and relation[1], background and background[1]
+
+
+def judge(image: Float[np.ndarray, "side side 3"], caption: str) -> Verdict:
+    """What of a caption of this set the pixels (in [-1, 1]) show.
+
+    Shapes are the connected parts that are not of the background's colour.  Each is given the
+    kind whose drawing in its box covers the same pixels best.
+    """
+    groups, relation, background = parse(caption)
+    behind, seen = look(image)
+    wanted = [(g.colour, g.kind, g.size) for g in groups for _ in range(g.number)]
+    count = len(seen) == len(wanted)
+    colours = sorted(s.colour for s in seen) == sorted(w[0] for w in wanted)
+    kinds = sorted(s[:2] for s in seen) == sorted(w[:2] for w in wanted)
+    members = [[s for s in seen if s[:2] == (g.colour, g.kind)] for g in groups]
+    there = all(members)
+    placed = None
+    if relation is not None and len(groups) == 2:
+        placed = there and related(members[0], members[1], relation)
+    sizes = None
+    if any(group.size for group in groups):
+        sizes = there and all(
+            ("small" if s.width < BETWEEN else "large") == group.size
+            for group, own in zip(groups, members, strict=True)
+            for s in own
+            if group.size
+        )
+    at = None if background is None else background == behind
+    return Verdict(count, colours, kinds, placed, sizes, at)
+
+
+def look(image: Float[np.ndarray, "side side 3"]) -> tuple[str, list[Shape]]:
+    """(background, shapes) that an image in [-1, 1] shows; what is not clear of them is said."""
+    from scipy import ndimage
+
+    pixels = (np.clip(np.asarray(image, np.float64), -1, 1) + 1) * 127.5
+    side = len(pixels)
+    scale = side / 32
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    behind = _nearest(np.median(border, 0), BACKGROUNDS)
+    ground = np.array(BACKGROUNDS[behind], np.float64)
+    apart = np.sqrt(np.square(pixels - ground).sum(-1))
+    parts, count = ndimage.label(apart > APART)
+    shapes = []
+    for number in range(1, count + 1):
+        part = parts == number
+        if part.sum() < LEAST * scale**2:
+            continue
+        inside = part & (ndimage.binary_erosion(part) if part.sum() > 24 * scale**2 else part)
+        shade = np.median(pixels[inside if inside.any() else part], 0)
+        colour, tint = _nearest(shade, COLOURS), shade - ground
+        if np.sqrt(np.square(shade - COLOURS[colour]).sum()) > FAR:
+            colour = UNCLEAR
+        # How much of each pixel the shape covers, within a pixel of the part.
+        near = ndimage.binary_dilation(part, np.ones((3, 3)))
+        cover = np.clip((pixels - ground) @ tint / (tint @ tint), 0, 1) * near
+        shapes.append(_fit(colour, cover, scale))
+    return behind, shapes
+
+
+def _nearest(colour: np.ndarray, among: dict[str, tuple[int, int, int]]) -> str:
+    return min(among, key=lambda name: np.square(colour - np.array(among[name])).sum())
+
+
+def _fit(colour: str, cover: np.ndarray, scale: float) -> Shape:
+    """The kind, and the box, whose drawing covers what `cover` does best."""
+    columns, rows = cover.max(0), cover.max(1)
+    left, top = int((columns > 0.5).argmax()), int((rows > 0.5).argmax())
+    right = len(columns) - int((columns[::-1] > 0.5).argmax())
+    bottom = len(rows) - int((rows[::-1] > 0.5).argmax())
+    width, height = right - left, bottom - top
+    best: tuple[float, str] = (np.inf, "")
+    window = np.pad(cover, 4)[top + 2 : bottom + 6, left + 2 : right + 6]  # two pixels more
+    for kind in KINDS:
+        for grow_x in (-0.5, 0.0, 0.5):
+            for grow_y in (-0.5, 0.0, 0.5):
+                shown = _template(kind, width, height, grow_x, grow_y)
+                best = min(best, (float(np.square(window - shown).mean()), kind))
+    kind = best[1] if best[0] <= FIT else UNCLEAR
+    return Shape(colour, kind, left / scale, top / scale, (width + height) / 2 / scale)
+
+
+@functools.lru_cache(4096)
+def _template(
+    kind: str, width: int, height: int, grow_x: float, grow_y: float
+) -> Float[np.ndarray, "rows columns"]:
+    """How much a shape covers of the pixels of its box and of two pixels around it."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("L", ((width + 4) * OVERSAMPLE, (height + 4) * OVERSAMPLE))
+    x, y = grow_x * OVERSAMPLE / 2, grow_y * OVERSAMPLE / 2
+    left, top = 2 * OVERSAMPLE - x, 2 * OVERSAMPLE - y
+    right = (2 + width) * OVERSAMPLE + x - 1
+    bottom = (2 + height) * OVERSAMPLE + y - 1
+    draw_shape(ImageDraw.Draw(image), kind, (left, top, right, bottom), 255)
+    return np.asarray(image.reduce(OVERSAMPLE), np.float64) / 255

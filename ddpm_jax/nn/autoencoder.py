@@ -1,0 +1,123 @@
+"""The autoencoder whose latents are images of their own, f times smaller either way.
+
+The shape of latent diffusion's (Rombach et al. 2022, app. E): residual blocks, halved or doubled
+between levels.  The first two pixels either way are folded into channels, so that nothing runs at
+an image's full size.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.nn.layers import fold, group_norm, unfold
+
+
+class Residual(nn.Module):
+    """x + two 3x3 convolutions, each behind a group norm and a swish."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+        h = x
+        for number in (1, 2):
+            h = nn.swish(group_norm(h, f"norm_{number}"))
+            h = nn.Conv(x.shape[-1], (3, 3), dtype=self.dtype, name=f"conv_{number}")(h)
+        return x + h
+
+
+class Autoencoder(nn.Module):
+    """x [B, H, W, C] -> (mean, logvar) of z [B, H / f, W / f, latent] -> x.
+
+    Attributes:
+      shape: of an image.
+      channels: of each level, from the image on: f = 2^levels.
+      latent: channels of z.
+      blocks: residual blocks a level, either way.
+      dtype: of the computation, but for norms, z and the image.
+    """
+
+    shape: tuple[int, int, int]
+    channels: tuple[int, ...] = (32, 64)
+    latent: int = 4
+    blocks: int = 1
+    dtype: Any = None
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(rows, columns, channels) of z."""
+        factor = 2 ** len(self.channels)
+        return self.shape[0] // factor, self.shape[1] // factor, self.latent
+
+    def setup(self) -> None:
+        self.encoder = Encoder(self.channels, 2 * self.latent, self.blocks, self.dtype)
+        self.decoder = Decoder(self.channels, self.shape[2], self.blocks, self.dtype)
+
+    def encode(
+        self, x: Float[Array, "batch h w c"]
+    ) -> tuple[Float[Array, "batch rows columns d"], Float[Array, "batch rows columns d"]]:
+        """q(z|x): (mean, logvar), the logvar kept within where its exponential is a number."""
+        mean, logvar = jnp.split(self.encoder(x), 2, -1)
+        return mean, jnp.clip(logvar, -20.0, 10.0)
+
+    def decode(self, z: Float[Array, "batch rows columns d"]) -> Float[Array, "batch h w c"]:
+        """The image of z."""
+        return self.decoder(z)
+
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+        return self.decode(self.encode(x)[0])
+
+    def check(self) -> None:
+        """Raises UserError unless the network can be built for images of this size."""
+        factor, (height, width, _) = 2 ** len(self.channels), self.shape
+        if height % factor or width % factor:
+            raise UserError(
+                f"the autoencoder makes images {factor} times smaller, and {height}x{width} does "
+                "not divide; give fewer --config.ae_channels, or images of another size"
+            )
+
+
+class Encoder(nn.Module):
+    """Down: every level but the first halves."""
+
+    channels: tuple[int, ...]
+    outputs: int
+    blocks: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch rows columns d"]:
+        x = fold(x, 2)
+        for level, width in enumerate(self.channels):
+            strides = 2 if level else 1
+            x = nn.Conv(width, (3, 3), strides, dtype=self.dtype, name=f"conv_{level}")(x)
+            for number in range(self.blocks):
+                x = Residual(self.dtype, name=f"block_{level}_{number}")(x)
+        x = nn.swish(group_norm(x, "norm_out")).astype(jnp.float32)
+        return nn.Conv(self.outputs, (3, 3), name="out")(x)
+
+
+class Decoder(nn.Module):
+    """The way back; a doubling writes a pixel's four children as channels (Shi et al. 2016)."""
+
+    channels: tuple[int, ...]
+    outputs: int
+    blocks: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "batch rows columns d"]) -> Float[Array, "batch h w c"]:
+        width = self.channels[-1]
+        x = nn.Conv(width, (3, 3), dtype=self.dtype, name="conv_in")(z)
+        for level in reversed(range(len(self.channels))):
+            for number in range(self.blocks):
+                x = Residual(self.dtype, name=f"block_{level}_{number}")(x)
+            if level:
+                width = self.channels[level - 1]
+                x = nn.Conv(4 * width, (3, 3), dtype=self.dtype, name=f"conv_{level}")(x)
+                x = unfold(x, 2)
+        x = nn.swish(group_norm(x, "norm_out")).astype(jnp.float32)
+        return unfold(nn.Conv(4 * self.outputs, (3, 3), name="out")(x), 2)

@@ -1,0 +1,183 @@
+"""A transformer that reads captions byte by byte, and the image tower it is trained against.
+
+The two towers of CLIP (Radford et al. 2021, sec. 2.4), small: features of a caption's every
+token for a generation model's cross-attention, and one vector of the whole for comparing with
+an image's.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key, UInt8
+
+from ddpm_jax.nn.layers import Context, CrossAttention, Dropout, attention
+from ddpm_jax.tokens import PADDING, VOCABULARY
+
+
+class Size(NamedTuple):
+    """A transformer's: tokens' width, blocks, heads."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+SIZES = {"tiny": Size(64, 2, 2), "small": Size(128, 4, 4), "base": Size(384, 8, 6)}
+
+
+class TextEncoder(nn.Module):
+    """Tokens [B, L] -> Context: features [B, L, width], which are text, pooled [B, width].
+
+    Pre-norm blocks; every token sees every other but padding, in both directions.  An empty
+    caption has no tokens, and its pooled features are 0.
+
+    Attributes:
+      size: of the transformer.
+      length: of the longest caption.
+      dtype: of the computation; norms and softmax stay float32.
+    """
+
+    size: Size
+    length: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, tokens: UInt8[Array, "batch length"]) -> Context:
+        width, depth, _ = self.size
+        normal = nn.initializers.normal(0.02)
+        mask = tokens != PADDING
+        x = nn.Embed(VOCABULARY, width, embedding_init=normal, dtype=self.dtype, name="bytes")(
+            tokens.astype(jnp.int32)
+        )
+        x += self.param("places", normal, (self.length, width))[: x.shape[1]].astype(x.dtype)
+        for number in range(depth):
+            x = Block(self.size.heads, dtype=self.dtype, name=f"block_{number}")(x, mask)
+        x = _norm(x, "norm_out")
+        shares = mask / jnp.maximum(mask.sum(1, keepdims=True), 1)
+        return Context(x, mask, jnp.einsum("bl,bld->bd", shares, x))
+
+
+class Block(nn.Module):
+    """Self-attention, attention to a context if there is one, and an MLP, each with its norm.
+
+    Attributes:
+      heads: of either attention.
+      causal: a place sees those before it and itself.
+      dropout: rate behind each branch, in training.
+      dtype: of the computation.
+    """
+
+    heads: int
+    causal: bool = False
+    dropout: float = 0.0
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length width"],
+        mask: Bool[Array, "batch length"] | None = None,
+        context: Context | None = None,
+        keys: Key[Array, "batch"] | None = None,
+    ) -> Float[Array, "batch length width"]:
+        size, length, width = x.shape
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype, name=name)
+
+        def drop(h: Array, name: str) -> Array:
+            return Dropout(self.dropout, name=name)(h, keys)
+
+        seen = None if mask is None else mask[:, None, None]
+        if self.causal:
+            seen = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        parts = jnp.split(dense(3 * width, "qkv")(_norm(x, "norm_1")), 3, -1)
+        q, k, v = (a.reshape(size, length, self.heads, width // self.heads) for a in parts)
+        x += drop(dense(width, "project")(attention(q, k, v, seen).reshape(x.shape)), "drop_1")
+        if context is not None:
+            cross = CrossAttention(self.heads, self.dtype, name="cross")
+            x += drop(cross(_norm(x, "norm_cross"), context), "drop_cross")
+        h = nn.gelu(dense(4 * width, "mlp_1")(_norm(x, "norm_2")))
+        return x + drop(dense(width, "mlp_2")(h), "drop_2")
+
+
+class ImageTower(nn.Module):
+    """Images [B, H, W, C] in [-1, 1] -> features [B, width]: convolutions that halve down to 4.
+
+    Attributes:
+      channels: of each 3x3 convolution, the last of them repeated as long as a side exceeds 4.
+      width: of the features.
+      dtype: of the computation.
+    """
+
+    channels: tuple[int, ...]
+    width: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch width"]:
+        number = 0
+        while x.shape[1] > 4:
+            width = self.channels[min(number, len(self.channels) - 1)]
+            x = nn.Conv(width, (3, 3), strides=2, dtype=self.dtype, name=f"conv_{number}")(x)
+            x = nn.gelu(nn.GroupNorm(8, dtype=jnp.float32, name=f"norm_{number}")(x))
+            number += 1
+        x = nn.gelu(
+            nn.Dense(2 * self.width, dtype=self.dtype, name="hidden")(x.reshape(len(x), -1))
+        )
+        return nn.Dense(self.width, name="features")(x)
+
+
+class DualEncoder(nn.Module):
+    """Both towers, their projections to one space, and the temperature.
+
+    Attributes:
+      size, length: of the text encoder.
+      channels: of the image tower.
+      joint: width of the space in which captions and images are compared.
+      dtype: of the computation.
+    """
+
+    size: Size
+    length: int
+    channels: tuple[int, ...] = (32, 64, 128)
+    joint: int = 64
+    dtype: Any = None
+
+    def setup(self) -> None:
+        self.text = TextEncoder(self.size, self.length, self.dtype)
+        self.text_out = nn.Dense(self.joint, use_bias=False)
+        self.image = ImageTower(self.channels, self.joint, self.dtype)
+        start = nn.initializers.constant(-math.log(0.07))
+        self.log_scale = self.param("log_scale", start, ())
+
+    def read(self, tokens: UInt8[Array, "batch length"]) -> Context:
+        """A caption's features, what a generation model is told."""
+        return self.text(tokens)
+
+    def of_text(self, tokens: UInt8[Array, "batch length"]) -> Float[Array, "batch joint"]:
+        """A caption's place in the joint space, of length 1."""
+        return _unit(self.text_out(self.text(tokens).pooled))
+
+    def of_image(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch joint"]:
+        """An image's place in the joint space, of length 1."""
+        return _unit(self.image(x))
+
+    def scale(self) -> Float[Array, ""]:
+        """1 / temperature, at most 100 (Radford et al. 2021, sec. 2.5)."""
+        return jnp.exp(jnp.minimum(self.log_scale, jnp.log(100.0)))
+
+    def __call__(self, tokens: UInt8[Array, "batch length"], x: Float[Array, "batch h w c"]) -> Any:
+        return self.of_text(tokens), self.of_image(x), self.scale()
+
+
+def _unit(x: Float[Array, "batch joint"]) -> Float[Array, "batch joint"]:
+    x = x.astype(jnp.float32)
+    return x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+
+
+def _norm(x: Float[Array, "batch length width"], name: str) -> Float[Array, "batch length width"]:
+    """Layer norm, in float32."""
+    return nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=name)(x).astype(x.dtype)

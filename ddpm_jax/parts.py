@@ -1,0 +1,59 @@
+"""The trained parts that a generation model is built on, found by their run directories."""
+
+import dataclasses
+import functools
+import pathlib
+import types
+from typing import Any
+
+from ddpm_jax.config import FROM_PARTS, marked, restore
+from ddpm_jax.errors import UserError
+from ddpm_jax.run import load_state
+from ddpm_jax.rundir import read_record
+from ddpm_jax.train import TrainState
+
+
+def with_parts(config: Any, **parts: types.ModuleType) -> Any:
+    """`config` with what follows from its parts: every field marked so that a part has, too.
+
+    Args:
+      parts: by the field that names its run directory, the experiment that made it.
+
+    Raises:
+      UserError: there is no such run, it is another experiment's or not finished, or its images
+        are of another size.
+    """
+    names = marked(config, FROM_PARTS)
+    known: dict[str, Any] = {}
+    for field, experiment in parts.items():
+        place = pathlib.Path(getattr(config, field)).expanduser().absolute()
+        theirs = finished(field, place, experiment)
+        for other in ("shape", "levels"):
+            if getattr(theirs, other) != getattr(config, other):
+                raise UserError(
+                    f"--config.{field}={place}: trained on images of {theirs.shape} in "
+                    f"{theirs.levels} levels, not {config.shape} in {config.levels}; give a run "
+                    "on the same data"
+                )
+        known |= {name: getattr(theirs, name) for name in names if hasattr(theirs, name)}
+        known[field] = str(place)
+    return dataclasses.replace(config, **known)
+
+
+def finished(field: str, place: pathlib.Path, experiment: types.ModuleType) -> Any:
+    """The config of the finished run in `place`."""
+    name, record = experiment.__name__.rpartition(".")[2], read_record(place)
+    if record is None or not (place / "summary.json").exists():
+        raise UserError(
+            f"--config.{field}={place}: there is no finished run; train one first: python "
+            f"launch.py --experiment={name}"
+        )
+    if record["experiment"] != name:
+        raise UserError(f"--config.{field}={place}: a run of {record['experiment']}, not of {name}")
+    return restore(experiment.Config, record["config"], place)
+
+
+@functools.lru_cache(maxsize=4)
+def load_part(experiment: types.ModuleType, place: str) -> tuple[Any, TrainState]:
+    """The config and the newest state of a part."""
+    return load_state(experiment, pathlib.Path(place))

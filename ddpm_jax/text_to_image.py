@@ -1,0 +1,257 @@
+"""Text to image: a text encoder, a generation model in an autoencoder's latents, a decoder.
+
+    caption -> text encoder -> features -> generation model -> latents -> decoder -> image
+
+The three are trained one after another. This is the second's task: the other two are frozen, in
+`fixed`, and so in every checkpoint of it, which draws by itself.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, UInt8
+
+from ddpm_jax import report
+from ddpm_jax.autoencoder import Latents
+from ddpm_jax.contrastive import image_judge
+from ddpm_jax.data.loader import Batch, Data
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluate import Average, average, per_example
+from ddpm_jax.generation import Generator
+from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
+from ddpm_jax.metrics.distances import frechet, moments
+from ddpm_jax.nn.layers import Context
+from ddpm_jax.nn.text import DualEncoder
+from ddpm_jax.parallel import Parallel, fetch
+from ddpm_jax.progress import tell
+from ddpm_jax.tasks import Evaluation, Request, Task, refuse, to_images
+from ddpm_jax.tokens import size, tokenize, untokenize
+
+AT_ONCE = 64  # images in one call
+QUICK = 64  # images that an evaluation before the last draws
+SHOWN = (8, 8)  # prompts on a sheet, images of each
+CHUNK = 1000
+
+
+class Parts(NamedTuple):
+    """What a generation model stands on.
+
+    text, latents: the networks.
+    blank() -> their parameters' shapes, {"text": ..., "autoencoder": {"params", "fixed"}}
+    load() -> the parameters
+    """
+
+    text: DualEncoder
+    latents: Latents
+    blank: Callable[[], Any]
+    load: Callable[[], Any]
+
+
+class Prompts(NamedTuple):
+    """What the final evaluation draws, and how it is judged.
+
+    sets: prompts by name.
+    align(images in [-1, 1], prompts) -> whether each image shows what its prompt says; None:
+        nobody can tell.
+    scales: of guidance, all of which are tried.
+    draw: images of the test split's captions, whose Frechet distance and CLIP score are told.
+    """
+
+    sets: dict[str, list[str]] = {}  # noqa: RUF012
+    align: Callable[[Any, Sequence[str]], np.ndarray] | None = None
+    scales: tuple[float, ...] = ()
+    draw: int = 512
+
+
+def text_to_image_task(
+    generator: Generator,
+    parts: Parts,
+    shape: tuple[int, int, int],
+    levels: int,
+    *,
+    caption_dropout: float = 0.1,
+    eval_batch: int = 128,
+    prompts: Prompts = Prompts(),
+) -> Task:
+    """Training, evaluation and drawing of a generation model under captions.
+
+    Args:
+      shape, levels: of the images.
+      caption_dropout: share of captions that training replaces by the empty one.
+    """
+    text = parts.text
+
+    def init(key, batch: Batch):
+        length, width = text.length, text.size.width
+        mask = jnp.zeros((1, length), bool)
+        context = Context(jnp.zeros((1, length, width)), mask, jnp.zeros((1, width)))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), parts.blank())
+        return generator.init(key, context), zeros
+
+    def load(fixed):
+        found = parts.load()
+        return jax.tree.map(lambda old, new: np.asarray(new, old.dtype), fixed, found)
+
+    def read(fixed, tokens) -> Context:
+        found: Any = text.apply(fixed["text"], tokens, method="read")
+        return found
+
+    def loss(params, fixed, batch, keys, *, train, gather):
+        del gather
+        split = jax.vmap(jax.random.split)(keys)
+        tokens = batch.captions
+        if train:
+            dropped = jax.vmap(lambda key: jax.random.bernoulli(key, caption_dropout))(split[:, 0])
+            tokens = jnp.where(dropped[:, None], 0, tokens).astype(tokens.dtype)
+        target = generator.target(fixed["autoencoder"], to_images(batch.images, levels))
+        found = generator.loss(params, target, read(fixed, tokens), batch.index, split[:, 1], train)
+        return *found, {}
+
+    @jax.jit
+    def losses(params, fixed, batch, keys):
+        return {"loss": loss(params, fixed, batch, keys, train=False, gather=None)[0]}
+
+    read_once = jax.jit(read)
+
+    def draw(params, fixed, keys, tokens, instead, how):
+        context, other = read_once(fixed, tokens), read_once(fixed, instead)
+        return generator.draw(params, fixed["autoencoder"], keys, context, other, how)
+
+    def many(params, fixed, texts: Sequence[str], seed, how, spread: Parallel):
+        """An image of each text: [N, H, W, C]."""
+        at_once, found = spread.round_up(AT_ONCE), []
+        tokens = tokenize(texts, text.length)
+        for start in range(0, len(tokens), at_once):  # one shape, compiled once
+            part = np.zeros((at_once, text.length), np.uint8)
+            part[: len(tokens) - start] = tokens[start : start + at_once]
+            rows = spread.rows(at_once)
+            told, nothing = (spread.shard(a[rows]) for a in (part, np.zeros_like(part)))
+            index = spread.indices(start, at_once)
+            keys = example_keys(purpose_key(seed, SAMPLE), 0, index)
+            found.append(fetch(draw(params, fixed, keys, told, nothing, how)))
+        return np.concatenate(found)[: len(tokens)]
+
+    @jax.jit
+    def similarity(fixed, tokens, images):
+        of_text, of_image, _ = text.apply(fixed["text"], tokens, images)
+        return (of_text * of_image).sum(-1)
+
+    def clip_score(fixed, texts: Sequence[str], images: np.ndarray) -> Average:
+        """100 cos of captions and images in the project's own dual encoder (Hessel et al. 2021)."""
+        tokens, found = tokenize(texts, text.length), []
+        for at in range(0, len(texts), CHUNK):
+            part = slice(at, at + CHUNK)
+            found.append(fetch(similarity(fixed, tokens[part], images[part])))
+        return average(100 * np.concatenate(found).astype(np.float64))
+
+    def evaluate(params, fixed, data: Data, *, seed, full, spread):
+        found = per_example(
+            lambda batch, keys: losses(params, fixed, batch, keys),
+            data.test if full else data.test.first(4 * eval_batch),
+            eval_batch,
+            seed,
+            spread,
+        )["loss"]
+        mean, error = average(found)
+        metrics = {"test/loss": mean, "test/loss_error": error}
+        captions = _texts(data, prompts.draw if full else QUICK)
+        one = functools.partial(many, params, fixed, seed=seed, spread=spread)
+        how = generator.requested(Request())
+        rows = [(caption, one([caption] * SHOWN[1], how=how)) for caption in _texts(data, SHOWN[0])]
+        pictures = {"samples": report.captioned(rows)}
+        if not full:
+            drawn = one(captions, how=how)
+            metrics |= _told("test/aligned", aligned(drawn, captions))
+            metrics |= _told("test/clip_score", clip_score(fixed, captions, drawn))
+            return Evaluation(metrics, pictures)
+        judge = image_judge("text_encoder", text, fixed["text"])
+        some = [data.test.some(len(captions)), data.train.some(len(captions))]
+        truth, usual = (moments(judge.see(to_images(part.images, levels))[0]) for part in some)
+        about = {
+            "generation": generator.about,
+            "drawn": len(captions),
+            "reference": "test split",
+            "parameters": "averaged (EMA)",
+        }
+        metrics["test/fd_text_encoder_of_training"] = frechet(usual, truth)
+        real = to_images(np.asarray(data.test.first(len(captions)).images), levels)
+        metrics |= _told("test/clip_score_of_images", clip_score(fixed, captions, real))
+        curve: list[dict[str, float]] = []
+        for scale in dict.fromkeys((how.guidance, *prompts.scales)):
+            at = how._replace(guidance=scale)
+            drawn = one(captions, how=at)
+            figures = {"fd_text_encoder": frechet(moments(judge.see(drawn)[0]), truth)}
+            figures |= _told("clip_score", clip_score(fixed, captions, drawn))
+            figures |= _told("aligned", aligned(drawn, captions))
+            for name, texts in prompts.sets.items():
+                figures |= _told(f"aligned_{name}", aligned(one(texts, how=at), texts))
+            if scale == how.guidance:
+                metrics |= {f"test/{name}": value for name, value in figures.items()}
+            metrics |= {f"guidance_{scale:g}/{name}": value for name, value in figures.items()}
+            curve.append({"scale": scale, **figures})
+        if len(curve) > 1:
+            curve.sort(key=lambda point: point["scale"])
+            pictures |= _curves(curve)
+        return Evaluation(metrics, pictures, about)
+
+    def aligned(images, texts) -> Average | None:
+        if prompts.align is None:
+            return None
+        return average(np.asarray(prompts.align(images, texts), np.float64))
+
+    def sample(
+        params, fixed, keys: Key[Array, "batch"], request: Request
+    ) -> Float[Array, "batch h w c"]:
+        refuse(request, "label")
+        how = generator.requested(request)
+        if request.prompt is None:
+            raise UserError('this run draws what a text says: give --prompt="..."')
+        told, instead = (
+            np.repeat(_one(words or "", text.length), len(keys), 0)
+            for words in (request.prompt, request.negative_prompt)
+        )
+        return draw(params, fixed, keys, told, instead, how)
+
+    return Task(
+        init, loss, lambda fixed, statistics: fixed, evaluate, sample, load=load
+    )  # fmt: skip
+
+
+def _one(words: str, length: int) -> UInt8[np.ndarray, "1 length"]:
+    """A prompt's tokens; that it is longer than they can be is told once."""
+    if size(words) > length:
+        _tell_once(f"a prompt of {size(words)} bytes: only the first {length} of them are read")
+    return tokenize([words], length)
+
+
+_tell_once = functools.cache(tell)
+
+
+def _texts(data: Data, count: int) -> list[str]:
+    captions = data.test.first(count)
+    return untokenize(captions.rows(np.arange(len(captions.images))).captions)
+
+
+def _told(name: str, value: Average | None) -> dict[str, float]:
+    return {} if value is None else {name: value.mean, f"{name}_error": value.error}
+
+
+def _curves(curve: list[dict[str, float]]) -> dict[str, np.ndarray]:
+    """The Frechet distance against what is gained by guidance, a point for each scale."""
+    words = [f"{point['scale']:g}" for point in curve]
+    distance = [point["fd_text_encoder"] for point in curve]
+    label, title = "Frechet distance (text_encoder)", "By guidance scale"
+
+    def path(names: list[str], x: str) -> np.ndarray:
+        lines = {name: ([p[name] for p in curve], distance, words) for name in names}
+        return report.paths(lines, (x, label), title)
+
+    found = {"fd_against_clip_score": path(["clip_score"], "CLIP score")}
+    names = sorted(n for n in curve[0] if n.startswith("aligned") and not n.endswith("_error"))
+    if names:
+        found["fd_against_alignment"] = path(names, "share aligned")
+    return found

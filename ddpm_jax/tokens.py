@@ -1,0 +1,40 @@
+"""Captions as bytes: a tokenizer of any language without a vocabulary file.
+
+Token b is byte b of the text in UTF-8; 0, which is no byte of a text, is padding.  numpy alone.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+from jaxtyping import UInt8
+
+VOCABULARY = 256
+PADDING = 0
+
+
+def tokenize(texts: Iterable[str], length: int) -> UInt8[np.ndarray, "texts length"]:
+    """Texts as rows of bytes, what is longer than `length` cut at a character, the rest padded."""
+    rows = [_bytes(text)[: length + 1] for text in texts]
+    tokens = np.full((len(rows), length), PADDING, np.uint8)
+    for row, content in zip(tokens, rows, strict=True):
+        if len(content) > length:  # not within a character: its first byte is no 10xxxxxx
+            end = length
+            while end and content[end] & 0xC0 == 0x80:
+                end -= 1
+            content = content[:end]
+        row[: len(content)] = np.frombuffer(content, np.uint8)
+    return tokens
+
+
+def untokenize(tokens: UInt8[np.ndarray, "texts length"]) -> list[str]:
+    """The texts again, as far as they were not cut."""
+    return [bytes(row[row != PADDING]).decode(errors="replace") for row in tokens]
+
+
+def size(text: str) -> int:
+    """How many tokens the whole of a text has."""
+    return len(_bytes(text))
+
+
+def _bytes(text: str) -> bytes:
+    return text.replace("\0", "").encode(errors="replace")  # lone surrogates are no UTF-8

@@ -1,0 +1,103 @@
+"""The decoder of `text_to_image_shapes`: an autoencoder whose latents are 4 times smaller.
+
+    python launch.py --experiment=autoencoder_shapes
+    python launch.py --experiment=autoencoder_shapes --config.codes=256     # quantised
+
+Not trained to its end yet: no figures.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+
+from ddpm_jax.autoencoder import autoencoder_task
+from ddpm_jax.classifier import Judge
+from ddpm_jax.config import (
+    MAY_CHANGE,
+    AtLeast,
+    Count,
+    Interval,
+    Length,
+    NonNegative,
+    Positive,
+    Training,
+    inside,
+)  # fmt: skip
+from ddpm_jax.contrastive import image_judge
+from ddpm_jax.nn.autoencoder import Autoencoder
+from ddpm_jax.parts import finished, load_part
+from ddpm_jax.run import Loaded, Options
+from ddpm_jax.tasks import Task
+from ddpm_jax.train import averaged
+from experiments import text_encoder_shapes
+
+DEBUG = dict(
+    steps=6, eval_every=4, checkpoint_every=3, log_every=2, batch_size=16, ae_channels=(8, 8)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Training):
+    """See `python launch.py --experiment=autoencoder_shapes --help`."""
+
+    data: str = "shapes"
+    steps: Length = 2500
+    batch_size: Count = 64
+    learning_rate: Positive = 2e-3
+    warmup: Annotated[int, AtLeast(0)] = 100
+    decay: Literal["none", "cosine"] = "cosine"
+    clip: NonNegative = 1.0
+    ema_half_life: NonNegative = 5_000.0
+    eval_every: Interval = 500
+    checkpoint_every: Interval = 250
+    ae_channels: tuple[Count, ...] = (32, 64)  # of each level; each makes images half as large
+    latent: Count = 4  # channels
+    ae_blocks: Count = 1
+    kl_weight: NonNegative = 1e-4
+    codes: Annotated[int, AtLeast(0)] = 0  # of the codebook; 0: Gaussian latents
+    commitment: NonNegative = 0.25
+    text: Annotated[str, MAY_CHANGE] = "none"  # a text encoder's run, to tell distances with
+
+
+def network(config) -> Autoencoder:
+    """Encoder and decoder, of any config with these fields."""
+    return Autoencoder(
+        config.shape,
+        config.ae_channels,
+        config.latent,
+        config.ae_blocks,
+        inside(config.precision) and jnp.dtype(config.precision),
+    )
+
+
+def prepare(config: Config, loaded: Loaded, options: Options) -> Config:
+    """The config, whose `text` is found from anywhere."""
+    if config.text == "none":
+        return config
+    place = pathlib.Path(config.text).expanduser().absolute()
+    finished("text", place, text_encoder_shapes)
+    return dataclasses.replace(config, text=str(place))
+
+
+def judge(config: Config) -> Judge | None:
+    """What a Frechet distance is told with."""
+    if config.text == "none":
+        return None
+    theirs, state = load_part(text_encoder_shapes, config.text)
+    params = averaged(state, theirs)
+    return image_judge("text_encoder", text_encoder_shapes.network(theirs), params)
+
+
+def build(config: Config) -> Task:
+    """The task that this experiment trains."""
+    return autoencoder_task(
+        network(config),
+        config.levels,
+        kl_weight=config.kl_weight,
+        codes=config.codes,
+        commitment=config.commitment,
+        judge=functools.partial(judge, config),
+    )

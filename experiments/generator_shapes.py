@@ -1,0 +1,225 @@
+"""The generation model of `text_to_image_shapes`, on a trained text encoder and autoencoder.
+
+    python launch.py --experiment=generator_shapes --config.text=DIR --config.autoencoder=DIR
+    python launch.py --experiment=generator_shapes --config.model=autoregressive ...
+
+Not trained to its end yet: no figures.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.autoencoder import latents
+from ddpm_jax.config import (
+    FROM_PARTS,
+    MAY_CHANGE,
+    AtLeast,
+    AtMost,
+    CaptionLength,
+    Count,
+    Interval,
+    Length,
+    NonNegative,
+    Positive,
+    Share,
+    Training,
+)  # fmt: skip
+from ddpm_jax.data import shapes
+from ddpm_jax.drawing import Sampling
+from ddpm_jax.generation import Autoregressive, Generator, autoregressive, diffusion
+from ddpm_jax.metrics.alignment import judge
+from ddpm_jax.nn.codes import CodeTransformer
+from ddpm_jax.nn.dit import DiT
+from ddpm_jax.nn.unet import UNet
+from ddpm_jax.parts import load_part, with_parts
+from ddpm_jax.run import Loaded, Options
+from ddpm_jax.schedule import Spacing
+from ddpm_jax.tasks import Task
+from ddpm_jax.text_to_image import Parts, Prompts, text_to_image_task
+from ddpm_jax.train import averaged, state_shapes
+from experiments import autoencoder_shapes, text_encoder_shapes
+from experiments.ddpm_digits import SCHEDULES, WEIGHTS, Noise, Weight
+
+DEBUG = dict(
+    steps=6, eval_every=4, checkpoint_every=3, log_every=2, batch_size=16, channels=8, blocks=1,
+    multipliers=(1,), sample_steps=2, draw=16, prompts=4, scales=(2.0,), depth=1, width=32, heads=2,
+    head_channels=0,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Training):
+    """See `python launch.py --experiment=generator_shapes --help`."""
+
+    data: str = "shapes"
+    steps: Length = 8000
+    batch_size: Count = 64
+    learning_rate: Positive = 1e-3
+    warmup: Annotated[int, AtLeast(0)] = 200
+    decay: Literal["none", "cosine"] = "cosine"
+    clip: NonNegative = 1.0
+    ema_half_life: NonNegative = 20_000.0
+    eval_every: Interval = 1000
+    checkpoint_every: Interval = 500
+    # The parts: run directories, and what follows from them.
+    text: Annotated[str, MAY_CHANGE] = "runs/text_encoder_shapes"
+    autoencoder: Annotated[str, MAY_CHANGE] = "runs/autoencoder_shapes"
+    caption_length: CaptionLength = 0
+    text_size: Annotated[str, FROM_PARTS] = ""
+    tower_channels: Annotated[tuple[int, ...], FROM_PARTS] = ()
+    joint: Annotated[int, FROM_PARTS] = 0
+    ae_channels: Annotated[tuple[int, ...], FROM_PARTS] = ()
+    latent: Annotated[int, FROM_PARTS] = 0
+    ae_blocks: Annotated[int, FROM_PARTS] = 0
+    codes: Annotated[int, FROM_PARTS] = 0
+    model: Literal["unet", "dit", "autoregressive"] = "unet"
+    # The U-Net.
+    channels: Count = 64
+    multipliers: tuple[Count, ...] = (1, 2)
+    blocks: Count = 2
+    attention_sizes: tuple[Count, ...] = (8, 4)
+    head_channels: Annotated[int, AtLeast(0)] = 32
+    # The DiT; and, but for `patch`, the autoregressive transformer.
+    patch: Count = 1
+    width: Count = 192
+    depth: Count = 6
+    heads: Count = 6
+    # Any.
+    dropout: Share = 0.0
+    remat: bool = False  # blocks are computed again in the backward pass
+    caption_dropout: Annotated[float, AtLeast(0.0), AtMost(1.0)] = 0.1
+    # The process.
+    noise: Noise = "cosine_betas"
+    noise_steps: Annotated[int, AtLeast(2)] = 1000
+    prediction: Literal["eps", "x0", "v"] = "v"
+    weight: Weight = "v"
+    # Sampling and evaluation, which may change from one evaluation to the next.
+    sampler: Annotated[str, MAY_CHANGE] = "dpmpp_2m"
+    sample_steps: Length = 20
+    spacing: Annotated[Spacing, MAY_CHANGE] = "logsnr"
+    guidance: Annotated[float, MAY_CHANGE] = 2.0
+    temperature: Annotated[float, AtLeast(1e-3), MAY_CHANGE] = 1.0  # of codes' draws
+    scales: Annotated[tuple[float, ...], MAY_CHANGE] = (1.0, 1.5, 3.0, 4.0, 6.0)  # tried at the end
+    draw: Length = 512  # images of test captions
+    prompts: Length = 128  # of each kind that the exact judge sees
+
+
+SETS = {
+    "single": "single",
+    "single_held_out": "single held out",
+    "relation": "relation",
+    "relation_held_out": "relation held out",
+}
+
+
+def aligned(images: Any, captions: Sequence[str]) -> np.ndarray:
+    """Whether each image shows what its caption says."""
+    return np.array([judge(x, text).aligned for x, text in zip(images, captions, strict=True)])
+
+
+def prompts(config: Config) -> Prompts:
+    """What the exact judge sees, where there is one: of the data set that it knows."""
+    scales, draw = config.scales, config.draw
+    if config.data.partition(":")[0] != "shapes":
+        return Prompts(scales=scales, draw=draw)
+    sets = {
+        name: [shapes.scene("prompts", i, only).caption for i in range(config.prompts)]
+        for name, only in SETS.items()
+    }
+    return Prompts(sets, aligned, scales, draw)
+
+
+def parts(config: Config) -> Parts:
+    """What the generation model is built on."""
+    text = text_encoder_shapes.network(config)
+    net = autoencoder_shapes.network(config)
+
+    def blank():
+        tokens = jnp.zeros((1, text.length), jnp.uint8)
+        images = jnp.zeros((1, *config.shape))
+        read = jax.eval_shape(text.init, jax.random.key(0), tokens, images)
+        theirs = autoencoder_shapes.Config(
+            **{name: getattr(config, name) for name in ("shape", "levels", *AUTOENCODER)}
+        )
+        state = state_shapes(autoencoder_shapes.build(theirs), theirs)
+        return {"text": read, "autoencoder": {"params": state.params, "fixed": state.fixed}}
+
+    def load():
+        theirs, state = load_part(text_encoder_shapes, config.text)
+        ours, other = load_part(autoencoder_shapes, config.autoencoder)
+        return {
+            "text": averaged(state, theirs),
+            "autoencoder": {"params": averaged(other, ours), "fixed": other.fixed},
+        }
+
+    return Parts(text, latents(net, config.codes), blank, load)
+
+
+AUTOENCODER = ("ae_channels", "latent", "ae_blocks", "codes")
+
+
+def generator(config: Config, standing_on: Parts) -> Generator:
+    """The generation model that the config chooses."""
+    common: dict[str, Any] = dict(dropout=config.dropout, dtype=jnp.dtype(config.precision))
+    if config.model == "autoregressive":
+        codes = CodeTransformer(config.codes, config.width, config.depth, config.heads, **common)
+        codes.check()
+        how = Autoregressive(config.guidance, config.temperature)
+        return autoregressive(codes, standing_on.latents, how)
+    common |= dict(outputs=config.latent, remat=config.remat)
+    net: UNet | DiT = (
+        DiT(
+            patch=config.patch, width=config.width, depth=config.depth, heads=config.heads, **common
+        )
+        if config.model == "dit"
+        else UNet(
+            channels=config.channels,
+            multipliers=config.multipliers,
+            blocks=config.blocks,
+            attention_sizes=config.attention_sizes,
+            head_channels=config.head_channels,
+            **common,
+        )
+    )
+    sampling = Sampling(
+        config.sampler,
+        config.sample_steps,
+        config.spacing,
+        config.guidance,
+        limit="none",  # latents have no range
+    )
+    return diffusion(
+        net,
+        SCHEDULES[config.noise](config.noise_steps),
+        standing_on.latents,
+        kind=config.prediction,
+        weight=WEIGHTS[config.weight],
+        sampling=sampling,
+        batch_size=config.batch_size,
+    )
+
+
+def prepare(config: Config, loaded: Loaded, options: Options) -> Config:
+    """The config with what follows from its parts; a trained run's has it already."""
+    text_encoder_shapes.check_captions(config)
+    if config.text_size:
+        return config
+    return with_parts(config, text=text_encoder_shapes, autoencoder=autoencoder_shapes)
+
+
+def build(config: Config) -> Task:
+    """The task that this experiment trains."""
+    standing_on = parts(config)
+    return text_to_image_task(
+        generator(config, standing_on),
+        standing_on,
+        config.shape,
+        config.levels,
+        caption_dropout=config.caption_dropout,
+        prompts=prompts(config),
+    )

@@ -1,0 +1,79 @@
+"""The text encoder of `text_to_image_shapes`: captions against images, as CLIP is trained.
+
+    python launch.py --experiment=text_encoder_shapes
+
+Not trained to its end yet: no figures.
+"""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+
+from ddpm_jax.config import (
+    AtLeast,
+    CaptionLength,
+    Count,
+    Interval,
+    Length,
+    NonNegative,
+    Positive,
+    Training,
+    inside,
+)
+from ddpm_jax.contrastive import contrastive_task
+from ddpm_jax.errors import UserError
+from ddpm_jax.nn.text import SIZES, DualEncoder
+from ddpm_jax.tasks import Task
+
+DEBUG = dict(
+    steps=6, eval_every=4, checkpoint_every=3, log_every=2, batch_size=16, text_size="tiny",
+    tower_channels=(8,),
+)  # fmt: skip
+TextSize = Literal["tiny", "small", "base"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Training):
+    """See `python launch.py --experiment=text_encoder_shapes --help`."""
+
+    data: str = "shapes"
+    steps: Length = 1500
+    batch_size: Count = 128
+    learning_rate: Positive = 1e-3
+    warmup: Annotated[int, AtLeast(0)] = 100
+    decay: Literal["none", "cosine"] = "cosine"
+    clip: NonNegative = 1.0
+    ema_half_life: NonNegative = 10_000.0
+    eval_every: Interval = 500
+    checkpoint_every: Interval = 250
+    caption_length: CaptionLength = 0
+    text_size: TextSize = "small"
+    tower_channels: tuple[Count, ...] = (32, 64, 128)
+    joint: Count = 64  # dimensions of the space in which captions and images are compared
+
+
+def network(config) -> DualEncoder:
+    """Both towers, of any config with these fields."""
+    return DualEncoder(
+        SIZES[config.text_size],
+        config.caption_length,
+        config.tower_channels,
+        config.joint,
+        inside(config.precision) and jnp.dtype(config.precision),
+    )
+
+
+def check_captions(config) -> None:
+    """Raises UserError unless the data set has captions."""
+    if not config.caption_length:
+        raise UserError(
+            f"data set {config.data} has no captions; text-to-image needs a captioned one, such as "
+            "shapes, or folder:PATH of images with captions"
+        )
+
+
+def build(config: Config) -> Task:
+    """The task that this experiment trains."""
+    check_captions(config)
+    return contrastive_task(network(config), config.shape, config.levels)

@@ -1,0 +1,97 @@
+"""Text to image, trained from nothing: text encoder, autoencoder, generation model.
+
+    python launch.py --experiment=text_to_image_shapes
+    python launch.py --experiment=text_to_image_shapes --mode=sample --guidance=4 --num_samples=8
+        --prompt="two yellow triangles above a blue circle" --out=out.png
+
+Each part is a run in a directory of its own (`text`, `autoencoder`, `generator`), resumes and, once
+finished, is not trained again; the last one draws.
+
+Not trained to its end yet: no figures.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import types
+from typing import Annotated, Any, Literal
+
+from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Length, Training, marked
+from ddpm_jax.parallel import is_main
+from ddpm_jax.run import Options, from_data, load_data, opened, record_of, train_experiment
+from experiments import autoencoder_shapes, generator_shapes, text_encoder_shapes
+from experiments.text_encoder_shapes import TextSize
+
+DRAWS = "generator"  # the part that `--mode=sample` and `--mode=eval` are about
+DEBUG = dict(text_steps=6, autoencoder_steps=6, steps=6, text_size="tiny")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Training):
+    """See `--help`; each part's other fields are its own experiment's."""
+
+    data: str = "shapes"
+    text_steps: Length = text_encoder_shapes.Config().steps
+    autoencoder_steps: Length = autoencoder_shapes.Config().steps
+    steps: Length = generator_shapes.Config().steps  # of the generation model
+    text_size: TextSize = text_encoder_shapes.Config().text_size
+    codes: Annotated[int, AtLeast(0)] = 0  # of the autoencoder's codebook; 0: Gaussian latents
+    model: Literal["unet", "dit", "autoregressive"] = "unet"
+    channels: Count = generator_shapes.Config().channels  # of the U-Net
+    guidance: Annotated[float, MAY_CHANGE] = generator_shapes.Config().guidance
+
+
+def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
+    """Train the three parts, one after another; what is finished is told and left alone."""
+    loaded = load_data(text_encoder_shapes, config.data, workdir, options)
+    config = from_data(config, loaded.data)
+    record = record_of("text_to_image_shapes", config, loaded, options)
+    with opened(workdir, record, marked(config, MAY_CHANGE)):
+        places = {part: workdir.absolute() / part for part in ("text", "autoencoder", "generator")}
+
+        def train(part: str, experiment: types.ModuleType, **fields: Any) -> dict | None:
+            debug = experiment.DEBUG if options.debug else {}
+            own = experiment.Config(**{**debug, "data": config.data, **fields})
+            return train_experiment(experiment, own, places[part], options, loaded)
+
+        shared = dict(text=str(places["text"]))
+        plan = (
+            (
+                "text",
+                text_encoder_shapes,
+                dict(steps=config.text_steps, text_size=config.text_size),
+            ),
+            (
+                "autoencoder",
+                autoencoder_shapes,
+                dict(steps=config.autoencoder_steps, codes=config.codes, **shared),
+            ),
+            (
+                "generator",
+                generator_shapes,
+                dict(
+                    steps=config.steps,
+                    model=config.model,
+                    guidance=config.guidance,
+                    autoencoder=str(places["autoencoder"]),
+                    **({} if options.debug else dict(channels=config.channels)),
+                    **shared,
+                ),
+            ),
+        )
+        found = {}
+        for part, experiment, fields in plan:
+            summary = train(part, experiment, **fields)
+            if summary is None:  # asked to stop
+                return
+            found[part] = summary
+        if is_main():
+            (workdir / "images").mkdir(exist_ok=True)
+            for picture in (places["generator"] / "images").glob("*[a-z].png"):
+                shutil.copy(picture, workdir / "images")
+            path = workdir / "summary.json"
+            path.write_text(
+                json.dumps({"experiment": "text_to_image_shapes", "parts": found}, indent=2) + "\n"
+            )
+            print(f"  the three parts in {workdir}, figures of all in {path}")

@@ -1,0 +1,149 @@
+"""The drawn set with captions, the judge that reads it back, and captions as bytes."""
+
+import numpy as np
+import pytest
+
+from ddpm_jax.data import loader, shapes
+from ddpm_jax.errors import UserError
+from ddpm_jax.metrics import alignment
+from ddpm_jax.tokens import tokenize, untokenize
+
+
+def picture(index, split="train", only=None, side=32):
+    scene = shapes.scene(split, index, only)
+    return shapes.render(scene, side) / np.float32(127.5) - 1, scene
+
+
+def test_an_example_is_a_function_of_its_split_and_index_alone():
+    data = loader.load("shapes")
+    shapes.scene.cache_clear()
+    rows = np.array([5, 3, 1000, 2**30])
+    again = loader.load("shapes").train
+    shapes.scene.cache_clear()
+    np.testing.assert_array_equal(data.train.images[rows][::-1], again.images[rows[::-1]])
+    np.testing.assert_array_equal(data.train.captions[rows][1], again.captions[rows[1:2]][0])
+    assert not np.array_equal(data.train.images[rows[:1]], data.test.images[rows[:1]])
+    assert data.fingerprint == loader.load("shapes").fingerprint
+
+
+def test_endless_training_never_shows_an_example_twice():
+    data = loader.load("shapes")
+    plan = [(step, step + 1) for step in range(3)]
+    batches = list(loader.training_batches(data.train, 0, 4, plan, None))
+    expected = data.train.rows(np.arange(12))
+    np.testing.assert_array_equal(np.concatenate([b.images for b in batches]), expected.images)
+    np.testing.assert_array_equal(np.concatenate([b.captions for b in batches]), expected.captions)
+
+
+@pytest.mark.parametrize("side", shapes.SIDES)
+def test_the_judge_reads_back_what_was_drawn(side):
+    wrong = 0
+    for index in range(500):
+        image, scene = picture(index, side=side)
+        verdict = alignment.judge(image, scene.caption)
+        wrong += not verdict.exact
+        behind, seen = alignment.look(image)
+        assert behind == scene.behind
+        assert len(seen) == len(scene.shapes) or not verdict.number
+    assert wrong <= 2  # 99.5 % right
+
+
+def test_the_judge_of_another_caption_says_what_is_wrong():
+    rightly = wrongly = 0
+    for index in range(300):
+        image, _ = picture(index)
+        other = shapes.scene("train", index + 1)
+        groups, relation, _ = alignment.parse(other.caption)
+        here, there, _ = alignment.parse(shapes.scene("train", index).caption)
+        looks = sorted((g.number, g.colour, g.kind) for g in groups)
+        same = looks == sorted((g.number, g.colour, g.kind) for g in here)
+        if same and relation is None:
+            continue
+        if not same:
+            rightly += not alignment.judge(image, other.caption).aligned
+            wrongly += alignment.judge(image, other.caption).aligned
+        del there
+    assert wrongly == 0
+    assert rightly > 200
+
+
+def test_a_relation_is_wrong_the_other_way_round():
+    opposite = {"left": "right", "above": "below", "over": "under"}
+    opposite |= {value: key for key, value in opposite.items()}
+    for index in range(100):
+        image, scene = picture(index, "any", "relation")
+        turned = next(w for w in opposite if w in scene.relation)
+        caption = scene.caption.replace(
+            scene.relation, scene.relation.replace(turned, opposite[turned])
+        )
+        assert alignment.judge(image, scene.caption).relation
+        verdict = alignment.judge(image, caption)
+        assert verdict.relation is False
+        assert not verdict.aligned
+        assert verdict.colours
+        assert verdict.kinds
+
+
+def test_noise_and_flat_pictures_show_nothing():
+    draws = np.random.default_rng(0)
+    captions = [shapes.scene("train", i, "single").caption for i in range(50)]
+    for caption in captions:
+        noise = draws.normal(size=(32, 32, 3)).astype(np.float32)
+        assert not alignment.judge(noise, caption).aligned
+        assert not alignment.judge(np.full((32, 32, 3), draws.uniform(-1, 1)), caption).aligned
+
+
+def test_shapes_are_apart_and_large_enough():
+    for index in range(1000):
+        scene = shapes.scene("train", index)
+        for number, a in enumerate(scene.shapes):
+            assert a.width >= 7
+            assert min(a.left, a.top) >= 1
+            assert max(a.left + a.width, a.top + a.width) <= 31
+            for b in scene.shapes[:number]:
+                apart = max(
+                    b.left - a.left - a.width, a.left - b.left - b.width,
+                    b.top - a.top - a.width, a.top - b.top - b.width,
+                )  # fmt: skip
+                assert apart >= 2 - 1e-9
+
+
+def test_captions_fit_and_are_parsed_back():
+    longest = 0
+    for index in range(5000):
+        scene = shapes.scene("train", index)
+        longest = max(longest, len(scene.caption.encode()))
+        assert alignment.parse(scene.caption) == (scene.groups, scene.relation, scene.background)
+    assert 80 < longest <= shapes.LENGTH
+
+
+@pytest.mark.slow
+def test_held_out_pairs_are_never_drawn_in_training():
+    for index in range(100_000):
+        looks = {(shape.colour, shape.kind) for shape in shapes.scene("train", index).shapes}
+        assert not looks & shapes.HELD_OUT
+
+
+def test_held_out_pairs_are_what_is_asked_for():
+    for index in range(200):
+        for only in ("single", "relation"):
+            for held in ("", " held out"):
+                scene = shapes.scene("prompts", index, only + held)
+                looks = {(shape.colour, shape.kind) for shape in scene.shapes}
+                assert bool(looks & shapes.HELD_OUT) == bool(held)
+                assert len(scene.shapes) == (1 if only == "single" else 2)
+                assert (scene.relation is not None) == (only == "relation")
+        looks = {(s.colour, s.kind) for s in shapes.scene("test", index).shapes}
+        assert bool(looks & shapes.HELD_OUT) == bool(index % 2)
+
+
+def test_another_size_is_told_in_one_line():
+    with pytest.raises(UserError, match="32 or 64"):
+        loader.load("shapes:33")
+
+
+def test_bytes_are_the_text_again_and_cut_at_a_character():
+    texts = ["", "a red circle", "红色的圆", "🔴🔵", "é" * 10, "nul\0byte"]
+    assert untokenize(tokenize(texts, 64)) == [text.replace("\0", "") for text in texts]
+    assert untokenize(tokenize(["é" * 10, "🔴🔵", "abc"], 5)) == ["éé", "🔴", "abc"]
+    assert tokenize(["x" * 10_000, "\ud800"], 16).shape == (2, 16)

@@ -1,0 +1,136 @@
+"""The text encoder: padding changes nothing, and its loss is CLIP's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.contrastive import contrastive_nll, contrastive_task
+from ddpm_jax.data import loader
+from ddpm_jax.nn.codes import CodeTransformer
+from ddpm_jax.nn.dit import DiT
+from ddpm_jax.nn.layers import Context
+from ddpm_jax.nn.text import SIZES, DualEncoder, TextEncoder
+from ddpm_jax.nn.unet import UNet
+from ddpm_jax.tasks import to_images
+from ddpm_jax.tokens import tokenize
+
+SIZE = SIZES["tiny"]
+
+
+def randomised(params, seed=1):
+    """No parameter is 0, so that nothing is hidden behind one."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def test_padding_changes_nothing():
+    net = TextEncoder(SIZE, 48)
+    texts = ["a red circle", "two blue squares", ""]
+    long, short = (jnp.asarray(tokenize(texts, length)) for length in (48, 16))
+    params = randomised(net.init(jax.random.key(0), long))
+    one, other = net.apply(params, long), net.apply(params, short)
+    np.testing.assert_allclose(one.pooled, other.pooled, atol=1e-5)
+    mask = np.asarray(other.mask)
+    np.testing.assert_allclose(one.tokens[:, :16][mask], other.tokens[mask], atol=1e-5)
+    np.testing.assert_array_equal(one.pooled[2], jnp.zeros(SIZE.width))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        UNet(channels=8, multipliers=(1,), blocks=1, attention_sizes=(4,), outputs=2),
+        DiT(patch=1, width=16, depth=2, heads=2, outputs=2),
+    ],
+    ids=["unet", "dit"],
+)
+def test_a_generation_model_sees_text_and_no_padding(net):
+    draws = np.random.default_rng(0)
+    x = jnp.asarray(draws.normal(size=(2, 4, 4, 2)), jnp.float32)
+    t = jnp.array([0.3, 0.7])
+    mask = np.arange(6) < np.array([[4], [0]])  # four tokens, and an empty caption
+    told = draws.normal(size=(2, 6, 8)).astype(np.float32)
+    pooled = draws.normal(size=(2, 8)).astype(np.float32)
+
+    def context(told, mask):
+        return Context(*map(jnp.asarray, (told, mask, pooled)))
+
+    params = randomised(net.init(jax.random.key(0), x, t, None, None, context(told, mask)))
+
+    def out(told, mask=mask):
+        return net.apply(params, x, t, None, None, context(told, mask))
+
+    one = out(told)
+    assert jnp.isfinite(one).all()
+    np.testing.assert_array_equal(one, out(np.where(mask[..., None], told, 7.0)))
+    longer = np.concatenate([told, told], 1), np.concatenate([mask, np.zeros_like(mask)], 1)
+    np.testing.assert_allclose(one, out(*longer), atol=1e-6)
+    assert np.abs(one - out(np.where(mask[..., None], told + 1, told)))[0].max() > 1e-3
+
+
+def test_codes_are_told_of_those_before_them_alone():
+    net = CodeTransformer(11, width=16, depth=2, heads=2)
+    context = Context(jnp.ones((1, 3, 8)), jnp.ones((1, 3), bool), jnp.ones((1, 8)))
+    codes = jnp.arange(6)[None]
+    params = randomised(net.init(jax.random.key(0), codes, context))
+    one = net.apply(params, codes, context)
+    other = net.apply(params, codes.at[0, 3].set(9), context)
+    np.testing.assert_allclose(one[:, :4], other[:, :4], atol=1e-6)
+    assert np.abs(one[:, 4:] - other[:, 4:]).min(-1).max() > 1e-4
+
+
+def test_remat_changes_no_result():
+    x, t = jnp.ones((2, 4, 4, 3)), jnp.array([0.2, 0.8])
+    plain = DiT(patch=1, width=16, depth=2, heads=2)
+    params = randomised(plain.init(jax.random.key(0), x, t))
+    again = plain.clone(remat=True)
+    value = [
+        jax.value_and_grad(lambda p, net=net: jnp.square(net.apply(p, x, t)).sum())(params)
+        for net in (plain, again)
+    ]
+    for a, b in zip(jax.tree.leaves(value[0]), jax.tree.leaves(value[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def nll(text, image, scale, same):
+    text, image, scale, same = map(jnp.asarray, (text, image, scale, same))
+    return contrastive_nll(text, image, text, image, scale, jnp.arange(len(text)), same)
+
+
+def test_the_contrastive_loss_is_clips(x64):
+    draws = np.random.default_rng(0)
+    text, image = (draws.normal(size=(5, 4)) for _ in range(2))
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    found, right = nll(text, image, 3.0, np.eye(5, dtype=bool))
+    logits = 3.0 * text @ image.T
+    rows = np.log(np.exp(logits).sum(1)) - np.diag(logits)
+    columns = np.log(np.exp(logits).sum(0)) - np.diag(logits)
+    np.testing.assert_allclose(found, (rows + columns) / 2, rtol=1e-12)
+    np.testing.assert_array_equal(right, logits.argmax(1) == np.arange(5))
+
+
+def test_the_same_caption_is_no_negative(x64):
+    text = np.eye(4)[[0, 0, 1]]
+    same = (text[:, None] == text).all(-1)
+    found, _ = nll(text, text, 2.0, same)
+    # The first two have one negative each, which is orthogonal.
+    np.testing.assert_allclose(found[:2], np.log(1 + np.exp(-2.0)), rtol=1e-12)
+
+
+def test_a_part_of_a_batch_is_compared_with_all_of_it():
+    data = loader.load("shapes")
+    whole = jax.tree.map(jnp.asarray, loader.batch_of(data.train, np.arange(8), np.arange(8)))
+    net = DualEncoder(SIZE, data.caption_length, (8,), 16)
+    task = contrastive_task(net, data.shape, data.levels)
+    params, _ = task.init(jax.random.key(0), whole)
+    keys = jax.random.split(jax.random.key(0), 8)
+    every = task.loss(params, {}, whole, keys, train=True, gather=lambda a: a)[0]
+    text, image, _ = net.apply(params, whole.captions, to_images(whole.images, 256))
+    part = jax.tree.map(lambda a: a[4:], whole)
+    gathered = task.loss(
+        params, {}, part, keys[4:], train=True, gather=lambda _: (text, image, whole.captions)
+    )[0]
+    np.testing.assert_allclose(gathered, every[4:], rtol=1e-5)

@@ -1,0 +1,110 @@
+"""Vector quantisation, and the autoencoders whose latents a generation model sees."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import vq
+from ddpm_jax.autoencoder import autoencoder_task, latents
+from ddpm_jax.data import loader
+from ddpm_jax.errors import UserError
+from ddpm_jax.metrics.reconstruction import psnr, ssim
+from ddpm_jax.nn.autoencoder import Autoencoder
+from ddpm_jax.tasks import to_images
+
+
+def test_the_nearest_code_is_the_nearest(x64):
+    z = jax.random.normal(jax.random.key(0), (5, 3, 4))
+    codes = jax.random.normal(jax.random.key(1), (7, 4))
+    distances = np.linalg.norm(np.asarray(z)[..., None, :] - np.asarray(codes), axis=-1)
+    np.testing.assert_array_equal(vq.nearest(z, codes), distances.argmin(-1))
+
+
+def test_the_gradient_goes_straight_through():
+    z, codes = jnp.array([0.2, 0.9]), jnp.array([[0.0, 0.0], [1.0, 1.0]])
+
+    def loss(z, codes):
+        quantised = codes[vq.nearest(z, codes)]
+        return jnp.sum(jnp.array([2.0, 3.0]) * vq.straight_through(z, quantised))
+
+    value, (of_z, of_codes) = jax.value_and_grad(loss, (0, 1))(z, codes)
+    assert value == pytest.approx(5.0)  # of the quantised one
+    np.testing.assert_array_equal(of_z, [2.0, 3.0])
+    np.testing.assert_array_equal(of_codes, jnp.zeros((2, 2)))
+
+
+def test_commitment_pulls_the_latent_and_not_the_code():
+    grad = jax.grad(lambda z, e: vq.commitment(z, e), (0, 1))
+    of_z, of_e = grad(jnp.array([1.0, 2.0]), jnp.array([0.0, 0.0]))
+    np.testing.assert_allclose(of_z, [1.0, 2.0])
+    np.testing.assert_array_equal(of_e, [0.0, 0.0])
+
+
+def test_codes_become_the_means_of_what_falls_to_them():
+    centres = jnp.array([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    book = vq.codebook(centres + 2 * jax.random.normal(jax.random.key(0), (4, 2)))
+    for step in range(600):
+        noise = jax.random.normal(jax.random.key(step), (64, 2))
+        book = vq.update(book, centres[jnp.arange(64) % 4] + 0.1 * noise, keep=0.95)
+    found = np.asarray(sorted(map(tuple, np.asarray(book.codes).round().tolist())))
+    np.testing.assert_array_equal(found, [(0, 0), (0, 10), (10, 0), (10, 10)])
+    assert float(vq.perplexity(book.sizes)) == pytest.approx(4, abs=0.1)
+
+
+def test_perplexity_counts_codes_that_are_used_alike():
+    assert float(vq.perplexity(jnp.array([3.0, 3, 3, 0]))) == pytest.approx(3)
+    assert float(vq.perplexity(jnp.zeros(4))) == pytest.approx(1)
+
+
+def test_psnr_and_ssim_of_known_pairs():
+    x = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3))
+    assert np.isinf(psnr(x, x)).all()
+    np.testing.assert_allclose(psnr(x, x + 0.2), 20.0)  # (2 / 0.2)^2 is 20 dB
+    np.testing.assert_allclose(ssim(x, x), 1.0)
+    a, b = np.full((1, 16, 16, 1), 0.5), np.full((1, 16, 16, 1), -0.25)
+    c1 = (0.01 * 2) ** 2  # flat images: their means alone
+    expected = (2 * 0.5 * -0.25 + c1) / (0.5**2 + 0.25**2 + c1)
+    np.testing.assert_allclose(ssim(a, b), expected)
+    assert (ssim(0.5 + 0.3 * x, 0.5 - 0.3 * x) < 0).all()  # of one brightness, and opposite
+
+
+NET = Autoencoder((16, 16, 3), (8, 8), latent=3)
+
+
+def state(task, batch):
+    return task.init(jax.random.key(0), batch)
+
+
+def batch(size=32, start=0):
+    images = loader.load("shapes").train.images[np.arange(start, start + size)][:, ::2, ::2]
+    labels = np.full(size, -1, np.int32)
+    return jax.tree.map(jnp.asarray, loader.Batch(images, labels, np.arange(size)))
+
+
+@pytest.mark.parametrize("codes", [0, 16])
+def test_latents_have_unit_variance_channel_by_channel(codes):
+    task = autoencoder_task(NET, 256, codes=codes)
+    params, fixed = state(task, batch())
+    keys = jax.random.split(jax.random.key(1), 32)
+    step = jax.jit(lambda fixed, b: task.update(fixed, task.loss(
+        params, fixed, b, keys, train=True, gather=lambda a: a)[2]))  # fmt: skip
+    for number in range(30):
+        fixed = step(fixed, batch(start=32 * number))
+    of, frozen = latents(NET, codes), {"params": params, "fixed": fixed}
+    z = of.encode(frozen, to_images(batch(256, 10_000).images, 256))
+    assert z.shape == (256, 4, 4, 3)
+    if not codes:  # those of codes have that of what they stand for, but for what is between codes
+        np.testing.assert_allclose(z.std((0, 1, 2)), 1.0, atol=0.1)
+        np.testing.assert_allclose(z.mean((0, 1, 2)), 0.0, atol=0.15)
+    else:
+        codes_of = of.read(frozen, to_images(batch(8).images, 256))
+        np.testing.assert_array_equal(
+            of.decode(frozen, of.lay(frozen, codes_of)),
+            of.decode(frozen, of.encode(frozen, to_images(batch(8).images, 256))),
+        )
+
+
+def test_an_image_that_does_not_divide_is_told_in_one_line():
+    with pytest.raises(UserError, match="30x30 does not divide"):
+        autoencoder_task(Autoencoder((30, 30, 3), (8, 8, 8)), 256)
