@@ -26,6 +26,15 @@ def tokenize(texts: Iterable[str], length: int) -> UInt8[np.ndarray, "texts leng
     return tokens
 
 
+LONGEST = 256  # tokens of a data set's captions, at the most
+
+
+def fitting(texts: Iterable[str]) -> int:
+    """How many tokens a data set's captions need, in sixteens, up to `LONGEST`."""
+    longest = max((size(text) for text in texts), default=0)
+    return min(-(-max(longest, 1) // 16) * 16, LONGEST)
+
+
 def untokenize(tokens: UInt8[np.ndarray, "texts length"]) -> list[str]:
     """The texts again, as far as they were not cut."""
     return [bytes(row[row != PADDING]).decode(errors="replace") for row in tokens]

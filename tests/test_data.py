@@ -1,5 +1,6 @@
 """Data: real files through TFDS, the embedded digits, folders, order and batches."""
 
+import json
 import pathlib
 import tarfile
 
@@ -10,6 +11,7 @@ from PIL import Image
 from ddpm_jax.data import loader
 from ddpm_jax.data.prefetch import prefetch
 from ddpm_jax.errors import UserError
+from ddpm_jax.tokens import untokenize
 
 # Order.
 
@@ -156,6 +158,35 @@ def test_a_changed_folder_is_read_anew(tmp_path):
     second = loader.load(f"folder:{tmp_path}")
     assert len(second.train.images) + len(second.test.images) == 11
     assert first.fingerprint != second.fingerprint
+
+
+@pytest.mark.parametrize("way", ["txt", "metadata"])
+def test_a_folders_captions_are_read_beside_its_images(tmp_path, way):
+    texts = {f"{i}.png": f"a picture numbered {i} é" for i in range(10)}
+    for i, (name, text) in enumerate(texts.items()):
+        write(tmp_path / "sub" / name, i)
+        if way == "txt":
+            (tmp_path / "sub" / name).with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    if way == "metadata":
+        lines = [json.dumps({"file_name": name, "text": text}) for name, text in texts.items()]
+        (tmp_path / "sub" / "metadata.jsonl").write_text("\n".join(lines[:-1]))
+    data = loader.load(f"folder:{tmp_path}")
+    found = untokenize(np.concatenate([data.train.captions, data.test.captions]))
+    last = texts["9.png"] if way == "txt" else ""
+    assert sorted(found) == sorted([*[*texts.values()][:9], last])
+    assert any("1 of 10 images have no caption" in note for note in data.notes) == (way != "txt")
+    assert data.caption_length == 32
+    again = loader.load(f"folder:{tmp_path}")  # from the cache
+    np.testing.assert_array_equal(again.train.captions, data.train.captions)
+    (tmp_path / "sub" / "0.txt").write_text("another")
+    assert loader.load(f"folder:{tmp_path}").fingerprint != data.fingerprint
+
+
+def test_a_line_of_metadata_that_is_none_is_named(tmp_path):
+    write(tmp_path / "a.png", 0)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n[1]\n')
+    with pytest.raises(UserError, match=r"metadata\.jsonl, line 2"):
+        loader.load(f"folder:{tmp_path}")
 
 
 def test_images_of_two_sizes_are_an_error_that_names_both(tmp_path):

@@ -3,16 +3,22 @@
 With sub-folders `train` and `test` these are the splits; otherwise one file in ten,
 chosen by a hash of its name, is held out for testing.  A split's own sub-folders are its
 classes.  All images must have one size; a corrupt file is named, skipped and counted.
+
+Captions, if there are any, are in files of the same name that end in .txt, or in one file
+`metadata.jsonl`, a line {"file_name": ..., "text": ...} each, of paths from where it lies.
 """
 
 import hashlib
+import json
 import pathlib
 
 import numpy as np
 
 from ddpm_jax.data.loader import Data, Split, cache_dir, decoded_once, fingerprint
 from ddpm_jax.errors import UserError
+from ddpm_jax.tokens import fitting, tokenize
 
+METADATA = "metadata.jsonl"
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -28,10 +34,11 @@ def load(argument: str, data_dir: str | None) -> Data:
         endings = ", ".join(sorted(ENDINGS))
         raise UserError(f"there are no images in {root} (looked for {endings})")
     listing = hashlib.sha256()
-    for path in files:
+    told = sorted(p for p in root.rglob("*") if p.suffix == ".txt" or p.name == METADATA)
+    for path in [*files, *told]:
         stat = path.stat()
         listing.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    stamp = "1 " + listing.hexdigest()
+    stamp = "2 " + listing.hexdigest()
     place = cache_dir() / "decoded" / hashlib.sha256(str(root).encode()).hexdigest()[:16]
     return decoded_once(place, stamp, lambda: _decode(root, files))
 
@@ -73,9 +80,17 @@ def _decode(root: pathlib.Path, files: list[pathlib.Path]) -> Data:
     labels = np.array([numbers.get(name, -1) for name in names], np.int32)
     channels = max(image.shape[2] for image in images)  # grey ones among colour ones join them
     stack = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images])
-    train = Split(stack[keep & ~testing], labels[keep & ~testing])
-    test = Split(stack[keep & testing], labels[keep & testing])
+    texts = _captions(root)
+    captions = None
+    if texts:
+        ordered = [texts.get(path, "") for path in kept]
+        captions = tokenize(ordered, fitting(ordered))
+    whole = Split(stack, labels, captions)
+    train, test = (whole.rows(np.flatnonzero(keep & part)) for part in (~testing, testing))
     notes: tuple[str, ...] = ()
+    untold = sum(path not in texts for path in kept)
+    if texts and untold:
+        notes += (f"{untold} of {len(kept)} images have no caption: theirs is the empty one",)
     if corrupt:
         shown = ", ".join(corrupt[:5]) + (", ..." if len(corrupt) > 5 else "")
         notes += (f"skipped {len(corrupt)} corrupt of {len(files)} images: {shown}",)
@@ -91,6 +106,39 @@ def _decode(root: pathlib.Path, files: list[pathlib.Path]) -> Data:
         fingerprint=fingerprint(train, test),
         notes=notes,
     )
+
+
+def _captions(root: pathlib.Path) -> dict[pathlib.PurePath, str]:
+    """Captions by an image's path from `root`.
+
+    Raises:
+      UserError: a file of them cannot be read.
+    """
+    found: dict[pathlib.PurePath, str] = {}
+    images = {p.with_suffix(""): p for p in root.rglob("*") if p.suffix.lower() in ENDINGS}
+    for path in sorted(root.rglob("*.txt")):
+        if path.with_suffix("") in images:
+            found[images[path.with_suffix("")].relative_to(root)] = _text(path).strip()
+    for path in sorted(root.rglob(METADATA)):
+        for number, line in enumerate(_text(path).splitlines(), 1):
+            try:
+                told = json.loads(line) if line.strip() else {}
+                text = told.get("text", told.get("caption"))
+                if told:
+                    place = (path.parent / told["file_name"]).relative_to(root)
+                    found[place] = str(text or "")
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise UserError(
+                    f'{path}, line {number}: must be {{"file_name": "...", "text": "..."}}'
+                ) from None
+    return found
+
+
+def _text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{path} cannot be read as text in UTF-8: {error}") from None
 
 
 def _open(path: pathlib.Path) -> np.ndarray:

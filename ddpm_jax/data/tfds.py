@@ -28,9 +28,11 @@ import numpy as np
 
 from ddpm_jax.data.loader import Data, MissingData, Split, decoded_once, fingerprint
 from ddpm_jax.errors import UserError, nearest
+from ddpm_jax.tokens import LONGEST, fitting, tokenize, untokenize
 
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 PREPARED_HERE = ("mnist", "fashion_mnist", "cifar10")
+CAPTIONS = ("caption", "captions", "text", "description")  # names of a feature, the first of them
 PROBE_SECONDS = 3.0
 CHUNK = 1000  # records read at a time
 
@@ -61,7 +63,7 @@ def load(name: str, data_dir: str | None) -> Data:
     if not (folder / "dataset_info.json").exists():
         builder = prepare(builder.name if name in PREPARED_HERE else name, builder, root)
         folder = pathlib.Path(str(builder.data_path))
-    stamp = hashlib.sha256(b"2")  # the number of this reader's version
+    stamp = hashlib.sha256(b"3")  # the number of this reader's version
     for path in sorted(folder.glob("*")):
         if path.is_file():
             stat = path.stat()
@@ -118,14 +120,18 @@ def _decode(name: str, builder: Any) -> Data:
         raise UserError(f"data set {name} holds no images: its features are {', '.join(features)}")
     print(f"decoding {name}, once", file=sys.stderr)
     label = "label" if "label" in features and features["label"].shape == () else None
-    train = _read(name, builder, "train", label)
+    told = next((name for name in CAPTIONS if name in features and _is_text(features[name])), None)
+    train = _read(name, builder, "train", label, told)
     notes: tuple[str, ...] = ()
     if test is None:  # every tenth example is held out
         held_out = np.arange(len(train.images)) % 10 == 9
         parts = train.rows(np.flatnonzero(~held_out)), train.rows(np.flatnonzero(held_out))
         notes = ("it has no test split: every tenth training example is held out instead",)
     else:
-        parts = train, _read(name, builder, test, label)
+        parts = train, _read(name, builder, test, label, told)
+    if told:
+        needed = max(fitting(untokenize(part.captions)) for part in parts)
+        parts = tuple(part._replace(captions=part.captions[:, :needed]) for part in parts)
     classes = tuple(getattr(features[label], "names", ())) if label else ()
     return Data(
         name=name,
@@ -139,7 +145,7 @@ def _decode(name: str, builder: Any) -> Data:
     )
 
 
-def _read(name: str, builder: Any, split: str, label: str | None) -> Split:
+def _read(name: str, builder: Any, split: str, label: str | None, told: str | None) -> Split:
     """Every example of a split.
 
     The records come in bulk from TFDS's data source, and only the two features that are
@@ -150,6 +156,7 @@ def _read(name: str, builder: Any, split: str, label: str | None) -> Split:
 
     images: Any = None
     labels: Any = None
+    captions: list[str] = []
     row = 0
     try:
         records = builder.as_data_source(split).data_source
@@ -173,6 +180,9 @@ def _read(name: str, builder: Any, split: str, label: str | None) -> Split:
                 images[row] = image
                 if label:
                     labels[row] = feature[label].int64_list.value[0]
+                if told:  # the first of several
+                    words = feature[told].bytes_list.value
+                    captions.append(words[0].decode(errors="replace") if words else "")
                 row += 1
     except UserError:
         raise
@@ -183,7 +193,13 @@ def _read(name: str, builder: Any, split: str, label: str | None) -> Split:
         ) from error
     if images is None:
         raise UserError(f"split {split} of data set {name} is empty")
-    return Split(images, labels)
+    return Split(images, labels, tokenize(captions, LONGEST) if told else None)
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether it is a text, or a list of some."""
+    kind = getattr(feature, "np_dtype", None)
+    return isinstance(kind, (np.dtype, type)) and np.dtype(kind) == object
 
 
 def _opaque(image: np.ndarray) -> np.ndarray:

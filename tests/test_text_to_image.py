@@ -1,0 +1,188 @@
+"""Text to image: guidance between two captions, two generation models, and the command line."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_text import randomised
+
+from ddpm_jax.autoencoder import autoencoder_task, latents
+from ddpm_jax.data import loader
+from ddpm_jax.errors import UserError
+from ddpm_jax.nn.autoencoder import Autoencoder
+from ddpm_jax.nn.text import SIZES, DualEncoder
+from ddpm_jax.parallel import make
+from ddpm_jax.tasks import Request
+from ddpm_jax.text_to_image import Parts, Prompts, text_to_image_task
+from experiments import generator_shapes
+
+DATA = loader.load("shapes")
+CODES = 12
+
+
+def system(model="unet", **fields):
+    """(task, params, fixed) of a small system whose every parameter is drawn."""
+    codes = CODES if model == "autoregressive" else 0
+    config = generator_shapes.Config(
+        model=model, channels=8, multipliers=(1,), blocks=1, attention_sizes=(8,), head_channels=0,
+        width=16, depth=1, heads=2, latent=2, codes=codes, sample_steps=4, shape=DATA.shape,
+        levels=DATA.levels, **fields,
+    )  # fmt: skip
+    text = DualEncoder(SIZES["tiny"], DATA.caption_length, (8,), 16)
+    net = Autoencoder(DATA.shape, (8, 8), 2)
+
+    def trained():
+        tokens, images = jnp.zeros((1, DATA.caption_length), jnp.uint8), jnp.zeros((1, *DATA.shape))
+        task = autoencoder_task(net, 256, codes=codes)
+        params, fixed = task.init(jax.random.key(1), batch(2))
+        keys = jax.random.split(jax.random.key(2), 16)
+        for start in range(3):
+            told = task.loss(
+                params, fixed, batch(16, 16 * start), keys, train=True, gather=lambda a: a
+            )
+            fixed = task.update(fixed, told[2])
+        read = randomised(text.init(jax.random.key(0), tokens, images))
+        return {"text": read, "autoencoder": {"params": params, "fixed": fixed}}
+
+    parts = Parts(text, latents(net, codes), lambda: jax.eval_shape(trained), trained)
+    task = text_to_image_task(
+        generator_shapes.generator(config, parts), parts, DATA.shape, DATA.levels,
+        caption_dropout=0.5, prompts=Prompts({"single": ["a red circle"] * 3}, align, (2.0,), 4),
+    )  # fmt: skip
+    params, fixed = task.init(jax.random.key(0), batch(2))
+    return task, randomised(params), task.load(fixed)
+
+
+def align(images, prompts):
+    return np.arange(len(images)) == 0
+
+
+def batch(size, start=0):
+    rows = np.arange(start, start + size)
+    return jax.tree.map(jnp.asarray, loader.batch_of(DATA.train, rows, np.arange(size)))
+
+
+KEYS = jax.random.split(jax.random.key(7), 4)
+PROMPT = "a small red circle above a blue square"
+
+
+def draw(it, **request):
+    task, params, fixed = it
+    return np.asarray(task.sample(params, fixed, KEYS, Request(**request)))
+
+
+@pytest.mark.parametrize("model", ["unet", "dit", "autoregressive"])
+def test_guidance_leads_from_the_empty_caption_to_the_prompt(model):
+    it = system(model)
+    conditional = draw(it, prompt=PROMPT, guidance=1.0)
+    unconditional = draw(it, prompt="", guidance=1.0)
+    assert conditional.shape == (4, *DATA.shape)
+    assert np.abs(conditional - unconditional).max() > 1e-3
+    np.testing.assert_allclose(
+        draw(it, prompt=PROMPT, guidance=0.0), unconditional, atol=1e-4, rtol=0
+    )
+    # A negative prompt stands where the empty caption does.
+    other = draw(it, prompt="two green triangles", guidance=1.0)
+    negative = draw(it, prompt=PROMPT, negative_prompt="two green triangles", guidance=0.0)
+    np.testing.assert_allclose(negative, other, atol=1e-4, rtol=0)
+
+
+def test_training_drops_captions_and_evaluation_does_not():
+    task, params, fixed = system()
+    keys = jax.random.split(jax.random.key(3), 64)
+    images, captions = (jnp.tile(a, (64, *[1] * (a.ndim - 1))) for a in batch(1)[::3])
+    one = batch(64)._replace(images=images, captions=captions)
+    none = one._replace(captions=jnp.zeros_like(one.captions))
+
+    def loss(batch, train):
+        return task.loss(params, fixed, batch, keys, train=train, gather=None)[0]
+
+    told, untold = loss(one, False), loss(none, False)
+    assert np.abs(told - untold).min() > 0
+    trained = loss(one, True)
+    dropped = np.isclose(trained, untold, rtol=1e-4) & ~np.isclose(trained, told, rtol=1e-4)
+    assert 16 < dropped.sum() < 48  # a half, by more than 4 deviations either way
+    np.testing.assert_allclose(np.where(dropped, untold, told), trained, rtol=1e-3)
+
+
+def test_an_evaluation_tells_of_every_set_and_scale():
+    task, params, fixed = system()
+    data = DATA._replace(test=DATA.test.first(8))
+    found = task.evaluate(params, fixed, data, seed=0, full=True, spread=make())
+    for name in ("aligned", "aligned_single", "clip_score", "fd_text_encoder"):
+        for scale in ("2",):
+            assert f"guidance_{scale}/{name}" in found.metrics
+        assert f"test/{name}" in found.metrics
+    assert found.metrics["test/aligned_single"] == pytest.approx(1 / 3)
+    assert found.about["drawn"] == 4
+    quick = task.evaluate(params, fixed, data, seed=0, full=False, spread=make())
+    assert "test/aligned" in quick.metrics
+
+
+def test_flags_that_mean_nothing_are_told():
+    codes = system("autoregressive")
+    for flag, value in (("sampler", "ddim"), ("steps", 20), ("label", 1)):
+        with pytest.raises(UserError, match=f"--{flag} means nothing to this run"):
+            draw(codes, prompt="", **{flag: value})
+    with pytest.raises(UserError, match="--label means nothing"):
+        draw(system(), prompt="", label=1)
+    with pytest.raises(UserError, match="give --prompt="):
+        draw(system())
+    with pytest.raises(UserError, match='no "dpm"'):
+        draw(system(), prompt="", sampler="dpm")
+
+
+def test_an_autoregressive_model_needs_codes():
+    config = generator_shapes.Config(model="autoregressive", latent=2, shape=DATA.shape)
+    parts = Parts(None, latents(Autoencoder(DATA.shape, (8, 8), 2), 0), None, None)
+    with pytest.raises(UserError, match="quantised autoencoder"):
+        generator_shapes.generator(config, parts)
+
+
+@pytest.mark.slow
+def test_the_command_trains_three_parts_resumes_each_and_draws(launch, tmp_path):
+    command = ("--experiment=text_to_image_shapes", "--debug")
+    result = launch(*command)
+    assert result.returncode == 0, result.stderr
+    workdir = tmp_path / "runs" / "text_to_image_shapes-debug"
+    whole = json.loads((workdir / "summary.json").read_text())
+    assert set(whole["parts"]) == {"text", "autoencoder", "generator"}
+
+    # Each part cut off after its first checkpoint, in turn, ends as it did.
+    for part in ("text", "autoencoder", "generator"):
+        shutil.rmtree(workdir / part / "checkpoints" / "6")
+        (workdir / part / "summary.json").unlink()
+        again = launch(*command)
+        assert again.returncode == 0, again.stderr
+        assert again.stderr.count("resuming at step") == 1
+        assert json.loads((workdir / "summary.json").read_text()) == whole
+
+    sample = (*command, "--mode=sample", "--num_samples=2", "--steps=2")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\n红色的圆 🔴\n", encoding="utf-8")
+    for flags, count in (
+        (["--prompt="], 2),
+        (["--prompt=" + "a red circle " * 800], 2),
+        (["--prompt=红色的圆 🔴"], 2),
+        (["--prompt=a red circle", "--negative_prompt=a blue square", "--guidance=3"], 2),
+        ([f"--prompt_file={prompts}"], 4),
+    ):
+        out = tmp_path / "out.npz"
+        result = launch(*sample, *flags, f"--out={out}")
+        assert result.returncode == 0, result.stderr
+        assert np.load(out)["images"].shape == (count, 32, 32, 3)
+        assert ("only the first" in result.stderr) == (len(flags[0]) > 1000)
+    result = launch(*sample, "--prompt=a red circle", f"--out={tmp_path / 'out.png'}")
+    assert result.returncode == 0, result.stderr
+    for flags, says in (
+        ([], 'give --prompt="..."'),
+        (["--prompt=a", f"--prompt_file={prompts}"], "give one of them"),
+        (["--prompt_file=nowhere"], "cannot be read"),
+    ):
+        result = launch(*sample, *flags)
+        assert result.returncode == 2
+        assert says in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
