@@ -55,7 +55,7 @@ def autoencoder_task(
     eval_batch: int = 128,
     judge: Callable[[], Judge | None] = lambda: None,
 ) -> Task:
-    """Mean absolute error of pixels, and what keeps the latents in bounds.
+    """Mean absolute and squared error of pixels, and what keeps the latents in bounds.
 
     Args:
       levels: of grey in the images.
@@ -94,8 +94,9 @@ def autoencoder_task(
         del train, gather
         x = to_images(batch.images, levels)
         z, encoded, told = latent(params, fixed, x, keys)
-        apart = jnp.abs(net.apply(params, z, method="decode") - x).reshape(len(x), -1).mean(1)
-        told["absolute_error"] = apart
+        off = (net.apply(params, z, method="decode") - x).reshape(len(x), -1)
+        told["absolute_error"] = jnp.abs(off).mean(1)
+        apart = told["absolute_error"] + jnp.square(off).mean(1)
         if codes:
             apart += commitment * told["commitment"]
         else:

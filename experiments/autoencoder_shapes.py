@@ -35,7 +35,13 @@ from ddpm_jax.train import averaged
 from experiments import text_encoder_shapes
 
 DEBUG = dict(
-    steps=6, eval_every=4, checkpoint_every=3, log_every=2, batch_size=16, ae_channels=(8, 8)
+    steps=6,
+    eval_every=4,
+    checkpoint_every=3,
+    log_every=2,
+    batch_size=16,
+    ae_channels=(8, 8),
+    ae_blocks=1,
 )
 
 
@@ -44,19 +50,19 @@ class Config(Training):
     """See `python launch.py --experiment=autoencoder_shapes --help`."""
 
     data: str = "shapes"
-    steps: Length = 2500
-    batch_size: Count = 64
-    learning_rate: Positive = 2e-3
+    steps: Length = 12_000
+    batch_size: Count = 16
+    learning_rate: Positive = 3e-3
     warmup: Annotated[int, AtLeast(0)] = 100
     decay: Literal["none", "cosine"] = "cosine"
     clip: NonNegative = 1.0
     ema_half_life: NonNegative = 5_000.0
-    eval_every: Interval = 500
-    checkpoint_every: Interval = 250
-    ae_channels: tuple[Count, ...] = (32, 64)  # of each level; each makes images half as large
+    eval_every: Interval = 3000
+    checkpoint_every: Interval = 1000
+    ae_channels: tuple[Count, ...] = (32, 128)  # of each level; each makes images half as large
     latent: Count = 4  # channels
-    ae_blocks: Count = 1
-    kl_weight: NonNegative = 1e-4
+    ae_blocks: Count = 2
+    kl_weight: NonNegative = 1e-6
     codes: Annotated[int, AtLeast(0)] = 0  # of the codebook; 0: Gaussian latents
     commitment: NonNegative = 0.25
     text: Annotated[str, MAY_CHANGE] = "none"  # a text encoder's run, to tell distances with

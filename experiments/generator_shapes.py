@@ -57,8 +57,8 @@ class Config(Training):
     """See `python launch.py --experiment=generator_shapes --help`."""
 
     data: str = "shapes"
-    steps: Length = 8000
-    batch_size: Count = 64
+    steps: Length = 7000
+    batch_size: Count = 32
     learning_rate: Positive = 1e-3
     warmup: Annotated[int, AtLeast(0)] = 200
     decay: Literal["none", "cosine"] = "cosine"
@@ -82,7 +82,7 @@ class Config(Training):
     channels: Count = 64
     multipliers: tuple[Count, ...] = (1, 2)
     blocks: Count = 2
-    attention_sizes: tuple[Count, ...] = (8, 4)
+    attention_sizes: tuple[Count, ...] = (4,)
     head_channels: Annotated[int, AtLeast(0)] = 32
     # The DiT; and, but for `patch`, the autoregressive transformer.
     patch: Count = 1

@@ -2,7 +2,9 @@
 
 The shape of latent diffusion's (Rombach et al. 2022, app. E): residual blocks, halved or doubled
 between levels.  The first two pixels either way are folded into channels, so that nothing runs at
-an image's full size.
+an image's full size.  There are no norms: a group norm takes away what is the same all over an
+image, which of flat images is most of it (measured on `shapes`, in 300 steps: 25.3 dB without
+norms, 22.8 with a layer norm of each place; with group norms 24.5 in as many).
 """
 
 from typing import Any
@@ -12,11 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.nn.layers import fold, group_norm, unfold
+from ddpm_jax.nn.layers import fold, unfold
 
 
 class Residual(nn.Module):
-    """x + two 3x3 convolutions, each behind a group norm and a swish."""
+    """x + two 3x3 convolutions, each behind a swish."""
 
     dtype: Any
 
@@ -24,8 +26,7 @@ class Residual(nn.Module):
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
         h = x
         for number in (1, 2):
-            h = nn.swish(group_norm(h, f"norm_{number}"))
-            h = nn.Conv(x.shape[-1], (3, 3), dtype=self.dtype, name=f"conv_{number}")(h)
+            h = nn.Conv(x.shape[-1], (3, 3), dtype=self.dtype, name=f"conv_{number}")(nn.swish(h))
         return x + h
 
 
@@ -37,7 +38,7 @@ class Autoencoder(nn.Module):
       channels: of each level, from the image on: f = 2^levels.
       latent: channels of z.
       blocks: residual blocks a level, either way.
-      dtype: of the computation, but for norms, z and the image.
+      dtype: of the computation, but for z and the image.
     """
 
     shape: tuple[int, int, int]
@@ -96,7 +97,7 @@ class Encoder(nn.Module):
             x = nn.Conv(width, (3, 3), strides, dtype=self.dtype, name=f"conv_{level}")(x)
             for number in range(self.blocks):
                 x = Residual(self.dtype, name=f"block_{level}_{number}")(x)
-        x = nn.swish(group_norm(x, "norm_out")).astype(jnp.float32)
+        x = nn.swish(x).astype(jnp.float32)
         return nn.Conv(self.outputs, (3, 3), name="out")(x)
 
 
@@ -119,5 +120,5 @@ class Decoder(nn.Module):
                 width = self.channels[level - 1]
                 x = nn.Conv(4 * width, (3, 3), dtype=self.dtype, name=f"conv_{level}")(x)
                 x = unfold(x, 2)
-        x = nn.swish(group_norm(x, "norm_out")).astype(jnp.float32)
+        x = nn.swish(x).astype(jnp.float32)
         return unfold(nn.Conv(4 * self.outputs, (3, 3), name="out")(x), 2)
