@@ -260,7 +260,7 @@ def fingerprint(*splits: Split) -> str:
     """A hash of every image and label."""
     digest = hashlib.sha256()
     for split in splits:
-        for array in split:
+        for array in (array for array in split if array is not None):
             digest.update(f"{array.shape} {array.dtype}".encode())
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
