@@ -17,6 +17,7 @@ of rows and no other.
 import atexit
 import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -35,6 +37,7 @@ from ddpm_jax.errors import RunError, UserError
 MODES = ("jit", "pmap", "fsdp")
 AXIS = "data"  # of `pmap`
 HEARTBEAT = 30  # seconds after which a silent process is taken for dead
+LONGEST = 256  # bytes of what a process says of itself to the others
 # A flag that jaxlib does not know aborts the process, so each is set for the versions it was
 # tried with alone.  The first makes a convolution's gradients 2 to 3 times faster on a CPU; the
 # second makes compiling a third faster and the program slower.
@@ -433,6 +436,69 @@ def from_main_alone(fn: Callable[[], Any], otherwise: Any) -> Any:
 def alone() -> bool:
     """Whether there is one process."""
     return jax.process_count() == 1
+
+
+def complaint(own: str) -> str:
+    """What a process complains of, in its words and the same in all of them; "" if none does."""
+    if alone():
+        return own
+    padded = np.zeros(LONGEST, np.uint8)
+    text = own.encode()[:LONGEST]
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    told = np.asarray(multihost_utils.process_allgather(padded))
+    words = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in told]
+    number, first = next(((i, text) for i, text in enumerate(words) if text), (0, ""))
+    return first if all(words) or not first else f"process {number}: {first}"
+
+
+_meetings = itertools.count()
+
+
+class Meeting:
+    """Where the processes' background threads wait for each other, and hear who cannot go on.
+
+    Nothing runs on the devices for it, which belong to the main threads.  Whoever comes says what
+    for; when not all say the same, some have given up, and what they met for is over.
+    """
+
+    def __init__(self) -> None:
+        self._place, self._count, self._over = "", 0, False
+
+    def begin(self) -> None:
+        """All main threads call it before their background threads meet for something new."""
+        self._place, self._count, self._over = f"ddpm_jax/{next(_meetings)}", 0, False
+
+    def wait(self, *, key: str, timeout_ms: int) -> None:
+        """Wait for the others, who come for `key`, too.
+
+        Raises:
+          OSError: one gave up, and why, or none came in time; from then on nobody waits.
+        """
+        if alone() or self._over:
+            return
+        client: Any = distributed.global_state.client
+        before, here = (f"{self._place}/{self._count + i}/" for i in range(2))
+        self._count += 1
+        own = sys.exception()  # that ends what others go on with
+        reason = f"process {jax.process_index()}: {one_line(own, 150)}" if own else ""
+        try:
+            client.key_value_set(here + key, reason, allow_overwrite=True)
+            client.wait_at_barrier(here, timeout_ms)
+            said = client.key_value_dir_get(here)
+            if is_main():
+                client.key_value_delete(before)
+        except jax.errors.JaxRuntimeError:
+            self._over = True
+            raise TimeoutError(f"a process was not done in {timeout_ms / 1000:.0f} s") from None
+        if len(said) > 1:
+            self._over = True
+            raise OSError("; ".join(text for _, text in said if text) or "a process gave up")
+
+
+def one_line(error: BaseException, length: int = 200) -> str:
+    """The end of what an error says, where the file system's own words are."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= length else f"...{text[-length:]}"
 
 
 def raised(spread: Parallel, flag: bool) -> Any:
