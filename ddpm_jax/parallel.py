@@ -87,6 +87,7 @@ class Parallel(NamedTuple):
     feed: as `shard`, for the step.
     lower(step, *arguments): lowers step(state, batch, ...) -> (state, metrics), which is given
         `reduce`, `gather` and `whole` by name, and returns what compiles it; `state` is donated.
+    breathe(): called between the batches of an evaluation; may break it off, in all processes.
     """
 
     devices: int
@@ -97,6 +98,7 @@ class Parallel(NamedTuple):
     shard: Callable[..., Any]
     feed: Callable[..., Any]
     lower: Callable[..., Callable[[], Callable]]
+    breathe: Callable[[], None] = lambda: None
 
     def round_up(self, batch_size: int) -> int:
         """The next batch size that the devices divide, for batches that are filled up anyway."""

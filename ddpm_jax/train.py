@@ -424,6 +424,14 @@ def fit(
         def stop() -> bool:
             return signals.stop if devices.alone() else devices.anyone(asked)
 
+        def breathe() -> None:  # one process is interrupted at once
+            nonlocal asked
+            if not devices.alone():
+                asked = devices.raised(spread, signals.stop)
+                if stop():
+                    raise _Interrupted
+
+        breathing = spread._replace(breathe=breathe)
         for first, last in itertools.chain(plan[1], [(config.steps, config.steps)]):
             finished = first == config.steps
             metrics = None
@@ -431,7 +439,7 @@ def fit(
                 ledger.settle()
                 if not devices.from_main(functools.partial(run.evaluated, first)):
                     with signals.interrupting(), clock.pause("evaluation"):
-                        shown = evaluate(task, config, state, data, run, first, seed, spread)
+                        shown = evaluate(task, config, state, data, run, first, seed, breathing)
                         metrics = shown.metrics
             if metrics or _due(first, config.checkpoint_every) or finished or stop():
                 ledger.settle()
@@ -463,7 +471,7 @@ def fit(
         if finished and not stop():
             tell("evaluating")
             with signals.interrupting():
-                final = evaluate(task, config, state, data, run, first, seed, spread, full=True)
+                final = evaluate(task, config, state, data, run, first, seed, breathing, full=True)
         return Fit(state, first, final)
 
 

@@ -183,3 +183,19 @@ def test_a_checkpoint_that_one_of_two_finds_damaged_is_used_by_none(alone, tmp_p
     assert (workdir / "damaged" / str(last)).exists()
     assert steps_kept(workdir)[-1] == last
     same_lines(lines_of(workdir), alone)
+
+
+@pytest.mark.slow
+def test_asked_to_stop_while_evaluating_both_break_it_off(tmp_path):
+    workdir, long = tmp_path / "run", ["--config.hidden=2048,2048", "--config.eval_batch=4"]
+    long += ["--config.iwae_images=360"]
+    both = start_two(workdir, *long, steps=8)
+    wait_for(lambda: "evaluating" in (tmp_path / "run0.log").read_text(), both[0])
+    time.sleep(3)
+    both[1].send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    assert [process.wait(timeout=120) for process in both] == [0, 0], logs(workdir)
+    assert time.monotonic() - asked < 30
+    assert "stopped at step 8 of 8" in (tmp_path / "run0.log").read_text()
+    assert steps_kept(workdir) == [8]
+    assert not (workdir / "summary.json").exists()
