@@ -1,14 +1,15 @@
 """How a run is spread over devices and processes: the only file that knows them.
 
 A step is a pure function of a state and a batch that asks three things of whoever spreads it:
-`reduce`, the mean over devices; `gather`, the devices' parts put together; `whole`, a sharded
-tree put together where it is used.
+`reduce`, the mean over devices; `gather`, the devices' parts put together; `view`, how the loss
+and its gradient are computed where the state is sharded.
 
 `jit`: a global view.  Batches are sharded, the state is replicated, XLA inserts what is sent.
-`fsdp`: the same with every array of the state sharded, as ZeRO's third stage keeps it
-    (Rajbhandari et al. 2020).  For the loss the parameters are put together, all at once, and
-    their gradient is sharded again: within a step, a device holds both whole.
 `pmap`: a view of one device; `reduce` is `pmean`, `gather` an all-gather.
+`fsdp`: every array of the state sharded, as ZeRO's third stage keeps it (Rajbhandari et al. 2020).
+    The loss is in the view of one device, to which each parameter is put together where it is
+    used, and again for the backward pass, never kept; its gradient is summed and split at once.
+    The optimizer has a global view of the parts.
 
 A batch's rows lie on the devices in the order of the processes, so each process reads one run
 of rows and no other.
@@ -44,6 +45,13 @@ LONGEST = 256  # bytes of what a process says of itself to the others
 CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 DEBUG_FLAG = "--xla_cpu_use_fusion_emitters=false"
 VERSIONS = {CPU_FLAG: ("0.10.2", "0.12.0.1"), DEBUG_FLAG: ("0.10.2",)}
+# Without these, XLA for CPUs gathers a sharded state as early as it can, and takes what is
+# gathered again for what it has already: a device would hold the whole after all.
+FRUGAL: dict[str, str | bool] = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+}
+FRUGAL_VERSIONS = ("0.10.2",)
 
 
 def tune_cpu(debug: bool = False) -> None:
@@ -70,7 +78,7 @@ def tune_gpu() -> None:
 
 
 def identity(tree: Any) -> Any:
-    """What `reduce`, `gather` and `whole` are where there is nothing to do."""
+    """What `reduce`, `gather` and `view` are where there is nothing to do."""
     return tree
 
 
@@ -86,7 +94,7 @@ class Parallel(NamedTuple):
         along `axis`, on the devices.
     feed: as `shard`, for the step.
     lower(step, *arguments): lowers step(state, batch, ...) -> (state, metrics), which is given
-        `reduce`, `gather` and `whole` by name, and returns what compiles it; `state` is donated.
+        `reduce`, `gather` and `view` by name, and returns what compiles it; `state` is donated.
     breathe(): called between the batches of an evaluation; may break it off, in all processes.
     """
 
@@ -151,22 +159,15 @@ def make(mode: str = "jit", devices: list[jax.Device] | None = None) -> Parallel
 
     def lower(step: Callable, *arguments: Any) -> Callable[[], Callable]:
         def spread(state, *rest):
-            return step(state, *rest, reduce=identity, gather=identity, whole=whole)
+            return step(state, *rest, reduce=identity, gather=gather, view=view)
 
         out = (shardings(arguments[0]), replicated)
         lowered = jax.jit(spread, donate_argnums=0, out_shardings=out).lower(*arguments)
-        return lowered.compile
+        on_cpu = mode == "fsdp" and devices[0].platform == "cpu"
+        known = importlib.metadata.version("jaxlib") in FRUGAL_VERSIONS
+        return functools.partial(lowered.compile, FRUGAL if on_cpu and known else None)
 
-    @jax.custom_vjp
-    def together(tree):
-        return jax.lax.with_sharding_constraint(tree, replicated)
-
-    def apart(_, gradient):
-        return (jax.lax.with_sharding_constraint(gradient, shardings(gradient)),)
-
-    together.defvjp(lambda tree: (together(tree), None), apart)
-    whole = together if mode == "fsdp" else identity
-
+    gather, view = _sharded(mesh, shardings) if mode == "fsdp" else (identity, identity)
     if mode == "pmap":
         line = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
         feed, lower = _mapped(line, replicated)
@@ -224,12 +225,12 @@ def _mapped(line: Mesh, replicated: NamedSharding) -> tuple[Callable, Callable]:
     def lower(step: Callable, *arguments: Any) -> Callable[[], Callable]:
         def spread(state, *rest):
             def gather(tree):
-                return jax.tree.map(lambda a: jax.lax.all_gather(a, AXIS, tiled=True), tree)
+                return _all_gather(tree, AXIS)
 
             def reduce(tree):
                 return jax.lax.pmean(tree, AXIS)
 
-            return step(state, *rest, reduce=reduce, gather=gather, whole=identity)
+            return step(state, *rest, reduce=reduce, gather=gather, view=identity)
 
         mapped = jax.pmap(
             spread,
@@ -253,6 +254,62 @@ def _mapped(line: Mesh, replicated: NamedSharding) -> tuple[Callable, Callable]:
         return lambda: call
 
     return feed, lower
+
+
+def _all_gather(tree: Any, names: Any, axis: int = 0) -> Any:
+    return jax.tree.map(lambda a: jax.lax.all_gather(a, names, axis=axis, tiled=True), tree)
+
+
+def _sharded(mesh: Mesh, shardings: Callable[[Any], Any]) -> tuple[Callable, Callable]:
+    """`gather` and `view` of `fsdp`: a device's part of a batch meets parameters put together."""
+    axes = mesh.axis_names
+
+    def gather(tree):
+        return _all_gather(tree, axes)
+
+    def together(array, spec):
+        for axis, names in enumerate(spec):
+            array = _all_gather(array, names, axis) if names else array
+        return array
+
+    def mean(gradient, spec):  # which is summed over the names of `spec` already
+        summed = jax.tree.leaves(tuple(spec))
+        left = tuple(name for name in axes if name not in summed)
+        return jax.lax.psum(gradient, left) / mesh.size
+
+    def view(compute):
+        def call(params, fixed, batch, keys):
+            specs = jax.tree.map(lambda where: where.spec, shardings((params, fixed)))
+            sizes = {array.size for array in jax.tree.leaves(params)}
+
+            def kept(primitive, *inputs, **_):
+                """Whether it is no parameter put together, perhaps of another type or shape."""
+                if primitive.name in ("convert_element_type", "reshape", "transpose"):
+                    return inputs[0].size not in sizes
+                return primitive.name != "all_gather"
+
+            def whole(fn):
+                def of_parts(*arguments):
+                    return fn(*jax.tree.map(together, arguments[:2], specs), *arguments[2:])
+
+                return jax.checkpoint(of_parts, policy=kept)
+
+            def local(*arguments):
+                gradient, means, each = compute(*arguments, whole=whole)
+                return jax.tree.map(mean, gradient, specs[0]), jax.lax.pmean(means, axes), each
+
+            spread = jax.shard_map(
+                local,
+                mesh=mesh,
+                in_specs=(*specs, PartitionSpec(axes), PartitionSpec(axes)),
+                out_specs=(specs[0], PartitionSpec(), PartitionSpec()),
+                check_vma=False,
+            )
+            return spread(params, fixed, batch, keys)
+
+        return call
+
+    return gather, view
 
 
 def _put(array: np.ndarray, where: NamedSharding) -> jax.Array:
