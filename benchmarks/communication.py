@@ -10,9 +10,6 @@ partitioned program are counted, each at what a ring of n devices sends per devi
     reduce-scatter        (n - 1) / n of what goes in
     all-to-all            (n - 1) / n of its bytes
     collective-permute    its bytes
-
-On a CPU XLA leaves an all-reduce and a slice where a TPU or GPU gets a reduce-scatter, of half
-the bytes: under fsdp that is most of what is sent here.
 """
 
 import collections

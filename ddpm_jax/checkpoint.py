@@ -3,6 +3,10 @@
 A checkpoint is a state's arrays and a small record of the host's (JSON).  It is written in
 the background and appears under its name whole or not at all, so a process killed at any
 moment leaves the one before it.
+
+Of several processes each writes its part and reads its own.  What one alone cannot write or read,
+all of them give up: they try the folder before they write, meet when they have written, and tell
+each other what they have read.
 """
 
 import contextlib
@@ -11,7 +15,7 @@ import json
 import pathlib
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel import from_main
+from ddpm_jax.parallel import Meeting, alone, complaint, from_main, is_main, one_line
 from ddpm_jax.progress import tell
 
+WRITE_SECONDS = 600  # after which a process that has not written its part is not waited for
 KEEP_NEWEST = 3
 KEEP_BEST = 1
 BEST = "test/loss"  # lower is better
@@ -32,6 +37,7 @@ class Checkpoints(NamedTuple):
     """The checkpoints of one run directory."""
 
     manager: Any
+    meeting: Meeting
     read_only: bool = False
 
     def save(self, step: int, state: Any, host: dict, metrics: dict | None = None) -> None:
@@ -43,6 +49,11 @@ class Checkpoints(NamedTuple):
         import orbax.checkpoint as ocp
 
         self.wait()
+        why = "" if alone() else complaint(self._refusal())
+        if why:
+            tell(f"cannot write the checkpoint of step {step}: {why}; the run goes on without it")
+            return
+        self.meeting.begin()
         host = copy.deepcopy(host)
         host[SUMS] = check_sums(state, host)
         args = ocp.args.Composite(
@@ -53,6 +64,18 @@ class Checkpoints(NamedTuple):
         with self._telling():
             self.manager.save(step, args=args, metrics=best, force=True)
 
+    def _refusal(self) -> str:
+        """Why this process cannot write into the folder, found out by trying; "" if it can."""
+        probe = pathlib.Path(self.manager.directory) / f"probe.{jax.process_index()}"
+        try:
+            try:
+                probe.write_bytes(bytes(4096))
+            finally:
+                probe.unlink(missing_ok=True)
+        except OSError as error:
+            return str(error)
+        return ""
+
     def newest(self) -> int | None:
         """The step of the newest checkpoint, if there is one."""
         return self.manager.latest_step()
@@ -61,22 +84,27 @@ class Checkpoints(NamedTuple):
         """(state, host record) of a step; `like` has the state's shapes and placement.
 
         Raises:
-          UserError: it is damaged.
+          UserError: it is damaged, here or where another process reads it.
         """
         import orbax.checkpoint as ocp
 
+        state, host, sums, why = None, {}, None, ""
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), host=ocp.args.JsonRestore())
         try:
-            found = self.manager.restore(step, args=args)
+            with contextlib.closing(_reader()) as reader:
+                found = reader.restore(pathlib.Path(self.manager.directory) / str(step), args=args)
             state, host = found.state, dict(found.host)
             sums = host.pop(SUMS, None)  # a checkpoint of before there were any has none
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # of the machine, not of the file
         except Exception as error:  # of many kinds, from orbax's own to the JSON reader's
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"the checkpoint of step {step} is damaged: {reason}") from error
-        if sums is not None and sums != check_sums(state, host):
-            raise UserError(f"the checkpoint of step {step} is damaged: its check sums differ")
+            why = " ".join(str(error).split())[:200] or repr(error)
+        why = complaint(why)
+        if not why:  # all have their part, of which the sums are taken together
+            same = sums is None or sums == check_sums(state, host)
+            why = complaint("" if same else "its check sums differ")
+        if why:
+            raise UserError(f"the checkpoint of step {step} is damaged: {why}")
         return state, host
 
     def restore_newest(self, like: Any) -> tuple[int, Any | None, dict]:
@@ -87,7 +115,8 @@ class Checkpoints(NamedTuple):
         Raises:
           UserError: all of them are.
         """
-        steps, damaged = sorted(self.manager.all_steps(), reverse=True), []
+        steps = from_main(lambda: sorted(self.manager.all_steps(), reverse=True))
+        damaged = []
         for step in steps:
             try:
                 state, host = self.restore(step, like)
@@ -131,14 +160,16 @@ class Checkpoints(NamedTuple):
         except Exception as error:  # of many kinds, as the file system and orbax please
             folder = pathlib.Path(self.manager.directory)
             drafts = sorted(folder.glob("*.orbax-checkpoint-tmp"))
-            for draft in drafts:  # what is there of it takes room
+            for draft in drafts if is_main() else []:  # what is there of it takes room
                 shutil.rmtree(draft, ignore_errors=True)
-            reason = " ".join(str(error).split())[-200:]
             which = f" of step {drafts[-1].name.partition('.')[0]}" if drafts else ""
-            tell(f"cannot write the checkpoint{which}: ...{reason}; the run goes on without it")
+            tell(
+                f"cannot write the checkpoint{which}: {one_line(error)}; the run goes on without it"
+            )
 
     def close(self) -> None:
         """Finish writing and let go."""
+        self.wait()
         self.manager.close()
 
 
@@ -158,13 +189,39 @@ def open_checkpoints(folder: pathlib.Path, read_only: bool = False) -> Checkpoin
             ),
         ]
     )
+    folder, meeting = folder.resolve(), Meeting()
+    if not (alone() or read_only):
+        from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     options = ocp.CheckpointManagerOptions(
+        async_options=ocp.AsyncOptions(WRITE_SECONDS, barrier_sync_fn=meeting.wait),
         preservation_policy=None if read_only else policy,
         cleanup_tmp_directories=not read_only,
-        create=not read_only,
+        create=alone() and not read_only,
+        multiprocessing_options=_processes(range(jax.process_count())),
         read_only=read_only,
     )
-    return Checkpoints(ocp.CheckpointManager(folder.resolve(), options=options), read_only)
+    return Checkpoints(ocp.CheckpointManager(folder, options=options), meeting, read_only)
+
+
+def _processes(numbers: Iterable[int]) -> Any:
+    """Who waits for each other: named, they do so through the coordinator, for 5 minutes at most.
+
+    Unnamed, they would through the devices, without end, in step with no one who gave up.
+    """
+    import orbax.checkpoint as ocp
+
+    active = set(numbers)
+    if alone():
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(primary_host=min(active), active_processes=active)
+
+
+def _reader() -> Any:
+    """Reads without waiting for other processes, which may have failed to."""
+    import orbax.checkpoint as ocp
+
+    own = _processes([jax.process_index()])
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=own)
 
 
 def check_sums(state: Any, host: dict) -> dict[str, Any]:

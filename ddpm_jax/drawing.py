@@ -176,6 +176,7 @@ def drawing(
         images, first, classes = [], None, choices()
         size = spread.round_up(AT_ONCE)
         for start in range(0, count, size):  # one shape, compiled once
+            spread.breathe()
             index = spread.indices(start, size)
             keys = example_keys(purpose_key(seed, SAMPLE), 0, index)
             labels = index % classes if classes else None

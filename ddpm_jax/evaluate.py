@@ -43,6 +43,7 @@ def per_example(
     rows: dict[str, list[np.ndarray]] = {}
     size = spread.round_up(batch_size)
     for batch, count in evaluation_batches(split, size, spread.rows(size)):
+        spread.breathe()
         batch = spread.shard(batch)
         for name, values in fetch(fn(batch, example_keys(key, 0, batch.index))).items():
             rows.setdefault(name, []).append(np.asarray(values, np.float64)[:count])

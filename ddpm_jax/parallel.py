@@ -1,14 +1,15 @@
 """How a run is spread over devices and processes: the only file that knows them.
 
 A step is a pure function of a state and a batch that asks three things of whoever spreads it:
-`reduce`, the mean over devices; `gather`, the devices' parts put together; `whole`, a sharded
-tree put together where it is used.
+`reduce`, the mean over devices; `gather`, the devices' parts put together; `view`, how the loss
+and its gradient are computed where the state is sharded.
 
 `jit`: a global view.  Batches are sharded, the state is replicated, XLA inserts what is sent.
-`fsdp`: the same with every array of the state sharded, as ZeRO's third stage keeps it
-    (Rajbhandari et al. 2020).  For the loss the parameters are put together, all at once, and
-    their gradient is sharded again: within a step, a device holds both whole.
 `pmap`: a view of one device; `reduce` is `pmean`, `gather` an all-gather.
+`fsdp`: every array of the state sharded, as ZeRO's third stage keeps it (Rajbhandari et al. 2020).
+    The loss is in the view of one device, to which each parameter is put together where it is
+    used, and again for the backward pass, never kept; its gradient is summed and split at once.
+    The optimizer has a global view of the parts.
 
 A batch's rows lie on the devices in the order of the processes, so each process reads one run
 of rows and no other.
@@ -17,6 +18,7 @@ of rows and no other.
 import atexit
 import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -35,12 +38,20 @@ from ddpm_jax.errors import RunError, UserError
 MODES = ("jit", "pmap", "fsdp")
 AXIS = "data"  # of `pmap`
 HEARTBEAT = 30  # seconds after which a silent process is taken for dead
+LONGEST = 256  # bytes of what a process says of itself to the others
 # A flag that jaxlib does not know aborts the process, so each is set for the versions it was
 # tried with alone.  The first makes a convolution's gradients 2 to 3 times faster on a CPU; the
 # second makes compiling a third faster and the program slower.
 CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 DEBUG_FLAG = "--xla_cpu_use_fusion_emitters=false"
 VERSIONS = {CPU_FLAG: ("0.10.2", "0.12.0.1"), DEBUG_FLAG: ("0.10.2",)}
+# Without these, XLA for CPUs gathers a sharded state as early as it can, and takes what is
+# gathered again for what it has already: a device would hold the whole after all.
+FRUGAL: dict[str, str | bool] = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+}
+FRUGAL_VERSIONS = ("0.10.2",)
 
 
 def tune_cpu(debug: bool = False) -> None:
@@ -67,7 +78,7 @@ def tune_gpu() -> None:
 
 
 def identity(tree: Any) -> Any:
-    """What `reduce`, `gather` and `whole` are where there is nothing to do."""
+    """What `reduce`, `gather` and `view` are where there is nothing to do."""
     return tree
 
 
@@ -83,7 +94,8 @@ class Parallel(NamedTuple):
         along `axis`, on the devices.
     feed: as `shard`, for the step.
     lower(step, *arguments): lowers step(state, batch, ...) -> (state, metrics), which is given
-        `reduce`, `gather` and `whole` by name, and returns what compiles it; `state` is donated.
+        `reduce`, `gather` and `view` by name, and returns what compiles it; `state` is donated.
+    breathe(): called between the batches of an evaluation; may break it off, in all processes.
     """
 
     devices: int
@@ -94,6 +106,7 @@ class Parallel(NamedTuple):
     shard: Callable[..., Any]
     feed: Callable[..., Any]
     lower: Callable[..., Callable[[], Callable]]
+    breathe: Callable[[], None] = lambda: None
 
     def round_up(self, batch_size: int) -> int:
         """The next batch size that the devices divide, for batches that are filled up anyway."""
@@ -146,22 +159,15 @@ def make(mode: str = "jit", devices: list[jax.Device] | None = None) -> Parallel
 
     def lower(step: Callable, *arguments: Any) -> Callable[[], Callable]:
         def spread(state, *rest):
-            return step(state, *rest, reduce=identity, gather=identity, whole=whole)
+            return step(state, *rest, reduce=identity, gather=gather, view=view)
 
         out = (shardings(arguments[0]), replicated)
         lowered = jax.jit(spread, donate_argnums=0, out_shardings=out).lower(*arguments)
-        return lowered.compile
+        on_cpu = mode == "fsdp" and devices[0].platform == "cpu"
+        known = importlib.metadata.version("jaxlib") in FRUGAL_VERSIONS
+        return functools.partial(lowered.compile, FRUGAL if on_cpu and known else None)
 
-    @jax.custom_vjp
-    def together(tree):
-        return jax.lax.with_sharding_constraint(tree, replicated)
-
-    def apart(_, gradient):
-        return (jax.lax.with_sharding_constraint(gradient, shardings(gradient)),)
-
-    together.defvjp(lambda tree: (together(tree), None), apart)
-    whole = together if mode == "fsdp" else identity
-
+    gather, view = _sharded(mesh, shardings) if mode == "fsdp" else (identity, identity)
     if mode == "pmap":
         line = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
         feed, lower = _mapped(line, replicated)
@@ -219,12 +225,12 @@ def _mapped(line: Mesh, replicated: NamedSharding) -> tuple[Callable, Callable]:
     def lower(step: Callable, *arguments: Any) -> Callable[[], Callable]:
         def spread(state, *rest):
             def gather(tree):
-                return jax.tree.map(lambda a: jax.lax.all_gather(a, AXIS, tiled=True), tree)
+                return _all_gather(tree, AXIS)
 
             def reduce(tree):
                 return jax.lax.pmean(tree, AXIS)
 
-            return step(state, *rest, reduce=reduce, gather=gather, whole=identity)
+            return step(state, *rest, reduce=reduce, gather=gather, view=identity)
 
         mapped = jax.pmap(
             spread,
@@ -248,6 +254,62 @@ def _mapped(line: Mesh, replicated: NamedSharding) -> tuple[Callable, Callable]:
         return lambda: call
 
     return feed, lower
+
+
+def _all_gather(tree: Any, names: Any, axis: int = 0) -> Any:
+    return jax.tree.map(lambda a: jax.lax.all_gather(a, names, axis=axis, tiled=True), tree)
+
+
+def _sharded(mesh: Mesh, shardings: Callable[[Any], Any]) -> tuple[Callable, Callable]:
+    """`gather` and `view` of `fsdp`: a device's part of a batch meets parameters put together."""
+    axes = mesh.axis_names
+
+    def gather(tree):
+        return _all_gather(tree, axes)
+
+    def together(array, spec):
+        for axis, names in enumerate(spec):
+            array = _all_gather(array, names, axis) if names else array
+        return array
+
+    def mean(gradient, spec):  # which is summed over the names of `spec` already
+        summed = jax.tree.leaves(tuple(spec))
+        left = tuple(name for name in axes if name not in summed)
+        return jax.lax.psum(gradient, left) / mesh.size
+
+    def view(compute):
+        def call(params, fixed, batch, keys):
+            specs = jax.tree.map(lambda where: where.spec, shardings((params, fixed)))
+            sizes = {array.size for array in jax.tree.leaves(params)}
+
+            def kept(primitive, *inputs, **_):
+                """Whether it is no parameter put together, perhaps of another type or shape."""
+                if primitive.name in ("convert_element_type", "reshape", "transpose"):
+                    return inputs[0].size not in sizes
+                return primitive.name != "all_gather"
+
+            def whole(fn):
+                def of_parts(*arguments):
+                    return fn(*jax.tree.map(together, arguments[:2], specs), *arguments[2:])
+
+                return jax.checkpoint(of_parts, policy=kept)
+
+            def local(*arguments):
+                gradient, means, each = compute(*arguments, whole=whole)
+                return jax.tree.map(mean, gradient, specs[0]), jax.lax.pmean(means, axes), each
+
+            spread = jax.shard_map(
+                local,
+                mesh=mesh,
+                in_specs=(*specs, PartitionSpec(axes), PartitionSpec(axes)),
+                out_specs=(specs[0], PartitionSpec(), PartitionSpec()),
+                check_vma=False,
+            )
+            return spread(params, fixed, batch, keys)
+
+        return call
+
+    return gather, view
 
 
 def _put(array: np.ndarray, where: NamedSharding) -> jax.Array:
@@ -433,6 +495,69 @@ def from_main_alone(fn: Callable[[], Any], otherwise: Any) -> Any:
 def alone() -> bool:
     """Whether there is one process."""
     return jax.process_count() == 1
+
+
+def complaint(own: str) -> str:
+    """What a process complains of, in its words and the same in all of them; "" if none does."""
+    if alone():
+        return own
+    padded = np.zeros(LONGEST, np.uint8)
+    text = own.encode()[:LONGEST]
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    told = np.asarray(multihost_utils.process_allgather(padded))
+    words = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in told]
+    number, first = next(((i, text) for i, text in enumerate(words) if text), (0, ""))
+    return first if all(words) or not first else f"process {number}: {first}"
+
+
+_meetings = itertools.count()
+
+
+class Meeting:
+    """Where the processes' background threads wait for each other, and hear who cannot go on.
+
+    Nothing runs on the devices for it, which belong to the main threads.  Whoever comes says what
+    for; when not all say the same, some have given up, and what they met for is over.
+    """
+
+    def __init__(self) -> None:
+        self._place, self._count, self._over = "", 0, False
+
+    def begin(self) -> None:
+        """All main threads call it before their background threads meet for something new."""
+        self._place, self._count, self._over = f"ddpm_jax/{next(_meetings)}", 0, False
+
+    def wait(self, *, key: str, timeout_ms: int) -> None:
+        """Wait for the others, who come for `key`, too.
+
+        Raises:
+          OSError: one gave up, and why, or none came in time; from then on nobody waits.
+        """
+        if alone() or self._over:
+            return
+        client: Any = distributed.global_state.client
+        before, here = (f"{self._place}/{self._count + i}/" for i in range(2))
+        self._count += 1
+        own = sys.exception()  # that ends what others go on with
+        reason = f"process {jax.process_index()}: {one_line(own, 150)}" if own else ""
+        try:
+            client.key_value_set(here + key, reason, allow_overwrite=True)
+            client.wait_at_barrier(here, timeout_ms)
+            said = client.key_value_dir_get(here)
+            if is_main():
+                client.key_value_delete(before)
+        except jax.errors.JaxRuntimeError:
+            self._over = True
+            raise TimeoutError(f"a process was not done in {timeout_ms / 1000:.0f} s") from None
+        if len(said) > 1:
+            self._over = True
+            raise OSError("; ".join(text for _, text in said if text) or "a process gave up")
+
+
+def one_line(error: BaseException, length: int = 200) -> str:
+    """The end of what an error says, where the file system's own words are."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= length else f"...{text[-length:]}"
 
 
 def raised(spread: Parallel, flag: bool) -> Any:

@@ -11,9 +11,10 @@ SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal
 
 
 def tell(line: str) -> None:
-    """A line for people, from the first process alone."""
+    """A line for people, from the first process alone; a full disk that it goes to ends nothing."""
     if is_main():
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 class Clock:
@@ -55,7 +56,7 @@ class Clock:
 
     def _say(self, line: str) -> None:
         if self._shown:
-            print(line, file=sys.stderr, flush=True)
+            tell(line)
 
     def lap(self, step: int) -> dict[str, float]:
         """The seconds since the last lap, by what they went into, and the steps/s."""

@@ -165,7 +165,7 @@ def train_step(
     *,
     reduce: Callable[[Any], Any] = devices.identity,
     gather: Callable[[Any], Any] = devices.identity,
-    whole: Callable[[Any], Any] = devices.identity,
+    view: Callable[[Callable], Callable] = devices.identity,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step: loss -> mean -> gradient -> reduce -> optimizer -> EMA.
 
@@ -173,27 +173,30 @@ def train_step(
       batch: this device's part of the batch; `batch.index` places it in the whole.
       reduce: the mean over devices.
       gather: puts the devices' parts together, for losses that compare examples.
-      whole: puts sharded parameters together, and shards their gradient.
+      view: makes of compute(params, fixed, batch, keys, whole=) the same of a sharded state; it
+        gives it `whole`, which lets a function of (params, fixed, ...) be called with their parts.
 
     Returns:
       The next state, and by name the step's means and `finite`, whether each example's loss is.
     """
     keys = example_keys(purpose_key(seed, TRAIN), state.step, batch.index)
-    fixed = whole(state.fixed)
     compare = gather if config.accumulate == 1 else _refuse_to_compare
 
-    def mean_loss(params, batch, keys):
+    def mean_loss(params, fixed, batch, keys):
         losses, metrics, statistics = task.loss(
-            whole(params), fixed, batch, keys, train=True, gather=compare
+            params, fixed, batch, keys, train=True, gather=compare
         )
         means = {name: values.mean() for name, values in {"loss": losses, **metrics}.items()}
         return losses.mean(), (means, {"finite": jnp.isfinite(losses), "statistics": statistics})
 
-    gradient, metrics, each = _accumulated(
-        jax.grad(mean_loss, has_aux=True), state.params, batch, keys, config.accumulate
-    )
-    gradient, metrics = reduce((gradient, metrics))
-    each = gather(each)
+    def compute(params, fixed, batch, keys, whole=devices.identity):
+        def gradient_of(params, batch, keys):
+            return jax.grad(whole(mean_loss), has_aux=True)(params, fixed, batch, keys)
+
+        gradient, means, each = _accumulated(gradient_of, params, batch, keys, config.accumulate)
+        return *reduce((gradient, means)), gather(each)
+
+    gradient, metrics, each = view(compute)(state.params, state.fixed, batch, keys)
     updates, opt_state = optimizer(config).update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decays = zip(state.ema, ema_decays(config, state.step + 1), strict=True)
@@ -202,7 +205,7 @@ def train_step(
         for old, decay in decays
     )
     metrics["gradient_norm"] = _norm(gradient)
-    fixed = task.update(fixed, each["statistics"])
+    fixed = task.update(state.fixed, each["statistics"])
     new = TrainState(state.step + 1, params, fixed, opt_state, ema)
     if config.skip_nonfinite:
         good = jnp.all(jnp.array([jnp.isfinite(value) for value in metrics.values()]))
@@ -424,6 +427,14 @@ def fit(
         def stop() -> bool:
             return signals.stop if devices.alone() else devices.anyone(asked)
 
+        def breathe() -> None:  # one process is interrupted at once
+            nonlocal asked
+            if not devices.alone():
+                asked = devices.raised(spread, signals.stop)
+                if stop():
+                    raise _Interrupted
+
+        breathing = spread._replace(breathe=breathe)
         for first, last in itertools.chain(plan[1], [(config.steps, config.steps)]):
             finished = first == config.steps
             metrics = None
@@ -431,7 +442,7 @@ def fit(
                 ledger.settle()
                 if not devices.from_main(functools.partial(run.evaluated, first)):
                     with signals.interrupting(), clock.pause("evaluation"):
-                        shown = evaluate(task, config, state, data, run, first, seed, spread)
+                        shown = evaluate(task, config, state, data, run, first, seed, breathing)
                         metrics = shown.metrics
             if metrics or _due(first, config.checkpoint_every) or finished or stop():
                 ledger.settle()
@@ -463,7 +474,7 @@ def fit(
         if finished and not stop():
             tell("evaluating")
             with signals.interrupting():
-                final = evaluate(task, config, state, data, run, first, seed, spread, full=True)
+                final = evaluate(task, config, state, data, run, first, seed, breathing, full=True)
         return Fit(state, first, final)
 
 

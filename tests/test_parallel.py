@@ -236,6 +236,36 @@ def test_under_fsdp_each_device_holds_its_share(name):
         assert held <= 1.05 * sum(a.size for a in jax.tree.leaves(shapes)) / count
 
 
+def deep(dtype, layers=12, width=256) -> Task:
+    """Far more parameters than activations, computed with in `dtype`."""
+
+    def init(key, batch):
+        keys = jax.random.split(key, layers)
+        return [jax.random.normal(key, (width, width)) / width**0.5 for key in keys], {}
+
+    def loss(params, fixed, batch, keys, *, train, gather):
+        x = jnp.tile(batch.images.reshape(len(batch.images), -1), width // 64).astype(dtype)
+        for weights in params:
+            x = jnp.tanh(x @ weights.astype(dtype))
+        return jnp.square(x).mean(-1).astype(jnp.float32), {}, {}
+
+    return contrastive()._replace(init=init, loss=loss, update=lambda fixed, _: fixed)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_under_fsdp_a_step_never_holds_the_whole_model(dtype):
+    """Beside its share, a device holds two layers and their gradient at a time, of 12."""
+    task, spread = deep(dtype), parallel.make("fsdp")
+    shapes = train.state_shapes(task, CONFIG)
+
+    def step(state, batch, **hooks):
+        return train.train_step(task, CONFIG, 0, state, batch, **hooks)
+
+    program = spread.lower(step, spread.like(shapes), spread.feed(batch_of(0)))()
+    whole = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes.params))
+    assert program.memory_analysis().temp_size_in_bytes < whole / 3
+
+
 def test_an_array_is_split_over_as_many_devices_as_its_axes_allow():
     factors, axes = parallel.prime_factors(8), ("a", "b", "c")
     assert factors == (2, 2, 2)
