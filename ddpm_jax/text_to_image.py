@@ -126,6 +126,7 @@ def text_to_image_task(
         at_once, found = spread.round_up(AT_ONCE), []
         tokens = tokenize(texts, text.length)
         for start in range(0, len(tokens), at_once):  # one shape, compiled once
+            spread.breathe()
             part = np.zeros((at_once, text.length), np.uint8)
             part[: len(tokens) - start] = tokens[start : start + at_once]
             rows = spread.rows(at_once)
