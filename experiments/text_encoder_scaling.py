@@ -1,0 +1,128 @@
+"""Which helps more, a larger text encoder or a larger generation model? (Imagen, fig. 4)
+
+    python launch.py --experiment=text_encoder_scaling
+
+The notes say: the text encoder (Saharia et al. 2022).  Here every pair of text encoder and
+generation model is trained for as many steps on `shapes`, on one shared autoencoder, and drawn at
+several guidance scales: a family of curves of alignment against Frechet distance for the text
+encoders under the largest generation model, and one for the generation models under the largest
+text encoder.
+
+Not trained to its end yet: no answer.
+"""
+
+import dataclasses
+import json
+import pathlib
+import types
+from typing import Annotated, Any
+
+from ddpm_jax import report
+from ddpm_jax.config import MAY_CHANGE, Count, Length, Training, marked
+from ddpm_jax.parallel import is_main
+from ddpm_jax.run import Options, from_data, load_data, opened, record_of, train_experiment
+from experiments import autoencoder_shapes, generator_shapes, text_encoder_shapes
+from experiments.text_encoder_shapes import TextSize
+
+DEBUG = dict(
+    autoencoder_steps=4,
+    text_steps=4,
+    steps=4,
+    text_sizes=("tiny",),
+    channels=(8, 12),
+    scales=(2.0,),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Training):
+    """See `python launch.py --experiment=text_encoder_scaling --help`."""
+
+    data: str = "shapes"
+    autoencoder_steps: Length = autoencoder_shapes.Config().steps
+    text_steps: Length = text_encoder_shapes.Config().steps
+    steps: Length = 2000  # of every generation model
+    text_sizes: tuple[TextSize, ...] = ("tiny", "small")  # from small to large
+    channels: tuple[Count, ...] = (16, 32, 64)  # of the U-Nets, from small to large
+    scales: Annotated[tuple[float, ...], MAY_CHANGE] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
+    """Train the autoencoder, the text encoders and every pair; what is finished is left alone."""
+    loaded = load_data(text_encoder_shapes, config.data, workdir, options)
+    config = from_data(config, loaded.data)
+    record = record_of("text_encoder_scaling", config, loaded, options)
+    workdir = workdir.absolute()
+
+    def train(name: str, experiment: types.ModuleType, **fields: Any) -> dict | None:
+        debug = experiment.DEBUG if options.debug else {}
+        own = experiment.Config(**{**debug, "data": config.data, **fields})
+        return train_experiment(experiment, own, workdir / name, options, loaded)
+
+    with opened(workdir, record, marked(config, MAY_CHANGE)):
+        if train("autoencoder", autoencoder_shapes, steps=config.autoencoder_steps) is None:
+            return
+        found: dict[tuple[str, int], dict] = {}
+        for size in config.text_sizes:
+            text = f"text_{size}"
+            if train(text, text_encoder_shapes, steps=config.text_steps, text_size=size) is None:
+                return
+            for channels in config.channels:
+                summary = train(
+                    f"{size}_{channels}",
+                    generator_shapes,
+                    steps=config.steps,
+                    channels=channels,
+                    scales=config.scales,
+                    text=str(workdir / text),
+                    autoencoder=str(workdir / "autoencoder"),
+                )
+                if summary is None:  # asked to stop
+                    return
+                found[size, channels] = summary
+        if is_main():
+            tell_all(config, workdir, found)
+
+
+def curve(summary: dict) -> tuple[list[float], list[float], list[str]]:
+    """(share aligned, Frechet distance, guidance scale) of every scale, in its order."""
+    metrics = summary["metrics"]
+    scales = sorted(
+        {float(name.partition("/")[0][9:]) for name in metrics if name.startswith("guidance_")}
+    )
+    names = [f"guidance_{scale:g}" for scale in scales]
+    return (
+        [metrics[f"{name}/aligned"] for name in names],
+        [metrics[f"{name}/fd_text_encoder"] for name in names],
+        [f"{scale:g}" for scale in scales],
+    )
+
+
+def tell_all(config: Config, workdir: pathlib.Path, found: dict[tuple[str, int], dict]) -> None:
+    """One table of all pairs and the two families of curves."""
+    rows = []
+    for (size, channels), summary in found.items():
+        aligned, distance, scales = curve(summary)
+        best = max(range(len(scales)), key=aligned.__getitem__)
+        rows.append(
+            (
+                f"text {size}, {channels} channels",
+                f"aligned {aligned[best]:.3f} at guidance {scales[best]}, "
+                f"Frechet distance (text_encoder) {distance[best]:.4f}; least {min(distance):.4f}",
+            )
+        )
+    title = f"{config.steps} steps each"
+    print(report.table(rows, title))
+    labels = ("share aligned", "Frechet distance (text_encoder)")
+    widest, largest = config.channels[-1], config.text_sizes[-1]
+    families = {
+        "text_encoders": {f"text {s}": curve(found[s, widest]) for s in config.text_sizes},
+        "generation_models": {f"{c} channels": curve(found[largest, c]) for c in config.channels},
+    }
+    for name, lines in families.items():
+        picture = report.paths(lines, labels, f"{name.replace('_', ' ')}, {title}")
+        report.save_png(workdir / "images" / f"{name}.png", picture)
+    pairs = {f"{size}_{channels}": s["metrics"] for (size, channels), s in found.items()}
+    written = {"experiment": "text_encoder_scaling", "steps": config.steps, "pairs": pairs}
+    (workdir / "summary.json").write_text(json.dumps(written, indent=2) + "\n")
+    print(f"  pictures in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
