@@ -3,7 +3,8 @@
 An experiment is a module with `Config`, `DEBUG` (what `--debug` changes) and either
 `build(config) -> Task`, which the functions here train, evaluate and sample from, or
 `run(config, workdir, options)`, which does as it likes.  Beside `build` it may have
-`prepare(config, loaded, options) -> config`, for what must be there before it trains.
+`prepare(config, loaded, options) -> config`, for what must be there before it trains, and
+`dress(config, data) -> data`, for what it sees of the data in another form.
 """
 
 import contextlib
@@ -197,7 +198,7 @@ def train_experiment(
     config = _prepared(experiment, from_data(config, data), loaded, options)
     if config is None:
         return None
-    task = experiment.build(config)
+    task, data = experiment.build(config), _dressed(experiment, config, data)
     record = record_of(name, config, loaded, options)
     run = _open(workdir, record, marked(config, MAY_CHANGE))
     checkpoints = None
@@ -266,7 +267,7 @@ def eval_experiment(
     config = _prepared(experiment, config, Loaded(data), options._replace(debug=record["debug"]))
     if config is None:
         return {}
-    task = experiment.build(config)
+    task, data = experiment.build(config), _dressed(experiment, config, data)
     spread = devices.make(options.parallel)
     params = train.averaged(state, config)
     found = task.evaluate(params, state.fixed, data, seed=record["seed"], full=True, spread=spread)
@@ -390,6 +391,10 @@ def _prepared(
     if not hasattr(experiment, "prepare"):
         return config
     return experiment.prepare(config, loaded, options)
+
+
+def _dressed(experiment: types.ModuleType, config: Any, data: Data) -> Data:
+    return experiment.dress(config, data) if hasattr(experiment, "dress") else data
 
 
 def _tell_start(name: str, loaded: Loaded, workdir: pathlib.Path) -> None:

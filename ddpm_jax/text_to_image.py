@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Key
 
 from ddpm_jax import report
 from ddpm_jax.autoencoder import Latents
@@ -27,9 +27,10 @@ from ddpm_jax.metrics.distances import frechet, moments
 from ddpm_jax.nn.layers import Context
 from ddpm_jax.nn.text import DualEncoder
 from ddpm_jax.parallel import Parallel, fetch
+from ddpm_jax.pretrained import Encoded, Features
 from ddpm_jax.progress import tell
 from ddpm_jax.tasks import Evaluation, Request, Task, refuse, to_images
-from ddpm_jax.tokens import size, tokenize, untokenize
+from ddpm_jax.tokens import PADDING, size, tokenize, untokenize
 
 AT_ONCE = 64  # images in one call
 QUICK = 64  # images that an evaluation before the last draws
@@ -41,6 +42,10 @@ class Parts(NamedTuple):
     """What a generation model stands on.
 
     text, latents: the networks.
+    width: of the features that it is told: the text encoder's, or those of `reader`
+    reader(texts) -> features of a frozen encoder of somebody else's in the place of the text
+        encoder's, which then only tells figures; None: there is none.  A batch's captions are
+        such features then.
     blank() -> their parameters' shapes, {"text": ..., "autoencoder": {"params", "fixed"}}
     load() -> the parameters
     """
@@ -49,6 +54,8 @@ class Parts(NamedTuple):
     latents: Latents
     blank: Callable[[], Any]
     load: Callable[[], Any]
+    width: int
+    reader: Callable[[Sequence[str]], Features] | None = None
 
 
 class Prompts(NamedTuple):
@@ -86,7 +93,7 @@ def text_to_image_task(
     text = parts.text
 
     def init(key, batch: Batch):
-        length, width = text.length, text.size.width
+        length, width = text.length, parts.width
         mask = jnp.zeros((1, length), bool)
         context = Context(jnp.zeros((1, length, width)), mask, jnp.zeros((1, width)))
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), parts.blank())
@@ -96,9 +103,27 @@ def text_to_image_task(
         found = parts.load()
         return jax.tree.map(lambda old, new: np.asarray(new, old.dtype), fixed, found)
 
-    def read(fixed, tokens) -> Context:
-        found: Any = text.apply(fixed["text"], tokens, method="read")
+    def read(fixed, told) -> Context:
+        """Features of tokens; features of somebody else's are that already."""
+        if isinstance(told, Features):
+            return Context(*told)
+        found: Any = text.apply(fixed["text"], told, method="read")
         return found
+
+    def dropped_where(dropped, told):
+        """The empty caption's tokens or features in the place of some."""
+        if isinstance(told, Features):
+            mask = told.mask & ~dropped[:, None]
+            return told._replace(mask=mask, pooled=jnp.where(dropped[:, None], 0, told.pooled))
+        return jnp.where(dropped[:, None], PADDING, told).astype(told.dtype)
+
+    def prepared(texts: Sequence[str]):
+        """What `read` reads of texts; of the empty one's features nothing."""
+        if parts.reader is None:
+            return tokenize(texts, text.length)
+        found = parts.reader(texts)
+        there = np.array([bool(words) for words in texts])[:, None]
+        return found._replace(mask=found.mask & there, pooled=np.where(there, found.pooled, 0))
 
     def loss(params, fixed, batch, keys, *, train, gather):
         del gather
@@ -106,7 +131,7 @@ def text_to_image_task(
         tokens = batch.captions
         if train:
             dropped = jax.vmap(lambda key: jax.random.bernoulli(key, caption_dropout))(split[:, 0])
-            tokens = jnp.where(dropped[:, None], 0, tokens).astype(tokens.dtype)
+            tokens = dropped_where(dropped, tokens)
         target = generator.target(fixed["autoencoder"], to_images(batch.images, levels))
         found = generator.loss(params, target, read(fixed, tokens), batch.index, split[:, 1], train)
         return *found, {}
@@ -124,17 +149,19 @@ def text_to_image_task(
     def many(params, fixed, texts: Sequence[str], seed, how, spread: Parallel):
         """An image of each text: [N, H, W, C]."""
         at_once, found = spread.round_up(AT_ONCE), []
-        tokens = tokenize(texts, text.length)
-        for start in range(0, len(tokens), at_once):  # one shape, compiled once
+        empty = prepared([""] * at_once)
+        for start in range(0, len(texts), at_once):  # one shape, compiled once
             spread.breathe()
-            part = np.zeros((at_once, text.length), np.uint8)
-            part[: len(tokens) - start] = tokens[start : start + at_once]
-            rows = spread.rows(at_once)
-            told, nothing = (spread.shard(a[rows]) for a in (part, np.zeros_like(part)))
+            part = list(texts[start : start + at_once])
+            mine = spread.rows(at_once)
+            told, nothing = (
+                spread.shard(jax.tree.map(lambda a, m=mine: a[m], tree))
+                for tree in (prepared(part + [""] * (at_once - len(part))), empty)
+            )
             index = spread.indices(start, at_once)
             keys = example_keys(purpose_key(seed, SAMPLE), 0, index)
             found.append(fetch(draw(params, fixed, keys, told, nothing, how)))
-        return np.concatenate(found)[: len(tokens)]
+        return np.concatenate(found)[: len(texts)]
 
     @jax.jit
     def similarity(fixed, tokens, images):
@@ -212,9 +239,13 @@ def text_to_image_task(
         if request.prompt is None:
             raise UserError('this run draws what a text says: give --prompt="..."')
         told, instead = (
-            np.repeat(_one(words or "", text.length), len(keys), 0)
+            jax.tree.map(lambda a: np.repeat(a, len(keys), 0), prepared([words or ""]))
             for words in (request.prompt, request.negative_prompt)
         )
+        if parts.reader is None and size(request.prompt) > text.length:
+            _tell_once(
+                f"a prompt of {size(request.prompt)} bytes: only the first {text.length} are read"
+            )
         return draw(params, fixed, keys, told, instead, how)
 
     return Task(
@@ -222,19 +253,14 @@ def text_to_image_task(
     )  # fmt: skip
 
 
-def _one(words: str, length: int) -> UInt8[np.ndarray, "1 length"]:
-    """A prompt's tokens; that it is longer than they can be is told once."""
-    if size(words) > length:
-        _tell_once(f"a prompt of {size(words)} bytes: only the first {length} of them are read")
-    return tokenize([words], length)
-
-
 _tell_once = functools.cache(tell)
 
 
 def _texts(data: Data, count: int) -> list[str]:
-    captions = data.test.first(count)
-    return untokenize(captions.rows(np.arange(len(captions.images))).captions)
+    some = data.test.first(count)
+    if isinstance(some.captions, Encoded):
+        return list(some.captions.texts)
+    return untokenize(some.rows(np.arange(len(some.images))).captions)
 
 
 def _told(name: str, value: Average | None) -> dict[str, float]:

@@ -7,6 +7,7 @@ Not trained to its end yet: no figures.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -30,13 +31,16 @@ from ddpm_jax.config import (
     Training,
 )  # fmt: skip
 from ddpm_jax.data import shapes
+from ddpm_jax.data.loader import Data
 from ddpm_jax.drawing import Sampling
 from ddpm_jax.generation import Autoregressive, Generator, autoregressive, diffusion
 from ddpm_jax.metrics.alignment import judge
 from ddpm_jax.nn.codes import CodeTransformer
 from ddpm_jax.nn.dit import DiT
+from ddpm_jax.nn.text import SIZES
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.parts import load_part, with_parts
+from ddpm_jax.pretrained import encode, encoded, width_of
 from ddpm_jax.run import Loaded, Options
 from ddpm_jax.schedule import Spacing
 from ddpm_jax.tasks import Task
@@ -77,6 +81,10 @@ class Config(Training):
     latent: Annotated[int, FROM_PARTS] = 0
     ae_blocks: Annotated[int, FROM_PARTS] = 0
     codes: Annotated[int, FROM_PARTS] = 0
+    # Features of a frozen text encoder of somebody else's, a name or a folder that `transformers`
+    # knows, in the place of `text`'s, which then only tells figures; needs a finite data set.
+    pretrained: str = ""
+    width_of_features: Annotated[int, FROM_PARTS] = 0
     model: Literal["unet", "dit", "autoregressive"] = "unet"
     # The U-Net.
     channels: Count = 64
@@ -157,7 +165,9 @@ def parts(config: Config) -> Parts:
             "autoencoder": {"params": averaged(other, ours), "fixed": other.fixed},
         }
 
-    return Parts(text, latents(net, config.codes), blank, load)
+    reader = functools.partial(encode, config.pretrained) if config.pretrained else None
+    width = config.width_of_features or SIZES[config.text_size].width
+    return Parts(text, latents(net, config.codes), blank, load, width, reader)
 
 
 AUTOENCODER = ("ae_channels", "latent", "ae_blocks", "codes")
@@ -209,7 +219,15 @@ def prepare(config: Config, loaded: Loaded, options: Options) -> Config:
     text_encoder_shapes.check_captions(config)
     if config.text_size:
         return config
-    return with_parts(config, text=text_encoder_shapes, autoencoder=autoencoder_shapes)
+    config = with_parts(config, text=text_encoder_shapes, autoencoder=autoencoder_shapes)
+    if not config.pretrained:
+        return config
+    return dataclasses.replace(config, width_of_features=width_of(config.pretrained))
+
+
+def dress(config: Config, data: Data) -> Data:
+    """The data, with a pretrained encoder's features for captions if there is one."""
+    return encoded(config.pretrained, data) if config.pretrained else data
 
 
 def build(config: Config) -> Task:

@@ -47,7 +47,7 @@ def system(model="unet", **fields):
         read = randomised(text.init(jax.random.key(0), tokens, images))
         return {"text": read, "autoencoder": {"params": params, "fixed": fixed}}
 
-    parts = Parts(text, latents(net, codes), lambda: jax.eval_shape(trained), trained)
+    parts = Parts(text, latents(net, codes), lambda: jax.eval_shape(trained), trained, 64)
     task = text_to_image_task(
         generator_shapes.generator(config, parts), parts, DATA.shape, DATA.levels,
         caption_dropout=0.5, prompts=Prompts({"single": ["a red circle"] * 3}, align, (2.0,), 4),
@@ -137,7 +137,7 @@ def test_flags_that_mean_nothing_are_told():
 
 def test_an_autoregressive_model_needs_codes():
     config = generator_shapes.Config(model="autoregressive", latent=2, shape=DATA.shape)
-    parts = Parts(None, latents(Autoencoder(DATA.shape, (8, 8), 2), 0), None, None)
+    parts = Parts(None, latents(Autoencoder(DATA.shape, (8, 8), 2), 0), None, None, 64)
     with pytest.raises(UserError, match="quantised autoencoder"):
         generator_shapes.generator(config, parts)
 

@@ -131,7 +131,8 @@ def _decode(name: str, builder: Any) -> Data:
         parts = train, _read(name, builder, test, label, told)
     if told:
         needed = max(fitting(untokenize(part.captions)) for part in parts)
-        parts = tuple(part._replace(captions=part.captions[:, :needed]) for part in parts)
+        train, other = (part._replace(captions=part.captions[:, :needed]) for part in parts)
+        parts = train, other
     classes = tuple(getattr(features[label], "names", ())) if label else ()
     return Data(
         name=name,

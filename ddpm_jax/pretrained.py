@@ -1,0 +1,150 @@
+"""A frozen text encoder of somebody else's, by name: `pip install 'ddpm_jax[pretrained]'`.
+
+T5, CLIP, MiniLM and whatever else `transformers` loads by name, or from a folder, as an encoder of
+text.  It runs once for each caption of a data set; what it says is kept in the user's cache.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddpm_jax.data.loader import Data, Split, cache_dir
+from ddpm_jax.errors import UserError
+from ddpm_jax.progress import tell
+from ddpm_jax.tokens import untokenize
+
+LENGTH = 64  # tokens of a caption, in the encoder's own kind of token
+AT_ONCE = 64  # captions in one call
+
+
+class Features(NamedTuple):
+    """Of captions: of every token [N, LENGTH, D], which are text [N, LENGTH], pooled [N, D].
+
+    Indexed by rows or a slice, as an array is.
+    """
+
+    tokens: Any
+    mask: Any
+    pooled: Any
+
+    def at(self, rows: Any) -> "Features":
+        """Those of `rows`, in float32."""
+        tokens, mask, pooled = (array[rows] for array in self)
+        return Features(tokens.astype(np.float32), mask, pooled.astype(np.float32))
+
+
+class Encoded:
+    """A split's captions as an encoder's features, made when they are indexed."""
+
+    def __init__(self, texts: Sequence[str], features: Features, rows: np.ndarray) -> None:
+        self.texts, self._features, self._rows = texts, features, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: Any) -> Any:
+        if isinstance(rows, slice):
+            return Encoded(self.texts[rows], self._features, self._rows[rows])
+        return self._features.at(self._rows[rows])
+
+
+@functools.lru_cache(maxsize=2)
+def load_encoder(name: str) -> tuple[Any, Any]:
+    """(tokenizer, encoder) of a name or a folder.
+
+    Raises:
+      UserError: `transformers` or PyTorch is not installed, or the encoder cannot be had.
+    """
+    missing = [m for m in ("transformers", "torch") if importlib.util.find_spec(m) is None]
+    if missing:
+        raise UserError(
+            f"--config.pretrained={name} needs {' and '.join(missing)}: pip install "
+            "'ddpm_jax[pretrained]'"
+        )
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModel.from_pretrained(name, use_safetensors=True)  # no pickles
+    except Exception as error:  # of many kinds, from the hub's to the file system's
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--config.pretrained={name} cannot be loaded: {reason}") from None
+    if getattr(model.config, "is_encoder_decoder", False):
+        model = model.get_encoder()
+    return tokenizer, getattr(model, "text_model", model).eval()
+
+
+def width_of(name: str) -> int:
+    """How many features a token has."""
+    return int(load_encoder(name)[1].config.hidden_size)
+
+
+def encode(name: str, texts: Sequence[str]) -> Features:
+    """What the encoder says of `texts`; pooled is the mean over tokens.  Float16, on the host."""
+    import torch
+
+    tokenizer, model = load_encoder(name)
+    longest = min(LENGTH, getattr(tokenizer, "model_max_length", LENGTH))
+    found = []
+    for start in range(0, len(texts), AT_ONCE):
+        part = tokenizer(
+            list(texts[start : start + AT_ONCE]),
+            padding="max_length",
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            told = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
+        hidden, mask = told.last_hidden_state.numpy(), part["attention_mask"].numpy() > 0
+        shares = mask / np.maximum(mask.sum(1, keepdims=True), 1)
+        pooled = np.einsum("bl,bld->bd", shares, hidden)
+        found.append((hidden.astype(np.float16), mask, pooled.astype(np.float16)))
+    return Features(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+
+def encoded(name: str, data: Data) -> Data:
+    """`data` with features in the place of captions, computed once and kept.
+
+    Raises:
+      UserError: there are no captions, or too many of them.
+    """
+    if not data.caption_length:
+        raise UserError(f"data set {data.name} has no captions")
+    if len(data.train.images) > 10**7:
+        raise UserError(
+            f"--config.pretrained={name} reads every caption once, and {data.name} has no end of "
+            "them; give a data set that has"
+        )
+
+    def of(split: Split) -> Split:
+        texts = untokenize(split.captions[np.arange(len(split.images))])
+        different = sorted(set(texts))
+        place = {text: row for row, text in enumerate(different)}
+        rows = np.array([place[text] for text in texts])
+        return split._replace(captions=Encoded(texts, _kept(name, different), rows))
+
+    return data._replace(train=of(data.train), test=of(data.test))
+
+
+def _kept(name: str, texts: list[str]) -> Features:
+    """`encode`, from the cache if it is there."""
+    folder = pathlib.Path(name)
+    stamp = str(folder.stat().st_mtime_ns) if folder.is_dir() else ""
+    known = hashlib.sha256("\n".join([name, stamp, *texts]).encode()).hexdigest()[:24]
+    place = cache_dir() / "features" / known
+    names = [place.with_name(f"{known}_{field}.npy") for field in Features._fields]
+    if not all(path.exists() for path in names):
+        tell(f"reading {len(texts)} captions with {name}, once")
+        features = encode(name, texts)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for path, array in zip(names, features, strict=True):
+            draft = path.with_suffix(".tmp.npy")
+            np.save(draft, array)
+            draft.rename(path)  # whole or not at all
+    return Features(*(np.load(path, mmap_mode="r", allow_pickle=False) for path in names))

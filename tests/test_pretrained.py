@@ -1,0 +1,95 @@
+"""A pretrained text encoder, tried with one that is made here; needs torch and transformers."""
+
+import numpy as np
+import pytest
+
+from ddpm_jax import pretrained
+from ddpm_jax.data import loader
+from ddpm_jax.errors import UserError
+
+TEXTS = ["a red circle", "", "two blue squares above a green triangle"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny BERT with a word a token, saved as a hub's models are."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    place = tmp_path_factory.mktemp("encoder")
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a red circle two blue squares above green triangle"
+    (place / "vocab.txt").write_text("\n".join(words.split()))
+    config = transformers.BertConfig(
+        vocab_size=14, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(place)
+    transformers.BertTokenizerFast(str(place / "vocab.txt")).save_pretrained(place)
+    return str(place)
+
+
+def test_features_do_not_depend_on_the_batch_and_padding_is_none(folder):
+    together = pretrained.encode(folder, TEXTS)
+    assert together.tokens.shape == (3, pretrained.LENGTH, 16)
+    assert together.mask.sum(1).tolist() == [5, 2, 9]  # with a token at either end
+    for row, text in enumerate(TEXTS):
+        alone = pretrained.encode(folder, [text])
+        mask = alone.mask[0]
+        np.testing.assert_allclose(alone.tokens[0][mask], together.tokens[row][mask], atol=2e-3)
+        np.testing.assert_allclose(alone.pooled[0], together.pooled[row], atol=2e-3)
+
+
+def test_a_data_sets_captions_are_read_once(folder, monkeypatch):
+    data = loader.load("shapes")
+    data = data._replace(train=data.train.first(20), test=data.test.first(5))
+    found = pretrained.encoded(folder, data)
+    rows = np.array([3, 0, 3])
+    batch = loader.batch_of(found.train, rows, np.arange(3))
+    assert batch.captions.tokens.shape == (3, pretrained.LENGTH, 16)
+    assert batch.captions.tokens.dtype == np.float32
+    np.testing.assert_array_equal(batch.captions.tokens[0], batch.captions.tokens[2])
+    expected = pretrained.encode(folder, [found.train.captions.texts[3]])
+    np.testing.assert_allclose(batch.captions.pooled[0], expected.pooled[0], atol=2e-3)
+    assert found.test.first(2).captions.texts == found.test.captions.texts[:2]
+
+    def never(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(pretrained, "encode", never)
+    again = pretrained.encoded(folder, data)
+    np.testing.assert_array_equal(again.train.rows(rows).captions.mask, batch.captions.mask)
+
+
+def test_a_generation_model_is_trained_on_it(folder, launch, tmp_path):
+    names = ["red", "blue", "green"]
+    for number in range(30):
+        shade = np.eye(3, dtype=np.uint8)[number % 3] * 200 + 20
+        pixels = np.broadcast_to(shade, (16, 16, 3)).astype(np.uint8)
+        place = tmp_path / "images" / f"{number}.png"
+        place.parent.mkdir(exist_ok=True)
+        from PIL import Image
+
+        Image.fromarray(pixels).save(place)
+        place.with_suffix(".txt").write_text(f"a {names[number % 3]} circle")
+    data = f"--config.data=folder:{tmp_path / 'images'}"
+    for part in ("text_encoder", "autoencoder"):
+        result = launch(f"--experiment={part}_shapes", "--debug", data)
+        assert result.returncode == 0, result.stderr
+    result = launch(
+        "--experiment=generator_shapes", "--debug", data, f"--config.pretrained={folder}",
+        f"--config.text={tmp_path}/runs/text_encoder_shapes-debug",
+        f"--config.autoencoder={tmp_path}/runs/autoencoder_shapes-debug",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "captions with" in result.stderr
+    result = launch(
+        "--mode=sample", "--experiment=generator_shapes", "--debug", "--prompt=a red circle",
+        "--num_samples=2", f"--out={tmp_path / 'out.npz'}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_endless_set_and_a_missing_encoder_are_told_in_one_line(folder):
+    with pytest.raises(UserError, match="has no end"):
+        pretrained.encoded(folder, loader.load("shapes"))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        pretrained.load_encoder("/nowhere/at/all")
