@@ -50,7 +50,7 @@ class Config(Training):
     """See `python launch.py --experiment=autoencoder_shapes --help`."""
 
     data: str = "shapes"
-    steps: Length = 12_000
+    steps: Length = 9000
     batch_size: Count = 16
     learning_rate: Positive = 3e-3
     warmup: Annotated[int, AtLeast(0)] = 100
@@ -61,8 +61,8 @@ class Config(Training):
     checkpoint_every: Interval = 1000
     ae_channels: tuple[Count, ...] = (32, 128)  # of each level; each makes images half as large
     latent: Count = 4  # channels
-    ae_blocks: Count = 2
-    kl_weight: NonNegative = 1e-6
+    ae_blocks: Count = 1
+    kl_weight: NonNegative = 1e-4
     codes: Annotated[int, AtLeast(0)] = 0  # of the codebook; 0: Gaussian latents
     commitment: NonNegative = 0.25
     text: Annotated[str, MAY_CHANGE] = "none"  # a text encoder's run, to tell distances with

@@ -3,13 +3,11 @@
     python launch.py --experiment=ddpm_mnist
 
 `ddpm_digits`'s U-Net (1.0 M parameters) behind a folding of 2x2 pixels, trained on the error
-of v, 5,000 steps of 64 images.  Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, in
-43 minutes from nothing, with tests and another training beside it nearly all the time and
-four more averages kept (not timed alone): 2 minutes of it train the classifier that judges,
-once for all runs, and 2 evaluate.  Alone on the machine it took 2.9 steps/s, 29 minutes for
-all of them (over the first 500 steps of a run that later had company).  2,000 images,
-DPM-Solver++(2M) in 20 steps, guidance 1.2; beside them an earlier run on the error of eps
-(`--config.weight=simple`, 38 min 22 s):
+of v, 5,000 steps of 64 images.  Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, in 32 min
+53 s from nothing, the data prepared but not decoded: the classifier that judges, once for all
+runs, 67 s of it, the evaluation 3 minutes, 3.2 steps/s (checks of other code beside it for
+some minutes, at low priority).  2,000 images, DPM-Solver++(2M) in 20 steps, guidance 1.2; beside
+them an earlier run on the error of eps (`--config.weight=simple`, 38 min 22 s):
 
                                                                      v       eps
     recognised by classifier_mnist                                   98.5    97.0 %

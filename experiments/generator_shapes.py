@@ -61,7 +61,7 @@ class Config(Training):
     """See `python launch.py --experiment=generator_shapes --help`."""
 
     data: str = "shapes"
-    steps: Length = 7000
+    steps: Length = 5000
     batch_size: Count = 32
     learning_rate: Positive = 1e-3
     warmup: Annotated[int, AtLeast(0)] = 200

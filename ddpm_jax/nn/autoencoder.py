@@ -2,9 +2,10 @@
 
 The shape of latent diffusion's (Rombach et al. 2022, app. E): residual blocks, halved or doubled
 between levels.  The first two pixels either way are folded into channels, so that nothing runs at
-an image's full size.  There are no norms: a group norm takes away what is the same all over an
-image, which of flat images is most of it (measured on `shapes`, in 300 steps: 25.3 dB without
-norms, 22.8 with a layer norm of each place; with group norms 24.5 in as many).
+an image's full size.  There is no group norm, which takes away what is the same all over an image,
+and of flat images that is most: on `shapes`, after 300 steps of 64 images, 24.5 dB with group
+norms and 25.3 with none.  With none, training broke down at a learning rate of 3e-3; the root mean
+square of each place, before a block, keeps it on its way.
 """
 
 from typing import Any
@@ -18,16 +19,19 @@ from ddpm_jax.nn.layers import fold, unfold
 
 
 class Residual(nn.Module):
-    """x + two 3x3 convolutions, each behind a swish."""
+    """x + two 3x3 convolutions, each behind a swish, of x over its size; at first x."""
 
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
-        h = x
-        for number in (1, 2):
-            h = nn.Conv(x.shape[-1], (3, 3), dtype=self.dtype, name=f"conv_{number}")(nn.swish(h))
-        return x + h
+        def conv(h: Array, name: str, init: Any) -> Array:
+            made = nn.Conv(x.shape[-1], (3, 3), kernel_init=init, dtype=self.dtype, name=name)
+            return made(nn.swish(h))
+
+        h = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name="norm")(x).astype(x.dtype)
+        h = conv(h, "conv_1", nn.initializers.lecun_normal())
+        return x + conv(h, "conv_2", nn.initializers.zeros)
 
 
 class Autoencoder(nn.Module):
@@ -38,7 +42,7 @@ class Autoencoder(nn.Module):
       channels: of each level, from the image on: f = 2^levels.
       latent: channels of z.
       blocks: residual blocks a level, either way.
-      dtype: of the computation, but for z and the image.
+      dtype: of the computation, but for norms, z and the image.
     """
 
     shape: tuple[int, int, int]
