@@ -189,8 +189,11 @@ def text_to_image_task(
         captions = _texts(data, prompts.draw if full else QUICK)
         one = functools.partial(many, params, fixed, seed=seed, spread=spread)
         how = generator.requested(Request())
-        rows = [(caption, one([caption] * SHOWN[1], how=how)) for caption in _texts(data, SHOWN[0])]
-        pictures = {"samples": report.captioned(rows)}
+        rows, each = SHOWN
+        some = _texts(data, rows)
+        sheet = one([caption for caption in some for _ in range(each)], how=how)
+        parts_of = [sheet[at : at + each] for at in range(0, len(sheet), each)]
+        pictures = {"samples": report.captioned(list(zip(some, parts_of, strict=True)))}
         if not full:
             drawn = one(captions, how=how)
             metrics |= _told("test/aligned", aligned(drawn, captions))
