@@ -131,7 +131,7 @@ def help_text(arguments: list[str]) -> str:
         if isinstance(flag, flags.EnumFlag) and name != "experiment":
             choices = " " + "|".join(flag.parser.enum_values)
         default = "" if flag.default in (None, False) else f" (default {flag.default})"
-        lines.append(f"  --{name:<12}{flag.help}{choices}{default}")
+        lines.append(f"  --{name:<17}{flag.help}{choices}{default}")
     lines += ["  --config.FIELD=VALUE  Override a field of the experiment's Config.", ""]
     lines.append("experiments:")
     for name in EXPERIMENTS:

@@ -190,10 +190,10 @@ def text_to_image_task(
         one = functools.partial(many, params, fixed, seed=seed, spread=spread)
         how = generator.requested(Request())
         rows, each = SHOWN
-        some = _texts(data, rows)
-        sheet = one([caption for caption in some for _ in range(each)], how=how)
+        asked = _texts(data, rows)
+        sheet = one([caption for caption in asked for _ in range(each)], how=how)
         parts_of = [sheet[at : at + each] for at in range(0, len(sheet), each)]
-        pictures = {"samples": report.captioned(list(zip(some, parts_of, strict=True)))}
+        pictures = {"samples": report.captioned(list(zip(asked, parts_of, strict=True)))}
         if not full:
             drawn = one(captions, how=how)
             metrics |= _told("test/aligned", aligned(drawn, captions))

@@ -2,10 +2,9 @@
 
 An exact judge: it knows how the set is drawn (`ddpm_jax/data/shapes.py`), and nothing is trained.
 Connected parts that are not of the background's colour are shapes; each is of the kind whose
-drawing in its box covers the same pixels best.
+drawing, of the same area and centre of mass, covers the same pixels best.
 """
 
-import functools
 import re
 from typing import NamedTuple
 
@@ -27,7 +26,9 @@ from ddpm_jax.data.shapes import (
 
 APART = 60.0  # of 255: how far from the background's a shape's colour is
 FAR = 80.0  # of 255: how far a shape's colour may be from the one that it is called after
-FIT = 0.06  # mean squared error of what a shape covers, of that of the kind it is called after
+FIT = 0.1  # squared error of what a shape covers, of the kind it is called after, over its area
+AREA = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # over the width's square
+CENTRE = {"circle": 1 / 2, "square": 1 / 2, "triangle": 2 / 3}  # of mass, from the top, over width
 UNCLEAR = "unclear"
 LEAST = 12.0  # pixels of 32 x 32 that a shape covers, at the least
 BETWEEN = 9.75  # pixels of 32: where small is parted from large
@@ -134,34 +135,28 @@ def _nearest(colour: np.ndarray, among: dict[str, tuple[int, int, int]]) -> str:
 
 
 def _fit(colour: str, cover: np.ndarray, scale: float) -> Shape:
-    """The kind, and the box, whose drawing covers what `cover` does best."""
-    columns, rows = cover.max(0), cover.max(1)
-    left, top = int((columns > 0.5).argmax()), int((rows > 0.5).argmax())
-    right = len(columns) - int((columns[::-1] > 0.5).argmax())
-    bottom = len(rows) - int((rows[::-1] > 0.5).argmax())
-    width, height = right - left, bottom - top
-    best: tuple[float, str] = (np.inf, "")
-    window = np.pad(cover, 4)[top + 2 : bottom + 6, left + 2 : right + 6]  # two pixels more
+    """The kind whose drawing, of one area and centre of mass with `cover`, is likest to it."""
+    place = np.arange(len(cover)) + 0.5
+    area = cover.sum()
+    x, y = (cover.sum(0) @ place) / area, (cover.sum(1) @ place) / area
+    found = []
     for kind in KINDS:
-        for grow_x in (-0.5, 0.0, 0.5):
-            for grow_y in (-0.5, 0.0, 0.5):
-                shown = _template(kind, width, height, grow_x, grow_y)
-                best = min(best, (float(np.square(window - shown).mean()), kind))
-    kind = best[1] if best[0] <= FIT else UNCLEAR
-    return Shape(colour, kind, left / scale, top / scale, (width + height) / 2 / scale)
+        width = np.sqrt(area / AREA[kind])
+        left, top = x - width / 2, y - width * CENTRE[kind]
+        apart = np.square(cover - _drawn(kind, left, top, width, len(cover))).sum() / area
+        found.append((apart, Shape(colour, kind, left / scale, top / scale, width / scale)))
+    apart, best = min(found)
+    return best if apart <= FIT else best._replace(kind=UNCLEAR)
 
 
-@functools.lru_cache(4096)
-def _template(
-    kind: str, width: int, height: int, grow_x: float, grow_y: float
-) -> Float[np.ndarray, "rows columns"]:
-    """How much a shape covers of the pixels of its box and of two pixels around it."""
+def _drawn(
+    kind: str, left: float, top: float, width: float, side: int
+) -> Float[np.ndarray, "side side"]:
+    """How much of every pixel a shape covers."""
     from PIL import Image, ImageDraw
 
-    image = Image.new("L", ((width + 4) * OVERSAMPLE, (height + 4) * OVERSAMPLE))
-    x, y = grow_x * OVERSAMPLE / 2, grow_y * OVERSAMPLE / 2
-    left, top = 2 * OVERSAMPLE - x, 2 * OVERSAMPLE - y
-    right = (2 + width) * OVERSAMPLE + x - 1
-    bottom = (2 + height) * OVERSAMPLE + y - 1
-    draw_shape(ImageDraw.Draw(image), kind, (left, top, right, bottom), 255)
+    image = Image.new("L", (side * OVERSAMPLE,) * 2)
+    box = tuple(a * OVERSAMPLE for a in (left, top, left + width, top + width))
+    box = (box[0], box[1], box[2] - 1, box[3] - 1)
+    draw_shape(ImageDraw.Draw(image), kind, box, 255)
     return np.asarray(image.reduce(OVERSAMPLE), np.float64) / 255
