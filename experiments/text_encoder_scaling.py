@@ -18,7 +18,7 @@ import types
 from typing import Annotated, Any
 
 from ddpm_jax import report
-from ddpm_jax.config import MAY_CHANGE, Count, Length, Training, marked
+from ddpm_jax.config import MAY_CHANGE, Count, Length, marked
 from ddpm_jax.parallel import is_main
 from ddpm_jax.run import Options, from_data, load_data, opened, record_of, train_experiment
 from experiments import autoencoder_shapes, generator_shapes, text_encoder_shapes
@@ -35,7 +35,7 @@ DEBUG = dict(
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Training):
+class Config:
     """See `python launch.py --experiment=text_encoder_scaling --help`."""
 
     data: str = "shapes"

@@ -17,7 +17,7 @@ import shutil
 import types
 from typing import Annotated, Any, Literal
 
-from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Length, Training, marked
+from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Length, marked
 from ddpm_jax.parallel import is_main
 from ddpm_jax.run import Options, from_data, load_data, opened, record_of, train_experiment
 from experiments import autoencoder_shapes, generator_shapes, text_encoder_shapes
@@ -28,8 +28,8 @@ DEBUG = dict(text_steps=6, autoencoder_steps=6, steps=6, text_size="tiny")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Training):
-    """See `--help`; each part's other fields are its own experiment's."""
+class Config:
+    """See `--help`; each part's other fields are of its own experiment."""
 
     data: str = "shapes"
     text_steps: Length = text_encoder_shapes.Config().steps

@@ -178,7 +178,11 @@ def test_a_folders_captions_are_read_beside_its_images(tmp_path, way):
     assert data.caption_length == 32
     again = loader.load(f"folder:{tmp_path}")  # from the cache
     np.testing.assert_array_equal(again.train.captions, data.train.captions)
-    (tmp_path / "sub" / "0.txt").write_text("another")
+    if way == "txt":
+        (tmp_path / "sub" / "0.txt").write_text("another")
+    else:
+        lines[0] = lines[0].replace("picture", "drawing")
+        (tmp_path / "sub" / "metadata.jsonl").write_text("\n".join(lines))
     assert loader.load(f"folder:{tmp_path}").fingerprint != data.fingerprint
 
 

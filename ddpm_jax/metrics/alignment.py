@@ -144,7 +144,8 @@ def _fit(colour: str, cover: np.ndarray, scale: float) -> Shape:
         width = np.sqrt(area / AREA[kind])
         left, top = x - width / 2, y - width * CENTRE[kind]
         apart = np.square(cover - _drawn(kind, left, top, width, len(cover))).sum() / area
-        found.append((apart, Shape(colour, kind, left / scale, top / scale, width / scale)))
+        box = (float(length / scale) for length in (left, top, width))
+        found.append((apart, Shape(colour, kind, *box)))
     apart, best = min(found)
     return best if apart <= FIT else best._replace(kind=UNCLEAR)
 
