@@ -3,7 +3,24 @@
     python launch.py --experiment=generator_shapes --config.text=DIR --config.autoencoder=DIR
     python launch.py --experiment=generator_shapes --config.model=autoregressive ...
 
-Not trained to its end yet: no figures.
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0: the U-Net of 4.3 M parameters, 5,000 steps
+of 32 images at 3.5 steps/s, 24 min, with tests at low priority beside it.  DPM-Solver++(2M), 20
+steps; 64 prompts of each kind, 128 images of test captions.  Far from done: colours and places of
+single shapes come first, and which colour belongs to which of two shapes has hardly been learned.
+
+    guidance                                              2               4
+    as the prompt says: one shape                      36 +- 6         19 +- 5 %
+    the same of held-out colours of shapes              9 +- 4          9 +- 4
+    two shapes and their relation                       0               0
+    CLIP score (of test images: 79.4)                71.7 +- 1.2     73.5 +- 1.0
+    Frechet distance, text_encoder (of as many
+    training images: 0.096)                           0.080           0.092
+
+    python launch.py --mode=eval --workdir=DIR --config.draw=128 --config.prompts=64
+        --config.scales=4
+
+(what was drawn at 1,000, 2,000 and 4,000 steps: 2, 6 and 13 % of 64 test captions).  The DiT and
+the autoregressive model are not trained to their end yet.
 """
 
 import dataclasses

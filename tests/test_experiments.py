@@ -20,7 +20,17 @@ DATA = dict.fromkeys(
 WHOLE = "text_to_image_shapes"  # whose parts a generation model stands on
 
 
-@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name != "generator_shapes"])
+LONG = ("text_encoder_scaling",)  # five runs
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
+        for name in EXPERIMENTS
+        if name != "generator_shapes"
+    ],
+)
 def test_an_experiment_under_debug_ends_in_seconds(experiment, launch, tmp_path):
     debugs(experiment, launch, tmp_path, *([DATA[experiment]] if experiment in DATA else []))
     if experiment == WHOLE:

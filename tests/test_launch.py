@@ -191,7 +191,7 @@ def expect_one_line(result, says):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "--experiment=NAME is missing; there are: beta_vae_mnist"),
+        ([], "--experiment=NAME is missing; there are: autoencoder_shapes"),
         (["--experiment=vae_mnits"], 'no "vae_mnits"; did you mean "vae_mnist"'),
         (["--experiment="], "--experiment"),
         (["vae_mnist"], '"vae_mnist" is no flag'),

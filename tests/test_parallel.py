@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from ddpm_jax import parallel, train
 from ddpm_jax.checkpoint import open_checkpoints
-from ddpm_jax.config import Training
+from ddpm_jax.config import FROM_PARTS, Training, marked
 from ddpm_jax.data import loader
 from ddpm_jax.data.loader import Batch
 from ddpm_jax.errors import UserError
@@ -221,6 +221,13 @@ def shapes_of(name):
     config = module.Config()
     shape = {"cifar10": (32, 32, 3), "mnist": (28, 28, 1)}.get(name.split("_")[-1], (8, 8, 1))
     config = dataclasses.replace(config, shape=shape)
+    if name.endswith("_shapes"):
+        given = {"shape": (32, 32, 3), "levels": 256, "caption_length": 96}
+        for part in ("text_encoder_shapes", "autoencoder_shapes"):
+            theirs = dataclasses.asdict(importlib.import_module(f"experiments.{part}").Config())
+            given |= {field: theirs[field] for field in marked(config, FROM_PARTS) & set(theirs)}
+        fields = {field.name for field in dataclasses.fields(config)}
+        config = dataclasses.replace(config, **{f: v for f, v in given.items() if f in fields})
     if hasattr(config, "judge"):
         config = dataclasses.replace(config, judge="none")
     return train.state_shapes(module.build(config), config)

@@ -1,5 +1,6 @@
 """Text to image: guidance between two captions, two generation models, and the command line."""
 
+import functools
 import json
 import shutil
 
@@ -23,6 +24,7 @@ DATA = loader.load("shapes")
 CODES = 12
 
 
+@functools.cache
 def system(model="unet", **fields):
     """(task, params, fixed) of a small system whose every parameter is drawn."""
     codes = CODES if model == "autoregressive" else 0
@@ -74,7 +76,10 @@ def draw(it, **request):
     return np.asarray(task.sample(params, fixed, KEYS, Request(**request)))
 
 
-@pytest.mark.parametrize("model", ["unet", "dit", "autoregressive"])
+SLOW = pytest.param("dit", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("model", ["unet", SLOW, "autoregressive"])
 def test_guidance_leads_from_the_empty_caption_to_the_prompt(model):
     it = system(model)
     conditional = draw(it, prompt=PROMPT, guidance=1.0)
@@ -108,6 +113,7 @@ def test_training_drops_captions_and_evaluation_does_not():
     np.testing.assert_allclose(np.where(dropped, untold, told), trained, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_evaluation_tells_of_every_set_and_scale():
     task, params, fixed = system()
     data = DATA._replace(test=DATA.test.first(8))
