@@ -4,8 +4,7 @@
 
 Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, in 4 min 38 s: 1,000 steps of 128 pairs;
 of 2,048 test pairs, half of them with a held-out combination, 82.3 +- 0.8 % of captions find their
-image among 64 (many captions tell neither size nor background, so that several fit).  The size
-`small` takes some five times as long.
+image among 64 (many captions tell neither size nor background, so that several fit).
 """
 
 import dataclasses
