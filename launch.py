@@ -168,6 +168,25 @@ def prompts_of(file: str) -> tuple[str, ...]:
     return prompts
 
 
+def recorded(workdir: pathlib.Path, name: str | None = None) -> dict:
+    """The record of the run in `workdir`.
+
+    Raises:
+      UserError: there is none, of the experiment `name` if that is given, or of no known one.
+    """
+    from ddpm_jax.rundir import read_record
+
+    record = read_record(workdir)
+    if record is None:
+        raise UserError(f"there is no run in {workdir}; train one, or give its --workdir")
+    found = record["experiment"]
+    if name not in (None, found):
+        raise UserError(f"{workdir} holds a run of {found}, not of {name}")
+    if found not in EXPERIMENTS:
+        raise UserError(f"{workdir} holds a run of {found}, which experiments/ has no file of")
+    return record
+
+
 def load_experiment(name: str):
     """The module of experiments/NAME.py."""
     sys.path.insert(0, str(HERE))
@@ -186,7 +205,6 @@ def main(arguments: list[str]) -> None:
         if FLAGS[name].present and not sampling:
             raise UserError(f"--{name} goes with --mode=sample")
     from ddpm_jax.config import MAY_CHANGE, marked, override, restore
-    from ddpm_jax.rundir import read_record
 
     name, record = FLAGS.experiment, None
     workdir = pathlib.Path(FLAGS.workdir).expanduser() if FLAGS.workdir else None
@@ -195,25 +213,12 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--mode={FLAGS.mode} needs --workdir=DIR or --experiment=NAME")
         if workdir is None:
             workdir = pathlib.Path("runs") / (name + "-debug" * FLAGS.debug)
-        record = read_record(workdir)
-        if record is None:
-            raise UserError(f"there is no run in {workdir}; train one, or give its --workdir")
-        if name not in (None, record["experiment"]):
-            raise UserError(f"{workdir} holds a run of {record['experiment']}, not of {name}")
-        name = record["experiment"]
-        if name not in EXPERIMENTS:
-            raise UserError(f"{workdir} holds a run of {name}, which experiments/ has no file of")
-        part = getattr(load_experiment(name), "DRAWS", None)
+        record = recorded(workdir, name)
+        part = getattr(load_experiment(record["experiment"]), "DRAWS", None)
         if part is not None:  # of a run of several parts, the one that draws
             workdir = workdir / part
-            record = read_record(workdir)
-            if record is None:
-                raise UserError(
-                    f"there is no run in {workdir} yet; the same command without --mode"
-                )
-            name = record["experiment"]
-            if name not in EXPERIMENTS:
-                raise UserError(f"{workdir} holds a run of {name}, of no file of experiments/")
+            record = recorded(workdir)
+        name = record["experiment"]
     if name is None:
         raise UserError(f"--experiment=NAME is missing; there are: {', '.join(EXPERIMENTS)}")
     workdir = workdir or pathlib.Path("runs") / (name + "-debug" * FLAGS.debug)

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -137,22 +138,34 @@ def curves(path: pathlib.Path, lines: Iterable[dict], title: str) -> None:
     figure.savefig(path, dpi=100)
 
 
+def _axis(wide: float, high: float) -> tuple[Any, Any]:
+    """A figure of so many inches, and its one axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(wide, high), dpi=100, layout="tight")
+    return figure, figure.subplots()
+
+
+def _pixels(figure: Any) -> UInt8[np.ndarray, "h w c"]:
+    """A figure as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
 def lines(
     x: Float[np.ndarray, "points"], ys: dict[str, np.ndarray], xlabel: str, title: str
 ) -> UInt8[np.ndarray, "h w c"]:
     """Curves over one axis, as a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), dpi=100, layout="tight")
-    canvas, axis = FigureCanvasAgg(figure), figure.subplots()
+    figure, axis = _axis(6, 4)
     for name, y in ys.items():
         axis.plot(x, y, ".-" if len(x) < 30 else "-", label=name)
     axis.set_xlabel(xlabel)
     axis.set_title(title)
     axis.legend()
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return _pixels(figure)
 
 
 def paths(
@@ -161,11 +174,7 @@ def paths(
     title: str,
 ) -> UInt8[np.ndarray, "h w c"]:
     """Lines through points (x, y), each with its word beside it, as a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 4.5), dpi=100, layout="tight")
-    canvas, axis = FigureCanvasAgg(figure), figure.subplots()
+    figure, axis = _axis(6.5, 4.5)
     for name, (x, y, words) in lines.items():
         axis.plot(x, y, "o-", label=name)
         for word, *place in zip(words, x, y, strict=True):
@@ -178,8 +187,7 @@ def paths(
     axis.margins(0.1)
     if len(lines) > 1:
         axis.legend()
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return _pixels(figure)
 
 
 def table(rows: list[tuple[str, str]], title: str) -> str:

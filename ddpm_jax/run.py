@@ -160,6 +160,11 @@ def from_data(config: Any, data: Data) -> Any:
     return dataclasses.replace(config, **{name: known[name] for name in names})
 
 
+def own_config(experiment: types.ModuleType, debug: bool, **fields: Any) -> Any:
+    """An experiment's config for one that trains it in passing, with `fields`; tiny to debug."""
+    return experiment.Config(**{**(experiment.DEBUG if debug else {}), **fields})
+
+
 def record_of(name: str, config: Any, loaded: Loaded, options: Options) -> dict[str, Any]:
     """What config.json says of a run."""
     return {
@@ -322,7 +327,7 @@ def sample_experiment(
     task = experiment.build(config)
     key = purpose_key(options.seed, SAMPLE)
     spread = devices.make(options.parallel)
-    params, size = train.averaged(state, config), spread.round_up(min(SAMPLE_BATCH, count))
+    params, size = train.averaged(state, config), spread.round_up(SAMPLE_BATCH)
 
     def draw(request: Request) -> np.ndarray:
         parts = []
@@ -331,7 +336,8 @@ def sample_experiment(
             parts.append(devices.fetch(task.sample(params, state.fixed, keys, request)))
         return np.concatenate(parts)[:count]
 
-    rows = [draw(request._replace(prompt=prompt)) for prompt in prompts or (request.prompt,)]
+    texts: tuple[Any, ...] = prompts or (request.prompt,)
+    rows = [draw(request._replace(prompt=text)) for text in texts]
     images = np.concatenate(rows)
 
     def write() -> None:
@@ -339,10 +345,9 @@ def sample_experiment(
             if out.suffix == ".npz":
                 told: Any = {"prompts": np.repeat(prompts, count)} if prompts else {}
                 np.savez_compressed(out, images=report.to_uint8(images), **told)
-            elif request.prompt is None and not prompts:
+            elif texts == (None,):
                 report.save_png(out, report.grid(images))
             else:
-                texts = prompts or (request.prompt or "",)
                 report.save_png(out, report.captioned(list(zip(texts, rows, strict=True))))
         except OSError as error:
             raise UserError(f"cannot write {out}: {error.strerror}") from None

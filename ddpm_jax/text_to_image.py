@@ -251,9 +251,7 @@ def text_to_image_task(
             )
         return draw(params, fixed, keys, told, instead, how)
 
-    return Task(
-        init, loss, lambda fixed, statistics: fixed, evaluate, sample, load=load
-    )  # fmt: skip
+    return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample, load=load)
 
 
 _tell_once = functools.cache(tell)

@@ -15,8 +15,6 @@ import functools
 import pathlib
 from typing import Annotated, Literal
 
-import jax.numpy as jnp
-
 from ddpm_jax.autoencoder import autoencoder_task
 from ddpm_jax.classifier import Judge
 from ddpm_jax.config import (
@@ -79,7 +77,7 @@ def network(config) -> Autoencoder:
         config.ae_channels,
         config.latent,
         config.ae_blocks,
-        inside(config.precision) and jnp.dtype(config.precision),
+        inside(config.precision),
     )
 
 

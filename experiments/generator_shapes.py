@@ -134,12 +134,13 @@ class Config(Training):
     prompts: Length = 128  # of each kind that the exact judge sees
 
 
-SETS = {
-    "single": "single",
-    "single_held_out": "single held out",
-    "relation": "relation",
-    "relation_held_out": "relation held out",
-}
+SETS = (
+    "single",
+    "single held out",
+    "relation",
+    "relation held out",
+)  # `shapes.scene`'s
+AUTOENCODER = ("ae_channels", "latent", "ae_blocks", "codes")  # its fields that follow from it
 
 
 def aligned(images: Any, captions: Sequence[str]) -> np.ndarray:
@@ -153,8 +154,10 @@ def prompts(config: Config) -> Prompts:
     if config.data.partition(":")[0] != "shapes":
         return Prompts(scales=scales, draw=draw)
     sets = {
-        name: [shapes.scene("prompts", i, only).caption for i in range(config.prompts)]
-        for name, only in SETS.items()
+        only.replace(" ", "_"): [
+            shapes.scene("prompts", i, only).caption for i in range(config.prompts)
+        ]
+        for only in SETS
     }
     return Prompts(sets, aligned, scales, draw)
 
@@ -185,9 +188,6 @@ def parts(config: Config) -> Parts:
     reader = functools.partial(encode, config.pretrained) if config.pretrained else None
     width = config.width_of_features or SIZES[config.text_size].width
     return Parts(text, latents(net, config.codes), blank, load, width, reader)
-
-
-AUTOENCODER = ("ae_channels", "latent", "ae_blocks", "codes")
 
 
 def generator(config: Config, standing_on: Parts) -> Generator:

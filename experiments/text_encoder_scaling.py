@@ -20,7 +20,15 @@ from typing import Annotated, Any
 from ddpm_jax import report
 from ddpm_jax.config import MAY_CHANGE, Count, Length, marked
 from ddpm_jax.parallel import is_main
-from ddpm_jax.run import Options, from_data, load_data, opened, record_of, train_experiment
+from ddpm_jax.run import (
+    Options,
+    from_data,
+    load_data,
+    opened,
+    own_config,
+    record_of,
+    train_experiment,
+)
 from experiments import autoencoder_shapes, generator_shapes, text_encoder_shapes
 from experiments.text_encoder_shapes import TextSize
 
@@ -55,8 +63,7 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
     workdir = workdir.absolute()
 
     def train(name: str, experiment: types.ModuleType, **fields: Any) -> dict | None:
-        debug = experiment.DEBUG if options.debug else {}
-        own = experiment.Config(**{**debug, "data": config.data, **fields})
+        own = own_config(experiment, options.debug, data=config.data, **fields)
         return train_experiment(experiment, own, workdir / name, options, loaded)
 
     with opened(workdir, record, marked(config, MAY_CHANGE)):

@@ -10,8 +10,6 @@ image among 64 (many captions tell neither size nor background, so that several 
 import dataclasses
 from typing import Annotated, Literal
 
-import jax.numpy as jnp
-
 from ddpm_jax.config import (
     AtLeast,
     CaptionLength,
@@ -62,7 +60,7 @@ def network(config) -> DualEncoder:
         config.caption_length,
         config.tower_channels,
         config.joint,
-        inside(config.precision) and jnp.dtype(config.precision),
+        inside(config.precision),
     )
 
 

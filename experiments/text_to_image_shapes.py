@@ -17,17 +17,24 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import types
 from typing import Annotated, Any, Literal
 
 from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Length, marked
 from ddpm_jax.parallel import is_main
-from ddpm_jax.run import Options, from_data, load_data, opened, record_of, train_experiment
+from ddpm_jax.run import (
+    Options,
+    from_data,
+    load_data,
+    opened,
+    own_config,
+    record_of,
+    train_experiment,
+)
 from experiments import autoencoder_shapes, generator_shapes, text_encoder_shapes
 from experiments.text_encoder_shapes import TextSize
 
 DRAWS = "generator"  # the part that `--mode=sample` and `--mode=eval` are about
-DEBUG = dict(text_steps=6, autoencoder_steps=6, steps=6, text_size="tiny")
+DEBUG = dict(text_steps=6, autoencoder_steps=6, steps=6, text_size="tiny", channels=8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,47 +58,32 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
     config = from_data(config, loaded.data)
     record = record_of("text_to_image_shapes", config, loaded, options)
     with opened(workdir, record, marked(config, MAY_CHANGE)):
-        places = {part: workdir.absolute() / part for part in ("text", "autoencoder", "generator")}
-
-        def train(part: str, experiment: types.ModuleType, **fields: Any) -> dict | None:
-            debug = experiment.DEBUG if options.debug else {}
-            own = experiment.Config(**{**debug, "data": config.data, **fields})
-            return train_experiment(experiment, own, places[part], options, loaded)
-
-        shared = dict(text=str(places["text"]))
-        plan = (
-            (
-                "text",
-                text_encoder_shapes,
-                dict(steps=config.text_steps, text_size=config.text_size),
-            ),
-            (
-                "autoencoder",
-                autoencoder_shapes,
-                dict(steps=config.autoencoder_steps, codes=config.codes, **shared),
-            ),
-            (
-                "generator",
-                generator_shapes,
-                dict(
-                    steps=config.steps,
-                    model=config.model,
-                    guidance=config.guidance,
-                    autoencoder=str(places["autoencoder"]),
-                    **({} if options.debug else dict(channels=config.channels)),
-                    **shared,
-                ),
-            ),
+        places = {part: str(workdir.absolute() / part) for part in ("text", "autoencoder")}
+        text: dict[str, Any] = dict(steps=config.text_steps, text_size=config.text_size)
+        autoencoder: dict[str, Any] = dict(
+            steps=config.autoencoder_steps, codes=config.codes, text=places["text"]
+        )
+        generator: dict[str, Any] = dict(
+            steps=config.steps,
+            model=config.model,
+            channels=config.channels,
+            guidance=config.guidance,
+            **places,
         )
         found = {}
-        for part, experiment, fields in plan:
-            summary = train(part, experiment, **fields)
+        for part, experiment, fields in (
+            ("text", text_encoder_shapes, text),
+            ("autoencoder", autoencoder_shapes, autoencoder),
+            ("generator", generator_shapes, generator),
+        ):
+            own = own_config(experiment, options.debug, data=config.data, **fields)
+            summary = train_experiment(experiment, own, workdir / part, options, loaded)
             if summary is None:  # asked to stop
                 return
             found[part] = summary
         if is_main():
             (workdir / "images").mkdir(exist_ok=True)
-            for picture in (places["generator"] / "images").glob("*[a-z].png"):
+            for picture in (workdir / DRAWS / "images").glob("*[a-z].png"):
                 shutil.copy(picture, workdir / "images")
             path = workdir / "summary.json"
             path.write_text(

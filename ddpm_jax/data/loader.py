@@ -275,19 +275,20 @@ def _read_decoded(place: pathlib.Path, stamp: str) -> Data | None:
         meta = json.loads((place / "meta.json").read_text())
         if meta.pop("stamp") != stamp:
             return None
-        train, test = (
-            Split(
-                np.load(place / f"{split}_images.npy", mmap_mode="r", allow_pickle=False),
-                np.load(place / f"{split}_labels.npy", allow_pickle=False),
-                np.load(told, allow_pickle=False) if told.exists() else None,
-            )
-            for split in ("train", "test")
-            for told in (place / f"{split}_captions.npy",)
-        )
+        train, test = (_read_split(place, split) for split in ("train", "test"))
         meta |= {"classes": tuple(meta["classes"]), "notes": tuple(meta["notes"])}
         return Data(train=train, test=test, **meta)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None  # absent, torn or of another time: decoded anew
+
+
+def _read_split(place: pathlib.Path, split: str) -> Split:
+    captions = place / f"{split}_captions.npy"
+    return Split(
+        np.load(place / f"{split}_images.npy", mmap_mode="r", allow_pickle=False),
+        np.load(place / f"{split}_labels.npy", allow_pickle=False),
+        np.load(captions, allow_pickle=False) if captions.exists() else None,
+    )
 
 
 def _write_decoded(place: pathlib.Path, stamp: str, data: Data) -> None:

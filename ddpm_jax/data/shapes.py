@@ -14,7 +14,7 @@ example; every second example of the test split has one.
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -243,56 +243,33 @@ def draw_shape(pen: Any, kind: str, box: tuple[Any, ...], colour: Any) -> None:
         pen.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill=colour)
 
 
-class Drawn:
-    """Images [N, side, side, 3] that are drawn when they are indexed, a slice or rows at a time."""
+class Made:
+    """Rows [N, *shape] of `make(index)`, made when they are indexed, a slice or rows at a time."""
 
-    dtype = np.dtype(np.uint8)
-
-    def __init__(self, split: str, side: int, rows: range) -> None:
-        self._split, self._side, self._rows = split, side, rows
-        self.shape = (len(rows), side, side, 3)
+    def __init__(
+        self, make: Callable[[int], Any], rows: range, shape: tuple[int, ...], dtype: Any = np.uint8
+    ) -> None:
+        self._make, self._rows = make, rows
+        self.shape, self.dtype = (len(rows), *shape), np.dtype(dtype)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, rows: Any) -> Any:
         if isinstance(rows, slice):
-            return type(self)(self._split, self._side, self._rows[rows])
-        return np.stack([self._one(self._rows[int(row)]) for row in rows])
+            return Made(self._make, self._rows[rows], self.shape[1:], self.dtype)
+        return np.array([self._make(self._rows[int(row)]) for row in rows], self.dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self[np.arange(len(self))].astype(dtype or np.uint8)
-
-    def _one(self, index: int) -> np.ndarray:
-        return render(scene(self._split, index), self._side)
+        return self[range(len(self))].astype(dtype or self.dtype)
 
 
-class Told(Drawn):
-    """The captions of the same rows, as tokens [N, LENGTH]."""
-
-    def __init__(self, split: str, side: int, rows: range) -> None:
-        super().__init__(split, side, rows)
-        self.shape = (len(rows), LENGTH)  # type: ignore[assignment]
-
-    def _one(self, index: int) -> np.ndarray:
-        return tokenize([scene(self._split, index).caption], LENGTH)[0]
-
-
-class Unlabelled:
-    """Labels -1 of any number of examples."""
-
-    dtype = np.dtype(np.int32)
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, rows: Any) -> Any:
-        if isinstance(rows, slice):
-            return type(self)(len(range(self._count)[rows]))
-        return np.full(len(rows), -1, np.int32)
+def made(split: str, rows: range, side: int) -> Split:
+    """A split's pictures and captions; no labels."""
+    images: Any = Made(lambda i: render(scene(split, i), side), rows, (side, side, 3))
+    labels: Any = Made(lambda i: -1, rows, (), np.int32)
+    captions = Made(lambda i: tokenize([scene(split, i).caption], LENGTH)[0], rows, (LENGTH,))
+    return Split(images, labels, captions)
 
 
 def load(argument: str, data_dir: str | None) -> Data:
@@ -301,15 +278,11 @@ def load(argument: str, data_dir: str | None) -> Data:
     side = int(argument) if argument.isdecimal() else 32
     if argument not in ("", *map(str, SIDES)):
         raise UserError(f"shapes:{argument}: the size must be {' or '.join(map(str, SIDES))}")
-    splits = [
-        Split(Drawn(name, side, rows), Unlabelled(len(rows)), Told(name, side, rows))  # type: ignore[arg-type]
-        for name, rows in (("train", range(ENDLESS)), ("test", range(TEST_EXAMPLES)))
-    ]
     return Data(
         name="shapes" + (f":{side}" if argument else ""),
         title=f"shapes {side}x{side} (drawn)",
-        train=splits[0],
-        test=splits[1],
+        train=made("train", range(ENDLESS), side),
+        test=made("test", range(TEST_EXAMPLES), side),
         levels=256,
         classes=(),
         fingerprint=_fingerprint(side),
