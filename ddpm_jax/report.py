@@ -159,7 +159,7 @@ def lines(
     x: Float[np.ndarray, "points"], ys: dict[str, np.ndarray], xlabel: str, title: str
 ) -> UInt8[np.ndarray, "h w c"]:
     """Curves over one axis, as a picture."""
-    figure, axis = _axis(6, 4)
+    figure, axis = _axis(6.0, 4.0)
     for name, y in ys.items():
         axis.plot(x, y, ".-" if len(x) < 30 else "-", label=name)
     axis.set_xlabel(xlabel)
