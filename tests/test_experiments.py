@@ -33,10 +33,14 @@ LONG = ("text_encoder_scaling",)  # five runs
 )
 def test_an_experiment_under_debug_ends_in_seconds(experiment, launch, tmp_path):
     debugs(experiment, launch, tmp_path, *([DATA[experiment]] if experiment in DATA else []))
-    if experiment == WHOLE:
-        parts = tmp_path / "runs" / f"{WHOLE}-debug"
-        flags = [f"--config.{part}={parts / part}" for part in ("text", "autoencoder")]
-        debugs("generator_shapes", launch, tmp_path, "--config.model=dit", *flags)
+
+
+@pytest.mark.slow
+def test_a_generation_model_is_trained_on_parts_of_another_run(launch, tmp_path):
+    debugs(WHOLE, launch, tmp_path)
+    parts = tmp_path / "runs" / f"{WHOLE}-debug"
+    flags = [f"--config.{part}={parts / part}" for part in ("text", "autoencoder")]
+    debugs("generator_shapes", launch, tmp_path, "--config.model=dit", *flags)
 
 
 def debugs(experiment, launch, tmp_path, *flags):
