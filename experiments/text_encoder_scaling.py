@@ -18,7 +18,7 @@ import types
 from typing import Annotated, Any
 
 from ddpm_jax import report
-from ddpm_jax.config import MAY_CHANGE, Count, Length, marked
+from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Length, marked
 from ddpm_jax.parallel import is_main
 from ddpm_jax.run import (
     Options,
@@ -38,6 +38,8 @@ DEBUG = dict(
     steps=4,
     text_sizes=("tiny",),
     channels=(8, 12),
+    head_channels=0,
+    prompts=4,
     scales=(2.0,),
 )
 
@@ -49,9 +51,11 @@ class Config:
     data: str = "shapes"
     autoencoder_steps: Length = autoencoder_shapes.Config().steps
     text_steps: Length = text_encoder_shapes.Config().steps
-    steps: Length = 2000  # of every generation model
+    steps: Length = 1200  # of every generation model
     text_sizes: tuple[TextSize, ...] = ("tiny", "small")  # from small to large
     channels: tuple[Count, ...] = (16, 32, 64)  # of the U-Nets, from small to large
+    head_channels: Annotated[int, AtLeast(0)] = 16  # of their attention
+    prompts: Count = 32  # of each kind that the exact judge sees
     scales: Annotated[tuple[float, ...], MAY_CHANGE] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -80,6 +84,8 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
                     generator_shapes,
                     steps=config.steps,
                     channels=channels,
+                    head_channels=config.head_channels,
+                    prompts=config.prompts,
                     scales=config.scales,
                     text=str(workdir / text),
                     autoencoder=str(workdir / "autoencoder"),
