@@ -52,7 +52,7 @@ class Config(Training):
     """See `python launch.py --experiment=autoencoder_shapes --help`."""
 
     data: str = "shapes"
-    steps: Length = 9000
+    steps: Length = 6000
     batch_size: Count = 16
     learning_rate: Positive = 3e-3
     warmup: Annotated[int, AtLeast(0)] = 100
@@ -64,7 +64,7 @@ class Config(Training):
     ae_channels: tuple[Count, ...] = (32, 128)  # of each level; each makes images half as large
     latent: Count = 4  # channels
     ae_blocks: Count = 1
-    kl_weight: NonNegative = 1e-4
+    kl_weight: NonNegative = 2e-2
     codes: Annotated[int, AtLeast(0)] = 0  # of the codebook; 0: Gaussian latents
     commitment: NonNegative = 0.25
     text: Annotated[str, MAY_CHANGE] = "none"  # a text encoder's run, to tell distances with

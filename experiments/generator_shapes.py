@@ -78,14 +78,14 @@ class Config(Training):
     """See `python launch.py --experiment=generator_shapes --help`."""
 
     data: str = "shapes"
-    steps: Length = 5000
-    batch_size: Count = 32
-    learning_rate: Positive = 1e-3
+    steps: Length = 6000
+    batch_size: Count = 64
+    learning_rate: Positive = 1.5e-3
     warmup: Annotated[int, AtLeast(0)] = 200
     decay: Literal["none", "cosine"] = "cosine"
     clip: NonNegative = 1.0
     ema_half_life: NonNegative = 20_000.0
-    eval_every: Interval = 1000
+    eval_every: Interval = 2000
     checkpoint_every: Interval = 500
     # The parts: run directories, and what follows from them.
     text: Annotated[str, MAY_CHANGE] = "runs/text_encoder_shapes"
@@ -104,10 +104,11 @@ class Config(Training):
     width_of_features: Annotated[int, FROM_PARTS] = 0
     model: Literal["unet", "dit", "autoregressive"] = "unet"
     # The U-Net.
+    fold: Count = 1
     channels: Count = 64
     multipliers: tuple[Count, ...] = (1, 2)
-    blocks: Count = 2
-    attention_sizes: tuple[Count, ...] = (4,)
+    blocks: Count = 1
+    attention_sizes: tuple[Count, ...] = (4, 8)
     head_channels: Annotated[int, AtLeast(0)] = 32
     # The DiT; and, but for `patch`, the autoregressive transformer.
     patch: Count = 1
@@ -126,11 +127,11 @@ class Config(Training):
     # Sampling and evaluation, which may change from one evaluation to the next.
     sampler: Annotated[str, MAY_CHANGE] = "dpmpp_2m"
     sample_steps: Length = 20
-    spacing: Annotated[Spacing, MAY_CHANGE] = "logsnr"
+    spacing: Annotated[Spacing, MAY_CHANGE] = "trailing"
     guidance: Annotated[float, MAY_CHANGE] = 2.0
     temperature: Annotated[float, AtLeast(1e-3), MAY_CHANGE] = 1.0  # of codes' draws
     scales: Annotated[tuple[float, ...], MAY_CHANGE] = (1.0, 1.5, 3.0, 4.0, 6.0)  # tried at the end
-    draw: Length = 512  # images of test captions
+    draw: Length = 256  # images of test captions
     prompts: Length = 128  # of each kind that the exact judge sees
 
 
@@ -205,6 +206,7 @@ def generator(config: Config, standing_on: Parts) -> Generator:
         )
         if config.model == "dit"
         else UNet(
+            fold=config.fold,
             channels=config.channels,
             multipliers=config.multipliers,
             blocks=config.blocks,

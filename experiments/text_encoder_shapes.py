@@ -38,7 +38,7 @@ class Config(Training):
     """See `python launch.py --experiment=text_encoder_shapes --help`."""
 
     data: str = "shapes"
-    steps: Length = 1000
+    steps: Length = 1500
     batch_size: Count = 128
     learning_rate: Positive = 1e-3
     warmup: Annotated[int, AtLeast(0)] = 100
@@ -48,7 +48,7 @@ class Config(Training):
     eval_every: Interval = 500
     checkpoint_every: Interval = 250
     caption_length: CaptionLength = 0
-    text_size: TextSize = "tiny"
+    text_size: TextSize = "small"
     tower_channels: tuple[Count, ...] = (32, 64, 128)
     joint: Count = 64  # dimensions of the space in which captions and images are compared
 
