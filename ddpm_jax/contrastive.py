@@ -5,7 +5,9 @@ the inverse temperature s, which is learned:
 
     L_i = 1/2 [ -log softmax_j(s u_i.v_j)_i - log softmax_j(s v_i.u_j)_i ]                (1)
 
-Captions that are the same are no negatives of each other.
+Captions that are the same are no negatives of each other.  To be told from other images' captions,
+one need not be read as more than a bag of words; so each image may be compared, in the second term,
+with captions beside its own that say one thing wrong (Yuksekgonul et al. 2023).
 """
 
 from typing import Any
@@ -35,6 +37,7 @@ def contrastive_nll(
     scale: Float[Array, ""],
     own: Int[Array, "batch"],
     same: Bool[Array, "batch all"],
+    altered: Float[Array, "batch more d"] | None = None,
 ) -> tuple[Float[Array, "batch"], Bool[Array, "batch"]]:
     """Eq. (1) in nats of each pair, and whether its image is the nearest to its caption.
 
@@ -42,14 +45,19 @@ def contrastive_nll(
       text, image: unit vectors of the pairs; all_text, all_image: of all that they are compared
         with, where pair i is number own[i].
       same: which captions of all are equal to a pair's.
+      altered: unit vectors of captions that do not fit the pair's image, if there are any.
     """
     mine = jnp.arange(len(all_text)) == own[:, None]
+    beside = jnp.zeros((len(text), 0, text.shape[1])) if altered is None else altered
 
-    def nll(a, b):
+    def nll(a, b, more):
         logits = jnp.where(same & ~mine, -jnp.inf, scale * a @ b.T)
-        return -jnp.where(mine, jax.nn.log_softmax(logits), 0.0).sum(1), logits.argmax(1) == own
+        more = scale * jnp.einsum("bd,bmd->bm", a, more)
+        every = jax.nn.logsumexp(jnp.concatenate([logits, more], 1), axis=1)
+        return every - jnp.where(mine, logits, 0.0).sum(1), logits.argmax(1) == own
 
-    (of_text, right), (of_image, _) = nll(text, all_image), nll(image, all_text)
+    of_text, right = nll(text, all_image, beside[:, :0])
+    of_image, _ = nll(image, all_text, beside)
     return 0.5 * (of_text + of_image), right
 
 
@@ -57,6 +65,8 @@ def contrastive_task(
     net: DualEncoder, shape: tuple[int, int, int], levels: int, *, eval_batch: int = 256
 ) -> Task:
     """Eq. (1) over a batch, on all devices; the parts of an accumulated batch would not do.
+
+    Captions are tokens [B, L] or [B, 1 + more, L], the first an image's own, the others altered.
 
     Args:
       shape, levels: of the images.
@@ -68,19 +78,37 @@ def contrastive_task(
 
     def loss(params, fixed, batch, keys, *, train, gather):
         del fixed, keys, train
-        text, image, scale = net.apply(params, batch.captions, to_images(batch.images, levels))
-        all_text, all_image, captions = gather((text, image, batch.captions))
-        same = (batch.captions[:, None] == captions).all(-1)
+        mine, altered = places_of(params, batch.captions)
+        text, image, scale = net.apply(params, mine, to_images(batch.images, levels))
+        all_text, all_image, captions = gather((text, image, mine))
+        same = (mine[:, None] == captions).all(-1)
         nll, right = contrastive_nll(
-            text, image, all_text, all_image, scale, batch.index % len(all_text), same
+            text, image, all_text, all_image, scale, batch.index % len(all_text), same, altered
         )
         told = {"accuracy": right.astype(nll.dtype), "scale": jnp.full_like(nll, scale)}
+        if altered is not None:
+            told["told_apart"] = apart(text, image, altered)
         return nll, told, {}
+
+    def places_of(params, captions):
+        """(own captions' tokens, altered ones' places or None)."""
+        if captions.ndim == 2:
+            return captions, None
+        others = captions[:, 1:]
+        found = net.apply(params, others.reshape(-1, others.shape[-1]), method="of_text")
+        return captions[:, 0], found.reshape(*others.shape[:2], -1)
+
+    def apart(text, image, altered):
+        """Whether an image is nearer to its caption than to every altered one."""
+        further = jnp.einsum("bd,bmd->bm", image, altered).max(1)
+        return ((text * image).sum(1) > further).astype(jnp.float32)
 
     @jax.jit
     def place(params, batch):
-        text, image, _ = net.apply(params, batch.captions, to_images(batch.images, levels))
-        return {"text": text, "image": image}
+        mine, altered = places_of(params, batch.captions)
+        text, image, _ = net.apply(params, mine, to_images(batch.images, levels))
+        found = {"text": text, "image": image}
+        return found if altered is None else {**found, "apart": apart(text, image, altered)}
 
     def evaluate(params, fixed, data: Data, *, seed, full, spread):
         del fixed
@@ -89,6 +117,8 @@ def contrastive_task(
         )
         scale: Any = net.apply(params, method="scale")
         captions = data.test.rows(np.arange(len(data.test.images))).captions
+        if captions.ndim == 3:
+            captions = captions[:, 0]
         nll, right = [], []
         count = max(len(captions) // AMONG, 1)
         for part in np.array_split(np.arange(len(captions)), count):
@@ -106,6 +136,9 @@ def contrastive_task(
             "test/accuracy_error": accuracy.error,
             "test/scale": float(scale),
         }
+        if "apart" in found:
+            share = average(found["apart"].astype(float))
+            metrics |= {"test/told_apart": share.mean, "test/told_apart_error": share.error}
         return Evaluation(
             metrics, {"found": _found(found, data)}, {"accuracy": f"among {AMONG} images"}
         )

@@ -22,8 +22,12 @@ from ddpm_jax.config import (
     inside,
 )
 from ddpm_jax.contrastive import contrastive_task
+from ddpm_jax.data import shapes
+from ddpm_jax.data.loader import Data
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.text import SIZES, DualEncoder
+from ddpm_jax.progress import tell
+from ddpm_jax.run import Loaded, Options
 from ddpm_jax.tasks import Task
 
 DEBUG = dict(
@@ -51,6 +55,7 @@ class Config(Training):
     text_size: TextSize = "small"
     tower_channels: tuple[Count, ...] = (32, 64, 128)
     joint: Count = 64  # dimensions of the space in which captions and images are compared
+    altered: Annotated[int, AtLeast(0)] = 0  # captions that say one thing wrong, beside each
 
 
 def network(config) -> DualEncoder:
@@ -62,6 +67,19 @@ def network(config) -> DualEncoder:
         config.joint,
         inside(config.precision),
     )
+
+
+def prepare(config: Config, loaded: Loaded, options: Options) -> Config:
+    """The config, without altered captions where the data set knows none, which is said."""
+    if not config.altered or shapes.knows(loaded.data):
+        return config
+    tell(f"no altered captions: data set {loaded.data.name} has none, shapes alone does")
+    return dataclasses.replace(config, altered=0)
+
+
+def dress(config: Config, data: Data) -> Data:
+    """The data, with altered captions beside each image's own."""
+    return shapes.with_altered(data, config.altered) if config.altered else data
 
 
 def check_captions(config) -> None:

@@ -147,3 +147,24 @@ def test_bytes_are_the_text_again_and_cut_at_a_character():
     assert untokenize(tokenize(texts, 64)) == [text.replace("\0", "") for text in texts]
     assert untokenize(tokenize(["é" * 10, "🔴🔵", "abc"], 5)) == ["éé", "🔴", "abc"]
     assert tokenize(["x" * 10_000, "\ud800"], 16).shape == (2, 16)
+
+
+def test_an_altered_caption_is_wrong_of_its_picture_and_tells_nothing_held_out():
+    kinds = set()
+    for index in range(300):
+        image, one = picture(index)
+        text = shapes.altered("train", index)
+        assert text == shapes.altered("train", index)
+        assert not alignment.judge(image, text).exact
+        groups, relation, background = alignment.parse(text)
+        assert not {(g.colour, g.kind) for g in groups} & shapes.HELD_OUT
+        kinds |= {"relation"} if relation != one.relation else set()
+        kinds |= {"background"} if background != one.background else set()
+        kinds |= {
+            field
+            for a, b in zip(groups, one.groups, strict=True)
+            for field in a._fields
+            if getattr(a, field) != getattr(b, field)
+        }
+    assert kinds == {"number", "size", "colour", "kind", "relation", "background"}
+    assert shapes.altered("train", 0, 1) != shapes.altered("train", 0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.contrastive import contrastive_nll, contrastive_task
-from ddpm_jax.data import loader
+from ddpm_jax.data import loader, shapes
 from ddpm_jax.nn.codes import CodeTransformer
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.layers import Context
@@ -121,17 +121,30 @@ def test_the_same_caption_is_no_negative(x64):
     np.testing.assert_allclose(found[:2], np.log(1 + np.exp(-2.0)), rtol=1e-12)
 
 
+def test_altered_captions_stand_beside_the_others_of_an_image(x64):
+    draws = np.random.default_rng(0)
+    text, image, altered = (draws.normal(size=shape) for shape in ((5, 4), (5, 4), (5, 2, 4)))
+    args = (*map(jnp.asarray, (text, image, text, image, 3.0)), jnp.arange(5))
+    found, _ = contrastive_nll(*args, jnp.eye(5, dtype=bool), jnp.asarray(altered))
+    logits = 3.0 * text @ image.T
+    beside = 3.0 * (image[:, None] * altered).sum(-1)
+    rows = np.log(np.exp(logits).sum(1))
+    columns = np.log(np.exp(logits).sum(0) + np.exp(beside).sum(1))
+    np.testing.assert_allclose(found, (rows + columns) / 2 - np.diag(logits), rtol=1e-12)
+
+
 def test_a_part_of_a_batch_is_compared_with_all_of_it():
-    data = loader.load("shapes")
+    data = shapes.with_altered(loader.load("shapes"), 2)
     whole = jax.tree.map(jnp.asarray, loader.batch_of(data.train, np.arange(8), np.arange(8)))
-    net = DualEncoder(SIZE, data.caption_length, (8,), 16)
+    net = DualEncoder(SIZE, shapes.LENGTH, (8,), 16)
     task = contrastive_task(net, data.shape, data.levels)
     params, _ = task.init(jax.random.key(0), whole)
+    mine = whole.captions[:, 0]
     keys = jax.random.split(jax.random.key(0), 8)
     every = task.loss(params, {}, whole, keys, train=True, gather=lambda a: a)[0]
-    text, image, _ = net.apply(params, whole.captions, to_images(whole.images, 256))
+    text, image, _ = net.apply(params, mine, to_images(whole.images, 256))
     part = jax.tree.map(lambda a: a[4:], whole)
     gathered = task.loss(
-        params, {}, part, keys[4:], train=True, gather=lambda _: (text, image, whole.captions)
+        params, {}, part, keys[4:], train=True, gather=lambda _: (text, image, mine)
     )[0]
     np.testing.assert_allclose(gathered, every[4:], rtol=1e-5)

@@ -158,6 +158,77 @@ def _groups(draw: np.random.Generator, only: str | None) -> tuple[tuple[Group, .
     return groups, relation
 
 
+def altered(split: str, index: int, number: int = 0) -> str:
+    """A caption that says one thing wrong of example `index`: a negative (`contrastive.py`).
+
+    A number, size, colour, shape or background is another one, two groups have exchanged colours
+    or shapes, or the relation is turned round.  No held-out pair is told.
+    """
+    one = scene(split, index)
+    words = hashlib.blake2b(f"altered {split} {number}".encode(), digest_size=8).digest()
+    draw = np.random.Generator(np.random.Philox(key=[int.from_bytes(words, "little"), index]))
+    while True:
+        groups, relation, told = _altered(draw, one)
+        pairs = [(group.colour, group.kind) for group in groups]
+        alike = groups == one.groups or (relation is None and set(groups) == set(one.groups))
+        right = alike and (relation, told) == (one.relation, one.background)
+        usual = len(set(pairs)) == len(pairs) and told not in {group.colour for group in groups}
+        if usual and not right and not HELD_OUT.intersection(pairs):
+            return _caption(draw, groups, relation, told)
+
+
+def _altered(
+    draw: np.random.Generator, one: Scene
+) -> tuple[tuple[Group, ...], str | None, str | None]:
+    """One thing of a scene drawn anew, which may be what it was."""
+    groups, relation, told = list(one.groups), one.relation, one.background
+
+    def other(some: Any) -> Any:
+        some = list(some)
+        return some[draw.integers(len(some))]
+
+    which = draw.integers(len(groups))
+    group = groups[which]
+    kinds = ["colour", "kind", "number"]
+    kinds += ["size"] if group.size else []
+    kinds += ["background"] if told else []
+    if len(groups) == 2:
+        kinds += ["colours", "kinds", *(["relation"] * 3 if relation else [])]
+    what = other(kinds)
+    if what == "background":
+        told = other(name for name in BACKGROUNDS if name not in {g.colour for g in groups})
+    elif what == "relation":
+        axis, smaller = RELATIONS[str(relation)]
+        relation = other(name for name in RELATIONS if RELATIONS[name] == (axis, not smaller))
+    elif what in ("colours", "kinds"):
+        field, back = what[:-1], groups[::-1]
+        groups = [
+            g._replace(**{field: getattr(b, field)}) for g, b in zip(groups, back, strict=True)
+        ]
+    else:
+        choice = {"colour": COLOURS, "kind": KINDS, "number": NUMBERS, "size": ("small", "large")}
+        groups[which] = group._replace(**{what: other(choice[what])})
+    return tuple(groups), relation, told
+
+
+def knows(data: Data) -> bool:
+    """Whether `data` is this set."""
+    return data.name.partition(":")[0] == "shapes"
+
+
+def with_altered(data: Data, count: int) -> Data:
+    """`data` with captions [1 + count, LENGTH]: an image's own, and `count` altered ones."""
+
+    def of(name: str, split: Split) -> Split:
+        def make(index: int) -> np.ndarray:
+            texts = [altered(name, index, number) for number in range(count)]
+            return tokenize([scene(name, index).caption, *texts], LENGTH)
+
+        return split._replace(captions=Made(make, split.captions.numbers, (1 + count, LENGTH)))
+
+    return data._replace(train=of("train", data.train), test=of("test", data.test))
+
+
 def _place(
     draw: np.random.Generator, groups: tuple[Group, ...], relation: str | None
 ) -> tuple[Shape, ...] | None:
@@ -249,16 +320,16 @@ class Made:
     def __init__(
         self, make: Callable[[int], Any], rows: range, shape: tuple[int, ...], dtype: Any = np.uint8
     ) -> None:
-        self._make, self._rows = make, rows
+        self._make, self.numbers = make, rows
         self.shape, self.dtype = (len(rows), *shape), np.dtype(dtype)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.numbers)
 
     def __getitem__(self, rows: Any) -> Any:
         if isinstance(rows, slice):
-            return Made(self._make, self._rows[rows], self.shape[1:], self.dtype)
-        return np.array([self._make(self._rows[int(row)]) for row in rows], self.dtype)
+            return Made(self._make, self.numbers[rows], self.shape[1:], self.dtype)
+        return np.array([self._make(self.numbers[int(row)]) for row in rows], self.dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[range(len(self))].astype(dtype or self.dtype)
