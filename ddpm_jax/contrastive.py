@@ -78,7 +78,7 @@ def contrastive_task(
 
     def loss(params, fixed, batch, keys, *, train, gather):
         del fixed, keys, train
-        mine, altered = places_of(params, batch.captions)
+        mine, altered = _own(batch.captions), places_of_altered(params, batch.captions)
         text, image, scale = net.apply(params, mine, to_images(batch.images, levels))
         all_text, all_image, captions = gather((text, image, mine))
         same = (mine[:, None] == captions).all(-1)
@@ -90,13 +90,12 @@ def contrastive_task(
             told["told_apart"] = apart(text, image, altered)
         return nll, told, {}
 
-    def places_of(params, captions):
-        """(own captions' tokens, altered ones' places or None)."""
+    def places_of_altered(params, captions):
         if captions.ndim == 2:
-            return captions, None
+            return None
         others = captions[:, 1:]
         found = net.apply(params, others.reshape(-1, others.shape[-1]), method="of_text")
-        return captions[:, 0], found.reshape(*others.shape[:2], -1)
+        return found.reshape(*others.shape[:2], -1)
 
     def apart(text, image, altered):
         """Whether an image is nearer to its caption than to every altered one."""
@@ -105,8 +104,8 @@ def contrastive_task(
 
     @jax.jit
     def place(params, batch):
-        mine, altered = places_of(params, batch.captions)
-        text, image, _ = net.apply(params, mine, to_images(batch.images, levels))
+        altered = places_of_altered(params, batch.captions)
+        text, image, _ = net.apply(params, _own(batch.captions), to_images(batch.images, levels))
         found = {"text": text, "image": image}
         return found if altered is None else {**found, "apart": apart(text, image, altered)}
 
@@ -116,9 +115,7 @@ def contrastive_task(
             lambda batch, keys: place(params, batch), data.test, eval_batch, seed, spread
         )
         scale: Any = net.apply(params, method="scale")
-        captions = data.test.rows(np.arange(len(data.test.images))).captions
-        if captions.ndim == 3:
-            captions = captions[:, 0]
+        captions = _own(data.test.rows(np.arange(len(data.test.images))).captions)
         nll, right = [], []
         count = max(len(captions) // AMONG, 1)
         for part in np.array_split(np.arange(len(captions)), count):
@@ -157,6 +154,11 @@ def contrastive_task(
         raise UserError("a text encoder draws no images; --mode=eval evaluates it")
 
     return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample)
+
+
+def _own(captions: Any) -> Any:
+    """Tokens of images' own captions, whether altered ones are beside them or not."""
+    return captions if captions.ndim == 2 else captions[:, 0]
 
 
 def image_judge(name: str, net: DualEncoder, params: Any) -> Judge:

@@ -156,7 +156,7 @@ def aligned(images: Any, captions: Sequence[str]) -> np.ndarray:
 def prompts(config: Config) -> Prompts:
     """What the exact judge sees, where there is one: of the data set that it knows."""
     scales, draw = config.scales, config.draw
-    if config.data.partition(":")[0] != "shapes":
+    if not shapes.is_named(config.data):
         return Prompts(scales=scales, draw=draw)
     sets = {
         only.replace(" ", "_"): [

@@ -78,9 +78,9 @@ def network(config) -> DualEncoder:
 
 def prepare(config: Config, loaded: Loaded, options: Options) -> Config:
     """The config, without altered captions where the data set knows none, which is said."""
-    if not config.altered or shapes.knows(loaded.data):
+    if not config.altered or shapes.is_named(config.data):
         return config
-    tell(f"no altered captions: data set {loaded.data.name} has none, shapes alone does")
+    tell(f"no altered captions: data set {config.data} has none, shapes alone does")
     return dataclasses.replace(config, altered=0)
 
 

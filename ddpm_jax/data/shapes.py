@@ -111,10 +111,8 @@ def scene(split: str, index: int, only: str | None = None) -> Scene:
       only: "single": one shape; "relation": two shapes with a relation; None: any.  With
         " held out" behind it, a held-out pair occurs; in "seen", or in training, none does.
     """
-    words = hashlib.blake2b(f"{split} {only}".encode(), digest_size=8).digest()
     for attempt in range(1000):  # until the shapes fit
-        key = [int.from_bytes(words, "little"), index * 1000 + attempt]
-        draw = np.random.Generator(np.random.Philox(key=key))
+        draw = _draws(f"{split} {only}", index * 1000 + attempt)
         groups, relation = _groups(draw, only)
         held = any((group.colour, group.kind) in HELD_OUT for group in groups)
         mixed = split != "train" and index % 2 == 1
@@ -131,6 +129,12 @@ def scene(split: str, index: int, only: str | None = None) -> Scene:
             caption = _caption(draw, groups, relation, told)
             return Scene(groups, relation, told, behind, shapes, caption)
     raise AssertionError(f"no scene for {split} {index}")
+
+
+def _draws(words: str, number: int) -> np.random.Generator:
+    """Stream `number` of those that words name."""
+    name = hashlib.blake2b(words.encode(), digest_size=8).digest()
+    return np.random.Generator(np.random.Philox(key=[int.from_bytes(name, "little"), number]))
 
 
 def _groups(draw: np.random.Generator, only: str | None) -> tuple[tuple[Group, ...], str | None]:
@@ -165,8 +169,7 @@ def altered(split: str, index: int, number: int = 0) -> str:
     or shapes, or the relation is turned round.  No held-out pair is told.
     """
     one = scene(split, index)
-    words = hashlib.blake2b(f"altered {split} {number}".encode(), digest_size=8).digest()
-    draw = np.random.Generator(np.random.Philox(key=[int.from_bytes(words, "little"), index]))
+    draw = _draws(f"altered {split} {number}", index)
     while True:
         groups, relation, told = _altered(draw, one)
         pairs = [(group.colour, group.kind) for group in groups]
@@ -211,9 +214,9 @@ def _altered(
     return tuple(groups), relation, told
 
 
-def knows(data: Data) -> bool:
-    """Whether `data` is this set."""
-    return data.name.partition(":")[0] == "shapes"
+def is_named(data: str) -> bool:
+    """Whether `--config.data` names this set, of whatever size."""
+    return data.partition(":")[0] == "shapes"
 
 
 def with_altered(data: Data, count: int) -> Data:
