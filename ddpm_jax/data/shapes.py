@@ -166,9 +166,10 @@ def altered(split: str, index: int, number: int = 0) -> str:
     """A caption that says one thing wrong of example `index`: a negative (`contrastive.py`).
 
     A number, size, colour, shape or background is another one, two groups have exchanged colours
-    or shapes, or the relation is turned round.  No held-out pair is told.
+    or shapes, or the relation is turned round.  No held-out pair is told but the example's own.
     """
     one = scene(split, index)
+    unseen = HELD_OUT - {(group.colour, group.kind) for group in one.groups}
     draw = _draws(f"altered {split} {number}", index)
     while True:
         groups, relation, told = _altered(draw, one)
@@ -176,7 +177,7 @@ def altered(split: str, index: int, number: int = 0) -> str:
         alike = groups == one.groups or (relation is None and set(groups) == set(one.groups))
         right = alike and (relation, told) == (one.relation, one.background)
         usual = len(set(pairs)) == len(pairs) and told not in {group.colour for group in groups}
-        if usual and not right and not HELD_OUT.intersection(pairs):
+        if usual and not right and not unseen.intersection(pairs):
             return _caption(draw, groups, relation, told)
 
 
