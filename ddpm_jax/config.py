@@ -185,6 +185,7 @@ class Training:
     learning_rate: Positive = 1e-3
     warmup: Annotated[int, AtLeast(0)] = 0  # steps of linear warm-up
     decay: Literal["none", "cosine"] = "none"  # to 0 at the last step
+    optimizer: Literal["adam", "muon"] = "adam"  # Muon: of matrices, beside Adam of the rest
     beta2: Share = 0.999  # of Adam
     weight_decay: NonNegative = 0.0  # AdamW's; 0 is Adam
     clip: NonNegative = 0.0  # of the gradient's global norm; 0: none

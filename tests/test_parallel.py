@@ -154,7 +154,7 @@ def tiny_ddpm(**changes):
 
 @functools.cache
 def diffusion(mode, count):
-    config = tiny_ddpm(times="importance")
+    config = tiny_ddpm(times="importance", optimizer="muon")
     return trained(ddpm_digits.build(config), config, mode, count)
 
 
