@@ -120,6 +120,7 @@ class Config(Training):
     depth: Count = 6
     heads: Count = 6
     # Any.
+    refine: Annotated[int, AtLeast(0)] = 2  # blocks of its own that read the caption's features
     dropout: Share = 0.0
     remat: bool = False  # blocks are computed again in the backward pass
     caption_dropout: Annotated[float, AtLeast(0.0), AtMost(1.0)] = 0.1
@@ -197,7 +198,9 @@ def parts(config: Config) -> Parts:
 
 def generator(config: Config, standing_on: Parts) -> Generator:
     """The generation model that the config chooses."""
-    common: dict[str, Any] = dict(dropout=config.dropout, dtype=jnp.dtype(config.precision))
+    common: dict[str, Any] = dict(
+        refine=config.refine, dropout=config.dropout, dtype=jnp.dtype(config.precision)
+    )
     if config.model == "autoregressive":
         codes = CodeTransformer(config.codes, config.width, config.depth, config.heads, **common)
         codes.check()

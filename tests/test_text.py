@@ -10,7 +10,7 @@ from ddpm_jax.data import loader, shapes
 from ddpm_jax.nn.codes import CodeTransformer
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.layers import Context
-from ddpm_jax.nn.text import SIZES, DualEncoder, TextEncoder
+from ddpm_jax.nn.text import LONGEST, SIZES, DualEncoder, TextEncoder, words
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.tasks import to_images
 from ddpm_jax.tokens import tokenize
@@ -34,18 +34,50 @@ def test_padding_changes_nothing():
     one, other = net.apply(params, long), net.apply(params, short)
     np.testing.assert_allclose(one.pooled, other.pooled, atol=1e-5)
     mask = np.asarray(other.mask)
-    assert mask.sum() == 3 + 4  # four bytes a token
+    assert mask.sum() == 3 + 3  # a token for each word
     np.testing.assert_allclose(one.tokens[:, :4][mask], other.tokens[mask], atol=1e-5)
     np.testing.assert_array_equal(one.pooled[2], jnp.zeros(SIZE.width))
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a small red circle, to the  left", ["a", "small", "red", "circle,", "to", "the", "left"]),
+        ("internationalisation", ["internationa", "lisation"]),  # after 12 bytes
+        ("ein Bär 红色的三角!", ["ein", "Bär", "红色的三", "角!"]),
+        ("a b c d e f g h i j k l m n", [*"abcdefghijk", "lmn"]),  # no more than L / 4
+        ("  ?! \U0001f534", ["?!", "\U0001f534"]),
+        (" ", []),
+    ],
+)  # fmt: skip
+def test_words_are_tokens_in_any_language(text, parts):
+    tokens = tokenize([text], 48)
+    word, place = words(jnp.asarray(tokens))
+    told = tokens[0] > ord(" ")
+    found = [bytes(tokens[0][told & (word[0] == i)]).decode() for i in range(12)]
+    assert [part for part in found if part] == parts
+    assert place.max() < LONGEST
+    context = TextEncoder(SIZE, 48).init_with_output(jax.random.key(0), jnp.asarray(tokens))[0]
+    assert context.mask.sum() == len(parts)
+
+
+def test_a_word_is_read_alike_wherever_it_stands():
+    net = TextEncoder(SIZE._replace(depth=0), 48)
+    texts = jnp.asarray(tokenize(["red circle", "one red triangle"], 48))
+    params = randomised(net.init(jax.random.key(0), texts))
+    params["params"]["places"] *= 0
+    told = net.apply(params, texts).tokens
+    np.testing.assert_allclose(told[0, 0], told[1, 1], atol=1e-5)
+    assert np.abs(told[0, 0] - told[0, 1]).max() > 0.1
 
 
 @pytest.mark.parametrize(
     "net",
     [
         UNet(channels=8, multipliers=(1,), blocks=1, attention_sizes=(4,), outputs=2),
-        DiT(patch=1, width=16, depth=2, heads=2, outputs=2),
+        DiT(patch=1, width=16, depth=2, heads=2, outputs=2, refine=1),
     ],
-    ids=["unet", "dit"],
+    ids=["unet", "dit that reads again"],
 )
 def test_a_generation_model_sees_text_and_no_padding(net):
     draws = np.random.default_rng(0)
@@ -72,7 +104,7 @@ def test_a_generation_model_sees_text_and_no_padding(net):
 
 
 def test_codes_are_told_of_those_before_them_alone():
-    net = CodeTransformer(11, width=16, depth=2, heads=2)
+    net = CodeTransformer(11, width=16, depth=2, heads=2, refine=1)
     context = Context(jnp.ones((1, 3, 8)), jnp.ones((1, 3), bool), jnp.ones((1, 8)))
     codes = jnp.arange(6)[None]
     params = randomised(net.init(jax.random.key(0), codes, context))

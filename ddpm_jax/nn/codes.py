@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.layers import Context
-from ddpm_jax.nn.text import Block
+from ddpm_jax.nn.text import Block, Refiner
 
 
 class CodeTransformer(nn.Module):
@@ -17,6 +17,7 @@ class CodeTransformer(nn.Module):
     Attributes:
       codes: how many there are.
       width, depth, heads: of the transformer.
+      refine: blocks of its own that read a caption's features (`nn.text.Refiner`); 0: none.
       dropout: rate behind each branch, in training.
       dtype: of the computation; norms, softmax and logits stay float32.
     """
@@ -25,6 +26,7 @@ class CodeTransformer(nn.Module):
     width: int = 192
     depth: int = 6
     heads: int = 6
+    refine: int = 0
     dropout: float = 0.0
     dtype: Any = None
 
@@ -36,6 +38,9 @@ class CodeTransformer(nn.Module):
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch places codes"]:
         """The logits; `keys` are the dropout's, None outside training."""
+        if self.refine:
+            read = Refiner(self.width, self.refine, self.heads, self.dtype, name="refiner")
+            context = read(context)
         normal = nn.initializers.normal(0.02)
         # Number `codes` stands before the first.
         before = jnp.pad(codes[:, :-1], ((0, 0), (1, 0)), constant_values=self.codes)

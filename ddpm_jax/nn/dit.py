@@ -16,6 +16,7 @@ from ddpm_jax.nn.layers import (
     fold,
     unfold,
 )
+from ddpm_jax.nn.text import Refiner
 
 
 class DiT(nn.Module):
@@ -31,6 +32,7 @@ class DiT(nn.Module):
       heads: of the attention.
       dropout: rate behind each block's two branches, in training.
       classes: how many; label `classes` is "no class". 0: unconditional.
+      refine: blocks of its own that read a caption's features (`nn.text.Refiner`); 0: none.
       dtype: of the computation; norms, softmax, time embedding and output stay float32.
       remat: compute a block's inside again in the backward pass instead of keeping it.
     """
@@ -42,6 +44,7 @@ class DiT(nn.Module):
     heads: int = 6
     dropout: float = 0.0
     classes: int = 0
+    refine: int = 0
     dtype: Any = jnp.float32
     remat: bool = False
 
@@ -58,6 +61,9 @@ class DiT(nn.Module):
         size, height, width, _ = xt.shape
         rows, columns = height // self.patch, width // self.patch
         default = nn.initializers.lecun_normal()
+        if context is not None and self.refine:
+            read = Refiner(self.width, self.refine, self.heads, self.dtype, name="refiner")
+            context = read(context)
         pooled = context and context.pooled
         emb = condition(time, labels, self.classes, 256, self.width, default, 0.02, pooled)
 

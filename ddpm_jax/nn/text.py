@@ -1,19 +1,20 @@
 """A transformer that reads captions' bytes, and the image tower it is trained against.
 
 The two towers of CLIP (Radford et al. 2021, sec. 2.4), small: features of a caption's tokens,
-some bytes each, for a generation model's cross-attention, and one vector of the whole for
-comparing with an image's.
+its words, for a generation model's cross-attention, and one vector of the whole for comparing
+with an image's.
 """
 
 import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from ddpm_jax.nn.layers import Context, CrossAttention, Dropout, attention
-from ddpm_jax.tokens import PADDING, VOCABULARY
+from ddpm_jax.tokens import VOCABULARY
 
 
 class Size(NamedTuple):
@@ -25,16 +26,18 @@ class Size(NamedTuple):
 
 
 SIZES = {"tiny": Size(64, 2, 2), "small": Size(128, 4, 4), "base": Size(384, 8, 6)}
-GROUP = 4  # bytes that become one token of the transformer
+LONGEST = 12  # bytes of a word, behind which another begins
+USUAL = 4  # bytes of a caption for each token that it may have
+SPACE = ord(" ")  # and what is below it say nothing
 
 
 class TextEncoder(nn.Module):
     """Bytes [B, L] -> Context: features [B, L / 4, width], which are text, pooled [B, width].
 
-    A strided convolution over eight bytes makes a token of every four (as CANINE does: Clark et
-    al. 2022), so that attention, here and in a generation model, costs a sixteenth and a fourth.
-    Pre-norm blocks; every token sees every other but padding, in both directions.  An empty
-    caption has no tokens, and its pooled features are 0.
+    A token for each word, made of its bytes alone, so that a word is the same wherever it stands
+    (words as patches of bytes: Slagle 2024, "SpaceByte"); and then pre-norm blocks, in which
+    every token sees every other but padding, in both directions.  An empty caption has no tokens,
+    and its pooled features are 0.
 
     Attributes:
       size: of the transformer.
@@ -50,22 +53,43 @@ class TextEncoder(nn.Module):
     def __call__(self, tokens: UInt8[Array, "batch length"]) -> Context:
         width, depth, _ = self.size
         normal = nn.initializers.normal(0.02)
-        tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % GROUP)), constant_values=PADDING)
-        mask = tokens != PADDING
-        x = nn.Embed(VOCABULARY, width, embedding_init=normal, dtype=self.dtype, name="bytes")(
-            tokens.astype(jnp.int32)
-        )
-        x = nn.Conv(
-            width, 2 * GROUP, GROUP, [(GROUP // 2, GROUP // 2)], dtype=self.dtype, name="groups"
-        )(x * mask[..., None].astype(x.dtype))
-        mask = mask.reshape(len(mask), -1, GROUP).any(-1)
-        places = self.param("places", normal, (-(-self.length // GROUP), width))
-        x += places[: x.shape[1]].astype(x.dtype)
+
+        def embed(count: int, name: str) -> nn.Embed:
+            return nn.Embed(count, width, dtype=self.dtype, name=name)
+
+        word, place = words(tokens)
+        count = -(-tokens.shape[1] // USUAL)
+        x = embed(VOCABULARY, "bytes")(tokens.astype(jnp.int32)) + embed(LONGEST, "within")(place)
+        x = nn.gelu(nn.Dense(width, dtype=self.dtype, name="spell")(x))
+        member = jax.nn.one_hot(jnp.where(tokens > SPACE, word, -1), count, dtype=x.dtype)
+        mask = member.any(1)
+        x = nn.Dense(width, dtype=self.dtype, name="word")(jnp.einsum("blw,bld->bwd", member, x))
+        places = self.param("places", normal, (-(-self.length // USUAL), width))
+        x += places[:count].astype(x.dtype)
         for number in range(depth):
             x = Block(self.size.heads, dtype=self.dtype, name=f"block_{number}")(x, mask)
         x = _norm(x, "norm_out")
-        shares = mask / jnp.maximum(mask.sum(1, keepdims=True), 1)
-        return Context(x, mask, jnp.einsum("bl,bld->bd", shares, x))
+        return Context(x, mask, _mean(x, mask))
+
+
+def words(
+    tokens: UInt8[Array, "batch length"],
+) -> tuple[Int[Array, "batch length"], Int[Array, "batch length"]]:
+    """(which word a byte belongs to, its place in it).
+
+    A word begins where a letter, digit or byte of a character beyond ASCII follows any other
+    byte, and behind `LONGEST` bytes of one; other bytes belong to the word before them.  Those
+    beyond the L / 4 words that there is room for belong to the last.
+    """
+    length = tokens.shape[1]
+    lower = tokens | 0x20
+    inside = ((lower >= ord("a")) & (lower <= ord("z"))) | (tokens >= 0x80)
+    inside |= (tokens >= ord("0")) & (tokens <= ord("9"))
+    begins = inside & ~jnp.pad(inside[:, :-1], ((0, 0), (1, 0)))
+    start = jax.lax.cummax(jnp.where(begins, jnp.arange(length), 0), axis=1)
+    place = (jnp.arange(length) - start) % LONGEST
+    word = jnp.cumsum(place == 0, 1) - 1
+    return jnp.minimum(word, -(-length // USUAL) - 1), place
 
 
 class Block(nn.Module):
@@ -112,6 +136,41 @@ class Block(nn.Module):
         return x + drop(dense(width, "mlp_2")(h), "drop_2")
 
 
+class Refiner(nn.Module):
+    """A caption's features [B, L, any], read again: -> [B, L, width].
+
+    A text encoder that was trained to tell images apart need not have kept what a drawing needs,
+    and is frozen.  So a generation model reads its features with blocks of its own, which are
+    trained with it (the token refiner of Kong et al. 2024, sec. 4.2, that is not told the time).
+
+    Attributes:
+      width, depth, heads: of the blocks.
+      dtype: of the computation.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, context: Context) -> Context:
+        tokens, mask, pooled = context
+        x = nn.Dense(self.width, dtype=self.dtype, name="tokens")(tokens)
+        for number in range(self.depth):
+            x = Block(self.heads, dtype=self.dtype, name=f"block_{number}")(x, mask)
+        x = _norm(x, "norm_out")
+        pooled = nn.Dense(self.width, use_bias=False, name="pooled")(pooled)
+        return Context(x, mask, pooled + _mean(x, mask))
+
+
+def _mean(
+    x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"]
+) -> Float[Array, "batch width"]:
+    """Over the tokens that are text; 0 where there are none."""
+    return jnp.einsum("bl,bld->bd", mask / jnp.maximum(mask.sum(1, keepdims=True), 1), x)
+
+
 class ImageTower(nn.Module):
     """Images [B, H, W, C] in [-1, 1] -> features [B, width]: convolutions that halve down to 4.
 
@@ -132,9 +191,11 @@ class ImageTower(nn.Module):
             width = self.channels[min(number, len(self.channels) - 1)]
             x = nn.Conv(width, (3, 3), strides=2, dtype=self.dtype, name=f"conv_{number}")(x)
             x = nn.gelu(nn.GroupNorm(8, dtype=jnp.float32, name=f"norm_{number}")(x))
+            h = nn.Conv(width, (3, 3), dtype=self.dtype, name=f"more_{number}")(x)
+            x += nn.gelu(nn.GroupNorm(8, dtype=jnp.float32, name=f"norm_more_{number}")(h))
             number += 1
         x = nn.gelu(
-            nn.Dense(2 * self.width, dtype=self.dtype, name="hidden")(x.reshape(len(x), -1))
+            nn.Dense(4 * self.width, dtype=self.dtype, name="hidden")(x.reshape(len(x), -1))
         )
         return nn.Dense(self.width, name="features")(x)
 

@@ -18,6 +18,7 @@ from ddpm_jax.nn.layers import (
     group_norm,
     unfold,
 )
+from ddpm_jax.nn.text import Refiner
 
 
 def _init(scale: float) -> Callable[..., Any]:
@@ -41,6 +42,7 @@ class UNet(nn.Module):
       head_channels: channels of a head; 0: one head.
       dropout: rate, in training.
       classes: how many; label `classes` is "no class". 0: unconditional.
+      refine: blocks of its own that read a caption's features (`nn.text.Refiner`); 0: none.
       scale_shift: time scales and shifts after the norm (Nichol & Dhariwal 2021) instead of
         being added before it.
       dtype: of the computation; norms' statistics, softmax, time embedding and output stay
@@ -57,6 +59,7 @@ class UNet(nn.Module):
     head_channels: int = 0
     dropout: float = 0.1
     classes: int = 0
+    refine: int = 0
     scale_shift: bool = False
     dtype: Any = jnp.float32
     remat: bool = False
@@ -80,6 +83,10 @@ class UNet(nn.Module):
             and what is pooled of them is added to the time.
         """
         width = 4 * self.channels
+        if context is not None and self.refine:
+            deepest = self.channels * self.multipliers[-1]
+            heads = deepest // self.head_channels if self.head_channels else 1
+            context = Refiner(deepest, self.refine, heads, self.dtype, name="refiner")(context)
         pooled = context and context.pooled
         emb = condition(time, labels, self.classes, self.channels, width, _init(1.0), 1.0, pooled)
 
