@@ -82,14 +82,15 @@ class Config(Training):
     """See `python launch.py --experiment=generator_shapes --help`."""
 
     data: str = "shapes"
-    steps: Length = 6000
+    steps: Length = 4500
     batch_size: Count = 64
+    optimizer: Literal["adam", "muon"] = "muon"
     learning_rate: Positive = 1.5e-3
     warmup: Annotated[int, AtLeast(0)] = 200
     decay: Literal["none", "cosine"] = "cosine"
     clip: NonNegative = 1.0
     ema_half_life: NonNegative = 20_000.0
-    eval_every: Interval = 2000
+    eval_every: Interval = 1500
     checkpoint_every: Interval = 500
     # The parts: run directories, and what follows from them.
     text: Annotated[str, MAY_CHANGE] = "runs/text_encoder_shapes"

@@ -49,15 +49,16 @@ class Config(Training):
     """See `python launch.py --experiment=text_encoder_shapes --help`."""
 
     data: str = "shapes"
-    steps: Length = 1500
+    steps: Length = 1200
     batch_size: Count = 128
+    optimizer: Literal["adam", "muon"] = "muon"
     learning_rate: Positive = 1e-3
     warmup: Annotated[int, AtLeast(0)] = 100
     decay: Literal["none", "cosine"] = "cosine"
     clip: NonNegative = 1.0
     ema_half_life: NonNegative = 10_000.0
-    eval_every: Interval = 500
-    checkpoint_every: Interval = 250
+    eval_every: Interval = 600
+    checkpoint_every: Interval = 300
     caption_length: CaptionLength = 0
     text_size: TextSize = "small"
     tower_channels: tuple[Count, ...] = (32, 64, 128)

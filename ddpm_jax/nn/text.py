@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from ddpm_jax.nn.layers import Context, CrossAttention, Dropout, attention
+from ddpm_jax.nn.layers import Context, CrossAttention, Dropout, attention, time_embedding
 from ddpm_jax.tokens import VOCABULARY
 
 
@@ -141,7 +141,8 @@ class Refiner(nn.Module):
 
     A text encoder that was trained to tell images apart need not have kept what a drawing needs,
     and is frozen.  So a generation model reads its features with blocks of its own, which are
-    trained with it (the token refiner of Kong et al. 2024, sec. 4.2, that is not told the time).
+    trained with it (the token refiner of Kong et al. 2024, sec. 4.2, that is not told the time),
+    and which are told tokens' places anew, by sines.
 
     Attributes:
       width, depth, heads: of the blocks.
@@ -157,6 +158,7 @@ class Refiner(nn.Module):
     def __call__(self, context: Context) -> Context:
         tokens, mask, pooled = context
         x = nn.Dense(self.width, dtype=self.dtype, name="tokens")(tokens)
+        x += time_embedding(jnp.arange(x.shape[1]) / 1000, self.width).astype(x.dtype)
         for number in range(self.depth):
             x = Block(self.heads, dtype=self.dtype, name=f"block_{number}")(x, mask)
         x = _norm(x, "norm_out")
