@@ -7,10 +7,10 @@
 Each part is a run in a directory of its own (`text`, `autoencoder`, `generator`), resumes and, once
 finished, is not trained again; the last one draws.
 
-Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0: the text encoder 12 min 56 s and the
-autoencoder 9 min 10 s, each on one core beside another run on the other, and the generation
-model, with its evaluation, 41 min on both cores; the figures are in `text_encoder_shapes`,
-`autoencoder_shapes` and `generator_shapes`.
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, in one go from nothing: 57 min 36 s, of
+which the text encoder took 8 min, the autoencoder 4 min 58 s and the generation model, with its
+evaluation, 44 min 36 s; the figures are in `text_encoder_shapes`, `autoencoder_shapes` and
+`generator_shapes`.
 """
 
 import dataclasses
