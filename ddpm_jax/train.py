@@ -103,7 +103,8 @@ def matrices(params: Any) -> Any:
     """
 
     def one(path, a):
-        *_, layer, name = ("", "", *(str(getattr(part, "key", "")) for part in path))
+        names = ["", *(str(getattr(part, "key", "")) for part in path)]
+        layer, name = names[-2:]
         if name != "kernel" or (len(path) == 3 and layer in ENDS):
             return None
         inputs = range(a.ndim - 1) if a.ndim == 4 else [a.ndim - 2]
