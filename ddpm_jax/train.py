@@ -39,6 +39,7 @@ from ddpm_jax.tasks import Evaluation, Task
 
 INIT_EXAMPLES = 1000  # training examples that `Task.init` sees
 ENDS = ("conv_in", "conv_out", "patches", "out")  # layers at the ends of a network
+NEWTON_SCHULZ = 5 * ((3.4445, -4.775, 2.0315),)  # Jordan et al.'s, a step each: compiled once
 MUON_RMS = 0.4  # root mean square of its updates over the learning rate; Adam's are some 0.2 to 0.4
 EMA_WARMUP = 0.05  # the half-life is at most this share of the images seen (Karras et al. 2024)
 
@@ -89,6 +90,7 @@ def optimizer(config: Training) -> optax.GradientTransformation:
             adam_b2=config.beta2,
             adam_weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=matrices,
+            ns_coeffs=NEWTON_SCHULZ,
             consistent_rms=MUON_RMS,
         )
     return optax.chain(optax.clip_by_global_norm(config.clip), made) if config.clip else made
