@@ -73,7 +73,10 @@ class Fit(NamedTuple):
 
 
 def optimizer(config: Training) -> optax.GradientTransformation:
-    """Adam, AdamW or Muon with warm-up, decay and clipping, as the config says."""
+    """Adam, AdamW or Muon with warm-up, decay and clipping, as the config says.
+
+    Beside Muon's matrices the rest is optax's choice, Adam with Nesterov's momentum.
+    """
     rate: Any = config.learning_rate
     if config.decay == "cosine":
         rate = optax.cosine_decay_schedule(rate, config.steps)

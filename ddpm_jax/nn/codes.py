@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.layers import Context
-from ddpm_jax.nn.text import Block, Refiner
+from ddpm_jax.nn.text import Block, refined
 
 
 class CodeTransformer(nn.Module):
@@ -38,9 +38,7 @@ class CodeTransformer(nn.Module):
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch places codes"]:
         """The logits; `keys` are the dropout's, None outside training."""
-        if self.refine:
-            read = Refiner(self.width, self.refine, self.heads, self.dtype, name="refiner")
-            context = read(context)
+        context = refined(context, self.width, self.refine, self.heads, self.dtype)
         normal = nn.initializers.normal(0.02)
         # Number `codes` stands before the first.
         before = jnp.pad(codes[:, :-1], ((0, 0), (1, 0)), constant_values=self.codes)

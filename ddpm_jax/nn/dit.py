@@ -16,7 +16,7 @@ from ddpm_jax.nn.layers import (
     fold,
     unfold,
 )
-from ddpm_jax.nn.text import Refiner
+from ddpm_jax.nn.text import refined
 
 
 class DiT(nn.Module):
@@ -61,9 +61,7 @@ class DiT(nn.Module):
         size, height, width, _ = xt.shape
         rows, columns = height // self.patch, width // self.patch
         default = nn.initializers.lecun_normal()
-        if context is not None and self.refine:
-            read = Refiner(self.width, self.refine, self.heads, self.dtype, name="refiner")
-            context = read(context)
+        context = refined(context, self.width, self.refine, self.heads, self.dtype)
         pooled = context and context.pooled
         emb = condition(time, labels, self.classes, 256, self.width, default, 0.02, pooled)
 

@@ -58,13 +58,13 @@ class TextEncoder(nn.Module):
             return nn.Embed(count, width, dtype=self.dtype, name=name)
 
         word, place = words(tokens)
-        count = -(-tokens.shape[1] // USUAL)
+        count = _room(tokens.shape[1])
         x = embed(VOCABULARY, "bytes")(tokens.astype(jnp.int32)) + embed(LONGEST, "within")(place)
         x = nn.gelu(nn.Dense(width, dtype=self.dtype, name="spell")(x))
         member = jax.nn.one_hot(jnp.where(tokens > SPACE, word, -1), count, dtype=x.dtype)
         mask = member.any(1)
         x = nn.Dense(width, dtype=self.dtype, name="word")(jnp.einsum("blw,bld->bwd", member, x))
-        places = self.param("places", normal, (-(-self.length // USUAL), width))
+        places = self.param("places", normal, (_room(self.length), width))
         x += places[:count].astype(x.dtype)
         for number in range(depth):
             x = Block(self.size.heads, dtype=self.dtype, name=f"block_{number}")(x, mask)
@@ -89,7 +89,12 @@ def words(
     start = jax.lax.cummax(jnp.where(begins, jnp.arange(length), 0), axis=1)
     place = (jnp.arange(length) - start) % LONGEST
     word = jnp.cumsum(place == 0, 1) - 1
-    return jnp.minimum(word, -(-length // USUAL) - 1), place
+    return jnp.minimum(word, _room(length) - 1), place
+
+
+def _room(length: int) -> int:
+    """How many words there may be in so many bytes."""
+    return -(-length // USUAL)
 
 
 class Block(nn.Module):
@@ -166,6 +171,16 @@ class Refiner(nn.Module):
         return Context(x, mask, pooled + _mean(x, mask))
 
 
+def refined(context: Context | None, width: int, depth: int, heads: int, dtype: Any) -> Any:
+    """`context` as a generation model's `Refiner` reads it; as it is without one, or none at all.
+
+    Called within the model's compact method, whose submodule `refiner` it makes.
+    """
+    if context is None or not depth:
+        return context
+    return Refiner(width, depth, heads, dtype, name="refiner")(context)
+
+
 def _mean(
     x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"]
 ) -> Float[Array, "batch width"]:
@@ -175,6 +190,8 @@ def _mean(
 
 class ImageTower(nn.Module):
     """Images [B, H, W, C] in [-1, 1] -> features [B, width]: convolutions that halve down to 4.
+
+    Behind each that halves is a residual one of as many channels.
 
     Attributes:
       channels: of each 3x3 convolution, the last of them repeated as long as a side exceeds 4.

@@ -18,7 +18,7 @@ from ddpm_jax.nn.layers import (
     group_norm,
     unfold,
 )
-from ddpm_jax.nn.text import Refiner
+from ddpm_jax.nn.text import refined
 
 
 def _init(scale: float) -> Callable[..., Any]:
@@ -83,10 +83,9 @@ class UNet(nn.Module):
             and what is pooled of them is added to the time.
         """
         width = 4 * self.channels
-        if context is not None and self.refine:
-            deepest = self.channels * self.multipliers[-1]
-            heads = deepest // self.head_channels if self.head_channels else 1
-            context = Refiner(deepest, self.refine, heads, self.dtype, name="refiner")(context)
+        deepest = self.channels * self.multipliers[-1]
+        heads = deepest // self.head_channels if self.head_channels else 1
+        context = refined(context, deepest, self.refine, heads, self.dtype)
         pooled = context and context.pooled
         emb = condition(time, labels, self.classes, self.channels, width, _init(1.0), 1.0, pooled)
 
