@@ -102,9 +102,9 @@ def optimizer(config: Training) -> optax.GradientTransformation:
 def matrices(params: Any) -> Any:
     """How Muon takes each parameter as a matrix of inputs and outputs; None: Adam takes it.
 
-    A convolution's places are among its inputs, and layers that are stacked for a scan stay
-    apart.  Adam has what is no kernel, and those that read a network's input or write its output
-    (Jordan et al. 2024).
+    A convolution's places are among its inputs (of one over words they stay apart), and layers
+    that are stacked for a scan stay apart.  Adam has what is no kernel, and those that read a
+    network's input or write its output (Jordan et al. 2024).
     """
 
     def one(path, a):

@@ -10,11 +10,12 @@ from ddpm_jax.data import loader, shapes
 from ddpm_jax.nn.codes import CodeTransformer
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.layers import Context
-from ddpm_jax.nn.text import LONGEST, SIZES, DualEncoder, TextEncoder, words
+from ddpm_jax.nn.text import LONGEST, SIZES, Block, DualEncoder, TextEncoder, words
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.tasks import to_images
 from ddpm_jax.tokens import tokenize
 
+BRANCHES = ("project", "mlp_2")
 SIZE = SIZES["tiny"]
 
 
@@ -69,6 +70,20 @@ def test_a_word_is_read_alike_wherever_it_stands():
     told = net.apply(params, texts).tokens
     np.testing.assert_allclose(told[0, 0], told[1, 1], atol=1e-5)
     assert np.abs(told[0, 0] - told[0, 1]).max() > 0.1
+
+
+def test_a_block_sees_so_many_tokens_near_and_no_padding_at_once():
+    """Without attention, what a token becomes depends on those near it alone"""
+    net, x = Block(2, near=2), jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 4)))
+    mask = jnp.arange(8)[None] < 6
+    params = randomised(net.init(jax.random.key(0), x, mask))
+    silent = {name: jax.tree.map(jnp.zeros_like, params["params"][name]) for name in BRANCHES}
+    params = {"params": {**params["params"], **silent}}
+    found = jax.jacobian(lambda x: net.apply(params, x, mask))(x)[0, :, :, 0]  # [to, w, from, w]
+    sees = np.abs(found).max((1, 3)) > 0
+    apart = np.abs(np.subtract.outer(np.arange(8), np.arange(8)))
+    itself = np.eye(8, dtype=bool)
+    np.testing.assert_array_equal(sees, ((apart <= 2) & np.asarray(mask)) | itself)
 
 
 @pytest.mark.parametrize(

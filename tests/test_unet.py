@@ -11,7 +11,7 @@ from ddpm_jax.diffusion import diffusion_task, noise_levels
 from ddpm_jax.drawing import Sampling
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.dit import DiT
-from ddpm_jax.nn.layers import Dropout, attention, fold, time_embedding, unfold
+from ddpm_jax.nn.layers import Dropout, attention, fold, grid_embedding, time_embedding, unfold
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.schedule import cosine, from_betas, linear_betas
 from ddpm_jax.tasks import Request
@@ -51,6 +51,15 @@ def test_the_time_embedding_is_hos():
     rates = np.exp(-np.log(10_000) * np.arange(4) / 3)
     expected = np.concatenate([np.sin(500 * rates), np.cos(500 * rates)])
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_pixel_is_told_its_row_and_its_column():
+    found = grid_embedding(3, 5, 8)
+    assert found.shape == (3, 5, 8)
+    angles = {"row": np.array([2.0, 2e-4]), "column": np.array([4.0, 4e-4])}
+    waves = [wave(angles[axis]) for axis in ("row", "column") for wave in (np.sin, np.cos)]
+    np.testing.assert_allclose(found[2, 4], np.concatenate(waves), atol=1e-5)
+    assert jnp.isfinite(grid_embedding(2, 2, 4)).all()  # a single rate
 
 
 def test_attention_is_flaxs():

@@ -52,9 +52,17 @@ def time_embedding(time: Float[Array, "batch"], width: int) -> Float[Array, "bat
     Ho et al. 2020's (from tensor2tensor): its step i of T = 1000 is 1000 t here.
     """
     half = width // 2
-    rates = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / (half - 1))
+    rates = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / max(half - 1, 1))
     angles = 1000.0 * time.astype(jnp.float32)[:, None] * rates
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+
+
+def grid_embedding(height: int, width: int, channels: int) -> Float[Array, "height width channels"]:
+    """`time_embedding` of a pixel's row in half of the channels, of its column in the others."""
+    half = channels // 2
+    rows, columns = (time_embedding(jnp.arange(side) / 1000, half) for side in (height, width))
+    both = (rows[:, None], columns[None])
+    return jnp.concatenate([jnp.broadcast_to(a, (height, width, half)) for a in both], -1)
 
 
 def condition(

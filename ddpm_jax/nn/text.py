@@ -28,6 +28,7 @@ class Size(NamedTuple):
 SIZES = {"tiny": Size(64, 2, 2), "small": Size(128, 4, 4), "base": Size(384, 8, 6)}
 LONGEST = 12  # bytes of a word, behind which another begins
 USUAL = 4  # bytes of a caption for each token that it may have
+NEAR = 3  # words on either side that a block sees at once: "small red circle to the left"
 SPACE = ord(" ")  # and what is below it say nothing
 
 
@@ -36,8 +37,8 @@ class TextEncoder(nn.Module):
 
     A token for each word, made of its bytes alone, so that a word is the same wherever it stands
     (words as patches of bytes: Slagle 2024, "SpaceByte"); and then pre-norm blocks, in which
-    every token sees every other but padding, in both directions.  An empty caption has no tokens,
-    and its pooled features are 0.
+    every token sees those near it and then every other but padding, in both directions.  An empty
+    caption has no tokens, and its pooled features are 0.
 
     Attributes:
       size: of the transformer.
@@ -67,7 +68,7 @@ class TextEncoder(nn.Module):
         places = self.param("places", normal, (_room(self.length), width))
         x += places[:count].astype(x.dtype)
         for number in range(depth):
-            x = Block(self.size.heads, dtype=self.dtype, name=f"block_{number}")(x, mask)
+            x = Block(self.size.heads, near=NEAR, dtype=self.dtype, name=f"block_{number}")(x, mask)
         x = _norm(x, "norm_out")
         return Context(x, mask, _mean(x, mask))
 
@@ -100,15 +101,20 @@ def _room(length: int) -> int:
 class Block(nn.Module):
     """Self-attention, attention to a context if there is one, and an MLP, each with its norm.
 
+    With `near`, a linear convolution comes first, so that words side by side, "large blue square",
+    are together at once (Allen-Zhu 2025, "Canon layers"; Gulati et al. 2020, "Conformer").
+
     Attributes:
       heads: of either attention.
       causal: a place sees those before it and itself.
+      near: tokens on either side that a convolution sees, before the attention; 0: there is none.
       dropout: rate behind each branch, in training.
       dtype: of the computation.
     """
 
     heads: int
     causal: bool = False
+    near: int = 0
     dropout: float = 0.0
     dtype: Any = None
 
@@ -131,6 +137,11 @@ class Block(nn.Module):
         seen = None if mask is None else mask[:, None, None]
         if self.causal:
             seen = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        if self.near:
+            h = _norm(x, "norm_near")
+            h = h if mask is None else h * mask[..., None]
+            conv = nn.Conv(width, (2 * self.near + 1,), dtype=self.dtype, name="near")
+            x += drop(conv(h), "drop_near")
         parts = jnp.split(dense(3 * width, "qkv")(_norm(x, "norm_1")), 3, -1)
         q, k, v = (a.reshape(size, length, self.heads, width // self.heads) for a in parts)
         x += drop(dense(width, "project")(attention(q, k, v, seen).reshape(x.shape)), "drop_1")
@@ -165,7 +176,7 @@ class Refiner(nn.Module):
         x = nn.Dense(self.width, dtype=self.dtype, name="tokens")(tokens)
         x += time_embedding(jnp.arange(x.shape[1]) / 1000, self.width).astype(x.dtype)
         for number in range(self.depth):
-            x = Block(self.heads, dtype=self.dtype, name=f"block_{number}")(x, mask)
+            x = Block(self.heads, near=NEAR, dtype=self.dtype, name=f"block_{number}")(x, mask)
         x = _norm(x, "norm_out")
         pooled = nn.Dense(self.width, use_bias=False, name="pooled")(pooled)
         return Context(x, mask, pooled + _mean(x, mask))

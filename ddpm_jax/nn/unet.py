@@ -15,6 +15,7 @@ from ddpm_jax.nn.layers import (
     attention,
     condition,
     fold,
+    grid_embedding,
     group_norm,
     unfold,
 )
@@ -202,7 +203,10 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Norm, self-attention over all places, residual; and the same over a caption's tokens."""
+    """Norm, self-attention over all places, residual; and the same over a caption's tokens.
+
+    Where a pixel is, is told to what asks a caption's tokens: "left" means nothing without it.
+    """
 
     head_channels: int
     dtype: Any
@@ -224,5 +228,6 @@ class AttentionBlock(nn.Module):
         x = x + dense("out", 0.0)(h)
         if context is None:
             return x
-        h = group_norm(x, "norm_cross").reshape(batch, height * width, channels)
+        h = group_norm(x, "norm_cross") + grid_embedding(height, width, channels).astype(x.dtype)
+        h = h.reshape(batch, height * width, channels)
         return x + CrossAttention(heads, self.dtype, name="cross")(h, context).reshape(x.shape)
