@@ -107,16 +107,16 @@ class Block(nn.Module):
     Attributes:
       heads: of either attention.
       causal: a place sees those before it and itself.
-      near: tokens on either side that a convolution sees, before the attention; 0: there is none.
       dropout: rate behind each branch, in training.
       dtype: of the computation.
+      near: tokens on either side that a convolution sees, before the attention; 0: there is none.
     """
 
     heads: int
     causal: bool = False
-    near: int = 0
     dropout: float = 0.0
     dtype: Any = None
+    near: int = 0
 
     @nn.compact
     def __call__(
