@@ -23,8 +23,9 @@ Before captions were read with convolutions, and the text encoder trained agains
 94 %, held-out ones in 49, relations in 9 and held-out ones in 2, at 4 in 95, 63, 9 and 2.  So what
 was never seen together comes earlier now, and shapes as clear need their steps again.  Which of
 two shapes lies where was at chance after 1,500 steps (of 256 prompts of two colours those in their
-relation were 47 % of the images that showed both), with the row and column told to the pixels that
-ask the caption, and without: a relation is a small share of the loss, seen at high noise alone.
+relation were 47 % of the images that showed both, with the row and column told to the pixels that
+ask the caption, and without; after these 2,600 57 +- 4 % of 135): a relation is a small share of
+the loss, seen at high noise alone.
 
 What perfect features would give: with captions' attributes (a slot for each group's number, size,
 colour and kind, the relation and the background) in the place of the text encoder's, and so no
