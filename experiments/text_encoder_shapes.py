@@ -13,10 +13,10 @@ To tell shapes apart is not to read a caption.  Of 400 images each, so many are 
 caption than to the same with one thing wrong, where chance is 50 %:
 
                                           kind    two colours exchanged    relation turned
-    400 steps                              82               72                   54
+    400 steps, no altered captions         82               72                   54
     400 of 800, altered captions, too      88               74                   58
     800, altered captions, too             95               80                   63
-    1,200, without convolutions            99               54                   52
+    1,200, neither they nor convolutions   99               54                   52
 
 So the convolution over words that are near (`nn.text.Block`) binds colours to shapes, altered
 captions begin to teach relations, and neither is done after 800 steps.  Without both, Muon's 1,200

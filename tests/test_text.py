@@ -73,7 +73,7 @@ def test_a_word_is_read_alike_wherever_it_stands():
 
 
 def test_a_block_sees_so_many_tokens_near_and_no_padding_at_once():
-    """Without attention, what a token becomes depends on those near it alone"""
+    """Without attention, what a token becomes depends on those near it alone."""
     net, x = Block(2, near=2), jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 4)))
     mask = jnp.arange(8)[None] < 6
     params = randomised(net.init(jax.random.key(0), x, mask))
