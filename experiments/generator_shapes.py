@@ -71,7 +71,7 @@ from ddpm_jax.nn.unet import UNet
 from ddpm_jax.parts import load_part, with_parts
 from ddpm_jax.pretrained import encode, encoded, width_of
 from ddpm_jax.run import Loaded, Options
-from ddpm_jax.schedule import Spacing
+from ddpm_jax.schedule import Spacing, shifted
 from ddpm_jax.tasks import Task
 from ddpm_jax.text_to_image import Parts, Prompts, text_to_image_task
 from ddpm_jax.train import averaged, state_shapes
@@ -136,6 +136,7 @@ class Config(Training):
     # The process.
     noise: Noise = "cosine_betas"
     noise_steps: Annotated[int, AtLeast(2)] = 1000
+    shift: Positive = 0.5  # times alpha / sigma: below 1, more of the times are noisy
     prediction: Literal["eps", "x0", "v"] = "v"
     weight: Weight = "v"
     # Sampling and evaluation, which may change from one evaluation to the next.
@@ -240,7 +241,7 @@ def generator(config: Config, standing_on: Parts) -> Generator:
     )
     return diffusion(
         net,
-        SCHEDULES[config.noise](config.noise_steps),
+        shifted(SCHEDULES[config.noise](config.noise_steps), config.shift),
         standing_on.latents,
         kind=config.prediction,
         weight=WEIGHTS[config.weight],

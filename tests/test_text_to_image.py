@@ -39,14 +39,13 @@ def system(model="unet", **fields):
     def trained():
         tokens, images = jnp.zeros((1, DATA.caption_length), jnp.uint8), jnp.zeros((1, *DATA.shape))
         task = autoencoder_task(net, 256, codes=codes)
-        params, fixed = task.init(jax.random.key(1), batch(2))
+        params, fixed = jax.jit(task.init)(jax.random.key(1), batch(2))
         keys = jax.random.split(jax.random.key(2), 16)
+        loss = jax.jit(functools.partial(task.loss, train=True, gather=lambda a: a))
         for start in range(3):
-            told = task.loss(
-                params, fixed, batch(16, 16 * start), keys, train=True, gather=lambda a: a
-            )
+            told = loss(params, fixed, batch(16, 16 * start), keys)
             fixed = task.update(fixed, told[2])
-        read = randomised(text.init(jax.random.key(0), tokens, images))
+        read = randomised(jax.jit(text.init)(jax.random.key(0), tokens, images))
         return {"text": read, "autoencoder": {"params": params, "fixed": fixed}}
 
     parts = Parts(text, latents(net, codes), lambda: jax.eval_shape(trained), trained, 64)
@@ -54,7 +53,7 @@ def system(model="unet", **fields):
         generator_shapes.generator(config, parts), parts, DATA.shape, DATA.levels,
         caption_dropout=0.5, prompts=Prompts({"single": ["a red circle"] * 3}, align, (2.0,), 4),
     )  # fmt: skip
-    params, fixed = task.init(jax.random.key(0), batch(2))
+    params, fixed = jax.jit(task.init)(jax.random.key(0), batch(2))
     return task, randomised(params), task.load(fixed)
 
 
@@ -102,6 +101,7 @@ def test_training_drops_captions_and_evaluation_does_not():
     one = batch(64)._replace(images=images, captions=captions)
     none = one._replace(captions=jnp.zeros_like(one.captions))
 
+    @functools.partial(jax.jit, static_argnums=1)
     def loss(batch, train):
         return task.loss(params, fixed, batch, keys, train=train, gather=None)[0]
 

@@ -5,9 +5,10 @@ number, size, colour, shape and relation:
 
     a small red circle to the left of a large blue square on a green background
 
-Example i of a split is a pure function of (split, i): drawn antialiased when it is asked for,
-and so never twice in a training.  `HELD_OUT` pairs of colour and shape occur in no training
-example; every second example of the test split has one.
+Two examples of three have two groups, which are the hardest to draw, and five of six of those a
+relation.  `HELD_OUT` pairs of colour and shape occur in no training example; every second example
+of the test split has one.  Example i of a split is a pure function of (split, i): drawn antialiased
+when it is asked for, and so never twice in a training.
 
 `ddpm_jax/metrics/alignment.py` reads all that back from an image's pixels.
 """
@@ -146,7 +147,7 @@ def _groups(draw: np.random.Generator, only: str | None) -> tuple[tuple[Group, .
 
     kind = (only or "any").split()[0]
     numbers: tuple[int, ...] = ((1,), (2,), (3,), (1, 1), (1, 1), (1, 2), (2, 1))[
-        draw.choice(7, p=[0.3, 0.08, 0.06, 0.23, 0.23, 0.05, 0.05])
+        draw.choice(7, p=[0.18, 0.05, 0.04, 0.305, 0.305, 0.06, 0.06])
     ]
     if kind == "single":
         numbers = (1,)
@@ -157,7 +158,7 @@ def _groups(draw: np.random.Generator, only: str | None) -> tuple[tuple[Group, .
         if len({(g.colour, g.kind) for g in groups}) == len(groups):  # told apart without sizes
             break
     relation = None
-    if len(groups) == 2 and (kind == "relation" or draw.random() < 0.75):
+    if len(groups) == 2 and (kind == "relation" or draw.random() < 0.85):
         relation = tuple(RELATIONS)[draw.integers(len(RELATIONS))]
     return groups, relation
 
@@ -166,7 +167,8 @@ def altered(split: str, index: int, number: int = 0) -> str:
     """A caption that says one thing wrong of example `index`: a negative (`contrastive.py`).
 
     A number, size, colour, shape or background is another one, two groups have exchanged colours
-    or shapes, or the relation is turned round.  No held-out pair is told but the example's own.
+    or shapes, or the relation is turned round: more often what is harder to tell.  No held-out pair
+    is told but the example's own.
     """
     one = scene(split, index)
     unseen = HELD_OUT - {(group.colour, group.kind) for group in one.groups}
@@ -193,11 +195,11 @@ def _altered(
 
     which = draw.integers(len(groups))
     group = groups[which]
-    kinds = ["colour", "kind", "number"]
+    kinds = ["colour", "kind", "kind", "number"]
     kinds += ["size"] if group.size else []
     kinds += ["background"] if told else []
     if len(groups) == 2:
-        kinds += ["colours", "kinds", *(["relation"] * 3 if relation else [])]
+        kinds += ["colours", "kinds"] * 2 + (["relation"] * 4 if relation else [])
     what = other(kinds)
     if what == "background":
         told = other(name for name in BACKGROUNDS if name not in {g.colour for g in groups})

@@ -27,13 +27,13 @@ class Size(NamedTuple):
 
 SIZES = {"tiny": Size(64, 2, 2), "small": Size(128, 4, 4), "base": Size(384, 8, 6)}
 LONGEST = 12  # bytes of a word, behind which another begins
-USUAL = 4  # bytes of a caption for each token that it may have
+USUAL = 5  # bytes of a caption for each token that it may have
 NEAR = 3  # words on either side that a block sees at once: "small red circle to the left"
 SPACE = ord(" ")  # and what is below it say nothing
 
 
 class TextEncoder(nn.Module):
-    """Bytes [B, L] -> Context: features [B, L / 4, width], which are text, pooled [B, width].
+    """Bytes [B, L] -> Context: features [B, L / 5, width], which are text, pooled [B, width].
 
     A token for each word, made of its bytes alone, so that a word is the same wherever it stands
     (words as patches of bytes: Slagle 2024, "SpaceByte"); and then pre-norm blocks, in which
@@ -80,7 +80,7 @@ def words(
 
     A word begins where a letter, digit or byte of a character beyond ASCII follows any other
     byte, and behind `LONGEST` bytes of one; other bytes belong to the word before them.  Those
-    beyond the L / 4 words that there is room for belong to the last.
+    beyond the L / 5 words that there is room for belong to the last.
     """
     length = tokens.shape[1]
     lower = tokens | 0x20
