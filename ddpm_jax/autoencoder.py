@@ -20,7 +20,7 @@ from ddpm_jax.data.loader import Batch, Data
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluate import average, per_example
 from ddpm_jax.metrics.distances import frechet, moments
-from ddpm_jax.metrics.reconstruction import psnr, ssim
+from ddpm_jax.metrics.reconstruction import SIDE, psnr, ssim
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.tasks import Evaluation, Task, to_images
 
@@ -128,7 +128,8 @@ def autoencoder_task(
         x, drawn = to_images(np.asarray(test.images), levels), found["again"]
         apart = average(np.abs(drawn - x).reshape(len(x), -1).mean(1))
         metrics = {"test/loss": apart.mean, "test/loss_error": apart.error}
-        for name, of in (("psnr", psnr), ("ssim", ssim)):
+        told = [("psnr", psnr)] + [("ssim", ssim)] * (min(x.shape[1:3]) >= SIDE)
+        for name, of in told:
             metrics[f"test/{name}"], metrics[f"test/{name}_error"] = average(of(drawn, x))
         if codes:
             used = np.bincount(found["codes"].astype(int).ravel(), minlength=codes)

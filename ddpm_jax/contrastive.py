@@ -70,7 +70,11 @@ def contrastive_task(
 
     Args:
       shape, levels: of the images.
+
+    Raises:
+      UserError: the network cannot be built.
     """
+    net.check()
 
     def init(key, batch: Batch):
         tokens = jnp.zeros((1, net.length), jnp.uint8)
@@ -137,7 +141,9 @@ def contrastive_task(
             share = average(found["apart"].astype(float))
             metrics |= {"test/told_apart": share.mean, "test/told_apart_error": share.error}
         return Evaluation(
-            metrics, {"found": _found(found, data)}, {"accuracy": f"among {AMONG} images"}
+            metrics,
+            {"found": _found(found, data)},
+            {"accuracy": f"among {len(captions) // count} images"},
         )
 
     def _found(found, data):

@@ -20,28 +20,25 @@ def with_parts(config: Any, **parts: types.ModuleType) -> Any:
       parts: by the field that names its run directory, the experiment that made it.
 
     Raises:
-      UserError: there is no such run, it is another experiment's or not finished, or its images
-        are of another size.
+      UserError: as `finished` says.
     """
     names = marked(config, FROM_PARTS)
     known: dict[str, Any] = {}
     for field, experiment in parts.items():
         place = pathlib.Path(getattr(config, field)).expanduser().absolute()
-        theirs = finished(field, place, experiment)
-        for other in ("shape", "levels"):
-            if getattr(theirs, other) != getattr(config, other):
-                raise UserError(
-                    f"--config.{field}={place}: trained on images of {theirs.shape} in "
-                    f"{theirs.levels} levels, not {config.shape} in {config.levels}; give a run "
-                    "on the same data"
-                )
+        theirs = finished(field, place, experiment, config)
         known |= {name: getattr(theirs, name) for name in names if hasattr(theirs, name)}
         known[field] = str(place)
     return dataclasses.replace(config, **known)
 
 
-def finished(field: str, place: pathlib.Path, experiment: types.ModuleType) -> Any:
-    """The config of the finished run in `place`."""
+def finished(field: str, place: pathlib.Path, experiment: types.ModuleType, config: Any) -> Any:
+    """The config of the finished run in `place`, which `config` names in `field`.
+
+    Raises:
+      UserError: there is no such run, it is another experiment's or not finished, or its images
+        or captions are of another size.
+    """
     name, record = experiment.__name__.rpartition(".")[2], read_record(place)
     if record is None or not (place / "summary.json").exists():
         raise UserError(
@@ -50,7 +47,15 @@ def finished(field: str, place: pathlib.Path, experiment: types.ModuleType) -> A
         )
     if record["experiment"] != name:
         raise UserError(f"--config.{field}={place}: a run of {record['experiment']}, not of {name}")
-    return restore(experiment.Config, record["config"], place)
+    theirs = restore(experiment.Config, record["config"], place)
+    for other in ("shape", "levels", "caption_length"):
+        ours = getattr(config, other, None)
+        if ours is not None and getattr(theirs, other, ours) != ours:
+            raise UserError(
+                f"--config.{field}={place}: trained on data whose {other.replace('_', ' ')} is "
+                f"{getattr(theirs, other)}, not {ours}; give a run on the same data"
+            )
+    return theirs
 
 
 @functools.lru_cache(maxsize=4)

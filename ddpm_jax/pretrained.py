@@ -20,6 +20,7 @@ from ddpm_jax.tokens import untokenize
 
 LENGTH = 64  # tokens of a caption, in the encoder's own kind of token
 AT_ONCE = 64  # captions in one call
+KIND = "2"  # of what is kept: another where `encode` says something else of the same text
 
 
 class Features(NamedTuple):
@@ -74,6 +75,8 @@ def load_encoder(name: str) -> tuple[Any, Any]:
     except Exception as error:  # of many kinds, from the hub's to the file system's
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--config.pretrained={name} cannot be loaded: {reason}") from None
+    if tokenizer.pad_token is None:  # padding is masked, whatever stands for it
+        tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
     return tokenizer, getattr(model, "text_model", model).eval()
@@ -85,7 +88,10 @@ def width_of(name: str) -> int:
 
 
 def encode(name: str, texts: Sequence[str]) -> Features:
-    """What the encoder says of `texts`; pooled is the mean over tokens.  Float16, on the host."""
+    """What the encoder says of `texts`; pooled is the mean over tokens.  Float16, on the host.
+
+    Of an empty text it says nothing: no token counts, and what is pooled is 0.
+    """
     import torch
 
     tokenizer, model = load_encoder(name)
@@ -102,6 +108,7 @@ def encode(name: str, texts: Sequence[str]) -> Features:
         with torch.no_grad():
             told = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
         hidden, mask = told.last_hidden_state.numpy(), part["attention_mask"].numpy() > 0
+        mask &= np.array([bool(text) for text in texts[start : start + AT_ONCE]])[:, None]
         shares = mask / np.maximum(mask.sum(1, keepdims=True), 1)
         pooled = np.einsum("bl,bld->bd", shares, hidden)
         found.append((hidden.astype(np.float16), mask, pooled.astype(np.float16)))
@@ -136,7 +143,7 @@ def _kept(name: str, texts: list[str]) -> Features:
     """`encode`, from the cache if it is there."""
     folder = pathlib.Path(name)
     stamp = str(folder.stat().st_mtime_ns) if folder.is_dir() else ""
-    known = hashlib.sha256("\n".join([name, stamp, *texts]).encode()).hexdigest()[:24]
+    known = hashlib.sha256("\n".join([name, stamp, KIND, *texts]).encode()).hexdigest()[:24]
     place = cache_dir() / "features" / known
     names = [place.with_name(f"{known}_{field}.npy") for field in Features._fields]
     if not all(path.exists() for path in names):

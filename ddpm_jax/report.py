@@ -50,7 +50,8 @@ def captioned(
     from PIL import Image, ImageDraw, ImageFont
 
     line, font, parts = 18, ImageFont.load_default(12), []
-    for text, images in rows:
+    for words, images in rows:
+        text = " ".join(words.split())
         pixels = grid(images, columns=len(images), side=side)
         pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
         head = Image.new("RGB", (pixels.shape[1], line), "white")

@@ -3,12 +3,13 @@
     caption -> text encoder -> features -> generation model -> latents -> decoder -> image
 
 The three are trained one after another. This is the second's task: the other two are frozen, in
-`fixed`, and so in every checkpoint of it, which draws by itself.
+`fixed`, and so in every checkpoint of it, which draws by itself, but for a text encoder of
+somebody else's.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,8 @@ class Parts(NamedTuple):
         such features then.
     blank() -> their parameters' shapes, {"text": ..., "autoencoder": {"params", "fixed"}}
     load() -> the parameters
+    judge() -> (dual encoder, its parameters) that tells CLIP scores and Frechet distances; None:
+        the text encoder and its image tower do
     """
 
     text: DualEncoder
@@ -56,6 +59,7 @@ class Parts(NamedTuple):
     load: Callable[[], Any]
     width: int
     reader: Callable[[Sequence[str]], Features] | None = None
+    judge: Callable[[], tuple[DualEncoder, Any]] | None = None
 
 
 class Prompts(NamedTuple):
@@ -118,12 +122,8 @@ def text_to_image_task(
         return jnp.where(dropped[:, None], PADDING, told).astype(told.dtype)
 
     def prepared(texts: Sequence[str]):
-        """What `read` reads of texts; of the empty one's features nothing."""
-        if parts.reader is None:
-            return tokenize(texts, text.length)
-        found = parts.reader(texts)
-        there = np.array([bool(words) for words in texts])[:, None]
-        return found._replace(mask=found.mask & there, pooled=np.where(there, found.pooled, 0))
+        """What `read` reads of texts."""
+        return tokenize(texts, text.length) if parts.reader is None else parts.reader(texts)
 
     def loss(params, fixed, batch, keys, *, train, gather):
         del gather
@@ -163,17 +163,17 @@ def text_to_image_task(
             found.append(fetch(draw(params, fixed, keys, told, nothing, how)))
         return np.concatenate(found)[: len(texts)]
 
-    @jax.jit
-    def similarity(fixed, tokens, images):
-        of_text, of_image, _ = text.apply(fixed["text"], tokens, images)
+    @functools.partial(jax.jit, static_argnums=0)
+    def similarity(net: DualEncoder, read, tokens, images):
+        of_text, of_image, _ = cast(Any, net.apply(read, tokens, images))
         return (of_text * of_image).sum(-1)
 
-    def clip_score(fixed, texts: Sequence[str], images: np.ndarray) -> Average:
+    def clip_score(dual, texts: Sequence[str], images: np.ndarray) -> Average:
         """100 cos of captions and images in the project's own dual encoder (Hessel et al. 2021)."""
-        tokens, found = tokenize(texts, text.length), []
+        tokens, found = tokenize(texts, dual[0].length), []
         for at in range(0, len(texts), CHUNK):
             part = slice(at, at + CHUNK)
-            found.append(fetch(similarity(fixed, tokens[part], images[part])))
+            found.append(fetch(similarity(*dual, tokens[part], images[part])))
         return average(100 * np.concatenate(found).astype(np.float64))
 
     def evaluate(params, fixed, data: Data, *, seed, full, spread):
@@ -187,6 +187,7 @@ def text_to_image_task(
         mean, error = average(found)
         metrics = {"test/loss": mean, "test/loss_error": error}
         captions = _texts(data, prompts.draw if full else QUICK)
+        dual = parts.judge() if parts.judge else (text, fixed["text"])
         one = functools.partial(many, params, fixed, seed=seed, spread=spread)
         how = generator.requested(Request())
         rows, each = SHOWN
@@ -197,11 +198,12 @@ def text_to_image_task(
         if not full:
             drawn = one(captions, how=how)
             metrics |= _told("test/aligned", aligned(drawn, captions))
-            metrics |= _told("test/clip_score", clip_score(fixed, captions, drawn))
+            metrics |= _told("test/clip_score", clip_score(dual, captions, drawn))
             return Evaluation(metrics, pictures)
-        judge = image_judge("text_encoder", text, fixed["text"])
+        judge = image_judge("text_encoder", *dual)
         some = [data.test.some(len(captions)), data.train.some(len(captions))]
-        truth, usual = (moments(judge.see(to_images(part.images, levels))[0]) for part in some)
+        pixels = (to_images(np.asarray(part.images), levels) for part in some)
+        truth, usual = (moments(judge.see(images)[0]) for images in pixels)
         about = {
             "generation": generator.about,
             "drawn": len(captions),
@@ -210,13 +212,13 @@ def text_to_image_task(
         }
         metrics["test/fd_text_encoder_of_training"] = frechet(usual, truth)
         real = to_images(np.asarray(data.test.first(len(captions)).images), levels)
-        metrics |= _told("test/clip_score_of_images", clip_score(fixed, captions, real))
+        metrics |= _told("test/clip_score_of_images", clip_score(dual, captions, real))
         curve: list[dict[str, float]] = []
         for scale in dict.fromkeys((how.guidance, *prompts.scales)):
             at = how._replace(guidance=scale)
             drawn = one(captions, how=at)
             figures = {"fd_text_encoder": frechet(moments(judge.see(drawn)[0]), truth)}
-            figures |= _told("clip_score", clip_score(fixed, captions, drawn))
+            figures |= _told("clip_score", clip_score(dual, captions, drawn))
             figures |= _told("aligned", aligned(drawn, captions))
             for name, texts in prompts.sets.items():
                 figures |= _told(f"aligned_{name}", aligned(one(texts, how=at), texts))

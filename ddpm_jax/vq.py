@@ -9,10 +9,12 @@
 (4), its appendix A.1, trains the codebook without gradients: it is carried, not trained.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 DEAD = 0.1  # a code that fewer vectors of a batch fall to, on average, starts anew
@@ -50,8 +52,8 @@ def commitment(z: Float[Array, "*z"], quantised: Float[Array, "*z"]) -> Float[Ar
 def update(book: Codebook, z: Float[Array, "vectors d"], keep: float = 0.99) -> Codebook:
     """Eq. (4) of one batch's vectors.
 
-    A code that is (almost) never used becomes one of the batch's vectors, spread over it: code k
-    of K takes vector k V / K of V.
+    A code that is (almost) never used becomes one of the batch's V vectors, spread over it: code k
+    takes vector k s modulo V, with the s of `_stride`, and so those of every row and column.
 
     Args:
       keep: g, the share of the old averages that is kept.
@@ -61,12 +63,23 @@ def update(book: Codebook, z: Float[Array, "vectors d"], keep: float = 0.99) -> 
     sizes = keep * book.sizes + (1 - keep) * mine.sum(0)
     sums = keep * book.sums + (1 - keep) * mine.T @ z
     dead = (sizes < DEAD)[:, None]
-    fresh = z[jnp.arange(count) * vectors // count]
+    fresh = z[np.arange(count) * _stride(vectors) % vectors]
     # One that starts anew counts as used once more than that, so that it has time to be found.
     alive = jnp.maximum(sizes, DEAD)
     codes = jnp.where(dead, fresh, sums / alive[:, None])
     sizes = jnp.where(dead[:, 0], 2 * DEAD, sizes)
     return Codebook(codes, sizes, jnp.where(dead, 2 * DEAD * fresh, sums))
+
+
+def _stride(vectors: int) -> int:
+    """The next number above V / golden ratio that has no factor in common with V.
+
+    Its multiples modulo V are all of 0 ... V - 1, the first few of them evenly spread.
+    """
+    stride = round(vectors * 2 / (1 + math.sqrt(5)))
+    while math.gcd(stride, vectors) != 1:
+        stride += 1
+    return stride
 
 
 def perplexity(counts: Float[Array, "codes"]) -> Float[Array, ""]:

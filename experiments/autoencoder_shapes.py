@@ -88,7 +88,7 @@ def prepare(config: Config, loaded: Loaded, options: Options) -> Config:
     if config.text == "none":
         return config
     place = pathlib.Path(config.text).expanduser().absolute()
-    finished("text", place, text_encoder_shapes)
+    finished("text", place, text_encoder_shapes, config)
     return dataclasses.replace(config, text=str(place))
 
 

@@ -37,6 +37,7 @@ test loss.  The DiT and the autoregressive model are not trained to their end ye
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -58,6 +59,7 @@ from ddpm_jax.config import (
     Positive,
     Share,
     Training,
+    marked,
 )  # fmt: skip
 from ddpm_jax.data import shapes
 from ddpm_jax.data.loader import Data
@@ -66,9 +68,9 @@ from ddpm_jax.generation import Autoregressive, Generator, autoregressive, diffu
 from ddpm_jax.metrics.alignment import judge
 from ddpm_jax.nn.codes import CodeTransformer
 from ddpm_jax.nn.dit import DiT
-from ddpm_jax.nn.text import SIZES
+from ddpm_jax.nn.text import SIZES, DualEncoder
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.parts import load_part, with_parts
+from ddpm_jax.parts import finished, load_part, with_parts
 from ddpm_jax.pretrained import encode, encoded, width_of
 from ddpm_jax.run import Loaded, Options
 from ddpm_jax.schedule import Spacing, shifted
@@ -114,6 +116,9 @@ class Config(Training):
     # Features of a frozen text encoder of somebody else's, a name or a folder that `transformers`
     # knows, in the place of `text`'s, which then only tells figures; needs a finite data set.
     pretrained: str = ""
+    # Another text encoder's run that tells CLIP scores and Frechet distances in the place of
+    # `text`'s: what is told so can be compared, whatever text encoder a model was trained on.
+    judge: Annotated[str, MAY_CHANGE] = "none"
     width_of_features: Annotated[int, FROM_PARTS] = 0
     model: Literal["unet", "dit", "autoregressive"] = "unet"
     # The U-Net.
@@ -203,7 +208,14 @@ def parts(config: Config) -> Parts:
 
     reader = functools.partial(encode, config.pretrained) if config.pretrained else None
     width = config.width_of_features or SIZES[config.text_size].width
-    return Parts(text, latents(net, config.codes), blank, load, width, reader)
+    told = None if config.judge == "none" else functools.partial(dual_encoder, config.judge)
+    return Parts(text, latents(net, config.codes), blank, load, width, reader, told)
+
+
+def dual_encoder(place: str) -> tuple[DualEncoder, Any]:
+    """Another text encoder's run: both towers and their parameters."""
+    theirs, state = load_part(text_encoder_shapes, place)
+    return text_encoder_shapes.network(theirs), averaged(state, theirs)
 
 
 def generator(config: Config, standing_on: Parts) -> Generator:
@@ -253,12 +265,30 @@ def generator(config: Config, standing_on: Parts) -> Generator:
 def prepare(config: Config, loaded: Loaded, options: Options) -> Config:
     """The config with what follows from its parts; a trained run's has it already."""
     text_encoder_shapes.check_captions(config)
+    if config.judge != "none":
+        place = pathlib.Path(config.judge).expanduser().absolute()
+        finished("judge", place, text_encoder_shapes, config)
+        config = dataclasses.replace(config, judge=str(place))
     if config.text_size:
         return config
+    folder = pathlib.Path(config.pretrained).expanduser()
+    if config.pretrained and folder.is_dir():
+        config = dataclasses.replace(config, pretrained=str(folder.absolute()))
     config = with_parts(config, text=text_encoder_shapes, autoencoder=autoencoder_shapes)
     if not config.pretrained:
         return config
     return dataclasses.replace(config, width_of_features=width_of(config.pretrained))
+
+
+def check(config: Config, *parts: Any) -> None:
+    """Raises UserError unless the model can be built on parts of these configs, not trained yet."""
+    known = {
+        name: getattr(part, name)
+        for part in parts
+        for name in marked(config, FROM_PARTS)
+        if hasattr(part, name)
+    }
+    build(dataclasses.replace(config, **known))
 
 
 def dress(config: Config, data: Data) -> Data:

@@ -6,7 +6,7 @@ The notes say: the text encoder (Saharia et al. 2022).  Here every pair of text 
 generation model is trained for as many steps on `shapes`, on one shared autoencoder, and drawn at
 several guidance scales: a family of curves of alignment against Frechet distance for the text
 encoders under the largest generation model, and one for the generation models under the largest
-text encoder.
+text encoder.  Distances are all told with the largest text encoder's image tower.
 
 Not trained to its end yet: no answer.
 """
@@ -19,6 +19,8 @@ from typing import Annotated, Any
 
 from ddpm_jax import report
 from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Length, marked
+from ddpm_jax.data import shapes
+from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import is_main
 from ddpm_jax.run import (
     Options,
@@ -61,23 +63,38 @@ class Config:
 
 def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
     """Train the autoencoder, the text encoders and every pair; what is finished is left alone."""
+    if not shapes.is_named(config.data):
+        raise UserError(
+            f"--config.data={config.data}: only of shapes can be told whether an image shows what "
+            "its caption says"
+        )
     loaded = load_data(text_encoder_shapes, config.data, workdir, options)
     config = from_data(config, loaded.data)
     record = record_of("text_encoder_scaling", config, loaded, options)
     workdir = workdir.absolute()
 
+    def own(experiment: types.ModuleType, **fields: Any) -> Any:
+        return own_config(experiment, options.debug, data=config.data, **fields)
+
     def train(name: str, experiment: types.ModuleType, **fields: Any) -> dict | None:
-        own = own_config(experiment, options.debug, data=config.data, **fields)
-        return train_experiment(experiment, own, workdir / name, options, loaded)
+        made = own(experiment, **fields)
+        return train_experiment(experiment, made, workdir / name, options, loaded)
+
+    for channels in config.channels:  # before the first is trained
+        model = own(generator_shapes, channels=channels, head_channels=config.head_channels)
+        others = (own(text_encoder_shapes, text_size="tiny"), own(autoencoder_shapes))
+        configs = (from_data(some, loaded.data) for some in (model, *others))
+        generator_shapes.check(*configs)
 
     with opened(workdir, record, marked(config, MAY_CHANGE)):
         if train("autoencoder", autoencoder_shapes, steps=config.autoencoder_steps) is None:
             return
-        found: dict[tuple[str, int], dict] = {}
         for size in config.text_sizes:
             text = f"text_{size}"
             if train(text, text_encoder_shapes, steps=config.text_steps, text_size=size) is None:
                 return
+        found: dict[tuple[str, int], dict] = {}
+        for size in config.text_sizes:
             for channels in config.channels:
                 summary = train(
                     f"{size}_{channels}",
@@ -87,7 +104,8 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
                     head_channels=config.head_channels,
                     prompts=config.prompts,
                     scales=config.scales,
-                    text=str(workdir / text),
+                    text=str(workdir / f"text_{size}"),
+                    judge=str(workdir / f"text_{config.text_sizes[-1]}"),
                     autoencoder=str(workdir / "autoencoder"),
                 )
                 if summary is None:  # asked to stop

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Length, marked
 from ddpm_jax.parallel import is_main
 from ddpm_jax.run import (
+    Loaded,
     Options,
     from_data,
     load_data,
@@ -53,31 +54,43 @@ class Config:
     guidance: Annotated[float, MAY_CHANGE] = generator_shapes.Config().guidance
 
 
+def check_all(configs: list[Any], loaded: Loaded) -> None:
+    """Raises UserError unless every part can be built, before the first is trained."""
+    text, autoencoder, generator = (from_data(own, loaded.data) for own in configs)
+    text_encoder_shapes.build(text)
+    autoencoder_shapes.build(autoencoder)
+    generator_shapes.check(generator, text, autoencoder)
+
+
 def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
     """Train the three parts, one after another; what is finished is told and left alone."""
     loaded = load_data(text_encoder_shapes, config.data, workdir, options)
     config = from_data(config, loaded.data)
-    record = record_of("text_to_image_shapes", config, loaded, options)
-    with opened(workdir, record, marked(config, MAY_CHANGE)):
-        places = {part: str(workdir.absolute() / part) for part in ("text", "autoencoder")}
-        text: dict[str, Any] = dict(steps=config.text_steps, text_size=config.text_size)
-        autoencoder: dict[str, Any] = dict(
-            steps=config.autoencoder_steps, codes=config.codes, text=places["text"]
-        )
-        generator: dict[str, Any] = dict(
-            steps=config.steps,
-            model=config.model,
-            channels=config.channels,
-            guidance=config.guidance,
-            **places,
-        )
-        found = {}
+    places = {part: str(workdir.absolute() / part) for part in ("text", "autoencoder")}
+    text: dict[str, Any] = dict(steps=config.text_steps, text_size=config.text_size)
+    autoencoder: dict[str, Any] = dict(
+        steps=config.autoencoder_steps, codes=config.codes, text=places["text"]
+    )
+    generator: dict[str, Any] = dict(
+        steps=config.steps,
+        model=config.model,
+        channels=config.channels,
+        guidance=config.guidance,
+        **places,
+    )
+    parts = [
+        (part, experiment, own_config(experiment, options.debug, data=config.data, **fields))
         for part, experiment, fields in (
             ("text", text_encoder_shapes, text),
             ("autoencoder", autoencoder_shapes, autoencoder),
             ("generator", generator_shapes, generator),
-        ):
-            own = own_config(experiment, options.debug, data=config.data, **fields)
+        )
+    ]
+    check_all([own for _, _, own in parts], loaded)
+    record = record_of("text_to_image_shapes", config, loaded, options)
+    with opened(workdir, record, marked(config, MAY_CHANGE)):
+        found = {}
+        for part, experiment, own in parts:
             summary = train_experiment(experiment, own, workdir / part, options, loaded)
             if summary is None:  # asked to stop
                 return

@@ -30,7 +30,8 @@ def folder(tmp_path_factory):
 def test_features_do_not_depend_on_the_batch_and_padding_is_none(folder):
     together = pretrained.encode(folder, TEXTS)
     assert together.tokens.shape == (3, pretrained.LENGTH, 16)
-    assert together.mask.sum(1).tolist() == [5, 2, 9]  # with a token at either end
+    assert together.mask.sum(1).tolist() == [5, 0, 9]  # with a token at either end
+    assert not together.pooled[1].any()  # of no text nothing is said
     for row, text in enumerate(TEXTS):
         alone = pretrained.encode(folder, [text])
         mask = alone.mask[0]
@@ -86,6 +87,17 @@ def test_a_generation_model_is_trained_on_it(folder, launch, tmp_path):
         "--num_samples=2", f"--out={tmp_path / 'out.npz'}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+
+
+def test_features_are_stacked_as_images_are():
+    data = loader.load("shapes")
+    train = data.train.first(12)
+    features = pretrained.Features(np.ones((12, 5, 3)), np.ones((12, 5), bool), np.ones((12, 3)))
+    captions = pretrained.Encoded(["a"] * 12, features, np.arange(12))
+    batch = next(loader.training_batches(train._replace(captions=captions), 0, 4, [(0, 2)], 2))
+    assert batch.images.shape == (2, 4, *data.shape)
+    assert batch.captions.tokens.shape == (2, 4, 5, 3)
+    assert batch.captions.mask.shape == (2, 4, 5)
 
 
 def test_an_endless_set_and_a_missing_encoder_are_told_in_one_line(folder):

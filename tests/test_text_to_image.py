@@ -18,15 +18,18 @@ from ddpm_jax.nn.text import SIZES, DualEncoder
 from ddpm_jax.parallel import make
 from ddpm_jax.tasks import Request
 from ddpm_jax.text_to_image import Parts, Prompts, text_to_image_task
-from experiments import generator_shapes
+from experiments import generator_shapes, text_encoder_scaling, text_to_image_shapes
 
 DATA = loader.load("shapes")
 CODES = 12
 
 
 @functools.cache
-def system(model="unet", **fields):
-    """(task, params, fixed) of a small system whose every parameter is drawn."""
+def system(model="unet", judged=False, **fields):
+    """(task, params, fixed) of a small system whose every parameter is drawn.
+
+    If `judged`, another dual encoder tells its figures.
+    """
     codes = CODES if model == "autoregressive" else 0
     config = generator_shapes.Config(
         model=model, channels=8, multipliers=(1,), blocks=1, attention_sizes=(8,), head_channels=0,
@@ -48,7 +51,13 @@ def system(model="unet", **fields):
         read = randomised(jax.jit(text.init)(jax.random.key(0), tokens, images))
         return {"text": read, "autoencoder": {"params": params, "fixed": fixed}}
 
-    parts = Parts(text, latents(net, codes), lambda: jax.eval_shape(trained), trained, 64)
+    def other():
+        return text, randomised(trained()["text"], 5)
+
+    parts = Parts(
+        text, latents(net, codes), lambda: jax.eval_shape(trained), trained, 64,
+        judge=other if judged else None,
+    )  # fmt: skip
     task = text_to_image_task(
         generator_shapes.generator(config, parts), parts, DATA.shape, DATA.levels,
         caption_dropout=0.5, prompts=Prompts({"single": ["a red circle"] * 3}, align, (2.0,), 4),
@@ -126,6 +135,10 @@ def test_an_evaluation_tells_of_every_set_and_scale():
     assert found.about["drawn"] == 4
     quick = task.evaluate(params, fixed, data, seed=0, full=False, spread=make())
     assert "test/aligned" in quick.metrics
+    task, params, fixed = system(judged=True)
+    judged = task.evaluate(params, fixed, data, seed=0, full=False, spread=make())
+    assert judged.metrics["test/loss"] == quick.metrics["test/loss"]
+    assert judged.metrics["test/clip_score"] != quick.metrics["test/clip_score"]
 
 
 def test_flags_that_mean_nothing_are_told():
@@ -146,6 +159,18 @@ def test_an_autoregressive_model_needs_codes():
     parts = Parts(None, latents(Autoencoder(DATA.shape, (8, 8), 2), 0), None, None, 64)
     with pytest.raises(UserError, match="quantised autoencoder"):
         generator_shapes.generator(config, parts)
+
+
+def test_a_model_that_cannot_be_built_is_told_before_its_parts_are_trained(tmp_path):
+    for fields, says in (
+        (dict(model="autoregressive"), "quantised autoencoder"),
+        (dict(channels=48), "do not divide into heads"),
+    ):
+        with pytest.raises(UserError, match=says):
+            text_to_image_shapes.run(text_to_image_shapes.Config(**fields), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="only of shapes"):
+        text_encoder_scaling.run(text_encoder_scaling.Config(data="digits"), tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -195,13 +195,15 @@ def training_batches(
         order = order.reshape(steps, batch_size)[:, mine].reshape(-1)
         batch = batch_of(split, order, np.tile(index, steps))
         if stack:
-            batch = Batch(
-                *(
-                    array if array is None else array.reshape(stack, len(index), *array.shape[1:])
-                    for array in batch
-                )
-            )
+            batch = _stacked(batch, stack)
         yield batch
+
+
+def _stacked(some: Any, stack: int) -> Any:
+    """Every array of a batch, within whatever tuples, with `stack` batches along a new axis."""
+    if isinstance(some, tuple):
+        return type(some)(*(_stacked(array, stack) for array in some))
+    return some if some is None else some.reshape(stack, -1, *some.shape[1:])
 
 
 def evaluation_batches(

@@ -176,11 +176,20 @@ def altered(split: str, index: int, number: int = 0) -> str:
     while True:
         groups, relation, told = _altered(draw, one)
         pairs = [(group.colour, group.kind) for group in groups]
-        alike = groups == one.groups or (relation is None and set(groups) == set(one.groups))
-        right = alike and (relation, told) == (one.relation, one.background)
+        ordered = relation is None or pairs == [(g.colour, g.kind) for g in one.groups]
+        right = _drawn(groups, one) and ordered
+        right &= (relation, told) == (one.relation, one.background)
         usual = len(set(pairs)) == len(pairs) and told not in {group.colour for group in groups}
+        usual &= sum(group.number for group in groups) <= max(NUMBERS)
         if usual and not right and not unseen.intersection(pairs):
             return _caption(draw, groups, relation, told)
+
+
+def _drawn(groups: Sequence[Group], one: Scene) -> bool:
+    """Whether groups, in any order, are those of a picture, of the sizes that are told of them."""
+    looks, drawn = ({(g.number, g.colour, g.kind) for g in some} for some in (groups, one.groups))
+    sizes = {(s.colour, s.kind): "small" if s.width <= SMALL[1] else "large" for s in one.shapes}
+    return looks == drawn and all(g.size in (None, sizes[g.colour, g.kind]) for g in groups)
 
 
 def _altered(

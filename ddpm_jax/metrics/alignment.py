@@ -75,8 +75,7 @@ def parse(caption: str) -> tuple[tuple[Group, ...], str | None, str | None]:
 def judge(image: Float[np.ndarray, "side side 3"], caption: str) -> Verdict:
     """What of a caption of this set the pixels (in [-1, 1]) show.
 
-    Shapes are the connected parts that are not of the background's colour.  Each is given the
-    kind whose drawing in its box covers the same pixels best.
+    Shapes and their kinds are found as the module says.
     """
     groups, relation, background = parse(caption)
     behind, seen = look(image)
@@ -125,7 +124,10 @@ def look(image: Float[np.ndarray, "side side 3"]) -> tuple[str, list[Shape]]:
             colour = UNCLEAR
         # How much of each pixel the shape covers, within a pixel of the part.
         near = ndimage.binary_dilation(part, np.ones((3, 3)))
-        cover = np.clip((pixels - ground) @ tint / (tint @ tint), 0, 1) * near
+        if tint.any():
+            cover = np.clip((pixels - ground) @ tint / (tint @ tint), 0, 1) * near
+        else:  # of many colours, whose medians are the background's
+            colour, cover = UNCLEAR, part.astype(np.float64)
         shapes.append(_fit(colour, cover, scale))
     return behind, shapes
 

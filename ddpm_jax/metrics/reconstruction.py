@@ -4,16 +4,16 @@ import numpy as np
 from jaxtyping import Float
 
 RANGE = 2.0  # from black to white
+MOST = 100.0  # dB, at the most: so that one pixel-perfect image leaves a mean that can be read
 K1, K2, SIGMA, SIDE = 0.01, 0.03, 1.5, 11  # Wang et al. 2004, sec. III-C
 
 
 def psnr(
     a: Float[np.ndarray, "n h w c"], b: Float[np.ndarray, "n h w c"]
 ) -> Float[np.ndarray, "n"]:
-    """10 log10(range^2 / mean squared error) of each pair, in dB; inf of equal ones."""
+    """10 log10(range^2 / mean squared error) of each pair, in dB; `MOST` of equal ones."""
     error = np.square(np.asarray(a, np.float64) - b).reshape(len(a), -1).mean(1)
-    with np.errstate(divide="ignore"):
-        return 10 * np.log10(RANGE**2 / error)
+    return 10 * np.log10(RANGE**2 / np.maximum(error, RANGE**2 * 10 ** (-MOST / 10)))
 
 
 def ssim(
@@ -22,7 +22,7 @@ def ssim(
     """Structural similarity of each pair (Wang et al. 2004, eq. 13), the mean over channels.
 
     Means and covariances are under a Gaussian of deviation 1.5 in windows of 11 x 11 pixels that
-    lie within the image; 1 of equal images.
+    lie within the image, which is no smaller; 1 of equal images.
     """
     from scipy import ndimage
 

@@ -56,3 +56,5 @@ class CodeTransformer(nn.Module):
         """Raises UserError unless the network can be built."""
         if self.width % self.heads:
             raise UserError(f"--config.width={self.width}: must divide by {self.heads} heads")
+        if self.width % 2:
+            raise UserError(f"--config.width={self.width}: must be even, for sines and cosines")

@@ -94,6 +94,8 @@ class DiT(nn.Module):
             )
         if self.width % self.heads:
             raise UserError(f"--config.width={self.width}: must divide by {self.heads} heads")
+        if self.width % 2:
+            raise UserError(f"--config.width={self.width}: must be even, for sines and cosines")
 
 
 class DiTBlock(nn.Module):

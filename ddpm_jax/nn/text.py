@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+from ddpm_jax.errors import UserError
 from ddpm_jax.nn.layers import Context, CrossAttention, Dropout, attention, time_embedding
 from ddpm_jax.tokens import VOCABULARY
 
@@ -29,6 +30,7 @@ SIZES = {"tiny": Size(64, 2, 2), "small": Size(128, 4, 4), "base": Size(384, 8, 
 LONGEST = 12  # bytes of a word, behind which another begins
 USUAL = 5  # bytes of a caption for each token that it may have
 NEAR = 3  # words on either side that a block sees at once: "small red circle to the left"
+GROUPS = 8  # of the image tower's channels, for group norm
 SPACE = ord(" ")  # and what is below it say nothing
 
 
@@ -205,7 +207,7 @@ class ImageTower(nn.Module):
     Behind each that halves is a residual one of as many channels.
 
     Attributes:
-      channels: of each 3x3 convolution, the last of them repeated as long as a side exceeds 4.
+      channels: of each 3x3 convolution, the last of them repeated as long as the height exceeds 4.
       width: of the features.
       dtype: of the computation.
     """
@@ -220,9 +222,9 @@ class ImageTower(nn.Module):
         while x.shape[1] > 4:
             width = self.channels[min(number, len(self.channels) - 1)]
             x = nn.Conv(width, (3, 3), strides=2, dtype=self.dtype, name=f"conv_{number}")(x)
-            x = nn.gelu(nn.GroupNorm(8, dtype=jnp.float32, name=f"norm_{number}")(x))
+            x = nn.gelu(nn.GroupNorm(GROUPS, dtype=jnp.float32, name=f"norm_{number}")(x))
             h = nn.Conv(width, (3, 3), dtype=self.dtype, name=f"more_{number}")(x)
-            x += nn.gelu(nn.GroupNorm(8, dtype=jnp.float32, name=f"norm_more_{number}")(h))
+            x += nn.gelu(nn.GroupNorm(GROUPS, dtype=jnp.float32, name=f"norm_more_{number}")(h))
             number += 1
         x = nn.gelu(
             nn.Dense(4 * self.width, dtype=self.dtype, name="hidden")(x.reshape(len(x), -1))
@@ -271,6 +273,15 @@ class DualEncoder(nn.Module):
 
     def __call__(self, tokens: UInt8[Array, "batch length"], x: Float[Array, "batch h w c"]) -> Any:
         return self.of_text(tokens), self.of_image(x), self.scale()
+
+    def check(self) -> None:
+        """Raises UserError unless the towers can be built."""
+        for channels in self.channels:
+            if channels % GROUPS:
+                raise UserError(
+                    f"--config.tower_channels: {channels} does not divide into the {GROUPS} groups "
+                    "of group norm"
+                )
 
 
 def _unit(x: Float[Array, "batch joint"]) -> Float[Array, "batch joint"]:
