@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_jax.data.loader import Data, Split, cache_dir
+from ddpm_jax.data.loader import ENDLESS, Data, Split, cache_dir
 from ddpm_jax.errors import UserError
 from ddpm_jax.progress import tell
 from ddpm_jax.tokens import untokenize
 
 LENGTH = 64  # tokens of a caption, in the encoder's own kind of token
 AT_ONCE = 64  # captions in one call
+PART = 4096  # captions that are kept in memory
 KIND = "2"  # of what is kept: another where `encode` says something else of the same text
 
 
@@ -123,7 +124,7 @@ def encoded(name: str, data: Data) -> Data:
     """
     if not data.caption_length:
         raise UserError(f"data set {data.name} has no captions")
-    if len(data.train.images) > 10**7:
+    if len(data.train.images) >= ENDLESS:
         raise UserError(
             f"--config.pretrained={name} reads every caption once, and {data.name} has no end of "
             "them; give a data set that has"
@@ -140,7 +141,7 @@ def encoded(name: str, data: Data) -> Data:
 
 
 def _kept(name: str, texts: list[str]) -> Features:
-    """`encode`, from the cache if it is there."""
+    """`encode`, from the cache if it is there; into it, a part at a time, if not."""
     folder = pathlib.Path(name)
     stamp = str(folder.stat().st_mtime_ns) if folder.is_dir() else ""
     known = hashlib.sha256("\n".join([name, stamp, KIND, *texts]).encode()).hexdigest()[:24]
@@ -148,10 +149,18 @@ def _kept(name: str, texts: list[str]) -> Features:
     names = [place.with_name(f"{known}_{field}.npy") for field in Features._fields]
     if not all(path.exists() for path in names):
         tell(f"reading {len(texts)} captions with {name}, once")
-        features = encode(name, texts)
         place.parent.mkdir(parents=True, exist_ok=True)
-        for path, array in zip(names, features, strict=True):
-            draft = path.with_suffix(".tmp.npy")
-            np.save(draft, array)
+        drafts = [path.with_suffix(".tmp.npy") for path in names]
+        files: list[np.memmap] = []
+        for start in range(0, len(texts), PART):
+            part = encode(name, texts[start : start + PART])
+            files = files or [
+                np.lib.format.open_memmap(draft, "w+", array.dtype, (len(texts), *array.shape[1:]))
+                for draft, array in zip(drafts, part, strict=True)
+            ]
+            for file, array in zip(files, part, strict=True):
+                file[start : start + len(array)] = array
+        for file, draft, path in zip(files, drafts, names, strict=True):
+            file.flush()
             draft.rename(path)  # whole or not at all
     return Features(*(np.load(path, mmap_mode="r", allow_pickle=False) for path in names))

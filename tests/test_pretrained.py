@@ -100,6 +100,26 @@ def test_features_are_stacked_as_images_are():
     assert batch.captions.mask.shape == (2, 4, 5)
 
 
+def test_features_are_kept_a_part_at_a_time_and_read_once(monkeypatch):
+    asked = []
+
+    def encode(name, texts):
+        asked.extend(texts)
+        size = np.array([len(text) for text in texts])
+        tokens = np.broadcast_to(size[:, None, None], (len(texts), 4, 3)).astype(np.float16)
+        return pretrained.Features(tokens, np.ones((len(texts), 4), bool), tokens[:, 0])
+
+    monkeypatch.setattr(pretrained, "encode", encode)
+    monkeypatch.setattr(pretrained, "PART", 2)
+    data = loader.load("shapes")
+    data = data._replace(train=data.train.first(5), test=data.test.first(3))
+    for _ in range(2):
+        found = pretrained.encoded("an encoder of a test", data).train.captions
+        lengths = [len(text) for text in found.texts]
+        np.testing.assert_array_equal(found[np.arange(5)].pooled[:, 0], lengths)
+    assert len(asked) == len(set(asked)) == 8  # each of the 5 and 3 once
+
+
 def test_an_endless_set_and_a_missing_encoder_are_told_in_one_line(folder):
     with pytest.raises(UserError, match="has no end"):
         pretrained.encoded(folder, loader.load("shapes"))
