@@ -7,11 +7,12 @@
 Each part is a run in a directory of its own (`text`, `autoencoder`, `generator`), resumes and, once
 finished, is not trained again; the last one draws.
 
-Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, in one go from nothing, before captions
-were read with convolutions and against altered ones: 57 min 36 s, of which the text encoder (1,200
-steps) took 8 min, the autoencoder 4 min 58 s and the generation model (4,500 steps), with its
-evaluation, 44 min 36 s.  Today's steps are chosen to take as long, which is not measured in one go
-yet; the figures are in `text_encoder_shapes`, `autoencoder_shapes` and `generator_shapes`.
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, in one go from nothing: 97 min 43 s, of
+which the text encoder took 15 min 32 s, the autoencoder 9 min 41 s and the generation model, with
+its evaluation, 72 min 26 s, on a day when the machine was half as fast as at other times: the
+same steps of the autoencoder took 4 min 58 s when an earlier text encoder (1,200 steps) and
+generation model (4,500) were trained, and all three took 57 min 36 s.  The figures are in
+`text_encoder_shapes`, `autoencoder_shapes` and `generator_shapes`.
 """
 
 import dataclasses
