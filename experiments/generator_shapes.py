@@ -19,6 +19,12 @@ other times; an autoencoder of 33.6 dB).  DPM-Solver++(2M), 20 steps; 128 prompt
     many training images: 0.054, which
     hold no held-out pair)                    0.039  0.033  0.034  0.041  0.051  0.074
 
+250 steps of ancestral sampling on the same prompts, guidance 2, draw one shape as told in 93.8 %
+and two in their relation in 77.3 %, 3 and 9 points more than these 20 steps: it is numbers and
+kinds that the 20 lose (87 and 70 % of the relations' images, 90 and 77 of the 250's), and of images
+that have both right the relation is right in 97 and 100 %.  20 steps of spacing `logsnr`: 87.5 and
+61.7 %.
+
 What a relation takes is a text encoder that reads it, and times noisy enough.  On features that
 told a turned relation in 63 % (today 97; see `text_encoder_shapes`), with 35 % of scenes in a
 relation (today 56) and times as the schedule has them (`shift` 1), 2,600 steps drew 12 % of
