@@ -25,20 +25,19 @@ def with_parts(config: Any, **parts: types.ModuleType) -> Any:
     names = marked(config, FROM_PARTS)
     known: dict[str, Any] = {}
     for field, experiment in parts.items():
-        place = pathlib.Path(getattr(config, field)).expanduser().absolute()
-        theirs = finished(field, place, experiment, config)
+        known[field], theirs = finished(config, field, experiment)
         known |= {name: getattr(theirs, name) for name in names if hasattr(theirs, name)}
-        known[field] = str(place)
     return dataclasses.replace(config, **known)
 
 
-def finished(field: str, place: pathlib.Path, experiment: types.ModuleType, config: Any) -> Any:
-    """The config of the finished run in `place`, which `config` names in `field`.
+def finished(config: Any, field: str, experiment: types.ModuleType) -> tuple[str, Any]:
+    """The directory, absolute, and the config of the finished run that `config` names in `field`.
 
     Raises:
       UserError: there is no such run, it is another experiment's or not finished, or its images
         or captions are of another size.
     """
+    place = pathlib.Path(getattr(config, field)).expanduser().absolute()
     name, record = experiment.__name__.rpartition(".")[2], read_record(place)
     if record is None or not (place / "summary.json").exists():
         raise UserError(
@@ -55,7 +54,7 @@ def finished(field: str, place: pathlib.Path, experiment: types.ModuleType, conf
                 f"--config.{field}={place}: trained on data whose {other.replace('_', ' ')} is "
                 f"{getattr(theirs, other)}, not {ours}; give a run on the same data"
             )
-    return theirs
+    return str(place), theirs
 
 
 @functools.lru_cache(maxsize=4)

@@ -16,8 +16,7 @@ end yet.
 
 import dataclasses
 import functools
-import pathlib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from ddpm_jax.autoencoder import autoencoder_task
 from ddpm_jax.classifier import Judge
@@ -34,6 +33,7 @@ from ddpm_jax.config import (
 )  # fmt: skip
 from ddpm_jax.contrastive import image_judge
 from ddpm_jax.nn.autoencoder import Autoencoder
+from ddpm_jax.nn.text import DualEncoder
 from ddpm_jax.parts import finished, load_part
 from ddpm_jax.run import Loaded, Options
 from ddpm_jax.tasks import Task
@@ -89,18 +89,20 @@ def prepare(config: Config, loaded: Loaded, options: Options) -> Config:
     """The config, whose `text` is found from anywhere."""
     if config.text == "none":
         return config
-    place = pathlib.Path(config.text).expanduser().absolute()
-    finished("text", place, text_encoder_shapes, config)
-    return dataclasses.replace(config, text=str(place))
+    return dataclasses.replace(config, text=finished(config, "text", text_encoder_shapes)[0])
+
+
+def dual_encoder(place: str) -> tuple[DualEncoder, Any]:
+    """A text encoder's run that tells figures: both towers and their parameters."""
+    theirs, state = load_part(text_encoder_shapes, place)
+    return text_encoder_shapes.network(theirs), averaged(state, theirs)
 
 
 def judge(config: Config) -> Judge | None:
     """What a Frechet distance is told with."""
     if config.text == "none":
         return None
-    theirs, state = load_part(text_encoder_shapes, config.text)
-    params = averaged(state, theirs)
-    return image_judge("text_encoder", text_encoder_shapes.network(theirs), params)
+    return image_judge("text_encoder", *dual_encoder(config.text))
 
 
 def build(config: Config) -> Task:

@@ -74,11 +74,11 @@ from ddpm_jax.generation import Autoregressive, Generator, autoregressive, diffu
 from ddpm_jax.metrics.alignment import judge
 from ddpm_jax.nn.codes import CodeTransformer
 from ddpm_jax.nn.dit import DiT
-from ddpm_jax.nn.text import SIZES, DualEncoder
+from ddpm_jax.nn.text import SIZES
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.parts import finished, load_part, with_parts
 from ddpm_jax.pretrained import encode, encoded, width_of
-from ddpm_jax.run import Loaded, Options
+from ddpm_jax.run import Loaded, Options, from_data
 from ddpm_jax.schedule import Spacing, shifted
 from ddpm_jax.tasks import Task
 from ddpm_jax.text_to_image import Parts, Prompts, text_to_image_task
@@ -214,14 +214,9 @@ def parts(config: Config) -> Parts:
 
     reader = functools.partial(encode, config.pretrained) if config.pretrained else None
     width = config.width_of_features or SIZES[config.text_size].width
-    told = None if config.judge == "none" else functools.partial(dual_encoder, config.judge)
-    return Parts(text, latents(net, config.codes), blank, load, width, reader, told)
-
-
-def dual_encoder(place: str) -> tuple[DualEncoder, Any]:
-    """Another text encoder's run: both towers and their parameters."""
-    theirs, state = load_part(text_encoder_shapes, place)
-    return text_encoder_shapes.network(theirs), averaged(state, theirs)
+    judge = functools.partial(autoencoder_shapes.dual_encoder, config.judge)
+    told_by = None if config.judge == "none" else judge
+    return Parts(text, latents(net, config.codes), blank, load, width, reader, told_by)
 
 
 def generator(config: Config, standing_on: Parts) -> Generator:
@@ -272,9 +267,8 @@ def prepare(config: Config, loaded: Loaded, options: Options) -> Config:
     """The config with what follows from its parts; a trained run's has it already."""
     text_encoder_shapes.check_captions(config)
     if config.judge != "none":
-        place = pathlib.Path(config.judge).expanduser().absolute()
-        finished("judge", place, text_encoder_shapes, config)
-        config = dataclasses.replace(config, judge=str(place))
+        place, _ = finished(config, "judge", text_encoder_shapes)
+        config = dataclasses.replace(config, judge=place)
     if config.text_size:
         return config
     folder = pathlib.Path(config.pretrained).expanduser()
@@ -286,11 +280,14 @@ def prepare(config: Config, loaded: Loaded, options: Options) -> Config:
     return dataclasses.replace(config, width_of_features=width_of(config.pretrained))
 
 
-def check(config: Config, *parts: Any) -> None:
-    """Raises UserError unless the model can be built on parts of these configs, not trained yet."""
+def check(data: Data, text: Any, autoencoder: Any, config: Config) -> None:
+    """Raises UserError unless all three can be built, before the first of them is trained."""
+    text, autoencoder, config = (from_data(some, data) for some in (text, autoencoder, config))
+    text_encoder_shapes.build(text)
+    autoencoder_shapes.build(autoencoder)
     known = {
         name: getattr(part, name)
-        for part in parts
+        for part in (text, autoencoder)
         for name in marked(config, FROM_PARTS)
         if hasattr(part, name)
     }

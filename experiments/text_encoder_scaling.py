@@ -82,9 +82,9 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
 
     for channels in config.channels:  # before the first is trained
         model = own(generator_shapes, channels=channels, head_channels=config.head_channels)
-        others = (own(text_encoder_shapes, text_size="tiny"), own(autoencoder_shapes))
-        configs = (from_data(some, loaded.data) for some in (model, *others))
-        generator_shapes.check(*configs)
+        generator_shapes.check(
+            loaded.data, own(text_encoder_shapes), own(autoencoder_shapes), model
+        )
 
     with opened(workdir, record, marked(config, MAY_CHANGE)):
         if train("autoencoder", autoencoder_shapes, steps=config.autoencoder_steps) is None:

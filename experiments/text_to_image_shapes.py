@@ -24,7 +24,6 @@ from typing import Annotated, Any, Literal
 from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Length, marked
 from ddpm_jax.parallel import is_main
 from ddpm_jax.run import (
-    Loaded,
     Options,
     from_data,
     load_data,
@@ -55,14 +54,6 @@ class Config:
     guidance: Annotated[float, MAY_CHANGE] = generator_shapes.Config().guidance
 
 
-def check_all(configs: list[Any], loaded: Loaded) -> None:
-    """Raises UserError unless every part can be built, before the first is trained."""
-    text, autoencoder, generator = (from_data(own, loaded.data) for own in configs)
-    text_encoder_shapes.build(text)
-    autoencoder_shapes.build(autoencoder)
-    generator_shapes.check(generator, text, autoencoder)
-
-
 def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
     """Train the three parts, one after another; what is finished is told and left alone."""
     loaded = load_data(text_encoder_shapes, config.data, workdir, options)
@@ -87,7 +78,7 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
             ("generator", generator_shapes, generator),
         )
     ]
-    check_all([own for _, _, own in parts], loaded)
+    generator_shapes.check(loaded.data, *(own for _, _, own in parts))
     record = record_of("text_to_image_shapes", config, loaded, options)
     with opened(workdir, record, marked(config, MAY_CHANGE)):
         found = {}

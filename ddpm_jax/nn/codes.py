@@ -6,9 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax.errors import UserError
 from ddpm_jax.nn.layers import Context
-from ddpm_jax.nn.text import Block, refined
+from ddpm_jax.nn.text import Block, check_width, refined
 
 
 class CodeTransformer(nn.Module):
@@ -54,7 +53,4 @@ class CodeTransformer(nn.Module):
 
     def check(self) -> None:
         """Raises UserError unless the network can be built."""
-        if self.width % self.heads:
-            raise UserError(f"--config.width={self.width}: must divide by {self.heads} heads")
-        if self.width % 2:
-            raise UserError(f"--config.width={self.width}: must be even, for sines and cosines")
+        check_width(self.width, self.heads)

@@ -16,7 +16,7 @@ from ddpm_jax.nn.layers import (
     fold,
     unfold,
 )
-from ddpm_jax.nn.text import refined
+from ddpm_jax.nn.text import check_width, refined
 
 
 class DiT(nn.Module):
@@ -92,10 +92,7 @@ class DiT(nn.Module):
                 f"the DiT cuts images into patches, and {shape[0]}x{shape[1]} does not divide by "
                 f"--config.patch={self.patch}"
             )
-        if self.width % self.heads:
-            raise UserError(f"--config.width={self.width}: must divide by {self.heads} heads")
-        if self.width % 2:
-            raise UserError(f"--config.width={self.width}: must be even, for sines and cosines")
+        check_width(self.width, self.heads)
 
 
 class DiTBlock(nn.Module):

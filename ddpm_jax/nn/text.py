@@ -154,6 +154,14 @@ class Block(nn.Module):
         return x + drop(dense(width, "mlp_2")(h), "drop_2")
 
 
+def check_width(width: int, heads: int) -> None:
+    """Raises UserError unless a transformer, and its `Refiner`, can be so wide."""
+    if width % heads:
+        raise UserError(f"--config.width={width}: must divide by {heads} heads")
+    if width % 2:
+        raise UserError(f"--config.width={width}: must be even, for sines and cosines")
+
+
 class Refiner(nn.Module):
     """A caption's features [B, L, any], read again: -> [B, L, width].
 
