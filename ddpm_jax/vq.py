@@ -9,12 +9,10 @@
 (4), its appendix A.1, trains the codebook without gradients: it is carried, not trained.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 DEAD = 0.1  # a code that fewer vectors of a batch fall to, on average, starts anew
@@ -63,7 +61,8 @@ def update(book: Codebook, z: Float[Array, "vectors d"], keep: float = 0.99) -> 
     sizes = keep * book.sizes + (1 - keep) * mine.sum(0)
     sums = keep * book.sums + (1 - keep) * mine.T @ z
     dead = (sizes < DEAD)[:, None]
-    fresh = z[np.arange(count) * _stride(vectors) % vectors]
+    stride = _stride(vectors)
+    fresh = z[jnp.array([code * stride % vectors for code in range(count)])]
     # One that starts anew counts as used once more than that, so that it has time to be found.
     alive = jnp.maximum(sizes, DEAD)
     codes = jnp.where(dead, fresh, sums / alive[:, None])
@@ -76,8 +75,8 @@ def _stride(vectors: int) -> int:
 
     Its multiples modulo V are all of 0 ... V - 1, the first few of them evenly spread.
     """
-    stride = round(vectors * 2 / (1 + math.sqrt(5)))
-    while math.gcd(stride, vectors) != 1:
+    stride = max(1, round(vectors * 2 / (1 + 5**0.5)))
+    while any(stride % d == vectors % d == 0 for d in range(2, stride + 1)):
         stride += 1
     return stride
 
