@@ -14,6 +14,10 @@ import sys
 import jax
 import pytest
 
+# Compiling takes far longer than running what tests compute, and what they state does not depend on
+# how well it is compiled.  (What `launch` runs is compiled as for users.)
+jax.config.update("jax_disable_most_optimizations", True)
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

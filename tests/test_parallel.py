@@ -88,14 +88,6 @@ def batch_of(step, size=BATCH):
     return Batch(images()[rows], np.zeros(size, np.int32), np.arange(size, dtype=np.int32))
 
 
-@pytest.fixture(autouse=True)
-def _compile_quickly():
-    """What is compared here does not depend on how well it is compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 CONFIG = Training(
     batch_size=BATCH, learning_rate=3e-3, clip=1.0, ema_half_life=100.0, weight_decay=0.1
 )
