@@ -147,11 +147,11 @@ class Config(Training):
     # The process.
     noise: Noise = "cosine_betas"
     noise_steps: Annotated[int, AtLeast(2)] = 1000
-    shift: Positive = 0.5  # times alpha / sigma: below 1, more of the times are noisy
+    shift: Positive = 0.7  # times alpha / sigma: below 1, more of the times are noisy
     prediction: Literal["eps", "x0", "v"] = "v"
     weight: Weight = "v"
     # Sampling and evaluation, which may change from one evaluation to the next.
-    sampler: Annotated[str, MAY_CHANGE] = "dpmpp_2m"
+    sampler: Annotated[str, MAY_CHANGE] = "dpmpp_2m_sde"
     sample_steps: Length = 20
     spacing: Annotated[Spacing, MAY_CHANGE] = "trailing"
     guidance: Annotated[float, MAY_CHANGE] = 2.0
@@ -213,7 +213,7 @@ def parts(config: Config) -> Parts:
         }
 
     reader = functools.partial(encode, config.pretrained) if config.pretrained else None
-    width = config.width_of_features or SIZES[config.text_size].width
+    width = config.width_of_features or SIZES[config.text_size].features
     judge = functools.partial(autoencoder_shapes.dual_encoder, config.judge)
     told_by = None if config.judge == "none" else judge
     return Parts(text, latents(net, config.codes), blank, load, width, reader, told_by)

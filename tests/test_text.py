@@ -21,25 +21,43 @@ BRANCHES = ("project", "mlp_2")
 SIZE = SIZES["tiny"]
 
 
-def randomised(params, seed=1):
-    """No parameter is 0, so that nothing is hidden behind one."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, drawn)
+def drawn(init, *arguments, seed=1):
+    """Parameters as `init(key, *arguments)` makes them, but none is 0, so that nothing hides.
+
+    Drawn on the host, of standard deviation 1 / sqrt(inputs): `init` is not compiled.
+    """
+    draws = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        name = path[-1].key
+        if leaf.ndim > 1:
+            std = 1.0 if name == "embedding" else np.prod(leaf.shape[:-1]) ** -0.5
+        else:
+            std = 0.1
+        made = std * draws.normal(size=leaf.shape) + (name == "scale")
+        return jnp.asarray(made, leaf.dtype)
+
+    shapes = jax.eval_shape(init, jax.random.key(0), *arguments)
+    return jax.tree_util.tree_map_with_path(one, shapes)
 
 
 def test_padding_changes_nothing():
-    net = TextEncoder(SIZE, 48)
     texts = ["a red circle", "two blue square", ""]
     long, short = (jnp.asarray(tokenize(texts, length)) for length in (48, 15))
-    params = randomised(net.init(jax.random.key(0), long))
-    one, other = net.apply(params, long), net.apply(params, short)
+    params, read = reader()
+    one, other = read(params, long), read(params, short)
     np.testing.assert_allclose(one.pooled, other.pooled, atol=1e-5)
     mask = np.asarray(other.mask)
     assert mask.sum() == 3 + 3  # a token for each word
     np.testing.assert_allclose(one.tokens[:, : mask.shape[1]][mask], other.tokens[mask], atol=1e-5)
-    np.testing.assert_array_equal(one.pooled[2], jnp.zeros(SIZE.width))
+    np.testing.assert_array_equal(one.pooled[2], jnp.zeros(SIZE.features))
+
+
+@functools.cache
+def reader():
+    """(parameters, compiled) of a text encoder."""
+    net = TextEncoder(SIZE, 48)
+    return drawn(net.init, jnp.zeros((1, 48), jnp.uint8)), jax.jit(net.apply)
 
 
 @pytest.mark.parametrize(
@@ -60,25 +78,34 @@ def test_words_are_tokens_in_any_language(text, parts):
     found = [bytes(tokens[0][told & (word[0] == i)]).decode() for i in range(12)]
     assert [part for part in found if part] == parts
     assert place.max() < LONGEST
-    context = TextEncoder(SIZE, 48).init_with_output(jax.random.key(0), jnp.asarray(tokens))[0]
-    assert context.mask.sum() == len(parts)
+    params, read = reader()
+    assert read(params, jnp.asarray(tokens)).mask.sum() == len(parts)
 
 
 def test_a_word_is_read_alike_wherever_it_stands():
     net = TextEncoder(SIZE._replace(depth=0), 48)
     texts = jnp.asarray(tokenize(["red circle", "one red triangle"], 48))
-    params = randomised(net.init(jax.random.key(0), texts))
+    params = drawn(net.init, texts)
     params["params"]["places"] *= 0
     told = net.apply(params, texts).tokens
     np.testing.assert_allclose(told[0, 0], told[1, 1], atol=1e-5)
     assert np.abs(told[0, 0] - told[0, 1]).max() > 0.1
 
 
+def test_the_first_half_of_a_tokens_features_are_the_words_own_whatever_the_blocks_do():
+    params, read = reader()
+    told = read(params, jnp.asarray(tokenize(["red circle", "one red triangle"], 48))).tokens
+    own, seen = jnp.split(told, 2, -1)
+    np.testing.assert_allclose(own[0, 0], own[1, 1], atol=1e-5)  # red
+    assert np.abs(seen[0, 0] - seen[1, 1]).max() > 0.1
+    np.testing.assert_allclose(own.std(-1), 1.0, atol=1e-3)
+
+
 def test_a_block_sees_so_many_tokens_near_and_no_padding_at_once():
     """Without attention, what a token becomes depends on those near it alone."""
     net, x = Block(2, near=2), jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 4)))
     mask = jnp.arange(8)[None] < 6
-    params = randomised(net.init(jax.random.key(0), x, mask))
+    params = drawn(net.init, x, mask)
     silent = {name: jax.tree.map(jnp.zeros_like, params["params"][name]) for name in BRANCHES}
     params = {"params": {**params["params"], **silent}}
     found = jax.jacobian(lambda x: net.apply(params, x, mask))(x)[0, :, :, 0]  # [to, w, from, w]
@@ -107,8 +134,8 @@ def test_a_generation_model_sees_text_and_no_padding(net):
     def context(told, mask):
         return Context(*map(jnp.asarray, (told, mask, pooled)))
 
-    init, apply = jax.jit(net.init), jax.jit(net.apply)
-    params = randomised(init(jax.random.key(0), x, t, None, None, context(told, mask)))
+    apply = jax.jit(net.apply)
+    params = drawn(net.init, x, t, None, None, context(told, mask))
 
     def out(told, mask=mask):
         return apply(params, x, t, None, None, context(told, mask))
@@ -117,7 +144,7 @@ def test_a_generation_model_sees_text_and_no_padding(net):
     assert jnp.isfinite(one).all()
     np.testing.assert_array_equal(one, out(np.where(mask[..., None], told, 7.0)))
     longer = np.concatenate([told, told], 1), np.concatenate([mask, np.zeros_like(mask)], 1)
-    np.testing.assert_allclose(one, out(*longer), atol=1e-6)
+    np.testing.assert_allclose(one, out(*longer), atol=1e-5)
     assert np.abs(one - out(np.where(mask[..., None], told + 1, told)))[0].max() > 1e-3
 
 
@@ -125,7 +152,7 @@ def test_codes_are_told_of_those_before_them_alone():
     net = CodeTransformer(11, width=16, depth=2, heads=2, refine=1)
     context = Context(jnp.ones((1, 3, 8)), jnp.ones((1, 3), bool), jnp.ones((1, 8)))
     codes = jnp.arange(6)[None]
-    params = randomised(jax.jit(net.init)(jax.random.key(0), codes, context))
+    params = drawn(net.init, codes, context)
     apply = jax.jit(net.apply)
     one, other = (apply(params, some, context) for some in (codes, codes.at[0, 3].set(9)))
     np.testing.assert_allclose(one[:, :4], other[:, :4], atol=1e-6)
@@ -135,7 +162,7 @@ def test_codes_are_told_of_those_before_them_alone():
 def test_remat_changes_no_result():
     x, t = jnp.ones((2, 4, 4, 3)), jnp.array([0.2, 0.8])
     plain = DiT(patch=1, width=16, depth=2, heads=2)
-    params = randomised(jax.jit(plain.init)(jax.random.key(0), x, t))
+    params = drawn(plain.init, x, t)
     again = plain.clone(remat=True)
     value = [
         jax.jit(jax.value_and_grad(lambda p, net=net: jnp.square(net.apply(p, x, t)).sum()))(params)
@@ -188,16 +215,16 @@ def test_a_part_of_a_batch_is_compared_with_all_of_it():
     whole = jax.tree.map(jnp.asarray, loader.batch_of(data.train, np.arange(8), np.arange(8)))
     net = DualEncoder(SIZE, shapes.LENGTH, (8,), 16)
     task = contrastive_task(net, data.shape, data.levels)
-    params, _ = jax.jit(task.init)(jax.random.key(0), whole)
+    params = drawn(lambda *some: task.init(*some)[0], whole)
     mine = whole.captions[:, 0]
     keys = jax.random.split(jax.random.key(0), 8)
 
     @functools.partial(jax.jit, static_argnames="gather")
-    def loss(batch, keys, gather):
+    def loss(params, batch, keys, gather):
         return task.loss(params, {}, batch, keys, train=True, gather=gather)[0]
 
-    every = loss(whole, keys, lambda a: a)
+    every = loss(params, whole, keys, lambda a: a)
     text, image, _ = jax.jit(net.apply)(params, mine, to_images(whole.images, 256))
     part = jax.tree.map(lambda a: a[4:], whole)
-    gathered = loss(part, keys[4:], lambda _: (text, image, mine))
+    gathered = loss(params, part, keys[4:], lambda _: (text, image, mine))
     np.testing.assert_allclose(gathered, every[4:], rtol=1e-5)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_text import randomised
+from test_text import drawn
 
 from ddpm_jax.autoencoder import autoencoder_task, latents
 from ddpm_jax.data import loader
@@ -39,8 +39,9 @@ def system(model="unet", judged=False, **fields):
     text = DualEncoder(SIZES["tiny"], DATA.caption_length, (8,), 16)
     net = Autoencoder(DATA.shape, (8, 8), 2)
 
+    tokens, images = jnp.zeros((1, DATA.caption_length), jnp.uint8), jnp.zeros((1, *DATA.shape))
+
     def trained():
-        tokens, images = jnp.zeros((1, DATA.caption_length), jnp.uint8), jnp.zeros((1, *DATA.shape))
         task = autoencoder_task(net, 256, codes=codes)
         params, fixed = jax.jit(task.init)(jax.random.key(1), batch(2))
         keys = jax.random.split(jax.random.key(2), 16)
@@ -48,22 +49,22 @@ def system(model="unet", judged=False, **fields):
         for start in range(3):
             told = loss(params, fixed, batch(16, 16 * start), keys)
             fixed = task.update(fixed, told[2])
-        read = randomised(jax.jit(text.init)(jax.random.key(0), tokens, images))
+        read = drawn(text.init, tokens, images)
         return {"text": read, "autoencoder": {"params": params, "fixed": fixed}}
 
     def other():
-        return text, randomised(trained()["text"], 5)
+        return text, drawn(text.init, tokens, images, seed=5)
 
     parts = Parts(
-        text, latents(net, codes), lambda: jax.eval_shape(trained), trained, 64,
+        text, latents(net, codes), lambda: jax.eval_shape(trained), trained, 128,
         judge=other if judged else None,
     )  # fmt: skip
     task = text_to_image_task(
         generator_shapes.generator(config, parts), parts, DATA.shape, DATA.levels,
         caption_dropout=0.5, prompts=Prompts({"single": ["a red circle"] * 3}, align, (2.0,), 4),
     )  # fmt: skip
-    params, fixed = jax.jit(task.init)(jax.random.key(0), batch(2))
-    return task, randomised(params), task.load(fixed)
+    fixed = jax.eval_shape(task.init, jax.random.key(0), batch(2))[1]
+    return task, drawn(lambda *some: task.init(*some)[0], batch(2)), task.load(fixed)
 
 
 def align(images, prompts):
@@ -110,13 +111,13 @@ def test_training_drops_captions_and_evaluation_does_not():
     one = batch(64)._replace(images=images, captions=captions)
     none = one._replace(captions=jnp.zeros_like(one.captions))
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def loss(batch, train):
+    @functools.partial(jax.jit, static_argnums=3)
+    def loss(params, fixed, batch, train):
         return task.loss(params, fixed, batch, keys, train=train, gather=None)[0]
 
-    told, untold = loss(one, False), loss(none, False)
+    told, untold = (loss(params, fixed, some, False) for some in (one, none))
     assert np.abs(told - untold).min() > 0
-    trained = loss(one, True)
+    trained = loss(params, fixed, one, True)
     dropped = np.isclose(trained, untold, rtol=1e-4) & ~np.isclose(trained, told, rtol=1e-4)
     assert 16 < dropped.sum() < 48  # a half, by more than 4 deviations either way
     np.testing.assert_allclose(np.where(dropped, untold, told), trained, rtol=1e-3)

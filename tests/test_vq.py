@@ -83,7 +83,7 @@ NET = Autoencoder((16, 16, 3), (8, 8), latent=3)
 
 
 def state(task, batch):
-    return task.init(jax.random.key(0), batch)
+    return jax.jit(task.init)(jax.random.key(0), batch)
 
 
 def batch(size=32, start=0):
@@ -97,10 +97,10 @@ def test_latents_have_unit_variance_or_are_codes(codes):
     task = autoencoder_task(NET, 256, codes=codes)
     params, fixed = state(task, batch())
     keys = jax.random.split(jax.random.key(1), 32)
-    step = jax.jit(lambda fixed, b: task.update(fixed, task.loss(
+    step = jax.jit(lambda params, fixed, b: task.update(fixed, task.loss(
         params, fixed, b, keys, train=True, gather=lambda a: a)[2]))  # fmt: skip
     for number in range(30):
-        fixed = step(fixed, batch(start=32 * number))
+        fixed = step(params, fixed, batch(start=32 * number))
     of, frozen = latents(NET, codes), {"params": params, "fixed": fixed}
     z = of.encode(frozen, to_images(batch(256, 10_000).images, 256))
     assert z.shape == (256, 4, 4, 3)
@@ -112,8 +112,9 @@ def test_latents_have_unit_variance_or_are_codes(codes):
         apart = np.abs(np.asarray(z)[..., None, :] - every).max(-1)  # [..., codes]
         assert apart.min(-1).max() == 0  # every latent is a code, and
         assert len(np.unique(apart.argmin(-1))) > 1
-        near = of.decode(frozen, z[:8] + 1e-4)  # what is near one is that code's image
-        np.testing.assert_array_equal(of.decode(frozen, z[:8]), near)
+        decode = jax.jit(of.decode)
+        near = decode(frozen, z[:8] + 1e-4)  # what is near one is that code's image
+        np.testing.assert_array_equal(decode(frozen, z[:8]), near)
 
 
 def test_an_image_that_does_not_divide_is_told_in_one_line():

@@ -204,7 +204,7 @@ def _altered(
 
     which = draw.integers(len(groups))
     group = groups[which]
-    kinds = ["colour", "kind", "kind", "number"]
+    kinds = ["colour", "number", "number", "kind", "kind", "kind"]
     kinds += ["size"] if group.size else []
     kinds += ["background"] if told else []
     if len(groups) == 2:

@@ -25,6 +25,11 @@ class Size(NamedTuple):
     depth: int
     heads: int
 
+    @property
+    def features(self) -> int:
+        """Of a caption's token: the word's own, and those behind the blocks."""
+        return 2 * self.width
+
 
 SIZES = {"tiny": Size(64, 2, 2), "small": Size(128, 4, 4), "base": Size(384, 8, 6)}
 LONGEST = 12  # bytes of a word, behind which another begins
@@ -35,12 +40,16 @@ SPACE = ord(" ")  # and what is below it say nothing
 
 
 class TextEncoder(nn.Module):
-    """Bytes [B, L] -> Context: features [B, L / 5, width], which are text, pooled [B, width].
+    """Bytes [B, L] -> Context: features [B, L / 5, 2 width], which are text, their mean pooled.
 
     A token for each word, made of its bytes alone, so that a word is the same wherever it stands
     (words as patches of bytes: Slagle 2024, "SpaceByte"); and then pre-norm blocks, in which
     every token sees those near it and then every other but padding, in both directions.  An empty
     caption has no tokens, and its pooled features are 0.
+
+    A token's features are the word's own, of standard norm, and those behind the blocks.  The last
+    ones alone would do for telling images apart, not for drawing: blocks trained for the pooled
+    features need not keep a word where it stands.
 
     Attributes:
       size: of the transformer.
@@ -67,11 +76,12 @@ class TextEncoder(nn.Module):
         member = jax.nn.one_hot(jnp.where(tokens > SPACE, word, -1), count, dtype=x.dtype)
         mask = member.any(1)
         x = nn.Dense(width, dtype=self.dtype, name="word")(jnp.einsum("blw,bld->bwd", member, x))
+        own = nn.LayerNorm(use_scale=False, use_bias=False, dtype=jnp.float32, name="own")(x)
         places = self.param("places", normal, (_room(self.length), width))
         x += places[:count].astype(x.dtype)
         for number in range(depth):
             x = Block(self.size.heads, near=NEAR, dtype=self.dtype, name=f"block_{number}")(x, mask)
-        x = _norm(x, "norm_out")
+        x = jnp.concatenate([own.astype(x.dtype), _norm(x, "norm_out")], -1)
         return Context(x, mask, _mean(x, mask))
 
 
@@ -269,7 +279,7 @@ class DualEncoder(nn.Module):
 
     def of_text(self, tokens: UInt8[Array, "batch length"]) -> Float[Array, "batch joint"]:
         """A caption's place in the joint space, of length 1."""
-        return _unit(self.text_out(self.text(tokens).pooled))
+        return _unit(self.text_out(self.text(tokens).pooled[:, self.size.width :]))
 
     def of_image(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch joint"]:
         """An image's place in the joint space, of length 1."""
