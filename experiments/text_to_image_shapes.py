@@ -7,12 +7,13 @@
 Each part is a run in a directory of its own (`text`, `autoencoder`, `generator`), resumes and, once
 finished, is not trained again; the last one draws.
 
-Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, in one go from nothing: 97 min 43 s, of
-which the text encoder took 15 min 32 s, the autoencoder 9 min 41 s and the generation model, with
-its evaluation, 72 min 26 s, on a day when the machine was half as fast as at other times: the
-same steps of the autoencoder took 4 min 58 s when an earlier text encoder (1,200 steps) and
-generation model (4,500) were trained, and all three took 57 min 36 s.  The figures are in
-`text_encoder_shapes`, `autoencoder_shapes` and `generator_shapes`.
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, on days when the machine was half as fast as
+at other times: the text encoder took 21 min 23 s (15 min 32 s the day before, with nothing beside
+it), the autoencoder 9 min 41 s (trained once, the day before) and the generation model, with its
+evaluation, 73 min 13 s; tests ran beside all but the autoencoder for a while.  The same steps of
+the autoencoder took 4 min 58 s when an earlier text encoder (1,200 steps) and generation model
+(4,500) were trained, and all three took 57 min 36 s: today's have not been timed so.  The figures
+are in `text_encoder_shapes`, `autoencoder_shapes` and `generator_shapes`.
 """
 
 import dataclasses
