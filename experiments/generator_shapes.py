@@ -22,10 +22,10 @@ right), 256 test captions.
 
 The same prompts at guidance 2, by other samplers:
 
-                                        one shape   held out   relation   both
-    DPM-Solver++(2M), ODE, 20 steps        95          87         76       70
-    its SDE form, 20 steps                 98          86         84       75
-    ancestral, 250 steps                   98          91         88       77
+                                        one shape   held out   relation   held out
+    DPM-Solver++(2M), ODE, 20 steps        95          87         76         70
+    its SDE form, 20 steps                 98          86         84         75
+    ancestral, 250 steps                   98          91         88         77
 
 100 steps of the ODE's form drew what 20 of it did (an earlier run: 92 and 91 % of single shapes, 66
 and 68 of relations): what the ancestral steps have more is their noise.

@@ -20,7 +20,8 @@ DATA = dict.fromkeys(
 WHOLE = "text_to_image_shapes"  # whose parts a generation model stands on
 
 
-LONG = {"text_encoder_scaling": 5}  # how many runs
+RUNS = {WHOLE: 3, "text_encoder_scaling": 5}  # of an experiment that is more than one
+LONG = {"text_encoder_scaling"}
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_a_generation_model_is_trained_on_parts_of_another_run(launch, tmp_path)
 
 
 def debugs(experiment, launch, tmp_path, *flags):
-    start, limit = time.perf_counter(), 120 * LONG.get(experiment, 1)
+    start, limit = time.perf_counter(), 120 * RUNS.get(experiment, 1)
     result = launch(f"--experiment={experiment}", "--debug", *flags, timeout=limit)
     assert result.returncode == 0, result.stderr
     assert time.perf_counter() - start < limit  # a run: 20 s on an idle machine, where it is alone
