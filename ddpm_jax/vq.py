@@ -75,7 +75,7 @@ def _stride(vectors: int) -> int:
 
     Its multiples modulo V are all of 0 ... V - 1, the first few of them evenly spread.
     """
-    stride = max(1, round(vectors * 2 / (1 + 5**0.5)))
+    stride = round(vectors * 2 / (1 + 5**0.5))
     while any(stride % d == vectors % d == 0 for d in range(2, stride + 1)):
         stride += 1
     return stride

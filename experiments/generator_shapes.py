@@ -44,12 +44,13 @@ shape in them, at the word for it, in 97 % of prompts of two shapes and in 93 % 
 and in the pooled ones of a single held-out shape in 78 %.  Which share of the gain each of the
 three changes has was not measured.
 
-What perfect features would give: with captions' attributes (a slot for each group's number, size,
-colour and kind, the relation and the background) in the place of the text encoder's, and so no
-blocks to refine them, 3,190 steps drew 88 % of single shapes as told, 74 % of held-out ones and
-41 % of relations (guidance 2).  With those features Muon's training loss after 1,500 steps, 0.295,
-was Adam's after 3,000.  The latents' 8x8 level is needed: folded to 4x4, they cost a fifth of the
-test loss.  The DiT and the autoregressive model are not trained to their end yet.
+What perfect features gave before all that, with a `shift` of 1: with captions' attributes (a slot
+for each group's number, size, colour and kind, the relation and the background) in the place of the
+text encoder's, and so no blocks to refine them, 3,190 steps drew 88 % of single shapes as told,
+74 % of held-out ones and 41 % of relations (guidance 2).  With those features Muon's training loss
+after 1,500 steps, 0.295, was Adam's after 3,000.  The latents' 8x8 level is needed: folded to 4x4,
+they cost a fifth of the test loss.  The DiT and the autoregressive model are not trained to their
+end yet.
 """
 
 import dataclasses

@@ -56,8 +56,8 @@ def system(model="unet", judged=False, **fields):
         return text, drawn(text.init, tokens, images, seed=5)
 
     parts = Parts(
-        text, latents(net, codes), lambda: jax.eval_shape(trained), trained, 128,
-        judge=other if judged else None,
+        text, latents(net, codes), lambda: jax.eval_shape(trained), trained,
+        SIZES["tiny"].features, judge=other if judged else None,
     )  # fmt: skip
     task = text_to_image_task(
         generator_shapes.generator(config, parts), parts, DATA.shape, DATA.levels,

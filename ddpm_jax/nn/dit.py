@@ -14,6 +14,7 @@ from ddpm_jax.nn.layers import (
     attention,
     condition,
     fold,
+    layer_norm,
     unfold,
 )
 from ddpm_jax.nn.text import check_width, refined
@@ -80,7 +81,7 @@ class DiT(nn.Module):
         x, _ = block(x, emb, keys, context, jnp.arange(self.depth))
 
         shift, scale = _modulation(self, emb, 2, "modulation_out")
-        x = _norm(x) * (1 + scale) + shift
+        x = layer_norm(x) * (1 + scale) + shift
         zeros = nn.initializers.zeros
         x = nn.Dense(self.patch**2 * self.outputs, kernel_init=zeros, name="out")(x)
         return unfold(x.reshape(size, rows, columns, -1), self.patch)
@@ -122,7 +123,7 @@ class DiTBlock(nn.Module):
         def dense(features: int, name: str) -> nn.Dense:
             return nn.Dense(features, dtype=self.dtype, name=name)
 
-        h = (_norm(x) * (1 + scale_1) + shift_1).astype(self.dtype)
+        h = (layer_norm(x) * (1 + scale_1) + shift_1).astype(self.dtype)
         q, k, v = jnp.split(dense(3 * width, "qkv")(h), 3, -1)
         q, k, v = (a.reshape(size, tokens, self.heads, width // self.heads) for a in (q, k, v))
         h = dense(width, "project")(attention(q, k, v).reshape(x.shape))
@@ -131,7 +132,7 @@ class DiTBlock(nn.Module):
             context is not None
         ):  # as in PixArt (Chen et al. 2024), whose last projection starts at 0
             x += CrossAttention(self.heads, self.dtype, name="cross")(x, context).astype(x.dtype)
-        h = (_norm(x) * (1 + scale_2) + shift_2).astype(self.dtype)
+        h = (layer_norm(x) * (1 + scale_2) + shift_2).astype(self.dtype)
         h = dense(width, "mlp_2")(nn.gelu(dense(4 * width, "mlp_1")(h)))
         x += (gate_2 * drop(h, keys, 2 * number + 1)).astype(x.dtype)
         return x, None
@@ -144,8 +145,3 @@ def _modulation(
     zeros = nn.initializers.zeros
     dense = nn.Dense(parts * emb.shape[-1], kernel_init=zeros, name=name, parent=module)
     return jnp.split(dense(emb)[:, None], parts, -1)
-
-
-def _norm(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens d"]:
-    """Layer norm without parameters, in float32."""
-    return nn.LayerNorm(use_bias=False, use_scale=False, epsilon=1e-6)(x.astype(jnp.float32))

@@ -157,6 +157,11 @@ def group_norm(x: Float[Array, "batch h w c"], name: str) -> Float[Array, "batch
     return made(x).astype(x.dtype)
 
 
+def layer_norm(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens d"]:
+    """Layer norm without parameters, in float32."""
+    return nn.LayerNorm(use_bias=False, use_scale=False, epsilon=1e-6)(x.astype(jnp.float32))
+
+
 def fold(x: Float[Array, "batch h w c"], side: int) -> Float[Array, "batch rows columns d"]:
     """side x side pixels -> the channels of one."""
     size, height, width, channels = x.shape

@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.nn.layers import Context, CrossAttention, Dropout, attention, time_embedding
+from ddpm_jax.nn.layers import (
+    Context,
+    CrossAttention,
+    Dropout,
+    attention,
+    layer_norm,
+    time_embedding,
+)
 from ddpm_jax.tokens import VOCABULARY
 
 
@@ -76,12 +83,12 @@ class TextEncoder(nn.Module):
         member = jax.nn.one_hot(jnp.where(tokens > SPACE, word, -1), count, dtype=x.dtype)
         mask = member.any(1)
         x = nn.Dense(width, dtype=self.dtype, name="word")(jnp.einsum("blw,bld->bwd", member, x))
-        own = nn.LayerNorm(use_scale=False, use_bias=False, dtype=jnp.float32, name="own")(x)
+        own = layer_norm(x).astype(x.dtype)
         places = self.param("places", normal, (_room(self.length), width))
         x += places[:count].astype(x.dtype)
         for number in range(depth):
             x = Block(self.size.heads, near=NEAR, dtype=self.dtype, name=f"block_{number}")(x, mask)
-        x = jnp.concatenate([own.astype(x.dtype), _norm(x, "norm_out")], -1)
+        x = jnp.concatenate([own, _norm(x, "norm_out")], -1)
         return Context(x, mask, _mean(x, mask))
 
 
