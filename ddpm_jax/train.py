@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 
 from ddpm_jax import parallel as devices
 from ddpm_jax.checkpoint import Checkpoints
@@ -33,14 +32,12 @@ from ddpm_jax.data.loader import Batch, Data, batch_of, epoch_order, training_ba
 from ddpm_jax.data.prefetch import prefetch
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.keys import INIT, TRAIN, example_keys, purpose_key
+from ddpm_jax.muon import muon
 from ddpm_jax.progress import Clock, tell
 from ddpm_jax.rundir import RunDir
 from ddpm_jax.tasks import Evaluation, Task
 
 INIT_EXAMPLES = 1000  # training examples that `Task.init` sees
-ENDS = ("conv_in", "conv_out", "patches", "out")  # layers at the ends of a network
-NEWTON_SCHULZ = 5 * ((3.4445, -4.775, 2.0315),)  # Jordan et al.'s, a step each: compiled once
-MUON_RMS = 0.4  # root mean square of its updates over the learning rate; Adam's are some 0.2 to 0.4
 EMA_WARMUP = 0.05  # the half-life is at most this share of the images seen (Karras et al. 2024)
 
 
@@ -73,10 +70,7 @@ class Fit(NamedTuple):
 
 
 def optimizer(config: Training) -> optax.GradientTransformation:
-    """Adam, AdamW or Muon with warm-up, decay and clipping, as the config says.
-
-    Beside Muon's matrices the rest is optax's choice, Adam with Nesterov's momentum.
-    """
+    """Adam, AdamW or Muon with warm-up, decay and clipping, as the config says."""
     rate: Any = config.learning_rate
     if config.decay == "cosine":
         rate = optax.cosine_decay_schedule(rate, config.steps)
@@ -85,37 +79,11 @@ def optimizer(config: Training) -> optax.GradientTransformation:
     def schedule(count):
         return peak(count) * jnp.minimum(1.0, (count + 1) / max(config.warmup, 1))
 
-    made = optax.adamw(schedule, b2=config.beta2, weight_decay=config.weight_decay)
     if config.optimizer == "muon":
-        made = optax.contrib.muon(
-            schedule,
-            weight_decay=config.weight_decay,
-            adam_b2=config.beta2,
-            adam_weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=matrices,
-            ns_coeffs=NEWTON_SCHULZ,
-            consistent_rms=MUON_RMS,
-        )
+        made = muon(schedule, config.beta2, config.weight_decay)
+    else:
+        made = optax.adamw(schedule, b2=config.beta2, weight_decay=config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.clip), made) if config.clip else made
-
-
-def matrices(params: Any) -> Any:
-    """How Muon takes each parameter as a matrix of inputs and outputs; None: Adam takes it.
-
-    A convolution's places are among its inputs (of one over words they stay apart), and layers
-    that are stacked for a scan stay apart.  Adam has what is no kernel, and those that read a
-    network's input or write its output (Jordan et al. 2024).
-    """
-
-    def one(path, a):
-        names = ["", *(str(getattr(part, "key", "")) for part in path)]
-        layer, name = names[-2:]
-        if name != "kernel" or (len(path) == 3 and layer in ENDS):
-            return None
-        inputs = range(a.ndim - 1) if a.ndim == 4 else [a.ndim - 2]
-        return optax.contrib.MuonDimensionNumbers(tuple(inputs), a.ndim - 1)
-
-    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def ema_decay(step: Any, batch_size: int, half_life: float) -> Any:

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from conftest import ROOT, user_environment
 
-from ddpm_jax import parallel, train
+from ddpm_jax import muon, parallel, train
 from ddpm_jax.checkpoint import open_checkpoints
 from ddpm_jax.config import MAY_CHANGE, Training, marked
 from ddpm_jax.data import loader
@@ -185,11 +186,11 @@ def test_muon_takes_kernels_as_matrices_and_adam_the_rest():
     inner = {"kernel": drawn(3, 3, 2, 16), "bias": drawn(16)}
     scanned = {"kernel": drawn(5, 12, 8)}
     params = {"params": {"conv_in": {"kernel": drawn(3, 3, 1, 8)}, "a": inner, "b": {"c": scanned}}}
-    muon = train.optimizer(Training(learning_rate=0.01, optimizer="muon"))
+    made_of = train.optimizer(Training(learning_rate=0.01, optimizer="muon"))
     adam = optax.adam(0.01, nesterov=True)  # in whose company Muon is
     gradient = jax.tree.map(lambda a: drawn(*a.shape), params)
     (usual, _), (found, _) = (
-        made.update(gradient, made.init(params), params) for made in (adam, muon)
+        made.update(gradient, made.init(params), params) for made in (adam, made_of)
     )
     for of in (lambda tree: tree["a"]["bias"], lambda tree: tree["conv_in"]["kernel"]):
         np.testing.assert_allclose(of(found["params"]), of(usual["params"]), rtol=1e-5)
@@ -198,7 +199,7 @@ def test_muon_takes_kernels_as_matrices_and_adam_the_rest():
     # within some 30 % of it), in the direction of descent, of its size.
     def check(update, gradient):
         rows, columns = update.shape
-        rms = train.MUON_RMS * 0.01
+        rms = muon.RMS * 0.01
         scaled = update / (rms * np.sqrt(max(rows, columns)))
         assert np.abs(np.linalg.svd(scaled)[1] - 1).max() < 0.4
         u, _, v = np.linalg.svd(gradient, full_matrices=False)
@@ -209,6 +210,27 @@ def test_muon_takes_kernels_as_matrices_and_adam_the_rest():
     pairs = zip(*(tree["params"]["b"]["c"]["kernel"] for tree in (found, gradient)), strict=True)
     for one, other in pairs:  # layers that are scanned over are matrices of their own
         check(one, other)
+
+
+@pytest.mark.parametrize("shape", [(40, 8), (8, 40), (12, 9), (16, 16)])
+def test_newton_schulz_in_the_small_matrix_is_optax_s_in_the_whole(shape):
+    """Over three steps of momentum, too, and from one state."""
+    draws = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(draws.normal(size=shape), jnp.float32)}
+    axes = {"kernel": optax.contrib.MuonDimensionNumbers(0, 1)}
+    usual = optax.contrib.scale_by_muon(muon.NEWTON_SCHULZ, weight_dimension_numbers=axes)
+    ours = muon.scale_by_muon()
+    state = usual.init(params)
+    assert jax.tree.structure(ours.init(params)) == jax.tree.structure(state)
+    mine = state
+    for _ in range(3):  # singular values from 1 down to 1e-3
+        sizes = np.geomspace(1, 1e-3, shape[1])
+        gradient = {"kernel": jnp.asarray(draws.normal(size=shape) * sizes, jnp.float32)}
+        theirs, state = usual.update(gradient, state)
+        found, mine = ours.update(gradient, mine)
+        scale = muon.RMS * np.sqrt(max(shape))
+        np.testing.assert_allclose(found["kernel"] / scale, theirs["kernel"], atol=1e-3)
+    np.testing.assert_allclose(mine.mu["kernel"], state.mu["kernel"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(digits, tmp_path):
