@@ -117,6 +117,19 @@ def test_latents_have_unit_variance_or_are_codes(codes):
         np.testing.assert_array_equal(decode(frozen, z[:8]), near)
 
 
+def test_the_posterior_is_never_wider_than_the_prior_whatever_the_encoder_says():
+    """A variance that is an exponential of it blew up one training in three."""
+    params = jax.jit(NET.init)(jax.random.key(0), jnp.zeros((1, *NET.shape)))
+    x = to_images(batch(8).images, 256)
+    for size in (0.0, 1.0, 1e3, 1e6):
+        loud = jax.tree.map(lambda leaf, size=size: size * leaf, params)
+        mean, logvar = NET.apply(loud, x, method="encode")
+        assert np.isfinite(mean).all()
+        assert -20 <= logvar.min() <= logvar.max() <= 0
+        if size == 0:  # the sigmoid of 0
+            np.testing.assert_allclose(logvar, np.log(0.5), rtol=1e-6)
+
+
 def test_an_image_that_does_not_divide_is_told_in_one_line():
     with pytest.raises(UserError, match="30x30 does not divide"):
         autoencoder_task(Autoencoder((30, 30, 3), (8, 8, 8)), 256)

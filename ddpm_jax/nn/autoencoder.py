@@ -63,9 +63,14 @@ class Autoencoder(nn.Module):
     def encode(
         self, x: Float[Array, "batch h w c"]
     ) -> tuple[Float[Array, "batch rows columns d"], Float[Array, "batch rows columns d"]]:
-        """q(z|x): (mean, logvar), the logvar kept within where its exponential is a number."""
-        mean, logvar = jnp.split(self.encoder(x), 2, -1)
-        return mean, jnp.clip(logvar, -20.0, 10.0)
+        """q(z|x): (mean, logvar); the variance, a sigmoid, is never larger than the prior's.
+
+        A wider q(z|x) costs more nats than that of variance 1 and tells the decoder less, so that
+        nothing is lost; without a bound, one image's variance can be an exponential of what the
+        encoder says too much, and noise as large as that undoes the decoder in one step.
+        """
+        mean, logit = jnp.split(self.encoder(x), 2, -1)
+        return mean, jnp.maximum(nn.log_sigmoid(logit), -20.0)
 
     def decode(self, z: Float[Array, "batch rows columns d"]) -> Float[Array, "batch h w c"]:
         """The image of z."""
