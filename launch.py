@@ -136,14 +136,14 @@ def help_text(arguments: list[str]) -> str:
     lines.append("experiments:")
     for name in EXPERIMENTS:
         tree = ast.parse((HERE / "experiments" / f"{name}.py").read_text())
-        lines.append(f"  {name:<20}{(ast.get_docstring(tree) or '').splitlines()[0]}")
+        lines.append(f"  {name:<22}{(ast.get_docstring(tree) or '').splitlines()[0]}")
     chosen = [word.partition("=")[2] for word in arguments if word.startswith("--experiment=")]
     if chosen and chosen[-1] in EXPERIMENTS:
         from ddpm_jax.config import describe
 
         lines += ["", f"fields of {chosen[-1]}:"]
         for name, kind, default in describe(load_experiment(chosen[-1]).Config):
-            lines.append(f"  --config.{name + '=' + kind:<44}{default}")
+            lines.append(f"  --config.{name + '=' + kind:<46} {default}")
     else:
         lines += ["", "python launch.py --experiment=NAME --help lists its config's fields."]
     return "\n".join(lines)

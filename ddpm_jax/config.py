@@ -112,6 +112,9 @@ def _type_name(hint: Any) -> str:
     bare = _bare(hint)
     if typing.get_origin(bare) is Literal:
         return "|".join(str(value) for value in typing.get_args(bare))
+    if typing.get_origin(bare) is tuple:
+        names = [_type_name(arg) for arg in typing.get_args(bare) if arg is not Ellipsis]
+        return ",".join(names + ["..."] * (Ellipsis in typing.get_args(bare)))
     return bare.__name__ if isinstance(bare, type) else str(bare)
 
 

@@ -278,10 +278,13 @@ def check_same(
 
 
 def provenance() -> dict[str, Any]:
-    """Versions and git commit."""
-    versions = {"python": platform.python_version()}
+    """Versions and git commit; None of a package that is not installed, nor needed so far."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
-        versions[package] = importlib.metadata.version(package)
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
     return {"versions": versions, "git_commit": _git_commit()}
 
 
