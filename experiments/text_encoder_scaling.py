@@ -8,7 +8,27 @@ several guidance scales: a family of curves of alignment against Frechet distanc
 encoders under the largest generation model, and one for the generation models under the largest
 text encoder.  Distances are all told with the largest text encoder's image tower.
 
-Not trained to its end yet: no answer.
+What came out, on one NVIDIA H200 (jax 0.11.2, seed 0, 22 min beside five other trainings, with
+`--config.batch_size=64 --config.prompts=128`): 1,200 steps a pair, 256 test captions (+- 2.2 %
+where 14 are as told) and 128 prompts of a shape.
+
+    text encoder    U-Net, parameters    test captions    one shape    least Frechet distance
+    tiny            16 ch., 0.25 M           2.0 %          10 %               0.181
+    tiny            32 ch., 0.99 M           3.5            20                 0.089
+    tiny            64 ch., 3.9 M           14.1            47                 0.046
+    small           16 ch., 0.26 M           1.6            12                 0.178
+    small           32 ch., 1.0 M            5.9            22                 0.084
+    small           64 ch., 3.9 M           14.5            50                 0.049
+
+(Each at its best scale.)  The notes' claim does not hold here: a larger text encoder moves neither
+the share of images that are as told nor the distance by more than their errors, a larger generation
+model moves both by multiples.  But for one thing, which asks most of a text encoder: two shapes in
+their relation, at 64 channels, are drawn in 10 % with the tiny and in 17 with the small one, +- 3.
+
+Two things set this apart from Imagen's figure.  1,200 steps are few: the U-Net of 64 channels draws
+72 % of test captions as told after 4,200, so that pairs are told apart by how soon they learn.  And
+a text encoder that was trained on the very captions of the task knows them at either size (92.7 and
+93.5 % of captions find their image among 64), as none does that has to know a language.
 """
 
 import dataclasses
@@ -35,6 +55,7 @@ from experiments import autoencoder_shapes, generator_shapes, text_encoder_shape
 from experiments.text_encoder_shapes import TextSize
 
 DEBUG = dict(
+    batch_size=16,
     autoencoder_steps=4,
     text_steps=4,
     steps=4,
@@ -54,6 +75,7 @@ class Config:
     autoencoder_steps: Length = autoencoder_shapes.Config().steps
     text_steps: Length = text_encoder_shapes.Config().steps
     steps: Length = 1200  # of every generation model
+    batch_size: Count = 32  # of its, so that a pair takes no more than 10 minutes on two cores
     text_sizes: tuple[TextSize, ...] = ("tiny", "small")  # from small to large
     channels: tuple[Count, ...] = (16, 32, 64)  # of the U-Nets, from small to large
     head_channels: Annotated[int, AtLeast(0)] = 16  # of their attention
@@ -100,6 +122,7 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
                     f"{size}_{channels}",
                     generator_shapes,
                     steps=config.steps,
+                    batch_size=config.batch_size,
                     channels=channels,
                     head_channels=config.head_channels,
                     prompts=config.prompts,
