@@ -239,6 +239,7 @@ def _sums(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([_sum(leaf) for leaf in leaves])
 
 
+@jax.jit  # so traced once for each shape, of which a state has few
 def _sum(array: jax.Array) -> jax.Array:
     words: Any = array
     if array.dtype == bool:

@@ -20,6 +20,7 @@ RMS = 0.4  # root mean square of its updates over the learning rate; Adam's are 
 ENDS = ("conv_in", "conv_out", "patches", "out")  # layers at the ends of a network
 
 
+@jax.jit  # so traced once for each shape, of which a network has few
 def orthogonal(x: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
     """U V^T of x = U S V^T, to within some 30 %, by five steps of Newton and Schulz.
 
