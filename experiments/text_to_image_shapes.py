@@ -15,8 +15,9 @@ the autoencoder took 4 min 58 s when an earlier text encoder (1,200 steps) and g
 (4,500) were trained, and all three took 57 min 36 s: today's have not been timed so.  In one go, on
 another slow day: 800, 4,500 and 2,400 steps, 61 min 0 s (one shape 88 % as told, held out 65,
 relation 54, test captions 49; guidance 2).  On one NVIDIA H200, beside five other trainings, as
-many steps as here took 11 min.  The figures are in `text_encoder_shapes`,
-`autoencoder_shapes` and `generator_shapes`.
+many steps as here took 11 min.  All of these are of before the autoencoder's variance was bounded
+and Muon's steps were taken in the small matrix (`ddpm_jax/muon.py`).  The figures are in
+`text_encoder_shapes`, `autoencoder_shapes` and `generator_shapes`.
 """
 
 import dataclasses
