@@ -33,8 +33,8 @@ On one NVIDIA H200 (jax 0.11.2, beside up to five other trainings), of 1,024 pro
     DDIM, 250 steps                        92.9        80.6       69.0       60.0
     ancestral, 250 steps                   96.2        84.6       78.3       67.6
 
-100 steps of the ODE's form drew what 20 of it did, and 250 of DDIM are no better (a run on the CPU
-drew likewise): what the ancestral steps have more is their noise, which the SDE's form has, too.
+100 steps of the ODE's form drew what 20 of it did (an earlier run, on the CPU), and 250 of DDIM are
+no better: what the ancestral steps have more is their noise, which the SDE's form has, too.
 
 The other models, there, 128 prompts of each kind, guidance 2 (in brackets the Frechet distance):
 
@@ -55,7 +55,7 @@ Captioned emoji (3,083 to train on and 355 to test with, a folder, 64 pixels on 
         --config.batch_size=32 --config.kl_weight=2e-3 --config.text=runs/text_encoder_shapes
     python launch.py --experiment=generator_shapes --config.data=folder:EMOJI --config.steps=12000
         --config.channels=128 --config.multipliers=1,2,2 --config.blocks=2 --config.dropout=0.1
-        --config.attention_sizes=8,16 --config.head_channels=64
+        --config.attention_sizes=8,16 --config.head_channels=64 --config.eval_every=4000
 
 97 s, 69 s (28.6 dB) and 1,107 s there, 31 M parameters.  Training captions are drawn from memory,
 to the pixel nearly the same each time.  Of test captions the kind is drawn, not the thing, where

@@ -18,7 +18,7 @@ import optax.contrib
 import pytest
 from conftest import ROOT, user_environment
 
-from ddpm_jax import muon, parallel, train
+from ddpm_jax import muon, parallel, rundir, train
 from ddpm_jax.checkpoint import open_checkpoints
 from ddpm_jax.config import MAY_CHANGE, Training, marked
 from ddpm_jax.data import loader
@@ -231,6 +231,13 @@ def test_newton_schulz_in_the_small_matrix_is_optax_s_in_the_whole(shape):
         scale = muon.RMS * np.sqrt(max(shape))
         np.testing.assert_allclose(found["kernel"] / scale, theirs["kernel"], atol=1e-3)
     np.testing.assert_allclose(mine.mu["kernel"], state.mu["kernel"])
+
+
+def test_a_package_that_is_not_installed_is_recorded_as_none(monkeypatch):
+    monkeypatch.setattr(rundir, "PACKAGES", ("jax", "no-such-package"))
+    versions = rundir.provenance()["versions"]
+    assert versions["jax"] == jax.__version__
+    assert versions["no-such-package"] is None
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(digits, tmp_path):
