@@ -57,13 +57,16 @@ def diffusion(
     weight: Callable[[Array], Array] = loss.one,
     sampling: Sampling,
     batch_size: int,
+    draws: int = 1,
 ) -> Generator:
     """Denoising diffusion of latents: the loss is the mean squared error of eps, weighted.
 
     Args:
       net: with as many inputs and outputs as the latents have channels.
       sampling: how latents are drawn unless a request says otherwise.
-      batch_size: of training, over which times are spread evenly.
+      batch_size: images of a training step.
+      draws: times and noises at which it sees each of them, whose caption and latents are read
+        once: an image has `draws` neighbouring ones of `batch_size * draws` even parts of time.
 
     Raises:
       UserError: the network cannot be built for latents of this shape.
@@ -90,14 +93,22 @@ def diffusion(
     )
 
     def loss_of(params, z, context, index, keys, train):
+        count = draws if train else 1
+        if count > 1:
+            keys = jax.vmap(lambda key: jax.random.split(key, count))(keys).reshape(-1)
+            index = (index[:, None] * count + jnp.arange(count)).reshape(-1)
+            z = z.repeat(count, 0)
         split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
-        t = loss.stratified_times(split[:, 0], index % batch_size, batch_size)
+        times = batch_size * count
+        t = loss.stratified_times(split[:, 0], index % times, times)
         logsnr = schedule.logsnr(step_time(schedule, t))
         eps = jax.vmap(lambda key: jax.random.normal(key, shape))(split[:, 1])
         zt = jax.vmap(q_sample)(z, eps, logsnr)
         found = predict(params, zt, logsnr, (context, None), split[:, 2] if train else None)
         mse = jax.vmap(loss.simple)(found, eps)
-        return jax.vmap(weight)(logsnr) * mse, {"mse": mse}
+        weighted = jax.vmap(weight)(logsnr) * mse
+        weighted, mse = (a.reshape(-1, count).mean(1) for a in (weighted, mse))
+        return weighted, {"mse": mse}
 
     def draw(params, frozen, keys, context, instead, how: Sampling):
         z = draw_latents.told(params, keys, (context, instead), how)

@@ -9,9 +9,9 @@ encoders under the largest generation model, and one for the generation models u
 text encoder.  Distances are all told with the largest text encoder's image tower.
 
 What came out, on one NVIDIA H200 (jax 0.11.2, seed 0, 22 min beside five other trainings, with
-`--config.channels=16,32,64 --config.batch_size=64 --config.prompts=128`; a text encoder trained for
-800 steps, the autoencoder for 6,000): 1,200 steps a pair, 256 test captions (+- 2.2 % where 14 are
-as told) and 128 prompts of a shape.
+`--config.channels=16,32,64 --config.batch_size=64 --config.refine=2 --config.prompts=128`; a text
+encoder trained for 800 steps, the autoencoder for 6,000): 1,200 steps a pair, 256 test captions
+(+- 2.2 % where 14 are as told) and 128 prompts of a shape.
 
     text encoder    U-Net, parameters    test captions    one shape    least Frechet distance
     tiny            16 ch., 0.25 M           2.0 %          10 %               0.181
@@ -77,6 +77,8 @@ class Config:
     text_steps: Length = text_encoder_shapes.Config().steps
     steps: Length = 1200  # of every generation model
     batch_size: Count = 32  # of its, so that a pair takes no more than 10 minutes on two cores
+    draws: Count = 1  # times at which it is trained on each image of a batch
+    refine: Annotated[int, AtLeast(0)] = 1  # blocks of its own that read the caption's features
     text_sizes: tuple[TextSize, ...] = ("tiny", "small")  # from small to large
     channels: tuple[Count, ...] = (16, 32, 48)  # of the U-Nets, from small to large
     head_channels: Annotated[int, AtLeast(0)] = 16  # of their attention
@@ -124,6 +126,8 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
                     generator_shapes,
                     steps=config.steps,
                     batch_size=config.batch_size,
+                    draws=config.draws,
+                    refine=config.refine,
                     channels=channels,
                     head_channels=config.head_channels,
                     prompts=config.prompts,

@@ -14,6 +14,7 @@ from ddpm_jax.autoencoder import autoencoder_task, latents
 from ddpm_jax.data import loader
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.autoencoder import Autoencoder
+from ddpm_jax.nn.layers import Context
 from ddpm_jax.nn.text import SIZES, DualEncoder
 from ddpm_jax.parallel import make
 from ddpm_jax.tasks import Request
@@ -34,7 +35,7 @@ def system(model="unet", judged=False, **fields):
     config = generator_shapes.Config(
         model=model, channels=8, multipliers=(1,), blocks=1, attention_sizes=(8,), head_channels=0,
         width=16, depth=1, heads=2, latent=2, codes=codes, sample_steps=4, shape=DATA.shape,
-        levels=DATA.levels, **fields,
+        levels=DATA.levels, draws=1, **fields,
     )  # fmt: skip
     text = DualEncoder(SIZES["tiny"], DATA.caption_length, (8,), 16)
     net = Autoencoder(DATA.shape, (8, 8), 2)
@@ -123,6 +124,39 @@ def test_training_drops_captions_and_evaluation_does_not():
     np.testing.assert_allclose(np.where(dropped, untold, told), trained, rtol=1e-3)
 
 
+@pytest.mark.parametrize("model", ["unet", SLOW])
+def test_several_draws_of_an_image_are_as_many_images(model):
+    """The loss of an image is the mean of those of copies of it and its caption."""
+    parts = Parts(None, latents(Autoencoder(DATA.shape, (8, 8), 2), 0), None, None, 64)
+
+    def generator(batch_size, draws):
+        return generator_shapes.generator(
+            generator_shapes.Config(
+                model=model, channels=8, multipliers=(1,), attention_sizes=(8,), head_channels=0,
+                width=16, depth=1, heads=2, latent=2, batch_size=batch_size, draws=draws,
+            ),
+            parts,
+        )  # fmt: skip
+
+    rng = np.random.default_rng(0)
+    z, tokens, pooled = (rng.normal(size=size) for size in ((4, 8, 8, 2), (4, 5, 64), (4, 64)))
+    mask = jnp.arange(5) < jnp.array([[5], [2], [0], [3]])
+    z, told = jnp.float32(z), Context(jnp.float32(tokens), mask, jnp.float32(pooled))
+    several, params = generator(4, 2), drawn(generator(4, 2).init, told)
+    loss = jax.jit(several.loss, static_argnums=5)
+    found, _ = loss(params, z, told, jnp.arange(4), KEYS, True)
+    z_of_each, told_each = jax.tree.map(lambda a: a.repeat(2, 0), (z, told))
+    keys = jax.vmap(lambda key: jax.random.split(key, 2))(KEYS).reshape(-1)
+    one = jax.jit(generator(8, 1).loss, static_argnums=5)
+    each, _ = one(params, z_of_each, told_each, jnp.arange(8), keys, True)
+    np.testing.assert_allclose(found, each.reshape(4, 2).mean(1), rtol=1e-4)
+    assert np.ptp(each.reshape(4, 2), 1).min() > 1e-3
+    # Evaluation sees an image once.
+    once = jax.jit(generator(4, 1).loss, static_argnums=5)
+    evaluated = (params, z, told, jnp.arange(4), KEYS, False)
+    np.testing.assert_allclose(loss(*evaluated)[0], once(*evaluated)[0], rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_an_evaluation_tells_of_every_set_and_scale():
     task, params, fixed = system()
@@ -165,7 +199,7 @@ def test_an_autoregressive_model_needs_codes():
 def test_a_model_that_cannot_be_built_is_told_before_its_parts_are_trained(tmp_path):
     for fields, says in (
         (dict(model="autoregressive"), "quantised autoencoder"),
-        (dict(channels=48), "do not divide into heads"),
+        (dict(channels=6), "must divide by 4"),
     ):
         with pytest.raises(UserError, match=says):
             text_to_image_shapes.run(text_to_image_shapes.Config(**fields), tmp_path / "run")

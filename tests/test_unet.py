@@ -195,6 +195,7 @@ def test_a_dits_blocks_drop_differently():
     [
         (DiT(patch=3), "28x28 does not divide by --config.patch=3"),
         (DiT(width=10, heads=4), "--config.width=10: must divide by 4 heads"),
+        (UNet(multipliers=(1, 2), channels=48, head_channels=32), "48 channels do not divide into"),
         (UNet(fold=2, multipliers=(1, 2, 2)), "folds 2x2 pixels and halves images 2 times"),
     ],
 )

@@ -37,7 +37,7 @@ class CodeTransformer(nn.Module):
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch places codes"]:
         """The logits; `keys` are the dropout's, None outside training."""
-        context = refined(context, self.width, self.refine, self.heads, self.dtype)
+        context = refined(context, len(codes), self.width, self.refine, self.heads, self.dtype)
         normal = nn.initializers.normal(0.02)
         # Number `codes` stands before the first.
         before = jnp.pad(codes[:, :-1], ((0, 0), (1, 0)), constant_values=self.codes)

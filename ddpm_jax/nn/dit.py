@@ -62,7 +62,7 @@ class DiT(nn.Module):
         size, height, width, _ = xt.shape
         rows, columns = height // self.patch, width // self.patch
         default = nn.initializers.lecun_normal()
-        context = refined(context, self.width, self.refine, self.heads, self.dtype)
+        context = refined(context, size, self.width, self.refine, self.heads, self.dtype)
         pooled = context and context.pooled
         emb = condition(time, labels, self.classes, 256, self.width, default, 0.02, pooled)
 

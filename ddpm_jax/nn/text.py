@@ -209,14 +209,22 @@ class Refiner(nn.Module):
         return Context(x, mask, pooled + _mean(x, mask))
 
 
-def refined(context: Context | None, width: int, depth: int, heads: int, dtype: Any) -> Any:
+def refined(
+    context: Context | None, size: int, width: int, depth: int, heads: int, dtype: Any
+) -> Any:
     """`context` as a generation model's `Refiner` reads it; as it is without one, or none at all.
+
+    Of fewer captions than the `size` images of a batch, each is read once and told to as many
+    images, side by side, as there are to it.
 
     Called within the model's compact method, whose submodule `refiner` it makes.
     """
-    if context is None or not depth:
-        return context
-    return Refiner(width, depth, heads, dtype, name="refiner")(context)
+    if context is None:
+        return None
+    if depth:
+        context = Refiner(width, depth, heads, dtype, name="refiner")(context)
+    each = size // len(context.mask)
+    return jax.tree.map(lambda a: a.repeat(each, 0), context) if each > 1 else context
 
 
 def _mean(

@@ -81,12 +81,13 @@ class UNet(nn.Module):
           labels: classes, or `classes` for none; required by a class-conditional network.
           keys: of the dropout; None outside training.
           context: a caption's features: its tokens are attended to wherever there is attention,
-            and what is pooled of them is added to the time.
+            and what is pooled of them is added to the time.  Of B / n captions, each belongs to n
+            images side by side.
         """
         width = 4 * self.channels
         deepest = self.channels * self.multipliers[-1]
         heads = deepest // self.head_channels if self.head_channels else 1
-        context = refined(context, deepest, self.refine, heads, self.dtype)
+        context = refined(context, len(xt), deepest, self.refine, heads, self.dtype)
         pooled = context and context.pooled
         emb = condition(time, labels, self.classes, self.channels, width, _init(1.0), 1.0, pooled)
 
