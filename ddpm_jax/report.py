@@ -112,7 +112,8 @@ def curves(path: pathlib.Path, lines: Iterable[dict], title: str) -> None:
     for line in lines:
         for name, value in line.items():
             split, _, metric = name.partition("/")
-            if metric and isinstance(value, (int, float)) and not metric.endswith("_error"):
+            known = split in ("train", "test") and not metric.endswith("_error")
+            if known and isinstance(value, (int, float)):
                 points = series.setdefault(metric, {}).setdefault(split, [])
                 points.append((line["step"], value))
     series = {m: s for m, s in series.items() if any(len(points) > 1 for points in s.values())}
@@ -120,7 +121,12 @@ def curves(path: pathlib.Path, lines: Iterable[dict], title: str) -> None:
         return
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
-    figure = Figure(figsize=(4 * columns, 3 * rows), layout="tight")
+    wide, high = 4 * columns, 3 * rows
+    figure = Figure(figsize=(wide, high))
+    # Margins in inches: to measure them by what is drawn takes as long as to draw.
+    figure.subplots_adjust(
+        0.7 / wide, 0.5 / high, 1 - 0.1 / wide, 1 - 0.7 / high, wspace=0.25, hspace=0.4
+    )
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (metric, splits) in zip(axes.flat, series.items(), strict=False):
         for split, points in splits.items():

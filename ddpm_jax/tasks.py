@@ -62,6 +62,7 @@ class Task(NamedTuple):
     guide: how the trained one guides what others draw, if it can
     load(fixed) -> fixed of a new run, with what others trained before in the place of zeros; None:
         nothing is loaded
+    sees: how many training examples `init` sees
     """
 
     init: Callable[..., tuple[Any, Any]]
@@ -71,6 +72,7 @@ class Task(NamedTuple):
     sample: Callable[..., Any]
     guide: Guide | None = None
     load: Callable[[Any], Any] | None = None
+    sees: int = 1
 
 
 def to_images(images: Any, levels: int) -> Any:
@@ -89,6 +91,7 @@ def refuse(request: Request, *names: str) -> None:
             raise UserError(f"--{name} means nothing to this run; leave it out")
 
 
+SEEN = 1000  # images whose moments the first parameters are set by
 IWAE_SAMPLES = (1, 64, 1000)
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, sec. 4.2
 
@@ -229,7 +232,7 @@ def vae_task(
         z = jax.vmap(lambda key: jax.random.normal(key, (net.latents,)))(keys)
         return decode(params, z)
 
-    return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample)
+    return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample, sees=SEEN)
 
 
 def importance_weighted(log_weights: Float[np.ndarray, "images samples"]) -> dict[str, float]:

@@ -37,7 +37,6 @@ from ddpm_jax.progress import Clock, tell
 from ddpm_jax.rundir import RunDir
 from ddpm_jax.tasks import Evaluation, Task
 
-INIT_EXAMPLES = 1000  # training examples that `Task.init` sees
 EMA_WARMUP = 0.05  # the half-life is at most this share of the images seen (Karras et al. 2024)
 
 
@@ -382,9 +381,9 @@ def fit(
       RunError: a loss is not finite; the last checkpoint is older and good.
     """
     with _Signals(alone=devices.alone()) as signals, contextlib.ExitStack() as held:
-        size = min(INIT_EXAMPLES, len(data.train.images))
+        size = min(task.sees, len(data.train.images))
         examples = batch_of(data.train, np.arange(size), np.arange(size))
-        init = initializer(task, config, seed)
+        init = jax.jit(initializer(task, config, seed))  # so traced once, here
         shapes = jax.eval_shape(init, examples)
         like = spread.like(shapes)
         stack = config.steps_per_call if config.steps_per_call > 1 else None

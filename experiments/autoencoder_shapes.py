@@ -50,7 +50,7 @@ from experiments import text_encoder_shapes
 DEBUG = dict(
     steps=6,
     eval_every=4,
-    checkpoint_every=3,
+    checkpoint_every=4,
     log_every=2,
     batch_size=16,
     ae_channels=(8, 8),

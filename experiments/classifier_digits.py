@@ -31,7 +31,7 @@ from ddpm_jax.nn.classifier import Classifier
 from ddpm_jax.schedule import cosine
 from ddpm_jax.tasks import Task
 
-DEBUG = dict(steps=6, eval_every=4, checkpoint_every=3, log_every=2, batch_size=16, channels=(8,))
+DEBUG = dict(steps=6, eval_every=4, checkpoint_every=4, log_every=2, batch_size=16, channels=(8,))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,7 @@ from ddpm_jax.tasks import Task
 from experiments import classifier_digits
 
 DEBUG = dict(
-    steps=6, eval_every=4, checkpoint_every=3, log_every=2, channels=8, blocks=1, multipliers=(1,),
+    steps=6, eval_every=4, checkpoint_every=4, log_every=2, channels=8, blocks=1, multipliers=(1,),
     sample_steps=4, batch_size=16, eval_times=2, draw=40, judge="none",
 )  # fmt: skip
 

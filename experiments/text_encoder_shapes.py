@@ -54,7 +54,7 @@ from ddpm_jax.run import Loaded, Options
 from ddpm_jax.tasks import Task
 
 DEBUG = dict(
-    steps=6, eval_every=4, checkpoint_every=3, log_every=2, batch_size=16, text_size="tiny",
+    steps=6, eval_every=4, checkpoint_every=4, log_every=2, batch_size=16, text_size="tiny",
     tower_channels=(8,), altered=0,
 )  # fmt: skip
 TextSize = Literal["tiny", "small", "base"]
