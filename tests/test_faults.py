@@ -10,13 +10,15 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, user_environment
+from jax.sharding import NamedSharding, PartitionSpec
 from test_train import COMMAND, end_of, finish, start, steps_of, wait_for
 
 from ddpm_jax import train
-from ddpm_jax.checkpoint import check_sums, open_checkpoints
+from ddpm_jax.checkpoint import _sum, _sum_here, check_sums, open_checkpoints
 from ddpm_jax.config import restore
 from ddpm_jax.errors import UserError
 from experiments import vae_digits
@@ -132,6 +134,16 @@ def test_one_bit_anywhere_in_a_state_changes_its_check_sum():
         assert check_sums(changed, {}) != expected
     swapped = {**state, "a": np.roll(state["a"], 1)}
     assert check_sums(swapped, {}) != expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_a_check_sum_is_the_same_by_numpy_and_on_devices(dtype):
+    array = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)) * 3).astype(dtype)
+    expected = int(_sum(array))
+    assert int(_sum_here(array)) == expected
+    devices = jax.make_mesh((8,), ("devices",))
+    spread = jax.device_put(array, NamedSharding(devices, PartitionSpec("devices")))
+    assert int(_sum(spread)) == int(_sum_here(spread)) == expected
 
 
 LIMITED = """
