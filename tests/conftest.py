@@ -14,12 +14,20 @@ import sys
 import jax
 import pytest
 
-# Compiling takes far longer than running what tests compute, and what they state does not depend on
-# how well it is compiled.  (What `launch` runs is compiled as for users.)
-jax.config.update("jax_disable_most_optimizations", True)
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+@pytest.hookimpl(trylast=True)  # the package is type-checked from its first import on
+def pytest_configure():
+    """Compile for haste, as `--debug` does: it takes far longer than to run what tests compute.
+
+    What they state does not depend on it.  (What `launch` runs is compiled as for users.)
+    """
+    from ddpm_jax.parallel import tune_cpu
+
+    tune_cpu(debug=True)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -138,13 +138,14 @@ def _draws(words: str, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[int.from_bytes(name, "little"), number]))
 
 
-def _groups(draw: np.random.Generator, only: str | None) -> tuple[tuple[Group, ...], str | None]:
-    def group(number: int) -> Group:
-        colour, kind, size = (
-            some[draw.integers(len(some))] for some in (tuple(COLOURS), KINDS, ("small", "large"))
-        )
-        return Group(number, size, colour, kind)
+def _group(draw: np.random.Generator, number: int) -> Group:
+    colour, kind, size = (
+        some[draw.integers(len(some))] for some in (tuple(COLOURS), KINDS, ("small", "large"))
+    )
+    return Group(number, size, colour, kind)
 
+
+def _groups(draw: np.random.Generator, only: str | None) -> tuple[tuple[Group, ...], str | None]:
     kind = (only or "any").split()[0]
     numbers: tuple[int, ...] = ((1,), (2,), (3,), (1, 1), (1, 1), (1, 2), (2, 1))[
         draw.choice(7, p=[0.18, 0.05, 0.04, 0.305, 0.305, 0.06, 0.06])
@@ -154,7 +155,7 @@ def _groups(draw: np.random.Generator, only: str | None) -> tuple[tuple[Group, .
     elif kind == "relation":
         numbers = (1, 1)
     while True:
-        groups = tuple(group(number) for number in numbers)
+        groups = tuple(_group(draw, number) for number in numbers)
         if len({(g.colour, g.kind) for g in groups}) == len(groups):  # told apart without sizes
             break
     relation = None
@@ -281,17 +282,18 @@ def related(first: Sequence[Shape], second: Sequence[Shape], relation: str) -> b
     return max(ends) <= min((s.left, s.top)[axis] for s in high)
 
 
+def _noun(draw: np.random.Generator, group: Group) -> str:
+    number = NUMBERS[group.number][draw.integers(len(NUMBERS[group.number]))]
+    words = [number, group.size, group.colour, group.kind + "s" * (group.number > 1)]
+    if group.size is None and number == "a" and group.colour[0] in "aeiou":
+        words[0] = "an"
+    return " ".join(word for word in words if word)
+
+
 def _caption(
     draw: np.random.Generator, groups: tuple[Group, ...], relation: str | None, told: str | None
 ) -> str:
-    def noun(group: Group) -> str:
-        number = NUMBERS[group.number][draw.integers(len(NUMBERS[group.number]))]
-        words = [number, group.size, group.colour, group.kind + "s" * (group.number > 1)]
-        if group.size is None and number == "a" and group.colour[0] in "aeiou":
-            words[0] = "an"
-        return " ".join(word for word in words if word)
-
-    names = [noun(group) for group in groups]
+    names = [_noun(draw, group) for group in groups]
     text = f" {relation} ".join(names) if relation else " and ".join(names)
     if told is None:
         return text
