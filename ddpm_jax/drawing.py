@@ -100,19 +100,25 @@ def drawing(
             keys
         )
 
-    @functools.lru_cache
     def drawer(how: Sampling, trace: int = 0):
-        """The compiled sampler of one way to draw; scale 1 needs no second half."""
+        """The compiled sampler of one way to draw."""
+        run = program(how._replace(guidance=1.0), guides(how.guidance), trace)
+        return lambda params, *rest: run(params, guides_params(), how.guidance, *rest)
+
+    @functools.lru_cache
+    def program(how: Sampling, guided: bool, trace: int):
+        """One for all scales of guidance, but for the one that needs no second half."""
         one = sampler.named(how.sampler, how.steps)
 
         @jax.jit
-        def run(params, others, keys, labels):
+        def run(params, others, scale, keys, labels):
             logsnrs = grid(schedule_of(params), how.steps, how.spacing)
             xT = first_noise(keys)
-            denoise = LIMITS[how.limit](denoiser(params, others, labels, how))
+            at = scale if guided else None
+            denoise = LIMITS[how.limit](denoiser(params, others, labels, how, at))
             return sampler.sample(one, denoise, logsnrs, keys, xT, trace)
 
-        return lambda params, *rest: run(params, guides_params(), *rest)
+        return run
 
     @jax.jit
     def edit(params, others, keys, labels, t, images, known, mask):
@@ -121,7 +127,8 @@ def drawing(
         start = schedule.logsnr(t)
         xt = jax.vmap(q_sample, (0, 0, None))(images, first_noise(keys), start)
         logsnrs = jnp.append(jnp.linspace(start, cleanest, sampling.steps), jnp.inf)
-        denoise = LIMITS[sampling.limit](denoiser(params, others, labels, sampling))
+        scale = sampling.guidance if guides(sampling.guidance) else None
+        denoise = LIMITS[sampling.limit](denoiser(params, others, labels, sampling, scale))
         one = sampler.named(sampling.sampler, sampling.steps)
         return sampler.sample(one, inpaint(denoise, known, mask), logsnrs, keys, xt)
 
@@ -134,8 +141,16 @@ def drawing(
         other = guide()
         return classes or (other.classes if other else 0)
 
-    def denoiser(params, others, labels, how: Sampling) -> Denoiser:
-        """All images at one logsnr; guided by the labels on a doubled batch, or by another."""
+    def guides(scale: float) -> bool:
+        """Whether a scale of guidance changes anything."""
+        other = guide()
+        return scale != (other.nothing if other else 1.0)
+
+    def denoiser(params, others, labels, how: Sampling, scale: float | Array | None) -> Denoiser:
+        """All images at one logsnr; guided by the labels on a doubled batch, or by another.
+
+        In the place of `how`'s scale stands `scale`; None: there is no guidance.
+        """
         other = guide()
 
         def plain(xt, logsnr):
@@ -153,11 +168,11 @@ def drawing(
             conditional, unconditional = (
                 jax.tree.map(lambda a, s=s: a[s], both) for s in (slice(size), slice(size, None))
             )
-            return conditional, guidance.combine(conditional, unconditional, how.guidance)
+            return conditional, guidance.combine(conditional, unconditional, scale)
 
         def by_other(xt, logsnr):
             conditional = plain(xt, logsnr)
-            pulled = other.guided(others, lambda *_: conditional, labels, how.guidance)
+            pulled = other.guided(others, lambda *_: conditional, labels, scale)
             return conditional, pulled(xt, logsnr)
 
         def guided(xt, logsnr):
@@ -166,7 +181,7 @@ def drawing(
                 found = guidance.rescaled(found, conditional, xt, logsnr, how.rescale)
             return found
 
-        if how.guidance == (other.nothing if other else 1.0) or (labels is None and not other):
+        if scale is None or (labels is None and not other):
             return plain
         if how.interval == Sampling().interval:
             return guided

@@ -27,7 +27,7 @@ class Guide(NamedTuple):
     """
 
     kind: Literal["classifier", "diffusion"]
-    guided: Callable[[Any, Denoiser, Any, float], Denoiser]
+    guided: Callable[[Any, Denoiser, Any, float | Array], Denoiser]
     shape: tuple[int, int, int]
     classes: int
     params: Any = None
@@ -86,7 +86,7 @@ def rescaled(
 def classifier(
     denoise: Denoiser,
     log_likelihood: Callable[[Array, Array], Float[Array, "batch"]],
-    scale: float,
+    scale: float | Array,
 ) -> Denoiser:
     """eps - scale sigma grad_x log p(y | x_t) (Dhariwal & Nichol 2021, alg. 2).
 

@@ -54,6 +54,25 @@ def test_guidance_moves_the_mean_away_from_the_unconditional_one():
     assert images(1, guidance=1.5).mean() == pytest.approx(0.75, abs=0.02)
 
 
+def test_scales_of_guidance_share_one_program():
+    traced = []
+
+    def counted(*arguments):
+        traced.append(1)
+        return predict(*arguments)
+
+    one, keys = draw(counted), jax.random.split(jax.random.key(0), 8)
+
+    def drawn(scale):
+        return one.sample({}, {}, keys, Request(label=1, guidance=scale)) * PATTERN
+
+    assert drawn(1.5).mean() == pytest.approx(0.75, abs=0.05)
+    once = len(traced)
+    assert drawn(2.0).mean() == pytest.approx(1.0, abs=0.05)
+    assert len(traced) == once
+    assert drawn(1.0).mean() == pytest.approx(0.5, abs=0.05)  # unguided, it is another
+
+
 def test_guidance_acts_within_its_interval_alone():
     guided = images(1, guidance=1.5)
     np.testing.assert_allclose(images(1, guidance=1.5, interval=(90.0, 91.0)), images(1), atol=1e-6)
