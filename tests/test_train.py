@@ -157,7 +157,8 @@ def test_several_averages_are_kept_at_once_and_one_is_chosen(digits, tmp_path):
     assert len(state.ema) == 4
     chex.assert_trees_all_equal(train.averaged(state, config), state.params)  # no averaging
     alone = fit(small(ema_half_life=100.0), digits, tmp_path / "alone").state
-    chex.assert_trees_all_close(state.ema[2], alone.ema[0], rtol=1e-6)
+    # Two programs, which round a sum near 0 differently.
+    chex.assert_trees_all_close(state.ema[2], alone.ema[0], rtol=1e-6, atol=1e-9)
     with pytest.raises(UserError, match="there are 4 averages"):
         train.check_ema(dataclasses.replace(config, ema=4))
 
