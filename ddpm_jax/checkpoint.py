@@ -236,14 +236,12 @@ def check_sums(state: Any, host: dict) -> dict[str, Any]:
     return {"arrays": sums, "host": zlib.crc32(text)}
 
 
-def _is_here(array: jax.Array | np.ndarray) -> bool:
+def _is_here(array: jax.Array) -> bool:
     """Whether numpy can read it where it lies."""
-    if isinstance(array, np.ndarray):
-        return True
     return array.is_fully_addressable and all(d.platform == "cpu" for d in array.devices())
 
 
-def _sum_here(array: jax.Array | np.ndarray) -> np.uint32:
+def _sum_here(array: jax.Array) -> np.uint32:
     """`_sum` by numpy, for which nothing is compiled."""
     words: Any = np.asarray(array).reshape(-1)
     words = words.view(f"u{min(words.dtype.itemsize, 4)}").astype(np.uint32)

@@ -102,20 +102,19 @@ def drawing(
 
     def drawer(how: Sampling, trace: int = 0):
         """The compiled sampler of one way to draw."""
-        run = program(how._replace(guidance=1.0), guides(how.guidance), trace)
-        return lambda params, *rest: run(params, guides_params(), how.guidance, *rest)
+        run = program(how._replace(guidance=1.0), trace)
+        return lambda params, *rest: run(params, guides_params(), scale_of(how), *rest)
 
     @functools.lru_cache
-    def program(how: Sampling, guided: bool, trace: int):
-        """One for all scales of guidance, but for the one that needs no second half."""
+    def program(how: Sampling, trace: int):
+        """One for all scales of guidance, and one without, which needs no second half."""
         one = sampler.named(how.sampler, how.steps)
 
         @jax.jit
         def run(params, others, scale, keys, labels):
             logsnrs = grid(schedule_of(params), how.steps, how.spacing)
             xT = first_noise(keys)
-            at = scale if guided else None
-            denoise = LIMITS[how.limit](denoiser(params, others, labels, how, at))
+            denoise = LIMITS[how.limit](denoiser(params, others, labels, how, scale))
             return sampler.sample(one, denoise, logsnrs, keys, xT, trace)
 
         return run
@@ -127,8 +126,8 @@ def drawing(
         start = schedule.logsnr(t)
         xt = jax.vmap(q_sample, (0, 0, None))(images, first_noise(keys), start)
         logsnrs = jnp.append(jnp.linspace(start, cleanest, sampling.steps), jnp.inf)
-        scale = sampling.guidance if guides(sampling.guidance) else None
-        denoise = LIMITS[sampling.limit](denoiser(params, others, labels, sampling, scale))
+        guided = denoiser(params, others, labels, sampling, scale_of(sampling))
+        denoise = LIMITS[sampling.limit](guided)
         one = sampler.named(sampling.sampler, sampling.steps)
         return sampler.sample(one, inpaint(denoise, known, mask), logsnrs, keys, xt)
 
@@ -141,15 +140,15 @@ def drawing(
         other = guide()
         return classes or (other.classes if other else 0)
 
-    def guides(scale: float) -> bool:
-        """Whether a scale of guidance changes anything."""
+    def scale_of(how: Sampling) -> float | None:
+        """Of guidance; None: there is none."""
         other = guide()
-        return scale != (other.nothing if other else 1.0)
+        return None if how.guidance == (other.nothing if other else 1.0) else how.guidance
 
     def denoiser(params, others, labels, how: Sampling, scale: float | Array | None) -> Denoiser:
         """All images at one logsnr; guided by the labels on a doubled batch, or by another.
 
-        In the place of `how`'s scale stands `scale`; None: there is no guidance.
+        `scale` stands in the place of `how`'s, as `scale_of` gives it.
         """
         other = guide()
 
