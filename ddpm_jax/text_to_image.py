@@ -146,22 +146,26 @@ def text_to_image_task(
         context, other = read_once(fixed, tokens), read_once(fixed, instead)
         return generator.draw(params, fixed["autoencoder"], keys, context, other, how)
 
-    def many(params, fixed, texts: Sequence[str], seed, how, spread: Parallel):
-        """An image of each text: [N, H, W, C]."""
+    def many(params, fixed, sets: Sequence[Sequence[str]], seed, how, spread: Parallel):
+        """An image of each text, for each set [N, H, W, C]: the n-th from the n-th key.
+
+        All of them are drawn in calls of one shape, compiled once.
+        """
+        texts = [text for some in sets for text in some]
+        numbers = np.concatenate([np.arange(len(some), dtype=np.int32) for some in sets])
         at_once, found = spread.round_up(AT_ONCE), []
-        empty = prepared([""] * at_once)
-        for start in range(0, len(texts), at_once):  # one shape, compiled once
+        mine, fill = spread.rows(at_once), -len(texts) % at_once
+        texts, numbers = [*texts, *[""] * fill], np.pad(numbers, (0, fill))
+        empty = spread.shard(jax.tree.map(lambda a: a[mine], prepared([""] * at_once)))
+        for start in range(0, len(texts), at_once):
             spread.breathe()
-            part = list(texts[start : start + at_once])
-            mine = spread.rows(at_once)
-            told, nothing = (
-                spread.shard(jax.tree.map(lambda a, m=mine: a[m], tree))
-                for tree in (prepared(part + [""] * (at_once - len(part))), empty)
-            )
-            index = spread.indices(start, at_once)
+            some = slice(start, start + at_once)
+            told = jax.tree.map(lambda a: a[mine], prepared(texts[some]))
+            told, index = spread.shard((told, numbers[some][mine]))
             keys = example_keys(purpose_key(seed, SAMPLE), 0, index)
-            found.append(fetch(draw(params, fixed, keys, told, nothing, how)))
-        return np.concatenate(found)[: len(texts)]
+            found.append(fetch(draw(params, fixed, keys, told, empty, how)))
+        ends = np.cumsum([len(some) for some in sets])
+        return np.split(np.concatenate(found), ends)[:-1]
 
     @functools.partial(jax.jit, static_argnums=0)
     def similarity(net: DualEncoder, read, tokens, images):
@@ -188,15 +192,16 @@ def text_to_image_task(
         metrics = {"test/loss": mean, "test/loss_error": error}
         captions = _texts(data, prompts.draw if full else QUICK)
         dual = parts.judge() if parts.judge else (text, fixed["text"])
-        one = functools.partial(many, params, fixed, seed=seed, spread=spread)
+        images_of = functools.partial(many, params, fixed, seed=seed, spread=spread)
         how = generator.requested(Request())
         rows, each = SHOWN
         asked = _texts(data, rows)
-        sheet = one([caption for caption in asked for _ in range(each)], how=how)
-        parts_of = [sheet[at : at + each] for at in range(0, len(sheet), each)]
+        sheet = [caption for caption in asked for _ in range(each)]
+        (shown,) = images_of([sheet], how=how)
+        parts_of = [shown[at : at + each] for at in range(0, len(shown), each)]
         pictures = {"samples": report.captioned(list(zip(asked, parts_of, strict=True)))}
         if not full:
-            drawn = one(captions, how=how)
+            (drawn,) = images_of([captions], how=how)
             metrics |= _told("test/aligned", aligned(drawn, captions))
             metrics |= _told("test/clip_score", clip_score(dual, captions, drawn))
             return Evaluation(metrics, pictures)
@@ -216,12 +221,12 @@ def text_to_image_task(
         curve: list[dict[str, float]] = []
         for scale in dict.fromkeys((how.guidance, *prompts.scales)):
             at = how._replace(guidance=scale)
-            drawn = one(captions, how=at)
+            drawn, *others = images_of([captions, *prompts.sets.values()], how=at)
             figures = {"fd_text_encoder": frechet(moments(judge.see(drawn)[0]), truth)}
             figures |= _told("clip_score", clip_score(dual, captions, drawn))
             figures |= _told("aligned", aligned(drawn, captions))
-            for name, texts in prompts.sets.items():
-                figures |= _told(f"aligned_{name}", aligned(one(texts, how=at), texts))
+            for (name, texts), images in zip(prompts.sets.items(), others, strict=True):
+                figures |= _told(f"aligned_{name}", aligned(images, texts))
             if scale == how.guidance:
                 metrics |= {f"test/{name}": value for name, value in figures.items()}
             metrics |= {f"guidance_{scale:g}/{name}": value for name, value in figures.items()}
