@@ -226,6 +226,7 @@ def train_experiment(
         if result.final is None:
             tell(f"stopped at step {result.step} of {config.steps}; the same command goes on")
             return None
+        checkpoints.wait()  # written while the evaluation went on
         run.time(result.step, run_seconds=time.perf_counter() - started)
         summary = {
             "experiment": name,
@@ -364,7 +365,9 @@ def load_state(
     config: Any = None,
     parallel: str = "jit",
 ) -> tuple[Any, train.TrainState]:
-    """The config and the newest state of a run directory.
+    """The config and the newest state of a run directory, for evaluating and drawing.
+
+    None stands in the place of what only training reads, most of a checkpoint.
 
     Args:
       config: instead of the recorded one.
@@ -383,10 +386,11 @@ def load_state(
         raise nothing
     with contextlib.closing(open_checkpoints(folder, read_only=True)) as checkpoints:
         shapes = train.state_shapes(experiment.build(config), config)
-        _, state, _ = checkpoints.restore_newest(devices.make(parallel).like(shapes))
+        like = train.without_training(devices.make(parallel).like(shapes), config, ...)
+        _, state, _ = checkpoints.restore_newest(like)
         if state is None:
             raise nothing
-        return config, state
+        return config, train.without_training(state, config, None)
 
 
 def _prepared(

@@ -124,6 +124,18 @@ def averaged(state: TrainState, config: Training) -> Any:
     return state.ema[config.ema]
 
 
+def without_training(state: TrainState, config: Training, nothing: Any) -> TrainState:
+    """`state` with `nothing` for each array that only training reads: all but one average."""
+
+    def blank(tree):
+        return jax.tree.map(lambda _: nothing, tree)
+
+    ema = tuple(
+        tree if number == config.ema else blank(tree) for number, tree in enumerate(state.ema)
+    )
+    return state._replace(params=blank(state.params), opt_state=blank(state.opt_state), ema=ema)
+
+
 def check_ema(config: Training) -> None:
     """Raises UserError unless there is the average that `config.ema` chooses."""
     count = 1 + len(config.ema_others) + len(config.ema_power)
@@ -472,7 +484,6 @@ def fit(
             _stop_trace(run.path / "profile")
         elif watch.profile and first <= traced[0]:
             tell("nothing profiled: a trace is of steps 10 to 15 after the first")
-        checkpoints.wait()
         final = None
         if finished and not stop():
             tell("evaluating")

@@ -17,7 +17,7 @@ from conftest import ROOT, user_environment
 from jax.sharding import NamedSharding, PartitionSpec
 from test_train import COMMAND, end_of, finish, start, steps_of, wait_for
 
-from ddpm_jax import train
+from ddpm_jax import parallel, train
 from ddpm_jax.checkpoint import _sum, _sum_here, check_sums, open_checkpoints
 from ddpm_jax.config import restore
 from ddpm_jax.errors import UserError
@@ -70,6 +70,15 @@ def flip(folder):
     path.write_bytes(content)
 
 
+def flip_all(folder):
+    """Whatever of the state is read, some of it is damaged."""
+    for path in (folder / "state").rglob("*"):
+        if path.is_file():
+            content = bytearray(path.read_bytes())
+            content[::50] = bytes(byte ^ 0xFF for byte in content[::50])
+            path.write_bytes(content)
+
+
 def flip_record(folder):
     (path,) = (file for file in (folder / "host").iterdir() if "window" in file.read_text())
     text = path.read_text()
@@ -104,7 +113,7 @@ def test_sampling_from_a_damaged_checkpoint_takes_the_one_before_and_changes_not
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
     *_, before, last = steps_kept(workdir)
-    flip(newest(workdir))
+    flip_all(newest(workdir))
     drawn = launch("--mode=sample", f"--workdir={workdir}", "--num_samples=4")
     assert drawn.returncode == 0, drawn.stderr
     assert f"the checkpoint of step {last} is damaged" in drawn.stderr
@@ -116,7 +125,7 @@ def test_a_directory_with_damaged_checkpoints_alone_is_refused(stopped, tmp_path
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
     for step in steps_kept(workdir):
-        truncate(workdir / "checkpoints" / str(step))
+        flip_all(workdir / "checkpoints" / str(step))
     refused = launch("--mode=sample", f"--workdir={workdir}")
     assert refused.returncode == 2
     assert "every checkpoint in" in refused.stderr
@@ -241,7 +250,7 @@ def test_no_file_of_a_run_directory_is_unpickled(stopped, tmp_path, launch):
     """Every file of a checkpoint in turn is a pickle that would run a command."""
     record = json.loads((stopped / "config.json").read_text())
     config = restore(vae_digits.Config, record["config"], stopped)
-    like = train.state_shapes(vae_digits.build(config), config)
+    like = parallel.make().like(train.state_shapes(vae_digits.build(config), config))
     checkpoints = open_checkpoints(stopped / "checkpoints", read_only=True)
     checkpoints.restore(steps_kept(stopped)[-1], like)  # as it is, it is read
     checkpoints.close()

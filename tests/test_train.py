@@ -18,7 +18,7 @@ import optax.contrib
 import pytest
 from conftest import ROOT, user_environment
 
-from ddpm_jax import muon, parallel, rundir, train
+from ddpm_jax import muon, parallel, run, rundir, train
 from ddpm_jax.checkpoint import open_checkpoints
 from ddpm_jax.config import MAY_CHANGE, Training, marked
 from ddpm_jax.data import loader
@@ -339,6 +339,19 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path):
     checkpoints.close()
     chex.assert_trees_all_equal(found, {"x": jnp.arange(3.0)})
     assert record == {"window": {"loss": 1.0}}
+
+
+def test_what_only_training_reads_is_not_read_for_drawing(tmp_path):
+    config = small(steps=4, checkpoint_every=2, ema_others=(2.0,), ema=1)
+    run.train_experiment(vae_digits, config, tmp_path, run.Options())
+    shapes = train.state_shapes(vae_digits.build(config), config)
+    checkpoints = open_checkpoints(tmp_path / "checkpoints", read_only=True)
+    whole, _ = checkpoints.restore(4, parallel.make().like(shapes))
+    checkpoints.close()
+    _, state = run.load_state(vae_digits, tmp_path)
+    chex.assert_trees_all_equal(train.averaged(state, config), train.averaged(whole, config))
+    chex.assert_trees_all_equal((state.step, state.fixed), (whole.step, whole.fixed))
+    assert not jax.tree.leaves((state.params, state.opt_state, state.ema[0]))
 
 
 # Interruptions, of a real process.
