@@ -34,7 +34,7 @@ from ddpm_jax.tasks import Evaluation, Request, Task, refuse, to_images
 from ddpm_jax.tokens import PADDING, size, tokenize, untokenize
 
 AT_ONCE = 64  # images in one call
-QUICK = 64  # images that an evaluation before the last draws
+QUICK = 64  # images that an evaluation before the last draws at most
 SHOWN = (8, 8)  # prompts on a sheet, images of each
 CHUNK = 1000
 
@@ -190,7 +190,7 @@ def text_to_image_task(
         )["loss"]
         mean, error = average(found)
         metrics = {"test/loss": mean, "test/loss_error": error}
-        captions = _texts(data, prompts.draw if full else QUICK)
+        captions = _texts(data, prompts.draw if full else min(QUICK, prompts.draw))
         dual = parts.judge() if parts.judge else (text, fixed["text"])
         images_of = functools.partial(many, params, fixed, seed=seed, spread=spread)
         how = generator.requested(Request())

@@ -176,7 +176,7 @@ from experiments.ddpm_digits import SCHEDULES, WEIGHTS, Noise, Weight
 DEBUG = dict(
     steps=6, eval_every=4, checkpoint_every=4, log_every=2, batch_size=16, channels=8, blocks=1,
     multipliers=(1,), sample_steps=2, draw=16, prompts=4, scales=(2.0,), depth=1, width=32, heads=2,
-    head_channels=0, refine=1,
+    head_channels=0, refine=1, attention_sizes=(4,),
 )  # fmt: skip
 
 
