@@ -31,11 +31,10 @@ Two things set this apart from Imagen's figure.  1,200 steps are few: the U-Net 
 a text encoder that was trained on the very captions of the task knows them at either size (92.7 and
 93.5 % of captions find their image among 64), as none does that has to know a language.
 
-On 2 CPU cores (AMD EPYC, jax 0.10.2, on a slow day) one pair of the largest generation model and
-the small text encoder took 450 s for 1,200 steps, compiling included, and about 200 s for its
-evaluation at six scales.  So by default it is 1,000 steps, by these rates 9 min 40 s.  After 1,200
-of 32 images it drew 19 +- 7 % of single shapes as told and 5 % of test captions: too early to tell
-text encoders apart, for which it takes more steps, or a GPU.
+On 2 CPU cores (AMD EPYC, jax 0.10.2) one pair of the largest generation model and the small text
+encoder takes 9 min 7 s, nothing compiled before, of which 2 min 20 s are its evaluation at six
+scales.  After those 1,000 steps of 32 images it draws 19 +- 7 % of single shapes as told and 2 % of
+test captions: too early to tell text encoders apart, for which it takes more steps, or a GPU.
 """
 
 import dataclasses
@@ -81,7 +80,7 @@ class Config:
     data: str = "shapes"
     autoencoder_steps: Length = autoencoder_shapes.Config().steps
     text_steps: Length = text_encoder_shapes.Config().steps
-    steps: Length = 1000  # of every generation model, 10 minutes a pair on two slow cores
+    steps: Length = 1000  # of every generation model: less than 10 minutes a pair on two cores
     batch_size: Count = 32  # of its
     draws: Count = 1  # times at which it is trained on each image of a batch
     refine: Annotated[int, AtLeast(0)] = 1  # blocks of its own that read the caption's features
