@@ -256,16 +256,15 @@ def noise_levels(
 
     mse = of("mse")
     metrics = {f"test/mse_t_{t:.1f}": float(v) for t, v in zip(levels, mse, strict=True)}
-    pictures = {"levels": report.lines(levels, {"error of eps": mse}, "t", "By noise level")}
+    curves, pictures = {"error of eps": mse}, {}
     if "kl" in found:
         bits = of("kl") / NOISE_LEVELS / (dims * np.log(2))
         metrics |= {f"test/bits_t_{t:.1f}": float(v) for t, v in zip(levels, bits, strict=True)}
-        pictures["levels"] = report.lines(
-            levels, {"error of eps": mse, "bits/dim": bits}, "t", "By noise level"
-        )
+        curves["bits/dim"] = bits
         rate = np.cumsum(bits[::-1])
         rmse = 127.5 * np.sqrt(of("distortion"))[::-1]
         pictures["rate_distortion"] = report.lines(
             rate, {"RMSE of 255": rmse}, "bits/dim sent", "Progressive coding"
         )
+    pictures["levels"] = report.lines(levels, curves, "t", "By noise level")
     return metrics, pictures

@@ -52,7 +52,7 @@ def edits(
         drawn again without a class (Ho et al. 2020, fig. 8).
     """
     some = data.test.first(SHOWN)
-    images = to_images(jnp.asarray(some.images), data.levels)
+    images = np.asarray(to_images(some.images, data.levels))
     labels = jnp.asarray(some.labels) if conditional else None
     none = jnp.full_like(labels, len(data.classes)) if labels is not None else None
     count = len(images)
@@ -61,8 +61,8 @@ def edits(
         index = jnp.arange(number * count, (number + 1) * count)
         return example_keys(purpose_key(seed, SAMPLE), 1, index)
 
-    free = jnp.zeros_like(images)
-    upper = free.at[:, : images.shape[1] // 2].set(1.0)
+    free, upper = np.zeros_like(images), np.zeros_like(images)
+    upper[:, : images.shape[1] // 2] = 1.0
     rows = {
         "inpainting": [images, images * upper]
         + [draw.edit(params, keys(n), labels, 1.0, images, images, upper) for n in range(2)],
@@ -70,7 +70,7 @@ def edits(
         + [draw.edit(params, keys(2), labels, t, images, images, free) for t in EDIT_TIMES],
         "interpolation": [],
     }
-    share = jnp.linspace(0, 1, count)[:, None, None, None]
+    share = np.linspace(0, 1, count, dtype=images.dtype)[:, None, None, None]
     for one in range(0, min(8, count - 1), 2):
         mixed = (1 - share) * images[one] + share * images[one + 1]
         same = jnp.broadcast_to(keys(3)[:1], (count,))

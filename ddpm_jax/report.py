@@ -149,7 +149,8 @@ def _axis(wide: float, high: float) -> tuple[Any, Any]:
     """A figure of so many inches, and its one axis."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(wide, high), dpi=100, layout="tight")
+    figure = Figure(figsize=(wide, high), dpi=100)
+    figure.subplots_adjust(0.8 / wide, 0.55 / high, 1 - 0.15 / wide, 1 - 0.4 / high)
     return figure, figure.subplots()
 
 
