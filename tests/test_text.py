@@ -103,7 +103,8 @@ def test_a_block_sees_so_many_tokens_near_and_no_padding_at_once():
     params = drawn(net.init, x, mask)
     silent = {name: jax.tree.map(jnp.zeros_like, params["params"][name]) for name in BRANCHES}
     params = {"params": {**params["params"], **silent}}
-    found = jax.jacobian(lambda x: net.apply(params, x, mask))(x)[0, :, :, 0]  # [to, w, from, w]
+    jacobian = jax.jit(jax.jacobian(lambda x: net.apply(params, x, mask)))
+    found = np.asarray(jacobian(x))[0, :, :, 0]  # [to, w, from, w]
     sees = np.abs(found).max((1, 3)) > 0
     apart = np.abs(np.subtract.outer(np.arange(8), np.arange(8)))
     itself = np.eye(8, dtype=bool)

@@ -44,9 +44,14 @@ def test_commitment_pulls_the_latent_and_not_the_code():
 def test_codes_become_the_means_of_what_falls_to_them():
     centres = jnp.array([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
     book = vq.codebook(centres + 2 * jax.random.normal(jax.random.key(0), (4, 2)))
+
+    @jax.jit
+    def update(book, key):
+        noise = jax.random.normal(key, (64, 2))
+        return vq.update(book, centres[jnp.arange(64) % 4] + 0.1 * noise, keep=0.95)
+
     for step in range(600):
-        noise = jax.random.normal(jax.random.key(step), (64, 2))
-        book = vq.update(book, centres[jnp.arange(64) % 4] + 0.1 * noise, keep=0.95)
+        book = update(book, jax.random.key(step))
     found = np.asarray(sorted(map(tuple, np.asarray(book.codes).round().tolist())))
     np.testing.assert_array_equal(found, [(0, 0), (0, 10), (10, 0), (10, 10)])
     assert float(vq.perplexity(book.sizes)) == pytest.approx(4, abs=0.1)
@@ -57,7 +62,7 @@ def test_codes_that_are_not_used_start_anew_all_over_the_images():
     places = np.tile(np.stack([rows, columns], 1), (16, 1)).astype(np.float32)  # of 16 images
     for count in (16, 64, 256):
         far = jnp.full((count, 2), 1e6)
-        found = np.asarray(vq.update(vq.codebook(far), jnp.asarray(places)).codes)
+        found = np.asarray(jax.jit(vq.update)(vq.codebook(far), places).codes)
         for axis in (0, 1):
             assert len(np.unique(found[1:, axis])) == 8  # of code 0, nearest to all, apart
 
@@ -121,9 +126,13 @@ def test_the_posterior_is_never_wider_than_the_prior_whatever_the_encoder_says()
     """A variance that is an exponential of it blew up one training in three."""
     params = jax.jit(NET.init)(jax.random.key(0), jnp.zeros((1, *NET.shape)))
     x = to_images(batch(8).images, 256)
+
+    @jax.jit
+    def encode(size):
+        return NET.apply(jax.tree.map(lambda leaf: size * leaf, params), x, method="encode")
+
     for size in (0.0, 1.0, 1e3, 1e6):
-        loud = jax.tree.map(lambda leaf, size=size: size * leaf, params)
-        mean, logvar = NET.apply(loud, x, method="encode")
+        mean, logvar = encode(size)
         assert np.isfinite(mean).all()
         assert -20 <= logvar.min() <= logvar.max() <= 0
         if size == 0:  # the sigmoid of 0
