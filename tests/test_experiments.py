@@ -22,9 +22,11 @@ WHOLE = "text_to_image_shapes"  # whose parts a generation model stands on
 
 RUNS = {"text_encoder_scaling": 5}  # of an experiment that is many
 PARTS = {"text_encoder_shapes", "autoencoder_shapes"}  # which WHOLE trains, too
-# The same as those of MNIST, but for the data, in the place of which digits stand here.
-FASHION = {name for name in EXPERIMENTS if name.endswith("fashion_mnist")}
-LONG = {"text_encoder_scaling", *PARTS, *FASHION}
+# Fashion-MNIST's and a folder's are MNIST's but for the data, in the place of which digits stand
+# here, and ddpm_cifar10 is less than iddpm_cifar10; `test_launch.py` runs vae_mnist, too.
+ALIKE = {name for name in EXPERIMENTS if name.endswith("fashion_mnist")}
+ALIKE |= {"ddpm_folder", "ddpm_cifar10", "vae_mnist"}
+LONG = {"text_encoder_scaling", *PARTS, *ALIKE}
 
 
 @pytest.mark.parametrize(
