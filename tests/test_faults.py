@@ -71,12 +71,11 @@ def flip(folder):
 
 
 def flip_all(folder):
-    """Whatever of the state is read, some of it is damaged."""
-    for path in (folder / "state").rglob("*"):
-        if path.is_file():
-            content = bytearray(path.read_bytes())
-            content[::50] = bytes(byte ^ 0xFF for byte in content[::50])
-            path.write_bytes(content)
+    """Whatever is read of the arrays, some of it is damaged."""
+    for path in (folder / "state").rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[::50] = bytes(byte ^ 0xFF for byte in content[::50])
+        path.write_bytes(content)
 
 
 def flip_record(folder):
