@@ -14,6 +14,7 @@ import copy
 import json
 import pathlib
 import shutil
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -96,7 +97,7 @@ class Checkpoints(NamedTuple):
             state=ocp.args.PyTreeRestore(like, how), host=ocp.args.JsonRestore()
         )
         try:
-            with contextlib.closing(_reader()) as reader:
+            with _quiet(), contextlib.closing(_reader()) as reader:
                 found = reader.restore(pathlib.Path(self.manager.directory) / str(step), args=args)
             state, host = found.state, dict(found.host)
             sums = host.pop(SUMS, None)  # a checkpoint of before there were any has none
@@ -219,6 +220,24 @@ def _processes(numbers: Iterable[int]) -> Any:
     if alone():
         return ocp.options.MultiprocessingOptions()
     return ocp.options.MultiprocessingOptions(primary_host=min(active), active_processes=active)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Of a failed read the first error alone is told.
+
+    Those of the arrays that are read beside it find asyncio's loop closed, some of them later: so
+    where one has failed they are kept quiet from then on.
+    """
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            before(found)
+
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = before
 
 
 def _reader() -> Any:

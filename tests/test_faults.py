@@ -116,6 +116,7 @@ def test_sampling_from_a_damaged_checkpoint_takes_the_one_before_and_changes_not
     drawn = launch("--mode=sample", f"--workdir={workdir}", "--num_samples=4")
     assert drawn.returncode == 0, drawn.stderr
     assert f"the checkpoint of step {last} is damaged" in drawn.stderr
+    assert len(drawn.stderr.strip().splitlines()) == 1
     assert f"step {before}:" in drawn.stdout
     assert int(newest(workdir).name) == last
 
