@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from ddpm_jax import elbo, loss, report
 from ddpm_jax.data.loader import Batch, Data
-from ddpm_jax.drawing import Sampling, drawing
+from ddpm_jax.drawing import Sampling, check_start, drawing
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluate import average, per_example, spread_times
 from ddpm_jax.gallery import Judging, show
@@ -75,9 +75,11 @@ def diffusion_task(
       guide: loads what guides them; None: the labels do.
 
     Raises:
-      UserError: the network cannot be built for images of this shape.
+      UserError: the network cannot be built for images of this shape, or what it predicts says
+        nothing of them where drawing starts.
     """
     net.check(shape)
+    check_start(kind, schedule, sampling)
     classes, steps, learned = net.classes, schedule.steps, variance == "learned"
     if net.outputs != shape[-1] * (2 if learned else 1):
         raise ValueError(f"{net.outputs} outputs for images of {shape} and a {variance} variance")

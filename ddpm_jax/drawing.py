@@ -13,13 +13,14 @@ from ddpm_jax import guidance, sampler
 from ddpm_jax.errors import UserError, nearest
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.parallel import Parallel, fetch
-from ddpm_jax.prediction import Denoiser, Prediction, clip_x0, inpaint, threshold_x0
+from ddpm_jax.prediction import Denoiser, Kind, Prediction, clip_x0, inpaint, threshold_x0
 from ddpm_jax.process import q_sample
 from ddpm_jax.schedule import Schedule, Spacing, grid
 from ddpm_jax.tasks import Request, refuse
 
 FIRST_NOISE = 2**31 - 1  # the number of x_T's draw; the steps' are 0, 1, 2, ...
 AT_ONCE = 100  # images in one call of a sampler, and on a sheet of samples
+NOTHING_LEFT = -15.0  # logsnr below which an error of eps is 1,800 times one of x0
 SHOWN = 10  # images whose trajectories are kept
 
 Limit = Literal["clip", "dynamic", "none"]
@@ -256,6 +257,23 @@ def drawing(
 
     own = guidance.Guide("diffusion", as_worse, shape, classes)
     return Drawing(many, sample, edit_with_guide, told, requested, about, own)
+
+
+def check_start(kind: Kind, schedule: Schedule, how: Sampling) -> None:
+    """Raises UserError where drawing starts at so much noise that eps says nothing of x0.
+
+    x0 = (x_t - sigma eps) / alpha is then the network's error divided by next to nothing (Lin et
+    al. 2024, sec. 3.3); what keeps x0 within a range keeps that from mattering.
+    """
+    if kind != "eps" or how.limit != "none":
+        return
+    start = float(grid(schedule, how.steps, how.spacing)[0])
+    if start < NOTHING_LEFT:
+        raise UserError(
+            f"--config.prediction=eps: this schedule starts at logsnr {start:.0f}, where eps says "
+            "nothing of the image; give --config.prediction=v, --config.noise=linear_betas or "
+            "--config.spacing=leading"
+        )
 
 
 def _check(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from ddpm_jax import loss
 from ddpm_jax.autoencoder import Latents
 from ddpm_jax.diffusion import step_time
-from ddpm_jax.drawing import Sampling, drawing
+from ddpm_jax.drawing import Sampling, check_start, drawing
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.codes import CodeTransformer
 from ddpm_jax.nn.dit import DiT
@@ -71,10 +71,12 @@ def diffusion(
         0.113 where an image's times are neighbours).
 
     Raises:
-      UserError: the network cannot be built for latents of this shape.
+      UserError: the network cannot be built for latents of this shape, or what it predicts says
+        nothing of them where drawing starts.
     """
     shape = latents.shape
     net.check(shape)
+    check_start(kind, schedule, sampling)
 
     def init(key, context: Context):
         size = len(context.mask)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from ddpm_jax import guidance
-from ddpm_jax.drawing import Sampling, drawing
+from ddpm_jax.drawing import Sampling, check_start, drawing
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import make
 from ddpm_jax.prediction import Prediction
 from ddpm_jax.process import alpha_sigma
-from ddpm_jax.schedule import cosine
+from ddpm_jax.schedule import cosine, cosine_betas, from_betas, linear_betas
 from ddpm_jax.tasks import Request
 
 STD = 0.1
@@ -219,3 +219,14 @@ def test_a_way_to_draw_that_makes_no_sense_is_one_line():
         drawing(predict, lambda params: cosine(), SHAPE, 2, Sampling("dimm"))
     with pytest.raises(UserError, match="guidance_interval=3,1: must rise"):
         draw(interval=(3.0, 1.0))
+
+
+def test_eps_that_says_nothing_of_the_image_is_not_divided_by_nothing():
+    """At logsnr -20 an error of 1 % in eps is one of 200 in x0."""
+    cut = from_betas(cosine_betas())
+    with pytest.raises(UserError, match="starts at logsnr -20, where eps says nothing"):
+        check_start("eps", cut, Sampling(limit="none"))
+    check_start("v", cut, Sampling(limit="none"))
+    check_start("eps", cut, Sampling(limit="clip"))
+    check_start("eps", cut, Sampling(limit="none", steps=20, spacing="leading"))
+    check_start("eps", from_betas(linear_betas()), Sampling(limit="none"))

@@ -1,5 +1,6 @@
 """Text to image: guidance between two captions, two generation models, and the command line."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -190,10 +191,13 @@ def test_flags_that_mean_nothing_are_told():
         draw(system(), prompt="", sampler="dpm")
 
 
-def test_an_autoregressive_model_needs_codes():
+def test_a_model_that_its_latents_or_its_noise_do_not_suit_is_one_line():
     config = generator_shapes.Config(model="autoregressive", latent=2, shape=DATA.shape)
     parts = Parts(None, latents(Autoencoder(DATA.shape, (8, 8), 2), 0), None, None, 64)
     with pytest.raises(UserError, match="quantised autoencoder"):
+        generator_shapes.generator(config, parts)
+    config = dataclasses.replace(config, model="unet", prediction="eps")
+    with pytest.raises(UserError, match="eps says nothing of the image"):
         generator_shapes.generator(config, parts)
 
 
