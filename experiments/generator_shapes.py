@@ -4,27 +4,26 @@
     python launch.py --experiment=generator_shapes --config.model=autoregressive ...
 
 Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, as `text_to_image_shapes` trains it, on 400
-steps of a text encoder and 4,000 of an autoencoder (32.5 dB): the U-Net, 5,300 steps of 32 images
-at two times each with Muon, 57 min with tests beside it (45 min 52 s alone, with its evaluation,
-2.25 steps/s, on a day when the machine was half as fast as at other times).  DPM-Solver++(2M) in
-its SDE form, 20 steps; 128 prompts of each kind (+- 4.4 % where a half is right), 256 test
-captions.
+steps of a text encoder and 4,000 of an autoencoder (32.3 dB): the U-Net, 5,300 steps of 32 images
+at two times each with Muon, 3.1 steps/s, 32 min 17 s with its evaluation (45 min 52 s on a day when
+the machine was half as fast as at other times).  DPM-Solver++(2M) in its SDE form, 20 steps; 128
+prompts of each kind (+- 4.4 % where a half is right), 256 test captions.
 
     guidance                                  1      1.5    2      3      4      6
-    as the prompt says, %: one shape          94     98     98     96     95     92
-      held-out colours of one shape           73     78     83     85     84     79
-      two shapes and their relation           66     71     77     82     75     59
-      the same, held out                      48     58     67     69     70     53
-      test captions                           57     67     69     70     71     57
-    CLIP score (of test images: 87.2)         82.9   86.4   87.0   86.7   86.7   84.4
+    as the prompt says, %: one shape          95     98     96     98     99     92
+      held-out colours of one shape           70     79     84     86     88     84
+      two shapes and their relation           74     79     80     75     73     58
+      the same, held out                      48     63     67     75     70     55
+      test captions                           55     65     67     68     68     57
+    CLIP score (of test images: 87.2)         81.6   84.5   85.7   86.1   85.6   82.6
     Frechet distance, text_encoder (of as
     many training images: 0.054, which
-    hold no held-out pair)                    0.046  0.034  0.034  0.041  0.045  0.059
+    hold no held-out pair)                    0.051  0.039  0.037  0.041  0.048  0.065
 
-An image's two times lie a half apart.  In the run before, which took the 45 min 52 s, they were
-neighbours: the test loss was 0.304, 0.272 and 0.263 after 1,800, 3,600 and 5,300 steps, where it is
-0.299, 0.268 and 0.259 today, and at guidance 2 as the prompt said were 98, 81, 83, 65 and 71 %,
-which is the same to within errors.
+An image's two times lie a half apart.  On one pair of parts (32.5 dB) the test loss with neighbours
+in their place was 0.304, 0.272 and 0.263 after 1,800, 3,600 and 5,300 steps, with times apart
+0.299, 0.268 and 0.259; at guidance 2 as the prompt said were 98, 81, 83, 65 and 71 %, and 98, 83,
+77, 67 and 69, which is the same to within errors.
 
 Of 448 prompts of each kind (+- 0.9 to 2.3 %) today's model draws at guidance 2, in 12 times the
 evaluations 1.8 % more of all four, most of it where a relation is held out:
