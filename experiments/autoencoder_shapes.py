@@ -10,11 +10,11 @@ Of the 2,048 test images: 33.58 +- 0.06 dB, SSIM 0.9635 +- 0.0004, 638 nats of K
 (`nn.autoencoder.Autoencoder.encode`): other runs of the same gave 33.0 to 34.0 dB, and of 12 of
 3,000 steps on a GPU 4 broke down for some steps (two of them ended at 26 and 28 dB, the others at
 31).  With the bound 4,000 steps, as `text_to_image_shapes` takes, gave 32.54 dB at 666 nats (5 min
-36 s on a slow day) and 32.28 at 681 (3 min 37 s), without it 4,500 gave 32.13.  What the exact judge of `shapes` reads
-in 256 reconstructions each of one shape and of two in a relation is as it was told in 98 and 94 %;
-with noise of 0.3 of the latents' deviation on them, in 95 and 89 % (of an earlier run, of 33.7 dB).
-A KL weight of 1e-4 gave 35.3 dB at 1,700 nats (9,000 steps), more than a picture of a few shapes
-should need.
+36 s on a slow day) and 32.28 at 681 (3 min 37 s), without it 4,500 gave 32.13.  What the exact
+judge of `shapes` reads in 256 reconstructions each of one shape and of two in a relation is as it
+was told in 98 and 94 %; with noise of 0.3 of the latents' deviation on them, in 95 and 89 % (of an
+earlier run, of 33.7 dB).  A KL weight of 1e-4 gave 35.3 dB at 1,700 nats (9,000 steps), more than a
+picture of a few shapes should need.
 
 On one NVIDIA H200 (jax 0.11.2, 65 s, beside five other trainings), 256 codes: 30.95 +- 0.05 dB,
 SSIM 0.9397, Frechet distance 0.0029; all codes are used, with a perplexity of 102.  Of 64 pixels,
