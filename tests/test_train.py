@@ -62,6 +62,13 @@ def fit(config, data, workdir, task=None, seed=0):
         run.close()
 
 
+def fit_alone(config, data, workdir, task=None):
+    """`fit` without an evaluation at its end, which takes longer than so few steps."""
+    task = task or vae_digits.build(config)
+    nothing = Evaluation({"test/loss": 0.0}, {})
+    return fit(config, data, workdir, task._replace(evaluate=lambda *_, **__: nothing))
+
+
 @pytest.mark.parametrize("conv", [False, True])
 def test_one_batch_is_overfitted(digits, conv):
     config = dataclasses.replace(small(), learning_rate=3e-3, ema_half_life=0.0, decay="none")
@@ -89,7 +96,7 @@ def test_the_train_step_compiles_once(digits, tmp_path):
         traces.append(1)
         return task.loss(*arguments, **named)
 
-    fit(config, digits, tmp_path, task._replace(loss=loss))
+    fit_alone(config, digits, tmp_path, task._replace(loss=loss))
     # The calls are of 1 to 5 steps; traced for the shapes and for the loop's body, no more.
     lengths = {last - first for first, last in train.calls(0, config)}
     assert len(lengths) > 2
@@ -100,15 +107,15 @@ def test_where_the_calls_are_cut_changes_no_bit(digits, tmp_path):
     states = []
     for number, log_every in enumerate((3, 5, 20)):
         config = small(log_every=log_every, eval_every=0, checkpoint_every=0)
-        states.append(fit(config, digits, tmp_path / str(number)).state)
+        states.append(fit_alone(config, digits, tmp_path / str(number)).state)
     chex.assert_trees_all_equal(states[0], states[1], states[2])
 
 
 def test_metrics_are_means_over_the_steps_since_the_last_line(digits, tmp_path):
     ones = small(log_every=1, eval_every=0, checkpoint_every=0)
     fives = small(log_every=5, eval_every=0, checkpoint_every=0)
-    fit(ones, digits, tmp_path / "ones")
-    fit(fives, digits, tmp_path / "fives")
+    fit_alone(ones, digits, tmp_path / "ones")
+    fit_alone(fives, digits, tmp_path / "fives")
 
     def lines(name):
         text = (tmp_path / name / "metrics.jsonl").read_text()
@@ -153,10 +160,10 @@ def test_a_power_averages_weights_have_the_width_that_was_asked_for():
 
 def test_several_averages_are_kept_at_once_and_one_is_chosen(digits, tmp_path):
     config = small(ema_half_life=1e6, ema_others=(0.0, 100.0), ema_power=(0.1,), ema=1)
-    state = fit(config, digits, tmp_path).state
+    state = fit_alone(config, digits, tmp_path).state
     assert len(state.ema) == 4
     chex.assert_trees_all_equal(train.averaged(state, config), state.params)  # no averaging
-    alone = fit(small(ema_half_life=100.0), digits, tmp_path / "alone").state
+    alone = fit_alone(small(ema_half_life=100.0), digits, tmp_path / "alone").state
     # Two programs, which round a sum near 0 differently.
     chex.assert_trees_all_close(state.ema[2], alone.ema[0], rtol=1e-6, atol=1e-9)
     with pytest.raises(UserError, match="there are 4 averages"):
