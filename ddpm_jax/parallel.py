@@ -41,10 +41,16 @@ HEARTBEAT = 30  # seconds after which a silent process is taken for dead
 LONGEST = 256  # bytes of what a process says of itself to the others
 # A flag that jaxlib does not know aborts the process, so each is set for the versions it was
 # tried with alone.  The first makes a convolution's gradients 2 to 3 times faster on a CPU; the
-# second makes compiling a third faster and the program slower.
+# second makes compiling a third faster and the program slower; the third cuts a program for the
+# half of the cores that another, compiled beside it, leaves it, and not into 32 parts.
 CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
-DEBUG_FLAG = "--xla_cpu_use_fusion_emitters=false"
-VERSIONS = {CPU_FLAG: ("0.10.2", "0.12.0.1"), DEBUG_FLAG: ("0.10.2",)}
+EMITTERS_FLAG = "--xla_cpu_use_fusion_emitters=false"
+SPLIT_FLAG = f"--xla_cpu_parallel_codegen_split_count={max(1, (os.cpu_count() or 1) // 2)}"
+VERSIONS = {
+    CPU_FLAG: ("0.10.2", "0.12.0.1"),
+    EMITTERS_FLAG: ("0.10.2",),
+    SPLIT_FLAG: ("0.10.2", "0.12.0.1"),
+}
 # Without these, XLA for CPUs gathers a sharded state as early as it can, and takes what is
 # gathered again for what it has already: a device would hold the whole after all.
 FRUGAL: dict[str, str | bool] = {
@@ -55,12 +61,12 @@ FRUGAL_VERSIONS = ("0.10.2",)
 
 
 def tune_cpu(debug: bool = False) -> None:
-    """Set `CPU_FLAG`, and `DEBUG_FLAG` for runs of a few steps, where jaxlib knows them.
+    """Set `CPU_FLAG`, and the others for runs of a few steps, where jaxlib knows them.
 
     Before the first computation, or it does nothing.
     """
     version = importlib.metadata.version("jaxlib")
-    for flag in (CPU_FLAG, DEBUG_FLAG) if debug else (CPU_FLAG,):
+    for flag in VERSIONS if debug else (CPU_FLAG,):
         flags = os.environ.get("XLA_FLAGS", "")
         if version in VERSIONS[flag] and flag.partition("=")[0] not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
