@@ -263,7 +263,7 @@ def check_start(kind: Kind, schedule: Schedule, how: Sampling) -> None:
     """Raises UserError where drawing starts at so much noise that eps says nothing of x0.
 
     x0 = (x_t - sigma eps) / alpha is then the network's error divided by next to nothing (Lin et
-    al. 2024, sec. 3.3); what keeps x0 within a range keeps that from mattering.
+    al. 2024, sec. 3.2); what keeps x0 within a range keeps that from mattering.
     """
     if kind != "eps" or how.limit != "none":
         return
