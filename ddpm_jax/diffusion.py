@@ -79,7 +79,6 @@ def diffusion_task(
         nothing of them where drawing starts.
     """
     net.check(shape)
-    check_start(kind, schedule, sampling)
     classes, steps, learned = net.classes, schedule.steps, variance == "learned"
     if net.outputs != shape[-1] * (2 if learned else 1):
         raise ValueError(f"{net.outputs} outputs for images of {shape} and a {variance} variance")
@@ -123,6 +122,7 @@ def diffusion_task(
         variance=learned,
         guide=guide,
     )
+    check_start(kind, schedule, sampling)
 
     def noisy(batch, keys, t):
         """x0, eps, x_t and logsnr of each example."""

@@ -76,7 +76,6 @@ def diffusion(
     """
     shape = latents.shape
     net.check(shape)
-    check_start(kind, schedule, sampling)
 
     def init(key, context: Context):
         size = len(context.mask)
@@ -95,6 +94,7 @@ def diffusion(
         steps=schedule.steps,
         nothing=lambda told: (told[1], told[1]),
     )
+    check_start(kind, schedule, sampling)
 
     def loss_of(params, z, context, index, keys, train):
         count = draws if train else 1

@@ -199,6 +199,8 @@ def test_a_model_that_its_latents_or_its_noise_do_not_suit_is_one_line():
     config = dataclasses.replace(config, model="unet", prediction="eps")
     with pytest.raises(UserError, match="eps says nothing of the image"):
         generator_shapes.generator(config, parts)
+    with pytest.raises(UserError, match="schedule has 1000 steps"):
+        generator_shapes.generator(dataclasses.replace(config, sample_steps=1001), parts)
 
 
 def test_a_model_that_cannot_be_built_is_told_before_its_parts_are_trained(tmp_path):
