@@ -62,11 +62,15 @@ def fit(config, data, workdir, task=None, seed=0):
         run.close()
 
 
+def not_evaluated(*_, **__):
+    """A task's `evaluate`, which takes longer than a few steps, where only those matter."""
+    return Evaluation({"test/loss": 0.0}, {})
+
+
 def fit_alone(config, data, workdir, task=None):
-    """`fit` without an evaluation at its end, which takes longer than so few steps."""
+    """`fit` without an evaluation at its end."""
     task = task or vae_digits.build(config)
-    nothing = Evaluation({"test/loss": 0.0}, {})
-    return fit(config, data, workdir, task._replace(evaluate=lambda *_, **__: nothing))
+    return fit(config, data, workdir, task._replace(evaluate=not_evaluated))
 
 
 @pytest.mark.parametrize("conv", [False, True])
@@ -260,7 +264,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(digits, tmp_
         init=lambda key, batch: ({"w": jnp.zeros(())}, {}),
         loss=loss,
         update=lambda fixed, statistics: fixed,
-        evaluate=lambda *_, **__: Evaluation({"test/loss": 0.0}, {}),
+        evaluate=not_evaluated,
         sample=lambda params, fixed, keys, request: None,
     )
     config = dataclasses.replace(
@@ -288,7 +292,7 @@ def bad_at(*steps):
         init=init,
         loss=loss,
         update=lambda fixed, statistics: {"step": fixed["step"] + 1},
-        evaluate=lambda *_, **__: Evaluation({"test/loss": 0.0}, {}),
+        evaluate=not_evaluated,
         sample=lambda params, fixed, keys, request: None,
     )
 
