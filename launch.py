@@ -61,6 +61,13 @@ def define_flags() -> None:
         lower_bound=0,
         upper_bound=2**32 - 1,
     )
+    define(
+        flags.DEFINE_enum,
+        "split",
+        "test",
+        "eval: make choices on validation images, final figures of test images.",
+        ["validation", "test"],
+    )
     define(flags.DEFINE_integer, "num_samples", 64, "sample: how many images.", lower_bound=1)
     define(flags.DEFINE_string, "out", None, "sample: where to, a .png or .npz.")
     define(flags.DEFINE_integer, "label", None, "sample: the class to draw.", lower_bound=0)
@@ -204,6 +211,8 @@ def main(arguments: list[str]) -> None:
     for name in (*SAMPLE_FLAGS, "out", "num_samples", "prompt_file"):
         if FLAGS[name].present and not sampling:
             raise UserError(f"--{name} goes with --mode=sample")
+    if FLAGS["split"].present and FLAGS.mode != "eval":
+        raise UserError("--split goes with --mode=eval")
     from ddpm_jax.config import MAY_CHANGE, marked, override, restore
 
     name, record = FLAGS.experiment, None
@@ -241,6 +250,7 @@ def main(arguments: list[str]) -> None:
         FLAGS.debug,
         FLAGS.profile,
         FLAGS.wandb,
+        FLAGS.split,
     )
     if FLAGS.mode == "train":
         if FLAGS.debug:

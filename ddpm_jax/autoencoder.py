@@ -120,30 +120,34 @@ def autoencoder_task(
             z = encoded  # the mean: what a generation model is trained on
         return {"again": jnp.clip(net.apply(params, z, method="decode"), -1, 1), "z": z, **told}
 
-    def evaluate(params, fixed, data: Data, *, seed, full, spread):
-        test = data.test if full else data.test.first(QUICK_IMAGES)
+    def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
+        held_out = data.part(split) if full else data.part(split).first(QUICK_IMAGES)
         found = per_example(
-            lambda batch, keys: again(params, fixed, batch, keys), test, eval_batch, seed, spread
+            lambda batch, keys: again(params, fixed, batch, keys),
+            held_out,
+            eval_batch,
+            seed,
+            spread,
         )
-        x, drawn = to_images(np.asarray(test.images), levels), found["again"]
+        x, drawn = to_images(np.asarray(held_out.images), levels), found["again"]
         apart = average(np.abs(drawn - x).reshape(len(x), -1).mean(1))
-        metrics = {"test/loss": apart.mean, "test/loss_error": apart.error}
+        metrics = {"loss": apart.mean, "loss_error": apart.error}
         told = [("psnr", psnr)] + [("ssim", ssim)] * (min(x.shape[1:3]) >= SIDE)
         for name, of in told:
-            metrics[f"test/{name}"], metrics[f"test/{name}_error"] = average(of(drawn, x))
+            metrics[f"{name}"], metrics[f"{name}_error"] = average(of(drawn, x))
         if codes:
             used = np.bincount(found["codes"].astype(int).ravel(), minlength=codes)
-            metrics["test/codes_used"] = float((used > 0).mean())
-            metrics["test/perplexity"] = float(vq.perplexity(jnp.asarray(used, jnp.float32)))
+            metrics["codes_used"] = float((used > 0).mean())
+            metrics["perplexity"] = float(vq.perplexity(jnp.asarray(used, jnp.float32)))
         else:
-            metrics["test/kl"] = average(found["kl"]).mean
+            metrics["kl"] = average(found["kl"]).mean
         shift, scale = _standard(fixed)
-        metrics["test/latent_deviation"] = float(((found["z"] - shift) / scale).std())
-        about = {"images": "test split"}
+        metrics["latent_deviation"] = float(((found["z"] - shift) / scale).std())
+        about = {"images": f"{split} split"}
         judging = judge() if full else None
         if judging is not None:
             drawn_as, meant = (moments(judging.see(images)[0]) for images in (drawn, x))
-            metrics[f"test/fd_{judging.name}"] = frechet(drawn_as, meant)
+            metrics[f"fd_{judging.name}"] = frechet(drawn_as, meant)
             about["fd"] = f"of reconstructions to their originals, in {judging.name}'s features"
         rows = [part[at : at + 10] for at in range(0, min(len(x), 40), 10) for part in (x, drawn)]
         pictures = {"reconstructions": report.grid(np.concatenate(rows), columns=10)}

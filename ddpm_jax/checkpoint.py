@@ -30,7 +30,7 @@ from ddpm_jax.progress import tell
 WRITE_SECONDS = 600  # after which a process that has not written its part is not waited for
 KEEP_NEWEST = 3
 KEEP_BEST = 1
-BEST = "test/loss"  # lower is better
+BEST = "validation/loss"  # lower is better
 SUMS = "check_sums"  # in the host's record
 
 

@@ -107,24 +107,23 @@ def classifier_task(
         nll, right = jax.lax.map(at, jnp.arange(NOISE_LEVELS if schedule else 1))
         return {"nll": nll.T, "right": right.T}
 
-    def evaluate(params, fixed, data: Data, *, seed, full, spread):
+    def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
+        held_out = data.part(split)
         found = per_example(
-            lambda batch, keys: judged(params, batch, keys), data.test, eval_batch, seed, spread
+            lambda batch, keys: judged(params, batch, keys), held_out, eval_batch, seed, spread
         )
         nll, right = average(found["nll"].mean(1)), average(found["right"].mean(1))
         metrics = {
-            "test/loss": nll.mean,
-            "test/accuracy": right.mean,
-            "test/accuracy_error": right.error,
+            "loss": nll.mean,
+            "accuracy": right.mean,
+            "accuracy_error": right.error,
         }
         worst = np.argsort(-found["nll"].mean(1))[:40]
-        images = to_images(data.test.images[np.sort(worst)], levels)
+        images = to_images(held_out.rows(np.sort(worst)).images, levels)
         pictures = {"hardest": report.grid(images, columns=10)}
         if schedule:
             t, shares = np.arange(NOISE_LEVELS) / NOISE_LEVELS, found["right"].mean(0)
-            metrics |= {
-                f"test/accuracy_t_{t:.1f}": float(v) for t, v in zip(t, shares, strict=True)
-            }
+            metrics |= {f"accuracy_t_{t:.1f}": float(v) for t, v in zip(t, shares, strict=True)}
             pictures["levels"] = report.lines(t, {"accuracy": shares}, "t", "By noise level")
         return Evaluation(metrics, pictures)
 

@@ -49,6 +49,9 @@ Interval = Annotated[int, AtLeast(0), MAY_CHANGE]  # 0: only at the end
 Shape = Annotated[tuple[int, int, int], FROM_DATA]  # (height, width, channels) of an image
 Levels = Annotated[int, FROM_DATA]  # of grey in an image: 256, or 17 for `digits`
 Classes = Annotated[int, FROM_DATA]  # of labels; 0: there are none
+# Validation images; none: the data set's own, or else a tenth of the training images, at most
+# 5,000; 0: every training image is trained on, and nothing is evaluated before the end.
+ValidationImages = Annotated[int, AtLeast(0)] | None
 CaptionLength = Annotated[int, FROM_DATA]  # tokens; 0: there are no captions
 
 
@@ -112,6 +115,10 @@ def _type_name(hint: Any) -> str:
     bare = _bare(hint)
     if typing.get_origin(bare) is Literal:
         return "|".join(str(value) for value in typing.get_args(bare))
+    if typing.get_origin(bare) in (typing.Union, types.UnionType):
+        return "|".join(_type_name(arg) for arg in typing.get_args(bare)).replace(
+            "NoneType", "none"
+        )
     if typing.get_origin(bare) is tuple:
         names = [_type_name(arg) for arg in typing.get_args(bare) if arg is not Ellipsis]
         return ",".join(names + ["..."] * (Ellipsis in typing.get_args(bare)))
@@ -142,7 +149,7 @@ def _read(text: str, hint: Any) -> Any:
         if text.lower() == "none":
             return None
         (inner,) = (arg for arg in args if arg is not type(None))
-        return _read(text, inner)
+        return _parse(text, inner)
     if origin is tuple:
         words = [word for word in text.strip("()[] ").split(",") if word.strip()]
         if not words:
@@ -183,6 +190,7 @@ class Training:
     """
 
     data: str = "digits"
+    validation: ValidationImages = None
     steps: Length = 1000
     batch_size: Count = 128
     learning_rate: Positive = 1e-3

@@ -113,13 +113,14 @@ def contrastive_task(
         found = {"text": text, "image": image}
         return found if altered is None else {**found, "apart": apart(text, image, altered)}
 
-    def evaluate(params, fixed, data: Data, *, seed, full, spread):
+    def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         del fixed
+        held_out = data.part(split)
         found = per_example(
-            lambda batch, keys: place(params, batch), data.test, eval_batch, seed, spread
+            lambda batch, keys: place(params, batch), held_out, eval_batch, seed, spread
         )
         scale: Any = net.apply(params, method="scale")
-        captions = _own(data.test.rows(np.arange(len(data.test.images))).captions)
+        captions = _own(held_out.rows(np.arange(len(held_out.images))).captions)
         nll, right = [], []
         count = max(len(captions) // AMONG, 1)
         for part in np.array_split(np.arange(len(captions)), count):
@@ -131,25 +132,25 @@ def contrastive_task(
         mean, error = average(np.concatenate(nll))
         accuracy = average(np.concatenate(right).astype(float))
         metrics = {
-            "test/loss": mean,
-            "test/loss_error": error,
-            "test/accuracy": accuracy.mean,
-            "test/accuracy_error": accuracy.error,
-            "test/scale": float(scale),
+            "loss": mean,
+            "loss_error": error,
+            "accuracy": accuracy.mean,
+            "accuracy_error": accuracy.error,
+            "scale": float(scale),
         }
         if "apart" in found:
             share = average(found["apart"].astype(float))
-            metrics |= {"test/told_apart": share.mean, "test/told_apart_error": share.error}
+            metrics |= {"told_apart": share.mean, "told_apart_error": share.error}
         return Evaluation(
             metrics,
-            {"found": _found(found, data)},
+            {"found": _found(found, held_out, data.levels)},
             {"accuracy": f"among {len(captions) // count} images"},
         )
 
-    def _found(found, data):
+    def _found(found, held_out, levels):
         """A row for each of some captions: its image, and the nearest ones among the first."""
-        some = data.test.first(500)
-        images = to_images(np.asarray(some.images), data.levels)
+        some = held_out.first(500)
+        images = to_images(np.asarray(some.images), levels)
         nearest = np.argsort(-found["text"][:10] @ found["image"][: len(images)].T, 1)[:, :8]
         rows = [
             np.concatenate([images[i : i + 1], images[nearest[i]]]) for i in range(len(nearest))

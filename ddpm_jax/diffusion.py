@@ -213,26 +213,26 @@ def diffusion_task(
         found = clipped(predict(params, xt, logsnr, labels), xt, logsnr)
         return step_nats(found, x0, xt, logsnr, before(t), least())
 
-    def evaluate(params, fixed, data: Data, *, seed, full, spread):
-        test = data.test if full else data.test.first(QUICK_IMAGES)
+    def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
+        held_out = data.part(split) if full else data.part(split).first(QUICK_IMAGES)
         found = per_example(
-            lambda batch, keys: test_terms(params, batch, keys), test, eval_batch, seed, spread
+            lambda batch, keys: test_terms(params, batch, keys), held_out, eval_batch, seed, spread
         )
         mse = average(found["mse"].mean(1))
-        metrics = {"test/loss": mse.mean, "test/loss_error": mse.error}
+        metrics = {"loss": mse.mean, "loss_error": mse.error}
         dims = int(np.prod(shape))
         if steps:
             bound = average(found["kl"].mean(1) + found["prior"] + found["decoder"])
             scale = 1 / (dims * np.log(2))
-            metrics["test/bits_per_dim"] = bound.mean * scale
-            metrics["test/bits_per_dim_error"] = bound.error * scale
-            metrics["test/bits_per_dim_decoder"] = average(found["decoder"]).mean * scale
-            metrics["test/bits_per_dim_prior"] = average(found["prior"]).mean * scale
+            metrics["bits_per_dim"] = bound.mean * scale
+            metrics["bits_per_dim_error"] = bound.error * scale
+            metrics["bits_per_dim_decoder"] = average(found["decoder"]).mean * scale
+            metrics["bits_per_dim_prior"] = average(found["prior"]).mean * scale
         pictures: dict[str, np.ndarray] = {}
         if full:
             by_level, pictures = noise_levels(found, dims)
             metrics |= by_level
-        shown = show(draw, params, seed, data, full, judging, spread)
+        shown = show(draw, params, seed, data, split, full, judging, spread)
         return shown._replace(metrics=metrics | shown.metrics, pictures=pictures | shown.pictures)
 
     return Task(init, loss_of, update, evaluate, draw.sample, draw.guide)
@@ -257,11 +257,11 @@ def noise_levels(
         return np.array([found[name][rows == row].mean() for row in seen])
 
     mse = of("mse")
-    metrics = {f"test/mse_t_{t:.1f}": float(v) for t, v in zip(levels, mse, strict=True)}
+    metrics = {f"mse_t_{t:.1f}": float(v) for t, v in zip(levels, mse, strict=True)}
     curves, pictures = {"error of eps": mse}, {}
     if "kl" in found:
         bits = of("kl") / NOISE_LEVELS / (dims * np.log(2))
-        metrics |= {f"test/bits_t_{t:.1f}": float(v) for t, v in zip(levels, bits, strict=True)}
+        metrics |= {f"bits_t_{t:.1f}": float(v) for t, v in zip(levels, bits, strict=True)}
         curves["bits/dim"] = bits
         rate = np.cumsum(bits[::-1])
         rmse = 127.5 * np.sqrt(of("distortion"))[::-1]

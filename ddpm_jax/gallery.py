@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 
 from ddpm_jax import report, sampler
 from ddpm_jax.classifier import Judge
-from ddpm_jax.data.loader import Data
+from ddpm_jax.data.loader import Data, Split
 from ddpm_jax.drawing import AT_ONCE, SHOWN, Drawing
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.metrics.quality import quality
@@ -42,16 +42,16 @@ def trajectories(
 
 
 def edits(
-    draw: Drawing, params: Any, seed: int, data: Data, conditional: bool
+    draw: Drawing, params: Any, seed: int, data: Data, held_out: Split, conditional: bool
 ) -> dict[str, UInt8[np.ndarray, "high wide c"]]:
-    """What a denoiser makes of test images, by rows.
+    """What a denoiser makes of held-out images, by rows.
 
     inpainting: images; their upper halves alone; the rest drawn, twice.
     image_to_image: images; noised to each of `EDIT_TIMES` and drawn again.
     interpolation: from one image to the next; both noised alike to `BLEND_TIME`, mixed, and
         drawn again without a class (Ho et al. 2020, fig. 8).
     """
-    some = data.test.first(SHOWN)
+    some = held_out.first(SHOWN)
     images = np.asarray(to_images(some.images, data.levels))
     labels = jnp.asarray(some.labels) if conditional else None
     none = jnp.full_like(labels, len(data.classes)) if labels is not None else None
@@ -87,6 +87,7 @@ def show(
     params: Any,
     seed: int,
     data: Data,
+    split: str,
     full: bool,
     judging: Judging,
     spread: Parallel,
@@ -97,14 +98,14 @@ def show(
     pictures = {"samples": report.grid(images[:AT_ONCE], columns=10)}
     if full:
         pictures["trajectories"], pictures["trajectories_movie"] = trajectories(trace, images)
-        pictures |= edits(draw, params, seed, data, labels is not None)
+        pictures |= edits(draw, params, seed, data, data.part(split), labels is not None)
     metrics: dict[str, float] = {}
     if not judged:
         return Evaluation(metrics, pictures, draw.about())
     meant = None if labels is None else labels[:judged]
     for number, judge in enumerate(judging.judges):
-        found = quality(judge(), images[:judged], meant, data, pixels=full and number == 0)
+        found = quality(judge(), images[:judged], meant, data, split, pixels=full and number == 0)
         metrics |= found.metrics
         if found.neighbours is not None:
             pictures["neighbours"] = found.neighbours
-    return Evaluation(metrics, pictures, {**draw.about(), "reference": "test split"})
+    return Evaluation(metrics, pictures, {**draw.about(), "reference": f"{split} split"})

@@ -18,7 +18,7 @@ from ddpm_jax.metrics.pth import read_tensors
 from ddpm_jax.nn.inception import Inception, from_torch
 from ddpm_jax.parallel import from_main
 from ddpm_jax.progress import tell
-from ddpm_jax.run import Loaded, Options, load_state, own_config, train_experiment
+from ddpm_jax.run import Loaded, Options, load_for, load_state, own_config, train_experiment
 from ddpm_jax.train import averaged
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
@@ -55,6 +55,7 @@ def with_judge(
 def trained(experiment: types.ModuleType, loaded: Loaded, options: Options) -> pathlib.Path | None:
     """Where a classifier of this data set is, trained now if it never was; None: stopped."""
     config = own_config(experiment, options.debug, data=loaded.data.name)
+    loaded = loaded._replace(data=load_for(config, loaded.data, options))
     name = experiment.__name__.rpartition(".")[2]
     known = f"{dataclasses.asdict(config)} {loaded.data.fingerprint}"
     place = cache_dir() / "judges" / f"{name}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"

@@ -137,7 +137,8 @@ def encoded(name: str, data: Data) -> Data:
         rows = np.array([place[text] for text in texts])
         return split._replace(captions=Encoded(texts, _kept(name, different), rows))
 
-    return data._replace(train=of(data.train), test=of(data.test))
+    validation = None if data.validation is None else of(data.validation)
+    return data._replace(train=of(data.train), test=of(data.test), validation=validation)
 
 
 def _kept(name: str, texts: list[str]) -> Features:

@@ -105,14 +105,14 @@ def read_lines(path: pathlib.Path) -> list[dict]:
 
 
 def curves(path: pathlib.Path, lines: Iterable[dict], title: str) -> None:
-    """One panel for each metric, training and test in the same, over steps."""
+    """One panel for each metric over steps, every split in the same."""
     from matplotlib.figure import Figure
 
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for line in lines:
         for name, value in line.items():
             split, _, metric = name.partition("/")
-            known = split in ("train", "test") and not metric.endswith("_error")
+            known = split in ("train", "validation", "test") and not metric.endswith("_error")
             if known and isinstance(value, (int, float)):
                 points = series.setdefault(metric, {}).setdefault(split, [])
                 points.append((line["step"], value))

@@ -62,6 +62,7 @@ class Options(NamedTuple):
     debug: bool = False
     profile: bool = False
     wandb: bool = False
+    split: str = "test"  # that --mode=eval evaluates on
 
 
 def set_up_jax(
@@ -97,26 +98,27 @@ class Loaded(NamedTuple):
 
 
 def load_data(
-    experiment: types.ModuleType, name: str, workdir: pathlib.Path, options: Options
+    experiment: types.ModuleType, config: Any, workdir: pathlib.Path, options: Options
 ) -> Loaded:
-    """The data set, or the experiment's `FALLBACK` in its place.
+    """The data set that `config` names, or the experiment's `FALLBACK` in its place.
 
     A run that is there already goes on with the data it has, whatever is at hand today.
 
     Raises:
       UserError: it cannot be had, and there is no fallback or `--strict_data`.
     """
-    earlier = read_record(workdir)
+    name, earlier = config.data, read_record(workdir)
     if earlier is not None and earlier.get("data_asked_for") == name:
-        loaded = Loaded(load_again(earlier, options), earlier.get("data_note", ""))
+        again = load_again(earlier, options, config.validation)
+        loaded = Loaded(again, earlier.get("data_note", ""))
     else:
         fallback = getattr(experiment, "FALLBACK", None)
         try:
-            loaded = Loaded(_load(name, options.data_dir, options.debug))
+            loaded = Loaded(_load(name, options.data_dir, options.debug, config.validation))
         except MissingData as error:
             if fallback is None or options.strict_data or name != experiment.Config().data:
                 raise
-            data = _load(fallback, options.data_dir, options.debug)
+            data = _load(fallback, options.data_dir, options.debug, config.validation)
             loaded = Loaded(
                 data,
                 f"NOT {name}, which is not at hand, but {data.title}: the figures are of these. "
@@ -128,7 +130,7 @@ def load_data(
     return loaded
 
 
-def load_again(record: dict[str, Any], options: Options) -> Data:
+def load_again(record: dict[str, Any], options: Options, validation: int | None) -> Data:
     """The data of an earlier run, from where it was or from --data_dir.
 
     Nothing is prepared in a folder that the record names: it may be a stranger's.
@@ -140,12 +142,21 @@ def load_again(record: dict[str, Any], options: Options) -> Data:
             raise UserError(
                 f"{where}, where the data of this run were, holds no {name}; give --data_dir"
             )
-    return _load(name, where, record.get("debug", False))
+    return _load(name, where, record.get("debug", False), validation)
 
 
-def _load(name: str, data_dir: str | None, debug: bool) -> Data:
-    data = load(name, data_dir)
-    return data._replace(test=data.test.first(DEBUG_IMAGES)) if debug else data
+def _load(name: str, data_dir: str | None, debug: bool, validation: int | None) -> Data:
+    data = load(name, data_dir, validation)
+    if not debug:
+        return data
+    if data.validation is not None:
+        data = data._replace(validation=data.validation.first(DEBUG_IMAGES))
+    return data._replace(test=data.test.first(DEBUG_IMAGES))
+
+
+def load_for(config: Any, like: Data, options: Options) -> Data:
+    """The same data set as `like`, with the validation split that another config asks for."""
+    return _load(like.name, options.data_dir, options.debug, config.validation)
 
 
 def from_data(config: Any, data: Data) -> Any:
@@ -196,7 +207,7 @@ def train_experiment(
     """
     started = time.perf_counter()
     name = experiment.__name__.rpartition(".")[2]
-    loaded = loaded or load_data(experiment, config.data, workdir, options)
+    loaded = loaded or load_data(experiment, config, workdir, options)
     data = loaded.data
     devices.check_batch(config.batch_size, config.accumulate)
     train.check_ema(config)
@@ -265,10 +276,19 @@ def _open(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]) -
 def eval_experiment(
     experiment: types.ModuleType, config: Any, workdir: pathlib.Path, options: Options
 ) -> dict[str, float]:
-    """Evaluate the newest checkpoint in full; writes eval.json and pictures."""
+    """Evaluate the newest checkpoint in full on a split; writes eval.json and pictures.
+
+    Raises:
+      UserError: the run has no validation split, and that is what is asked for.
+    """
+    if options.split == "validation" and config.validation == 0:
+        raise UserError(
+            f"--split=validation: the run in {workdir} was trained on all of the training images "
+            "(--config.validation=0); give --split=test"
+        )
     config, state = load_state(experiment, workdir, config, options.parallel)
     record = read_record(workdir) or {}
-    data = load_again(record, options)
+    data = load_again(record, options, config.validation)
     check_same(workdir, record, {**record, "data": data.describe()})
     config = _prepared(experiment, config, Loaded(data), options._replace(debug=record["debug"]))
     if config is None:
@@ -276,12 +296,14 @@ def eval_experiment(
     task, data = experiment.build(config), _dressed(experiment, config, data)
     spread = devices.make(options.parallel)
     params = train.averaged(state, config)
-    found = task.evaluate(params, state.fixed, data, seed=record["seed"], full=True, spread=spread)
-    train.check_figures(found.metrics)
+    found = train.evaluated(
+        task, params, state.fixed, data, options.split, record["seed"], True, spread
+    )
     step = int(state.step)
     written = {
         "step": step,
         "data": data.title,
+        "split": options.split,
         "about": found.about | {"ema": config.ema},
         "metrics": found.metrics,
     }
@@ -411,10 +433,15 @@ def _tell_start(name: str, loaded: Loaded, workdir: pathlib.Path) -> None:
     height, width, channels = data.shape
     tell(
         f"{name} on {data.title}: {_size(data.train)} images to train on, "
-        f"{len(data.test.images)} to test on, {height}x{width}x{channels}, {data.levels} levels\n"
+        f"{_held_out(data)}{len(data.test.images)} to test on, "
+        f"{height}x{width}x{channels}, {data.levels} levels\n"
         f"{here['count']} x {here['kind']} ({here['platform']}); everything goes to {workdir}"
     )
     _shout(loaded.note)
+
+
+def _held_out(data: Data) -> str:
+    return f"{len(data.validation.images)} to validate on, " if data.validation else ""
 
 
 def _size(split: Split) -> str:

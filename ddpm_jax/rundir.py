@@ -99,20 +99,20 @@ class RunDir(NamedTuple):
         return report.read_lines(self.path / "metrics.jsonl")
 
     def evaluated(self, step: int) -> bool:
-        """Whether there is a line of an evaluation at `step`."""
-        return any(line["step"] == step and "test/loss" in line for line in self.lines())
+        """Whether there is a line of an evaluation on the validation split at `step`."""
+        return any(line["step"] == step and "validation/loss" in line for line in self.lines())
 
     def begin(self, step: int, last: bool = False, wandb: bool = False) -> None:
         """Make it as it was at `step`: what was said later, and torn lines, are cut.
 
-        With `last`, so is an evaluation at `step` itself: a final one that was cut short.
+        With `last`, the final evaluation at `step` is dropped, too: it may be incomplete.
         """
 
+        def final(line: dict) -> bool:
+            return "run_seconds" in line or any(name.startswith("test/") for name in line)
+
         def kept_line(line: dict) -> bool:
-            return line["step"] < step or (
-                line["step"] == step
-                and not (last and ("test/loss" in line or "run_seconds" in line))
-            )
+            return line["step"] < step or (line["step"] == step and not (last and final(line)))
 
         for name in ("metrics.jsonl", "timing.jsonl"):
             path = self.path / name

@@ -37,6 +37,8 @@ class Request(NamedTuple):
 class Evaluation(NamedTuple):
     """What an evaluation found: figures and pictures by name.
 
+    The caller puts the split before the name of a figure, as in "test/loss".
+
     A picture is uint8 [H, W, C], a movie [F, H, W, C].  `about` says what figures cannot: how
     images were drawn, what they were compared with.
     """
@@ -56,8 +58,9 @@ class Task(NamedTuple):
         a device's or a part; `gather` makes the whole of an array [B, ...], or says that it
         cannot, for losses that compare examples.
     update(fixed, statistics) -> fixed, of the whole batch's statistics
-    evaluate(params, fixed, data, *, seed, full, spread) -> Evaluation; quick during
-        training, `full` at its end.  Its "test/loss" decides which checkpoint is the best.
+    evaluate(params, fixed, data, *, split, seed, full, spread) -> Evaluation of the images of
+        `split`, "validation" or "test"; quick during training, `full` at its end.  Its "loss" on
+        validation images decides which checkpoint is the best.
     sample(params, fixed, keys, request) -> images [B, H, W, C] in [-1, 1]
     guide: how the trained one guides what others draw, if it can
     load(fixed) -> fixed of a new run, with what others trained before in the place of zeros; None:
@@ -171,27 +174,27 @@ def vae_task(
     def decode(params, z):
         return likelihood.picture(net.apply(params, z, method="decode"))
 
-    def evaluate(params, fixed, data: Data, *, seed, full, spread):
-        test = data.test
+    def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
+        held_out = data.part(split)
         found = per_example(
-            lambda batch, keys: bound(params, batch, keys), test, eval_batch, seed, spread
+            lambda batch, keys: bound(params, batch, keys), held_out, eval_batch, seed, spread
         )
         neg_elbo = average(found["nll"] + found["kl"])
         nll, kl = average(found["nll"]).mean, average(found["kl"]).mean
         metrics = {
-            "test/loss": nll + beta * kl,
-            "test/neg_elbo": neg_elbo.mean,
-            "test/neg_elbo_error": neg_elbo.error,
-            "test/nll": nll,
-            "test/kl": kl,
-            "test/active_units": float((found["mean"].var(0) > ACTIVE_VARIANCE).sum()),
+            "loss": nll + beta * kl,
+            "neg_elbo": neg_elbo.mean,
+            "neg_elbo_error": neg_elbo.error,
+            "nll": nll,
+            "kl": kl,
+            "active_units": float((found["mean"].var(0) > ACTIVE_VARIANCE).sum()),
         }
         if likelihood.bits_per_dim is not None:
             dims = int(np.prod(data.shape))
             bits = likelihood.bits_per_dim(jnp.asarray(neg_elbo.mean), dims)
-            metrics["test/bits_per_dim"] = float(bits)
+            metrics["bits_per_dim"] = float(bits)
         if full:
-            some = test.first(iwae_images)
+            some = held_out.first(iwae_images)
             weights = per_example(
                 lambda batch, keys: importance_weights(params, batch, keys),
                 some,
@@ -200,10 +203,10 @@ def vae_task(
                 spread,
             )["log_weights"]
             metrics |= importance_weighted(weights)
-        return Evaluation(metrics, pictures(params, fixed, data, seed, spread))
+        return Evaluation(metrics, pictures(params, fixed, held_out, seed, spread))
 
-    def pictures(params, fixed, data, seed, spread):
-        some = data.test.first(40)
+    def pictures(params, fixed, held_out, seed, spread):
+        some = held_out.first(40)
         shown = per_example(
             lambda batch, keys: dict(
                 zip(("x", "again"), reconstruct(params, batch, keys), strict=True)
@@ -247,10 +250,10 @@ def importance_weighted(log_weights: Float[np.ndarray, "images samples"]) -> dic
         peak = grouped.max(-1)  # log-mean-exp in float64
         means = peak + np.log(np.exp(grouped - peak[..., None]).mean(-1))
         bounds[k] = -means.mean(1)
-        metrics[f"test/neg_iwae_{k}"], metrics[f"test/neg_iwae_{k}_error"] = average(bounds[k])
+        metrics[f"neg_iwae_{k}"], metrics[f"neg_iwae_{k}_error"] = average(bounds[k])
     gap = average(bounds[IWAE_SAMPLES[0]] - bounds[IWAE_SAMPLES[-1]])
     return metrics | {
-        "test/gap": gap.mean,
-        "test/gap_error": gap.error,
-        "test/iwae_images": float(len(log_weights)),
+        "gap": gap.mean,
+        "gap_error": gap.error,
+        "iwae_images": float(len(log_weights)),
     }

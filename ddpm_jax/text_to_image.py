@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key
 from ddpm_jax import report
 from ddpm_jax.autoencoder import Latents
 from ddpm_jax.contrastive import image_judge
-from ddpm_jax.data.loader import Batch, Data
+from ddpm_jax.data.loader import Batch, Data, Split
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluate import Average, average, per_example
 from ddpm_jax.generation import Generator
@@ -65,15 +65,15 @@ class Parts(NamedTuple):
 class Prompts(NamedTuple):
     """What the final evaluation draws, and how it is judged.
 
-    sets: prompts by name.
-    align(images in [-1, 1], prompts) -> whether each image shows what its prompt says; None:
-        nobody can tell.
+    sets(split) -> prompts by name.
+    align(images in [-1, 1], prompts) -> by the name of each criterion, whether each image shows
+        what its prompt says; None: there is no criterion for this data set.
     scales: of guidance, all of which are tried.
     draw: images of the test split's captions, whose Frechet distance and CLIP score are told.
     """
 
-    sets: dict[str, list[str]] = {}  # noqa: RUF012
-    align: Callable[[Any, Sequence[str]], np.ndarray] | None = None
+    sets: Callable[[str], dict[str, list[str]]] = lambda split: {}
+    align: Callable[[Any, Sequence[str]], dict[str, np.ndarray]] | None = None
     scales: tuple[float, ...] = ()
     draw: int = 512
 
@@ -180,55 +180,57 @@ def text_to_image_task(
             found.append(fetch(similarity(*dual, tokens[part], images[part])))
         return average(100 * np.concatenate(found).astype(np.float64))
 
-    def evaluate(params, fixed, data: Data, *, seed, full, spread):
+    def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
+        held_out = data.part(split)
         found = per_example(
             lambda batch, keys: losses(params, fixed, batch, keys),
-            data.test if full else data.test.first(4 * eval_batch),
+            held_out if full else held_out.first(4 * eval_batch),
             eval_batch,
             seed,
             spread,
         )["loss"]
         mean, error = average(found)
-        metrics = {"test/loss": mean, "test/loss_error": error}
-        captions = _texts(data, prompts.draw if full else min(QUICK, prompts.draw))
+        metrics = {"loss": mean, "loss_error": error}
+        captions = _texts(held_out, prompts.draw if full else min(QUICK, prompts.draw))
         dual = parts.judge() if parts.judge else (text, fixed["text"])
         images_of = functools.partial(many, params, fixed, seed=seed, spread=spread)
         how = generator.requested(Request())
         rows, each = SHOWN
-        asked = _texts(data, rows)
+        asked = _texts(held_out, rows)
         sheet = [caption for caption in asked for _ in range(each)]
         (shown,) = images_of([sheet], how=how)
         parts_of = [shown[at : at + each] for at in range(0, len(shown), each)]
         pictures = {"samples": report.captioned(list(zip(asked, parts_of, strict=True)))}
         if not full:
             (drawn,) = images_of([captions], how=how)
-            metrics |= _told("test/aligned", aligned(drawn, captions))
-            metrics |= _told("test/clip_score", clip_score(dual, captions, drawn))
+            metrics |= aligned(drawn, captions)
+            metrics |= _told("clip_score", clip_score(dual, captions, drawn))
             return Evaluation(metrics, pictures)
         judge = image_judge("text_encoder", *dual)
-        some = [data.test.some(len(captions)), data.train.some(len(captions))]
+        some = [held_out.some(len(captions)), data.train.some(len(captions))]
         pixels = (to_images(np.asarray(part.images), levels) for part in some)
         truth, usual = (moments(judge.see(images)[0]) for images in pixels)
         about = {
             "generation": generator.about,
             "drawn": len(captions),
-            "reference": "test split",
+            "reference": f"{split} split",
             "parameters": "averaged (EMA)",
         }
-        metrics["test/fd_text_encoder_of_training"] = frechet(usual, truth)
-        real = to_images(np.asarray(data.test.first(len(captions)).images), levels)
-        metrics |= _told("test/clip_score_of_images", clip_score(dual, captions, real))
+        metrics["fd_text_encoder_of_training"] = frechet(usual, truth)
+        real = to_images(np.asarray(held_out.first(len(captions)).images), levels)
+        metrics |= _told("clip_score_of_images", clip_score(dual, captions, real))
+        sets = prompts.sets(split)
         curve: list[dict[str, float]] = []
         for scale in dict.fromkeys((how.guidance, *prompts.scales)):
             at = how._replace(guidance=scale)
-            drawn, *others = images_of([captions, *prompts.sets.values()], how=at)
+            drawn, *others = images_of([captions, *sets.values()], how=at)
             figures = {"fd_text_encoder": frechet(moments(judge.see(drawn)[0]), truth)}
             figures |= _told("clip_score", clip_score(dual, captions, drawn))
-            figures |= _told("aligned", aligned(drawn, captions))
-            for (name, texts), images in zip(prompts.sets.items(), others, strict=True):
-                figures |= _told(f"aligned_{name}", aligned(images, texts))
+            figures |= aligned(drawn, captions)
+            for (name, texts), images in zip(sets.items(), others, strict=True):
+                figures |= aligned(images, texts, f"_{name}")
             if scale == how.guidance:
-                metrics |= {f"test/{name}": value for name, value in figures.items()}
+                metrics |= {f"{name}": value for name, value in figures.items()}
             metrics |= {f"guidance_{scale:g}/{name}": value for name, value in figures.items()}
             curve.append({"scale": scale, **figures})
         if len(curve) > 1:
@@ -236,10 +238,12 @@ def text_to_image_task(
             pictures |= _curves(curve)
         return Evaluation(metrics, pictures, about)
 
-    def aligned(images, texts) -> Average | None:
-        if prompts.align is None:
-            return None
-        return average(np.asarray(prompts.align(images, texts), np.float64))
+    def aligned(images, texts, suffix="") -> dict[str, float]:
+        verdicts = prompts.align(images, texts) if prompts.align else {}
+        figures: dict[str, float] = {}
+        for name, right in verdicts.items():
+            figures |= _told(f"{name}{suffix}", average(np.asarray(right, np.float64)))
+        return figures
 
     def sample(
         params, fixed, keys: Key[Array, "batch"], request: Request
@@ -264,15 +268,15 @@ def text_to_image_task(
 _tell_once = functools.cache(tell)
 
 
-def _texts(data: Data, count: int) -> list[str]:
-    some = data.test.first(count)
+def _texts(split: Split, count: int) -> list[str]:
+    some = split.first(count)
     if isinstance(some.captions, Encoded):
         return list(some.captions.texts)
     return untokenize(some.rows(np.arange(len(some.images))).captions)
 
 
-def _told(name: str, value: Average | None) -> dict[str, float]:
-    return {} if value is None else {name: value.mean, f"{name}_error": value.error}
+def _told(name: str, value: Average) -> dict[str, float]:
+    return {name: value.mean, f"{name}_error": value.error}
 
 
 def _curves(curve: list[dict[str, float]]) -> dict[str, np.ndarray]:
@@ -286,7 +290,11 @@ def _curves(curve: list[dict[str, float]]) -> dict[str, np.ndarray]:
         return report.paths(lines, (x, label), title)
 
     found = {"fd_against_clip_score": path(["clip_score"], "CLIP score")}
-    names = sorted(n for n in curve[0] if n.startswith("aligned") and not n.endswith("_error"))
+    names = sorted(
+        n
+        for n in curve[0]
+        if n.startswith("aligned") and "_except_" not in n and n[-6:] != "_error"
+    )
     if names:
         found["fd_against_alignment"] = path(names, "share aligned")
     return found

@@ -436,6 +436,10 @@ def fit(
         order = epoch_order(seed, len(data.train.images))
         ledger = _Ledger(config, run, clock, checkpoints, order, flops, host)
 
+        evaluate_every = config.eval_every if data.validation is not None else 0
+        if config.eval_every and not evaluate_every:
+            tell("no validation split: nothing is evaluated before the end")
+
         tracing = False
         asked = devices.raised(spread, False)
 
@@ -453,7 +457,7 @@ def fit(
         for first, last in itertools.chain(plan[1], [(config.steps, config.steps)]):
             finished = first == config.steps
             metrics = None
-            if _due(first, config.eval_every) and not (finished or stop()):
+            if _due(first, evaluate_every) and not (finished or stop()):
                 ledger.settle()
                 if not devices.from_main(functools.partial(run.evaluated, first)):
                     with signals.interrupting(), clock.pause("evaluation"):
@@ -529,14 +533,37 @@ def evaluate(
     spread: devices.Parallel,
     full: bool = False,
 ) -> Evaluation:
-    """Evaluate the chosen average of the parameters, write the line and the pictures."""
-    params = averaged(state, config)
-    found = task.evaluate(params, state.fixed, data, seed=seed, full=full, spread=spread)
-    check_figures(found.metrics)
+    """Evaluate the chosen average of the parameters, write the line and the pictures.
+
+    Before the end on the validation split; `full`, at the end, on the test split.
+    """
+    split = "test" if full else "validation"
+    found = evaluated(task, averaged(state, config), state.fixed, data, split, seed, full, spread)
     for name, picture in found.pictures.items():
         run.picture(name, picture, step, last=full)
     run.log(step, found.metrics)
     return found
+
+
+def evaluated(
+    task: Task,
+    params: Any,
+    fixed: Any,
+    data: Data,
+    split: str,
+    seed: int,
+    full: bool,
+    spread: devices.Parallel,
+) -> Evaluation:
+    """What `task.evaluate` finds of a split, whose name stands before every metric's.
+
+    Raises:
+      RunError: a metric is not finite.
+    """
+    found = task.evaluate(params, fixed, data, split=split, seed=seed, full=full, spread=spread)
+    check_figures(found.metrics)
+    metrics = {f"{split}/{name}": value for name, value in found.metrics.items()}
+    return found._replace(metrics=metrics)
 
 
 def check_figures(metrics: dict[str, float]) -> None:

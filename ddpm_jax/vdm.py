@@ -167,33 +167,33 @@ def vdm_task(
         log_q -= dims * jnp.log(sigma)
         return {"ode": log_q - log_p + decoder, "calls": jnp.full(len(eps), evaluations)}
 
-    def evaluate(params, fixed, data: Data, *, seed, full, spread):
-        test = data.test if full else data.test.first(QUICK_IMAGES)
+    def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
+        held_out = data.part(split) if full else data.part(split).first(QUICK_IMAGES)
         found = per_example(
-            lambda batch, keys: bounds(params, batch, keys), test, eval_batch, seed, spread
+            lambda batch, keys: bounds(params, batch, keys), held_out, eval_batch, seed, spread
         )
         ends = found["prior"] + found["decoder"]
         nats = {name: ends + found[name] for name in ROUTES[:2]}
         metrics = {}
         if full:
-            some = data.test.first(ode_images)
+            some = held_out.first(ode_images)
             solved = per_example(
                 lambda batch, keys: by_ode(params, batch, keys), some, eval_batch, seed, spread
             )
             nats["ode"] = solved["ode"]
-            metrics["test/ode_calls"] = float(solved["calls"].mean())
-            metrics["test/ode_images"] = float(len(solved["calls"]))
+            metrics["ode_calls"] = float(solved["calls"].mean())
+            metrics["ode_images"] = float(len(solved["calls"]))
         scale = 1 / (dims * np.log(2))
         for name, values in nats.items():
             mean, error = average(values * scale)
-            metrics[f"test/bits_per_dim_{name}"] = mean
-            metrics[f"test/bits_per_dim_{name}_error"] = error
+            metrics[f"bits_per_dim_{name}"] = mean
+            metrics[f"bits_per_dim_{name}_error"] = error
         for name in ("prior", "decoder"):
-            metrics[f"test/bits_{name}"] = average(found[name]).mean * scale
+            metrics[f"bits_{name}"] = average(found[name]).mean * scale
         highest, lowest = (float(end) for end in fetch(params["schedule"]["ends"]))
-        metrics |= {"test/logsnr_highest": highest, "test/logsnr_lowest": lowest}
-        metrics["test/loss"] = metrics["test/bits_per_dim_continuous"]
-        shown = show(draw, params, seed, data, full, judging, spread)
+        metrics |= {"logsnr_highest": highest, "logsnr_lowest": lowest}
+        metrics["loss"] = metrics["bits_per_dim_continuous"]
+        shown = show(draw, params, seed, data, split, full, judging, spread)
         pictures = dict(shown.pictures)
         if full:
             pictures["schedule"] = report.lines(

@@ -50,7 +50,7 @@ class Config(vae_mnist.Config):
 
 def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
     """Train every beta, then write one table and one plot."""
-    loaded = load_data(vae_mnist, config.data, workdir, options)
+    loaded = load_data(vae_mnist, config, workdir, options)
     config = from_data(config, loaded.data)
     record = record_of("beta_vae_mnist", config, loaded, options)
     with opened(workdir, record, marked(config, MAY_CHANGE)):

@@ -271,9 +271,11 @@ SETS = (
 AUTOENCODER = ("ae_channels", "latent", "ae_blocks", "codes")  # its fields that follow from it
 
 
-def aligned(images: Any, captions: Sequence[str]) -> np.ndarray:
-    """Whether each image shows what its caption says."""
-    return np.array([judge(x, text).aligned for x, text in zip(images, captions, strict=True)])
+def aligned(images: Any, captions: Sequence[str]) -> dict[str, np.ndarray]:
+    """Whether each image shows what its caption says, strictly, and but for size and background."""
+    verdicts = [judge(x, text) for x, text in zip(images, captions, strict=True)]
+    names = ("aligned", "aligned_except_size_and_background")
+    return {name: np.array([getattr(v, name) for v in verdicts]) for name in names}
 
 
 def prompts(config: Config) -> Prompts:
@@ -281,12 +283,15 @@ def prompts(config: Config) -> Prompts:
     scales, draw = config.scales, config.draw
     if not shapes.is_named(config.data):
         return Prompts(scales=scales, draw=draw)
-    sets = {
-        only.replace(" ", "_"): [
-            shapes.scene("prompts", i, only).caption for i in range(config.prompts)
-        ]
-        for only in SETS
-    }
+
+    def sets(split: str) -> dict[str, list[str]]:
+        return {
+            only.replace(" ", "_"): [
+                shapes.scene(f"{split} prompts", i, only).caption for i in range(config.prompts)
+            ]
+            for only in SETS
+        }
+
     return Prompts(sets, aligned, scales, draw)
 
 

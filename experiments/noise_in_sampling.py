@@ -64,7 +64,7 @@ class Config(ddpm_digits.Config):
 
 def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
     """Train the model unless it is there, then draw in every way."""
-    loaded = load_data(ddpm_digits, config.data, workdir, options)
+    loaded = load_data(ddpm_digits, config, workdir, options)
     config = from_data(config, loaded.data)
     judged = with_judge(classifier_digits, config, loaded, options)
     if judged is None:
@@ -104,14 +104,14 @@ def compare(
         images, labels = np.concatenate(parts), np.repeat(np.arange(model.classes), each)
         shown.append(images[::each][:10])
         found[name] = quality(judge, images, labels, loaded.data).metrics
-        found[name]["test/deviation"] = float(images.std(0).mean())
+        found[name]["deviation"] = float(images.std(0).mean())
     title = f"{config.compare_steps} steps each, on {loaded.data.title}"
-    fd = f"test/fd_{judge.name}"
+    fd = f"fd_{judge.name}"
     rows = [
         (
             name,
-            f"Frechet distance ({judge.name}) {m[fd]:8.2f}  recognised {m['test/recognised']:.3f}  "
-            f"nearest {m['test/nearest_ratio']:.2f}  deviation {m['test/deviation']:.3f}",
+            f"Frechet distance ({judge.name}) {m[fd]:8.2f}  recognised {m['recognised']:.3f}  "
+            f"nearest {m['nearest_ratio']:.2f}  deviation {m['deviation']:.3f}",
         )
         for name, m in found.items()
     ]

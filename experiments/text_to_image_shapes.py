@@ -25,7 +25,7 @@ import pathlib
 import shutil
 from typing import Annotated, Any, Literal
 
-from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Length, marked
+from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Length, ValidationImages, marked
 from ddpm_jax.parallel import is_main
 from ddpm_jax.run import (
     Options,
@@ -50,6 +50,7 @@ class Config:
     """See `--help`; each part's other fields are of its own experiment."""
 
     data: str = "shapes"
+    validation: ValidationImages = None
     # Fewer than either takes alone: the generation model makes more of the minutes.
     text_steps: Length = 400
     autoencoder_steps: Length = 4000
@@ -66,7 +67,7 @@ class Config:
 
 def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
     """Train the three parts, one after another; what is finished is told and left alone."""
-    loaded = load_data(text_encoder_shapes, config.data, workdir, options)
+    loaded = load_data(text_encoder_shapes, config, workdir, options)
     config = from_data(config, loaded.data)
     places = {part: str(workdir.absolute() / part) for part in ("text", "autoencoder")}
     text: dict[str, Any] = dict(steps=config.text_steps, text_size=config.text_size)
@@ -85,7 +86,13 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
         **places,
     )
     parts = [
-        (part, experiment, own_config(experiment, options.debug, data=config.data, **fields))
+        (
+            part,
+            experiment,
+            own_config(
+                experiment, options.debug, data=config.data, validation=config.validation, **fields
+            ),
+        )
         for part, experiment, fields in (
             ("text", text_encoder_shapes, text),
             ("autoencoder", autoencoder_shapes, autoencoder),

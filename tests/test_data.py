@@ -83,7 +83,7 @@ def test_prefetching_changes_nothing_and_passes_errors_on():
 def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
-    data = loader.load("digits")
+    data = loader.load("digits", validation=0)
     images, labels = load_digits(return_X_y=True)
     together = np.concatenate([data.test.images, data.train.images]).reshape(-1, 64)
     order = loader.permutation(0, 0, 1797)
@@ -117,7 +117,7 @@ def test_a_folder_gives_its_images_and_labels(tmp_path):
         for i in range(20):
             image = write(tmp_path / label / f"{i}.png", seed=len(expected))
             expected[image.tobytes()] = label
-    data = loader.load(f"folder:{tmp_path}")
+    data = loader.load(f"folder:{tmp_path}", validation=0)
     assert data.classes == ("cat", "dog")
     assert len(data.test.images) > 0
     found = {}
@@ -131,7 +131,7 @@ def test_a_folder_with_train_and_test_keeps_them_apart(tmp_path):
     for name, count in (("train", 5), ("test", 3)):
         for i in range(count):
             write(tmp_path / name / "a" / f"{i}.png", i)
-    data = loader.load(f"folder:{tmp_path}")
+    data = loader.load(f"folder:{tmp_path}", validation=0)
     assert (len(data.train.images), len(data.test.images)) == (5, 3)
     assert data.classes == ("a",)
 
@@ -143,7 +143,7 @@ def test_a_corrupt_file_is_named_skipped_and_counted(tmp_path):
     truncated = (tmp_path / "3.png").read_bytes()[:-100]
     (tmp_path / "torn.png").write_bytes(truncated)
     for _ in range(2):  # decoded, then from the cache
-        data = loader.load(f"folder:{tmp_path}")
+        data = loader.load(f"folder:{tmp_path}", validation=0)
         assert len(data.train.images) + len(data.test.images) == 10
         assert "skipped 2 corrupt of 12" in data.notes[0]
         assert "broken.png" in data.notes[0]
@@ -153,9 +153,9 @@ def test_a_corrupt_file_is_named_skipped_and_counted(tmp_path):
 def test_a_changed_folder_is_read_anew(tmp_path):
     for i in range(10):
         write(tmp_path / f"{i}.png", i)
-    first = loader.load(f"folder:{tmp_path}")
+    first = loader.load(f"folder:{tmp_path}", validation=0)
     write(tmp_path / "new.png", 99)
-    second = loader.load(f"folder:{tmp_path}")
+    second = loader.load(f"folder:{tmp_path}", validation=0)
     assert len(second.train.images) + len(second.test.images) == 11
     assert first.fingerprint != second.fingerprint
 
@@ -170,40 +170,40 @@ def test_a_folders_captions_are_read_beside_its_images(tmp_path, way):
     if way == "metadata":
         lines = [json.dumps({"file_name": name, "text": text}) for name, text in texts.items()]
         (tmp_path / "sub" / "metadata.jsonl").write_text("\n".join(lines[:-1]))
-    data = loader.load(f"folder:{tmp_path}")
+    data = loader.load(f"folder:{tmp_path}", validation=0)
     found = untokenize(np.concatenate([data.train.captions, data.test.captions]))
     last = texts["9.png"] if way == "txt" else ""
     assert sorted(found) == sorted([*[*texts.values()][:9], last])
     assert any("1 of 10 images have no caption" in note for note in data.notes) == (way != "txt")
     assert data.caption_length == 32
-    again = loader.load(f"folder:{tmp_path}")  # from the cache
+    again = loader.load(f"folder:{tmp_path}", validation=0)  # from the cache
     np.testing.assert_array_equal(again.train.captions, data.train.captions)
     if way == "txt":
         (tmp_path / "sub" / "0.txt").write_text("another")
     else:
         lines[0] = lines[0].replace("picture", "drawing")
         (tmp_path / "sub" / "metadata.jsonl").write_text("\n".join(lines))
-    assert loader.load(f"folder:{tmp_path}").fingerprint != data.fingerprint
+    assert loader.load(f"folder:{tmp_path}", validation=0).fingerprint != data.fingerprint
 
 
 def test_a_line_of_metadata_that_is_none_is_named(tmp_path):
     write(tmp_path / "a.png", 0)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n[1]\n')
     with pytest.raises(UserError, match=r"metadata\.jsonl, line 2"):
-        loader.load(f"folder:{tmp_path}")
+        loader.load(f"folder:{tmp_path}", validation=0)
 
 
 def test_images_of_two_sizes_are_an_error_that_names_both(tmp_path):
     write(tmp_path / "a.png", 0)
     write(tmp_path / "b.png", 1, size=(8, 12))
     with pytest.raises(UserError, match=r"a\.png is 8x8, .*b\.png is 12x8"):
-        loader.load(f"folder:{tmp_path}")
+        loader.load(f"folder:{tmp_path}", validation=0)
 
 
 def test_grey_images_among_colour_ones_become_colour(tmp_path):
     for i in range(4):
         write(tmp_path / f"{i}.png", i, mode="RGB" if i % 2 else "L")
-    assert loader.load(f"folder:{tmp_path}").shape == (8, 8, 3)
+    assert loader.load(f"folder:{tmp_path}", validation=0).shape == (8, 8, 3)
 
 
 def test_a_pickled_array_in_the_cache_is_not_loaded(tmp_path):
@@ -213,12 +213,12 @@ def test_a_pickled_array_in_the_cache_is_not_loaded(tmp_path):
 
     for i in range(4):
         write(tmp_path / "images" / f"{i}.png", i)
-    loader.load(f"folder:{tmp_path}/images")
+    loader.load(f"folder:{tmp_path}/images", validation=0)
     caches = [p.parent for p in (loader.cache_dir() / "decoded").glob("*/meta.json")]
     assert caches
     for cache in caches:
         np.save(cache / "train_images.npy", np.array([Evil()], dtype=object), allow_pickle=True)
-    data = loader.load(f"folder:{tmp_path}/images")
+    data = loader.load(f"folder:{tmp_path}/images", validation=0)
     assert len(data.train.images) > 0
     assert not (tmp_path / "owned").exists()
 
@@ -249,7 +249,7 @@ def raw(path, header):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 def test_prepared_sets_hold_the_original_files_bytes(name, prepared, original_files):
-    data = loader.load(name, str(prepared))
+    data = loader.load(name, str(prepared), 0)
     for split, prefix in (("train", "train"), ("test", "t10k")):
         part = getattr(data, split)
         images = raw(original_files / name / f"{prefix}-images-idx3-ubyte.gz", 16)
@@ -258,7 +258,7 @@ def test_prepared_sets_hold_the_original_files_bytes(name, prepared, original_fi
         pairs = sorted(zip(map(bytes, images.reshape(-1, 784)), labels, strict=True))
         found = sorted(zip(map(bytes, part.images.reshape(-1, 784)), part.labels, strict=True))
         assert pairs == found
-    assert loader.load(name, str(prepared)).fingerprint == data.fingerprint  # memory-mapped now
+    assert loader.load(name, str(prepared), 0).fingerprint == data.fingerprint  # memory-mapped now
 
 
 @pytest.mark.slow

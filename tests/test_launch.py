@@ -46,7 +46,8 @@ def test_a_run_leaves_what_the_readme_says(trained):
     assert record["versions"]["jax"]
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [5, 10, 15, 20]
-    assert [line["step"] for line in lines if "test/loss" in line] == [10, 20]
+    assert [line["step"] for line in lines if "validation/loss" in line] == [10]
+    assert [line["step"] for line in lines if "test/loss" in line] == [20]
     metrics = json.loads((trained / "summary.json").read_text())["metrics"]
     for name in ("neg_elbo", "nll", "kl", "neg_iwae_1", "neg_iwae_64", "neg_iwae_1000",
                  "active_units", "bits_per_dim"):  # fmt: skip

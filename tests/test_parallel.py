@@ -357,7 +357,9 @@ def test_a_whole_evaluation_is_the_same_on_eight_devices(mode):
 
     def evaluated(mode, count):
         spread = parallel.make(mode, jax.devices()[:count])
-        return task.evaluate(spread.place(params), {}, data, seed=0, full=False, spread=spread)
+        return task.evaluate(
+            spread.place(params), {}, data, split="test", seed=0, full=False, spread=spread
+        )
 
     one, many = evaluated("jit", 1), evaluated(mode, 8)
     for name, value in one.metrics.items():

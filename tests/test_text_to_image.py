@@ -63,14 +63,15 @@ def system(model="unet", judged=False, **fields):
     )  # fmt: skip
     task = text_to_image_task(
         generator_shapes.generator(config, parts), parts, DATA.shape, DATA.levels,
-        caption_dropout=0.5, prompts=Prompts({"single": ["a red circle"] * 3}, align, (2.0,), 4),
+        caption_dropout=0.5,
+        prompts=Prompts(lambda split: {"single": ["a red circle"] * 3}, align, (2.0,), 4),
     )  # fmt: skip
     fixed = jax.eval_shape(task.init, jax.random.key(0), batch(2))[1]
     return task, drawn(lambda *some: task.init(*some)[0], batch(2)), task.load(fixed)
 
 
 def align(images, prompts):
-    return np.arange(len(images)) == 0
+    return {"aligned": np.arange(len(images)) == 0}
 
 
 def batch(size, start=0):
@@ -163,19 +164,19 @@ def test_several_draws_of_an_image_are_as_many_images(model):
 def test_an_evaluation_tells_of_every_set_and_scale():
     task, params, fixed = system()
     data = DATA._replace(test=DATA.test.first(8))
-    found = task.evaluate(params, fixed, data, seed=0, full=True, spread=make())
+    found = task.evaluate(params, fixed, data, split="test", seed=0, full=True, spread=make())
     for name in ("aligned", "aligned_single", "clip_score", "fd_text_encoder"):
         for scale in ("2",):
             assert f"guidance_{scale}/{name}" in found.metrics
-        assert f"test/{name}" in found.metrics
-    assert found.metrics["test/aligned_single"] == pytest.approx(1 / 3)
+        assert f"{name}" in found.metrics
+    assert found.metrics["aligned_single"] == pytest.approx(1 / 3)
     assert found.about["drawn"] == 4
-    quick = task.evaluate(params, fixed, data, seed=0, full=False, spread=make())
-    assert "test/aligned" in quick.metrics
+    quick = task.evaluate(params, fixed, data, split="test", seed=0, full=False, spread=make())
+    assert "aligned" in quick.metrics
     task, params, fixed = system(judged=True)
-    judged = task.evaluate(params, fixed, data, seed=0, full=False, spread=make())
-    assert judged.metrics["test/loss"] == quick.metrics["test/loss"]
-    assert judged.metrics["test/clip_score"] != quick.metrics["test/clip_score"]
+    judged = task.evaluate(params, fixed, data, split="test", seed=0, full=False, spread=make())
+    assert judged.metrics["loss"] == quick.metrics["loss"]
+    assert judged.metrics["clip_score"] != quick.metrics["clip_score"]
 
 
 def test_flags_that_mean_nothing_are_told():

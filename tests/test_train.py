@@ -64,7 +64,7 @@ def fit(config, data, workdir, task=None, seed=0):
 
 def not_evaluated(*_, **__):
     """A task's `evaluate`, which takes longer than a few steps, where only those matter."""
-    return Evaluation({"test/loss": 0.0}, {})
+    return Evaluation({"loss": 0.0}, {})
 
 
 def fit_alone(config, data, workdir, task=None):

@@ -281,8 +281,8 @@ def test_the_noise_levels_bits_add_up_and_their_rate_rises():
     times = (np.arange(1000)[None] + np.random.default_rng(0).uniform(size=(3, 1))) / 1000
     found = {"t": times, "mse": times**0, "kl": 64 * np.log(2) * 2 * times, "distortion": times}
     metrics, pictures = noise_levels(found, 64)
-    bits = [metrics[f"test/bits_t_{t / 10:.1f}"] for t in range(10)]
+    bits = [metrics[f"bits_t_{t / 10:.1f}"] for t in range(10)]
     assert sum(bits) == pytest.approx(1, abs=1e-3)  # the integral of 2 t
     assert bits[9] == pytest.approx(0.19, abs=1e-3)
-    assert metrics["test/mse_t_0.5"] == 1
+    assert metrics["mse_t_0.5"] == 1
     assert set(pictures) == {"levels", "rate_distortion"}

@@ -160,10 +160,10 @@ def test_the_loss_is_the_bound_and_reaches_the_schedules_ends(tiny):
 
 def test_the_three_routes_of_one_network_are_near_one_another(tiny):
     task, params, fixed, _, data = tiny
-    found = task.evaluate(params, fixed, data, seed=0, full=True, spread=make())
-    routes = [found.metrics[f"test/bits_per_dim_{name}"] for name in ("continuous", "discrete")]
-    errors = [found.metrics[f"test/bits_per_dim_{n}_error"] for n in ("continuous", "discrete")]
+    found = task.evaluate(params, fixed, data, split="test", seed=0, full=True, spread=make())
+    routes = [found.metrics[f"bits_per_dim_{name}"] for name in ("continuous", "discrete")]
+    errors = [found.metrics[f"bits_per_dim_{n}_error"] for n in ("continuous", "discrete")]
     assert abs(routes[0] - routes[1]) < 4 * sum(errors)
-    assert np.isfinite(found.metrics["test/bits_per_dim_ode"])
+    assert np.isfinite(found.metrics["bits_per_dim_ode"])
     assert found.pictures["trajectories_movie"].ndim == 4
     assert found.pictures["schedule"].shape[-1] == 3

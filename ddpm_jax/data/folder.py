@@ -1,8 +1,10 @@
 """`folder:PATH`: images of the user's own, with labels from sub-folders.
 
-With sub-folders `train` and `test` these are the splits; otherwise one file in ten,
-chosen by a hash of its name, is held out for testing.  A split's own sub-folders are its
-classes.  All images must have one size; a corrupt file is named, skipped and counted.
+Sub-folders `train`, `validation` and `test` (or a name of `SPLIT_NAMES`) are the splits if there is
+`train` and one of the others.  Where there is no `test`, `validation` is the test split; where
+there are no splits, one file in ten, chosen by a hash of its name, is held out for testing.  A
+split's own sub-folders are its classes.  All images must have one size; a corrupt file is named,
+skipped and counted.
 
 Captions, if there are any, are in files of the same name that end in .txt, or in one file
 `metadata.jsonl`, a line {"file_name": ..., "text": ...} each, of paths from where it lies.
@@ -14,11 +16,16 @@ import pathlib
 
 import numpy as np
 
-from ddpm_jax.data.loader import Data, Split, cache_dir, decoded_once, fingerprint
+from ddpm_jax.data.loader import SPLITS, Data, Split, cache_dir, decoded_once, fingerprint
 from ddpm_jax.errors import UserError
 from ddpm_jax.tokens import fitting, tokenize
 
 METADATA = "metadata.jsonl"
+SPLIT_NAMES = {
+    "train": "train",
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+    "test": "test",
+}
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -38,7 +45,7 @@ def load(argument: str, data_dir: str | None) -> Data:
     for path in [*files, *told]:
         stat = path.stat()
         listing.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    stamp = "2 " + listing.hexdigest()
+    stamp = "3 " + listing.hexdigest()
     place = cache_dir() / "decoded" / hashlib.sha256(str(root).encode()).hexdigest()[:16]
     return decoded_once(place, stamp, lambda: _decode(root, files))
 
@@ -63,17 +70,8 @@ def _decode(root: pathlib.Path, files: list[pathlib.Path]) -> Data:
     if not images:
         raise UserError(f"none of the {len(files)} images in {root} can be read")
 
-    tops = {path.parts[0] for path in kept if len(path.parts) > 1}
-    if {"train", "test"} <= tops:
-        testing = np.array([path.parts[0] == "test" for path in kept])
-        inner = [pathlib.PurePath(*path.parts[1:]) for path in kept]
-        keep = np.array([path.parts[0] in ("train", "test") for path in kept])
-    else:
-        testing = np.array([_held_out(path) for path in kept])
-        inner = list(kept)
-        keep = np.ones(len(kept), bool)
-    if len(kept) > 1 and testing.all() == testing.any():  # a handful: one for testing
-        testing = np.arange(len(kept)) == 0
+    inner, splits = _splits(kept)
+    keep = splits != ""
     names = [path.parts[0] if len(path.parts) > 1 else "" for path in inner]
     classes = tuple(sorted({n for n, k in zip(names, keep, strict=True) if n and k}))
     numbers = {name: number for number, name in enumerate(classes)}
@@ -86,7 +84,7 @@ def _decode(root: pathlib.Path, files: list[pathlib.Path]) -> Data:
         ordered = [texts.get(path, "") for path in kept]
         captions = tokenize(ordered, fitting(ordered))
     whole = Split(stack, labels, captions)
-    train, test = (whole.rows(np.flatnonzero(keep & part)) for part in (~testing, testing))
+    train, validation, test = (whole.rows(np.flatnonzero(splits == name)) for name in SPLITS)
     notes: tuple[str, ...] = ()
     untold = sum(path not in texts for path in kept)
     if texts and untold:
@@ -95,17 +93,32 @@ def _decode(root: pathlib.Path, files: list[pathlib.Path]) -> Data:
         shown = ", ".join(corrupt[:5]) + (", ..." if len(corrupt) > 5 else "")
         notes += (f"skipped {len(corrupt)} corrupt of {len(files)} images: {shown}",)
     if not keep.all():
-        notes += (f"left out {(~keep).sum()} images outside its folders train and test",)
+        notes += (f"left out {(~keep).sum()} images outside the folders of its splits",)
     return Data(
         name=f"folder:{root}",
         title=f"folder {root.name}",
         train=train,
         test=test,
+        validation=validation if len(validation.images) else None,
         levels=256,
         classes=classes,
-        fingerprint=fingerprint(train, test),
+        fingerprint=fingerprint(train, validation if len(validation.images) else None, test),
         notes=notes,
     )
+
+
+def _splits(paths: list[pathlib.PurePath]) -> tuple[list[pathlib.PurePath], np.ndarray]:
+    """Return each file's path within its split, and the split's name; "" is in none."""
+    tops = [SPLIT_NAMES.get(p.parts[0].lower(), "") if len(p.parts) > 1 else "" for p in paths]
+    if "train" in tops and {"validation", "test"} & set(tops):
+        if "test" not in tops:  # the only held-out images are for the final figures
+            tops = ["test" if top == "validation" else top for top in tops]
+        inner = [pathlib.PurePath(*path.parts[1:]) for path in paths]
+        return inner, np.array(tops, object)
+    testing = np.array([_held_out(path) for path in paths])
+    if len(paths) > 1 and testing.all() == testing.any():  # a handful: one for testing
+        testing = np.arange(len(paths)) == 0
+    return list(paths), np.where(testing, "test", "train").astype(object)
 
 
 def _captions(root: pathlib.Path) -> dict[pathlib.PurePath, str]:

@@ -20,6 +20,11 @@ import numpy as np
 from ddpm_jax.errors import UserError
 
 ENDLESS = 2**31 - 1  # examples of a set that is drawn as it is asked for
+VALIDATION_SHARE = 10  # one training image in so many becomes a validation image, and at most
+MAX_VALIDATION = 5_000  # so many
+
+
+SPLITS = ("train", "validation", "test")
 
 
 class Split(NamedTuple):
@@ -56,8 +61,37 @@ class Split(NamedTuple):
         return Split(of(self.images), of(self.labels), captions)
 
 
+class Rows:
+    """Some rows of an array, which are read when they are indexed: by a slice or by numbers.
+
+    Args:
+      array: an array, or what is indexed as one.
+      numbers: the rows, int64 [N].
+    """
+
+    def __init__(self, array: Any, numbers: np.ndarray) -> None:
+        self._array, self._numbers = array, numbers
+        self.shape, self.dtype = (len(numbers), *array.shape[1:]), array.dtype
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, rows: Any) -> Any:
+        if isinstance(rows, slice):
+            return Rows(self._array, self._numbers[rows])
+        return self._array[self._numbers[rows]]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self._array[self._numbers], dtype)
+
+
 class Data(NamedTuple):
-    """A data set with its two splits; `title` is what tables and figures call it."""
+    """A data set with its splits; `title` is what tables and figures call it.
+
+    train: what gradients are computed on.
+    validation: what every choice is made on: curves during training, the best checkpoint.
+    test: what the final figures are computed on.
+    """
 
     name: str
     title: str
@@ -67,6 +101,18 @@ class Data(NamedTuple):
     classes: tuple[str, ...]
     fingerprint: str
     notes: tuple[str, ...] = ()  # what the user should be told, such as skipped files
+    validation: Split | None = None  # None: the source has none, or it was given up (validation 0)
+
+    def part(self, split: str) -> Split:
+        """The split "train", "validation" or "test".
+
+        Raises:
+          ValueError: there is no validation split.
+        """
+        found = getattr(self, split)
+        if found is None:
+            raise ValueError(f"{self.name} has no {split} split")
+        return found
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -87,6 +133,7 @@ class Data(NamedTuple):
             "shape": list(self.shape),
             "levels": self.levels,
             "train": len(self.train.images),
+            "validation": 0 if self.validation is None else len(self.validation.images),
             "test": len(self.test.images),
             "classes": list(self.classes),
             "fingerprint": self.fingerprint,
@@ -106,12 +153,13 @@ class MissingData(UserError):
     """The data set is not at hand and cannot be had; a fallback may take its place."""
 
 
-def load(name: str, data_dir: str | None = None) -> Data:
-    """Load data set `name`.
+def load(name: str, data_dir: str | None = None, validation: int | None = None) -> Data:
+    """Load data set `name`, with a validation split.
 
     Args:
       name: `digits`, `digits:28`, `folder:PATH`, or a TFDS name such as `mnist`.
       data_dir: where TFDS data sets lie or are prepared; TFDS's own default if None.
+      validation: as `with_validation` takes it.
 
     Raises:
       MissingData: it is neither prepared nor can be downloaded.
@@ -128,7 +176,46 @@ def load(name: str, data_dir: str | None = None) -> Data:
     for split, part in (("training", data.train), ("test", data.test)):
         if not len(part.images):
             raise UserError(f"data set {name} has no {split} images")
-    return data
+    return with_validation(data, validation)
+
+
+def with_validation(data: Data, count: int | None) -> Data:
+    """Return `data` with `count` validation images.
+
+    They are the source's own, or else training images that are chosen by a fixed seed and left out
+    of the training split.
+
+    Args:
+      count: how many; 0: no validation split, every training image is trained on; None: all of the
+        source's own, or else a tenth of the training images, at least one and at most 5,000.
+
+    Raises:
+      UserError: there are not so many images.
+    """
+    if count == 0:
+        return data._replace(validation=None)
+    if data.validation is not None:
+        own = len(data.validation.images)
+        if count is not None and count > own:
+            raise UserError(f"--config.validation={count}: {data.name} has {own} validation images")
+        return data._replace(validation=data.validation.first(count or own))
+    size = len(data.train.images)
+    if count is None:
+        count = min(max(size // VALIDATION_SHARE, 1), MAX_VALIDATION)
+    if count >= size:
+        raise UserError(
+            f"--config.validation={count}: {data.name} has {size} training images, of which at "
+            "least one must remain; give a smaller number, or 0 for no validation split"
+        )
+    order = np.random.Generator(np.random.Philox(key=[0, 2])).permutation(size)
+    held_out, kept = np.sort(order[:count]), np.sort(order[count:])
+    train, images = data.train, data.train.rows(held_out)
+    return data._replace(train=train._each(lambda array: _left(array, kept)), validation=images)
+
+
+def _left(array: Any, rows: np.ndarray) -> Any:
+    """Some rows of an array: at once if it is in memory, or else when they are asked for."""
+    return array[rows] if type(array) is np.ndarray else Rows(array, rows)
 
 
 def is_of_tfds(name: str) -> bool:
@@ -262,10 +349,10 @@ def decoded_once(folder: pathlib.Path, stamp: str, decode: Callable[[], Data]) -
     return data
 
 
-def fingerprint(*splits: Split) -> str:
-    """A hash of every image and label."""
+def fingerprint(*splits: Split | None) -> str:
+    """A hash of every image and label; None is a split that there is not."""
     digest = hashlib.sha256()
-    for split in splits:
+    for split in (split for split in splits if split is not None):
         for array in (array for array in split if array is not None):
             digest.update(f"{array.shape} {array.dtype}".encode())
             digest.update(np.ascontiguousarray(array).data)
@@ -278,8 +365,9 @@ def _read_decoded(place: pathlib.Path, stamp: str) -> Data | None:
         if meta.pop("stamp") != stamp:
             return None
         train, test = (_read_split(place, split) for split in ("train", "test"))
+        validation = _read_split(place, "validation") if meta.pop("has_validation") else None
         meta |= {"classes": tuple(meta["classes"]), "notes": tuple(meta["notes"])}
-        return Data(train=train, test=test, **meta)
+        return Data(train=train, test=test, validation=validation, **meta)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None  # absent, torn or of another time: decoded anew
 
@@ -297,13 +385,16 @@ def _write_decoded(place: pathlib.Path, stamp: str, data: Data) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = pathlib.Path(tempfile.mkdtemp(prefix=place.name + ".", dir=place.parent))
     try:
-        for split in ("train", "test"):
+        for split in SPLITS:
             part = getattr(data, split)
+            if part is None:
+                continue
             np.save(draft / f"{split}_images.npy", part.images)
             np.save(draft / f"{split}_labels.npy", part.labels)
             if part.captions is not None:
                 np.save(draft / f"{split}_captions.npy", part.captions)
-        meta = {key: getattr(data, key) for key in Data._fields if key not in ("train", "test")}
+        meta = {key: getattr(data, key) for key in Data._fields if key not in SPLITS}
+        meta["has_validation"] = data.validation is not None
         (draft / "meta.json").write_text(json.dumps({"stamp": stamp, **meta}))
         draft.chmod(0o755)
         if place.exists():

@@ -6,9 +6,10 @@ number, size, colour, shape and relation:
     a small red circle to the left of a large blue square on a green background
 
 Two examples of three have two groups, which are the hardest to draw, and five of six of those a
-relation.  `HELD_OUT` pairs of colour and shape occur in no training example; every second example
-of the test split has one.  Example i of a split is a pure function of (split, i): drawn antialiased
-when it is asked for, and so never twice in a training.
+relation.  `HELD_OUT` pairs of colour and shape occur in no training example: every second example
+of the validation split has one of that split's pairs, and every second one of the test split one of
+the test split's, which no validation example has.  Example i of a split is a pure function of
+(split, i): drawn antialiased when it is asked for, and so never twice in a training.
 
 `ddpm_jax/metrics/alignment.py` reads all that back from an image's pixels.
 """
@@ -20,13 +21,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_jax.data.loader import ENDLESS, Data, Split
+from ddpm_jax.data.loader import ENDLESS, SPLITS, Data, Split
 from ddpm_jax.errors import UserError
 from ddpm_jax.tokens import tokenize
 
 SIDES = (32, 64)
 LENGTH = 96  # bytes of a caption, at most
-TEST_EXAMPLES = 2048
+HELD_OUT_EXAMPLES = 2048  # of the validation split, and of the test split
 KINDS = ("circle", "square", "triangle")
 COLOURS = {
     "red": (220, 30, 30),
@@ -46,9 +47,13 @@ BACKGROUNDS = {
     "blue": COLOURS["blue"],
     "yellow": COLOURS["yellow"],
 }
-HELD_OUT = frozenset(
-    {("red", "triangle"), ("blue", "circle"), ("yellow", "square"), ("purple", "triangle")}
-)
+HELD_OUT = {
+    "validation": frozenset({("green", "triangle"), ("orange", "circle")}),
+    "test": frozenset(
+        {("red", "triangle"), ("blue", "circle"), ("yellow", "square"), ("purple", "triangle")}
+    ),
+}
+ALL_HELD_OUT = frozenset().union(*HELD_OUT.values())
 SMALL, LARGE = (7.0, 8.5), (11.0, 13.5)  # pixels of 32 either way
 GAP = 2.0  # pixels of 32 between shapes, and one to the border
 NUMBERS = {1: ("a", "one"), 2: ("two",), 3: ("three",)}
@@ -108,16 +113,19 @@ def scene(split: str, index: int, only: str | None = None) -> Scene:
     """Example `index` of a split.
 
     Args:
-      split: "train" or "test", or any other word, whose examples may hold what is held out.
+      split: "train", "validation" or "test", and after a space any words, which name another
+        stream of examples of that split.
       only: "single": one shape; "relation": two shapes with a relation; None: any.  With
-        " held out" behind it, a held-out pair occurs; in "seen", or in training, none does.
+        " held out" behind it, one of the split's held-out pairs occurs, without, none does.
     """
+    allowed = HELD_OUT.get(split.partition(" ")[0], frozenset())
     for attempt in range(1000):  # until the shapes fit
         draw = _draws(f"{split} {only}", index * 1000 + attempt)
         groups, relation = _groups(draw, only)
-        held = any((group.colour, group.kind) in HELD_OUT for group in groups)
-        mixed = split != "train" and index % 2 == 1
-        if held != (mixed if only is None else only.endswith("held out")):
+        unseen = ALL_HELD_OUT.intersection((group.colour, group.kind) for group in groups)
+        mixed = bool(allowed) and index % 2 == 1
+        wanted = mixed if only is None else only.endswith("held out")
+        if bool(unseen) != wanted or not unseen <= allowed:
             continue
         free = [name for name in BACKGROUNDS if name not in {group.colour for group in groups}]
         behind = free[draw.integers(len(free))]
@@ -172,7 +180,7 @@ def altered(split: str, index: int, number: int = 0) -> str:
     is told but the example's own.
     """
     one = scene(split, index)
-    unseen = HELD_OUT - {(group.colour, group.kind) for group in one.groups}
+    unseen = ALL_HELD_OUT - {(group.colour, group.kind) for group in one.groups}
     draw = _draws(f"altered {split} {number}", index)
     while True:
         groups, relation, told = _altered(draw, one)
@@ -242,7 +250,9 @@ def with_altered(data: Data, count: int) -> Data:
 
         return split._replace(captions=Made(make, split.captions.numbers, (1 + count, LENGTH)))
 
-    return data._replace(train=of("train", data.train), test=of("test", data.test))
+    validation = data.validation and of("validation", data.validation)
+    train, test = of("train", data.train), of("test", data.test)
+    return data._replace(train=train, validation=validation, test=test)
 
 
 def _place(
@@ -370,7 +380,8 @@ def load(argument: str, data_dir: str | None) -> Data:
         name="shapes" + (f":{side}" if argument else ""),
         title=f"shapes {side}x{side} (drawn)",
         train=made("train", range(ENDLESS), side),
-        test=made("test", range(TEST_EXAMPLES), side),
+        validation=made("validation", range(HELD_OUT_EXAMPLES), side),
+        test=made("test", range(HELD_OUT_EXAMPLES), side),
         levels=256,
         classes=(),
         fingerprint=_fingerprint(side),
@@ -380,7 +391,7 @@ def load(argument: str, data_dir: str | None) -> Data:
 def _fingerprint(side: int) -> str:
     """Of the first pictures and captions: another way to draw is another data set."""
     digest = hashlib.sha256()
-    for split in ("train", "test"):
+    for split in SPLITS:
         for index in range(32):
             one = scene(split, index)
             digest.update(one.caption.encode() + render(one, side).tobytes())

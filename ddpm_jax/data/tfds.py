@@ -63,7 +63,7 @@ def load(name: str, data_dir: str | None) -> Data:
     if not (folder / "dataset_info.json").exists():
         builder = prepare(builder.name if name in PREPARED_HERE else name, builder, root)
         folder = pathlib.Path(str(builder.data_path))
-    stamp = hashlib.sha256(b"3")  # the number of this reader's version
+    stamp = hashlib.sha256(b"4")  # the number of this reader's version
     for path in sorted(folder.glob("*")):
         if path.is_file():
             stat = path.stat()
@@ -112,7 +112,8 @@ def prepare(name: str, builder: Any, root: pathlib.Path, manual_dir: str | None 
 
 def _decode(name: str, builder: Any) -> Data:
     splits = builder.info.splits
-    test = next((s for s in ("test", "validation", "val") if s in splits), None)
+    held_out = [s for s in ("test", "validation", "val") if s in splits]
+    test = next(iter(held_out), None)
     if "train" not in splits:
         raise UserError(f"data set {name} has no train split, only {', '.join(splits)}")
     features = builder.info.features
@@ -122,6 +123,7 @@ def _decode(name: str, builder: Any) -> Data:
     label = "label" if "label" in features and features["label"].shape == () else None
     told = next((name for name in CAPTIONS if name in features and _is_text(features[name])), None)
     train = _read(name, builder, "train", label, told)
+    parts: tuple[Split, ...]
     notes: tuple[str, ...] = ()
     if test is None:  # every tenth example is held out
         held_out = np.arange(len(train.images)) % 10 == 9
@@ -129,16 +131,18 @@ def _decode(name: str, builder: Any) -> Data:
         notes = ("it has no test split: every tenth training example is held out instead",)
     else:
         parts = train, _read(name, builder, test, label, told)
+    if len(held_out) > 1:
+        parts = *parts, _read(name, builder, held_out[1], label, told)
     if told:
         needed = max(fitting(untokenize(part.captions)) for part in parts)
-        train, other = (part._replace(captions=part.captions[:, :needed]) for part in parts)
-        parts = train, other
+        parts = tuple(part._replace(captions=part.captions[:, :needed]) for part in parts)
     classes = tuple(getattr(features[label], "names", ())) if label else ()
     return Data(
         name=name,
         title=TITLES.get(builder.name, builder.name),
         train=parts[0],
         test=parts[1],
+        validation=parts[2] if len(parts) > 2 else None,
         levels=256,
         classes=classes,
         fingerprint=fingerprint(*parts),

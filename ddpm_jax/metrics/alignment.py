@@ -31,11 +31,15 @@ AREA = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # over the width's
 CENTRE = {"circle": 1 / 2, "square": 1 / 2, "triangle": 2 / 3}  # of mass, from the top, over width
 UNCLEAR = "unclear"
 LEAST = 12.0  # pixels of 32 x 32 that a shape covers, at the least
+STRAY = 4.0  # pixels of 32 x 32 from which on a smaller part is something else in the picture
 BETWEEN = 9.75  # pixels of 32: where small is parted from large
 
 
 class Verdict(NamedTuple):
-    """What of a caption an image shows; None: the caption does not say."""
+    """What of a caption an image shows; None: the caption does not say.
+
+    clear: nothing is in the picture besides the shapes.
+    """
 
     number: bool
     colours: bool
@@ -43,16 +47,19 @@ class Verdict(NamedTuple):
     relation: bool | None
     sizes: bool | None
     background: bool | None
+    clear: bool
 
     @property
     def aligned(self) -> bool:
-        """Number, colours, shapes and relation are all as they were told."""
-        return self.number and self.colours and self.kinds and self.relation is not False
+        """The image shows everything that the caption says, and nothing else."""
+        said = self.sizes is not False and self.background is not False
+        return self.aligned_except_size_and_background and said and self.clear
 
     @property
-    def exact(self) -> bool:
-        """Sizes and background, too."""
-        return self.aligned and self.sizes is not False and self.background is not False
+    def aligned_except_size_and_background(self) -> bool:
+        """Number, colours, kinds and relation are as the caption says; parts of fewer than 12
+        pixels of 32 x 32 do not count as shapes."""
+        return self.number and self.colours and self.kinds and self.relation is not False
 
 
 def parse(caption: str) -> tuple[tuple[Group, ...], str | None, str | None]:
@@ -78,7 +85,7 @@ def judge(image: Float[np.ndarray, "side side 3"], caption: str) -> Verdict:
     Shapes and their kinds are found as the module says.
     """
     groups, relation, background = parse(caption)
-    behind, seen = look(image)
+    behind, seen, strays = look(image)
     wanted = [(g.colour, g.kind, g.size) for g in groups for _ in range(g.number)]
     count = len(seen) == len(wanted)
     colours = sorted(s.colour for s in seen) == sorted(w[0] for w in wanted)
@@ -97,11 +104,14 @@ def judge(image: Float[np.ndarray, "side side 3"], caption: str) -> Verdict:
             if group.size
         )
     at = None if background is None else background == behind
-    return Verdict(count, colours, kinds, placed, sizes, at)
+    return Verdict(count, colours, kinds, placed, sizes, at, strays == 0)
 
 
-def look(image: Float[np.ndarray, "side side 3"]) -> tuple[str, list[Shape]]:
-    """(background, shapes) that an image in [-1, 1] shows; what is not clear of them is said."""
+def look(image: Float[np.ndarray, "side side 3"]) -> tuple[str, list[Shape], int]:
+    """Return (background, shapes, number of smaller parts) of an image in [-1, 1].
+
+    A colour or kind that is none of the set's is called `UNCLEAR`.
+    """
     from scipy import ndimage
 
     pixels = (np.clip(np.asarray(image, np.float64), -1, 1) + 1) * 127.5
@@ -112,10 +122,11 @@ def look(image: Float[np.ndarray, "side side 3"]) -> tuple[str, list[Shape]]:
     ground = np.array(BACKGROUNDS[behind], np.float64)
     apart = np.sqrt(np.square(pixels - ground).sum(-1))
     parts, count = ndimage.label(apart > APART)
-    shapes = []
+    shapes, strays = [], 0
     for number in range(1, count + 1):
         part = parts == number
         if part.sum() < LEAST * scale**2:
+            strays += bool(part.sum() >= STRAY * scale**2)
             continue
         inside = part & (ndimage.binary_erosion(part) if part.sum() > 24 * scale**2 else part)
         shade = np.median(pixels[inside if inside.any() else part], 0)
@@ -129,7 +140,7 @@ def look(image: Float[np.ndarray, "side side 3"]) -> tuple[str, list[Shape]]:
         else:  # of many colours, whose medians are the background's
             colour, cover = UNCLEAR, part.astype(np.float64)
         shapes.append(_fit(colour, cover, scale))
-    return behind, shapes
+    return behind, shapes, strays
 
 
 def _nearest(colour: np.ndarray, among: dict[str, tuple[int, int, int]]) -> str:

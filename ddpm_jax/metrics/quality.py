@@ -60,6 +60,7 @@ def quality(
     drawn: Float[np.ndarray, "n h w c"],
     labels: np.ndarray | None,
     data: Data,
+    split: str = "test",
     pixels: bool = True,
 ) -> Quality:
     """Compare `drawn` with the held-out images, and as many training images with them, too.
@@ -71,59 +72,60 @@ def quality(
     Args:
       drawn: in [-1, 1].
       labels: what each was meant to be; None: nothing was asked for.
+      split: whose images are the held-out ones.
       pixels: compare with the nearest training images, too.
     """
     ours = look(judge, (drawn[at : at + CHUNK] for at in range(0, len(drawn), CHUNK)))
     theirs = look(judge, _parts(data.train.some(len(drawn)), data.levels)).moments
-    test = look(judge, _parts(data.test, data.levels))
+    held_out = look(judge, _parts(data.part(split), data.levels))
     inception = judge.name == "inception"
     name = judge.name
     distance = "fid" if inception else f"fd_{name}"
-    apart, usual = frechet(ours.moments, test.moments), frechet(theirs, test.moments)
-    kid, deviation = kernel_distance(ours.features, test.features)
-    precision, recall = precision_recall(test.features, ours.features)
+    apart, usual = frechet(ours.moments, held_out.moments), frechet(theirs, held_out.moments)
+    kid, deviation = kernel_distance(ours.features, held_out.features)
+    precision, recall = precision_recall(held_out.features, ours.features)
     metrics = {
-        f"test/{distance}": apart,
-        f"test/{distance}_of_training": usual,
-        f"test/{distance}_ratio": apart / usual,
-        f"test/kid_{name}": kid,
-        f"test/kid_{name}_error": deviation,
-        f"test/score_{name}": inception_score(np.exp(ours.logs)),
-        f"test/precision_{name}": precision,
-        f"test/recall_{name}": recall,
-        "test/drawn": float(len(drawn)),
+        f"{distance}": apart,
+        f"{distance}_of_training": usual,
+        f"{distance}_ratio": apart / usual,
+        f"kid_{name}": kid,
+        f"kid_{name}_error": deviation,
+        f"score_{name}": inception_score(np.exp(ours.logs)),
+        f"precision_{name}": precision,
+        f"recall_{name}": recall,
+        "drawn": float(len(drawn)),
     }
     if inception:
         train = look(judge, _parts(data.train.some(WHOLE), data.levels)).moments
-        metrics["test/fid_to_training"] = frechet(ours.moments, train)
+        metrics["fid_to_training"] = frechet(ours.moments, train)
     else:
-        metrics["test/sure"] = float((np.exp(ours.logs).max(1) > 0.9).mean())
+        metrics["sure"] = float((np.exp(ours.logs).max(1) > 0.9).mean())
         if labels is not None:
-            metrics["test/recognised"] = float((ours.logs.argmax(1) == labels).mean())
+            metrics["recognised"] = float((ours.logs.argmax(1) == labels).mean())
     if not pixels:
         return Quality(metrics, None)
-    near, picture = neighbours(drawn[:KEPT], data)
+    near, picture = neighbours(drawn[:KEPT], data, split)
     return Quality(metrics | near, picture)
 
 
 def neighbours(
-    drawn: Float[np.ndarray, "n h w c"], data: Data
+    drawn: Float[np.ndarray, "n h w c"], data: Data, split: str = "test"
 ) -> tuple[dict[str, float], np.ndarray]:
     """How far drawn images are, in pixels, from the nearest training ones, and a sheet of both.
 
     The median distance, and its ratio to that of held-out images: under 1 is memorising.
     """
     train = to_images(np.asarray(data.train.some(WHOLE).images), data.levels)
-    test = to_images(np.asarray(data.test.images), data.levels)
-    flat = [images.reshape(len(images), -1) for images in (drawn, test, train)]
+    held_out = to_images(np.asarray(data.part(split).images), data.levels)
+    flat = [images.reshape(len(images), -1) for images in (drawn, held_out, train)]
     distance, which = nearest(flat[0], flat[2])
     usual, _ = nearest(flat[1], flat[2])
     rows = []
     for start in range(0, min(40, len(drawn)) // 10 * 10, 10):
         rows += [drawn[start : start + 10], train[which[start : start + 10]]]
     metrics = {
-        "test/nearest": float(np.median(distance)),
-        "test/nearest_ratio": float(np.median(distance) / np.median(usual)),
+        "nearest": float(np.median(distance)),
+        "nearest_ratio": float(np.median(distance) / np.median(usual)),
     }
     return metrics, report.grid(np.concatenate(rows) if rows else drawn, columns=10)
 
