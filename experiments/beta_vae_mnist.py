@@ -20,9 +20,10 @@ One `vae_mnist` run for each beta, in a sub-directory of its own: each resumes, 
 import dataclasses
 import json
 import pathlib
+from typing import Annotated
 
 from ddpm_jax import report
-from ddpm_jax.config import MAY_CHANGE, Interval, Length, NonNegative, marked
+from ddpm_jax.config import FROM_PARTS, MAY_CHANGE, Interval, Length, NonNegative, marked
 from ddpm_jax.parallel import is_main
 from ddpm_jax.run import (
     Loaded,
@@ -40,11 +41,12 @@ DEBUG = vae_mnist.DEBUG | {"steps": 10, "betas": (0.25, 4.0)}
 
 @dataclasses.dataclass(frozen=True)
 class Config(vae_mnist.Config):
-    """See `python launch.py --experiment=beta_vae_mnist --help`; `beta` itself is not used."""
+    """See `python launch.py --experiment=beta_vae_mnist --help`; `betas` stands in for `beta`."""
 
     steps: Length = 2000
     eval_every: Interval = 0
     iwae_images: Length = 200
+    beta: Annotated[float, FROM_PARTS] = 1.0
     betas: tuple[NonNegative, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 

@@ -102,8 +102,8 @@ Weight = Literal["simple", "v", "min_snr", "sigmoid", "edm"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Training):
-    """See `python launch.py --experiment=ddpm_digits --help`."""
+class Denoiser(Training):
+    """Fields of every experiment that trains a denoiser: its network, sampling and evaluation."""
 
     data: str = "digits"
     steps: Length = 800
@@ -134,16 +134,6 @@ class Config(Training):
     dropout: Share = 0.1
     remat: bool = False  # blocks are computed again in the backward pass
     conditional: bool = True
-    # The process.
-    noise: Noise = "cosine_betas"
-    noise_steps: Annotated[int, AtLeast(2)] = 1000  # T of a table of betas
-    prediction: Literal["eps", "x0", "v"] = "v"
-    variance: Literal["posterior", "beta", "learned"] = "beta"  # of p(x_s | x_t); in the bound
-    bound_scale: NonNegative = 1e-3  # of L_vlb beside L_simple, with a learned variance
-    times: Times = "stratified"
-    weight: Weight = "simple"
-    label_dropout: Annotated[float, AtLeast(0.0), AtMost(1.0)] = 0.1
-    flip: bool = False
     # Sampling and evaluation, which may change from one evaluation to the next.
     sampler: Annotated[str, MAY_CHANGE] = "dpmpp_2m"
     sample_steps: Length = 20
@@ -159,6 +149,22 @@ class Config(Training):
     draw_between: Interval = 0  # the same of every evaluation before; 0: none
     judge: Annotated[str, MAY_CHANGE] = "auto"  # a trained classifier's run; auto, none
     fid: Annotated[bool, MAY_CHANGE] = False  # in Inception's features, whose file the user has
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Denoiser):
+    """See `python launch.py --experiment=ddpm_digits --help`."""
+
+    # The process.
+    noise: Noise = "cosine_betas"
+    noise_steps: Annotated[int, AtLeast(2)] = 1000  # T of a table of betas
+    prediction: Literal["eps", "x0", "v"] = "v"
+    variance: Literal["posterior", "beta", "learned"] = "beta"  # of p(x_s | x_t); in the bound
+    bound_scale: NonNegative = 1e-3  # of L_vlb beside L_simple, with a learned variance
+    times: Times = "stratified"
+    weight: Weight = "simple"
+    label_dropout: Annotated[float, AtLeast(0.0), AtMost(1.0)] = 0.1
+    flip: bool = False
 
 
 SCHEDULES = {
@@ -178,10 +184,10 @@ WEIGHTS = {
 }
 
 
-def network(config: Config) -> UNet | DiT:
-    """The network that the config chooses."""
+def network(config: Denoiser, learned_variance: bool = False) -> UNet | DiT:
+    """The network that the config chooses, with twice the outputs for a learned variance."""
     common: dict[str, Any] = dict(
-        outputs=config.shape[-1] * (2 if config.variance == "learned" else 1),
+        outputs=config.shape[-1] * (2 if learned_variance else 1),
         dropout=config.dropout,
         dtype=jnp.dtype(config.precision),
         classes=config.classes if config.conditional else 0,
@@ -207,7 +213,7 @@ def network(config: Config) -> UNet | DiT:
     )
 
 
-def sampling(config: Config) -> Sampling:
+def sampling(config: Denoiser) -> Sampling:
     """How the config draws."""
     return Sampling(
         config.sampler,
@@ -223,7 +229,7 @@ def sampling(config: Config) -> Sampling:
 def task(config: Config, judging: Judging, guide: Callable[[], Guide | None]) -> Task:
     """The task of a config."""
     return diffusion_task(
-        network(config),
+        network(config, config.variance == "learned"),
         SCHEDULES[config.noise](config.noise_steps),
         config.shape,
         config.levels,
@@ -243,7 +249,7 @@ def task(config: Config, judging: Judging, guide: Callable[[], Guide | None]) ->
     )
 
 
-def judging(classifier: types.ModuleType, config: Config) -> Judging:
+def judging(classifier: types.ModuleType, config: Denoiser) -> Judging:
     """What judges the images that the config draws."""
     return Judging(judges_of(classifier, config), config.draw, config.draw_between)
 

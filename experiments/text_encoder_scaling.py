@@ -79,6 +79,7 @@ DEBUG = dict(
     autoencoder_steps=4,
     text_steps=4,
     steps=4,
+    log_every=2,
     text_sizes=("tiny",),
     channels=(8, 12),
     head_channels=0,
@@ -106,6 +107,7 @@ class Config:
     scales: Annotated[tuple[float, ...], MAY_CHANGE] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
     # The scale of the table, which is not chosen by the test prompts that the table is of.
     guidance: Annotated[float, MAY_CHANGE] = 2.0
+    log_every: Annotated[int, AtLeast(1), MAY_CHANGE] = 100  # steps of each part
 
 
 def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
@@ -121,7 +123,7 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
     workdir = workdir.absolute()
 
     def own(experiment: types.ModuleType, **fields: Any) -> Any:
-        shared = dict(data=config.data, validation=config.validation)
+        shared = {name: getattr(config, name) for name in ("data", "validation", "log_every")}
         return own_config(experiment, options.debug, **shared, **fields)
 
     def train(name: str, experiment: types.ModuleType, **fields: Any) -> dict | None:

@@ -41,7 +41,13 @@ from experiments.text_encoder_shapes import TextSize
 
 DRAWS = "generator"  # the part that `--mode=sample` and `--mode=eval` are about
 DEBUG = dict(
-    text_steps=6, autoencoder_steps=6, steps=6, batch_size=16, text_size="tiny", channels=8
+    text_steps=6,
+    autoencoder_steps=6,
+    steps=6,
+    log_every=2,
+    batch_size=16,
+    text_size="tiny",
+    channels=8,
 )
 
 
@@ -63,6 +69,7 @@ class Config:
     channels: Count = generator_shapes.Config().channels  # of the U-Net; half as many a head
     refine: Annotated[int, AtLeast(0)] = generator_shapes.Config().refine  # blocks on captions
     guidance: Annotated[float, MAY_CHANGE] = generator_shapes.Config().guidance
+    log_every: Annotated[int, AtLeast(1), MAY_CHANGE] = 100  # steps of each part
 
 
 def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
@@ -85,13 +92,12 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
         guidance=config.guidance,
         **places,
     )
+    shared = {name: getattr(config, name) for name in ("data", "validation", "log_every")}
     parts = [
         (
             part,
             experiment,
-            own_config(
-                experiment, options.debug, data=config.data, validation=config.validation, **fields
-            ),
+            own_config(experiment, options.debug, **shared, **fields),
         )
         for part, experiment, fields in (
             ("text", text_encoder_shapes, text),

@@ -16,8 +16,9 @@ distance (classifier_digits) is 21.9, 3.7 times that of training images.
 """
 
 import dataclasses
+from typing import Annotated
 
-from ddpm_jax.config import Count, Length, NonNegative, Positive
+from ddpm_jax.config import MAY_CHANGE, Count, Length, NonNegative, Positive
 from ddpm_jax.guide import guide_of
 from ddpm_jax.tasks import Task
 from ddpm_jax.vdm import vdm_task
@@ -29,8 +30,8 @@ DEBUG = ddpm_digits.DEBUG | dict(
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(ddpm_digits.Config):
-    """See `--help`; `noise`, `prediction`, `weight` and `label_dropout` are not used."""
+class Config(ddpm_digits.Denoiser):
+    """See `python launch.py --experiment=vdm_digits --help`."""
 
     steps: Length = 1000
     learning_rate: Positive = 1e-3
@@ -38,7 +39,7 @@ class Config(ddpm_digits.Config):
     conditional: bool = False
     highest: float = 8.0  # logsnr at t = 0 and 1 that the schedule starts from
     lowest: float = -6.0
-    guidance: float = 1.0
+    guidance: Annotated[float, MAY_CHANGE] = 1.0
     eval_times: Count = 32
     ode_images: Length = 120
 

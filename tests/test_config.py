@@ -1,6 +1,8 @@
 """A config's fields are typed, checked, and named when they are wrong."""
 
 import dataclasses
+import importlib
+import pathlib
 from typing import Annotated, Literal
 
 import pytest
@@ -86,3 +88,25 @@ def test_a_run_of_before_a_field_was_there_keeps_its_default_and_a_lost_field_is
     assert c.restore(c.Training, recorded, "runs/x") == c.Training(steps=7, shape=(4, 4, 1))
     with pytest.raises(UserError, match="fields that are no more: colour"):
         c.restore(c.Training, {**recorded, "colour": 3}, "runs/x")
+
+
+EXPERIMENTS = sorted(
+    path.stem for path in pathlib.Path(__file__).parent.parent.glob("experiments/[a-z]*.py")
+)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_field_that_an_experiment_defines_anew_keeps_its_marks(name):
+    cls = importlib.import_module(f"experiments.{name}").Config
+    for base in cls.__mro__[1:-1]:
+        for mark in (c.MAY_CHANGE, c.FROM_DATA):
+            assert c.marked(base, mark) <= c.marked(cls, mark), base
+
+
+def test_vdm_has_no_field_of_the_process_that_it_does_not_use():
+    vdm, ddpm = (importlib.import_module(f"experiments.{n}_digits").Config for n in ("vdm", "ddpm"))
+    process = {"noise", "noise_steps", "prediction", "variance", "times", "weight", "label_dropout"}
+    assert process <= c.fields(ddpm).keys()
+    assert not (process | {"bound_scale", "flip"}) & c.fields(vdm).keys()
+    with pytest.raises(UserError, match=r"unknown field .--config\.variance."):
+        c.override(vdm(), {"variance": "learned"})

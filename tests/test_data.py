@@ -101,6 +101,98 @@ def test_resized_digits_say_what_they_are():
     assert "MNIST" not in str(data.describe())
 
 
+# Validation.
+
+
+def numbered(size, validation=None):
+    """A data set whose images are their own numbers."""
+
+    def split(numbers):
+        images = np.array(numbers, np.int64).view(np.uint8).reshape(-1, 8, 1, 1)
+        return loader.Split(images, np.array(numbers, np.int32))
+
+    held_out = None if validation is None else split(range(-validation, 0))
+    return loader.Data("numbers", "numbers", split(range(size)), split(range(size, size + 3)), 256,
+                       (), "", validation=held_out)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "count"),
+    [
+        (2, None, 1),
+        (9, None, 1),
+        (1437, None, 143),
+        (60_000, None, 5_000),
+        (100, 7, 7),
+        (100, 99, 99),
+    ],
+)
+def test_a_validation_split_is_cut_from_the_training_images_by_a_fixed_seed(size, asked, count):
+    data = loader.with_validation(numbered(size), asked)
+    assert len(data.validation.images) == count
+    together = np.concatenate([data.train.labels, data.validation.labels])
+    assert sorted(together) == list(range(size))
+    for part in (data.train, data.validation):  # images and labels stay together, in order
+        assert np.array_equal(
+            np.asarray(part.images).reshape(-1, 8).view(np.int64)[:, 0], part.labels
+        )
+        assert (np.diff(part.labels) > 0).all()
+    again = loader.with_validation(numbered(size), asked)
+    assert np.array_equal(again.validation.labels, data.validation.labels)
+    assert list(data.test.labels) == [size, size + 1, size + 2]
+
+
+def test_the_validation_images_are_spread_over_the_training_set():
+    places = loader.with_validation(numbered(10_000), None).validation.labels
+    assert abs(places.mean() - 5_000) < 4 * 10_000 / np.sqrt(12 * 1000)
+    assert np.histogram(places, 10, (0, 10_000))[0].min() > 60
+
+
+def test_a_data_sets_own_validation_split_is_used_and_may_be_cut_or_given_up():
+    own = numbered(100, validation=20)
+    assert np.array_equal(loader.with_validation(own, None).validation.labels, range(-20, 0))
+    assert len(loader.with_validation(own, 5).validation.images) == 5
+    for asked in (None, 0, 5):
+        assert len(loader.with_validation(own, asked).train.images) == 100
+    assert loader.with_validation(own, 0).validation is None
+    assert loader.with_validation(numbered(100), 0).validation is None
+    assert len(loader.with_validation(numbered(100), 0).train.images) == 100
+
+
+@pytest.mark.parametrize(("own", "asked"), [(None, 100), (None, 101), (20, 21)])
+def test_more_validation_images_than_there_are_is_an_error(own, asked):
+    with pytest.raises(UserError, match=rf"--config\.validation={asked}: numbers has"):
+        loader.with_validation(numbered(100, own), asked)
+
+
+def test_rows_of_an_array_on_disk_are_read_as_they_would_be_in_memory(tmp_path):
+    whole = np.random.default_rng(0).integers(0, 256, (50, 2, 3), np.uint8)
+    np.save(tmp_path / "a.npy", whole)
+    kept = np.array([3, 4, 10, 40, 49])
+    rows = loader.Rows(np.load(tmp_path / "a.npy", mmap_mode="r"), kept)
+    assert (len(rows), rows.shape, rows.dtype) == (5, (5, 2, 3), np.uint8)
+    assert np.array_equal(np.asarray(rows), whole[kept])
+    assert np.array_equal(rows[np.array([4, 0, 0])], whole[[49, 3, 3]])
+    assert np.array_equal(rows[np.array([True, False, False, True, False])], whole[[3, 40]])
+    assert np.array_equal(np.asarray(rows[1:4][1:]), whole[[10, 40]])
+    assert np.array_equal(np.asarray(rows, np.float32), whole[kept].astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["validation", "Val", "valid", "dev", "EVAL"])
+@pytest.mark.parametrize("tested", [True, False])
+def test_a_folders_own_validation_split_is_used(name, tested, tmp_path):
+    counts = {"train": 6, name: 3} | ({"Test": 2} if tested else {})
+    for number, (split, count) in enumerate(counts.items()):
+        for i in range(count):
+            write(tmp_path / split / "a" / f"{i}.png", 10 * number + i)
+    data = loader.load(f"folder:{tmp_path}")
+    sizes = [len(part.images) for part in (data.train, data.validation, data.test)]
+    assert sizes == ([6, 3, 2] if tested else [5, 1, 3])  # the only held-out images are the test's
+    assert data.classes == ("a",)
+    again = loader.load(f"folder:{tmp_path}")  # from the cache
+    assert np.array_equal(again.validation.images, data.validation.images)
+
+
 # Folders.
 
 

@@ -82,6 +82,32 @@ def test_eval_reads_the_run_and_finds_the_same_figures(launch, trained):
     assert found == pytest.approx(summary, rel=1e-5)
 
 
+def test_choices_are_made_on_validation_images(launch, trained):
+    before = (trained / "eval.json").read_bytes() if (trained / "eval.json").exists() else None
+    result = launch("--mode=eval", "--split=validation", f"--workdir={trained}")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((trained / "eval.json").read_text())
+    assert found["split"] == "validation"
+    assert {name.partition("/")[0] for name in found["metrics"]} == {"validation"}
+    summary = json.loads((trained / "summary.json").read_text())["metrics"]
+    assert {name.partition("/")[0] for name in summary} == {"test"}
+    assert found["metrics"]["validation/neg_elbo"] != summary["test/neg_elbo"]
+    if before is not None:
+        (trained / "eval.json").write_bytes(before)
+
+
+def test_a_final_run_trains_on_all_of_the_training_images(launch, tmp_path):
+    result = launch(*DIGITS, "--config.validation=0", "--workdir=run")
+    assert result.returncode == 0, result.stderr
+    assert "1437 images to train on, 128 to test on" in result.stderr
+    assert "no validation split: nothing is evaluated before the end" in result.stderr
+    assert json.loads((tmp_path / "run/config.json").read_text())["data"]["validation"] == 0
+    assert "validation/" not in (tmp_path / "run/metrics.jsonl").read_text()
+    result = launch("--mode=eval", "--split=validation", "--workdir=run")
+    expect_one_line(result, "--split=validation: the run in run was trained on all")
+    assert launch("--mode=eval", "--workdir=run").returncode == 0
+
+
 def test_sampling_needs_no_flag_retyped(launch, trained, tmp_path):
     out = tmp_path / "drawn.npz"
     result = launch("--mode=sample", f"--workdir={trained}", "--num_samples=70", f"--out={out}")
@@ -230,6 +256,9 @@ def expect_one_line(result, says):
         (["--mode=eval", "--experiment=vae_digits"], "no run in runs/vae_digits; train one"),
         (["--mode=sample", "--workdir=nowhere"], "no run in nowhere"),
         ([*DIGITS, "--num_samples=3"], "--num_samples goes with --mode=sample"),
+        ([*DIGITS, "--split=validation"], "--split goes with --mode=eval"),
+        ([*DIGITS, "--config.validation=1437"], "validation=1437: digits has 1437 training images"),
+        ([*DIGITS, "--config.validation=-1"], "must be at least 0"),
         (["--mode=sample", "--workdir=x", "--num_samples=0"], "--num_samples=0"),
     ],
 )

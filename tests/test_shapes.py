@@ -30,9 +30,28 @@ def test_endless_training_never_shows_an_example_twice():
     data = loader.load("shapes")
     plan = [(step, step + 1) for step in range(3)]
     batches = list(loader.training_batches(data.train, 0, 4, plan, None))
-    expected = data.train.rows(np.arange(12))
+    expected = data.train.rows(loader.epoch_order(0, loader.ENDLESS)(0, 12))
     np.testing.assert_array_equal(np.concatenate([b.images for b in batches]), expected.images)
     np.testing.assert_array_equal(np.concatenate([b.captions for b in batches]), expected.captions)
+
+
+def test_endless_training_is_a_function_of_seed_and_step():
+    data = loader.load("shapes")
+
+    def captions(seed, step):
+        batch = next(loader.training_batches(data.train, seed, 8, [(step, step + 1)], None))
+        return [text for text in untokenize(batch.captions)]
+
+    assert captions(3, 5) == captions(3, 5)
+    assert captions(3, 5) != captions(4, 5)
+    assert captions(3, 5) != captions(3, 6)
+    seeds = [*range(50), 2**31 - 1, 2**31, 2**32 - 1]
+    firsts = [loader.epoch_order(seed, loader.ENDLESS)(0, 1)[0] for seed in seeds]
+    assert np.diff(np.sort(firsts)).min() > 0
+    whole = loader.epoch_order(1, loader.ENDLESS)(0, loader.ENDLESS // 1000 * 2)[:: 2**10]
+    assert len(np.unique(whole)) == len(whole)
+    last = loader.epoch_order(1, loader.ENDLESS)(loader.ENDLESS - 3, loader.ENDLESS)
+    assert np.array_equal((last + 3) % loader.ENDLESS, firsts[1] + np.arange(3))
 
 
 @pytest.mark.parametrize("side", shapes.SIDES)
@@ -135,17 +154,73 @@ def test_held_out_pairs_are_never_drawn_in_training():
         assert not looks & shapes.ALL_HELD_OUT
 
 
-def test_held_out_pairs_are_what_is_asked_for():
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_held_out_pairs_are_what_is_asked_for(split):
+    own = shapes.HELD_OUT[split]
     for index in range(200):
         for only in ("single", "relation"):
             for held in ("", " held out"):
-                scene = shapes.scene("test prompts", index, only + held)
+                scene = shapes.scene(f"{split} prompts", index, only + held)
                 looks = {(shape.colour, shape.kind) for shape in scene.shapes}
-                assert bool(looks & shapes.ALL_HELD_OUT) == bool(held)
+                assert bool(looks & own) == bool(held)
+                assert not looks & (shapes.ALL_HELD_OUT - own)
                 assert len(scene.shapes) == (1 if only == "single" else 2)
                 assert (scene.relation is not None) == (only == "relation")
-        looks = {(s.colour, s.kind) for s in shapes.scene("test", index).shapes}
-        assert bool(looks & shapes.ALL_HELD_OUT) == bool(index % 2)
+        looks = {(s.colour, s.kind) for s in shapes.scene(split, index).shapes}
+        assert bool(looks & own) == bool(index % 2)
+        assert not looks & (shapes.ALL_HELD_OUT - own)
+
+
+def test_validation_and_test_share_no_held_out_pair_and_no_stream():
+    assert not shapes.HELD_OUT["validation"] & shapes.HELD_OUT["test"]
+    for words in ("", " prompts"):
+        captions = [
+            [shapes.scene(split + words, i, "relation").caption for i in range(50)]
+            for split in ("train", "validation", "test")
+        ]
+        assert not any(a == b for some in zip(*captions, strict=True) for a, b in
+                       [(some[0], some[1]), (some[1], some[2]), (some[0], some[2])])  # fmt: skip
+
+
+def test_alignment_is_strict_and_the_lenient_verdict_stands_beside_it():
+    """A wrong size, a wrong background and a stray part of 3x3 pixels are each found."""
+    sizes = backgrounds = strays = 0
+    for index in range(300):
+        image, scene = picture(index)
+        words = scene.caption.split()
+        changed = {"small": "large", "large": "small"}
+        wrong = (
+            [" ".join(changed.get(word, word) for word in words)] if scene.groups[0].size else []
+        )
+        if scene.background:
+            taken = {scene.behind, *(group.colour for group in scene.groups)}
+            other = next(name for name in shapes.BACKGROUNDS if name not in taken)
+            old, new = (f"{name} background" for name in (scene.background, other))
+            wrong.append(scene.caption.replace(old, new))
+            backgrounds += 1
+        sizes += bool(scene.groups[0].size)
+        for caption in wrong:
+            verdict = alignment.judge(image, caption)
+            assert verdict.aligned_except_size_and_background
+            assert not verdict.aligned, caption
+        corners = [(r, c) for r in (1, 28) for c in (1, 28)]
+        ground = image[0, 0]
+        free = [
+            p for p in corners if (image[p[0] - 1 : p[0] + 4, p[1] - 1 : p[1] + 4] == ground).all()
+        ]
+        if free:
+            (row, column), stray = free[0], image.copy()
+            colour = next(
+                c
+                for c in shapes.COLOURS.values()
+                if np.ptp([c, (ground + 1) * 127.5], 0).max() > 120
+            )
+            stray[row : row + 3, column : column + 3] = np.array(colour) / 127.5 - 1
+            verdict = alignment.judge(stray, scene.caption)
+            assert verdict.aligned_except_size_and_background
+            assert not verdict.aligned
+            strays += 1
+    assert min(sizes, backgrounds, strays) > 100
 
 
 def test_another_size_is_told_in_one_line():

@@ -73,6 +73,26 @@ def fit_alone(config, data, workdir, task=None):
     return fit(config, data, workdir, task._replace(evaluate=not_evaluated))
 
 
+def test_training_looks_at_validation_images_and_only_the_end_at_test_images(digits, tmp_path):
+    """The best checkpoint is the one of the lowest validation loss."""
+    asked = []
+
+    def evaluate(params, fixed, data, *, split, seed, full, spread):
+        asked.append((split, full))
+        return Evaluation({"loss": float([3.0, 1.0, 2.0, 0.5][len(asked) - 1])}, {})
+
+    config = small(steps=8, eval_every=2, checkpoint_every=1, steps_per_call=1)
+    task = vae_digits.build(config)._replace(evaluate=evaluate)
+    result = fit(config, digits, tmp_path / "run", task)
+    assert asked == [("validation", False)] * 3 + [("test", True)]
+    assert result.final.metrics == {"test/loss": 0.5}
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    losses = {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
+    assert losses == {2: 3.0, 4: 1.0, 6: 2.0}
+    kept = {int(path.name) for path in (tmp_path / "run/checkpoints").glob("[0-9]*")}
+    assert kept == {4, 6, 7, 8}  # the newest three and the best
+
+
 @pytest.mark.parametrize("conv", [False, True])
 def test_one_batch_is_overfitted(digits, conv):
     config = dataclasses.replace(small(), learning_rate=3e-3, ema_half_life=0.0, decay="none")

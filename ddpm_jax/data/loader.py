@@ -240,9 +240,15 @@ def epoch_order(seed: int, size: int) -> Callable[[int, int], np.ndarray]:
 
     Epoch after epoch is laid end to end, each a permutation of its own, so every epoch
     shows every example once and a batch may straddle two epochs.
+
+    Of an endless set the examples stand in their own order, from a first one that the seed draws
+    among all 2^31 - 1: no example is shown twice, and two runs of 200,000 examples whose seeds
+    differ share any with a probability of 2e-4.
     """
-    if size == ENDLESS:  # no example is ever shown twice
-        return lambda start, stop: np.arange(start, stop)
+    if size == ENDLESS:
+        draws = np.random.Generator(np.random.Philox(key=[seed % 2**64, ENDLESS]))
+        first = int(draws.integers(ENDLESS))
+        return lambda start, stop: (first + np.arange(start, stop)) % ENDLESS
     orders: dict[int, np.ndarray] = {}
 
     def rows(start: int, stop: int) -> np.ndarray:
