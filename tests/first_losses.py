@@ -1,0 +1,243 @@
+"""The first 20 losses and four samples of every experiment, against which a rewrite is compared.
+
+    python tests/first_losses.py --check [NAME ...]
+    python tests/first_losses.py --write [NAME ...]
+
+Every experiment trains for 20 steps under --debug from seed 0, through the command line, on data
+that are always at hand.  `tests/data/first_losses.json` holds the losses and samples of the commit
+that it names.  Its numbers are not written again when the code is moved: where another machine
+disagrees, that commit and the new one are compared side by side on that machine.
+"""
+
+import argparse
+import base64
+import contextlib
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RECORD = ROOT / "tests" / "data" / "first_losses.json"
+STEPS, SAMPLES = 20, 4
+LOSS_TOLERANCE, SAMPLE_TOLERANCE = 1e-5, 1e-3
+PROMPT = "a red circle"
+ONCE = [f"--config.steps={STEPS}", "--config.log_every=1"]
+MNIST = ["--config.data=digits:28"]
+PARTS = "text_to_image_shapes"
+# The flags of each experiment, beside --debug; the name of each part's directory, "" for one run.
+EXPERIMENTS: dict[str, tuple[list[str], list[str]]] = {
+    **{name: (ONCE, [""]) for name in ("vae_digits", "ddpm_digits", "vdm_digits")},
+    **{name: (ONCE, [""]) for name in ("classifier_digits", "text_encoder_shapes")},
+    "autoencoder_shapes": (ONCE, [""]),
+    "vae_mnist": (ONCE + MNIST, [""]),
+    "vae_fashion_mnist": (ONCE + MNIST, [""]),
+    "ddpm_mnist": (ONCE + MNIST, [""]),
+    "ddpm_fashion_mnist": (ONCE + MNIST, [""]),
+    "ddpm_folder": (ONCE + MNIST, [""]),
+    "classifier_mnist": (ONCE + MNIST, [""]),
+    "classifier_fashion_mnist": (ONCE + MNIST, [""]),
+    "ddpm_cifar10": ([*ONCE, "--config.data=digits"], [""]),
+    "iddpm_cifar10": ([*ONCE, "--config.data=digits"], [""]),
+    "classifier_cifar10": ([*ONCE, "--config.data=digits"], [""]),
+    "beta_vae_mnist": (ONCE + MNIST, ["beta_0.25", "beta_4"]),
+    "noise_in_sampling": (ONCE, ["model"]),
+    PARTS: (
+        [*ONCE, f"--config.text_steps={STEPS}", f"--config.autoencoder_steps={STEPS}"],
+        ["text", "autoencoder", "generator"],
+    ),
+    "text_encoder_scaling": (
+        [*ONCE, f"--config.text_steps={STEPS}", f"--config.autoencoder_steps={STEPS}"],
+        ["text_tiny", "autoencoder", "tiny_8", "tiny_12"],
+    ),
+    "generator_shapes": (
+        [*ONCE, *(f"--config.{part}=../{PARTS}/{part}" for part in ("text", "autoencoder"))],
+        [""],
+    ),
+}
+
+
+def train(name: str, folder: pathlib.Path) -> None:
+    """Train experiment `name` into `folder`/name, and what it stands on first.
+
+    Raises:
+      RuntimeError: the command failed; the message is what it printed.
+    """
+    workdir = folder / name
+    if (workdir / "summary.json").exists():
+        return
+    if name == "generator_shapes":
+        train(PARTS, folder)
+    flags, _ = EXPERIMENTS[name]
+    flags = [flag.replace("=../", f"={folder}/") for flag in flags]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment["XDG_CACHE_HOME"] = str(folder / "cache")
+    result = subprocess.run(
+        [sys.executable, ROOT / "launch.py", f"--experiment={name}", "--debug",
+         f"--workdir={workdir}", *flags],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    if result.returncode:
+        raise RuntimeError(f"{name}: {result.stderr}")
+
+
+def losses_of(workdir: pathlib.Path) -> list[float]:
+    """Return the training loss of each of the first steps."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    return [line["train/loss"] for line in lines if "train/loss" in line][:STEPS]
+
+
+def samples_of(workdir: pathlib.Path) -> np.ndarray | None:
+    """Return float32 [4, H, W, C] in [-1, 1] of a run; None if it does not generate images."""
+    from ddpm_jax import run, train
+    from ddpm_jax.errors import UserError
+    from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
+    from ddpm_jax.rundir import read_record
+    from ddpm_jax.tasks import Request
+
+    sys.path.insert(0, str(ROOT))
+    import importlib
+
+    name = (read_record(workdir) or {})["experiment"]
+    experiment = importlib.import_module(f"experiments.{name}")
+    config, state = run.load_state(experiment, workdir)
+    request = Request(prompt=PROMPT) if name == "generator_shapes" else Request()
+    keys = example_keys(purpose_key(0, SAMPLE), 0, np.arange(SAMPLES))
+    try:
+        images = experiment.build(config).sample(
+            train.averaged(state, config), state.fixed, keys, request
+        )
+    except UserError:  # a classifier, an encoder or an autoencoder
+        return None
+    return np.asarray(images, np.float32)
+
+
+def measure(name: str, folder: pathlib.Path) -> dict[str, Any]:
+    """Return {part: {"losses": [20], "samples": shape and base64 of float32, or None}}."""
+    train(name, folder)
+    measured = {}
+    for part in EXPERIMENTS[name][1]:
+        samples = samples_of(folder / name / part)
+        encoded = samples is not None and {
+            "shape": samples.shape,
+            "float32": base64.b64encode(samples.astype("<f4").tobytes()).decode(),
+        }
+        measured[part or "run"] = {
+            "losses": losses_of(folder / name / part), "samples": encoded or None,
+        }  # fmt: skip
+    return measured
+
+
+def decoded(samples: dict[str, Any]) -> np.ndarray:
+    """Return the float32 array that `measure` encoded."""
+    values = np.frombuffer(base64.b64decode(samples["float32"]), "<f4")
+    return values.reshape(samples["shape"])
+
+
+def differences(
+    name: str, record: dict[str, Any], measured: dict[str, Any], factor: float = 1.0
+) -> list[str]:
+    """Return a line for each part of experiment `name` that differs from its record.
+
+    Args:
+      name: the experiment.
+      record, measured: as `measure` returns them.
+      factor: what the tolerances are multiplied by: more than 1 on another machine.
+    """
+    loss_tolerance, sample_tolerance = factor * LOSS_TOLERANCE, factor * SAMPLE_TOLERANCE
+    lines = []
+    if measured.keys() != record.keys():
+        lines.append(f"{name}: its parts are {sorted(measured)}, not {sorted(record)}")
+    for part in record.keys() & measured.keys():
+        old, new = record[part], measured[part]
+        if len(new["losses"]) != len(old["losses"]):
+            lines.append(f"{name}/{part}: {len(new['losses'])} losses, not {len(old['losses'])}")
+            continue
+        apart = np.abs(np.subtract(new["losses"], old["losses"]) / np.abs(old["losses"]))
+        if not apart.max() <= loss_tolerance:
+            step = int(np.argmax(~(apart <= loss_tolerance)))
+            lines.append(
+                f"{name}/{part}: the loss of step {step + 1} is {new['losses'][step]:.8g}, not "
+                f"{old['losses'][step]:.8g}; relative differences of at most {apart.max():.1e}"
+            )
+        if (old["samples"] is None) != (new["samples"] is None):
+            lines.append(f"{name}/{part}: samples are {'missing' if old['samples'] else 'new'}")
+        elif old["samples"] is not None:
+            both = decoded(old["samples"]), decoded(new["samples"])
+            if both[0].shape != both[1].shape:
+                lines.append(f"{name}/{part}: samples {both[1].shape}, not {both[0].shape}")
+            elif not np.abs(both[0] - both[1]).max() <= sample_tolerance:
+                lines.append(
+                    f"{name}/{part}: samples differ by up to {np.abs(both[0] - both[1]).max():.1e}"
+                )
+    return lines
+
+
+def machine() -> dict[str, Any]:
+    """Return the versions and the CPU's flags, on which the last bits depend."""
+    import jax
+    import jaxlib
+
+    flags = ""
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "numpy": np.__version__}
+    return {"python": platform.python_version(), **versions, "cpu_flags": sorted(flags.split())}
+
+
+@contextlib.contextmanager
+def debug_settings(folder: pathlib.Path) -> Iterator[None]:
+    """Sample as `--debug` runs do, with programs compiled in a cache of this script's own."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    from ddpm_jax import run
+
+    run.set_up_jax(debug=True)
+    yield
+
+
+def main() -> int:
+    """Write or check the record, of all experiments or of those that are named."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare with the record")
+    parser.add_argument("--write", action="store_true", help="write the record again")
+    parser.add_argument("names", nargs="*", help="experiments; all of them by default")
+    arguments = parser.parse_args()
+    if arguments.check == arguments.write:
+        parser.error("give --check or --write")
+    names = arguments.names or list(EXPERIMENTS)
+    if unknown := set(names) - set(EXPERIMENTS):
+        parser.error(f"there is no {', '.join(sorted(unknown))} in this script")
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"experiments": {}}
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory() as place, debug_settings(pathlib.Path(place)):
+        for name in names:
+            measured = measure(name, pathlib.Path(place))
+            if arguments.write:
+                record["experiments"][name] = measured
+            elif name not in record["experiments"]:
+                lines.append(f"{name}: not in the record")
+            else:
+                lines += differences(name, record["experiments"][name], measured)
+            print(f"{name}: done", file=sys.stderr)
+    if arguments.write:
+        RECORD.parent.mkdir(exist_ok=True)
+        from ddpm_jax.rundir import provenance
+
+        record |= {"git_commit": provenance()["git_commit"], "machine": machine()}
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    for line in lines:
+        print(line)
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())

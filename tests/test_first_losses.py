@@ -1,0 +1,56 @@
+"""The first 20 losses and four samples of every experiment are what the record says."""
+
+import json
+
+import pytest
+from first_losses import EXPERIMENTS, RECORD, ROOT, decoded, differences, machine, measure
+
+FAST = ("vae_digits", "ddpm_digits", "text_encoder_shapes")
+# On another machine or other versions the last bits of a product differ, and grow with the steps.
+ELSEWHERE = 1000.0
+
+
+def record():
+    return json.loads(RECORD.read_text())
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("first_losses")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in EXPERIMENTS],
+)
+def test_an_experiment_trains_as_its_record_says(name, folder):
+    recorded = record()
+    same = recorded["machine"] == machine()
+    measured = measure(name, folder)
+    assert not differences(
+        name, recorded["experiments"][name], measured, 1.0 if same else ELSEWHERE
+    )
+
+
+def test_every_experiment_has_its_record():
+    files = {path.stem for path in (ROOT / "experiments").glob("[a-z]*.py")}
+    assert files == EXPERIMENTS.keys() == record()["experiments"].keys()
+    for parts in record()["experiments"].values():
+        for part in parts.values():
+            assert len(part["losses"]) == 20
+            assert part["samples"] is None or len(decoded(part["samples"])) == 4
+
+
+def test_a_loss_a_sample_or_a_part_that_differs_is_named():
+    name = "beta_vae_mnist"
+    old = record()["experiments"][name]
+    assert differences(name, old, old) == []
+    new = json.loads(json.dumps(old))
+    new["beta_4"]["losses"][7] *= 1 + 3e-5
+    (line,) = differences(name, old, new)
+    assert "beta_4: the loss of step 8 is" in line
+    new["beta_4"]["losses"][7] = float("nan")
+    assert "beta_4: the loss of step 8 is nan" in differences(name, old, new)[0]
+    new = {**old, "beta_4": {**old["beta_4"], "samples": old["beta_0.25"]["samples"]}}
+    assert "samples differ by up to" in differences(name, old, new)[0]
+    assert "its parts are" in differences(name, old, {"beta_4": old["beta_4"]})[0]
