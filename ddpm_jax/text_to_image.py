@@ -174,12 +174,12 @@ def text_to_image_task(
         return (of_text * of_image).sum(-1)
 
     def clip_score(dual, texts: Sequence[str], images: np.ndarray) -> Average:
-        """max(0, 100 cos) of each caption and image, in a dual encoder (Hessel et al. 2021)."""
+        """The mean of `clip_scores` of captions and images, in a dual encoder."""
         tokens, found = tokenize(texts, dual[0].length), []
         for at in range(0, len(texts), CHUNK):
             part = slice(at, at + CHUNK)
             found.append(fetch(similarity(*dual, tokens[part], images[part])))
-        return average(np.maximum(100 * np.concatenate(found).astype(np.float64), 0.0))
+        return average(clip_scores(np.concatenate(found)))
 
     def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         held_out = data.part(split)
@@ -262,6 +262,11 @@ def text_to_image_task(
         return draw(params, fixed, keys, told, instead, how)
 
     return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample, load=load)
+
+
+def clip_scores(cosines: Float[np.ndarray, "pairs"]) -> Float[np.ndarray, "pairs"]:
+    """max(0, 100 cos) of each caption and its image (Hessel et al. 2021, eq. 1, for w = 100)."""
+    return np.maximum(100 * np.asarray(cosines, np.float64), 0.0)
 
 
 _tell_once = functools.cache(tell)

@@ -156,7 +156,7 @@ def quality(
             missing.append("nearest_ratio")
     if missing:
         sizes = ", ".join(f"{count} {of}" for of, count in counts.items())
-        tell(f"left out, since {sizes} images do not give them: {', '.join(missing)}")
+        tell(f"metrics that {sizes} images do not give are left out: {', '.join(missing)}")
     return Quality(metrics, picture)
 
 
