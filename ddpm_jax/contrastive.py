@@ -24,6 +24,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.evaluate import averages, per_example
 from ddpm_jax.nn.text import DualEncoder
 from ddpm_jax.parallel import fetch
+from ddpm_jax.progress import tell
 from ddpm_jax.tasks import Evaluation, Task, to_images
 
 AMONG = 64  # images that a caption is to be found among, whatever the size of a batch
@@ -132,8 +133,8 @@ def contrastive_task(
     def among(found, captions, scale, size: int) -> tuple[np.ndarray, np.ndarray]:
         """(nll, right) of every pair, compared with `size` pairs in the order of the split.
 
-        The last pairs are compared with the first ones, too; of fewer than `size` pairs some come
-        more than once, as in a batch of so small a training set.
+        The last pairs are compared with the first ones, too; fewer than `size` pairs are repeated,
+        as they are in a batch of so small a training set.
         """
         count, parts = len(captions), []
         for start in range(0, count, size):
@@ -154,15 +155,15 @@ def contrastive_task(
         captions = _own(held_out.rows(np.arange(len(held_out.images))).captions)
         told_apart = {name: found.pop(name) for name in ("told_apart",) if name in found}
         nll, right = among(found, captions, scale, batch_size)
-        metrics = averages({"loss": nll, "accuracy": right, **told_apart})
-        metrics["scale"] = float(scale)
+        metrics = averages({"loss": nll, **told_apart}) | {"scale": float(scale)}
         fewer = min(AMONG, len(captions))
-        metrics |= averages({f"accuracy_among_{fewer}": among(found, captions, scale, fewer)[1]})
-        return Evaluation(
-            metrics,
-            {"found": _found(found, held_out, data.levels)},
-            {"loss": f"among {batch_size} pairs", "accuracy": f"among {batch_size} images"},
-        )
+        if fewer > 1:
+            few = among(found, captions, scale, fewer)[1]
+            metrics |= averages({"accuracy": right, f"accuracy_among_{fewer}": few})
+        else:
+            tell("accuracy is left out: a caption needs at least 2 images to be found among")
+        about = {"loss": f"among {batch_size} pairs of {len(captions)} held-out ones"}
+        return Evaluation(metrics, {"found": _found(found, held_out, data.levels)}, about)
 
     def _found(found, held_out, levels):
         """A row for each of some captions: its image, and the nearest ones among the first."""

@@ -21,6 +21,7 @@ from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.nn.likelihood import Likelihood
 from ddpm_jax.nn.vae import VAE, check_shape, with_data_moments
 from ddpm_jax.parallel import fetch
+from ddpm_jax.progress import tell
 
 
 class Request(NamedTuple):
@@ -185,7 +186,10 @@ def vae_task(
         )
         nll, kl = found["nll"], found["kl"]
         metrics = averages({"loss": nll + beta * kl, "neg_elbo": nll + kl, "nll": nll, "kl": kl})
-        metrics["active_units"] = float((found["mean"].var(0) > ACTIVE_VARIANCE).sum())
+        if len(nll) > 1:  # a variance over images
+            metrics["active_units"] = float((found["mean"].var(0) > ACTIVE_VARIANCE).sum())
+        else:
+            tell("active_units is left out: it needs at least 2 images")
         if likelihood.bits_per_dim is not None:
             bits = likelihood.bits_per_dim(jnp.asarray(nll + kl), int(np.prod(data.shape)))
             metrics |= averages({"bits_per_dim": np.asarray(bits)})
