@@ -150,12 +150,12 @@ def test_groups_left_out_one_by_one_are_the_moments_of_the_rest():
     whole = distances.Grouped(x)
     parts = distances.Grouped(x[30:], distances.Grouped(x[:30]))
     np.testing.assert_allclose(parts.moments.covariance, np.cov(x.T), rtol=1e-10)
-    sizes = [part.size for part in whole.without]
+    sizes = [part.size for part in whole.without()]
     assert len(sizes) == distances.GROUPS
     assert set(sizes) == {44, 45}
-    for ours, theirs in zip(parts.without, whole.without, strict=True):
+    for ours, theirs in zip(parts.without(), whole.without(), strict=True):
         np.testing.assert_allclose(ours.covariance, theirs.covariance, rtol=1e-9)
-    total = sum(part.mean * part.size for part in whole.without) / sum(sizes)
+    total = sum(part.mean * part.size for part in whole.without()) / sum(sizes)
     np.testing.assert_allclose(total, x.mean(0), atol=0.02)  # every image is left out once
 
 

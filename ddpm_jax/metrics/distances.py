@@ -5,7 +5,9 @@ The name of a reported distance names the network that gives its features.
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -90,10 +92,10 @@ class Grouped:
         """Those of the whole set."""
         return functools.reduce(_joined, self._groups.values())
 
-    @property
-    def without(self) -> list[Moments]:
-        """Those of the set without each of its groups."""
-        return [_joined(self.moments, self._groups[number], -1) for number in sorted(self._groups)]
+    def without(self) -> Iterator[Moments]:
+        """Those of the set without each of its groups, in turn."""
+        for number in sorted(self._groups):
+            yield _joined(self.moments, self._groups[number], -1)
 
 
 def frechet(a: Moments, b: Moments) -> float:
@@ -156,10 +158,13 @@ def frechet_distance(a: Grouped, b: Grouped, paired: bool = False) -> Jackknife:
     b.moments.root  # noqa: B018 - computed here, so that it serves every call below
     value = frechet(a.moments, b.moments)
     if paired:
-        pairs = [list(zip(a.without, b.without, strict=True))]
+        turns = [zip(a.without(), b.without(), strict=True)]
     else:
-        pairs = [[(part, b.moments) for part in a.without], [(a.moments, p) for p in b.without]]
-    without = [[frechet(x, y) for x, y in some if min(x.size, y.size) > 1] for some in pairs]
+        turns = [
+            zip(a.without(), itertools.repeat(b.moments)),
+            zip(itertools.repeat(a.moments), b.without()),
+        ]
+    without = [[frechet(x, y) for x, y in turn if min(x.size, y.size) > 1] for turn in turns]
     return Jackknife(value, tuple(np.array(values) for values in without))
 
 
