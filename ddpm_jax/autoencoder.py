@@ -18,10 +18,11 @@ from ddpm_jax import report, vae, vq
 from ddpm_jax.classifier import Judge
 from ddpm_jax.data.loader import Batch, Data
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluate import average, per_example
-from ddpm_jax.metrics.distances import frechet, moments
+from ddpm_jax.evaluate import averages, figures, per_example
+from ddpm_jax.metrics.distances import Grouped, frechet_distance
 from ddpm_jax.metrics.reconstruction import SIDE, psnr, ssim
 from ddpm_jax.nn.autoencoder import Autoencoder
+from ddpm_jax.progress import tell
 from ddpm_jax.tasks import Evaluation, Task, to_images
 
 QUICK_IMAGES = 512  # test images that an evaluation before the last looks at
@@ -112,13 +113,16 @@ def autoencoder_task(
 
     @jax.jit
     def again(params, fixed, batch, keys):
+        """The loss, its parts, and the image of what a generation model is trained on."""
         x = to_images(batch.images, levels)
-        z, encoded, told = latent(params, fixed, x, keys)
+        apart, told, _ = loss(params, fixed, batch, keys, train=False, gather=None)
+        z, _ = net.apply(params, x, method="encode")  # of Gaussian latents the mean
+        seen = {"loss": apart, **told}
         if codes:
-            told["codes"] = vq.nearest(encoded, fixed["book"].codes).reshape(len(x), -1)
-        else:
-            z = encoded  # the mean: what a generation model is trained on
-        return {"again": jnp.clip(net.apply(params, z, method="decode"), -1, 1), "z": z, **told}
+            numbers = vq.nearest(z, fixed["book"].codes)
+            z = fixed["book"].codes[numbers]
+            seen["codes"] = numbers.reshape(len(x), -1)
+        return {"again": jnp.clip(net.apply(params, z, method="decode"), -1, 1), "z": z, **seen}
 
     def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         held_out = data.part(split) if full else data.part(split).first(QUICK_IMAGES)
@@ -129,26 +133,29 @@ def autoencoder_task(
             seed,
             spread,
         )
-        x, drawn = to_images(np.asarray(held_out.images), levels), found["again"]
-        apart = average(np.abs(drawn - x).reshape(len(x), -1).mean(1))
-        metrics = {"loss": apart.mean, "loss_error": apart.error}
-        told = [("psnr", psnr)] + [("ssim", ssim)] * (min(x.shape[1:3]) >= SIDE)
-        for name, of in told:
-            metrics[f"{name}"], metrics[f"{name}_error"] = average(of(drawn, x))
+        x, drawn = to_images(held_out.images, levels), found["again"]
+        names = ("loss", "absolute_error", "commitment" if codes else "kl")
+        values = {name: found[name] for name in names} | {"psnr": psnr(drawn, x)}
+        if min(x.shape[1:3]) >= SIDE:
+            values["ssim"] = ssim(drawn, x)
+        metrics = averages(values)
         if codes:
             used = np.bincount(found["codes"].astype(int).ravel(), minlength=codes)
             metrics["codes_used"] = float((used > 0).mean())
             metrics["perplexity"] = float(vq.perplexity(jnp.asarray(used, jnp.float32)))
-        else:
-            metrics["kl"] = average(found["kl"]).mean
         shift, scale = _standard(fixed)
         metrics["latent_deviation"] = float(((found["z"] - shift) / scale).std())
         about = {"images": f"{split} split"}
         judging = judge() if full else None
         if judging is not None:
-            drawn_as, meant = (moments(judging.see(images)[0]) for images in (drawn, x))
-            metrics[f"fd_{judging.name}"] = frechet(drawn_as, meant)
+            name = f"fd_{judging.name}"
             about["fd"] = f"of reconstructions to their originals, in {judging.name}'s features"
+            if len(x) < 2:
+                tell(f"left out, since it needs at least 2 images: {name}")
+            else:
+                redrawn, originals = (Grouped(judging.see(images)[0]) for images in (drawn, x))
+                distance = frechet_distance(redrawn, originals, paired=True)
+                metrics |= figures(name, (distance.value, distance.error))
         rows = [part[at : at + 10] for at in range(0, min(len(x), 40), 10) for part in (x, drawn)]
         pictures = {"reconstructions": report.grid(np.concatenate(rows), columns=10)}
         return Evaluation(metrics, pictures, about)

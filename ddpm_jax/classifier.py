@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from ddpm_jax import guidance, report
 from ddpm_jax.data.loader import Batch, Data
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluate import average, per_example, spread_times
+from ddpm_jax.evaluate import averages, per_example, spread_times
 from ddpm_jax.nn.classifier import Classifier
 from ddpm_jax.parallel import fetch, make
 from ddpm_jax.process import q_sample
@@ -24,11 +24,12 @@ NOISE_LEVELS = 10  # of the table of a noisy classifier's accuracies
 class Judge(NamedTuple):
     """A trained classifier: `see` maps images [N, H, W, C] in [-1, 1] to (features, log p(y|x)).
 
-    `name` is what a distance in its features is called after.
+    `name` is what a distance in its features is called after; `about` says which network it is.
     """
 
     name: str
     see: Callable[[Any], tuple[np.ndarray, np.ndarray]]
+    about: str = ""
 
 
 def classifier_task(
@@ -112,18 +113,14 @@ def classifier_task(
         found = per_example(
             lambda batch, keys: judged(params, batch, keys), held_out, eval_batch, seed, spread
         )
-        nll, right = average(found["nll"].mean(1)), average(found["right"].mean(1))
-        metrics = {
-            "loss": nll.mean,
-            "accuracy": right.mean,
-            "accuracy_error": right.error,
-        }
+        metrics = averages({"loss": found["nll"], "accuracy": found["right"]})
         worst = np.argsort(-found["nll"].mean(1))[:40]
         images = to_images(held_out.rows(np.sort(worst)).images, levels)
         pictures = {"hardest": report.grid(images, columns=10)}
         if schedule:
             t, shares = np.arange(NOISE_LEVELS) / NOISE_LEVELS, found["right"].mean(0)
-            metrics |= {f"accuracy_t_{t:.1f}": float(v) for t, v in zip(t, shares, strict=True)}
+            names = [f"accuracy_t_{level:.1f}" for level in t]
+            metrics |= averages(dict(zip(names, found["right"].T, strict=True)))
             pictures["levels"] = report.lines(t, {"accuracy": shares}, "t", "By noise level")
         return Evaluation(metrics, pictures)
 

@@ -21,12 +21,13 @@ from ddpm_jax import report
 from ddpm_jax.classifier import Judge, judge_of
 from ddpm_jax.data.loader import Batch, Data
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluate import average, per_example
+from ddpm_jax.evaluate import averages, per_example
 from ddpm_jax.nn.text import DualEncoder
 from ddpm_jax.parallel import fetch
+from ddpm_jax.progress import tell
 from ddpm_jax.tasks import Evaluation, Task, to_images
 
-AMONG = 64  # images that a caption is to be found among, in evaluation
+AMONG = 64  # images that a caption is to be found among, whatever the size of a batch
 
 
 def contrastive_nll(
@@ -62,7 +63,12 @@ def contrastive_nll(
 
 
 def contrastive_task(
-    net: DualEncoder, shape: tuple[int, int, int], levels: int, *, eval_batch: int = 256
+    net: DualEncoder,
+    shape: tuple[int, int, int],
+    levels: int,
+    *,
+    batch_size: int,
+    eval_batch: int = 256,
 ) -> Task:
     """Eq. (1) over a batch, on all devices; the parts of an accumulated batch would not do.
 
@@ -70,6 +76,7 @@ def contrastive_task(
 
     Args:
       shape, levels: of the images.
+      batch_size: of training: held-out pairs, too, are compared with as many.
 
     Raises:
       UserError: the network cannot be built.
@@ -111,7 +118,32 @@ def contrastive_task(
         altered = places_of_altered(params, batch.captions)
         text, image, _ = net.apply(params, _own(batch.captions), to_images(batch.images, levels))
         found = {"text": text, "image": image}
-        return found if altered is None else {**found, "apart": apart(text, image, altered)}
+        if altered is None:
+            return found
+        return {**found, "altered": altered, "told_apart": apart(text, image, altered)}
+
+    @jax.jit
+    def compared(found, captions, scale):
+        """(nll, right) of pairs that are compared with each other."""
+        text, image = found["text"], found["image"]
+        same = (captions[:, None] == captions).all(-1)
+        numbers = jnp.arange(len(text))
+        return contrastive_nll(text, image, text, image, scale, numbers, same, found.get("altered"))
+
+    def among(found, captions, scale, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(nll, right) of every pair, compared with `size` pairs in the order of the split.
+
+        The last pairs are compared with the first ones, too; fewer than `size` pairs are repeated,
+        as they are in a batch of so small a training set.
+        """
+        count, parts = len(captions), []
+        for start in range(0, count, size):
+            rows = np.arange(start, start + size) % count
+            some = {name: values[rows].astype(np.float32) for name, values in found.items()}
+            part = fetch(compared(some, captions[rows], scale))
+            parts.append([values[: count - start] for values in part])
+        nll, right = (np.concatenate(values) for values in zip(*parts, strict=True))
+        return nll, right
 
     def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         del fixed
@@ -121,31 +153,17 @@ def contrastive_task(
         )
         scale: Any = net.apply(params, method="scale")
         captions = _own(held_out.rows(np.arange(len(held_out.images))).captions)
-        nll, right = [], []
-        count = max(len(captions) // AMONG, 1)
-        for part in np.array_split(np.arange(len(captions)), count):
-            text, image = (jnp.asarray(found[name][part]) for name in ("text", "image"))
-            same = jnp.asarray((captions[part][:, None] == captions[part]).all(-1))
-            one = contrastive_nll(text, image, text, image, scale, jnp.arange(len(part)), same)
-            nll.append(fetch(one[0]))
-            right.append(fetch(one[1]))
-        mean, error = average(np.concatenate(nll))
-        accuracy = average(np.concatenate(right).astype(float))
-        metrics = {
-            "loss": mean,
-            "loss_error": error,
-            "accuracy": accuracy.mean,
-            "accuracy_error": accuracy.error,
-            "scale": float(scale),
-        }
-        if "apart" in found:
-            share = average(found["apart"].astype(float))
-            metrics |= {"told_apart": share.mean, "told_apart_error": share.error}
-        return Evaluation(
-            metrics,
-            {"found": _found(found, held_out, data.levels)},
-            {"accuracy": f"among {len(captions) // count} images"},
-        )
+        told_apart = {name: found.pop(name) for name in ("told_apart",) if name in found}
+        nll, right = among(found, captions, scale, batch_size)
+        metrics = averages({"loss": nll, **told_apart}) | {"scale": float(scale)}
+        fewer = min(AMONG, len(captions))
+        if fewer > 1:
+            few = among(found, captions, scale, fewer)[1]
+            metrics |= averages({"accuracy": right, f"accuracy_among_{fewer}": few})
+        else:
+            tell("accuracy is left out: a caption needs at least 2 images to be found among")
+        about = {"loss": f"among {batch_size} pairs of {len(captions)} held-out ones"}
+        return Evaluation(metrics, {"found": _found(found, held_out, data.levels)}, about)
 
     def _found(found, held_out, levels):
         """A row for each of some captions: its image, and the nearest ones among the first."""

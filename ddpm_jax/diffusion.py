@@ -13,7 +13,7 @@ from ddpm_jax import elbo, loss, report
 from ddpm_jax.data.loader import Batch, Data
 from ddpm_jax.drawing import Sampling, check_start, drawing
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluate import average, per_example, spread_times
+from ddpm_jax.evaluate import averages, figures, per_example, ratio_of_sums, spread_times
 from ddpm_jax.gallery import Judging, show
 from ddpm_jax.guidance import Guide
 from ddpm_jax.nn.dit import DiT
@@ -135,6 +135,18 @@ def diffusion_task(
         """logsnr a step of the table earlier: +inf, the clean data, before the first."""
         return schedule.logsnr(step_time(schedule, t) - 1 / steps)
 
+    def objective(found, x0, eps, xt, logsnr, t):
+        """The loss of each image and its parts, at one time each, for training and evaluation."""
+        mse = jax.vmap(loss.simple)(found, eps)
+        losses, parts = jax.vmap(weight)(logsnr) * mse, {"mse": mse}
+        if learned:
+            bound = functools.partial(loss.variance_bound, steps=steps, levels=levels)
+            parts["vlb"] = jax.vmap(bound, (0, 0, 0, 0, 0, None))(
+                found, x0, xt, logsnr, before(t), least()
+            )
+            losses += bound_scale * parts["vlb"]
+        return losses, parts
+
     def loss_of(params, fixed, batch, keys, *, train, gather):
         del gather
         split = jax.vmap(lambda key: jax.random.split(key, 5))(keys)
@@ -153,17 +165,11 @@ def diffusion_task(
         x0, eps, xt, logsnr = noisy(batch, eps_keys, t)
         labels = None
         if classes:
-            dropped = jax.vmap(lambda key: jax.random.bernoulli(key, label_dropout))(label_keys)
+            dropout = label_dropout if train else 0.0
+            dropped = jax.vmap(lambda key: jax.random.bernoulli(key, dropout))(label_keys)
             labels = jnp.where(dropped, classes, batch.labels)
         found = predict(params, xt, logsnr, labels, drop_keys if train else None)
-        mse = jax.vmap(loss.simple)(found, eps)
-        losses, metrics = jax.vmap(weight)(logsnr) * mse, {"mse": mse}
-        if learned:
-            bound = functools.partial(loss.variance_bound, steps=steps, levels=levels)
-            metrics["vlb"] = jax.vmap(bound, (0, 0, 0, 0, 0, None))(
-                found, x0, xt, logsnr, before(t), least()
-            )
-            losses += bound_scale * metrics["vlb"]
+        losses, metrics = objective(found, x0, eps, xt, logsnr, t)
         statistics = {"t": t, "losses": losses} if times == "importance" else {}
         # Weighted by their share, means over a batch are unbiased however t was drawn.
         return share * losses, {name: share * v for name, v in metrics.items()}, statistics
@@ -173,7 +179,7 @@ def diffusion_task(
             return fixed
         return {"history": loss.record(fixed["history"], statistics["t"], statistics["losses"])}
 
-    # Evaluation: the error at evenly spread times, and the bound.
+    # Evaluation: the loss and its parts at evenly spread times, and the bound.
 
     @jax.jit
     def test_terms(params, batch, keys):
@@ -185,7 +191,8 @@ def diffusion_task(
             eps_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
             x0, eps, xt, logsnr = noisy(batch, eps_keys, t)
             found = predict(params, xt, logsnr, labels)
-            terms = {"mse": jax.vmap(loss.simple)(found, eps), "t": t}
+            losses, parts = objective(found, x0, eps, xt, logsnr, t)
+            terms = {"loss": losses, **parts, "t": t}
             if steps:
                 found = clipped(found, xt, logsnr)
                 terms["distortion"] = jnp.square(found.x0 - x0).reshape(len(x0), -1).mean(-1)
@@ -218,16 +225,13 @@ def diffusion_task(
         found = per_example(
             lambda batch, keys: test_terms(params, batch, keys), held_out, eval_batch, seed, spread
         )
-        mse = average(found["mse"].mean(1))
-        metrics = {"loss": mse.mean, "loss_error": mse.error}
+        names = ("loss", "mse", "vlb") if learned else ("loss", "mse")
+        metrics = averages({name: found[name] for name in names})
         dims = int(np.prod(shape))
         if steps:
-            bound = average(found["kl"].mean(1) + found["prior"] + found["decoder"])
-            scale = 1 / (dims * np.log(2))
-            metrics["bits_per_dim"] = bound.mean * scale
-            metrics["bits_per_dim_error"] = bound.error * scale
-            metrics["bits_per_dim_decoder"] = average(found["decoder"]).mean * scale
-            metrics["bits_per_dim_prior"] = average(found["prior"]).mean * scale
+            ends = {f"bits_per_dim_{name}": found[name] for name in ("decoder", "prior")}
+            bound = found["kl"].mean(1) + found["prior"] + found["decoder"]
+            metrics |= averages({"bits_per_dim": bound, **ends}, 1 / (dims * np.log(2)))
         pictures: dict[str, np.ndarray] = {}
         if full:
             by_level, pictures = noise_levels(found, dims)
@@ -243,6 +247,8 @@ def noise_levels(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """The error of eps and the bits per dimension of each tenth of t, and their pictures.
 
+    A standard error is over images, each with all of its times (`ratio_of_sums`).
+
     Progressive coding (Ho et al. 2020, sec. 4.3): sent from noise to data, after the bits of
     all times above t, the predicted x0 differs from the image by its root mean squared error.
 
@@ -252,16 +258,23 @@ def noise_levels(
     rows = np.minimum((found["t"] * NOISE_LEVELS).astype(int), NOISE_LEVELS - 1)
     seen = np.unique(rows)  # all of them, but for a handful of images
     levels = seen / NOISE_LEVELS
+    metrics: dict[str, float] = {}
 
-    def of(name: str) -> np.ndarray:
-        return np.array([found[name][rows == row].mean() for row in seen])
+    def of(name: str, metric: str = "", scale: float = 1.0) -> np.ndarray:
+        means = []
+        for row in seen:
+            mean, error = ratio_of_sums(found[name], rows == row)
+            means.append(mean * scale)
+            if metric:
+                metrics.update(
+                    figures(f"{metric}_t_{row / NOISE_LEVELS:.1f}", (mean, error), scale)
+                )
+        return np.array(means)
 
-    mse = of("mse")
-    metrics = {f"mse_t_{t:.1f}": float(v) for t, v in zip(levels, mse, strict=True)}
-    curves, pictures = {"error of eps": mse}, {}
+    curves: dict[str, np.ndarray] = {"error of eps": of("mse", "mse")}
+    pictures = {}
     if "kl" in found:
-        bits = of("kl") / NOISE_LEVELS / (dims * np.log(2))
-        metrics |= {f"bits_t_{t:.1f}": float(v) for t, v in zip(levels, bits, strict=True)}
+        bits = of("kl", "bits", 1 / (NOISE_LEVELS * dims * np.log(2)))
         curves["bits/dim"] = bits
         rate = np.cumsum(bits[::-1])
         rmse = 127.5 * np.sqrt(of("distortion"))[::-1]

@@ -52,7 +52,8 @@ class Drawing(NamedTuple):
         in turn, the images spread over the devices
     sample(params, fixed, keys, request) -> images, as a `Task`'s
     edit(params, keys, labels, t, images, known, mask) -> images: noised to time t and drawn
-        again, those pixels kept to `known` where `mask` is 1 (in [-1, 1]; [B, H, W, C] each)
+        again, those pixels kept to `known` where `mask` is 1 (in [-1, 1]; [B, H, W, C] each); at
+        t = 1 drawing starts from noise alone where `mask` is 0, whatever `images` are there
     told(params, keys, told, how) -> images of whatever else a network is told
     requested(request) -> how the request has it drawn
     about() -> how `many` draws, for the record
@@ -125,7 +126,11 @@ def drawing(
         schedule = schedule_of(params)
         cleanest = grid(schedule, sampling.steps, sampling.spacing)[-2]
         start = schedule.logsnr(t)
-        xt = jax.vmap(q_sample, (0, 0, None))(images, first_noise(keys), start)
+        noise = first_noise(keys)
+        # At t = 1 x_t would still contain a little of the image, since logsnr is finite there.
+        hidden = jnp.where(mask > 0, known, images)
+        xt = jax.vmap(q_sample, (0, 0, None))(hidden, noise, start)
+        xt = jnp.where((mask == 0) & (t >= 1), noise, xt)
         logsnrs = jnp.append(jnp.linspace(start, cleanest, sampling.steps), jnp.inf)
         guided = denoiser(params, others, labels, sampling, scale_of(sampling))
         denoise = LIMITS[sampling.limit](guided)
@@ -241,7 +246,7 @@ def drawing(
     def about():
         other = guide()
         by = other.about if other else "labels"
-        return {**sampling._asdict(), "guide": by, "parameters": "averaged (EMA)"}
+        return {**sampling._asdict(), "guide": by}
 
     def as_worse(params, denoise, labels, scale):
         def worse(xt, logsnr):

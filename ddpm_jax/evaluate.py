@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ddpm_jax.data.loader import Batch, Split, evaluation_batches
 from ddpm_jax.keys import EVALUATE, example_keys, purpose_key
@@ -15,10 +15,10 @@ from ddpm_jax.parallel import Parallel, fetch
 
 
 class Average(NamedTuple):
-    """A mean over examples with its standard error."""
+    """A mean over examples with its standard error, None of a single example."""
 
     mean: float
-    error: float
+    error: float | None
 
 
 def per_example(
@@ -51,10 +51,55 @@ def per_example(
 
 
 def average(values: np.ndarray) -> Average:
-    """The mean and its standard error (0 of a single example, which tells of none)."""
+    """The mean and its standard error s / sqrt(n); a single example has none."""
+    values = np.asarray(values, np.float64)
     size = len(values)
-    error = float(values.std(ddof=1)) / math.sqrt(size) if size > 1 else 0.0
+    error = float(values.std(ddof=1)) / math.sqrt(size) if size > 1 else None
     return Average(float(values.mean()), error)
+
+
+def ratio_of_sums(
+    values: Float[np.ndarray, "examples times"], chosen: Bool[np.ndarray, "examples times"]
+) -> Average:
+    """The mean of the chosen values, with its standard error over examples.
+
+    An example's values belong together: of sums s_i and counts c_i of n examples that have any, the
+    error is sqrt(n / (n - 1) sum_i (s_i - mean c_i)^2) / sum_i c_i (Cochran 1977, eq. 6.9).
+    """
+    counts = chosen.sum(1)
+    sums = np.where(chosen, values, 0.0).sum(1)[counts > 0]
+    counts = counts[counts > 0]
+    mean, size = sums.sum() / counts.sum(), len(counts)
+    if size < 2:
+        return Average(float(mean), None)
+    square = np.square(sums - mean * counts).sum() * size / (size - 1)
+    return Average(float(mean), math.sqrt(square) / float(counts.sum()))
+
+
+def figures(
+    name: str, estimate: tuple[float, float | None], scale: float = 1.0
+) -> dict[str, float]:
+    """The metric `name` and, where there is one, its standard error as `name`_error.
+
+    Args:
+      estimate: a value and its standard error, or None.
+      scale: that both are multiplied by, positive.
+    """
+    value, error = estimate
+    found = {name: value * scale}
+    return found if error is None else {**found, f"{name}_error": error * scale}
+
+
+def averages(values: dict[str, np.ndarray], scale: float = 1.0) -> dict[str, float]:
+    """The mean and the standard error of every array over its first axis, as `figures`.
+
+    Args:
+      values: by the metric's name, [N, ...], whose further axes are averaged for each example.
+    """
+    found: dict[str, float] = {}
+    for name, array in values.items():
+        found |= figures(name, average(array.reshape(len(array), -1).mean(1)), scale)
+    return found
 
 
 def spread_times(

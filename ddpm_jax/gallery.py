@@ -46,16 +46,17 @@ def edits(
 ) -> dict[str, UInt8[np.ndarray, "high wide c"]]:
     """What a denoiser makes of held-out images, by rows.
 
-    inpainting: images; their upper halves alone; the rest drawn, twice.
+    Nothing that an edit should produce is among its inputs: a conditional network gets the label
+    "no class", not the image's own, and of an image whose lower half is drawn only the upper half.
+
+    inpainting: images; their upper halves alone; the rest drawn from noise alone, twice.
     image_to_image: images; noised to each of `EDIT_TIMES` and drawn again.
     interpolation: from one image to the next; both noised alike to `BLEND_TIME`, mixed, and
-        drawn again without a class (Ho et al. 2020, fig. 8).
+        drawn again (Ho et al. 2020, fig. 8).
     """
-    some = held_out.first(SHOWN)
-    images = np.asarray(to_images(some.images, data.levels))
-    labels = jnp.asarray(some.labels) if conditional else None
-    none = jnp.full_like(labels, len(data.classes)) if labels is not None else None
+    images = to_images(held_out.first(SHOWN).images, data.levels)
     count = len(images)
+    none = jnp.full(count, len(data.classes), jnp.int32) if conditional else None
 
     def keys(number):
         index = jnp.arange(number * count, (number + 1) * count)
@@ -63,11 +64,12 @@ def edits(
 
     free, upper = np.zeros_like(images), np.zeros_like(images)
     upper[:, : images.shape[1] // 2] = 1.0
+    seen = images * upper
     rows = {
-        "inpainting": [images, images * upper]
-        + [draw.edit(params, keys(n), labels, 1.0, images, images, upper) for n in range(2)],
+        "inpainting": [images, seen]
+        + [draw.edit(params, keys(n), none, 1.0, seen, seen, upper) for n in range(2)],
         "image_to_image": [images]
-        + [draw.edit(params, keys(2), labels, t, images, images, free) for t in EDIT_TIMES],
+        + [draw.edit(params, keys(2), none, t, images, images, free) for t in EDIT_TIMES],
         "interpolation": [],
     }
     share = np.linspace(0, 1, count, dtype=images.dtype)[:, None, None, None]
@@ -103,9 +105,13 @@ def show(
     if not judged:
         return Evaluation(metrics, pictures, draw.about())
     meant = None if labels is None else labels[:judged]
-    for number, judge in enumerate(judging.judges):
-        found = quality(judge(), images[:judged], meant, data, split, pixels=full and number == 0)
+    features: dict[str, str] = {}
+    for number, load in enumerate(judging.judges):
+        judge = load()
+        found = quality(judge, images[:judged], meant, data, split, pixels=full and number == 0)
         metrics |= found.metrics
+        features[judge.name] = judge.about
         if found.neighbours is not None:
             pictures["neighbours"] = found.neighbours
-    return Evaluation(metrics, pictures, {**draw.about(), "reference": f"{split} split"})
+    about = {**draw.about(), "reference": f"{split} split", "features": features}
+    return Evaluation(metrics, pictures, about)

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
+import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +19,7 @@ from ddpm_jax.nn.inception import Inception, from_torch
 from ddpm_jax.parallel import from_main
 from ddpm_jax.progress import tell
 from ddpm_jax.run import Loaded, Options, load_for, load_state, own_config, train_experiment
+from ddpm_jax.rundir import read_record
 from ddpm_jax.train import averaged
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
@@ -60,7 +61,7 @@ def trained(experiment: types.ModuleType, loaded: Loaded, options: Options) -> p
     known = f"{dataclasses.asdict(config)} {loaded.data.fingerprint}"
     place = cache_dir() / "judges" / f"{name}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     if not from_main((place / "summary.json").exists):
-        tell(f"training {name} once, to judge drawn images with")
+        tell(f"training {judge_name(loaded.data.name)} once, to judge drawn images with")
         if (
             train_experiment(
                 experiment,
@@ -104,12 +105,24 @@ def load_inception() -> Judge:
         features, logits = Inception().apply(params, grey)
         return logits, features
 
-    return judge_of("inception", network, params, batch_size=50)
+    return judge_of("inception", network, params, batch_size=50)._replace(about=INCEPTION)
+
+
+def judge_name(data: str) -> str:
+    """What a classifier is called after the data set `data` that it was trained on.
+
+    `mnist` -> classifier_mnist, `digits:28` -> classifier_digits_28, `folder:/a/birds` ->
+    classifier_folder_birds: distances in the features of different networks cannot be compared.
+    """
+    source, _, argument = data.partition(":")
+    if source == "folder":
+        argument = pathlib.Path(argument).name
+    return "_".join(["classifier", *re.findall(r"\w+", f"{source} {argument}")])
 
 
 @functools.lru_cache(maxsize=4)
 def load_judge(experiment: types.ModuleType, place: str) -> Judge:
-    """The classifier in `place`.
+    """The classifier in `place`, which `judge_name` names.
 
     Raises:
       UserError: there is none.
@@ -117,7 +130,8 @@ def load_judge(experiment: types.ModuleType, place: str) -> Judge:
     if not (pathlib.Path(place) / "summary.json").exists():
         raise UserError(f"--config.judge={place}: there is no trained classifier")
     config, state = load_state(experiment, pathlib.Path(place))
-    summary = json.loads((pathlib.Path(place) / "summary.json").read_text())
-    return judge_of(
-        summary["experiment"], experiment.network(config).apply, averaged(state, config)
-    )
+    record = read_record(pathlib.Path(place)) or {}
+    name = judge_name(record["data"]["name"])
+    about = f"{record['experiment']} on {record['data']['title']}, step {int(state.step)}, {place}"
+    judge = judge_of(name, experiment.network(config).apply, averaged(state, config))
+    return judge._replace(about=about)

@@ -46,7 +46,7 @@ from ddpm_jax.rundir import (
     provenance,
     read_record,
 )
-from ddpm_jax.tasks import Request
+from ddpm_jax.tasks import Evaluation, Request
 
 SAMPLE_BATCH = 64
 DEBUG_IMAGES = 128  # test images that a --debug run looks at
@@ -245,7 +245,7 @@ def train_experiment(
             "data": data.title,
             "data_note": loaded.note,
             "parameters": _count(result.state.params),
-            "about": result.final.about | {"ema": config.ema},
+            "about": _about(result.final, config),
             "metrics": result.final.metrics,
         }
         devices.from_main(lambda: run.finish(summary, f"{name} on {data.title}"))
@@ -304,7 +304,7 @@ def eval_experiment(
         "step": step,
         "data": data.title,
         "split": options.split,
-        "about": found.about | {"ema": config.ema},
+        "about": _about(found, config),
         "metrics": found.metrics,
     }
 
@@ -413,6 +413,11 @@ def load_state(
         if state is None:
             raise nothing
         return config, train.without_training(state, config, None)
+
+
+def _about(found: Evaluation, config: Any) -> dict[str, Any]:
+    """What the record says about an evaluation, with the parameters that it used."""
+    return {**found.about, "ema": config.ema, "parameters": train.parameters_used(config)}
 
 
 def _prepared(

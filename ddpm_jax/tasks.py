@@ -15,12 +15,13 @@ from jaxtyping import Float
 from ddpm_jax import report, vae
 from ddpm_jax.data.loader import Batch, Data
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluate import average, per_example
+from ddpm_jax.evaluate import averages, per_example
 from ddpm_jax.guidance import Guide
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.nn.likelihood import Likelihood
 from ddpm_jax.nn.vae import VAE, check_shape, with_data_moments
 from ddpm_jax.parallel import fetch
+from ddpm_jax.progress import tell
 
 
 class Request(NamedTuple):
@@ -59,8 +60,10 @@ class Task(NamedTuple):
         cannot, for losses that compare examples.
     update(fixed, statistics) -> fixed, of the whole batch's statistics
     evaluate(params, fixed, data, *, split, seed, full, spread) -> Evaluation of the images of
-        `split`, "validation" or "test"; quick during training, `full` at its end.  Its "loss" on
-        validation images decides which checkpoint is the best.
+        `split`, "validation" or "test"; quick during training, `full` at its end.  Its "loss" is
+        the mean of `loss` over them, without dropout, augmentation and dropped labels; on
+        validation images it decides which checkpoint is the best.  Every metric that `loss`
+        returns, too, is the same quantity under the same name; another quantity has its own.
     sample(params, fixed, keys, request) -> images [B, H, W, C] in [-1, 1]
     guide: how the trained one guides what others draw, if it can
     load(fixed) -> fixed of a new run, with what others trained before in the place of zeros; None:
@@ -79,7 +82,9 @@ class Task(NamedTuple):
 
 
 def to_images(images: Any, levels: int) -> Any:
-    """Grey values 0 ... levels - 1 -> float32 in [-1, 1]; an array of numpy or of jax."""
+    """Grey values 0 ... levels - 1 -> float32 in [-1, 1]; of jax or of what numpy reads."""
+    if not isinstance(images, jax.Array):
+        images = np.asarray(images)  # rows that a file or a drawing makes when they are asked for
     return 2 * images.astype(np.float32) / np.float32(levels - 1) - 1
 
 
@@ -179,20 +184,15 @@ def vae_task(
         found = per_example(
             lambda batch, keys: bound(params, batch, keys), held_out, eval_batch, seed, spread
         )
-        neg_elbo = average(found["nll"] + found["kl"])
-        nll, kl = average(found["nll"]).mean, average(found["kl"]).mean
-        metrics = {
-            "loss": nll + beta * kl,
-            "neg_elbo": neg_elbo.mean,
-            "neg_elbo_error": neg_elbo.error,
-            "nll": nll,
-            "kl": kl,
-            "active_units": float((found["mean"].var(0) > ACTIVE_VARIANCE).sum()),
-        }
+        nll, kl = found["nll"], found["kl"]
+        metrics = averages({"loss": nll + beta * kl, "neg_elbo": nll + kl, "nll": nll, "kl": kl})
+        if len(nll) > 1:  # a variance over images
+            metrics["active_units"] = float((found["mean"].var(0) > ACTIVE_VARIANCE).sum())
+        else:
+            tell("active_units is left out: it needs at least 2 images")
         if likelihood.bits_per_dim is not None:
-            dims = int(np.prod(data.shape))
-            bits = likelihood.bits_per_dim(jnp.asarray(neg_elbo.mean), dims)
-            metrics["bits_per_dim"] = float(bits)
+            bits = likelihood.bits_per_dim(jnp.asarray(nll + kl), int(np.prod(data.shape)))
+            metrics |= averages({"bits_per_dim": np.asarray(bits)})
         if full:
             some = held_out.first(iwae_images)
             weights = per_example(
@@ -243,17 +243,14 @@ def importance_weighted(log_weights: Float[np.ndarray, "images samples"]) -> dic
 
     Each k uses every sample it can: the bound of k is the mean over disjoint groups of k.
     """
-    metrics, bounds = {}, {}
+    metrics: dict[str, float] = {}
+    bounds = {}
     for k in IWAE_SAMPLES:
         groups = log_weights.shape[1] // k
         grouped = log_weights[:, : groups * k].reshape(len(log_weights), groups, k)
         peak = grouped.max(-1)  # log-mean-exp in float64
         means = peak + np.log(np.exp(grouped - peak[..., None]).mean(-1))
         bounds[k] = -means.mean(1)
-        metrics[f"neg_iwae_{k}"], metrics[f"neg_iwae_{k}_error"] = average(bounds[k])
-    gap = average(bounds[IWAE_SAMPLES[0]] - bounds[IWAE_SAMPLES[-1]])
-    return metrics | {
-        "gap": gap.mean,
-        "gap_error": gap.error,
-        "iwae_images": float(len(log_weights)),
-    }
+        metrics |= averages({f"neg_iwae_{k}": bounds[k]})
+    metrics |= averages({"gap": bounds[IWAE_SAMPLES[0]] - bounds[IWAE_SAMPLES[-1]]})
+    return metrics | {"iwae_images": float(len(log_weights))}

@@ -21,10 +21,10 @@ from ddpm_jax.autoencoder import Latents
 from ddpm_jax.contrastive import image_judge
 from ddpm_jax.data.loader import Batch, Data, Split
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluate import Average, average, per_example
+from ddpm_jax.evaluate import Average, average, averages, figures, per_example
 from ddpm_jax.generation import Generator
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
-from ddpm_jax.metrics.distances import frechet, moments
+from ddpm_jax.metrics.distances import Grouped, frechet_distance
 from ddpm_jax.nn.layers import Context
 from ddpm_jax.nn.text import DualEncoder
 from ddpm_jax.parallel import Parallel, fetch
@@ -138,7 +138,8 @@ def text_to_image_task(
 
     @jax.jit
     def losses(params, fixed, batch, keys):
-        return {"loss": loss(params, fixed, batch, keys, train=False, gather=None)[0]}
+        losses, parts, _ = loss(params, fixed, batch, keys, train=False, gather=None)
+        return {"loss": losses, **parts}
 
     read_once = jax.jit(read)
 
@@ -173,12 +174,12 @@ def text_to_image_task(
         return (of_text * of_image).sum(-1)
 
     def clip_score(dual, texts: Sequence[str], images: np.ndarray) -> Average:
-        """100 cos of captions and images in the project's own dual encoder (Hessel et al. 2021)."""
+        """The mean of `clip_scores` of captions and images, in a dual encoder."""
         tokens, found = tokenize(texts, dual[0].length), []
         for at in range(0, len(texts), CHUNK):
             part = slice(at, at + CHUNK)
             found.append(fetch(similarity(*dual, tokens[part], images[part])))
-        return average(100 * np.concatenate(found).astype(np.float64))
+        return average(clip_scores(np.concatenate(found)))
 
     def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         held_out = data.part(split)
@@ -188,9 +189,8 @@ def text_to_image_task(
             eval_batch,
             seed,
             spread,
-        )["loss"]
-        mean, error = average(found)
-        metrics = {"loss": mean, "loss_error": error}
+        )
+        metrics = averages(found)
         captions = _texts(held_out, prompts.draw if full else min(QUICK, prompts.draw))
         dual = parts.judge() if parts.judge else (text, fixed["text"])
         images_of = functools.partial(many, params, fixed, seed=seed, spread=spread)
@@ -204,35 +204,37 @@ def text_to_image_task(
         if not full:
             (drawn,) = images_of([captions], how=how)
             metrics |= aligned(drawn, captions)
-            metrics |= _told("clip_score", clip_score(dual, captions, drawn))
+            metrics |= figures("clip_score", clip_score(dual, captions, drawn))
             return Evaluation(metrics, pictures)
         judge = image_judge("text_encoder", *dual)
+        distance = f"fd_{judge.name}"
+        tower = "another run's, --config.judge" if parts.judge else "this run's"
         some = [held_out.some(len(captions)), data.train.some(len(captions))]
-        pixels = (to_images(np.asarray(part.images), levels) for part in some)
-        truth, usual = (moments(judge.see(images)[0]) for images in pixels)
+        truth, usual = (Grouped(judge.see(to_images(part.images, levels))[0]) for part in some)
         about = {
             "generation": generator.about,
             "drawn": len(captions),
             "reference": f"{split} split",
-            "parameters": "averaged (EMA)",
+            "features": {judge.name: f"image tower beside {tower} text encoder"},
         }
-        metrics["fd_text_encoder_of_training"] = frechet(usual, truth)
-        real = to_images(np.asarray(held_out.first(len(captions)).images), levels)
-        metrics |= _told("clip_score_of_images", clip_score(dual, captions, real))
+        metrics |= distance_to(truth, usual, f"{distance}_of_training")
+        metrics[f"{distance}_of_training_images"] = float(usual.moments.size)
+        real = to_images(held_out.first(len(captions)).images, levels)
+        metrics |= figures("clip_score_of_images", clip_score(dual, captions, real))
         sets = prompts.sets(split)
         curve: list[dict[str, float]] = []
         for scale in dict.fromkeys((how.guidance, *prompts.scales)):
             at = how._replace(guidance=scale)
             drawn, *others = images_of([captions, *sets.values()], how=at)
-            figures = {"fd_text_encoder": frechet(moments(judge.see(drawn)[0]), truth)}
-            figures |= _told("clip_score", clip_score(dual, captions, drawn))
-            figures |= aligned(drawn, captions)
+            point = distance_to(truth, Grouped(judge.see(drawn)[0]), distance)
+            point |= figures("clip_score", clip_score(dual, captions, drawn))
+            point |= aligned(drawn, captions)
             for (name, texts), images in zip(sets.items(), others, strict=True):
-                figures |= aligned(images, texts, f"_{name}")
+                point |= aligned(images, texts, f"_{name}")
             if scale == how.guidance:
-                metrics |= {f"{name}": value for name, value in figures.items()}
-            metrics |= {f"guidance_{scale:g}/{name}": value for name, value in figures.items()}
-            curve.append({"scale": scale, **figures})
+                metrics |= point
+            metrics |= {f"guidance_{scale:g}/{name}": value for name, value in point.items()}
+            curve.append({"scale": scale, **point})
         if len(curve) > 1:
             curve.sort(key=lambda point: point["scale"])
             pictures |= _curves(curve)
@@ -240,10 +242,7 @@ def text_to_image_task(
 
     def aligned(images, texts, suffix="") -> dict[str, float]:
         verdicts = prompts.align(images, texts) if prompts.align else {}
-        figures: dict[str, float] = {}
-        for name, right in verdicts.items():
-            figures |= _told(f"{name}{suffix}", average(np.asarray(right, np.float64)))
-        return figures
+        return averages({f"{name}{suffix}": np.asarray(of) for name, of in verdicts.items()})
 
     def sample(
         params, fixed, keys: Key[Array, "batch"], request: Request
@@ -265,6 +264,11 @@ def text_to_image_task(
     return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample, load=load)
 
 
+def clip_scores(cosines: Float[np.ndarray, "pairs"]) -> Float[np.ndarray, "pairs"]:
+    """max(0, 100 cos) of each caption and its image (Hessel et al. 2021, eq. 1, for w = 100)."""
+    return np.maximum(100 * np.asarray(cosines, np.float64), 0.0)
+
+
 _tell_once = functools.cache(tell)
 
 
@@ -275,12 +279,19 @@ def _texts(split: Split, count: int) -> list[str]:
     return untokenize(some.rows(np.arange(len(some.images))).captions)
 
 
-def _told(name: str, value: Average) -> dict[str, float]:
-    return {name: value.mean, f"{name}_error": value.error}
+def distance_to(truth: Grouped, images: Grouped, name: str) -> dict[str, float]:
+    """The Frechet distance as the metric `name`, with its error; nothing of a single image."""
+    if min(truth.moments.size, images.moments.size) < 2:
+        _tell_once(f"left out, since it needs at least 2 images: {name}")
+        return {}
+    distance = frechet_distance(images, truth)
+    return figures(name, (distance.value, distance.error))
 
 
 def _curves(curve: list[dict[str, float]]) -> dict[str, np.ndarray]:
     """The Frechet distance against what is gained by guidance, a point for each scale."""
+    if "fd_text_encoder" not in curve[0]:
+        return {}
     words = [f"{point['scale']:g}" for point in curve]
     distance = [point["fd_text_encoder"] for point in curve]
     label, title = "Frechet distance (text_encoder)", "By guidance scale"

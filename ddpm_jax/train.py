@@ -124,6 +124,15 @@ def averaged(state: TrainState, config: Training) -> Any:
     return state.ema[config.ema]
 
 
+def parameters_used(config: Training) -> str:
+    """Which parameters `averaged` chooses, for the record: as trained, or which average."""
+    lives = (config.ema_half_life, *config.ema_others)
+    if config.ema >= len(lives):
+        return f"power EMA, width {config.ema_power[config.ema - len(lives)]:g}"
+    life = lives[config.ema]
+    return f"EMA, half-life {life:g} images" if life else "as trained"
+
+
 def without_training(state: TrainState, config: Training, nothing: Any) -> TrainState:
     """`state` with `nothing` for each array that only training reads: all but one average."""
 

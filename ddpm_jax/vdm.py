@@ -25,7 +25,7 @@ from ddpm_jax import schedule as schedules
 from ddpm_jax.data.loader import Batch, Data
 from ddpm_jax.diffusion import QUICK_IMAGES
 from ddpm_jax.drawing import Sampling, drawing
-from ddpm_jax.evaluate import average, per_example, spread_times
+from ddpm_jax.evaluate import averages, per_example, spread_times
 from ddpm_jax.gallery import Judging, show
 from ddpm_jax.guidance import Guide
 from ddpm_jax.loss import stratified_times
@@ -183,16 +183,17 @@ def vdm_task(
             nats["ode"] = solved["ode"]
             metrics["ode_calls"] = float(solved["calls"].mean())
             metrics["ode_images"] = float(len(solved["calls"]))
-        scale = 1 / (dims * np.log(2))
-        for name, values in nats.items():
-            mean, error = average(values * scale)
-            metrics[f"bits_per_dim_{name}"] = mean
-            metrics[f"bits_per_dim_{name}_error"] = error
-        for name in ("prior", "decoder"):
-            metrics[f"bits_{name}"] = average(found[name]).mean * scale
+        parts = {
+            "prior": found["prior"],
+            "diffusion": found["continuous"],
+            "decoder": found["decoder"],
+        }
+        values = {"loss": nats["continuous"]}
+        values |= {f"bits_per_dim_{name}": of_route for name, of_route in nats.items()}
+        values |= {f"bits_{name}": of_part for name, of_part in parts.items()}
+        metrics |= averages(values, 1 / (dims * np.log(2)))
         highest, lowest = (float(end) for end in fetch(params["schedule"]["ends"]))
         metrics |= {"logsnr_highest": highest, "logsnr_lowest": lowest}
-        metrics["loss"] = metrics["bits_per_dim_continuous"]
         shown = show(draw, params, seed, data, split, full, judging, spread)
         pictures = dict(shown.pictures)
         if full:

@@ -74,15 +74,10 @@ def train_all(config: Config, workdir: pathlib.Path, options: Options, loaded: L
     title = f"beta-VAE on {found[0][1]['data']}, {config.steps} steps each"
     rows = []
     for beta, summary in found:
-        metrics = summary["metrics"]
-        rows.append(
-            (
-                f"beta {beta:g}",
-                f"reconstruction {metrics['test/nll']:7.2f}  KL {metrics['test/kl']:6.2f}  "
-                f"-ELBO {metrics['test/neg_elbo']:7.2f}  "
-                f"active units {metrics['test/active_units']:.0f}",
-            )
-        )
+        texts = dict(report.metric_rows(summary["metrics"]))
+        names = ("nll", "kl", "neg_elbo", "active_units")
+        shown = [f"{name} {texts[f'test/{name}']}" for name in names if f"test/{name}" in texts]
+        rows.append((f"beta {beta:g}", "  ".join(shown)))
     if not is_main():
         return
     print(report.table(rows, title))

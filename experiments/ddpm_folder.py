@@ -3,6 +3,8 @@
     python launch.py --experiment=ddpm_folder --config.data=folder:PATH
 
 Sub-folders are labels (README, "Own data"); a folder without any gives an unconditional model.
+With labels, drawn images are judged by a classifier that is trained once on the same folder, and
+metrics are named after it: `fd_classifier_folder_birds` for a folder `birds`.
 Images must divide by 4: 32x32 colour images are what the network's size is meant for.
 """
 

@@ -29,9 +29,10 @@ import numpy as np
 
 from ddpm_jax import report
 from ddpm_jax.config import MAY_CHANGE, Length, marked
+from ddpm_jax.errors import UserError
 from ddpm_jax.judge import load_judge, with_judge
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
-from ddpm_jax.metrics.quality import quality
+from ddpm_jax.metrics.quality import WHOLE, quality
 from ddpm_jax.parallel import fetch, is_main
 from ddpm_jax.run import (
     Loaded,
@@ -44,7 +45,7 @@ from ddpm_jax.run import (
     train_experiment,
 )
 from ddpm_jax.tasks import Request, to_images
-from ddpm_jax.train import averaged
+from ddpm_jax.train import averaged, parameters_used
 from experiments import classifier_digits, ddpm_digits
 
 DEBUG = ddpm_digits.DEBUG | dict(steps=3, compare_steps=3, judge="auto", samplers=("ancestral:0",))
@@ -66,6 +67,11 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
     """Train the model unless it is there, then draw in every way."""
     loaded = load_data(ddpm_digits, config, workdir, options)
     config = from_data(config, loaded.data)
+    if not loaded.data.classes or config.judge == "none" or not config.conditional:
+        raise UserError(
+            "noise_in_sampling draws every class and judges it by a classifier: give a data set "
+            "with labels, and neither --config.judge=none nor --config.conditional=false"
+        )
     judged = with_judge(classifier_digits, config, loaded, options)
     if judged is None:
         return
@@ -107,27 +113,22 @@ def compare(
         found[name]["deviation"] = float(images.std(0).mean())
     title = f"{config.compare_steps} steps each, on {loaded.data.title}"
     fd = f"fd_{judge.name}"
-    rows = [
-        (
-            name,
-            f"Frechet distance ({judge.name}) {m[fd]:8.2f}  recognised {m['recognised']:.3f}  "
-            f"nearest {m['nearest_ratio']:.2f}  deviation {m['deviation']:.3f}",
-        )
-        for name, m in found.items()
-    ]
-    train = to_images(loaded.data.train.images, loaded.data.levels)
+    shown_metrics = (fd, "recognised", "nearest_ratio", "deviation")
+    rows = []
+    for name, metrics in found.items():
+        texts = dict(report.metric_rows(metrics))
+        rows.append((name, "  ".join(f"{m} {texts[m]}" for m in shown_metrics if m in texts)))
+    train = to_images(loaded.data.train.some(WHOLE).images, loaded.data.levels)
     of_data = float(train.std(0).mean())
-    of_training = next(iter(found.values()))[f"{fd}_of_training"]
-    rows.append(
-        ("training set", f"Frechet distance ({judge.name}) {of_training:8.2f}  "
-         f"{'':33}deviation {of_data:.3f}")
-    )  # fmt: skip
+    of_training = texts.get(f"{fd}_of_training", "left out")
+    rows.append(("training set", f"{fd} {of_training}  deviation {of_data:.4g}"))
     if not is_main():
         return
     print(report.table(rows, title))
     sheet = report.grid(np.concatenate(shown), columns=min(10, model.classes))
     report.save_png(workdir / "images" / "a_row_each.png", sheet)
-    etas = {float(n.partition(":")[2] or 0): m[fd] for n, m in found.items() if n[:4] == "ddim"}
+    ddim = {name: metrics for name, metrics in found.items() if name[:4] == "ddim"}
+    etas = {float(n.partition(":")[2] or 0): m[fd] for n, m in ddim.items() if fd in m}
     if len(etas) > 1:
         points = np.array(sorted(etas))
         curve = {f"Frechet distance ({judge.name})": np.array([etas[eta] for eta in points])}
@@ -137,6 +138,8 @@ def compare(
         "experiment": "noise_in_sampling",
         "data": loaded.data.title,
         "steps": config.compare_steps,
+        "parameters": parameters_used(model),
+        "features": {judge.name: judge.about},
         "deviation_of_training_images": of_data,
         "samplers": found,
     }

@@ -118,4 +118,6 @@ def check_captions(config) -> None:
 def build(config: Config) -> Task:
     """The task that this experiment trains."""
     check_captions(config)
-    return contrastive_task(network(config), config.shape, config.levels)
+    return contrastive_task(
+        network(config), config.shape, config.levels, batch_size=config.batch_size
+    )

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from ddpm_jax import guidance
+from ddpm_jax.data.loader import Data, Rows, Split
+from ddpm_jax.data.shapes import Made
 from ddpm_jax.drawing import Sampling, check_start, drawing
 from ddpm_jax.errors import UserError
+from ddpm_jax.gallery import edits
 from ddpm_jax.parallel import make
 from ddpm_jax.prediction import Prediction
 from ddpm_jax.process import alpha_sigma
@@ -212,6 +215,51 @@ def test_an_edit_keeps_what_it_knows_and_stays_near_where_it_started():
     filled = edit({}, keys, labels, 1.0, start, start, half)
     np.testing.assert_allclose(filled[:, :2], start[:, :2], atol=1e-6)
     assert (filled * PATTERN)[:, 2:].mean() == pytest.approx(-0.5, abs=0.03)
+
+
+def held_out(lower, labels, kind=np.asarray):
+    """A data set whose 10 held-out images have the lower halves `lower`."""
+    rows = np.random.default_rng(0).integers(0, 256, (12, *SHAPE), np.uint8)
+    rows[:, 2:] = lower[:, 2:]
+    split = Split(kind(rows), kind(np.asarray(labels, np.int32)))
+    return Data("x", "x", split, split, 256, ("a", "b"), "")
+
+
+def made(array):
+    return Made(lambda row: array[row], range(len(array)), array.shape[1:], array.dtype)
+
+
+def edited(data):
+    return edits(draw(guidance=1.5), {}, 0, data, data.test, True)
+
+
+def test_what_is_inpainted_depends_on_no_hidden_pixel_and_no_label():
+    draws = np.random.default_rng(1)
+    one, other = draws.integers(0, 256, (2, 12, *SHAPE), np.uint8)
+    found = edited(held_out(one, np.zeros(12)))["inpainting"]
+    again = edited(held_out(other, np.ones(12)))["inpainting"]
+    high = len(found) // 4  # the images themselves are the first row
+    assert not np.array_equal(found[:high], again[:high])
+    np.testing.assert_array_equal(found[high + 2 :], again[high + 2 :])
+
+
+def test_an_edit_from_time_1_starts_from_noise_alone_where_nothing_is_known():
+    start, labels = jnp.asarray(images(0)), jnp.zeros(64, jnp.int32)
+    keys, half = jax.random.split(jax.random.key(3), 64), jnp.zeros_like(start).at[:, :2].set(1.0)
+    edit = draw().edit
+    found = edit({}, keys, labels, 1.0, start, start, half)
+    changed = jnp.where(half == 0, 0.9, start)
+    np.testing.assert_array_equal(found, edit({}, keys, labels, 1.0, changed, changed, half))
+    assert not np.array_equal(found, edit({}, keys, labels, 0.9, changed, changed, half))
+
+
+@pytest.mark.parametrize("kind", [made, lambda array: Rows(array, np.arange(len(array)))])
+def test_images_that_are_made_when_asked_for_are_edited_as_an_array_is(kind):
+    lower = np.random.default_rng(1).integers(0, 256, (12, *SHAPE), np.uint8)
+    expected, found = (edited(held_out(lower, np.zeros(12), of)) for of in (np.asarray, kind))
+    assert set(found) == {"inpainting", "image_to_image", "interpolation"}
+    for name, picture in expected.items():
+        np.testing.assert_array_equal(found[name], picture)
 
 
 def test_a_way_to_draw_that_makes_no_sense_is_one_line():

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 EXPERIMENTS = sorted(
     path.stem for path in pathlib.Path(__file__).parent.parent.glob("experiments/[a-z]*.py")
@@ -91,3 +92,58 @@ def test_a_diffusion_run_is_evaluated_and_drawn_from_in_other_ways(launch, tmp_p
         assert result.returncode == 2
         assert says in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
+
+
+def write_images(folder, count, captions=False):
+    """A few images of two classes, drawn by chance."""
+    draws = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draws.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+        if captions:
+            path.with_suffix(".txt").write_text(f"picture {number % 3}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["shapes", "shapes:64", "six", "captioned"])
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        "vae_mnist", "beta_vae_mnist", "ddpm_cifar10", "vdm_digits", "classifier_digits",
+        "noise_in_sampling", "text_encoder_shapes", "autoencoder_shapes",
+    ],
+)  # fmt: skip
+def test_every_kind_of_data_set_is_trained_on_or_refused_in_one_line(
+    experiment, data, launch, tmp_path
+):
+    if data in ("six", "captioned"):
+        write_images(tmp_path / data, 6, data == "captioned")
+        data = f"folder:{tmp_path / data}"
+    result = launch(
+        f"--experiment={experiment}", "--debug", f"--config.data={data}", "--workdir=run",
+        timeout=400,
+    )  # fmt: skip
+    assert "Traceback" not in result.stderr
+    if result.returncode == 2:
+        assert len(result.stderr.strip().splitlines()) == 1
+        return
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_handful_of_labelled_images_is_judged_by_a_classifier_of_their_own(launch, tmp_path):
+    """What one held-out image does not give is left out, and no metric is named after MNIST."""
+    write_images(tmp_path / "birds", 6)
+    result = launch(
+        "--experiment=ddpm_folder", "--debug", f"--config.data=folder:{tmp_path / 'birds'}",
+        "--config.judge=auto", "--workdir=run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "precision_classifier_folder_birds" in result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    names = set(summary["metrics"])
+    assert "test/score_classifier_folder_birds_error" in names
+    assert "test/recognised_error" in names
+    assert not [name for name in names if "mnist" in name or "precision" in name]
+    assert summary["about"]["parameters"] == "EMA, half-life 50000 images"

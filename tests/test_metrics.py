@@ -7,7 +7,7 @@ import pytest
 
 from ddpm_jax import judge as judges
 from ddpm_jax.classifier import Judge
-from ddpm_jax.data.loader import load
+from ddpm_jax.data.loader import Data, Split, load
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics import distances
 from ddpm_jax.metrics.quality import look, quality
@@ -60,21 +60,117 @@ def test_moments_of_parts_are_the_moments_of_the_whole():
     np.testing.assert_allclose(parts.covariance, np.cov(x.T), rtol=1e-12)
 
 
-def test_kid_is_unbiased_zero_between_draws_of_one_law_and_right_for_shifted_ones():
-    a, b = gaussian(800, [0, 0], np.eye(2), 1), gaussian(800, [0, 0], np.eye(2), 2)
-    mean, deviation = distances.kernel_distance(a, b, size=200)
-    assert abs(mean) < 4 * deviation / 4  # about 4 disjoint subsets' worth of draws
-    # E k(x, y) = E (x.y / D + 1)^3 of one dimension, by moments of products of Gaussians.
-    far = gaussian(20000, [1.0], [[1.0]], 3), gaussian(20000, [0.0], [[1.0]], 4)
+@pytest.mark.parametrize(("n", "m", "shift"), [(20, 20, 0.0), (40, 90, 0.0), (40, 90, 0.3)])
+def test_kid_is_unbiased_and_its_error_is_the_spread_over_draws(n, m, shift):
+    draws = np.random.default_rng(0)
+    found = np.array(
+        [
+            distances.kernel_distance(draws.normal(shift, 1, (n, 8)), draws.normal(size=(m, 8)))
+            for _ in range(300)
+        ]
+    )
+    spread = found[:, 0].std(ddof=1)
+    assert found[:, 0].mean() == pytest.approx(true_kid(shift, 8), abs=4 * spread / 300**0.5)
+    error = np.sqrt(np.square(found[:, 1]).mean())
+    # Where the distributions are equal, the least that the variance can be is taken half of the
+    # time, and what is then too much stays below the jackknife's factor of 2.
+    assert 0.85 < error / spread < (1.2 if shift else 2**0.5)
 
-    def moment(m, n):  # E (x y + 1)^3 of x ~ N(m, 1), y ~ N(n, 1)
-        first = [1, m, m**2 + 1, m**3 + 3 * m]
-        second = [1, n, n**2 + 1, n**3 + 3 * n]
-        return sum(c * p * q for c, p, q in zip([1, 3, 3, 1], first, second, strict=True))
 
-    expected = moment(1, 1) + moment(0, 0) - 2 * moment(1, 0)
-    mean, deviation = distances.kernel_distance(*far, size=1000, subsets=20)
-    assert mean == pytest.approx(expected, abs=4 * deviation / 20**0.5)
+def true_kid(shift, d):
+    """The squared MMD of N(shift, I) and N(0, I), from the moments of x.y of independent draws."""
+
+    def moment(s, t):  # E (z / d + 1)^3 of z = x.y, x ~ N(s, I), y ~ N(t, I)
+        one = d * s * t
+        two = one**2 + d * (1 + s**2 + t**2)
+        # Third cumulant of the sum of d independent products: E z^3 of one, by moments of each.
+        mean, second, third = s * t, (1 + s**2) * (1 + t**2), (s**3 + 3 * s) * (t**3 + 3 * t)
+        cumulant = d * (third - 3 * mean * second + 2 * mean**3)
+        three = cumulant + 3 * one * two - 2 * one**3
+        return three / d**3 + 3 * two / d**2 + 3 * one / d + 1
+
+    return moment(shift, shift) + moment(0, 0) - 2 * moment(shift, 0)
+
+
+def test_kid_is_the_u_statistic_of_all_pairs_and_its_jackknife_that_of_its_definition():
+    draws = np.random.default_rng(1)
+    a, b = draws.normal(2.0, 1, (7, 3)), draws.normal(size=(9, 3))  # far apart: no quadratic part
+
+    def unbiased(x, y):
+        xx, yy, xy = ((u @ v.T / 3 + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
+        n, m = len(x), len(y)
+        inside = (xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (
+            m * (m - 1)
+        )
+        return inside - 2 * xy.mean()
+
+    value, error = distances.kernel_distance(a, b)
+    assert value == pytest.approx(unbiased(a, b), rel=1e-9)
+    variance = 6 * np.var([unbiased(np.delete(a, i, 0), b) for i in range(7)])
+    variance += 8 * np.var([unbiased(a, np.delete(b, i, 0)) for i in range(9)])
+    assert 0.7 * variance < error**2 <= variance  # less the quadratic part, which it counts twice
+    assert distances.kernel_distance(a[:3], b).error is None
+    with pytest.raises(ValueError, match="at least 2 features"):
+        distances.kernel_distance(a[:1], b)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.4])
+def test_a_frechet_distances_error_is_the_spread_over_draws(shift):
+    """Within the accuracy of 20 groups, and up to sqrt(2) more where distributions are equal."""
+    draws = np.random.default_rng(0)
+    found = []
+    for _ in range(60):
+        a, b, c = (
+            distances.Grouped(draws.normal(mean, 1, (size, 8)))
+            for mean, size in ((shift, 150), (0, 400), (0, 150))
+        )
+        far, usual = distances.frechet_distance(a, b), distances.frechet_distance(c, b)
+        ratio = far.over(usual)
+        found.append((far.value, far.error, ratio.value, ratio.error))
+    values, errors = np.array(found)[:, ::2], np.array(found)[:, 1::2]
+    ratio = np.sqrt(np.square(errors).mean(0)) / values.std(0, ddof=1)
+    # 60 spreads are known to 9 %, three times which are allowed.  The ratio's second distance is
+    # always one of equal distributions.
+    more = np.array([1.0 if shift else 2**0.5, 2**0.5])
+    assert (ratio > 0.73).all()
+    assert (ratio < 1.27 * more).all()
+
+
+def test_the_error_of_a_frechet_distance_of_pairs_leaves_both_of_a_pair_out():
+    x = gaussian(300, np.zeros(4), np.eye(4))
+    one, same = distances.Grouped(x), distances.Grouped(x + 1.0)
+    paired = distances.frechet_distance(one, same, paired=True)
+    assert paired.value == pytest.approx(4.0)
+    assert paired.error == pytest.approx(0, abs=1e-6)  # always apart by the same
+    assert distances.frechet_distance(one, same).error > 0.1
+
+
+def test_groups_left_out_one_by_one_are_the_moments_of_the_rest():
+    x = np.random.default_rng(0).normal(size=(47, 3))
+    whole = distances.Grouped(x)
+    parts = distances.Grouped(x[30:], distances.Grouped(x[:30]))
+    np.testing.assert_allclose(parts.moments.covariance, np.cov(x.T), rtol=1e-10)
+    sizes = [part.size for part in whole.without()]
+    assert len(sizes) == distances.GROUPS
+    assert set(sizes) == {44, 45}
+    for ours, theirs in zip(parts.without(), whole.without(), strict=True):
+        np.testing.assert_allclose(ours.covariance, theirs.covariance, rtol=1e-9)
+    total = sum(part.mean * part.size for part in whole.without()) / sum(sizes)
+    np.testing.assert_allclose(total, x.mean(0), atol=0.02)  # every image is left out once
+
+
+def test_the_errors_of_a_score_and_of_a_median_are_the_spread_over_draws():
+    draws = np.random.default_rng(0)
+    p = draws.dirichlet(np.full(5, 0.4), (300, 200))
+    values = np.array([distances.inception_score(some) for some in p])
+    errors = np.array([distances.inception_score_error(some) for some in p])
+    assert np.sqrt(np.square(errors).mean()) == pytest.approx(values.std(ddof=1), rel=0.2)
+    medians = [distances.median(some) for some in draws.exponential(size=(400, 101))]
+    spread = np.std([found.value for found in medians], ddof=1)
+    assert np.sqrt(np.mean([found.error**2 for found in medians])) == pytest.approx(spread, rel=0.2)
+    three = distances.median(np.array([3.0, 1.0, 2.0]))
+    # Of 27 bootstrap samples of {1, 2, 3} 7, 13 and 7 have the median 1, 2 and 3.
+    assert three == pytest.approx((2.0, (14 / 27) ** 0.5))
 
 
 def test_inception_score_is_the_number_of_classes_when_sure_and_even():
@@ -121,6 +217,64 @@ def test_quality_knows_the_training_set_from_new_images_and_from_noise():
     assert "recognised" not in held_out
     noise = np.random.default_rng(0).uniform(-1, 1, (500, 8, 8, 1))
     assert quality(judge, noise, None, data).metrics["fd_quarters_ratio"] > 20
+
+
+def few(size, seed=0, side=4):
+    images = np.random.default_rng(seed).integers(0, 256, (size, side, side, 1), np.uint8)
+    return Split(images, np.arange(size, dtype=np.int32) % 3)
+
+
+@pytest.mark.parametrize("name", ["quarters", "inception"])
+@pytest.mark.parametrize("side", ["training", "held-out", "generated"])
+def test_metrics_that_so_few_images_do_not_give_are_left_out(name, side, capfd):
+    least = {"fd": 2, "kid": 2, "score": 2, "precision": 4, "recall": 4, "nearest": 1}
+    for size in (1, 2, 3, 4):
+        sizes = {"training": 30, "held-out": 30, "generated": 30} | {side: size}
+        splits = few(sizes["training"], 1), few(sizes["held-out"], 2)
+        data = Data("few", "few", *splits, 256, ("a", "b", "c"), "")
+        drawn = to_images(few(sizes["generated"], 3).images, 256)
+        judge = Judge(name, pixels)
+        found = quality(judge, drawn, np.zeros(len(drawn), int), data).metrics
+        assert np.isfinite(list(found.values())).all()
+        distance = "fid" if name == "inception" else "fd_quarters"
+        expected = {f"{word}_{name}": number for word, number in least.items() if word != "fd"}
+        expected |= {distance: 2, f"{distance}_ratio": 2}
+        for metric, number in expected.items():
+            concerned = {
+                f"score_{name}": ("generated",),
+                f"{distance}_ratio": tuple(sizes),
+            }.get(metric, ("generated", "held-out"))
+            if metric.startswith("nearest"):
+                metric = "nearest"
+            assert (metric in found) == (min(sizes[of] for of in concerned) >= number), metric
+        said = capfd.readouterr().err
+        assert (f"{size} {side}" in said) == (size < (2 if side == "training" else 4))
+        assert len(said.splitlines()) <= 1
+
+
+def test_a_perfect_model_has_a_ratio_near_1_whatever_the_number_of_training_images():
+    """Both distances of the ratio are of as many images, which is reported."""
+    found = []
+    for seed in range(12):
+        train, test = few(60, 3 * seed), few(400, 3 * seed + 1)
+        data = Data("few", "few", train, test, 256, ("a", "b", "c"), "")
+        drawn = to_images(few(500, 3 * seed + 2).images, 256)
+        metrics = quality(Judge("quarters", pixels), drawn, None, data, pixels=False).metrics
+        assert metrics["fd_quarters_ratio_images"] == 60
+        assert metrics["drawn"] == 500
+        found.append(np.log(metrics["fd_quarters_ratio"]))
+    assert abs(np.mean(found)) < 3 * np.std(found, ddof=1) / 12**0.5
+
+
+def test_a_judge_is_called_after_the_data_that_it_was_trained_on():
+    names = {
+        "mnist": "classifier_mnist",
+        "digits": "classifier_digits",
+        "digits:28": "classifier_digits_28",
+        "folder:/home/of/mnist birds/my.flowers": "classifier_folder_my_flowers",
+        "imagenet_resized/32x32": "classifier_imagenet_resized_32x32",
+    }
+    assert {data: judges.judge_name(data) for data in names} == names
 
 
 def test_a_distance_is_called_fid_in_inceptions_features_alone(tmp_path, monkeypatch, capfd):

@@ -210,7 +210,7 @@ def test_a_part_of_a_batch_is_compared_with_all_of_it():
     data = shapes.with_altered(loader.load("shapes"), 2)
     whole = jax.tree.map(jnp.asarray, loader.batch_of(data.train, np.arange(8), np.arange(8)))
     net = DualEncoder(SIZE, shapes.LENGTH, (8,), 16)
-    task = contrastive_task(net, data.shape, data.levels)
+    task = contrastive_task(net, data.shape, data.levels, batch_size=8)
     params = drawn(lambda *some: task.init(*some)[0], whole)
     mine = whole.captions[:, 0]
     keys = jax.random.split(jax.random.key(0), 8)

@@ -19,7 +19,7 @@ from ddpm_jax.nn.layers import Context
 from ddpm_jax.nn.text import SIZES, DualEncoder
 from ddpm_jax.parallel import make
 from ddpm_jax.tasks import Request
-from ddpm_jax.text_to_image import Parts, Prompts, text_to_image_task
+from ddpm_jax.text_to_image import Parts, Prompts, clip_scores, text_to_image_task
 from experiments import generator_shapes, text_encoder_scaling, text_to_image_shapes
 
 DATA = loader.load("shapes")
@@ -177,6 +177,11 @@ def test_an_evaluation_tells_of_every_set_and_scale():
     judged = task.evaluate(params, fixed, data, split="test", seed=0, full=False, spread=make())
     assert judged.metrics["loss"] == quick.metrics["loss"]
     assert judged.metrics["clip_score"] != quick.metrics["clip_score"]
+
+
+def test_a_clip_score_is_not_negative_pair_by_pair():
+    cosines = np.array([-0.5, 0.0, 0.25, 1.0], np.float32)
+    np.testing.assert_allclose(clip_scores(cosines), [0, 0, 25, 100])
 
 
 def test_flags_that_mean_nothing_are_told():

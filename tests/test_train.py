@@ -194,6 +194,17 @@ def test_several_averages_are_kept_at_once_and_one_is_chosen(digits, tmp_path):
         train.check_ema(dataclasses.replace(config, ema=4))
 
 
+def test_the_record_says_which_parameters_were_used():
+    config = small(ema_half_life=20_000.0, ema_others=(0.0, 500.0), ema_power=(0.05,))
+    used = [train.parameters_used(dataclasses.replace(config, ema=ema)) for ema in range(4)]
+    assert used == [
+        "EMA, half-life 20000 images",
+        "as trained",
+        "EMA, half-life 500 images",
+        "power EMA, width 0.05",
+    ]
+
+
 def test_the_learning_rate_warms_up_and_decays():
     config = Training(learning_rate=0.5, warmup=10, decay="cosine", steps=100)
     params = {"x": jnp.zeros(1)}

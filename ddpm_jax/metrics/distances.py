@@ -1,43 +1,101 @@
 """Distances between two sets of images, given as features [N, D]; numpy, float64.
 
-A distance is worth what its features are worth: whoever tells a figure names them.
+The name of a reported distance names the network that gives its features.
 """
 
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from ddpm_jax.evaluate import average
+
 CHUNK = 1000  # rows of a matrix of distances held at once
+GROUPS = 20  # random parts of a set, for standard errors
+RANK = 3  # which neighbour's distance is the radius, in precision and recall
+_ORDER = np.random.Generator(np.random.Philox(key=[0, 3]))
+_GROUP = _ORDER.permuted(np.tile(np.arange(GROUPS), (997, 1)), axis=1).ravel()  # of image i
 
 
-class Moments(NamedTuple):
-    """What of a set of features a Gaussian knows; sums of parts, so that sets can be streamed."""
+class Estimate(NamedTuple):
+    """A value with its standard error, None where so few examples give none."""
+
+    value: float
+    error: float | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+    """Size, mean and scatter of a set of features; sums over parts, so that sets can be streamed.
+
+    scatter: sum of (x - mean) (x - mean)^T.
+    """
 
     size: int
     mean: Float[np.ndarray, "d"]
-    scatter: Float[np.ndarray, "d d"]  # sum of (x - mean) (x - mean)^T
+    scatter: Float[np.ndarray, "d d"]
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:
         """The unbiased one."""
         return self.scatter / max(self.size - 1, 1)
 
+    @functools.cached_property
+    def root(self) -> Float[np.ndarray, "d d"]:
+        """The symmetric square root of the covariance, computed once."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+
 
 def moments(features: Float[np.ndarray, "n d"], before: Moments | None = None) -> Moments:
     """The moments of `features`, added to those of what came `before` (Chan et al. 1983)."""
     features = np.asarray(features, np.float64)
-    count, mean = len(features), features.mean(0)
+    mean = features.mean(0)
     centred = features - mean
-    scatter = centred.T @ centred
-    if before is None:
-        return Moments(count, mean, scatter)
-    total, apart = count + before.size, mean - before.mean
-    return Moments(
-        total,
-        before.mean + apart * count / total,
-        before.scatter + scatter + np.outer(apart, apart) * (before.size * count / total),
-    )
+    added = Moments(len(features), mean, centred.T @ centred)
+    return added if before is None else _joined(before, added)
+
+
+def _joined(a: Moments, b: Moments, sign: int = 1) -> Moments:
+    """The moments of two sets together; with `sign` -1, of set `a` without its subset `b`."""
+    total, apart = a.size + sign * b.size, b.mean - a.mean
+    if total == 0:
+        return Moments(0, np.zeros_like(a.mean), np.zeros_like(a.scatter))
+    mean = a.mean + sign * apart * (b.size / total)
+    between = np.outer(apart, apart) * (a.size * b.size / total)
+    return Moments(total, mean, a.scatter + sign * (b.scatter + between))
+
+
+class Grouped:
+    """Moments of random groups of a set, of which each can be left out.
+
+    Group by group they are as large as each other but for one image, and the same ones every time:
+    each run of `GROUPS` images has one of every group, in random order.
+    """
+
+    def __init__(self, features: Float[np.ndarray, "n d"], before: "Grouped | None" = None) -> None:
+        """Add the groups of `features` to those of what came `before`."""
+        start = before.moments.size if before else 0
+        group = _GROUP[(start + np.arange(len(features))) % len(_GROUP)]
+        self._groups: dict[int, Moments] = dict(before._groups) if before else {}
+        for number in np.unique(group):
+            rows = features[group == number]
+            self._groups[number] = moments(rows, self._groups.get(number))
+
+    @functools.cached_property
+    def moments(self) -> Moments:
+        """Those of the whole set."""
+        return functools.reduce(_joined, self._groups.values())
+
+    def without(self) -> Iterator[Moments]:
+        """Those of the set without each of its groups, in turn."""
+        for number in sorted(self._groups):
+            yield _joined(self.moments, self._groups[number], -1)
 
 
 def frechet(a: Moments, b: Moments) -> float:
@@ -45,47 +103,184 @@ def frechet(a: Moments, b: Moments) -> float:
 
     |m_a - m_b|^2 + tr C_a + tr C_b - 2 tr (C_a^1/2 C_b C_a^1/2)^1/2, whose last trace is the
     sum of the roots of a symmetric matrix's eigenvalues: real, whatever the covariances.
+
+    Raises:
+      ValueError: one set has fewer than 2 images, which have no covariance.
     """
-    values, vectors = np.linalg.eigh(a.covariance)
-    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    inner = np.linalg.eigvalsh(root @ b.covariance @ root)
+    if min(a.size, b.size) < 2:
+        raise ValueError(f"a covariance needs at least 2 images, not {min(a.size, b.size)}")
+    if "root" in vars(b):  # the distance is symmetric: a root that is known is not computed again
+        a, b = b, a
+    inner = np.linalg.eigvalsh(a.root @ b.covariance @ a.root)
     cross = np.sqrt(np.maximum(inner, 0.0)).sum()
     apart = np.square(a.mean - b.mean).sum()
     return float(apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
 
 
-def kernel_distance(
-    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], size: int = 1000, subsets: int = 50
-) -> tuple[float, float]:
-    """KID: the unbiased squared MMD of the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
+class Jackknife(NamedTuple):
+    """A statistic of sets of images, and for each set its values without each of the groups."""
+
+    value: float
+    without: tuple[Float[np.ndarray, "groups"], ...]
+
+    @property
+    def error(self) -> float | None:
+        """The standard error by the delete-a-group jackknife; None for fewer than two groups.
+
+        Its square is the sum over sets of (G - 1) / G sum_g (s_g - mean of s)^2, where s_g is the
+        value without group g (Shao & Tu 1995, sec. 2.3).  The relative standard error of the
+        error itself is about 1 / sqrt(2 (G - 1)).  On average its square is not too small (Efron &
+        Stein 1981), and twice the variance where the statistic has no linear part, as a distance
+        between equal distributions has none.
+        """
+        if any(len(values) < 2 for values in self.without):
+            return None
+        return math.sqrt(sum((len(values) - 1) * values.var() for values in self.without))
+
+    def over(self, other: "Jackknife") -> "Jackknife | None":
+        """The ratio of two distances to one second set; None where the other is not positive."""
+        (ours, shared), (theirs, again) = self.without, other.without
+        if not min(np.concatenate([[other.value], theirs, again])) > 0:
+            return None
+        without = ours / other.value, self.value / theirs, shared / again
+        return Jackknife(self.value / other.value, without)
+
+
+def frechet_distance(a: Grouped, b: Grouped, paired: bool = False) -> Jackknife:
+    """`frechet` of two sets, with what its standard error needs.
 
     Args:
-      size: of a subset of each set, at most.
-      subsets: how many are drawn, always the same ones.
+      paired: group by group both sets are of the same images, which are left out of both.
+
+    Raises:
+      ValueError: as `frechet`.
+    """
+    b.moments.root  # noqa: B018 - computed here, so that it serves every call below
+    value = frechet(a.moments, b.moments)
+    if paired:
+        turns = [zip(a.without(), b.without(), strict=True)]
+    else:
+        turns = [
+            zip(a.without(), itertools.repeat(b.moments)),
+            zip(itertools.repeat(a.moments), b.without()),
+        ]
+    without = [[frechet(x, y) for x, y in turn if min(x.size, y.size) > 1] for turn in turns]
+    return Jackknife(value, tuple(np.array(values) for values in without))
+
+
+def kernel_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> Estimate:
+    """KID: the unbiased squared MMD of the kernel k = (x.y / D + 1)^3 (Binkowski et al. 2018).
+
+    MMD^2 = sum_{i != j} k(x_i, x_j) / (n (n - 1)) + the same of y - 2 sum_ij k(x_i, y_j) / (n m)
+
+    over all pairs, a U-statistic.  Its variance is V1 + V2, of a linear and a quadratic part
+    (Hoeffding 1948).  The delete-one jackknife over both samples has the expectation V1 + 2 V2, but
+    for factors (n - 1) / (n - 2) (Efron & Stein 1981, sec. 4).  So V2, estimated without bias from
+    doubly centred kernels, is taken away once; what remains is at least V2.
 
     Returns:
-      The mean over subsets, and its standard deviation.
+      The value and its standard error (None for fewer than 4 features in a set).
+
+    Raises:
+      ValueError: there are fewer than 2 features in a set.
     """
-    draws = np.random.Generator(np.random.Philox(key=[0, 0]))
-    size = min(size, len(a), len(b))
-    found = []
-    for _ in range(subsets):
-        x = np.asarray(a, np.float64)[draws.choice(len(a), size, replace=False)]
-        y = np.asarray(b, np.float64)[draws.choice(len(b), size, replace=False)]
+    n, m = len(a), len(b)
+    if min(n, m) < 2:
+        raise ValueError(f"KID needs at least 2 features in each set, not {n} and {m}")
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    (xx, _, xx_square), (yy, _, yy_square) = _kernel_sums(a, a), _kernel_sums(b, b)
+    xy, yx, xy_square = _kernel_sums(a, b)
 
-        def kernel(u, v):
-            return (u @ v.T / u.shape[1] + 1) ** 3
+    def value(xx, yy, xy, n, m):
+        return xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m)
 
-        xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
-        inside = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
-        found.append(inside - 2 * xy.mean())
-    return float(np.mean(found)), float(np.std(found))
+    sums = xx.sum(), yy.sum(), xy.sum()
+    found = float(value(*sums, n, m))
+    if min(n, m) < 4:
+        return Estimate(found, None)
+    without_x = value(sums[0] - 2 * xx, sums[1], sums[2] - xy, n - 1, m)
+    without_y = value(sums[0], sums[1] - 2 * yy, sums[2] - yx, n, m - 1)
+    variance = (n - 1) * without_x.var() + (m - 1) * without_y.var()
+
+    def within(sums, square, n):  # E of the squared kernel, doubly centred (Szekely & Rizzo 2014)
+        centred = square - 2 * (sums @ sums) / (n - 2) + sums.sum() ** 2 / ((n - 1) * (n - 2))
+        return max(centred, 0.0) / (n * (n - 3))
+
+    between = xy_square - xy @ xy / m - yx @ yx / n + sums[2] ** 2 / (n * m)
+    across = 4 * max(between, 0.0) / ((n - 1) * (m - 1) * n * m)
+    of_x, of_y = 2 * within(xx, xx_square, n), 2 * within(yy, yy_square, m)
+    quadratic = of_x / (n * (n - 1)) + of_y / (m * (m - 1)) + across
+    variance -= of_x / ((n - 1) * (n - 2)) + of_y / ((m - 1) * (m - 2)) + across
+    return Estimate(found, math.sqrt(max(variance, quadratic)))
+
+
+def _kernel_sums(
+    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
+) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"], float]:
+    """Sums over rows and columns of k(a_i, b_j), and of its squares; without i = j if b is a."""
+    rows, columns, square = np.zeros(len(a)), np.zeros(len(b)), 0.0
+    for start in range(0, len(a), CHUNK):
+        k = a[start : start + CHUNK] @ b.T
+        k /= a.shape[1]
+        k += 1
+        k *= k * k
+        if a is b:
+            np.fill_diagonal(k[:, start:], 0.0)
+        rows[start : start + CHUNK] = k.sum(1)
+        columns += k.sum(0)
+        square += float(np.vdot(k, k))
+    return rows, columns, square
 
 
 def inception_score(probabilities: Float[np.ndarray, "n classes"]) -> float:
     """exp of the mean KL(p(y|x) || p(y)) (Salimans et al. 2016): 1 ... the number of classes."""
+    return math.exp(_divergences(probabilities).mean())
+
+
+def inception_score_error(probabilities: Float[np.ndarray, "n classes"]) -> float | None:
+    """The score's standard error, to first order: the score times that of the mean of KL.
+
+    A first-order error of p(y), the mean of p(y|x), does not change the score.  None for a single
+    image.
+    """
+    mean, error = average(_divergences(probabilities))
+    return None if error is None else math.exp(mean) * error
+
+
+def _divergences(probabilities: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n"]:
     p = np.maximum(np.asarray(probabilities, np.float64), 1e-300)
-    return float(np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()))
+    return (p * (np.log(p) - np.log(p.mean(0)))).sum(1)
+
+
+def share_error(share: float, count: int) -> float | None:
+    """The standard error sqrt(p (1 - p) / (n - 1)) of a share p of n; None for n = 1."""
+    return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
+
+
+def median(values: Float[np.ndarray, "n"]) -> Estimate:
+    """The median and its standard error (Maritz & Jarrett 1978), None for a single value.
+
+    The error is the standard deviation of the median of a bootstrap sample, in closed form: that
+    the i-th of n values is the median has a Beta distribution's mass between (i - 1) / n and i / n.
+    """
+    from scipy.special import betainc
+
+    n, ordered = len(values), np.sort(np.asarray(values, np.float64))
+    if n < 2:
+        return Estimate(float(np.median(ordered)), None)
+    weights = np.diff(betainc((n + 1) / 2, (n + 1) / 2, np.arange(n + 1) / n))
+    variance = weights @ np.square(ordered) - np.square(weights @ ordered)
+    return Estimate(float(np.median(ordered)), math.sqrt(max(variance, 0.0)))
+
+
+def quotient(a: Estimate, b: Estimate) -> Estimate | None:
+    """a / b of independent estimates: relative errors add in squares.  None where b is 0."""
+    if not b.value > 0:
+        return None
+    found = a.value / b.value
+    if a.error is None or b.error is None:
+        return Estimate(found, None)
+    return Estimate(found, math.hypot(a.error, found * b.error) / b.value)
 
 
 def nearest(
@@ -102,13 +297,18 @@ def nearest(
 
 
 def precision_recall(
-    real: Float[np.ndarray, "n d"], drawn: Float[np.ndarray, "m d"], rank: int = 3
+    real: Float[np.ndarray, "n d"], drawn: Float[np.ndarray, "m d"], rank: int = RANK
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, alg. 1).
 
     The share of `drawn` within a ball around some real image that reaches to its `rank`-th
     nearest real neighbour; and the same the other way round.
+
+    Raises:
+      ValueError: a set has no more than `rank` images.
     """
+    if min(len(real), len(drawn)) <= rank:
+        raise ValueError(f"needs more than {rank} images of each, not {len(real)}, {len(drawn)}")
 
     def share(of, among):
         # Of each row the nearest is the row itself, so its rank-th neighbour has place `rank`.

@@ -9,15 +9,23 @@ from jaxtyping import Float
 from ddpm_jax import report
 from ddpm_jax.classifier import Judge
 from ddpm_jax.data.loader import Data, Split
+from ddpm_jax.evaluate import averages, figures
 from ddpm_jax.metrics.distances import (
+    RANK,
+    Grouped,
+    Jackknife,
     Moments,
-    frechet,
+    frechet_distance,
     inception_score,
+    inception_score_error,
     kernel_distance,
-    moments,
+    median,
     nearest,
     precision_recall,
+    quotient,
+    share_error,
 )
+from ddpm_jax.progress import tell
 from ddpm_jax.tasks import to_images
 
 WHOLE = 100_000  # images of a training set that are looked at, at the most: an endless one's
@@ -33,26 +41,31 @@ class Quality(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a judge saw of a set: all features' moments, the first `KEPT` features, log p(y|x)."""
+    """Of a set: moments of all features, the first `KEPT` features, log p(y|x)."""
 
-    moments: Moments
+    grouped: Grouped
     features: np.ndarray
     logs: np.ndarray
 
+    @property
+    def moments(self) -> Moments:
+        """Those of all features."""
+        return self.grouped.moments
 
-def look(judge: Judge, parts: Iterator[np.ndarray]) -> Seen:
-    """Show a judge a set of images, part by part."""
-    total = None
-    kept: list[np.ndarray] = []
-    logs: list[np.ndarray] = []
+
+def look(judge: Judge, parts: Iterator[np.ndarray], before: Seen | None = None) -> Seen:
+    """What a judge finds in a set of images, part by part, added to what came `before`."""
+    grouped = before.grouped if before else None
+    kept = [before.features] if before else []
+    logs = [before.logs] if before else []
     for part in parts:
         features, log = judge.see(part)
-        total = moments(features, total)
-        room = KEPT - sum(len(some) for some in kept)
+        grouped = Grouped(features, grouped)
+        room = KEPT - sum(len(rows) for rows in kept)
         kept.append(features[:room].astype(np.float32))
         logs.append(log.astype(np.float32))
-    assert total is not None
-    return Seen(total, np.concatenate(kept), np.concatenate(logs))
+    assert grouped is not None
+    return Seen(grouped, np.concatenate(kept), np.concatenate(logs))
 
 
 def quality(
@@ -65,47 +78,86 @@ def quality(
 ) -> Quality:
     """Compare `drawn` with the held-out images, and as many training images with them, too.
 
-    A distance between two finite sets is never 0: that of training images to the held-out
-    ones is what a perfect model would reach.  Figures are named for the judge; Inception's is
-    FID, told against the whole training set, too, as papers do.
+    A distance between two finite sets is not 0: a perfect model reaches that of training images to
+    the held-out ones.  Both depend on the number of images, so the ratio is of the distances of
+    equally many, min(drawn, training), which `..._ratio_images` reports.  The metrics are named
+    after the judge; Inception's is FID, also against the whole training set, as in papers.  Every
+    metric has its standard error beside it, `..._error`; a metric that there are too few images for
+    is left out, and a line says so.
 
     Args:
       drawn: in [-1, 1].
-      labels: what each was meant to be; None: nothing was asked for.
+      labels: the class that each was drawn for; None: no class.
       split: whose images are the held-out ones.
       pixels: compare with the nearest training images, too.
     """
-    ours = look(judge, (drawn[at : at + CHUNK] for at in range(0, len(drawn), CHUNK)))
-    theirs = look(judge, _parts(data.train.some(len(drawn)), data.levels)).moments
+    train = data.train.some(len(drawn))
+    size = len(train.images)  # of both sides of the ratio
+    order = np.arange(len(drawn))
+    if size < len(drawn):  # some of them, which need not be drawn in a random order
+        order = np.random.Generator(np.random.Philox(key=[0, 4])).permutation(len(drawn))
+    equal = look(judge, _chunks(drawn, order[:size]))
+    ours = look(judge, _chunks(drawn, order[size:]), equal) if size < len(drawn) else equal
+    theirs = look(judge, _parts(train, data.levels))
     held_out = look(judge, _parts(data.part(split), data.levels))
+    counts = {
+        "generated": len(drawn),
+        "held-out": held_out.moments.size,
+        "training": len(data.train.images),
+    }
     inception = judge.name == "inception"
     name = judge.name
     distance = "fid" if inception else f"fd_{name}"
-    apart, usual = frechet(ours.moments, held_out.moments), frechet(theirs, held_out.moments)
-    kid, deviation = kernel_distance(ours.features, held_out.features)
-    precision, recall = precision_recall(held_out.features, ours.features)
-    metrics = {
-        f"{distance}": apart,
-        f"{distance}_of_training": usual,
-        f"{distance}_ratio": apart / usual,
-        f"kid_{name}": kid,
-        f"kid_{name}_error": deviation,
-        f"score_{name}": inception_score(np.exp(ours.logs)),
-        f"precision_{name}": precision,
-        f"recall_{name}": recall,
-        "drawn": float(len(drawn)),
-    }
+    metrics: dict[str, float] = {"drawn": float(len(drawn))}
+    missing: list[str] = []
+
+    def enough(what: str, least: int, *sets: str) -> bool:
+        if min(counts[of] for of in sets) >= least:
+            return True
+        missing.append(what)
+        return False
+
+    if enough(distance, 2, "generated", "held-out"):
+        metrics |= _of(distance, frechet_distance(ours.grouped, held_out.grouped))
+    if enough(f"{distance}_ratio", 2, *counts):
+        usual = frechet_distance(theirs.grouped, held_out.grouped)
+        ratio = frechet_distance(equal.grouped, held_out.grouped).over(usual)
+        metrics |= _of(f"{distance}_of_training", usual)
+        if ratio is None:
+            missing.append(f"{distance}_ratio")
+        else:
+            metrics |= _of(f"{distance}_ratio", ratio)
+            metrics[f"{distance}_ratio_images"] = float(size)
+    if enough(f"kid_{name}", 2, "generated", "held-out"):
+        kid = kernel_distance(ours.features, held_out.features)
+        metrics |= figures(f"kid_{name}", kid)
+    if enough(f"score_{name}", 2, "generated"):
+        p = np.exp(ours.logs)
+        metrics |= figures(f"score_{name}", (inception_score(p), inception_score_error(p)))
+    if enough(f"precision_{name}, recall_{name}", RANK + 1, "generated", "held-out"):
+        sets = ours.features, held_out.features
+        shares = precision_recall(held_out.features, ours.features)
+        for word, share, of in zip(("precision", "recall"), shares, sets, strict=True):
+            metrics |= figures(f"{word}_{name}", (share, share_error(share, len(of))))
     if inception:
-        train = look(judge, _parts(data.train.some(WHOLE), data.levels)).moments
-        metrics["fid_to_training"] = frechet(ours.moments, train)
+        whole = look(judge, _parts(data.train.some(WHOLE), data.levels))
+        if enough("fid_to_training", 2, "generated", "training"):
+            metrics |= _of("fid_to_training", frechet_distance(ours.grouped, whole.grouped))
     else:
-        metrics["sure"] = float((np.exp(ours.logs).max(1) > 0.9).mean())
+        right = {"sure": np.exp(ours.logs).max(1) > 0.9}
         if labels is not None:
-            metrics["recognised"] = float((ours.logs.argmax(1) == labels).mean())
-    if not pixels:
-        return Quality(metrics, None)
-    near, picture = neighbours(drawn[:KEPT], data, split)
-    return Quality(metrics | near, picture)
+            right["recognised"] = ours.logs.argmax(1) == np.asarray(labels)[order]
+        metrics |= averages(right)
+    picture = None
+    if pixels:
+        near, picture = neighbours(drawn[:KEPT], data, split)
+        metrics |= near
+        if "nearest_ratio" not in near:
+            missing.append("nearest_ratio")
+    if missing:
+        sizes = ", ".join(f"{count} {of}" for of, count in counts.items())
+        tell(f"metrics that {sizes} images do not give are left out: {', '.join(missing)}")
+    return Quality(metrics, picture)
 
 
 def neighbours(
@@ -113,23 +165,34 @@ def neighbours(
 ) -> tuple[dict[str, float], np.ndarray]:
     """How far drawn images are, in pixels, from the nearest training ones, and a sheet of both.
 
-    The median distance, and its ratio to that of held-out images: under 1 is memorising.
+    The median distance, and its ratio to that of held-out images: under 1 is memorising.  The ratio
+    is left out where half of the held-out images are training images, too.
     """
-    train = to_images(np.asarray(data.train.some(WHOLE).images), data.levels)
-    held_out = to_images(np.asarray(data.part(split).images), data.levels)
+    train = to_images(data.train.some(WHOLE).images, data.levels)
+    held_out = to_images(data.part(split).images, data.levels)
     flat = [images.reshape(len(images), -1) for images in (drawn, held_out, train)]
     distance, which = nearest(flat[0], flat[2])
     usual, _ = nearest(flat[1], flat[2])
     rows = []
     for start in range(0, min(40, len(drawn)) // 10 * 10, 10):
         rows += [drawn[start : start + 10], train[which[start : start + 10]]]
-    metrics = {
-        "nearest": float(np.median(distance)),
-        "nearest_ratio": float(np.median(distance) / np.median(usual)),
-    }
+    apart = median(distance)
+    metrics = figures("nearest", apart)
+    ratio = quotient(apart, median(usual))
+    if ratio is not None:
+        metrics |= figures("nearest_ratio", ratio)
     return metrics, report.grid(np.concatenate(rows) if rows else drawn, columns=10)
+
+
+def _of(name: str, distance: Jackknife) -> dict[str, float]:
+    return figures(name, (distance.value, distance.error))
+
+
+def _chunks(images: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    for at in range(0, len(rows), CHUNK):
+        yield images[rows[at : at + CHUNK]]
 
 
 def _parts(split: Split, levels: int) -> Iterator[np.ndarray]:
     for at in range(0, len(split.images), CHUNK):
-        yield to_images(np.asarray(split.images[at : at + CHUNK]), levels)
+        yield to_images(split.images[at : at + CHUNK], levels)
