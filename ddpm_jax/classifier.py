@@ -95,13 +95,14 @@ def classifier_task(
     def judged(params, batch, keys):
         """Of each image and, if noisy, of a time in each tenth of [0, 1]: [B, times]."""
         x0 = to_images(batch.images, levels)
-        times = spread_times(batch.index, keys, NOISE_LEVELS) if schedule else None
+        t_keys, eps_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        times = spread_times(batch.index, t_keys, NOISE_LEVELS) if schedule else None
 
         def at(number):
             x, t = x0, None
             if times is not None:
                 t = times[:, number]
-                x = noised(x0, jax.vmap(lambda key: jax.random.fold_in(key, number))(keys), t)
+                x = noised(x0, jax.vmap(lambda key: jax.random.fold_in(key, number))(eps_keys), t)
             logits: Any = net.apply(params, x, None, t)[0]
             return nll_of(logits, batch.labels), logits.argmax(-1) == batch.labels
 

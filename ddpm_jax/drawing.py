@@ -15,7 +15,8 @@ from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.parallel import Parallel, fetch
 from ddpm_jax.prediction import Denoiser, Kind, Prediction, clip_x0, inpaint, threshold_x0
 from ddpm_jax.process import q_sample
-from ddpm_jax.schedule import Schedule, Spacing, grid
+from ddpm_jax.progress import tell
+from ddpm_jax.schedule import NOISE, Schedule, Spacing, grid, grid_from
 from ddpm_jax.tasks import Request, refuse
 
 FIRST_NOISE = 2**31 - 1  # the number of x_T's draw; the steps' are 0, 1, 2, ...
@@ -124,18 +125,18 @@ def drawing(
     @jax.jit
     def edit(params, others, keys, labels, t, images, known, mask):
         schedule = schedule_of(params)
-        cleanest = grid(schedule, sampling.steps, sampling.spacing)[-2]
-        start = schedule.logsnr(t)
+        start = schedule.logsnr(jnp.maximum(t, 1 / steps if steps else 0.0))  # step 1 at least
         noise = first_noise(keys)
         # At t = 1 x_t would still contain a little of the image, since logsnr is finite there.
         hidden = jnp.where(mask > 0, known, images)
         xt = jax.vmap(q_sample, (0, 0, None))(hidden, noise, start)
         xt = jnp.where((mask == 0) & (t >= 1), noise, xt)
-        logsnrs = jnp.append(jnp.linspace(start, cleanest, sampling.steps), jnp.inf)
+        logsnrs = grid(schedule, sampling.steps, sampling.spacing)
+        logsnrs, first = grid_from(logsnrs, jnp.asarray(start, logsnrs.dtype))
         guided = denoiser(params, others, labels, sampling, scale_of(sampling))
-        denoise = LIMITS[sampling.limit](guided)
+        denoise = inpaint(LIMITS[sampling.limit](guided), known, mask)
         one = sampler.named(sampling.sampler, sampling.steps)
-        return sampler.sample(one, inpaint(denoise, known, mask), logsnrs, keys, xt)
+        return sampler.sample(one, denoise, logsnrs, keys, xt, first=first)
 
     def guides_params():
         other = guide()
@@ -264,12 +265,23 @@ def drawing(
     return Drawing(many, sample, edit_with_guide, told, requested, about, own)
 
 
+_tell_once = functools.cache(tell)
+
+
 def check_start(kind: Kind, schedule: Schedule, how: Sampling) -> None:
     """Raises UserError where drawing starts at so much noise that eps says nothing of x0.
+
+    A schedule that does not end in noise, from which drawing starts, is logged.
 
     x0 = (x_t - sigma eps) / alpha is then the network's error divided by next to nothing (Lin et
     al. 2024, sec. 3.2); what keeps x0 within a range keeps that from mattering.
     """
+    end = float(schedule.logsnr(jnp.asarray(1.0)))
+    if end > NOISE:
+        _tell_once(
+            f"the noise schedule ends at logsnr {end:.1f}, which is above {NOISE:g} and not pure "
+            "noise, but drawing starts with pure noise: images will be worse than the network's"
+        )
     if kind != "eps" or how.limit != "none":
         return
     start = float(grid(schedule, how.steps, how.spacing)[0])

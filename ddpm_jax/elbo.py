@@ -63,12 +63,23 @@ def decoder_nll(
     # By symmetry both edges are moved to the lower tail, where nothing cancels.
     flip = low + high > 0
     low, high = jnp.where(flip, -high, low), jnp.where(flip, -low, high)
-    log_low, log_high = log_ndtr(low), log_ndtr(high)
+    log_low, log_high = _log_ndtr(low), _log_ndtr(high)
     # log(exp(log_high) - exp(log_low)); the mask keeps gradients of -inf away.
     inner = jnp.isfinite(log_low)
     difference = jnp.where(inner, jnp.where(inner, log_low, 0) - log_high, -1.0)
+    difference = jnp.minimum(difference, -jnp.finfo(difference.dtype).eps)  # far out it rounds to 0
     log_mass = log_high + jnp.where(inner, jnp.log(-jnp.expm1(difference)), 0.0)
     return -jnp.sum(log_mass)
+
+
+def _log_ndtr(x: Float[Array, "*event"]) -> Float[Array, "*event"]:
+    """`log_ndtr`; below -16 its asymptotic series, whose derivative does not cancel in float32."""
+    far = x < -16
+    tail, near = jnp.where(far, x, -16.0), jnp.where(far, 0.0, x)
+    u = 1 / jnp.square(tail)
+    series = jnp.log1p(-u * (1 - 3 * u * (1 - 5 * u * (1 - 7 * u))))
+    log_tail = -0.5 * jnp.square(tail) - jnp.log(-tail) - 0.5 * jnp.log(2 * jnp.pi) + series
+    return jnp.where(far, log_tail, log_ndtr(near))
 
 
 def step_nats(
@@ -91,14 +102,18 @@ def step_nats(
     Raises:
       ValueError: as `step_kl`.
     """
+    # The branch that is not taken gets x0 itself for a prediction, so that its gradient, which is
+    # multiplied by 0, is finite.
     clean = jnp.isposinf(logsnr_s)
-    finite = jnp.where(clean, logsnr_t + 1.0, logsnr_s)  # what it is there goes nowhere
-    inner = step_kl(prediction, x0, xt, logsnr_t, finite, variance)
+    finite = jnp.where(clean, logsnr_t + 1.0, logsnr_s)
+    at_step = prediction._replace(x0=jnp.where(clean, x0, prediction.x0))
+    inner = step_kl(at_step, x0, xt, logsnr_t, finite, variance)
     log_variance = least
     if prediction.variance_fraction is not None and variance == "learned":
         log_beta = jax.nn.log_sigmoid(-logsnr_t)
         log_variance = least + prediction.variance_fraction * (log_beta - least)
-    last = decoder_nll(prediction, x0, jnp.exp(0.5 * log_variance), levels)
+    at_data = prediction._replace(x0=jnp.where(clean, prediction.x0, x0))
+    last = decoder_nll(at_data, x0, jnp.exp(0.5 * log_variance), levels)
     return jnp.where(clean, last, inner)
 
 

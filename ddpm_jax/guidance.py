@@ -74,11 +74,18 @@ def rescaled(
 ) -> Prediction:  # fmt: skip
     """Guided x0 scaled back, image by image, to the conditional one's deviation.
 
-    x0 = share (std_conditional / std_guided) x0 + (1 - share) x0 (Lin et al. 2024, eq. 14-16)
+    x0 = share (std_conditional / std_guided) x0 + (1 - share) x0 (Lin et al. 2024, eq. 14-16).
+    An image of one value has no deviation (but for rounding) and stays as it is.
     """
 
     def one(x0, target):
-        return x0 * (share * target.std() / x0.std() + 1 - share)
+        rounding = 10 * jnp.finfo(x0.dtype).eps * jnp.abs(x0).max()
+        varied, target_varied = x0.var() > jnp.square(rounding), target.var() > 0
+        std = jnp.sqrt(jnp.where(varied, x0.var(), 1.0))
+        target_std = jnp.where(
+            target_varied, jnp.sqrt(jnp.where(target_varied, target.var(), 1)), 0
+        )
+        return jnp.where(varied, x0 * (share * target_std / std + 1 - share), x0)
 
     return with_x0(guided, jax.vmap(one)(guided.x0, conditional.x0), xt, logsnr)
 

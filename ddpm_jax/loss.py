@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.elbo import bits_per_dim, step_nats
 from ddpm_jax.prediction import Prediction
+from ddpm_jax.schedule import within
 
 Scalar = Float[Array, ""]
 
@@ -106,12 +107,12 @@ def uniform_times(
 def stratified_times(
     keys: Key[Array, "batch"], index: Int[Array, "batch"], size: int
 ) -> Float[Array, "batch"]:
-    """t_i = (i + u_i) / B: each uniform, together evenly spread over the batch.
+    """t_i = (i + u_i) / B < 1: each uniform, together evenly spread over the batch.
 
     It serves as VDM's antithetic sampling does (Kingma et al. 2021, app. I.1, one u for all)
     with a draw of each example's own, so that the batch can lie on many devices.
     """
-    return (index + jax.vmap(jax.random.uniform)(keys)) / size
+    return within(index, jax.vmap(jax.random.uniform)(keys), size)
 
 
 class LossHistory(NamedTuple):
@@ -143,7 +144,7 @@ def importance_times(
     def draw(key):
         which, where = jax.random.split(key)
         row = jax.random.categorical(which, jnp.log(share))
-        return (row + jax.random.uniform(where)) / bins, 1 / (share[row] * bins)
+        return within(row, jax.random.uniform(where), bins), 1 / (share[row] * bins)
 
     return jax.vmap(draw)(keys)
 

@@ -17,6 +17,7 @@ from ddpm_jax.prediction import Denoiser
 from ddpm_jax.process import alpha_sigma
 
 Scalar = Float[Array, ""]
+TOLERANCE = 1e-5
 
 
 def flow(denoise: Denoiser, x: Float[Array, "batch *event"], logsnr: Scalar) -> Array:
@@ -31,7 +32,7 @@ def log_density(
     probe: Float[Array, "batch *event"],
     clean: Scalar,
     noisy: Scalar,
-    tolerance: float = 1e-3,
+    tolerance: float | Array = TOLERANCE,
 ) -> tuple[Float[Array, "batch"], Float[Array, ""]]:
     """(log p(x) in nats at logsnr `clean`, how often the field was evaluated), eq. (2).
 
@@ -39,7 +40,9 @@ def log_density(
       probe: Hutchinson's v, of +-1; the estimate's mean over it is exact.
       noisy: where p is taken to be N(0, I).
       tolerance: of the adaptive solver, absolute and relative, over the batch as a whole: the
-        batch that an image lies in changes its figure by about as much.
+        batch that an image lies in changes its figure by about as much.  Of exactly known models
+        of 17 grey values (1 to 768 dimensions, float32) the mean was wrong by up to 0.025 bits
+        per dimension at 1e-3, 0.004 at 1e-4, and 0.0003 at 1e-5 with twice the evaluations.
     """
     import diffrax
 

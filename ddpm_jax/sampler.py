@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.prediction import Denoiser, Prediction, Variance, reverse_log_variance
 from ddpm_jax.process import alpha_sigma, q_posterior
@@ -52,8 +52,9 @@ def sample(
     keys: Key[Array, "batch"],
     xT: Float[Array, "batch *event"],
     trace: bool | int = False,
+    first: Int[Array, ""] | int | None = None,
 ) -> Any:
-    """Walk `sampler` along `logsnrs`, in one `lax.scan`.
+    """Walk `sampler` along `logsnrs`, in one loop.
 
     Args:
       denoise: called with x_t [B, *event] and one logsnr for all; never at +inf.
@@ -61,6 +62,8 @@ def sample(
       keys: one for each image, of the noise that the steps add.
       xT: noise, already drawn.
       trace: return (x, Trace) instead of x; a number: of so many images, the first ones.
+      first: the entry of `logsnrs` at which xT lies, as a number that may be traced; the entries
+        before it are not visited.  Without a trace.
     """
 
     traced = None if trace is True else trace
@@ -73,9 +76,20 @@ def sample(
         after, prediction = sampler.step(denoise, state, noise, logsnr_t, logsnr_s)
         return after, Trace(state.x[:traced], prediction.x0[:traced]) if trace else None
 
+    if first is not None:
+        last = len(logsnrs) - 1
+        visit = lambda i, state: step(state, (i, logsnrs[i], logsnrs[i + 1]))[0]  # noqa: E731
+        return jax.lax.fori_loop(first, last, visit, sampler.init(xT)).x
     steps = jnp.arange(len(logsnrs) - 1), logsnrs[:-1], logsnrs[1:]
     state, seen = jax.lax.scan(step, sampler.init(xT), steps)
     return (state.x, seen) if trace else state.x
+
+
+def _within(what: str, value: float, most: float = float("inf")) -> None:
+    """Raises ValueError unless 0 <= value <= most, finite."""
+    if not (0 <= value <= most and value < float("inf")):
+        allowed = f"between 0 and {most:g}" if most < float("inf") else "finite and at least 0"
+        raise ValueError(f"{what} must be {allowed}, not {value:g}")
 
 
 def ancestral(variance: Variance = "posterior", noise_scale: float = 1.0) -> Sampler:
@@ -84,13 +98,19 @@ def ancestral(variance: Variance = "posterior", noise_scale: float = 1.0) -> Sam
     Args:
       variance: "posterior" (the lower one), "beta" (the upper one) or "learned".
       noise_scale: of the noise that is added; less than 1 is no sampler, but shows why.
+
+    Raises:
+      ValueError: `noise_scale` is not between 0 and 1.
     """
+    _within("the noise scale of ancestral sampling", noise_scale, 1.0)
 
     def step(denoise, state, noise, logsnr_t, logsnr_s):
         prediction = denoise(state.x, logsnr_t)
         mean, _ = q_posterior(prediction.x0, state.x, logsnr_t, logsnr_s)
-        log_variance = reverse_log_variance(prediction, variance, logsnr_t, logsnr_s)
-        std = jnp.where(jnp.isposinf(logsnr_s), 0.0, jnp.exp(0.5 * log_variance))
+        clean = jnp.isposinf(logsnr_s)  # where the variance is 0; its log gets another logsnr
+        finite = jnp.where(clean, logsnr_t + 1.0, logsnr_s)
+        log_variance = reverse_log_variance(prediction, variance, logsnr_t, finite)
+        std = jnp.where(clean, 0.0, jnp.exp(0.5 * log_variance))
         return State(mean + noise_scale * std * noise), prediction
 
     return Sampler(State, step)
@@ -100,7 +120,11 @@ def ddim(eta: float = 0.0) -> Sampler:
     """DDIM (Song et al. 2021, eq. 12 and 16): eta 0 is an ODE step, eta 1 is `ancestral`.
 
     x_s = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + std noise,  std = eta std_posterior
+
+    Raises:
+      ValueError: `eta` is not between 0 and 1, where x_s has the marginal variance.
     """
+    _within("DDIM's eta", eta, 1.0)
 
     def step(denoise, state, noise, logsnr_t, logsnr_s):
         prediction = denoise(state.x, logsnr_t)
@@ -149,7 +173,14 @@ def edm(
 
     sigma_hat = sigma (1 + gamma), gamma = min(churn / steps, sqrt(2) - 1) where sigma lies
     between `low` and `high`, else 0.
+
+    Raises:
+      ValueError: a number is negative or not finite, or `low` exceeds `high`.
     """
+    for what, value in (("churn", churn), ("noise scale", noise_scale)):
+        _within(f"EDM's {what}", value)
+    if not 0 <= low <= high:
+        raise ValueError(f"EDM's noise levels must satisfy 0 <= low <= high, not {low:g}, {high:g}")
     most = min(churn / steps, 2**0.5 - 1)
 
     def step(denoise, state, noise, logsnr_t, logsnr_s):
@@ -178,9 +209,10 @@ def _two_step_init(xT):
 
 def _extrapolation(state, prediction, logsnr_t, logsnr_s):
     """(x0 - last x0) / 2r with r = h_last / h, or 0 at the first and the last step."""
-    share = (logsnr_s - logsnr_t) / (logsnr_t - state.logsnr) / 2
-    share = jnp.where(jnp.isfinite(share), share, 0.0)
-    return share * (prediction.x0 - state.x0)
+    second = (logsnr_t > state.logsnr) & jnp.isfinite(logsnr_s)  # no number exceeds NaN
+    h = jnp.where(second, logsnr_s - logsnr_t, 0.0)
+    h_last = jnp.where(second, logsnr_t - state.logsnr, 1.0)
+    return h / h_last / 2 * (prediction.x0 - state.x0)
 
 
 def dpmpp_2m() -> Sampler:
@@ -241,24 +273,27 @@ def unipc() -> Sampler:
 
     def step(denoise, state, noise, logsnr_t, logsnr_s):
         prediction = denoise(state.x, logsnr_t)
-        # Correct: from x_before at state.logsnr to here, with the x0 found here.
-        h = 0.5 * (logsnr_t - state.logsnr)
+        # Correct: from x_before at state.logsnr to here, with the x0 found here.  Where a step
+        # before is missing (NaN), a finite logsnr keeps the unused branch's gradient finite.
+        first, second = jnp.isnan(state.logsnr), jnp.isnan(state.logsnr_before)
+        last = jnp.where(first, logsnr_t - 1.0, state.logsnr)
+        last_but_one = jnp.where(second, last - 1.0, state.logsnr_before)
+        h = 0.5 * (logsnr_t - last)
         alpha, sigma = alpha_sigma(logsnr_t)
         rise = -jnp.expm1(-h)
-        base = sigma / alpha_sigma(state.logsnr)[1] * state.x_before + alpha * rise * state.x0
+        base = sigma / alpha_sigma(last)[1] * state.x_before + alpha * rise * state.x0
         new = prediction.x0 - state.x0
         phi = (1 - rise / h) / rise  # (h - 1 + e^-h) / (h (1 - e^-h)): sum of the two weights
         phi_2 = (1 - 2 * (h - rise) / jnp.square(h)) / rise
-        ratio = 0.5 * (state.logsnr_before - state.logsnr) / h  # negative
+        ratio = 0.5 * (last_but_one - last) / h  # negative
         weight_new = (phi_2 - ratio * phi) / (1 - ratio)
         weight_old = (phi - weight_new) / ratio
         old = state.x0_before - state.x0
-        second = weight_new * new + weight_old * old
-        corrected = base + alpha * rise * jnp.where(jnp.isnan(ratio), 0.5 * new, second)
-        x = jnp.where(jnp.isnan(h), state.x, corrected)
+        change = jnp.where(second, 0.5 * new, weight_new * new + weight_old * old)
+        x = jnp.where(first, state.x, base + alpha * rise * change)
         # Predict: as DPM-Solver++(2M).
-        last = TwoStep(x, state.x0, state.logsnr)
-        data = prediction.x0 + _extrapolation(last, prediction, logsnr_t, logsnr_s)
+        memory = TwoStep(x, state.x0, state.logsnr)
+        data = prediction.x0 + _extrapolation(memory, prediction, logsnr_t, logsnr_s)
         alpha, sigma_s = alpha_sigma(logsnr_s)
         rise = -jnp.expm1(-0.5 * (logsnr_s - logsnr_t))
         after = sigma_s / sigma * x + alpha * rise * data
@@ -291,10 +326,28 @@ def invert(
 def slerp(
     a: Float[Array, "*event"], b: Float[Array, "*event"], share: float | Array
 ) -> Float[Array, "*event"]:
-    """The point of the great circle from a to b: noise between two noises stays noise."""
-    cosine = jnp.sum(a * b) / jnp.linalg.norm(a) / jnp.linalg.norm(b)
-    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
-    return (jnp.sin((1 - share) * angle) * a + jnp.sin(share * angle) * b) / jnp.sin(angle)
+    """The point of the great circle from a to b: noise between two noises stays noise.
+
+    (sin((1 - share) angle) a + sin(share angle) b) / sin(angle) (Shoemake 1985, sec. 3.3).  Where
+    a and b fix no great circle (they are parallel or opposite, or one is 0), the point of the
+    straight line, (1 - share) a + share b.
+
+    Args:
+      share: 0 gives a, 1 gives b.
+    """
+    size_a, size_b = jnp.sum(jnp.square(a)), jnp.sum(jnp.square(b))
+    nonzero = (size_a > 0) & (size_b > 0)
+    unit_a, unit_b = (
+        x / jnp.sqrt(jnp.where(nonzero, n, 1.0)) for x, n in ((a, size_a), (b, size_b))
+    )
+    apart, together = jnp.sum(jnp.square(unit_a - unit_b)), jnp.sum(jnp.square(unit_a + unit_b))
+    least = jnp.square(10 * jnp.finfo(apart.dtype).eps)
+    curved = nonzero & (apart > least) & (together > least)
+    # Both branches are finite everywhere, and so are their gradients.
+    apart, together = jnp.where(curved, apart, 2.0), jnp.where(curved, together, 2.0)
+    angle = 2 * jnp.arctan2(jnp.sqrt(apart), jnp.sqrt(together))
+    arc = (jnp.sin((1 - share) * angle) * a + jnp.sin(share * angle) * b) / jnp.sin(angle)
+    return jnp.where(curved, arc, (1 - share) * a + share * b)
 
 
 # What `--sampler` knows: name -> (steps[, the number after a colon]) -> Sampler.
@@ -316,16 +369,16 @@ def named(name: str, steps: int) -> Sampler:
 
     Raises:
       KeyError: there is none of that name.
-      ValueError: what stands behind the colon is no number, or one that means nothing to it.
+      ValueError: there is a colon without a number, or with one that the sampler cannot take.
     """
     base, colon, text = name.partition(":")
     make = SAMPLERS[base]
     if not colon:
         return make(steps)
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError("a sampler's number is 0 or more")
+    if not make.__defaults__:
+        raise ValueError(f"{base} takes no number; use {base}")
     try:
-        return make(steps, value)
-    except TypeError:
-        raise ValueError(f"{base} takes no number") from None
+        value = float(text)
+    except ValueError:
+        raise ValueError(f'"{text}" is not a number; use {base}:NUMBER or {base}') from None
+    return make(steps, value)

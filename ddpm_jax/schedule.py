@@ -6,15 +6,17 @@
 Which steps a sampler takes is a grid of logsnr, made here once and given to it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Scalar = Float[Array, ""]
+NOISE = -5.0  # logsnr up to which x_t is taken for pure noise: alpha is 0.08
 Spacing = Literal["leading", "trailing", "linspace", "quadratic", "logsnr", "rho7"]
 
 
@@ -27,8 +29,25 @@ class Schedule(NamedTuple):
 
 
 def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> np.ndarray:
-    """Betas rising linearly (Ho et al. 2020, sec. 4): float64 [steps]."""
-    return np.linspace(first, last, steps)
+    """Betas rising linearly, scaled by 1000 / steps: float64 [steps].
+
+    Those of 1000 steps are Ho et al. 2020's (sec. 4); the scale gives any number of steps nearly
+    the same end, logsnr -10 (Nichol & Dhariwal 2021, their code).
+
+    Args:
+      first, last: betas of 1000 steps.
+
+    Raises:
+      ValueError: the last beta is 1 or more: there are too few steps.
+    """
+    scale = 1000 / steps
+    if not scale * max(first, last) < 1:
+        least = math.floor(1000 * max(first, last)) + 1
+        raise ValueError(
+            f"linear betas of {steps} steps reach {scale * max(first, last):g}, and a beta is less "
+            f"than 1; noise_steps must be at least {least}"
+        )
+    return np.linspace(scale * first, scale * last, steps)
 
 
 def cosine_betas(steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> np.ndarray:
@@ -100,9 +119,9 @@ def cosine(lowest: float = -15.0, highest: float = 15.0) -> Schedule:
         return -2 * jnp.where(t > 0.5, near_noise, jnp.log(jnp.tan(jnp.where(t > 0.5, 1.0, up))))
 
     def time(logsnr):
-        from_data = jnp.arctan(jnp.exp(-0.5 * logsnr)) - a
-        from_noise = jnp.arctan(jnp.exp(0.5 * logsnr)) - c
-        return jnp.where(logsnr > 0, from_data / (b - a), 1 - from_noise / (b - a))
+        near_data = logsnr > 0
+        angle = jnp.arctan(jnp.exp(-0.5 * jnp.where(near_data, logsnr, -logsnr)))  # no overflow
+        return jnp.where(near_data, (angle - a) / (b - a), 1 - (angle - c) / (b - a))
 
     return Schedule(logsnr, time)
 
@@ -124,6 +143,11 @@ def sigmoid(
         """2 d of log_ratio = log(sinh(e) / sinh(d)), d + e = width / 2; 2 e of its negative."""
         return 2 * xp.arctanh(np.sinh(width / 2) / (xp.exp(log_ratio) + np.cosh(width / 2)))
 
+    def near_distance(log_ratio):
+        """`distance` of log_ratio >= 0, where exp(-log_ratio) cannot overflow."""
+        small = jnp.exp(-log_ratio)
+        return 2 * jnp.arctanh(np.sinh(width / 2) * small / (1 + np.cosh(width / 2) * small))
+
     near, rest = (float(distance(end, np)) for end in (highest - shift, shift - lowest))
     length = float(distance(lowest - shift, np)) - near
 
@@ -132,9 +156,9 @@ def sigmoid(
         return jnp.log(jnp.sinh(0.5 * e)) - jnp.log(jnp.sinh(0.5 * d)) + shift
 
     def time(logsnr):
-        from_data = (distance(logsnr - shift, jnp) - near) / length
-        from_noise = (distance(shift - logsnr, jnp) - rest) / length
-        return jnp.where(logsnr > shift, from_data, 1 - from_noise)
+        near_data = logsnr > shift
+        edge = near_distance(jnp.where(near_data, logsnr - shift, shift - logsnr))
+        return jnp.where(near_data, (edge - near) / length, 1 - (edge - rest) / length)
 
     return Schedule(logsnr, time)
 
@@ -159,14 +183,23 @@ def edm(
 
     Cut to sigma / alpha between `lowest` and `highest` (Karras et al. 2022, table 1).
     """
-    low = float(jax.scipy.special.ndtr((np.log(lowest) - mean) / std))
-    high = float(jax.scipy.special.ndtr((np.log(highest) - mean) / std))
+    # Probabilities of both tails in float64: those near 1 would cancel in float32.
+    z_low, z_high = ((math.log(sigma) - mean) / std for sigma in (lowest, highest))
+    below, above = (0.5 * math.erfc(z / math.sqrt(2)) for z in (-z_low, z_high))
+    width = 0.5 * math.erfc(-z_high / math.sqrt(2)) - below
 
     def logsnr(t):
-        return -2 * (mean + std * jax.scipy.special.ndtri(low + t * (high - low)))
+        from_data = below + t * width
+        near_data = from_data < 0.5
+        tail = jnp.where(near_data, from_data, above + (1 - t) * width)
+        z = jax.scipy.special.ndtri(tail)
+        return -2 * (mean + std * jnp.where(near_data, z, -z))
 
     def time(logsnr):
-        return (jax.scipy.special.ndtr((-0.5 * logsnr - mean) / std) - low) / (high - low)
+        z = (-0.5 * logsnr - mean) / std
+        near_data = z < 0
+        tail = jax.scipy.special.ndtr(jnp.where(near_data, z, -z))
+        return jnp.where(near_data, (tail - below) / width, 1 - (tail - above) / width)
 
     return Schedule(logsnr, time)
 
@@ -231,6 +264,9 @@ def grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Float
     logsnr     uniform in logsnr between both ends
     rho7       uniform in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5)
 
+    The first entry must be noise, for a sampler starts with noise: where its logsnr exceeds
+    `NOISE`, as that of few steps of `leading` or `quadratic` does, it is replaced by that of t = 1.
+
     Raises:
       ValueError: no steps, more than the table has, or an unknown spacing.
     """
@@ -266,4 +302,50 @@ def grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Float
         return jnp.append(inner, jnp.inf)
     else:
         raise ValueError(f"unknown spacing {spacing}")
-    return jnp.append(jax.vmap(schedule.logsnr)(jnp.asarray(times)), jnp.inf)
+    logsnrs = jax.vmap(schedule.logsnr)(jnp.asarray(times))
+    first_logsnr = jnp.where(logsnrs[0] > NOISE, schedule.logsnr(jnp.asarray(1.0)), logsnrs[0])
+    return jnp.append(logsnrs.at[0].set(first_logsnr), jnp.inf)
+
+
+def grid_from(
+    logsnrs: Float[Array, "grid"], start: Scalar
+) -> tuple[Float[Array, "longer"], Int[Array, ""]]:
+    """The part of a sampler's grid that is cleaner than `start`, with `start` before it.
+
+    An entry that is nearer to `start` than a tenth of the step that led to it is left out, since
+    a multistep sampler extrapolates by the ratio of two steps.  The step from `start` to +inf is
+    always there.
+
+    Args:
+      logsnrs: as `grid` returns them.
+      start: finite; may be traced, as may `logsnrs`.
+
+    Returns:
+      logsnrs with one more entry; the number of the entry that is `start`.  They rise from there
+      on, and the entries before it are not part of the grid.
+    """
+    own = logsnrs[:-1]
+    gaps = jnp.diff(own, prepend=own[:1])
+    kept = (own > start) & (own - start >= gaps / 10)
+    first = jnp.where(kept.any(), jnp.argmax(kept), len(own))
+    return jnp.concatenate([start[None], logsnrs]).at[first].set(start), first
+
+
+def step_number(t: Float[Array, "*batch"], steps: int) -> Float[Array, "*batch"]:
+    """Uniform t in [0, 1) -> a uniform step 1 ... `steps`, whatever t * steps rounds to."""
+    return jnp.clip(jnp.floor(t * steps) + 1, 1, steps)
+
+
+def within(
+    place: Int[Array, "..."], share: Float[Array, "*batch"], count: int
+) -> Float[Array, "*batch"]:
+    """(place + share) / count: a time in [0, 1), in part number `place` of `count` equal parts.
+
+    The last part's times round to 1 where `share` is nearly 1; such a time becomes the largest
+    number below 1.
+
+    Args:
+      place: 0 ... count - 1.
+      share: in [0, 1).
+    """
+    return jnp.minimum((place + share) / count, 1 - jnp.finfo(share.dtype).epsneg)

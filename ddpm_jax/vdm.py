@@ -37,6 +37,7 @@ from ddpm_jax.process import alpha_sigma, q_sample
 from ddpm_jax.tasks import Evaluation, Task, to_images
 
 ROUTES = ("continuous", "discrete", "ode")
+EVALUATION_PURPOSES = 4  # of an image's draws: z_0, times, noise, the ODE's probe
 
 
 def vdm_task(
@@ -93,8 +94,12 @@ def vdm_task(
 
     draw = drawing(predict, schedule_of, shape, classes, sampling, guide=guide)
 
-    def normal(keys, number):
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+    def split(keys, purposes):
+        """Each purpose's own keys [B]."""
+        apart = jax.vmap(lambda key: jax.random.split(key, purposes))(keys)
+        return (apart[:, purpose] for purpose in range(purposes))
+
+    def normal(keys):
         return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
     def ends_terms(schedule, x0, eps):
@@ -115,12 +120,12 @@ def vdm_task(
     def loss(params, fixed, batch, keys, *, train, gather):
         del fixed, gather
         schedule, x0 = schedule_of(params), to_images(batch.images, levels)
-        split = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
-        t = stratified_times(split[:, 0], batch.index % batch_size, batch_size)
+        t_keys, drop_keys, end_keys, eps_keys = split(keys, 4)
+        t = stratified_times(t_keys, batch.index % batch_size, batch_size)
         labels = batch.labels if classes else None
-        prior, decoder, _ = ends_terms(schedule, x0, normal(keys, 0))
-        drop = split[:, 1] if train else None
-        inner = diffusion(params, schedule, x0, normal(keys, 1), t, labels, drop)
+        prior, decoder, _ = ends_terms(schedule, x0, normal(end_keys))
+        drop = drop_keys if train else None
+        inner = diffusion(params, schedule, x0, normal(eps_keys), t, labels, drop)
         parts = {"prior": prior, "diffusion": inner, "decoder": decoder}
         bits = {name: elbo.bits_per_dim(nats, dims) for name, nats in parts.items()}
         total = bits["prior"] + bits["diffusion"] + bits["decoder"]
@@ -131,14 +136,15 @@ def vdm_task(
         """Nats of each image: what both bounds share, and each one's middle term."""
         schedule, x0 = schedule_of(params), to_images(batch.images, levels)
         labels = batch.labels if classes else None
-        prior, decoder, _ = ends_terms(schedule, x0, normal(keys, 0))
-        times = spread_times(batch.index, keys, eval_times)
+        end_keys, t_keys, eps_keys, _ = split(keys, EVALUATION_PURPOSES)
+        prior, decoder, _ = ends_terms(schedule, x0, normal(end_keys))
+        times = spread_times(batch.index, t_keys, eval_times)
 
         def at(number):
-            eps = normal(keys, 2 + number)
+            eps = normal(jax.vmap(lambda key: jax.random.fold_in(key, number))(eps_keys))
             t = times[:, number]
             continuous = diffusion(params, schedule, x0, eps, t, labels)
-            step = jnp.floor(t * steps) + 1
+            step = schedules.step_number(t, steps)
             now, before = schedule.logsnr(step / steps), schedule.logsnr((step - 1) / steps)
             xt = jax.vmap(q_sample)(x0, eps, now)
             found = predict(params, xt, now, labels)
@@ -150,18 +156,20 @@ def vdm_task(
         return {**ends, "continuous": continuous.mean(0), "discrete": discrete.mean(0)}
 
     @jax.jit
-    def by_ode(params, batch, keys):
+    def by_ode(params, batch, keys, tolerance):
         """Nats of each image, eq. (2)."""
         schedule, x0 = schedule_of(params), to_images(batch.images, levels)
         labels = batch.labels if classes else None
-        eps, probe = normal(keys, 0), jnp.sign(normal(keys, 1))
+        end_keys, _, _, probe_keys = split(keys, EVALUATION_PURPOSES)
+        eps = normal(end_keys)  # z_0 is that of the bounds
+        probe = jax.vmap(lambda key: jax.random.rademacher(key, shape, eps.dtype))(probe_keys)
         _, decoder, z0 = ends_terms(schedule, x0, eps)
         clean, noisy = schedule.logsnr(jnp.zeros(())), schedule.logsnr(jnp.ones(()))
 
         def denoise(xt, logsnr):
             return predict(params, xt, jnp.full(len(xt), logsnr), labels)
 
-        log_p, evaluations = ode.log_density(denoise, z0, probe, clean, noisy)
+        log_p, evaluations = ode.log_density(denoise, z0, probe, clean, noisy, tolerance)
         _, sigma = alpha_sigma(clean)
         log_q = -0.5 * (jnp.square(eps) + jnp.log(2 * jnp.pi)).reshape(len(eps), -1).sum(-1)
         log_q -= dims * jnp.log(sigma)
@@ -174,15 +182,20 @@ def vdm_task(
         )
         ends = found["prior"] + found["decoder"]
         nats = {name: ends + found[name] for name in ROUTES[:2]}
-        metrics = {}
+        metrics, scale = {}, 1 / (dims * np.log(2))
         if full:
-            some = held_out.first(ode_images)
-            solved = per_example(
-                lambda batch, keys: by_ode(params, batch, keys), some, eval_batch, seed, spread
-            )
-            nats["ode"] = solved["ode"]
-            metrics["ode_calls"] = float(solved["calls"].mean())
-            metrics["ode_images"] = float(len(solved["calls"]))
+
+            def solved(count, tolerance):
+                fn = lambda batch, keys: by_ode(params, batch, keys, tolerance)  # noqa: E731
+                return per_example(fn, held_out.first(count), eval_batch, seed, spread)
+
+            exact, checked = solved(ode_images, ode.TOLERANCE), min(ode_images, eval_batch)
+            nats["ode"] = exact["ode"]
+            metrics["ode_calls"] = float(exact["calls"].mean())
+            metrics["ode_images"] = float(len(exact["calls"]))
+            # The solver's error is below its change from ten times the tolerance.
+            change = exact["ode"][:checked] - solved(checked, 10 * ode.TOLERANCE)["ode"]
+            metrics["bits_per_dim_ode_numerical_error"] = float(np.abs(change * scale).mean())
         parts = {
             "prior": found["prior"],
             "diffusion": found["continuous"],
@@ -191,7 +204,7 @@ def vdm_task(
         values = {"loss": nats["continuous"]}
         values |= {f"bits_per_dim_{name}": of_route for name, of_route in nats.items()}
         values |= {f"bits_{name}": of_part for name, of_part in parts.items()}
-        metrics |= averages(values, 1 / (dims * np.log(2)))
+        metrics |= averages(values, scale)
         highest, lowest = (float(end) for end in fetch(params["schedule"]["ends"]))
         metrics |= {"logsnr_highest": highest, "logsnr_lowest": lowest}
         shown = show(draw, params, seed, data, split, full, judging, spread)

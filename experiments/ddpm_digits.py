@@ -80,6 +80,7 @@ from ddpm_jax.config import (
 )  # fmt: skip
 from ddpm_jax.diffusion import Times, diffusion_task
 from ddpm_jax.drawing import Limit, Sampling
+from ddpm_jax.errors import UserError
 from ddpm_jax.gallery import Judging
 from ddpm_jax.guidance import Guide
 from ddpm_jax.guide import guide_of, with_guide
@@ -157,7 +158,7 @@ class Config(Denoiser):
 
     # The process.
     noise: Noise = "cosine_betas"
-    noise_steps: Annotated[int, AtLeast(2)] = 1000  # T of a table of betas
+    noise_steps: Annotated[int, AtLeast(2)] = 1000  # T of a table of betas; linear ones need 21
     prediction: Literal["eps", "x0", "v"] = "v"
     variance: Literal["posterior", "beta", "learned"] = "beta"  # of p(x_s | x_t); in the bound
     bound_scale: NonNegative = 1e-3  # of L_vlb beside L_simple, with a learned variance
@@ -175,6 +176,20 @@ SCHEDULES = {
     "sigmoid": lambda steps: schedule.sigmoid(),
     "edm": lambda steps: schedule.edm(),
 }
+
+
+def noise_schedule(config: Any) -> schedule.Schedule:
+    """The noise schedule that the config chooses.
+
+    Raises:
+      UserError: it cannot have that many steps.
+    """
+    try:
+        return SCHEDULES[config.noise](config.noise_steps)
+    except ValueError as error:
+        raise UserError(f"--config.noise_steps={config.noise_steps}: {error}") from None
+
+
 WEIGHTS = {
     "simple": loss.one,
     "v": loss.v_weight,
@@ -230,7 +245,7 @@ def task(config: Config, judging: Judging, guide: Callable[[], Guide | None]) ->
     """The task of a config."""
     return diffusion_task(
         network(config, config.variance == "learned"),
-        SCHEDULES[config.noise](config.noise_steps),
+        noise_schedule(config),
         config.shape,
         config.levels,
         kind=config.prediction,

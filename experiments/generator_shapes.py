@@ -184,7 +184,7 @@ from ddpm_jax.tasks import Task
 from ddpm_jax.text_to_image import Parts, Prompts, text_to_image_task
 from ddpm_jax.train import averaged, state_shapes
 from experiments import autoencoder_shapes, text_encoder_shapes
-from experiments.ddpm_digits import SCHEDULES, WEIGHTS, Noise, Weight
+from experiments.ddpm_digits import WEIGHTS, Noise, Weight, noise_schedule
 
 DEBUG = dict(
     steps=6, eval_every=4, checkpoint_every=4, log_every=2, batch_size=16, channels=8, blocks=1,
@@ -360,7 +360,7 @@ def generator(config: Config, standing_on: Parts) -> Generator:
     )
     return diffusion(
         net,
-        shifted(SCHEDULES[config.noise](config.noise_steps), config.shift),
+        shifted(noise_schedule(config), config.shift),
         standing_on.latents,
         kind=config.prediction,
         weight=WEIGHTS[config.weight],

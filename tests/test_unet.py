@@ -232,7 +232,7 @@ def test_a_learned_variance_and_importance_times_train_and_draw():
     net = DiT(outputs=2, patch=2, width=8, depth=1, heads=1)
     task = diffusion_task(
         net,
-        from_betas(linear_betas(6)),
+        from_betas(np.linspace(1e-4, 0.02, 6)),
         (4, 4, 1),
         17,
         variance="learned",

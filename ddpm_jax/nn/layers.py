@@ -105,15 +105,17 @@ def attention(
     value: Float[Array, "batch k heads d"],
     seen: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "batch q heads d"]:
-    """softmax(q k^T / sqrt(d)) v, the softmax in float32.
+    """softmax(q k^T / sqrt(d)) v; logits, softmax and sums in float32, whatever the inputs' type.
 
     `seen` (broadcast to [batch, heads, q, k]): which key a query may look at; it must see one.
     """
     scale = query.shape[-1] ** -0.5
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32) * scale
+    float32 = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=float32) * scale
     if seen is not None:
         logits = jnp.where(seen, logits, -1e30)
-    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits).astype(value.dtype), value)
+    out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value.astype(float32))
+    return out.astype(value.dtype)
 
 
 class CrossAttention(nn.Module):
