@@ -22,6 +22,7 @@ from ddpm_jax.evaluate import average, per_example
 from ddpm_jax.metrics.distances import frechet, moments
 from ddpm_jax.metrics.reconstruction import SIDE, psnr, ssim
 from ddpm_jax.nn.autoencoder import Autoencoder
+from ddpm_jax.parallel import fetch
 from ddpm_jax.tasks import Evaluation, Task, to_images
 
 QUICK_IMAGES = 512  # test images that an evaluation before the last looks at
@@ -110,7 +111,6 @@ def autoencoder_task(
         moved = {name: KEEP * fixed[name] + (1 - KEEP) * value for name, value in seen.items()}
         return {**moved, "book": vq.update(fixed["book"], z)} if codes else moved
 
-    @jax.jit
     def again(params, fixed, batch, keys):
         x = to_images(batch.images, levels)
         z, encoded, told = latent(params, fixed, x, keys)
@@ -122,13 +122,7 @@ def autoencoder_task(
 
     def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         held_out = data.part(split) if full else data.part(split).first(QUICK_IMAGES)
-        found = per_example(
-            lambda batch, keys: again(params, fixed, batch, keys),
-            held_out,
-            eval_batch,
-            seed,
-            spread,
-        )
+        found = per_example(again, held_out, eval_batch, seed, spread, params, fixed)
         x, drawn = to_images(np.asarray(held_out.images), levels), found["again"]
         apart = average(np.abs(drawn - x).reshape(len(x), -1).mean(1))
         metrics = {"loss": apart.mean, "loss_error": apart.error}
@@ -141,7 +135,7 @@ def autoencoder_task(
             metrics["perplexity"] = float(vq.perplexity(jnp.asarray(used, jnp.float32)))
         else:
             metrics["kl"] = average(found["kl"]).mean
-        shift, scale = _standard(fixed)
+        shift, scale = fetch(spread.compile(_standard)(fixed))
         metrics["latent_deviation"] = float(((found["z"] - shift) / scale).std())
         about = {"images": f"{split} split"}
         judging = judge() if full else None
@@ -153,7 +147,7 @@ def autoencoder_task(
         pictures = {"reconstructions": report.grid(np.concatenate(rows), columns=10)}
         return Evaluation(metrics, pictures, about)
 
-    def sample(params, fixed, keys, request):
+    def sample(params, fixed, keys, request, spread=None):
         raise UserError(
             "an autoencoder for latents draws nothing by itself; train a generation model on it"
         )

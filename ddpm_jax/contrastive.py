@@ -106,29 +106,33 @@ def contrastive_task(
         further = jnp.einsum("bd,bmd->bm", image, altered).max(1)
         return ((text * image).sum(1) > further).astype(jnp.float32)
 
-    @jax.jit
-    def place(params, batch):
+    def place(params, batch, keys):
+        del keys
         altered = places_of_altered(params, batch.captions)
         text, image, _ = net.apply(params, _own(batch.captions), to_images(batch.images, levels))
         found = {"text": text, "image": image}
         return found if altered is None else {**found, "apart": apart(text, image, altered)}
 
+    def scale_of(params):
+        scale: Any = net.apply(params, method="scale")
+        return scale
+
     def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         del fixed
         held_out = data.part(split)
-        found = per_example(
-            lambda batch, keys: place(params, batch), held_out, eval_batch, seed, spread
-        )
-        scale: Any = net.apply(params, method="scale")
+        found = per_example(place, held_out, eval_batch, seed, spread, params)
+        scale = fetch(spread.compile(scale_of)(params))
         captions = _own(held_out.rows(np.arange(len(held_out.images))).captions)
-        nll, right = [], []
+        nll: list[np.ndarray] = []
+        right: list[np.ndarray] = []
+        among = spread.compile(contrastive_nll)
         count = max(len(captions) // AMONG, 1)
         for part in np.array_split(np.arange(len(captions)), count):
-            text, image = (jnp.asarray(found[name][part]) for name in ("text", "image"))
-            same = jnp.asarray((captions[part][:, None] == captions[part]).all(-1))
-            one = contrastive_nll(text, image, text, image, scale, jnp.arange(len(part)), same)
-            nll.append(fetch(one[0]))
-            right.append(fetch(one[1]))
+            text, image = (found[name][part].astype(np.float32) for name in ("text", "image"))
+            same = (captions[part][:, None] == captions[part]).all(-1)
+            one = among(text, image, text, image, scale, np.arange(len(part)), same)
+            for values, more in zip((nll, right), fetch(one), strict=True):
+                values.append(more)
         mean, error = average(np.concatenate(nll))
         accuracy = average(np.concatenate(right).astype(float))
         metrics = {
@@ -157,7 +161,7 @@ def contrastive_task(
         ]
         return report.grid(np.concatenate(rows), columns=1 + nearest.shape[1])
 
-    def sample(params, fixed, keys, request):
+    def sample(params, fixed, keys, request, spread=None):
         raise UserError("a text encoder draws no images; --mode=eval evaluates it")
 
     return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample)

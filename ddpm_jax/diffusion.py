@@ -175,7 +175,6 @@ def diffusion_task(
 
     # Evaluation: the error at evenly spread times, and the bound.
 
-    @jax.jit
     def test_terms(params, batch, keys):
         labels = batch.labels if classes else None
         times = spread_times(batch.index, keys, eval_times)
@@ -215,9 +214,7 @@ def diffusion_task(
 
     def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         held_out = data.part(split) if full else data.part(split).first(QUICK_IMAGES)
-        found = per_example(
-            lambda batch, keys: test_terms(params, batch, keys), held_out, eval_batch, seed, spread
-        )
+        found = per_example(test_terms, held_out, eval_batch, seed, spread, params)
         mse = average(found["mse"].mean(1))
         metrics = {"loss": mse.mean, "loss_error": mse.error}
         dims = int(np.prod(shape))

@@ -126,7 +126,6 @@ def vdm_task(
         total = bits["prior"] + bits["diffusion"] + bits["decoder"]
         return total, {f"bits_{name}": value for name, value in bits.items()}, {}
 
-    @jax.jit
     def bounds(params, batch, keys):
         """Nats of each image: what both bounds share, and each one's middle term."""
         schedule, x0 = schedule_of(params), to_images(batch.images, levels)
@@ -149,7 +148,6 @@ def vdm_task(
         ends = {"prior": prior, "decoder": decoder}
         return {**ends, "continuous": continuous.mean(0), "discrete": discrete.mean(0)}
 
-    @jax.jit
     def by_ode(params, batch, keys):
         """Nats of each image, eq. (2)."""
         schedule, x0 = schedule_of(params), to_images(batch.images, levels)
@@ -167,19 +165,18 @@ def vdm_task(
         log_q -= dims * jnp.log(sigma)
         return {"ode": log_q - log_p + decoder, "calls": jnp.full(len(eps), evaluations)}
 
+    def curve(params):
+        return schedule_of(params).logsnr(jnp.linspace(0, 1, 101))
+
     def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         held_out = data.part(split) if full else data.part(split).first(QUICK_IMAGES)
-        found = per_example(
-            lambda batch, keys: bounds(params, batch, keys), held_out, eval_batch, seed, spread
-        )
+        found = per_example(bounds, held_out, eval_batch, seed, spread, params)
         ends = found["prior"] + found["decoder"]
         nats = {name: ends + found[name] for name in ROUTES[:2]}
         metrics = {}
         if full:
             some = held_out.first(ode_images)
-            solved = per_example(
-                lambda batch, keys: by_ode(params, batch, keys), some, eval_batch, seed, spread
-            )
+            solved = per_example(by_ode, some, eval_batch, seed, spread, params)
             nats["ode"] = solved["ode"]
             metrics["ode_calls"] = float(solved["calls"].mean())
             metrics["ode_images"] = float(len(solved["calls"]))
@@ -198,7 +195,7 @@ def vdm_task(
         if full:
             pictures["schedule"] = report.lines(
                 np.linspace(0, 1, 101),
-                {"logsnr": fetch(schedule_of(params).logsnr(jnp.linspace(0, 1, 101)))},
+                {"logsnr": fetch(spread.compile(curve)(params))},
                 "t",
                 "The learned schedule",
             )
