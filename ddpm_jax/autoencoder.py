@@ -22,6 +22,7 @@ from ddpm_jax.evaluate import averages, figures, per_example
 from ddpm_jax.metrics.distances import Grouped, frechet_distance
 from ddpm_jax.metrics.reconstruction import SIDE, psnr, ssim
 from ddpm_jax.nn.autoencoder import Autoencoder
+from ddpm_jax.parallel import fetch
 from ddpm_jax.progress import tell
 from ddpm_jax.tasks import Evaluation, Task, to_images
 
@@ -111,7 +112,6 @@ def autoencoder_task(
         moved = {name: KEEP * fixed[name] + (1 - KEEP) * value for name, value in seen.items()}
         return {**moved, "book": vq.update(fixed["book"], z)} if codes else moved
 
-    @jax.jit
     def again(params, fixed, batch, keys):
         """The loss, its parts, and the image of what a generation model is trained on."""
         x = to_images(batch.images, levels)
@@ -126,13 +126,7 @@ def autoencoder_task(
 
     def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         held_out = data.part(split) if full else data.part(split).first(QUICK_IMAGES)
-        found = per_example(
-            lambda batch, keys: again(params, fixed, batch, keys),
-            held_out,
-            eval_batch,
-            seed,
-            spread,
-        )
+        found = per_example(again, held_out, eval_batch, seed, spread, params, fixed)
         x, drawn = to_images(held_out.images, levels), found["again"]
         names = ("loss", "absolute_error", "commitment" if codes else "kl")
         values = {name: found[name] for name in names} | {"psnr": psnr(drawn, x)}
@@ -143,7 +137,7 @@ def autoencoder_task(
             used = np.bincount(found["codes"].astype(int).ravel(), minlength=codes)
             metrics["codes_used"] = float((used > 0).mean())
             metrics["perplexity"] = float(vq.perplexity(jnp.asarray(used, jnp.float32)))
-        shift, scale = _standard(fixed)
+        shift, scale = fetch(spread.compile(_standard)(fixed))
         metrics["latent_deviation"] = float(((found["z"] - shift) / scale).std())
         about = {"images": f"{split} split"}
         judging = judge() if full else None
@@ -160,7 +154,7 @@ def autoencoder_task(
         pictures = {"reconstructions": report.grid(np.concatenate(rows), columns=10)}
         return Evaluation(metrics, pictures, about)
 
-    def sample(params, fixed, keys, request):
+    def sample(params, fixed, keys, request, spread=None):
         raise UserError(
             "an autoencoder for latents draws nothing by itself; train a generation model on it"
         )

@@ -13,7 +13,7 @@ from ddpm_jax.data.loader import Batch, Data
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluate import averages, per_example, spread_times
 from ddpm_jax.nn.classifier import Classifier
-from ddpm_jax.parallel import fetch, make
+from ddpm_jax.parallel import fetch, placed
 from ddpm_jax.process import q_sample
 from ddpm_jax.schedule import Schedule
 from ddpm_jax.tasks import Evaluation, Task, to_images
@@ -91,7 +91,6 @@ def classifier_task(
         right = (logits.argmax(-1) == batch.labels).astype(jnp.float32)
         return nll_of(logits, batch.labels), {"accuracy": right}, {}
 
-    @jax.jit
     def judged(params, batch, keys):
         """Of each image and, if noisy, of a time in each tenth of [0, 1]: [B, times]."""
         x0 = to_images(batch.images, levels)
@@ -111,9 +110,7 @@ def classifier_task(
 
     def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         held_out = data.part(split)
-        found = per_example(
-            lambda batch, keys: judged(params, batch, keys), held_out, eval_batch, seed, spread
-        )
+        found = per_example(judged, held_out, eval_batch, seed, spread, params)
         metrics = averages({"loss": found["nll"], "accuracy": found["right"]})
         worst = np.argsort(-found["nll"].mean(1))[:40]
         images = to_images(held_out.rows(np.sort(worst)).images, levels)
@@ -125,7 +122,7 @@ def classifier_task(
             pictures["levels"] = report.lines(t, {"accuracy": shares}, "t", "By noise level")
         return Evaluation(metrics, pictures)
 
-    def sample(params, fixed, keys, request):
+    def sample(params, fixed, keys, request, spread=None):
         raise UserError("a classifier draws no images; --mode=eval evaluates it")
 
     def guided(params, denoise, labels, scale):
@@ -149,20 +146,22 @@ def judge_of(
     params: Any,
     batch_size: int = 500,
 ) -> Judge:
-    """The judge that `network(params, images in [-1, 1]) -> (logits, features)` makes."""
+    """The judge that `network(params, images in [-1, 1]) -> (logits, features)` makes.
 
-    @jax.jit
+    It works on the devices on which `params` lie.
+    """
+
     def forward(params, x):
         logits, features = network(params, x)
         return features, jax.nn.log_softmax(logits)
 
     def see(images):
-        spread, found = make(), []
-        size = spread.round_up(batch_size)
+        spread, found = placed(params), []
+        size, compiled = spread.round_up(batch_size), spread.compile(forward)
         for start in range(0, len(images), size):  # one shape, compiled once
             part = np.asarray(images[start : start + size], np.float32)
             filled = np.concatenate([part, np.repeat(part[:1], size - len(part), 0)])
-            seen = fetch(forward(params, spread.shard(filled[spread.rows(size)])))
+            seen = fetch(compiled(params, spread.shard(filled[spread.rows(size)])))
             found.append([a.astype(np.float64)[: len(part)] for a in seen])
         features, logs = zip(*found, strict=True)
         return np.concatenate(features), np.concatenate(logs)

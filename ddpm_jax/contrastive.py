@@ -23,7 +23,7 @@ from ddpm_jax.data.loader import Batch, Data
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluate import averages, per_example
 from ddpm_jax.nn.text import DualEncoder
-from ddpm_jax.parallel import fetch
+from ddpm_jax.parallel import Parallel, fetch
 from ddpm_jax.progress import tell
 from ddpm_jax.tasks import Evaluation, Task, to_images
 
@@ -113,8 +113,8 @@ def contrastive_task(
         further = jnp.einsum("bd,bmd->bm", image, altered).max(1)
         return ((text * image).sum(1) > further).astype(jnp.float32)
 
-    @jax.jit
-    def place(params, batch):
+    def place(params, batch, keys):
+        del keys
         altered = places_of_altered(params, batch.captions)
         text, image, _ = net.apply(params, _own(batch.captions), to_images(batch.images, levels))
         found = {"text": text, "image": image}
@@ -122,7 +122,6 @@ def contrastive_task(
             return found
         return {**found, "altered": altered, "told_apart": apart(text, image, altered)}
 
-    @jax.jit
     def compared(found, captions, scale):
         """(nll, right) of pairs that are compared with each other."""
         text, image = found["text"], found["image"]
@@ -130,35 +129,37 @@ def contrastive_task(
         numbers = jnp.arange(len(text))
         return contrastive_nll(text, image, text, image, scale, numbers, same, found.get("altered"))
 
-    def among(found, captions, scale, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def among(found, captions, scale, size: int, spread: Parallel) -> tuple[np.ndarray, np.ndarray]:
         """(nll, right) of every pair, compared with `size` pairs in the order of the split.
 
         The last pairs are compared with the first ones, too; fewer than `size` pairs are repeated,
         as they are in a batch of so small a training set.
         """
-        count, parts = len(captions), []
+        count, parts, compiled = len(captions), [], spread.compile(compared)
         for start in range(0, count, size):
             rows = np.arange(start, start + size) % count
             some = {name: values[rows].astype(np.float32) for name, values in found.items()}
-            part = fetch(compared(some, captions[rows], scale))
+            part = fetch(compiled(some, captions[rows], scale))
             parts.append([values[: count - start] for values in part])
         nll, right = (np.concatenate(values) for values in zip(*parts, strict=True))
         return nll, right
 
+    def scale_of(params):
+        scale: Any = net.apply(params, method="scale")
+        return scale
+
     def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         del fixed
         held_out = data.part(split)
-        found = per_example(
-            lambda batch, keys: place(params, batch), held_out, eval_batch, seed, spread
-        )
-        scale: Any = net.apply(params, method="scale")
+        found = per_example(place, held_out, eval_batch, seed, spread, params)
+        scale = fetch(spread.compile(scale_of)(params))
         captions = _own(held_out.rows(np.arange(len(held_out.images))).captions)
         told_apart = {name: found.pop(name) for name in ("told_apart",) if name in found}
-        nll, right = among(found, captions, scale, batch_size)
+        nll, right = among(found, captions, scale, batch_size, spread)
         metrics = averages({"loss": nll, **told_apart}) | {"scale": float(scale)}
         fewer = min(AMONG, len(captions))
         if fewer > 1:
-            few = among(found, captions, scale, fewer)[1]
+            few = among(found, captions, scale, fewer, spread)[1]
             metrics |= averages({"accuracy": right, f"accuracy_among_{fewer}": few})
         else:
             tell("accuracy is left out: a caption needs at least 2 images to be found among")
@@ -175,7 +176,7 @@ def contrastive_task(
         ]
         return report.grid(np.concatenate(rows), columns=1 + nearest.shape[1])
 
-    def sample(params, fixed, keys, request):
+    def sample(params, fixed, keys, request, spread=None):
         raise UserError("a text encoder draws no images; --mode=eval evaluates it")
 
     return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample)

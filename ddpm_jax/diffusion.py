@@ -182,7 +182,6 @@ def diffusion_task(
 
     # Evaluation: the loss and its parts at evenly spread times, and the bound.
 
-    @jax.jit
     def test_terms(params, batch, keys):
         labels = batch.labels if classes else None
         split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
@@ -225,9 +224,7 @@ def diffusion_task(
 
     def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         held_out = data.part(split) if full else data.part(split).first(QUICK_IMAGES)
-        found = per_example(
-            lambda batch, keys: test_terms(params, batch, keys), held_out, eval_batch, seed, spread
-        )
+        found = per_example(test_terms, held_out, eval_batch, seed, spread, params)
         names = ("loss", "mse", "vlb") if learned else ("loss", "mse")
         metrics = averages({name: found[name] for name in names})
         dims = int(np.prod(shape))

@@ -1,6 +1,5 @@
 """How a trained denoiser draws: samplers, guidance and requests, whatever its task."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +11,7 @@ from jaxtyping import Array, Float, Key
 from ddpm_jax import guidance, sampler
 from ddpm_jax.errors import UserError, nearest
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
-from ddpm_jax.parallel import Parallel, fetch
+from ddpm_jax.parallel import Parallel, fetch, placed
 from ddpm_jax.prediction import Denoiser, Kind, Prediction, clip_x0, inpaint, threshold_x0
 from ddpm_jax.process import q_sample
 from ddpm_jax.progress import tell
@@ -51,11 +50,12 @@ class Drawing(NamedTuple):
 
     many(params, seed, count, spread) -> (images, labels or None, Trace of the first), the classes
         in turn, the images spread over the devices
-    sample(params, fixed, keys, request) -> images, as a `Task`'s
-    edit(params, keys, labels, t, images, known, mask) -> images: noised to time t and drawn
-        again, those pixels kept to `known` where `mask` is 1 (in [-1, 1]; [B, H, W, C] each); at
-        t = 1 drawing starts from noise alone where `mask` is 0, whatever `images` are there
-    told(params, keys, told, how) -> images of whatever else a network is told
+    sample(params, fixed, keys, request, spread=None) -> images, as a `Task`'s
+    edit(params, keys, labels, t, images, known, mask, *, spread=None) -> images: noised to time t
+        and drawn again, those pixels kept to `known` where `mask` is 1 (in [-1, 1]; [B, H, W, C]
+        each); at t = 1 drawing starts from noise alone where `mask` is 0, whatever `images` are
+        there
+    told(params, keys, told, how, spread) -> images of whatever else a network is told
     requested(request) -> how the request has it drawn
     about() -> how `many` draws, for the record
     guide: how this denoiser guides a better one (autoguidance, Karras et al. 2024)
@@ -103,26 +103,19 @@ def drawing(
             keys
         )
 
-    def drawer(how: Sampling, trace: int = 0):
-        """The compiled sampler of one way to draw."""
-        run = program(how._replace(guidance=1.0), trace)
-        return lambda params, *rest: run(params, guides_params(), scale_of(how), *rest)
+    def told(params, keys, labels, how: Sampling, spread: Parallel, trace: int = 0):
+        """One compiled sampler for all scales of guidance, one without, of half the work."""
+        run = spread.compile(walk, static_argnums=(0, 1))
+        way = how._replace(guidance=1.0)
+        return run(way, trace, params, guides_params(), scale_of(how), keys, labels)
 
-    @functools.lru_cache
-    def program(how: Sampling, trace: int):
-        """One for all scales of guidance, and one without, which needs no second half."""
+    def walk(how: Sampling, trace: int, params, others, scale, keys, labels):
         one = sampler.named(how.sampler, how.steps)
+        logsnrs = grid(schedule_of(params), how.steps, how.spacing)
+        xT = first_noise(keys)
+        denoise = LIMITS[how.limit](denoiser(params, others, labels, how, scale))
+        return sampler.sample(one, denoise, logsnrs, keys, xT, trace)
 
-        @jax.jit
-        def run(params, others, scale, keys, labels):
-            logsnrs = grid(schedule_of(params), how.steps, how.spacing)
-            xT = first_noise(keys)
-            denoise = LIMITS[how.limit](denoiser(params, others, labels, how, scale))
-            return sampler.sample(one, denoise, logsnrs, keys, xT, trace)
-
-        return run
-
-    @jax.jit
     def edit(params, others, keys, labels, t, images, known, mask):
         schedule = schedule_of(params)
         start = schedule.logsnr(jnp.maximum(t, 1 / steps if steps else 0.0))  # step 1 at least
@@ -201,13 +194,19 @@ def drawing(
             index = spread.indices(start, size)
             keys = example_keys(purpose_key(seed, SAMPLE), 0, index)
             labels = index % classes if classes else None
-            x, trace = drawer(sampling, SHOWN)(params, keys, labels)
+            x, trace = told(params, keys, labels, sampling, spread, SHOWN)
             images.append(fetch(x))
             first = first or fetch(trace)
         meant = np.arange(count) % classes if classes else None
         return np.concatenate(images)[:count], meant, first
 
-    def sample(params, fixed, keys: Key[Array, "batch"], request: Request) -> Float[Array, "..."]:
+    def sample(
+        params,
+        fixed,
+        keys: Key[Array, "batch"],
+        request: Request,
+        spread: Parallel | None = None,
+    ) -> Float[Array, "..."]:
         del fixed
         how, classes, labels = requested(request), choices(), None
         if classes and request.label is not None:
@@ -218,7 +217,7 @@ def drawing(
                     jax.random.fold_in(key, FIRST_NOISE - 1), (), 0, classes
                 )
             )(keys)
-        return drawer(how)(params, keys, labels)
+        return told(params, keys, labels, how, spread or placed(params))
 
     def requested(request: Request) -> Sampling:
         if nothing is None:
@@ -255,11 +254,8 @@ def drawing(
 
         return guidance.classifier_free(denoise, worse, scale)
 
-    def edit_with_guide(params, *rest):
-        return edit(params, guides_params(), *rest)
-
-    def told(params, keys, labels, how: Sampling):
-        return drawer(how)(params, keys, labels)
+    def edit_with_guide(params, *rest, spread: Parallel | None = None):
+        return (spread or placed(params)).compile(edit)(params, guides_params(), *rest)
 
     own = guidance.Guide("diffusion", as_worse, shape, classes)
     return Drawing(many, sample, edit_with_guide, told, requested, about, own)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ddpm_jax.data.loader import Batch, Split, evaluation_batches
+from ddpm_jax.data.loader import Split, evaluation_batches
 from ddpm_jax.keys import EVALUATE, example_keys, purpose_key
 from ddpm_jax.parallel import Parallel, fetch
 from ddpm_jax.schedule import within
@@ -23,30 +23,33 @@ class Average(NamedTuple):
 
 
 def per_example(
-    fn: Callable[[Batch, Any], dict[str, Any]],
+    fn: Callable[..., dict[str, Any]],
     split: Split,
     batch_size: int,
     seed: int,
     spread: Parallel,
+    *arguments: Any,
 ) -> dict[str, np.ndarray]:
     """`fn` of every example of a split, in its order.
 
     Args:
-      fn: (batch, keys) -> {name: [B, ...]}, compiled by the caller.
+      fn: (*arguments, batch, keys) -> {name: [B, ...]}; compiled here, once for each function.
       split: the examples.
       batch_size: how many at a time, rounded up to what the devices divide; it changes no
         result.
       seed: with an example's place in the split, keys its draws: the same at every
         evaluation, so that two of them differ by the parameters alone.
       spread: the devices.
+      arguments: what the function reads besides, such as parameters.
     """
     key = purpose_key(seed, EVALUATE)
     rows: dict[str, list[np.ndarray]] = {}
-    size = spread.round_up(batch_size)
+    size, compiled = spread.round_up(batch_size), spread.compile(fn)
     for batch, count in evaluation_batches(split, size, spread.rows(size)):
         spread.breathe()
         batch = spread.shard(batch)
-        for name, values in fetch(fn(batch, example_keys(key, 0, batch.index))).items():
+        keys = example_keys(key, 0, batch.index)
+        for name, values in fetch(compiled(*arguments, batch, keys)).items():
             rows.setdefault(name, []).append(np.asarray(values, np.float64)[:count])
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 

@@ -42,7 +42,13 @@ def trajectories(
 
 
 def edits(
-    draw: Drawing, params: Any, seed: int, data: Data, held_out: Split, conditional: bool
+    draw: Drawing,
+    params: Any,
+    seed: int,
+    data: Data,
+    held_out: Split,
+    conditional: bool,
+    spread: Parallel,
 ) -> dict[str, UInt8[np.ndarray, "high wide c"]]:
     """What a denoiser makes of held-out images, by rows.
 
@@ -67,16 +73,24 @@ def edits(
     seen = images * upper
     rows = {
         "inpainting": [images, seen]
-        + [draw.edit(params, keys(n), none, 1.0, seen, seen, upper) for n in range(2)],
+        + [
+            draw.edit(params, keys(n), none, 1.0, seen, seen, upper, spread=spread)
+            for n in range(2)
+        ],
         "image_to_image": [images]
-        + [draw.edit(params, keys(2), none, t, images, images, free) for t in EDIT_TIMES],
+        + [
+            draw.edit(params, keys(2), none, t, images, images, free, spread=spread)
+            for t in EDIT_TIMES
+        ],
         "interpolation": [],
     }
     share = np.linspace(0, 1, count, dtype=images.dtype)[:, None, None, None]
     for one in range(0, min(8, count - 1), 2):
         mixed = (1 - share) * images[one] + share * images[one + 1]
         same = jnp.broadcast_to(keys(3)[:1], (count,))
-        rows["interpolation"].append(draw.edit(params, same, none, BLEND_TIME, mixed, mixed, free))
+        rows["interpolation"].append(
+            draw.edit(params, same, none, BLEND_TIME, mixed, mixed, free, spread=spread)
+        )
     return {
         name: report.grid(np.concatenate(fetch(found)), columns=count)
         for name, found in rows.items()
@@ -100,7 +114,7 @@ def show(
     pictures = {"samples": report.grid(images[:AT_ONCE], columns=10)}
     if full:
         pictures["trajectories"], pictures["trajectories_movie"] = trajectories(trace, images)
-        pictures |= edits(draw, params, seed, data, data.part(split), labels is not None)
+        pictures |= edits(draw, params, seed, data, data.part(split), labels is not None, spread)
     metrics: dict[str, float] = {}
     if not judged:
         return Evaluation(metrics, pictures, draw.about())

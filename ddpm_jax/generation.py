@@ -22,6 +22,7 @@ from ddpm_jax.nn.codes import CodeTransformer
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.layers import Context
 from ddpm_jax.nn.unet import UNet
+from ddpm_jax.parallel import Parallel
 from ddpm_jax.prediction import Kind, Prediction, read
 from ddpm_jax.process import q_sample
 from ddpm_jax.schedule import Schedule
@@ -34,8 +35,8 @@ class Generator(NamedTuple):
     init(key, context) -> params
     target(frozen autoencoder, images) -> what is generated: latents or codes
     loss(params, target, context, batch index, keys, train) -> (Float[B], {name: Float[B]})
-    draw(params, frozen autoencoder, keys, context, instead, how) -> images; `instead` is what
-        guidance leads away from: the empty caption's features, or a negative prompt's
+    draw(params, frozen autoencoder, keys, context, instead, how, spread) -> images; `instead` is
+        what guidance leads away from: the empty caption's features, or a negative prompt's
     requested(request) -> how; raises UserError for flags that mean nothing to it
     about: how it draws by default, for the record
     """
@@ -114,13 +115,9 @@ def diffusion(
         weighted, mse = (a.reshape(-1, count).mean(1) for a in (weighted, mse))
         return weighted, {"mse": mse}
 
-    def draw(params, frozen, keys, context, instead, how: Sampling):
-        z = draw_latents.told(params, keys, (context, instead), how)
-        return decode(frozen, z)
-
-    @jax.jit
-    def decode(frozen, z):
-        return latents.decode(frozen, z)
+    def draw(params, frozen, keys, context, instead, how: Sampling, spread: Parallel):
+        z = draw_latents.told(params, keys, (context, instead), how, spread)
+        return spread.compile(latents.decode)(frozen, z)
 
     return Generator(
         init, latents.encode, loss_of, draw, draw_latents.requested, sampling._asdict()
@@ -160,9 +157,14 @@ def autoregressive(net: CodeTransformer, latents: Latents, how: Autoregressive) 
         right = (logits.argmax(-1) == codes).mean(-1, dtype=jnp.float32)
         return -logs.mean(-1), {"accuracy": right}
 
-    @functools.partial(jax.jit, static_argnums=5)
-    def draw(params, frozen, keys, context, instead, how: Autoregressive):
-        size, guided = len(keys), how.guidance != 1.0
+    def draw(params, frozen, keys, context, instead, how: Autoregressive, spread: Parallel):
+        scale = None if how.guidance == 1.0 else how.guidance
+        arguments = (params, frozen, keys, context, instead, scale, how.temperature)
+        return spread.compile(walk)(*arguments)
+
+    def walk(params, frozen, keys, context, instead, scale, temperature):
+        """Code after code; a scale of None is no guidance, which needs no second half."""
+        size, guided = len(keys), scale is not None
         told = context
         if guided:
             told = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), context, instead)
@@ -172,9 +174,9 @@ def autoregressive(net: CodeTransformer, latents: Latents, how: Autoregressive) 
             logits: Any = net.apply(params, both, told)
             logits = jax.nn.log_softmax(logits[:, place])
             if guided:
-                logits = logits[size:] + how.guidance * (logits[:size] - logits[size:])
+                logits = logits[size:] + scale * (logits[:size] - logits[size:])
             place_keys = jax.vmap(lambda key: jax.random.fold_in(key, place))(keys)
-            drawn = jax.vmap(jax.random.categorical)(place_keys, logits / how.temperature)
+            drawn = jax.vmap(jax.random.categorical)(place_keys, logits / temperature)
             return codes.at[:, place].set(drawn.astype(codes.dtype)), None
 
         codes = jnp.zeros((size, rows * columns), jnp.int32)

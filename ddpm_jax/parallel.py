@@ -101,6 +101,8 @@ class Parallel(NamedTuple):
     feed: as `shard`, for the step.
     lower(step, *arguments): lowers step(state, batch, ...) -> (state, metrics), which is given
         `reduce`, `gather` and `view` by name, and returns what compiles it; `state` is donated.
+    compile(fn, static_argnums=()): `fn`, compiled once for its static arguments and the others'
+        shapes, whatever calls it again; all that it returns lies whole on every device.
     breathe(): called between the batches of an evaluation; may break it off, in all processes.
     """
 
@@ -112,6 +114,7 @@ class Parallel(NamedTuple):
     shard: Callable[..., Any]
     feed: Callable[..., Any]
     lower: Callable[..., Callable[[], Callable]]
+    compile: Callable[..., Callable]
     breathe: Callable[[], None] = lambda: None
 
     def round_up(self, batch_size: int) -> int:
@@ -179,7 +182,22 @@ def make(mode: str = "jit", devices: list[jax.Device] | None = None) -> Parallel
         feed, lower = _mapped(line, replicated)
     else:
         feed = shard
-    return Parallel(count, place, like, shardings, rows, shard, feed, lower)
+    compile = functools.partial(_compiled, replicated)
+    return Parallel(count, place, like, shardings, rows, shard, feed, lower, compile)
+
+
+def placed(tree: Any) -> Parallel:
+    """The devices on which the arrays of a tree lie, in mode `jit`; the first where it has none."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return make(devices=list(arrays[0].sharding.device_set) if arrays else jax.devices()[:1])
+
+
+@functools.lru_cache(maxsize=128)
+def _compiled(
+    where: NamedSharding, fn: Callable, static_argnums: int | tuple[int, ...] = ()
+) -> Callable:
+    """`Parallel.compile`: jax infers no output's placement, which the devices may not divide."""
+    return jax.jit(fn, static_argnums=static_argnums, out_shardings=where)
 
 
 def prime_factors(number: int) -> tuple[int, ...]:
@@ -332,15 +350,15 @@ def fetch(tree: Any) -> Any:
             array.is_fully_addressable or array.is_fully_replicated
         ):
             assert isinstance(array.sharding, NamedSharding)
-            array = _gathered(NamedSharding(array.sharding.mesh, PartitionSpec()))(array)
+            array = _whole(array)
         return np.asarray(array)
 
     return jax.tree.map(one, tree)
 
 
-@functools.lru_cache
-def _gathered(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(identity, out_shardings=where)
+def _whole(array: Any) -> Any:
+    """A sharded array, on every device of its mesh."""
+    return _compiled(NamedSharding(array.sharding.mesh, PartitionSpec()), identity)(array)
 
 
 def check_batch(batch_size: int, accumulate: int = 1) -> None:
@@ -572,7 +590,7 @@ def raised(spread: Parallel, flag: bool) -> Any:
         return flag
     own = spread.rows(spread.devices)
     flags = spread.shard(np.full(own.stop - own.start, flag, np.int32))
-    return _gathered(NamedSharding(flags.sharding.mesh, PartitionSpec()))(flags)
+    return _whole(flags)
 
 
 def anyone(flags: Any) -> bool:

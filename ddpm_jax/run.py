@@ -356,7 +356,7 @@ def sample_experiment(
         parts = []
         for start in range(0, count, size):  # one shape, compiled once
             keys = example_keys(key, 0, spread.indices(start, size))
-            parts.append(devices.fetch(task.sample(params, state.fixed, keys, request)))
+            parts.append(devices.fetch(task.sample(params, state.fixed, keys, request, spread)))
         return np.concatenate(parts)[:count]
 
     texts: tuple[Any, ...] = prompts or (request.prompt,)

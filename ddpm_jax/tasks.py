@@ -1,7 +1,8 @@
 """The contract between training and everything that is trained, and the tasks themselves.
 
 A `Task` is pure functions of (params, fixed, ...): `fixed` holds what is carried along but
-not trained by gradients.  The loop in `train.py` sees nothing else.
+not trained by gradients.  It compiles nothing itself: `spread.compile` does, which states where
+all results lie.  The loop in `train.py` sees nothing else.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from ddpm_jax.guidance import Guide
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.nn.likelihood import Likelihood
 from ddpm_jax.nn.vae import VAE, check_shape, with_data_moments
-from ddpm_jax.parallel import fetch
+from ddpm_jax.parallel import fetch, placed
 from ddpm_jax.progress import tell
 
 
@@ -64,7 +65,8 @@ class Task(NamedTuple):
         the mean of `loss` over them, without dropout, augmentation and dropped labels; on
         validation images it decides which checkpoint is the best.  Every metric that `loss`
         returns, too, is the same quantity under the same name; another quantity has its own.
-    sample(params, fixed, keys, request) -> images [B, H, W, C] in [-1, 1]
+    sample(params, fixed, keys, request, spread=None) -> images [B, H, W, C] in [-1, 1], on the
+        devices of `spread`; None: on those of `params`
     guide: how the trained one guides what others draw, if it can
     load(fixed) -> fixed of a new run, with what others trained before in the place of zeros; None:
         nothing is loaded
@@ -149,14 +151,12 @@ def vae_task(
         kl = jax.vmap(vae.kl_to_standard_normal)(mean, logvar)
         return -vae.elbo(nll, kl, beta), {"nll": nll, "kl": kl, "neg_elbo": nll + kl}, {}
 
-    @jax.jit
     def bound(params, batch, keys):
         x, mean, logvar, z = posterior(params, batch, keys)
         nll = nll_of(params, z, x)
         kl = jax.vmap(vae.kl_to_standard_normal)(mean, logvar)
         return {"nll": nll, "kl": kl, "mean": mean}
 
-    @jax.jit
     def importance_weights(params, batch, keys):
         """[B, 1000] log weights of each image; x is the x of `bound`."""
         x, mean, logvar, _ = posterior(params, batch, keys)
@@ -170,20 +170,17 @@ def vae_task(
         _, weights = jax.lax.scan(draw, None, 1000 + jnp.arange(max(IWAE_SAMPLES)))
         return {"log_weights": weights.T}
 
-    @jax.jit
     def reconstruct(params, batch, keys):
         x, mean, *_ = posterior(params, batch, keys)
-        return likelihood.show(x), likelihood.picture(net.apply(params, mean, method="decode"))
+        again = likelihood.picture(net.apply(params, mean, method="decode"))
+        return {"x": likelihood.show(x), "again": again}
 
-    @jax.jit
     def decode(params, z):
         return likelihood.picture(net.apply(params, z, method="decode"))
 
     def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         held_out = data.part(split)
-        found = per_example(
-            lambda batch, keys: bound(params, batch, keys), held_out, eval_batch, seed, spread
-        )
+        found = per_example(bound, held_out, eval_batch, seed, spread, params)
         nll, kl = found["nll"], found["kl"]
         metrics = averages({"loss": nll + beta * kl, "neg_elbo": nll + kl, "nll": nll, "kl": kl})
         if len(nll) > 1:  # a variance over images
@@ -196,44 +193,41 @@ def vae_task(
         if full:
             some = held_out.first(iwae_images)
             weights = per_example(
-                lambda batch, keys: importance_weights(params, batch, keys),
+                importance_weights,
                 some,
                 min(eval_batch, iwae_images, 100),
                 seed,
                 spread,
+                params,
             )["log_weights"]
             metrics |= importance_weighted(weights)
         return Evaluation(metrics, pictures(params, fixed, held_out, seed, spread))
 
     def pictures(params, fixed, held_out, seed, spread):
         some = held_out.first(40)
-        shown = per_example(
-            lambda batch, keys: dict(
-                zip(("x", "again"), reconstruct(params, batch, keys), strict=True)
-            ),
-            some,
-            40,
-            seed,
-            spread,
-        )
+        shown = per_example(reconstruct, some, 40, seed, spread, params)
         rows = []
         for start in range(0, len(shown["x"]), 10):  # originals above their reconstructions
             rows += [shown["x"][start : start + 10], shown["again"][start : start + 10]]
         found = {"reconstructions": report.grid(np.concatenate(rows), columns=10)}
         keys = example_keys(purpose_key(seed, SAMPLE), 0, jnp.arange(100))
-        found["samples"] = report.grid(fetch(sample(params, fixed, keys, Request())))
+        found["samples"] = report.grid(fetch(sample(params, fixed, keys, Request(), spread)))
         if net.latents == 2:
             # The unit square through the inverse normal CDF: equal shares of the prior.
             axis = jax.scipy.stats.norm.ppf(jnp.linspace(0.02, 0.98, 20))
             plane = jnp.stack(jnp.meshgrid(axis, -axis), -1).reshape(-1, 2)
-            found["latent_plane"] = report.grid(fetch(decode(params, plane)), columns=20)
+            found["latent_plane"] = report.grid(
+                fetch(spread.compile(decode)(params, plane)), columns=20
+            )
         return found
 
-    def sample(params, fixed, keys, request):
+    def draw(params, keys):
+        return decode(params, jax.vmap(lambda key: jax.random.normal(key, (net.latents,)))(keys))
+
+    def sample(params, fixed, keys, request, spread=None):
         del fixed
         refuse(request, *Request._fields)
-        z = jax.vmap(lambda key: jax.random.normal(key, (net.latents,)))(keys)
-        return decode(params, z)
+        return (spread or placed(params)).compile(draw)(params, keys)
 
     return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample, sees=SEEN)
 

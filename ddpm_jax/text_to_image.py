@@ -27,7 +27,7 @@ from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.metrics.distances import Grouped, frechet_distance
 from ddpm_jax.nn.layers import Context
 from ddpm_jax.nn.text import DualEncoder
-from ddpm_jax.parallel import Parallel, fetch
+from ddpm_jax.parallel import Parallel, fetch, placed
 from ddpm_jax.pretrained import Encoded, Features
 from ddpm_jax.progress import tell
 from ddpm_jax.tasks import Evaluation, Request, Task, refuse, to_images
@@ -136,16 +136,14 @@ def text_to_image_task(
         found = generator.loss(params, target, read(fixed, tokens), batch.index, split[:, 1], train)
         return *found, {}
 
-    @jax.jit
     def losses(params, fixed, batch, keys):
         losses, parts, _ = loss(params, fixed, batch, keys, train=False, gather=None)
         return {"loss": losses, **parts}
 
-    read_once = jax.jit(read)
-
-    def draw(params, fixed, keys, tokens, instead, how):
+    def draw(params, fixed, keys, tokens, instead, how, spread: Parallel):
+        read_once = spread.compile(read)
         context, other = read_once(fixed, tokens), read_once(fixed, instead)
-        return generator.draw(params, fixed["autoencoder"], keys, context, other, how)
+        return generator.draw(params, fixed["autoencoder"], keys, context, other, how, spread)
 
     def many(params, fixed, sets: Sequence[Sequence[str]], seed, how, spread: Parallel):
         """An image of each text, for each set [N, H, W, C]: the n-th from the n-th key.
@@ -164,31 +162,33 @@ def text_to_image_task(
             told = jax.tree.map(lambda a: a[mine], prepared(texts[some]))
             told, index = spread.shard((told, numbers[some][mine]))
             keys = example_keys(purpose_key(seed, SAMPLE), 0, index)
-            found.append(fetch(draw(params, fixed, keys, told, empty, how)))
+            found.append(fetch(draw(params, fixed, keys, told, empty, how, spread)))
         ends = np.cumsum([len(some) for some in sets])
         return np.split(np.concatenate(found), ends)[:-1]
 
-    @functools.partial(jax.jit, static_argnums=0)
     def similarity(net: DualEncoder, read, tokens, images):
         of_text, of_image, _ = cast(Any, net.apply(read, tokens, images))
         return (of_text * of_image).sum(-1)
 
-    def clip_score(dual, texts: Sequence[str], images: np.ndarray) -> Average:
+    def clip_score(dual, texts: Sequence[str], images: np.ndarray, spread: Parallel) -> Average:
         """The mean of `clip_scores` of captions and images, in a dual encoder."""
         tokens, found = tokenize(texts, dual[0].length), []
+        cosine = spread.compile(similarity, static_argnums=0)
         for at in range(0, len(texts), CHUNK):
             part = slice(at, at + CHUNK)
-            found.append(fetch(similarity(*dual, tokens[part], images[part])))
+            found.append(fetch(cosine(*dual, tokens[part], images[part])))
         return average(clip_scores(np.concatenate(found)))
 
     def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         held_out = data.part(split)
         found = per_example(
-            lambda batch, keys: losses(params, fixed, batch, keys),
+            losses,
             held_out if full else held_out.first(4 * eval_batch),
             eval_batch,
             seed,
             spread,
+            params,
+            fixed,
         )
         metrics = averages(found)
         captions = _texts(held_out, prompts.draw if full else min(QUICK, prompts.draw))
@@ -204,7 +204,7 @@ def text_to_image_task(
         if not full:
             (drawn,) = images_of([captions], how=how)
             metrics |= aligned(drawn, captions)
-            metrics |= figures("clip_score", clip_score(dual, captions, drawn))
+            metrics |= figures("clip_score", clip_score(dual, captions, drawn, spread))
             return Evaluation(metrics, pictures)
         judge = image_judge("text_encoder", *dual)
         distance = f"fd_{judge.name}"
@@ -220,14 +220,14 @@ def text_to_image_task(
         metrics |= distance_to(truth, usual, f"{distance}_of_training")
         metrics[f"{distance}_of_training_images"] = float(usual.moments.size)
         real = to_images(held_out.first(len(captions)).images, levels)
-        metrics |= figures("clip_score_of_images", clip_score(dual, captions, real))
+        metrics |= figures("clip_score_of_images", clip_score(dual, captions, real, spread))
         sets = prompts.sets(split)
         curve: list[dict[str, float]] = []
         for scale in dict.fromkeys((how.guidance, *prompts.scales)):
             at = how._replace(guidance=scale)
             drawn, *others = images_of([captions, *sets.values()], how=at)
             point = distance_to(truth, Grouped(judge.see(drawn)[0]), distance)
-            point |= figures("clip_score", clip_score(dual, captions, drawn))
+            point |= figures("clip_score", clip_score(dual, captions, drawn, spread))
             point |= aligned(drawn, captions)
             for (name, texts), images in zip(sets.items(), others, strict=True):
                 point |= aligned(images, texts, f"_{name}")
@@ -245,7 +245,11 @@ def text_to_image_task(
         return averages({f"{name}{suffix}": np.asarray(of) for name, of in verdicts.items()})
 
     def sample(
-        params, fixed, keys: Key[Array, "batch"], request: Request
+        params,
+        fixed,
+        keys: Key[Array, "batch"],
+        request: Request,
+        spread: Parallel | None = None,
     ) -> Float[Array, "batch h w c"]:
         refuse(request, "label")
         how = generator.requested(request)
@@ -259,7 +263,7 @@ def text_to_image_task(
             _tell_once(
                 f"a prompt of {size(request.prompt)} bytes: only the first {text.length} are read"
             )
-        return draw(params, fixed, keys, told, instead, how)
+        return draw(params, fixed, keys, told, instead, how, spread or placed(params))
 
     return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample, load=load)
 

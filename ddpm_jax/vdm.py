@@ -131,7 +131,6 @@ def vdm_task(
         total = bits["prior"] + bits["diffusion"] + bits["decoder"]
         return total, {f"bits_{name}": value for name, value in bits.items()}, {}
 
-    @jax.jit
     def bounds(params, batch, keys):
         """Nats of each image: what both bounds share, and each one's middle term."""
         schedule, x0 = schedule_of(params), to_images(batch.images, levels)
@@ -155,8 +154,7 @@ def vdm_task(
         ends = {"prior": prior, "decoder": decoder}
         return {**ends, "continuous": continuous.mean(0), "discrete": discrete.mean(0)}
 
-    @jax.jit
-    def by_ode(params, batch, keys, tolerance):
+    def by_ode(params, tolerance, batch, keys):
         """Nats of each image, eq. (2)."""
         schedule, x0 = schedule_of(params), to_images(batch.images, levels)
         labels = batch.labels if classes else None
@@ -175,19 +173,20 @@ def vdm_task(
         log_q -= dims * jnp.log(sigma)
         return {"ode": log_q - log_p + decoder, "calls": jnp.full(len(eps), evaluations)}
 
+    def curve(params):
+        return schedule_of(params).logsnr(jnp.linspace(0, 1, 101))
+
     def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
         held_out = data.part(split) if full else data.part(split).first(QUICK_IMAGES)
-        found = per_example(
-            lambda batch, keys: bounds(params, batch, keys), held_out, eval_batch, seed, spread
-        )
+        found = per_example(bounds, held_out, eval_batch, seed, spread, params)
         ends = found["prior"] + found["decoder"]
         nats = {name: ends + found[name] for name in ROUTES[:2]}
         metrics, scale = {}, 1 / (dims * np.log(2))
         if full:
 
             def solved(count, tolerance):
-                fn = lambda batch, keys: by_ode(params, batch, keys, tolerance)  # noqa: E731
-                return per_example(fn, held_out.first(count), eval_batch, seed, spread)
+                images = held_out.first(count)
+                return per_example(by_ode, images, eval_batch, seed, spread, params, tolerance)
 
             exact, checked = solved(ode_images, ode.TOLERANCE), min(ode_images, eval_batch)
             nats["ode"] = exact["ode"]
@@ -212,7 +211,7 @@ def vdm_task(
         if full:
             pictures["schedule"] = report.lines(
                 np.linspace(0, 1, 101),
-                {"logsnr": fetch(schedule_of(params).logsnr(jnp.linspace(0, 1, 101)))},
+                {"logsnr": fetch(spread.compile(curve)(params))},
                 "t",
                 "The learned schedule",
             )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.nn.layers import fold, unfold
+from ddpm_jax.nn.layers import Conv, fold, unfold
 
 
 class Residual(nn.Module):
@@ -25,7 +25,7 @@ class Residual(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
         def conv(h: Array, name: str, init: Any) -> Array:
-            made = nn.Conv(x.shape[-1], (3, 3), kernel_init=init, dtype=self.dtype, name=name)
+            made = Conv(x.shape[-1], (3, 3), kernel_init=init, dtype=self.dtype, name=name)
             return made(nn.swish(h))
 
         h = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name="norm")(x).astype(x.dtype)
@@ -102,11 +102,11 @@ class Encoder(nn.Module):
         x = fold(x, 2)
         for level, width in enumerate(self.channels):
             strides = 2 if level else 1
-            x = nn.Conv(width, (3, 3), strides, dtype=self.dtype, name=f"conv_{level}")(x)
+            x = Conv(width, (3, 3), strides, dtype=self.dtype, name=f"conv_{level}")(x)
             for number in range(self.blocks):
                 x = Residual(self.dtype, name=f"block_{level}_{number}")(x)
         x = nn.swish(x).astype(jnp.float32)
-        return nn.Conv(self.outputs, (3, 3), name="out")(x)
+        return Conv(self.outputs, (3, 3), name="out")(x)
 
 
 class Decoder(nn.Module):
@@ -120,13 +120,13 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "batch rows columns d"]) -> Float[Array, "batch h w c"]:
         width = self.channels[-1]
-        x = nn.Conv(width, (3, 3), dtype=self.dtype, name="conv_in")(z)
+        x = Conv(width, (3, 3), dtype=self.dtype, name="conv_in")(z)
         for level in reversed(range(len(self.channels))):
             for number in range(self.blocks):
                 x = Residual(self.dtype, name=f"block_{level}_{number}")(x)
             if level:
                 width = self.channels[level - 1]
-                x = nn.Conv(4 * width, (3, 3), dtype=self.dtype, name=f"conv_{level}")(x)
+                x = Conv(4 * width, (3, 3), dtype=self.dtype, name=f"conv_{level}")(x)
                 x = unfold(x, 2)
         x = nn.swish(x).astype(jnp.float32)
-        return unfold(nn.Conv(4 * self.outputs, (3, 3), name="out")(x), 2)
+        return unfold(Conv(4 * self.outputs, (3, 3), name="out")(x), 2)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from ddpm_jax.nn.layers import Dropout, condition
+from ddpm_jax.nn.layers import Conv, Dropout, condition
 
 SMALLEST = 8  # a side that is not halved any more
 SINES = 64  # width of the time embedding
@@ -46,7 +46,7 @@ class Classifier(nn.Module):
             emb = condition(time, None, 0, SINES, 2 * SINES, init, 0.0)
         for number, width in enumerate(self.channels):
             strides = 2 if x.shape[1] > SMALLEST else 1
-            x = nn.Conv(width, (3, 3), strides, dtype=self.dtype, name=f"conv_{number}")(x)
+            x = Conv(width, (3, 3), strides, dtype=self.dtype, name=f"conv_{number}")(x)
             if emb is not None:
                 told = nn.Dense(width, dtype=self.dtype, name=f"told_{number}")(emb)
                 x += told[:, None, None]

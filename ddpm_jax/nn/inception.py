@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.nn.layers import Conv
 
 SIDE = 299
 EPSILON = 1e-3  # of the batch normalisation
@@ -114,7 +115,7 @@ def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _conv(x, name, width, size=(1, 1), padding="SAME", strides=1):
-    layer = nn.Conv(width, size, strides, padding, precision=PRECISION, name=name)
+    layer = Conv(width, size, strides, padding, precision=PRECISION, name=name)
     return nn.relu(layer(x))
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.layers import (
     Context,
+    Conv,
     CrossAttention,
     Dropout,
     attention,
@@ -159,7 +160,7 @@ class Block(nn.Module):
         if self.near:
             h = _norm(x, "norm_near")
             h = h if mask is None else h * mask[..., None]
-            conv = nn.Conv(width, (2 * self.near + 1,), dtype=self.dtype, name="near")
+            conv = Conv(width, (2 * self.near + 1,), dtype=self.dtype, name="near")
             x += drop(conv(h), "drop_near")
         parts = jnp.split(dense(3 * width, "qkv")(_norm(x, "norm_1")), 3, -1)
         q, k, v = (a.reshape(size, length, self.heads, width // self.heads) for a in parts)
@@ -254,9 +255,9 @@ class ImageTower(nn.Module):
         number = 0
         while x.shape[1] > 4:
             width = self.channels[min(number, len(self.channels) - 1)]
-            x = nn.Conv(width, (3, 3), strides=2, dtype=self.dtype, name=f"conv_{number}")(x)
+            x = Conv(width, (3, 3), strides=2, dtype=self.dtype, name=f"conv_{number}")(x)
             x = nn.gelu(nn.GroupNorm(GROUPS, dtype=jnp.float32, name=f"norm_{number}")(x))
-            h = nn.Conv(width, (3, 3), dtype=self.dtype, name=f"more_{number}")(x)
+            h = Conv(width, (3, 3), dtype=self.dtype, name=f"more_{number}")(x)
             x += nn.gelu(nn.GroupNorm(GROUPS, dtype=jnp.float32, name=f"norm_more_{number}")(h))
             number += 1
         x = nn.gelu(

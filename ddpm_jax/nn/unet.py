@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.layers import (
     Context,
+    Conv,
     CrossAttention,
     Dropout,
     attention,
@@ -101,9 +102,9 @@ class UNet(nn.Module):
             made = AttentionBlock(self.head_channels, self.dtype, name=f"{name}_attention")
             return made(x, context)
 
-        x = nn.Conv(
-            self.channels, (3, 3), kernel_init=_init(1.0), dtype=self.dtype, name="conv_in"
-        )(fold(xt, self.fold))
+        x = Conv(self.channels, (3, 3), kernel_init=_init(1.0), dtype=self.dtype, name="conv_in")(
+            fold(xt, self.fold)
+        )
         skips = [x]
         for level, multiplier in enumerate(self.multipliers):
             for number in range(self.blocks):
@@ -113,7 +114,7 @@ class UNet(nn.Module):
                     x = attend(x, name)
                 skips.append(x)
             if level < len(self.multipliers) - 1:
-                down = nn.Conv(
+                down = Conv(
                     x.shape[-1], (3, 3), strides=2, kernel_init=_init(1.0), dtype=self.dtype,
                     name=f"down_{level}",
                 )  # fmt: skip
@@ -132,7 +133,7 @@ class UNet(nn.Module):
                     x = attend(x, name)
             if level > 0:
                 x = x.repeat(2, 1).repeat(2, 2)
-                x = nn.Conv(
+                x = Conv(
                     x.shape[-1],
                     (3, 3),
                     kernel_init=_init(1.0),
@@ -142,7 +143,7 @@ class UNet(nn.Module):
 
         x = nn.swish(group_norm(x, "norm_out"))
         features = self.outputs * self.fold**2
-        out = nn.Conv(features, (3, 3), kernel_init=_init(0.0), name="conv_out")
+        out = Conv(features, (3, 3), kernel_init=_init(0.0), name="conv_out")
         return unfold(out(x.astype(jnp.float32)), self.fold)
 
     def check(self, shape: tuple[int, int, int]) -> None:
@@ -182,9 +183,7 @@ class ResBlock(nn.Module):
         keys: Key[Array, "batch"] | None,
     ) -> Float[Array, "batch h w features"]:
         h = nn.swish(group_norm(x, "norm_1"))
-        h = nn.Conv(self.features, (3, 3), kernel_init=_init(1.0), dtype=self.dtype, name="conv_1")(
-            h
-        )
+        h = Conv(self.features, (3, 3), kernel_init=_init(1.0), dtype=self.dtype, name="conv_1")(h)
         if self.scale_shift:
             emb = nn.Dense(2 * self.features, kernel_init=_init(1.0), name="time")(emb)
             scale, shift = jnp.split(emb.astype(h.dtype)[:, None, None], 2, -1)
@@ -193,9 +192,7 @@ class ResBlock(nn.Module):
             emb = nn.Dense(self.features, kernel_init=_init(1.0), name="time")(emb)
             h = group_norm(h + emb.astype(h.dtype)[:, None, None], "norm_2")
         h = Dropout(self.dropout, name="dropout")(nn.swish(h), keys)
-        h = nn.Conv(self.features, (3, 3), kernel_init=_init(0.0), dtype=self.dtype, name="conv_2")(
-            h
-        )
+        h = Conv(self.features, (3, 3), kernel_init=_init(0.0), dtype=self.dtype, name="conv_2")(h)
         if x.shape[-1] != self.features:
             x = nn.Dense(self.features, kernel_init=_init(1.0), dtype=self.dtype, name="shortcut")(
                 x

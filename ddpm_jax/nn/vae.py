@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.nn.layers import Conv
 
 
 class MLP(nn.Module):
@@ -37,7 +38,7 @@ class ConvEncoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch outputs"]:
         for width in self.channels:
-            x = nn.gelu(nn.Conv(width, (3, 3), strides=2, dtype=self.dtype)(x))
+            x = nn.gelu(Conv(width, (3, 3), strides=2, dtype=self.dtype)(x))
         return nn.Dense(self.outputs, name="out")(x.reshape(x.shape[0], -1))
 
 
@@ -59,9 +60,9 @@ class ConvDecoder(nn.Module):
         x = nn.gelu(nn.Dense(height * width * self.channels[-1], dtype=self.dtype)(z))
         x = x.reshape(z.shape[0], height, width, self.channels[-1])
         for features in (*self.channels[-2::-1], -(-self.channels[0] // 2)):
-            x = nn.gelu(_double(nn.Conv(4 * features, (3, 3), dtype=self.dtype)(x)))
+            x = nn.gelu(_double(Conv(4 * features, (3, 3), dtype=self.dtype)(x)))
         bias = self.param("bias", nn.initializers.zeros, self.shape)
-        return nn.Conv(self.shape[2], (3, 3), use_bias=False, name="out")(x) + bias
+        return Conv(self.shape[2], (3, 3), use_bias=False, name="out")(x) + bias
 
 
 def _double(x: Float[Array, "batch h w four_c"]) -> Float[Array, "batch two_h two_w c"]:
