@@ -1,5 +1,6 @@
 """How a trained denoiser draws: samplers, guidance and requests, whatever its task."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
