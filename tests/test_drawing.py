@@ -230,7 +230,7 @@ def made(array):
 
 
 def edited(data):
-    return edits(draw(guidance=1.5), {}, 0, data, data.test, True)
+    return edits(draw(guidance=1.5), {}, 0, data, data.test, True, make())
 
 
 def test_what_is_inpainted_depends_on_no_hidden_pixel_and_no_label():
