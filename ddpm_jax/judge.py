@@ -1,10 +1,13 @@
 """Judges: classifiers trained once for a data set and kept, for every run that needs one."""
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
+import json
 import pathlib
 import re
+import shutil
 import types
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +19,22 @@ from ddpm_jax.data.loader import cache_dir
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics.pth import read_tensors
 from ddpm_jax.nn.inception import Inception, from_torch
-from ddpm_jax.parallel import from_main
+from ddpm_jax.parallel import from_main, make, one_line
 from ddpm_jax.progress import tell
-from ddpm_jax.run import Loaded, Options, load_for, load_state, own_config, train_experiment
-from ddpm_jax.rundir import read_record
+from ddpm_jax.run import (
+    Loaded,
+    Options,
+    from_data,
+    load_for,
+    load_state,
+    own_config,
+    record_of,
+    train_experiment,
+)
+from ddpm_jax.rundir import check_same, read_record
 from ddpm_jax.train import averaged
 
+KIND = "2"  # of what is kept: another where the same config makes another classifier
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
 
@@ -44,7 +57,7 @@ def with_judge(
         tell(f"no FID: put {INCEPTION}, of pytorch-fid's releases, into {inception_file().parent}")
     if config.judge == "none":
         return config
-    if config.judge != "auto" and from_main((pathlib.Path(config.judge) / "summary.json").exists):
+    if config.judge != "auto" and _at_hand(experiment, pathlib.Path(config.judge)):
         return config
     if not loaded.data.classes:
         tell("no labels, so no classifier: no distances are told")
@@ -53,27 +66,80 @@ def with_judge(
     return place and dataclasses.replace(config, judge=str(place))
 
 
+def _at_hand(experiment: types.ModuleType, place: pathlib.Path) -> bool:
+    """Whether there is a trained classifier; one that `trained` made is read to see."""
+    if not from_main((place / "summary.json").exists):
+        return False
+    if place.parent != judges_dir():
+        return True
+    try:
+        load_judge(experiment, str(place))
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
 def trained(experiment: types.ModuleType, loaded: Loaded, options: Options) -> pathlib.Path | None:
-    """Where a classifier of this data set is, trained now if it never was; None: stopped."""
+    """Where a classifier of this data set is, trained now if it never was; None: stopped.
+
+    It is kept by all that its run depends on: the config, the seed, and the data with the sizes of
+    its splits, which `--debug` cuts.  What is there and cannot be used is removed and made again.
+    """
     config = own_config(experiment, options.debug, data=loaded.data.name)
     loaded = loaded._replace(data=load_for(config, loaded.data, options))
+    options = options._replace(seed=0, profile=False, wandb=False)
     name = experiment.__name__.rpartition(".")[2]
-    known = f"{dataclasses.asdict(config)} {loaded.data.fingerprint}"
-    place = cache_dir() / "judges" / f"{name}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+    record = record_of(name, from_data(config, loaded.data), loaded, options)
+    decisive = {key: record[key] for key in ("experiment", "config", "seed", "debug", "data")}
+    known = json.dumps([KIND, decisive], sort_keys=True)
+    place = judges_dir() / f"{name}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+    unusable = _unusable(experiment, place, record)
+    if unusable and from_main(lambda: _removed(place)):
+        tell(f"{unusable}: it is made again")
     if not from_main((place / "summary.json").exists):
         tell(f"training {judge_name(loaded.data.name)} once, to judge drawn images with")
-        if (
-            train_experiment(
-                experiment,
-                config,
-                place,
-                options._replace(seed=0, profile=False, wandb=False),
-                loaded,
-            )
-            is None
-        ):
+        if train_experiment(experiment, config, place, options, loaded) is None:
             return None
     return place
+
+
+def _unusable(experiment: types.ModuleType, place: pathlib.Path, record: dict[str, Any]) -> str:
+    """Why what is in `place` is neither the run of `record` nor the beginning of it; "": it is."""
+
+    def check() -> list[str]:
+        earlier = read_record(place)
+        kept = [name for name in ("checkpoints", "summary.json") if (place / name).exists()]
+        if earlier is not None:
+            check_same(place, earlier, record)
+        elif kept:
+            raise UserError(f"{place} holds no config.json")
+        return kept
+
+    try:
+        kept = from_main(check)
+        if "summary.json" in kept:
+            load_judge(experiment, str(place))
+        elif from_main(lambda: any(place.glob("checkpoints/[0-9]*"))):
+            load_state(experiment, place, whole=True)
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        return f"{place} cannot be used ({one_line(error)})"
+    return ""
+
+
+def _removed(place: pathlib.Path) -> bool:
+    """Whether a run was removed: no process trains in it."""
+    try:
+        with (place / "lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(place)
+    except OSError:
+        return False
+    return True
+
+
+def judges_dir() -> pathlib.Path:
+    """Where the judges are that `trained` makes."""
+    return cache_dir() / "judges"
 
 
 def judges_of(experiment: types.ModuleType, config: Any) -> tuple[Callable[[], Judge], ...]:
@@ -105,7 +171,9 @@ def load_inception() -> Judge:
         features, logits = Inception().apply(params, grey)
         return logits, features
 
-    return judge_of("inception", network, params, batch_size=50)._replace(about=INCEPTION)
+    return judge_of("inception", network, make().place(params), batch_size=50)._replace(
+        about=INCEPTION
+    )
 
 
 def judge_name(data: str) -> str:

@@ -34,6 +34,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.flops import flops
 
 MODES = ("jit", "pmap", "fsdp")
 AXIS = "data"  # of `pmap`
@@ -88,6 +89,20 @@ def identity(tree: Any) -> Any:
     return tree
 
 
+class Lowered(NamedTuple):
+    """A step before it is compiled, which calling it does.
+
+    compile() -> the step
+    flops: of one step, on one device; 0: unknown
+    """
+
+    compile: Callable[[], Callable]
+    flops: float
+
+    def __call__(self) -> Callable:
+        return self.compile()
+
+
 class Parallel(NamedTuple):
     """How arrays are placed and a step is spread.
 
@@ -100,7 +115,7 @@ class Parallel(NamedTuple):
         along `axis`, on the devices.
     feed: as `shard`, for the step.
     lower(step, *arguments): lowers step(state, batch, ...) -> (state, metrics), which is given
-        `reduce`, `gather` and `view` by name, and returns what compiles it; `state` is donated.
+        `reduce`, `gather` and `view` by name; `state` is donated.
     compile(fn, static_argnums=()): `fn`, compiled once for its static arguments and the others'
         shapes, whatever calls it again; all that it returns lies whole on every device.
     breathe(): called between the batches of an evaluation; may break it off, in all processes.
@@ -113,7 +128,7 @@ class Parallel(NamedTuple):
     rows: Callable[[int], slice]
     shard: Callable[..., Any]
     feed: Callable[..., Any]
-    lower: Callable[..., Callable[[], Callable]]
+    lower: Callable[..., Lowered]
     compile: Callable[..., Callable]
     breathe: Callable[[], None] = lambda: None
 
@@ -166,15 +181,17 @@ def make(mode: str = "jit", devices: list[jax.Device] | None = None) -> Parallel
         where = NamedSharding(mesh, PartitionSpec(*[None] * axis, axes))
         return jax.tree.map(lambda array: _put(np.asarray(array), where), tree)
 
-    def lower(step: Callable, *arguments: Any) -> Callable[[], Callable]:
+    def lower(step: Callable, *arguments: Any) -> Lowered:
         def spread(state, *rest):
             return step(state, *rest, reduce=identity, gather=gather, view=view)
 
         out = (shardings(arguments[0]), replicated)
-        lowered = jax.jit(spread, donate_argnums=0, out_shardings=out).lower(*arguments)
+        traced = jax.jit(spread, donate_argnums=0, out_shardings=out).trace(*arguments)
+        lowered = traced.lower()
         on_cpu = mode == "fsdp" and devices[0].platform == "cpu"
         known = importlib.metadata.version("jaxlib") in FRUGAL_VERSIONS
-        return functools.partial(lowered.compile, FRUGAL if on_cpu and known else None)
+        compiled = functools.partial(lowered.compile, FRUGAL if on_cpu and known else None)
+        return Lowered(compiled, flops(traced.jaxpr) / count)
 
     gather, view = _sharded(mesh, shardings) if mode == "fsdp" else (identity, identity)
     if mode == "pmap":
@@ -246,7 +263,7 @@ def _mapped(line: Mesh, replicated: NamedSharding) -> tuple[Callable, Callable]:
 
         return jax.tree.map(put, tree)
 
-    def lower(step: Callable, *arguments: Any) -> Callable[[], Callable]:
+    def lower(step: Callable, *arguments: Any) -> Lowered:
         def spread(state, *rest):
             def gather(tree):
                 return _all_gather(tree, AXIS)
@@ -266,7 +283,8 @@ def _mapped(line: Mesh, replicated: NamedSharding) -> tuple[Callable, Callable]:
             donate_argnums=0,
         )
         if jax.process_count() == 1:
-            return mapped.lower(*arguments).compile
+            traced = jax.make_jaxpr(mapped)(*arguments)  # which lowering does not do again
+            return Lowered(mapped.lower(*arguments).compile, flops(traced) / count)
 
         def call(*arguments):
             return jax.tree.map(everywhere, mapped(*arguments))
@@ -275,7 +293,7 @@ def _mapped(line: Mesh, replicated: NamedSharding) -> tuple[Callable, Callable]:
             parts = [part.data for part in array.addressable_shards]
             return jax.make_array_from_single_device_arrays(array.shape, replicated, parts)
 
-        return lambda: call
+        return Lowered(lambda: call, 0.0)
 
     return feed, lower
 
@@ -391,19 +409,11 @@ PEAKS = {
 }  # fmt: skip
 
 
-def flops(program: Any) -> float:
-    """Floating-point operations of a compiled program on one device, by XLA's count; 0: unknown."""
-    if not hasattr(program, "cost_analysis"):
-        return 0.0
-    told = program.cost_analysis() or {}
-    return float((told[0] if isinstance(told, list) else told).get("flops", 0.0))
-
-
-def utilisation(flops: float, lap: dict[str, float]) -> dict[str, float]:
+def utilisation(per_step: float, lap: dict[str, float]) -> dict[str, float]:
     """Operations per second of a device, and what share that is of its peak where that is known."""
-    if not flops or not math.isfinite(flops):
+    if not per_step or not math.isfinite(per_step):
         return {}
-    rate = flops * lap["steps_per_second"]
+    rate = per_step * lap["steps_per_second"]
     kind = jax.devices()[0].device_kind
     peak = max((name for name in PEAKS if kind.startswith(name)), key=len, default=None)
     share = {"model_flops_utilisation": rate / PEAKS[peak]} if peak else {}

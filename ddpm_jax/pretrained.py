@@ -143,12 +143,15 @@ def encoded(name: str, data: Data) -> Data:
 
 def _kept(name: str, texts: list[str]) -> Features:
     """`encode`, from the cache if it is there; into it, a part at a time, if not."""
-    folder = pathlib.Path(name)
-    stamp = str(folder.stat().st_mtime_ns) if folder.is_dir() else ""
-    known = hashlib.sha256("\n".join([name, stamp, KIND, *texts]).encode()).hexdigest()[:24]
+    known = hashlib.sha256(
+        "\n".join([name, _version(name), KIND, str(LENGTH), *texts]).encode()
+    ).hexdigest()[:24]
     place = cache_dir() / "features" / known
     names = [place.with_name(f"{known}_{field}.npy") for field in Features._fields]
-    if not all(path.exists() for path in names):
+    kept = _read(names, len(texts))
+    if kept is None:
+        if any(path.exists() for path in names):
+            tell(f"{place} is damaged: it is made again")
         tell(f"reading {len(texts)} captions with {name}, once")
         place.parent.mkdir(parents=True, exist_ok=True)
         drafts = [path.with_suffix(".tmp.npy") for path in names]
@@ -164,4 +167,32 @@ def _kept(name: str, texts: list[str]) -> Features:
         for file, draft, path in zip(files, drafts, names, strict=True):
             file.flush()
             draft.rename(path)  # whole or not at all
-    return Features(*(np.load(path, mmap_mode="r", allow_pickle=False) for path in names))
+        kept = _read(names, len(texts))
+    assert kept is not None
+    return kept
+
+
+def _version(name: str) -> str:
+    """What changes when the encoder does: its commit, or its folder's files."""
+    folder = pathlib.Path(name)
+    if not folder.is_dir():
+        try:
+            return str(getattr(load_encoder(name)[1].config, "_commit_hash", None))
+        except UserError:  # which `encode` raises again, where the features are not kept
+            return ""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = [(path, path.stat()) for path in files]
+    return "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+
+
+def _read(names: list[pathlib.Path], count: int) -> Features | None:
+    """The features of `count` texts, unless they are absent, torn or of another form."""
+    try:
+        kept = Features(*(np.load(path, mmap_mode="r", allow_pickle=False) for path in names))
+    except (OSError, EOFError, ValueError):
+        return None
+    size, length, width = (*kept.tokens.shape, 0, 0, 0)[:3]
+    shapes = [array.shape for array in kept]
+    if size != count or shapes != [(size, length, width), (size, length), (size, width)]:
+        return None
+    return kept

@@ -386,10 +386,11 @@ def load_state(
     workdir: pathlib.Path,
     config: Any = None,
     parallel: str = "jit",
+    whole: bool = False,
 ) -> tuple[Any, train.TrainState]:
     """The config and the newest state of a run directory, for evaluating and drawing.
 
-    None stands in the place of what only training reads, most of a checkpoint.
+    None stands in the place of what only training reads, most of a checkpoint, unless `whole`.
 
     Args:
       config: instead of the recorded one.
@@ -408,11 +409,13 @@ def load_state(
         raise nothing
     with contextlib.closing(open_checkpoints(folder, read_only=True)) as checkpoints:
         shapes = train.state_shapes(experiment.build(config), config)
-        like = train.without_training(devices.make(parallel).like(shapes), config, ...)
+        like = devices.make(parallel).like(shapes)
+        if not whole:
+            like = train.without_training(like, config, ...)
         _, state, _ = checkpoints.restore_newest(like)
         if state is None:
             raise nothing
-        return config, train.without_training(state, config, None)
+        return config, state if whole else train.without_training(state, config, None)
 
 
 def _about(found: Evaluation, config: Any) -> dict[str, Any]:

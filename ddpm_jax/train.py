@@ -424,7 +424,8 @@ def fit(
         # One program, compiled while the state is made: of the newest checkpoint, or new.
         with ThreadPoolExecutor(1) as background:
             finished = checkpoints.newest() == config.steps
-            compiled = None if finished else background.submit(lowered())
+            program = None if finished else lowered()
+            compiled = program and background.submit(program)
             step, state, host = checkpoints.restore_newest(like)
             if state is None:
                 state = jax.jit(init, out_shardings=spread.shardings(shapes))(examples)
@@ -434,7 +435,6 @@ def fit(
                 tell(f"resuming at step {step}")
         call: Any = compiled and compiled.result()
         devices.from_main(lambda: run.begin(step, step == config.steps, watch.wandb))
-        flops = devices.flops(call) * config.accumulate  # of a step on a device; a loop counts once
         traced = [step + 10, step + 15] if watch.profile else [-1, -1]
         plan = [calls(step, config, traced) for _ in range(2)]
         # Made ahead of the calls that use them.
@@ -443,7 +443,9 @@ def fit(
             contextlib.closing(Clock(step, config.steps, show=devices.is_main()))
         )
         order = epoch_order(seed, len(data.train.images))
-        ledger = _Ledger(config, run, clock, checkpoints, order, flops, host)
+        ledger = _Ledger(
+            config, run, clock, checkpoints, order, program.flops if program else 0.0, host
+        )
 
         evaluate_every = config.eval_every if data.validation is not None else 0
         if config.eval_every and not evaluate_every:

@@ -15,11 +15,9 @@ from ddpm_jax.nn.layers import Conv
 # (input, features, kernel, options): every kind that a network here uses, and more.
 CASES = [
     ((2, 8, 8, 3), 4, (3, 3), {}),
-    ((2, 7, 5, 3), 4, (3, 3), {"strides": 2}),
     ((2, 8, 8, 3), 4, (3, 3), {"strides": 2}),
     ((2, 8, 6, 3), 4, (1, 1), {}),
     ((2, 7, 6, 3), 4, (1, 1), {"strides": 2}),
-    ((2, 9, 8, 3), 4, (3, 3), {"padding": "VALID"}),
     ((2, 9, 9, 3), 4, (3, 3), {"padding": "VALID", "strides": 2}),
     ((2, 8, 8, 3), 4, (5, 2), {"padding": [(3, 0), (1, 4)], "strides": (3, 1)}),
     ((2, 8, 8, 3), 4, (1, 7), {}),

@@ -339,19 +339,23 @@ def decoded_once(folder: pathlib.Path, stamp: str, decode: Callable[[], Data]) -
       stamp: changes when what was decoded changes.
     """
     elsewhere = cache_dir() / "decoded" / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    for place in (folder, elsewhere):
-        found = _read_decoded(place, stamp)
-        if found is not None:
-            return found
+    places = dict.fromkeys((folder, elsewhere))
+    notes: list[str] = []
+    for place in places:
+        kept = _read_decoded(place, stamp)
+        if kept is not None:
+            return kept
+        if (place / "meta.json").exists():
+            notes.append(f"decoded again: {place} is damaged, or of other files")
     data = decode()
-    for place in (folder, elsewhere):
+    for place in places:
         try:
             _write_decoded(place, stamp, data)
         except OSError:
             continue
-        found = _read_decoded(place, stamp)
-        if found is not None:
-            return found
+        kept = _read_decoded(place, stamp)
+        if kept is not None:
+            return kept._replace(notes=(*kept.notes, *notes))
     return data
 
 
@@ -370,10 +374,14 @@ def _read_decoded(place: pathlib.Path, stamp: str) -> Data | None:
         meta = json.loads((place / "meta.json").read_text())
         if meta.pop("stamp") != stamp:
             return None
-        train, test = (_read_split(place, split) for split in ("train", "test"))
-        validation = _read_split(place, "validation") if meta.pop("has_validation") else None
+        forms = meta.pop("forms")
+        splits: Any = dict.fromkeys(SPLITS)
+        for split, form in forms.items():
+            splits[split] = _read_split(place, split)
+            if _forms(splits[split]) != form:
+                return None
         meta |= {"classes": tuple(meta["classes"]), "notes": tuple(meta["notes"])}
-        return Data(train=train, test=test, validation=validation, **meta)
+        return Data(**splits, **meta)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None  # absent, torn or of another time: decoded anew
 
@@ -385,6 +393,11 @@ def _read_split(place: pathlib.Path, split: str) -> Split:
         np.load(place / f"{split}_labels.npy", allow_pickle=False),
         np.load(captions, allow_pickle=False) if captions.exists() else None,
     )
+
+
+def _forms(split: Split | None) -> list[list[Any]]:
+    """The shape and the type of each array, as JSON has them."""
+    return [[list(a.shape), str(a.dtype)] for a in split or () if a is not None]
 
 
 def _write_decoded(place: pathlib.Path, stamp: str, data: Data) -> None:
@@ -400,7 +413,8 @@ def _write_decoded(place: pathlib.Path, stamp: str, data: Data) -> None:
             if part.captions is not None:
                 np.save(draft / f"{split}_captions.npy", part.captions)
         meta = {key: getattr(data, key) for key in Data._fields if key not in SPLITS}
-        meta["has_validation"] = data.validation is not None
+        parts = {split: getattr(data, split) for split in SPLITS}
+        meta["forms"] = {name: _forms(part) for name, part in parts.items() if part is not None}
         (draft / "meta.json").write_text(json.dumps({"stamp": stamp, **meta}))
         draft.chmod(0o755)
         if place.exists():

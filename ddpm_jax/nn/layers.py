@@ -96,7 +96,8 @@ def _convolution_forward(window: _Window, x: Array, kernel: Array) -> tuple[Arra
 
 def _convolution_backward(window: _Window, kept: Any, dy: Array) -> tuple[Array, Array]:
     def native(x, kernel, dy):
-        return jax.vjp(functools.partial(_convolved, window=window), x, kernel)[1](dy)
+        of_x = jax.linear_transpose(lambda x: _convolved(x, kernel, window), x)(dy)
+        return *of_x, *jax.linear_transpose(lambda k: _convolved(x, k, window), kernel)(dy)
 
     def ordered(x, kernel, dy):
         """Both gradients as convolutions of batch, space and channels in that order."""
