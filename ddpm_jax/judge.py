@@ -113,6 +113,8 @@ def _unusable(experiment: types.ModuleType, place: pathlib.Path, record: dict[st
             check_same(place, earlier, record)
         elif kept:
             raise UserError(f"{place} holds no config.json")
+        if "summary.json" in kept:
+            json.loads((place / "summary.json").read_text())["metrics"]
         return kept
 
     try:
