@@ -137,7 +137,9 @@ def test_a_handful_of_labelled_images_is_judged_by_a_classifier_of_their_own(lau
     write_images(tmp_path / "birds", 6)
     result = launch(
         "--experiment=ddpm_folder", "--debug", f"--config.data=folder:{tmp_path / 'birds'}",
-        "--config.judge=auto", "--workdir=run",
+        "--config.judge=auto", "--workdir=run", "--config.network=dit", "--config.width=16",
+        "--config.depth=1", "--config.heads=2", "--config.sampler=ddim", "--config.sample_steps=1",
+        "--config.eval_every=0",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "precision_classifier_folder_birds" in result.stderr

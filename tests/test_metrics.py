@@ -145,6 +145,22 @@ def test_the_error_of_a_frechet_distance_of_pairs_leaves_both_of_a_pair_out():
     assert distances.frechet_distance(one, same).error > 0.1
 
 
+def test_distances_without_a_group_are_those_of_the_rest_to_first_order():
+    a, b = (
+        distances.Grouped(gaussian(2000, np.full(3, mean), np.diag(scales), 1))
+        for mean, scales in ((0.0, [1.0, 4.0, 0.5]), (0.7, [2.0, 1.0, 1.0]))
+    )
+    found = distances.frechet_distance(a, b)
+    assert found.value == pytest.approx(distances.frechet(a.moments, b.moments), rel=1e-12)
+    exact = (
+        [distances.frechet(part, b.moments) for part in a.without()],
+        [distances.frechet(a.moments, part) for part in b.without()],
+    )
+    for ours, theirs in zip(found.without, exact, strict=True):
+        error = np.abs(ours - theirs).max()
+        assert error < 0.05 * np.ptp(theirs)
+
+
 def test_groups_left_out_one_by_one_are_the_moments_of_the_rest():
     x = np.random.default_rng(0).normal(size=(47, 3))
     whole = distances.Grouped(x)

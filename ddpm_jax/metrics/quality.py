@@ -118,10 +118,13 @@ def quality(
         return False
 
     if enough(distance, 2, "generated", "held-out"):
-        metrics |= _of(distance, frechet_distance(ours.grouped, held_out.grouped))
+        apart = frechet_distance(ours.grouped, held_out.grouped)
+        metrics |= _of(distance, apart)
     if enough(f"{distance}_ratio", 2, *counts):
         usual = frechet_distance(theirs.grouped, held_out.grouped)
-        ratio = frechet_distance(equal.grouped, held_out.grouped).over(usual)
+        if equal is not ours:
+            apart = frechet_distance(equal.grouped, held_out.grouped)
+        ratio = apart.over(usual)
         metrics |= _of(f"{distance}_of_training", usual)
         if ratio is None:
             missing.append(f"{distance}_ratio")
