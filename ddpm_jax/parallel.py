@@ -151,10 +151,14 @@ def make(mode: str = "jit", devices: list[jax.Device] | None = None) -> Parallel
         raise UserError(f"--parallel={mode}: there are {', '.join(MODES)}")
     devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     count = len(devices)
-    # One axis for each prime factor, so that an array is sharded over as many devices as some
-    # split of its axes allows; a batch lies along all of them.
-    factors = prime_factors(count)
-    axes = tuple(f"data_{number}" for number in range(len(factors)))
+    # `fsdp`: one axis for each prime factor, so that an array is sharded over as many devices as
+    # some split of its axes allows; a batch lies along all of them.  Else one axis, that of pmap,
+    # for a program wants all that it is given on one mesh.
+    factors: tuple[int, ...] = (count,)
+    axes: tuple[str, ...] = (AXIS,)
+    if mode == "fsdp":
+        factors = prime_factors(count)
+        axes = tuple(f"{AXIS}_{number}" for number in range(len(factors)))
     mesh = Mesh(np.reshape(devices, factors), axes, axis_types=(AxisType.Auto,) * len(axes))
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -195,8 +199,7 @@ def make(mode: str = "jit", devices: list[jax.Device] | None = None) -> Parallel
 
     gather, view = _sharded(mesh, shardings) if mode == "fsdp" else (identity, identity)
     if mode == "pmap":
-        line = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
-        feed, lower = _mapped(line, replicated)
+        feed, lower = _mapped(mesh, replicated)
     else:
         feed = shard
     compile = functools.partial(_compiled, replicated)

@@ -124,6 +124,18 @@ def test_an_evaluation_is_traced_once_however_often_it_is_done():
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("mode", parallel.MODES)
+def test_a_trained_state_lies_on_the_mesh_of_what_is_evaluated(mode):
+    spread = parallel.make(mode, jax.devices()[:4])
+
+    def step(state, batch, reduce, gather, view):
+        return state + reduce(batch.mean()), {}
+
+    state, batch = spread.place(np.zeros(8, np.float32)), spread.feed(np.ones(8, np.float32))
+    state, _ = spread.lower(step, spread.like(state), batch)()(state, batch)
+    assert state.sharding.mesh == spread.indices(0, 8).sharding.mesh
+
+
 def test_work_stays_spread_where_results_are_whole():
     spread = parallel.make("jit", jax.devices()[:4])
     batch = spread.shard(np.ones((8, 16), np.float32))
