@@ -112,7 +112,7 @@ def curves(path: pathlib.Path, lines: Iterable[dict], title: str) -> None:
     for line in lines:
         for name, value in line.items():
             split, _, metric = name.partition("/")
-            known = split in ("train", "validation", "test") and not metric.endswith("_error")
+            known = split in ("train", "validation", "test") and not is_error(name, line)
             if known and isinstance(value, (int, float)):
                 points = series.setdefault(metric, {}).setdefault(split, [])
                 points.append((line["step"], value))
@@ -205,16 +205,23 @@ def table(rows: list[tuple[str, str]], title: str) -> str:
     return "\n".join([title, *lines])
 
 
+def is_error(name: str, metrics: dict[str, float]) -> bool:
+    """Whether a metric is the standard error of another one."""
+    return name.endswith("_error") and name.removesuffix("_error") in metrics
+
+
 def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
     """Figures as a table shows them, each with its standard error where there is one."""
     rows = []
     for name, value in metrics.items():
-        if name.endswith("_error") or not isinstance(value, (int, float)):
+        if is_error(name, metrics) or not isinstance(value, (int, float)):
             continue
         error = metrics.get(f"{name}_error")
         if error:  # two digits of it, and as many of the value
-            places = min(max(1 - math.floor(math.log10(error)), 0), 9)
+            places = max(1 - math.floor(math.log10(error)), 0)
             text = f"{value:.{places}f} +- {error:.{places}f}"
+            if places > 6:
+                text = f"{value:.2g} +- {error:.1g}"
         else:
             text = f"{value:.4g}" if abs(value) < 100 else f"{value:.2f}"
         rows.append((name, text))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import judge as judges
+from ddpm_jax import report
 from ddpm_jax.classifier import Judge
 from ddpm_jax.data.loader import Data, Split, load
 from ddpm_jax.errors import UserError
@@ -348,3 +349,18 @@ def test_a_classifier_is_trained_once_and_judges(tmp_path, monkeypatch, capfd):
     np.testing.assert_allclose(np.exp(logs).sum(1), 1, rtol=1e-5)
     none = Config("none")
     assert judges.with_judge(classifier_digits, none, loaded, options) == none
+
+
+def test_a_table_shows_every_metric_with_its_error_and_no_error_alone():
+    metrics = {
+        "test/fd": 5.731, "test/fd_error": 0.42, "test/absolute_error": 0.0312,
+        "test/absolute_error_error": 0.0011, "test/bits_ode": 2.19, "test/bits_ode_error": 0.025,
+        "test/bits_ode_numerical_error": 0.0003, "test/prior": 3.0e-9, "test/prior_error": 2e-11,
+    }  # fmt: skip
+    assert report.metric_rows(metrics) == [
+        ("test/fd", "5.73 +- 0.42"),
+        ("test/absolute_error", "0.0312 +- 0.0011"),
+        ("test/bits_ode", "2.190 +- 0.025"),
+        ("test/bits_ode_numerical_error", "0.0003"),
+        ("test/prior", "3e-09 +- 2e-11"),
+    ]
