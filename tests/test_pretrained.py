@@ -41,6 +41,7 @@ def test_features_do_not_depend_on_the_batch_and_padding_is_none(folder):
 
 def test_a_data_sets_captions_are_read_once(folder, monkeypatch):
     data = loader.load("shapes")
+    data = loader.with_validation(data, 0)
     data = data._replace(train=data.train.first(20), test=data.test.first(5))
     found = pretrained.encoded(folder, data)
     rows = np.array([3, 0, 3])
@@ -112,12 +113,14 @@ def test_features_are_kept_a_part_at_a_time_and_read_once(monkeypatch):
     monkeypatch.setattr(pretrained, "encode", encode)
     monkeypatch.setattr(pretrained, "PART", 2)
     data = loader.load("shapes")
-    data = data._replace(train=data.train.first(5), test=data.test.first(3))
+    data = data._replace(
+        train=data.train.first(5), validation=data.validation.first(2), test=data.test.first(3)
+    )
     for _ in range(2):
         found = pretrained.encoded("an encoder of a test", data).train.captions
         lengths = [len(text) for text in found.texts]
         np.testing.assert_array_equal(found[np.arange(5)].pooled[:, 0], lengths)
-    assert len(asked) == len(set(asked)) == 8  # each of the 5 and 3 once
+    assert len(asked) == len(set(asked)) == 10  # each of the 5, 2 and 3 once
 
 
 def test_an_endless_set_and_a_missing_encoder_are_told_in_one_line(folder):
