@@ -157,10 +157,19 @@ def test_rescaled_guidance_leaves_an_image_of_one_value_as_it_is():
         assert jnp.isfinite(slopes[1]).all()
 
 
+@pytest.fixture
+def optimised():
+    """Programs that run for minutes are compiled as for users."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.mark.slow
-def test_the_first_200_gradients_of_iddpm_cifar10_are_finite():
-    """The recipe's table, keys, batch and image shape; 32 channels, at a quarter of the side."""
-    small = dict(channels="32", head_channels="32", fold="4", judge="none", fid="false")
+def test_the_first_200_gradients_of_iddpm_cifar10_are_finite(optimised):
+    """The recipe's table, keys, batch and image shape; 32 channels, few blocks on folded pixels."""
+    cheap = dict(fold="4", blocks="1", judge="none", fid="false")
+    small = dict(channels="32", head_channels="32", **cheap)
     config = override(iddpm_cifar10.Config(shape=(32, 32, 3), levels=256), small)
     task = iddpm_cifar10.build(config)
     rng = np.random.default_rng(0)
@@ -173,12 +182,10 @@ def test_the_first_200_gradients_of_iddpm_cifar10_are_finite():
 
     state = train.init_state(task, config, batch(), 0)
     step = jax.jit(functools.partial(train.train_step, task, config, 0))
-    norms = []
-    for _ in range(200):
+    for number in range(200):
         state, metrics = step(state, batch())
-        norms.append(float(metrics["gradient_norm"]))
-        assert np.isfinite(float(metrics["loss"]))
-    assert np.isfinite(norms).all()
+        assert np.isfinite(float(metrics["loss"])), number
+        assert np.isfinite(float(metrics["gradient_norm"])), number
 
 
 # Times and steps.
