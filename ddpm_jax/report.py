@@ -205,7 +205,7 @@ def table(rows: list[tuple[str, str]], title: str) -> str:
     return "\n".join([title, *lines])
 
 
-def is_error(name: str, metrics: dict[str, float]) -> bool:
+def is_error(name: str, metrics: Iterable[str]) -> bool:
     """Whether a metric is the standard error of another one."""
     return name.endswith("_error") and name.removesuffix("_error") in metrics
 

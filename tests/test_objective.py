@@ -60,7 +60,7 @@ def weighted():
 
 def bounded():
     return diffusion_task(
-        dit(2, 0), schedule.from_betas(schedule.linear_betas(8)), SHAPE, LEVELS,
+        dit(2, 0), schedule.from_betas(np.linspace(1e-4, 0.02, 8)), SHAPE, LEVELS,
         variance="learned", times="importance", bound_scale=1.0, sampling=FAST, batch_size=16,
     )  # fmt: skip
 
