@@ -96,6 +96,8 @@ def losses_of(workdir: pathlib.Path) -> list[float]:
 
 def samples_of(workdir: pathlib.Path) -> np.ndarray | None:
     """Return float32 [4, H, W, C] in [-1, 1] of a run; None if it does not generate images."""
+    import jax.numpy as jnp
+
     from ddpm_jax import run, train
     from ddpm_jax.errors import UserError
     from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
@@ -109,7 +111,7 @@ def samples_of(workdir: pathlib.Path) -> np.ndarray | None:
     experiment = importlib.import_module(f"experiments.{name}")
     config, state = run.load_state(experiment, workdir)
     request = Request(prompt=PROMPT) if name == "generator_shapes" else Request()
-    keys = example_keys(purpose_key(0, SAMPLE), 0, np.arange(SAMPLES))
+    keys = example_keys(purpose_key(0, SAMPLE), 0, jnp.arange(SAMPLES))
     try:
         images = experiment.build(config).sample(
             train.averaged(state, config), state.fixed, keys, request
