@@ -2,7 +2,8 @@
 
     python launch.py --experiment=classifier_mnist
 
-Measured on 2 CPU cores (AMD EPYC, jax 0.10.2): 99.36 +- 0.08 % of the 10,000 test images, in
+At commit 4aefa19, before there was a validation split (every choice was made on the test split):
+measured on 2 CPU cores (AMD EPYC, jax 0.10.2): 99.36 +- 0.08 % of the 10,000 test images, in
 74 s.
 """
 

@@ -8,6 +8,10 @@ several guidance scales: a family of curves of alignment against Frechet distanc
 encoders under the largest generation model, and one for the generation models under the largest
 text encoder.  Distances are all told with the largest text encoder's image tower.
 
+All figures are of commit 4aefa19: there was no validation split (every choice was made on the test
+split), four pairs of colour and kind were held out, not six, and "as told" left out sizes and
+background, which is `aligned_except_size_and_background` today.
+
 What came out, on one NVIDIA H200 (jax 0.11.2, seed 0, 22 min beside five other trainings, with
 `--config.channels=16,32,64 --config.steps=1200 --config.batch_size=64 --config.refine=2
 --config.prompts=128`; a text encoder trained for 800 steps, the autoencoder for 6,000): 1,200 steps
