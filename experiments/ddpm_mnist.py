@@ -2,13 +2,13 @@
 
     python launch.py --experiment=ddpm_mnist
 
-`ddpm_digits`'s U-Net (1.0 M parameters) behind a folding of 2x2 pixels, trained on the error
-of v, 5,000 steps of 64 images.  At commit 4aefa19, before there was a validation split (every
-choice was made on the test split): measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, in
-32 min 53 s from nothing, the data prepared but not decoded: the classifier that judges, once for all
-runs, 67 s of it, the evaluation 3 minutes, 3.2 steps/s (checks of other code beside it for
-some minutes, at low priority).  2,000 images, DPM-Solver++(2M) in 20 steps, guidance 1.2; beside
-them an earlier run on the error of eps (`--config.weight=simple`, 38 min 22 s):
+`ddpm_digits`'s U-Net (1.0 M parameters) behind a folding of 2x2 pixels, trained on the error of v,
+5,000 steps of 64 images. At commit 4aefa19, before there was a validation split (every choice was
+made on the test split): measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, in 32 min 53 s
+from nothing, the data prepared but not decoded: the classifier that judges, once for all runs, 67
+s of it, the evaluation 3 minutes, 3.2 steps/s (checks of other code beside it for some minutes, at
+low priority). 2,000 images, DPM-Solver++(2M) in 20 steps, guidance 1.2; beside them an earlier run
+on the error of eps (`--config.weight=simple`, 38 min 22 s):
 
                                                                      v       eps
     recognised by classifier_mnist                                   98.5    97.0 %

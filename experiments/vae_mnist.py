@@ -11,9 +11,9 @@ dynamically binarised, in nats; the importance-weighted bounds on the first 1,00
     the long run     88.74 +- 0.24   88.29 +- 0.74   85.54 +- 0.71   85.11 +- 0.71   3.17 +- 0.05
 
 The default (7,500 steps) took 2 min 23 s from command to table on one day and 3 min 54 s on
-another, with the same figures (the machine is shared).  The long run was measured at commit
-4aefa19, trained on all 60,000 images before there was a validation split, in 19 minutes with other work on
-the machine and under an earlier form of the likelihood (the same quantity):
+another, with the same figures (the machine is shared). The long run was measured at commit
+4aefa19, trained on all 60,000 images before there was a validation split, in 19 minutes with other
+work on the machine and under an earlier form of the likelihood (the same quantity):
 
     python launch.py --experiment=vae_mnist --workdir=runs/vae_mnist_long --config.steps=40000
         --config.hidden=400,400 --config.weight_decay=0.05 --config.ema_half_life=400000
