@@ -28,7 +28,13 @@ from ddpm_jax.vdm import vdm_task
 from experiments import classifier_digits, ddpm_digits
 
 DEBUG = ddpm_digits.DEBUG | dict(
-    ode_images=8, eval_batch=8, sample_steps=2, network="dit", width=32, depth=2
+    ode_images=4,
+    eval_batch=4,
+    sample_steps=2,
+    network="dit",
+    patch=4,
+    width=32,
+    depth=2,
 )  # the solver calls the network in many places, and a DiT compiles sooner
 
 
