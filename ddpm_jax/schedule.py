@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 Scalar = Float[Array, ""]
 NOISE = -5.0  # logsnr up to which x_t is taken for pure noise: alpha is 0.08
+FEW = 4  # steps up to which a grid that does not start at noise is made to
 Spacing = Literal["leading", "trailing", "linspace", "quadratic", "logsnr", "rho7"]
 
 
@@ -264,8 +265,9 @@ def grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Float
     logsnr     uniform in logsnr between both ends
     rho7       uniform in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5)
 
-    The first entry must be noise, for a sampler starts with noise: where its logsnr exceeds
-    `NOISE`, as that of few steps of `leading` or `quadratic` does, it is replaced by that of t = 1.
+    A sampler starts with noise, so the first entry must be noise.  That of `leading` and
+    `quadratic` is as far from t = 1 as a step is long: of at most `FEW` steps it is replaced by
+    that of t = 1 where its logsnr exceeds `NOISE`.  Of more steps it is as published.
 
     Raises:
       ValueError: no steps, more than the table has, or an unknown spacing.
@@ -303,6 +305,8 @@ def grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Float
     else:
         raise ValueError(f"unknown spacing {spacing}")
     logsnrs = jax.vmap(schedule.logsnr)(jnp.asarray(times))
+    if steps > FEW:
+        return jnp.append(logsnrs, jnp.inf)
     first_logsnr = jnp.where(logsnrs[0] > NOISE, schedule.logsnr(jnp.asarray(1.0)), logsnrs[0])
     return jnp.append(logsnrs.at[0].set(first_logsnr), jnp.inf)
 
