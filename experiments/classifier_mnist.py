@@ -2,9 +2,8 @@
 
     python launch.py --experiment=classifier_mnist
 
-At commit 4aefa19, before there was a validation split (every choice was made on the test split):
-measured on 2 CPU cores (AMD EPYC, jax 0.10.2): 99.36 +- 0.08 % of the 10,000 test images, in
-74 s.
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2): 99.43 +- 0.08 % of the 10,000 test images, trained
+on 55,000 (5,000 more are the validation split); 74 s on an idle machine (at commit 4aefa19).
 """
 
 import dataclasses
