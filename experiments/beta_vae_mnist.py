@@ -3,7 +3,8 @@
     python launch.py --experiment=beta_vae_mnist
 
 Measured on 2 CPU cores (AMD EPYC, jax 0.10.2; 2,000 steps each, 6 minutes in all at commit
-4aefa19, 19 at low priority beside other work), MNIST's 10,000 test images, nats; standard errors are at most 0.5:
+4aefa19, 19 at low priority beside other work), MNIST's 10,000 test images, nats; standard errors
+are at most 0.5:
 
     beta            0.25     0.5       1       2       4       8
     reconstruction  50.58   58.58   69.80   84.31  108.07  146.77
