@@ -86,7 +86,7 @@ def trained(experiment: types.ModuleType, loaded: Loaded, options: Options) -> p
     its splits, which `--debug` cuts.  What is there and cannot be used is removed and made again.
     """
     config = own_config(experiment, options.debug, data=loaded.data.name)
-    loaded = loaded._replace(data=load_for(config, loaded.data, options))
+    loaded = loaded._replace(data=load_for(config, loaded, options))
     options = options._replace(seed=0, profile=False, wandb=False)
     name = experiment.__name__.rpartition(".")[2]
     record = record_of(name, from_data(config, loaded.data), loaded, options)

@@ -95,6 +95,7 @@ class Loaded(NamedTuple):
 
     data: Data
     note: str = ""
+    data_dir: str | None = None  # where it was read
 
 
 def load_data(
@@ -110,11 +111,13 @@ def load_data(
     name, earlier = config.data, read_record(workdir)
     if earlier is not None and earlier.get("data_asked_for") == name:
         again = load_again(earlier, options, config.validation)
-        loaded = Loaded(again, earlier.get("data_note", ""))
+        where = options.data_dir or earlier.get("data_dir")
+        loaded = Loaded(again, earlier.get("data_note", ""), where)
     else:
         fallback = getattr(experiment, "FALLBACK", None)
         try:
-            loaded = Loaded(_load(name, options.data_dir, options.debug, config.validation))
+            data = _load(name, options.data_dir, options.debug, config.validation)
+            loaded = Loaded(data, data_dir=options.data_dir)
         except MissingData as error:
             if fallback is None or options.strict_data or name != experiment.Config().data:
                 raise
@@ -123,6 +126,7 @@ def load_data(
                 data,
                 f"NOT {name}, which is not at hand, but {data.title}: the figures are of these. "
                 f"({error})",
+                options.data_dir,
             )
     devices.check_same_everywhere("the data set", loaded.data.fingerprint)
     for note in loaded.data.notes:
@@ -154,9 +158,9 @@ def _load(name: str, data_dir: str | None, debug: bool, validation: int | None) 
     return data._replace(test=data.test.first(DEBUG_IMAGES))
 
 
-def load_for(config: Any, like: Data, options: Options) -> Data:
+def load_for(config: Any, like: Loaded, options: Options) -> Data:
     """The same data set as `like`, with the validation split that another config asks for."""
-    return _load(like.name, options.data_dir, options.debug, config.validation)
+    return _load(like.data.name, like.data_dir, options.debug, config.validation)
 
 
 def from_data(config: Any, data: Data) -> Any:
@@ -290,7 +294,8 @@ def eval_experiment(
     record = read_record(workdir) or {}
     data = load_again(record, options, config.validation)
     check_same(workdir, record, {**record, "data": data.describe()})
-    config = _prepared(experiment, config, Loaded(data), options._replace(debug=record["debug"]))
+    loaded = Loaded(data, data_dir=options.data_dir or record.get("data_dir"))
+    config = _prepared(experiment, config, loaded, options._replace(debug=record["debug"]))
     if config is None:
         return {}
     task, data = experiment.build(config), _dressed(experiment, config, data)

@@ -7,6 +7,7 @@ import pytest
 
 from ddpm_jax import judge as judges
 from ddpm_jax import report
+from ddpm_jax import run as runs
 from ddpm_jax.classifier import Judge
 from ddpm_jax.data.loader import Data, Split, load
 from ddpm_jax.errors import UserError
@@ -364,3 +365,12 @@ def test_a_table_shows_every_metric_with_its_error_and_no_error_alone():
         ("test/bits_ode_numerical_error", "0.0003"),
         ("test/prior", "3e-09 +- 2e-11"),
     ]
+
+
+def test_a_judge_reads_its_data_where_the_run_read_them(monkeypatch):
+    """A resumed run knows the folder from its record, not from the command line."""
+    asked = []
+    monkeypatch.setattr(runs, "load", lambda *arguments: asked.append(arguments) or load("digits"))
+    loaded = Loaded(load("digits"), data_dir="/where/the/run/read")
+    runs.load_for(classifier_digits.Config(validation=7), loaded, Options())
+    assert asked == [("digits", "/where/the/run/read", 7)]
