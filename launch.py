@@ -23,6 +23,8 @@ SAMPLE_FLAGS = ("label", "sampler", "steps", "guidance", "prompt", "negative_pro
 
 def define_flags() -> None:
     """All flags but --config.FIELD, which follow from the experiment."""
+    for name in list(FLAGS):  # of an earlier call in this process
+        delattr(FLAGS, name)
 
     def define(kind, name, default, text, *args, **kwargs):
         kind(name, default, *args, text, flag_values=FLAGS, **kwargs)
@@ -291,41 +293,49 @@ def main(arguments: list[str]) -> None:
         run.eval_experiment(experiment, config, workdir, options)
 
 
-def _die(kind: str, message: str, code: int) -> None:
+def report(arguments: list[str]) -> int:
+    """Run `main` and return the exit code; a mistake or a fault is one line on stderr."""
+    try:
+        main(arguments)
+    except UserError as error:
+        kind, message, code = "error", str(error), 2
+    except RunError as error:
+        kind, message, code = "stopped", str(error), 1
+    except KeyboardInterrupt:
+        kind, message, code = "interrupted", "by Ctrl-C", 130
+    except Exception as error:
+        if not _lost(error):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        kind, code = "stopped", 1
+        message = (
+            f"another process of this run is gone ({reason}); start all of them again, and the run "
+            "goes on from its newest checkpoint"
+        )
+    else:
+        return 0
     print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
-    sys.stderr.flush()
-    sys.stdout.flush()
-    if FLAGS["distributed"].value:  # it would wait, while it exits, for the others
-        from ddpm_jax.parallel import leave
-
-        leave()
-        os._exit(code)
-    os._exit(code) if code == 130 else sys.exit(code)
+    return code
 
 
 def _lost(error: Exception) -> bool:
-    """Whether this is how jax tells that another process is gone."""
+    """Whether this is how jax reports that another process is gone."""
     out_of_memory = "RESOURCE_EXHAUSTED" in str(error)
     several = FLAGS["distributed"].value and not out_of_memory
     return bool(several) and type(error).__name__ == "JaxRuntimeError"
 
 
+def _leave(code: int) -> None:
+    """End the process with an exit code; one of several must not wait for the others."""
+    sys.stderr.flush()
+    sys.stdout.flush()
+    distributed = code != 0 and FLAGS["distributed"].value
+    if distributed:
+        from ddpm_jax.parallel import leave
+
+        leave()
+    os._exit(code) if distributed or code == 130 else sys.exit(code)
+
+
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        _die("error", str(error), 2)
-    except RunError as error:
-        _die("stopped", str(error), 1)
-    except KeyboardInterrupt:
-        _die("interrupted", "by Ctrl-C", 130)
-    except Exception as error:
-        if not _lost(error):
-            raise
-        reason = str(error).splitlines()[0][:200]
-        _die(
-            "stopped",
-            f"another process of this run is gone ({reason}); start all of them again, and the run "
-            "goes on from its newest checkpoint",
-            1,
-        )
+    _leave(report(sys.argv[1:]))

@@ -1,0 +1,126 @@
+"""One table of wrong inputs, each of which must give one clear line and exit code 2.
+
+A row is (arguments, text) or (arguments, text, prepare): the line on stderr must match the regular
+expression `text`, and `prepare(folder)` makes files in the working directory first.  The rows run
+in this process, one after another; what needs a process of its own is at the end.
+"""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, expect_one_line, user_environment
+
+DIGITS = ("--experiment=vae_digits", "--debug")
+
+# Flags and config fields.
+FLAGS = [
+    ([], "--experiment=NAME is missing; there are: autoencoder_shapes"),
+    (["--experiment=vae_mnits"], 'no "vae_mnits"; did you mean "vae_mnist"'),
+    (["--experiment="], "--experiment"),
+    (["vae_mnist"], '"vae_mnist" is no flag'),
+    (["--experment=vae_mnist"], 'unknown flag "--experment"; did you mean "experiment"'),
+    ([*DIGITS, "--mode=predict"], 'no "predict"'),
+    ([*DIGITS, "--parallel=magic"], 'no "magic"'),
+    ([*DIGITS, "--seed=seven"], "--seed=seven"),
+    ([*DIGITS, "--seed=-1"], "--seed=-1"),
+    ([*DIGITS, "--debug=perhaps"], "debug"),
+    ([*DIGITS, "--workdir"], "workdir"),
+    ([*DIGITS, "--config.stepps=3"], 'unknown field "--config.stepps"; did you mean "steps"'),
+    ([*DIGITS, "--config.steps=three"], "--config.steps=three: must be a whole number"),
+    ([*DIGITS, "--config.steps=0"], "must be at least 1"),
+    ([*DIGITS, "--config.steps"], "needs a value"),
+    ([*DIGITS, "--config.batch_size=-4"], "must be at least 1"),
+    ([*DIGITS, "--config.learning_rate=nan"], "finite"),
+    ([*DIGITS, "--config.likelihood=poisson"], "must be one of bernoulli, gaussian"),
+    ([*DIGITS, "--config.hidden=32,x"], "must be a whole number"),
+    ([*DIGITS, "--config.hidden="], "one value or more"),
+    ([*DIGITS, "--config.beta2=2"], "must be at most"),
+    ([*DIGITS, "--config.data=prefetch"], 'no data set "prefetch"'),
+    ([*DIGITS, "--seed=99999999999999999999"], "--seed="),
+    ([*DIGITS, "--nodebug=1"], "nodebug"),
+    ([*DIGITS, "--workdir="], "--workdir= is empty"),
+    ([*DIGITS, "--config.shape=9,9,1"], "follows from the data set"),
+    ([*DIGITS, "--config.data=mnits"], 'no data set "mnits"; did you mean "mnist"'),
+    ([*DIGITS, "--config.data=mnist"], "data set mnist is not prepared"),
+    ([*DIGITS, "--config.data=kmnist"], "TFDS needs TensorFlow to prepare it"),
+    ([*DIGITS, "--config.data=folder:/no/such"], 'no folder "/no/such"'),
+    ([*DIGITS, "--config.data=digits:huge"], "size must be a number"),
+    ([*DIGITS, "--config.network=conv", "--config.hidden=4,4,4,4"], "does not divide by 16"),
+    ([*DIGITS, "--workdir=/proc/nothing"], "cannot write to /proc/nothing"),
+    (["--experiment=vae_fashion_mnist", "--debug"], "data set fashion_mnist is not prepared"),
+    (["--mode=sample"], "needs --workdir=DIR or --experiment=NAME"),
+    (["--mode=eval", "--experiment=vae_digits"], "no run in runs/vae_digits; train one"),
+    (["--mode=sample", "--workdir=nowhere"], "no run in nowhere"),
+    ([*DIGITS, "--num_samples=3"], "--num_samples goes with --mode=sample"),
+    ([*DIGITS, "--split=validation"], "--split goes with --mode=eval"),
+    ([*DIGITS, "--config.validation=1437"], "validation=1437: digits has 1437 training images"),
+    ([*DIGITS, "--config.validation=-1"], "must be at least 0"),
+    (["--mode=sample", "--workdir=x", "--num_samples=0"], "--num_samples=0"),
+]
+
+# A run directory that is there: rows get its --workdir.
+RUNS = [
+    (["--experiment=vae_mnist", "--debug"], "holds a run of vae_digits, not of vae_mnist"),
+    ([*DIGITS, "--config.latents=3"], "latents was 2, is 3"),
+    ([*DIGITS, "--seed=5"], "seed was 0, is 5"),
+    ([*DIGITS, "--config.data=digits:16"], "data name was digits, is digits:16"),
+    ([*DIGITS, "--config.steps=7"], "at step 20 already"),
+    (["--mode=sample", "--steps=10"], "--steps means nothing to this run"),
+    (["--mode=sample", "--guidance=2"], "--guidance means nothing"),
+    (["--mode=sample", "--out=x.jpg"], "must end in .png or .npz"),
+    (["--mode=sample", "--out=no/x.png"], "there is no folder no"),
+    (["--mode=eval", "--config.latents=3"], "latents is what the run .* was trained with"),
+    (["--mode=eval", "--experiment=vae_mnist"], "holds a run of vae_digits"),
+    (["--experiment=beta_vae_mnist", "--debug"], "holds a run of vae_digits, not of beta_vae"),
+]
+
+
+def row_id(row):
+    return " ".join(map(str, row[0])) or "nothing"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The directory of a finished tiny run."""
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    command = [sys.executable, ROOT / "launch.py", *DIGITS, f"--workdir={workdir}"]
+    subprocess.run(command, env=user_environment(), check=True, capture_output=True, timeout=240)
+    return workdir
+
+
+@pytest.mark.parametrize("row", FLAGS, ids=row_id)
+def test_a_wrong_input_is_one_clear_line(launch_here, tmp_path, row):
+    arguments, says, *prepare = row
+    for step in prepare:
+        step(tmp_path)
+    expect_one_line(launch_here(*arguments), says)
+
+
+@pytest.mark.parametrize("row", RUNS, ids=row_id)
+def test_a_wrong_input_about_a_run_is_one_clear_line_and_harms_nothing(launch_here, trained, row):
+    arguments, says = row
+    before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+    expect_one_line(launch_here(*arguments, f"--workdir={trained}"), says)
+    assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_without_a_checkpoint_is_one_clear_line(launch_here, trained, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_bytes((trained / "config.json").read_bytes())
+    result = launch_here("--mode=sample", "--workdir=run")
+    expect_one_line(result, "no checkpoint in run yet")
+
+
+def test_a_damaged_config_is_one_clear_line(launch_here, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"experiment": "vae_')
+    expect_one_line(launch_here("--mode=eval", "--workdir=run"), "config.json is damaged")
+
+
+# In a process of their own.
+
+
+@pytest.mark.parametrize(("arguments", "says"), [FLAGS[1], ([*DIGITS, "--config.steps=0"], "1")])
+def test_a_wrong_input_is_one_clear_line_of_the_command(launch, arguments, says):
+    expect_one_line(launch(*arguments), says)
