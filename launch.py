@@ -166,8 +166,10 @@ def prompts_of(file: str) -> tuple[str, ...]:
     """
     if FLAGS.prompt is not None:
         raise UserError("--prompt and --prompt_file: give one of them")
+    from ddpm_jax.data.captions import lines_of, read_text
+
     try:
-        lines = pathlib.Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = lines_of(read_text(pathlib.Path(os.path.expanduser(file))))
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
         raise UserError(f"--prompt_file={file} cannot be read: {reason}") from None
@@ -268,6 +270,8 @@ def main(arguments: list[str]) -> None:
         return
 
     fixed = set(overrides) - marked(config, MAY_CHANGE)
+    if not sampling:
+        fixed -= {"data"}  # the same data may lie elsewhere today
     override(config, overrides)  # a mistyped one is told as such
     if fixed:
         raise UserError(

@@ -15,6 +15,7 @@ from ddpm_jax.evaluate import averages, per_example, spread_times
 from ddpm_jax.nn.classifier import Classifier
 from ddpm_jax.parallel import fetch, placed
 from ddpm_jax.process import q_sample
+from ddpm_jax.progress import tell
 from ddpm_jax.schedule import Schedule
 from ddpm_jax.tasks import Evaluation, Task, to_images
 
@@ -69,7 +70,10 @@ def classifier_task(
         return jax.lax.dynamic_slice(padded, (row, column, 0), (high, width, image.shape[2]))
 
     def nll_of(logits, labels):
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
+        """Of each image; 0 of one without a class, which `labelled` leaves out beforehand."""
+        place = jnp.maximum(labels, 0)[:, None]
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), place, 1)[:, 0]
+        return jnp.where(labels < 0, 0.0, nll)
 
     def noised(x0, keys, t):
         assert schedule is not None
@@ -138,6 +142,30 @@ def classifier_task(
 
     guide = guidance.Guide("classifier", guided, shape, net.classes) if schedule else None
     return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample, guide)
+
+
+def labelled(data: Data) -> Data:
+    """Leave out the images without a class, from which a classifier learns nothing, and log it.
+
+    Raises:
+      UserError: a split has no others.
+    """
+    parts: dict[str, Any] = {}
+    for split in ("train", "validation", "test"):
+        part = getattr(data, split)
+        if part is None:
+            continue
+        labels = np.asarray(part.labels)
+        kept = np.flatnonzero(labels >= 0)
+        if not len(kept):
+            raise UserError(
+                f"none of the {len(labels)} {split} images of {data.title} has a class; a "
+                "classifier needs some, in sub-folders that are named after their classes"
+            )
+        if len(kept) < len(labels):
+            tell(f"skipped {len(labels) - len(kept)} {split} images that have no class")
+            parts[split] = part.subset(kept)
+    return data._replace(**parts)
 
 
 def judge_of(

@@ -21,7 +21,7 @@ from ddpm_jax.nn.unet import UNet
 from ddpm_jax.prediction import Kind, Prediction, Variance, clip_x0, read
 from ddpm_jax.process import q_posterior, q_sample
 from ddpm_jax.schedule import Schedule, step_number
-from ddpm_jax.tasks import Task, to_images
+from ddpm_jax.tasks import Task, class_labels, to_images
 
 Times = Literal["uniform", "stratified", "importance"]
 NOISE_LEVELS = 10  # of the table of errors
@@ -168,7 +168,7 @@ def diffusion_task(
         if classes:
             dropout = label_dropout if train else 0.0
             dropped = jax.vmap(lambda key: jax.random.bernoulli(key, dropout))(label_keys)
-            labels = jnp.where(dropped, classes, batch.labels)
+            labels = jnp.where(dropped, classes, class_labels(batch.labels, classes))
         found = predict(params, xt, logsnr, labels, drop_keys if train else None)
         losses, metrics = objective(found, x0, eps, xt, logsnr, t)
         statistics = {"t": t, "losses": losses} if times == "importance" else {}
@@ -183,7 +183,7 @@ def diffusion_task(
     # Evaluation: the loss and its parts at evenly spread times, and the bound.
 
     def test_terms(params, batch, keys):
-        labels = batch.labels if classes else None
+        labels = class_labels(batch.labels, classes) if classes else None
         split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
         t_keys, noise_keys, decoder_keys = (split[:, i] for i in range(3))
         times = spread_times(batch.index, t_keys, eval_times)

@@ -25,12 +25,14 @@ from ddpm_jax import parallel as devices
 from ddpm_jax import report, train
 from ddpm_jax.checkpoint import open_checkpoints
 from ddpm_jax.config import FROM_DATA, MAY_CHANGE, marked, restore
+from ddpm_jax.data.images import printable
 from ddpm_jax.data.loader import (
     ENDLESS,
     Data,
     MissingData,
     Split,
     cache_dir,
+    check_recorded_dir,
     is_of_tfds,
     load,
 )
@@ -49,6 +51,7 @@ from ddpm_jax.rundir import (
 from ddpm_jax.tasks import Evaluation, Request
 
 SAMPLE_BATCH = 64
+SHOWN_CLASSES = 20  # names at the start of a run
 DEBUG_IMAGES = 128  # test images that a --debug run looks at
 
 
@@ -111,7 +114,8 @@ def load_data(
     name, earlier = config.data, read_record(workdir)
     if earlier is not None and earlier.get("data_asked_for") == name:
         again = load_again(earlier, options, config.validation)
-        where = options.data_dir or earlier.get("data_dir")
+        recorded = earlier.get("data_dir")
+        where = options.data_dir or (recorded if isinstance(recorded, str) else None)
         loaded = Loaded(again, earlier.get("data_note", ""), where)
     else:
         fallback = getattr(experiment, "FALLBACK", None)
@@ -134,23 +138,47 @@ def load_data(
     return loaded
 
 
-def load_again(record: dict[str, Any], options: Options, validation: int | None) -> Data:
-    """The data of an earlier run, from where it was or from --data_dir.
+def load_again(
+    record: dict[str, Any], options: Options, validation: int | None, moved: str | None = None
+) -> Data:
+    """Load the data of an earlier run.
 
-    Nothing is prepared in a folder that the record names: it may be a stranger's.
+    A record may be a stranger's.  Its `data_dir` is read only for data sets that TFDS itself knows,
+    and nothing is prepared there.
+
+    Args:
+      record: what config.json says of the run.
+      options: whose `data_dir` goes before the recorded one.
+      validation: as `load` takes it.
+      moved: the name of the data today; None: as it was.
+
+    Raises:
+      UserError: they are not where they were, or the record does not say where.
     """
-    where, name = options.data_dir or record.get("data_dir"), record["data"]["name"]
-    if where and not options.data_dir and is_of_tfds(name):
-        folder = pathlib.Path(where) / name.partition("/")[0].partition(":")[0]
-        if not folder.is_dir():
-            raise UserError(
-                f"{where}, where the data of this run were, holds no {name}; give --data_dir"
-            )
-    return _load(name, where, record.get("debug", False), validation)
+    name, where = moved or record["data"].get("name"), options.data_dir
+    if not isinstance(name, str):
+        raise UserError("config.json names no data set; it is damaged, or of another version")
+    recorded = record.get("data_dir")
+    if is_of_tfds(name) and not where and recorded is not None:
+        check_recorded_dir(name, recorded)
+        return _load(name, recorded, bool(record.get("debug")), validation, may_prepare=False)
+    source, _, argument = name.partition(":")
+    if source == "folder" and not moved and not os.path.isdir(os.path.expanduser(argument)):
+        raise UserError(
+            f"the folder {printable(argument)}, where the data of this run were, is not there; "
+            "give its new place as --config.data=folder:PATH"
+        )
+    return _load(name, where, bool(record.get("debug")), validation)
 
 
-def _load(name: str, data_dir: str | None, debug: bool, validation: int | None) -> Data:
-    data = load(name, data_dir, validation)
+def _load(
+    name: str,
+    data_dir: str | None,
+    debug: bool,
+    validation: int | None,
+    may_prepare: bool = True,
+) -> Data:
+    data = load(name, data_dir, validation, may_prepare)
     if not debug:
         return data
     if data.validation is not None:
@@ -190,7 +218,7 @@ def record_of(name: str, config: Any, loaded: Loaded, options: Options) -> dict[
         "data": loaded.data.describe(),
         "data_asked_for": config.data,
         "data_note": loaded.note,
-        "data_dir": options.data_dir and str(pathlib.Path(options.data_dir).absolute()),
+        "data_dir": loaded.data_dir and os.path.abspath(os.path.expanduser(loaded.data_dir)),
         "parallel": options.parallel,
         "devices": devices.describe(),
         **provenance(),
@@ -292,7 +320,8 @@ def eval_experiment(
         )
     config, state = load_state(experiment, workdir, config, options.parallel)
     record = read_record(workdir) or {}
-    data = load_again(record, options, config.validation)
+    moved = config.data if config.data != record["config"].get("data") else None
+    data = load_again(record, options, config.validation, moved)
     check_same(workdir, record, {**record, "data": data.describe()})
     loaded = Loaded(data, data_dir=options.data_dir or record.get("data_dir"))
     config = _prepared(experiment, config, loaded, options._replace(debug=record["debug"]))
@@ -447,10 +476,18 @@ def _tell_start(name: str, loaded: Loaded, workdir: pathlib.Path) -> None:
     tell(
         f"{name} on {data.title}: {_size(data.train)} images to train on, "
         f"{_held_out(data)}{len(data.test.images)} to test on, "
-        f"{height}x{width}x{channels}, {data.levels} levels\n"
+        f"{height}x{width}x{channels}, {data.levels} levels, {_classes(data.classes)}\n"
         f"{here['count']} x {here['kind']} ({here['platform']}); everything goes to {workdir}"
     )
     _shout(loaded.note)
+
+
+def _classes(names: tuple[str, ...]) -> str:
+    """How many classes there are, and the first of them."""
+    if not names:
+        return "no classes"
+    shown = ", ".join(printable(name) for name in names[:SHOWN_CLASSES])
+    return f"{len(names)} classes: {shown}" + ", ..." * (len(names) > SHOWN_CLASSES)
 
 
 def _held_out(data: Data) -> str:

@@ -90,6 +90,11 @@ def to_images(images: Any, levels: int) -> Any:
     return 2 * images.astype(np.float32) / np.float32(levels - 1) - 1
 
 
+def class_labels(labels: Any, classes: int) -> Any:
+    """The labels of a class-conditional network: `classes`, "no class", in the place of -1."""
+    return jnp.where(labels < 0, classes, labels)
+
+
 def refuse(request: Request, *names: str) -> None:
     """A flag that means nothing to a task is said, not ignored.
 

@@ -34,7 +34,7 @@ from ddpm_jax.nn.unet import UNet
 from ddpm_jax.parallel import fetch
 from ddpm_jax.prediction import Prediction, read
 from ddpm_jax.process import alpha_sigma, q_sample
-from ddpm_jax.tasks import Evaluation, Task, to_images
+from ddpm_jax.tasks import Evaluation, Task, class_labels, to_images
 
 ROUTES = ("continuous", "discrete", "ode")
 EVALUATION_PURPOSES = 4  # of an image's draws: z_0, times, noise, the ODE's probe
@@ -122,7 +122,7 @@ def vdm_task(
         schedule, x0 = schedule_of(params), to_images(batch.images, levels)
         t_keys, drop_keys, end_keys, eps_keys = split(keys, 4)
         t = stratified_times(t_keys, batch.index % batch_size, batch_size)
-        labels = batch.labels if classes else None
+        labels = class_labels(batch.labels, classes) if classes else None
         prior, decoder, _ = ends_terms(schedule, x0, normal(end_keys))
         drop = drop_keys if train else None
         inner = diffusion(params, schedule, x0, normal(eps_keys), t, labels, drop)
@@ -134,7 +134,7 @@ def vdm_task(
     def bounds(params, batch, keys):
         """Nats of each image: what both bounds share, and each one's middle term."""
         schedule, x0 = schedule_of(params), to_images(batch.images, levels)
-        labels = batch.labels if classes else None
+        labels = class_labels(batch.labels, classes) if classes else None
         end_keys, t_keys, eps_keys, _ = split(keys, EVALUATION_PURPOSES)
         prior, decoder, _ = ends_terms(schedule, x0, normal(end_keys))
         times = spread_times(batch.index, t_keys, eval_times)
@@ -157,7 +157,7 @@ def vdm_task(
     def by_ode(params, tolerance, batch, keys):
         """Nats of each image, eq. (2)."""
         schedule, x0 = schedule_of(params), to_images(batch.images, levels)
-        labels = batch.labels if classes else None
+        labels = class_labels(batch.labels, classes) if classes else None
         end_keys, _, _, probe_keys = split(keys, EVALUATION_PURPOSES)
         eps = normal(end_keys)  # z_0 is that of the bounds
         probe = jax.vmap(lambda key: jax.random.rademacher(key, shape, eps.dtype))(probe_keys)

@@ -12,7 +12,7 @@ from ddpm_jax.config import AtLeast, Count, Length
 from experiments import classifier_mnist
 
 DEBUG = classifier_mnist.DEBUG
-network, build = classifier_mnist.network, classifier_mnist.build
+network, dress, build = classifier_mnist.network, classifier_mnist.dress, classifier_mnist.build
 
 
 @dataclasses.dataclass(frozen=True)

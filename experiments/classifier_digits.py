@@ -15,7 +15,7 @@ trained on 1,437 digits): 98.1, 97.2, 95.3, 91.4, 75.3, 57.5, 43.9, 30.8, 18.1, 
 import dataclasses
 from typing import Annotated, Literal
 
-from ddpm_jax.classifier import classifier_task
+from ddpm_jax.classifier import classifier_task, labelled
 from ddpm_jax.config import (
     AtLeast,
     Classes,
@@ -27,6 +27,7 @@ from ddpm_jax.config import (
     Training,
     inside,
 )
+from ddpm_jax.data.loader import Data
 from ddpm_jax.nn.classifier import Classifier
 from ddpm_jax.schedule import cosine
 from ddpm_jax.tasks import Task
@@ -65,6 +66,12 @@ def network(config: Config) -> Classifier:
         noisy,
         inside(config.precision),
     )
+
+
+def dress(config: Config, data: Data) -> Data:
+    """The data without the images that have no class."""
+    del config
+    return labelled(data)
 
 
 def build(config: Config) -> Task:

@@ -13,7 +13,7 @@ from experiments import classifier_digits
 
 FALLBACK = "digits:28"  # where MNIST cannot be had
 DEBUG = classifier_digits.DEBUG
-network, build = classifier_digits.network, classifier_digits.build
+network, dress, build = classifier_digits.network, classifier_digits.dress, classifier_digits.build
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,183 +1,309 @@
 """`folder:PATH`: images of the user's own, with labels from sub-folders.
 
-Sub-folders `train`, `validation` and `test` (or a name of `SPLIT_NAMES`) are the splits if there is
-`train` and one of the others.  Where there is no `test`, `validation` is the test split; where
-there are no splits, one file in ten, chosen by a hash of its name, is held out for testing.  A
-split's own sub-folders are its classes.  All images must have one size; a corrupt file is named,
-skipped and counted.
+A sub-folder `train`, and `validation` and `test` beside it, are the splits (`loader.SPLIT_NAMES`
+has their other names).  Where there is no `test`, `validation` is the test split; where there is
+neither, one file in ten, chosen by a hash of its name, is held out for testing.  A split's own
+sub-folders are its classes; an image beside them has no class.  All images must have one size; a
+file that cannot be decoded is named, skipped and counted.
 
-Captions, if there are any, are in files of the same name that end in .txt, or in one file
-`metadata.jsonl`, a line {"file_name": ..., "text": ...} each, of paths from where it lies.
+Names that begin with a dot and what other programs leave behind (`SKIPPED`) are not read.  A linked
+folder is read once.  `captions.py` describes the files of captions.
 """
 
 import hashlib
-import json
+import os
 import pathlib
+import stat
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax.data.loader import SPLITS, Data, Split, cache_dir, decoded_once, fingerprint
+from ddpm_jax.data.captions import is_captions, read_captions
+from ddpm_jax.data.images import ENDINGS, Decoded, decode, decoding, printable, reason_of
+from ddpm_jax.data.loader import (
+    SPLITS,
+    Data,
+    Split,
+    decoded_once,
+    fingerprint,
+    split_folders,
+    usable_captions,
+)
 from ddpm_jax.errors import UserError
-from ddpm_jax.tokens import fitting, tokenize
 
-METADATA = "metadata.jsonl"
-SPLIT_NAMES = {
-    "train": "train",
-    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
-    "test": "test",
-}
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+VERSION = 4  # of what is kept: another where the same files are read in another way
+SKIPPED = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found"}
+SHOWN = 5  # names in a note
+
+
+class Listing(NamedTuple):
+    """What lies below a folder.
+
+    images, captions: paths from the folder, sorted.
+    stamp: changes when a file or its content changes.
+    notes: what was not read, and why.
+    """
+
+    images: list[pathlib.PurePath]
+    captions: list[pathlib.PurePath]
+    stamp: str
+    notes: tuple[str, ...]
 
 
 def load(argument: str, data_dir: str | None) -> Data:
     """The images below folder `argument`."""
     del data_dir
-    root = pathlib.Path(argument).expanduser()
-    if not argument or not root.is_dir():
-        raise UserError(f'there is no folder "{argument}"; give one as --config.data=folder:PATH')
-    root = root.resolve()
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
-    if not files:
+    path = os.path.expanduser(argument)
+    if not argument or not os.path.isdir(path):
+        raise UserError(
+            f'there is no folder "{printable(argument)}"; give one as --config.data=folder:PATH'
+        )
+    root = pathlib.Path(path).resolve()
+    listing = list_files(root)
+    if not listing.images:
         endings = ", ".join(sorted(ENDINGS))
-        raise UserError(f"there are no images in {root} (looked for {endings})")
-    listing = hashlib.sha256()
-    told = sorted(p for p in root.rglob("*") if p.suffix == ".txt" or p.name == METADATA)
-    for path in [*files, *told]:
-        stat = path.stat()
-        listing.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    stamp = "3 " + listing.hexdigest()
-    place = cache_dir() / "decoded" / hashlib.sha256(str(root).encode()).hexdigest()[:16]
-    return decoded_once(place, stamp, lambda: _decode(root, files))
+        raise UserError(
+            "; ".join([f"there are no images in {root} (looked for {endings})", *listing.notes])
+        )
+    splits = _splits(root, listing.images)
+    stamp = f"{VERSION} {listing.stamp}"
+    return decoded_once(root, stamp, lambda: _decode(root, listing, *splits))
 
 
-def _decode(root: pathlib.Path, files: list[pathlib.Path]) -> Data:
-    images: list[np.ndarray] = []
-    kept: list[pathlib.PurePath] = []
-    corrupt: list[str] = []
-    for path in files:
-        try:
-            image = _open(path)
-        except Exception as error:  # Pillow raises whatever its decoders raise
-            corrupt.append(f"{path.relative_to(root)} ({type(error).__name__})")
-            continue
-        if images and image.shape[:2] != images[0].shape[:2]:
-            raise UserError(
-                f"images must have one size: {root / kept[0]} is {_size(images[0])}, "
-                f"{path} is {_size(image)}; resize them, or move the odd ones out of {root}"
-            )
-        images.append(image)
-        kept.append(path.relative_to(root))
-    if not images:
-        raise UserError(f"none of the {len(files)} images in {root} can be read")
-
-    inner, splits = _splits(kept)
-    keep = splits != ""
-    names = [path.parts[0] if len(path.parts) > 1 else "" for path in inner]
-    classes = tuple(sorted({n for n, k in zip(names, keep, strict=True) if n and k}))
-    numbers = {name: number for number, name in enumerate(classes)}
-    labels = np.array([numbers.get(name, -1) for name in names], np.int32)
-    channels = max(image.shape[2] for image in images)  # grey ones among colour ones join them
-    stack = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images])
-    texts = _captions(root)
-    captions = None
-    if texts:
-        ordered = [texts.get(path, "") for path in kept]
-        captions = tokenize(ordered, fitting(ordered))
-    whole = Split(stack, labels, captions)
-    train, validation, test = (whole.rows(np.flatnonzero(splits == name)) for name in SPLITS)
-    notes: tuple[str, ...] = ()
-    untold = sum(path not in texts for path in kept)
-    if texts and untold:
-        notes += (f"{untold} of {len(kept)} images have no caption: theirs is the empty one",)
-    if corrupt:
-        shown = ", ".join(corrupt[:5]) + (", ..." if len(corrupt) > 5 else "")
-        notes += (f"skipped {len(corrupt)} corrupt of {len(files)} images: {shown}",)
-    if not keep.all():
-        notes += (f"left out {(~keep).sum()} images outside the folders of its splits",)
-    return Data(
-        name=f"folder:{root}",
-        title=f"folder {root.name}",
-        train=train,
-        test=test,
-        validation=validation if len(validation.images) else None,
-        levels=256,
-        classes=classes,
-        fingerprint=fingerprint(train, validation if len(validation.images) else None, test),
-        notes=notes,
+def list_files(root: pathlib.Path) -> Listing:
+    """Find the images and the files of captions below a folder."""
+    images: list[pathlib.PurePath] = []
+    captions: list[pathlib.PurePath] = []
+    odd: list[str] = []
+    notes: list[str] = []
+    digest = hashlib.sha256()
+    for folder, names in _folders(root, notes):
+        for name in names:
+            image, caption = pathlib.PurePath(name).suffix.lower() in ENDINGS, is_captions(name)
+            if not (image or caption):
+                continue
+            path = folder / name
+            try:
+                found = (root / path).stat()
+            except OSError as error:
+                odd.append(f"{path} ({error.strerror})")
+                continue
+            if not stat.S_ISREG(found.st_mode):
+                odd.append(f"{path} (not a regular file)")
+                continue
+            (images if image else captions).append(path)
+            line = f" {found.st_size} {found.st_mtime_ns}\n"
+            digest.update(os.fsencode(path) + line.encode())
+    if odd:
+        notes.append(f"skipped {len(odd)} names that are not files: {_shown(odd)}")
+    digest.update("\n".join(notes).encode(errors="surrogateescape"))
+    return Listing(
+        sorted(images, key=lambda path: path.parts),
+        sorted(captions, key=lambda path: path.parts),
+        digest.hexdigest(),
+        tuple(notes),
     )
 
 
-def _splits(paths: list[pathlib.PurePath]) -> tuple[list[pathlib.PurePath], np.ndarray]:
-    """Return each file's path within its split, and the split's name; "" is in none."""
-    tops = [SPLIT_NAMES.get(p.parts[0].lower(), "") if len(p.parts) > 1 else "" for p in paths]
-    if "train" in tops and {"validation", "test"} & set(tops):
-        if "test" not in tops:  # the only held-out images are for the final figures
-            tops = ["test" if top == "validation" else top for top in tops]
-        inner = [pathlib.PurePath(*path.parts[1:]) for path in paths]
-        return inner, np.array(tops, object)
-    testing = np.array([_held_out(path) for path in paths])
-    if len(paths) > 1 and testing.all() == testing.any():  # a handful: one for testing
-        testing = np.arange(len(paths)) == 0
-    return list(paths), np.where(testing, "test", "train").astype(object)
+def _folders(root: pathlib.Path, notes: list[str]) -> Iterator[tuple[pathlib.PurePath, list[str]]]:
+    """Each folder below `root`, from `root`, with the names of its files.
+
+    Linked folders come last, each once, so that a folder keeps its own name beside links to it.
+    """
+    seen: set[str] = set()
+    waiting = [str(root)]
+
+    def unreadable(error: OSError) -> None:
+        notes.append(f"cannot read the folder {error.filename}: {error.strerror}")
+
+    while waiting:
+        start = waiting.pop(0)
+        real = os.path.realpath(start)
+        if real in seen:
+            notes.append(f"the linked folder {start} is not read again: {real} is read already")
+            continue
+        for folder, folders, files in os.walk(start, onerror=unreadable):
+            seen.add(os.path.realpath(folder))
+            kept = sorted(name for name in folders if not _is_skipped(name))
+            for name in kept:
+                path = os.path.join(folder, name)
+                if not os.path.islink(path):
+                    continue
+                target = os.path.realpath(path)
+                if os.path.commonpath([target, os.path.realpath(folder)]) == target:
+                    notes.append(f"the linked folder {path} is not read: it leads to {target}, "
+                                 "which it lies in")  # fmt: skip
+                else:
+                    waiting.append(path)
+            folders[:] = [name for name in kept if not os.path.islink(os.path.join(folder, name))]
+            names = sorted(name for name in files if not _is_skipped(name))
+            yield pathlib.PurePath(folder).relative_to(root), names
 
 
-def _captions(root: pathlib.Path) -> dict[pathlib.PurePath, str]:
-    """Captions by an image's path from `root`.
+def _is_skipped(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SKIPPED
+
+
+def _decode(
+    root: pathlib.Path, listing: Listing, inner: list[pathlib.PurePath], splits: np.ndarray
+) -> Data:
+    images, kept, notes = _decoded(root, listing.images)
+    paths = [listing.images[row] for row in kept]
+    splits = splits[kept]
+    names = [inner[row].parts[0] if len(inner[row].parts) > 1 else "" for row in kept]
+    keep = splits != ""
+    classes = tuple(sorted({n for n, k in zip(names, keep, strict=True) if n and k}))
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = np.array([numbers.get(name, -1) for name in names], np.int32)
+    known = [path.as_posix() for path in listing.images]
+    told, more = read_captions(root, known, [path.as_posix() for path in listing.captions])
+    texts = [told.get(path.as_posix(), "") for path in paths]
+    whole = Split(images, labels)
+    rows = {split: np.flatnonzero(splits == split) for split in SPLITS}
+    parts = {split: whole.rows(some) for split, some in rows.items()}
+    notes += listing.notes + more
+    if told:
+        of_split = {split: [texts[row] for row in some] for split, some in rows.items()}
+        tokens, odd = usable_captions(of_split)
+        parts = {s: part._replace(captions=tokens[s]) for s, part in parts.items()}
+        empty = sum(not text for text in texts)
+        if empty and not odd:
+            notes += (f"{empty} of {len(texts)} images have no caption: theirs is the empty one",)
+        notes += odd
+    loose = int((labels[keep] < 0).sum())
+    if classes and loose:
+        notes += (f"{loose} of {keep.sum()} images lie beside the class folders: no class",)
+    if not keep.all():
+        notes += (f"left out {(~keep).sum()} images outside the folders of its splits",)
+    validation = parts["validation"] if len(parts["validation"].images) else None
+    return Data(
+        name=f"folder:{root}",
+        title=f"folder {printable(root.name)}",
+        train=parts["train"],
+        test=parts["test"],
+        validation=validation,
+        levels=256,
+        classes=classes,
+        fingerprint=fingerprint(parts["train"], validation, parts["test"]),
+        notes=tuple(printable(note) for note in notes),
+    )
+
+
+def _decoded(
+    root: pathlib.Path, files: list[pathlib.PurePath]
+) -> tuple[np.ndarray, list[int], tuple[str, ...]]:
+    """The images that can be decoded, which of the files they are, and notes on the others."""
+    images: list[np.ndarray] = []
+    kept: list[int] = []
+    corrupt: list[str] = []
+    animated: list[str] = []
+    with decoding():
+        for row, path in enumerate(files):
+            try:
+                image: Decoded = decode(root / path)
+            except Exception as error:  # Pillow raises whatever its decoders raise
+                corrupt.append(f"{path} ({reason_of(error)})")
+                continue
+            if images and image.pixels.shape[:2] != images[0].shape[:2]:
+                raise UserError(
+                    f"images must have one size: {root / files[kept[0]]} is {_size(images[0])}, "
+                    f"{root / path} is {_size(image.pixels)}; resize them, or move the odd ones "
+                    f"out of {root}"
+                )
+            if image.animated:
+                animated.append(str(path))
+            images.append(image.pixels)
+            kept.append(row)
+    if not images:
+        raise UserError(f"none of the {len(files)} images in {root} can be read: {_shown(corrupt)}")
+    channels = max(image.shape[2] for image in images)  # grey ones among colour ones join them
+    stack = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images])
+    notes: tuple[str, ...] = ()
+    if corrupt:
+        notes += (f"skipped {len(corrupt)} corrupt of {len(files)} images: {_shown(corrupt)}",)
+    if animated:
+        notes += (
+            f"{len(animated)} images have several frames, of which the first is used: "
+            f"{_shown(animated)}",
+        )
+    return stack, kept, notes
+
+
+def _splits(
+    root: pathlib.Path, paths: list[pathlib.PurePath]
+) -> tuple[list[pathlib.PurePath], np.ndarray]:
+    """Return each file's path within its split, and the split's name; "" is in none.
 
     Raises:
-      UserError: a file of them cannot be read.
+      UserError: it is not clear which folders are splits.
     """
-    found: dict[pathlib.PurePath, str] = {}
-    images = {p.with_suffix(""): p for p in root.rglob("*") if p.suffix.lower() in ENDINGS}
-    for path in sorted(root.rglob("*.txt")):
-        if path.with_suffix("") in images:
-            found[images[path.with_suffix("")].relative_to(root)] = _text(path).strip()
-    for path in sorted(root.rglob(METADATA)):
-        for number, line in enumerate(_text(path).splitlines(), 1):
-            try:
-                told = json.loads(line) if line.strip() else {}
-                text = told.get("text", told.get("caption"))
-                if told:
-                    place = (path.parent / told["file_name"]).relative_to(root)
-                    found[place] = str(text or "")
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise UserError(
-                    f'{path}, line {number}: must be {{"file_name": "...", "text": "..."}}'
-                ) from None
-    return found
-
-
-def _text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"{path} cannot be read as text in UTF-8: {error}") from None
-
-
-def _open(path: pathlib.Path) -> np.ndarray:
-    """uint8 [H, W, 1 or 3]; transparency is laid on white."""
-    from PIL import Image
-
-    with Image.open(path) as file:
-        file.load()
-        image: Image.Image = file
-        if image.mode.startswith("I"):  # 16 bits of grey
-            return (
-                (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)[..., None]
+    tops = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]
+    folders = {top for top in tops if top}
+    named = split_folders(folders)
+    others = sorted(folders - {name for names in named.values() for name in names})
+    train, held_out = named.get("train"), named.keys() - {"train"}
+    deep = any(len(p.parts) > 2 for p, top in zip(paths, tops, strict=True) if top in (train or ()))
+    for split, names in named.items():
+        if len(names) > 1:
+            raise UserError(
+                f"{root} has {len(names)} folders of the {split} split: {', '.join(names)}; keep "
+                "one of them, or join them"
             )
-        if image.mode == "F":
-            raise ValueError("float images have no known range")
-        if image.mode in ("1", "L"):
-            return np.asarray(image.convert("L"))[..., None]
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
-        return np.asarray(image.convert("RGB"))
+    if held_out and not train:
+        have = ", ".join(names[0] for names in named.values())
+        raise UserError(
+            f"{root} has the split folder {have}, but no train beside it; move the training images "
+            f"into {root / 'train'}, or rename {have} if it is a class"
+        )
+    if train and others and not held_out and deep:
+        raise UserError(
+            f"{root} has a folder {train[0]} with classes of its own beside {', '.join(others[:3])}"
+            f"; name the held-out images' folder validation or test, or give {root / train[0]}"
+        )
+    if not train or (others and not held_out):
+        _check_inner(root, paths)
+        return list(paths), _hashed(paths, np.ones(len(paths), bool))
+    inner = [pathlib.PurePath(*p.parts[1:]) if t else p for p, t in zip(paths, tops, strict=True)]
+    split_of = {names[0]: split for split, names in named.items()}
+    found = np.array([split_of.get(top, "") for top in tops], object)
+    if "test" not in named and held_out:  # the only held-out images are for the final figures
+        found[found == "validation"] = "test"
+    if not held_out:
+        found = _hashed(inner, found == "train")
+    return inner, found
+
+
+def _check_inner(root: pathlib.Path, paths: list[pathlib.PurePath]) -> None:
+    """Raises UserError if a sub-folder has splits of its own, whose images would be mixed."""
+    inside: dict[str, set[str]] = {}
+    for path in paths:
+        if len(path.parts) > 2:
+            inside.setdefault(path.parts[0], set()).add(path.parts[1])
+    for top, names in inside.items():
+        found = split_folders(names)
+        if "train" in found and len(found) > 1:
+            have = " and ".join(names[0] for names in found.values())
+            raise UserError(
+                f"the splits {have} lie in {root / top}: give folder:{root / top}, or move them up "
+                f"into {root}, with the classes inside them"
+            )
+
+
+def _hashed(paths: list[pathlib.PurePath], mine: np.ndarray) -> np.ndarray:
+    """Splits of the files `mine`: one in ten, by a hash of its name, for testing."""
+    testing = np.array([_held_out(path) for path in paths]) & mine
+    if mine.sum() > 1 and (testing[mine].all() or not testing.any()):  # a handful: one for testing
+        testing = np.arange(len(paths)) == np.flatnonzero(mine)[0]
+    return np.where(testing, "test", np.where(mine, "train", "")).astype(object)
 
 
 def _held_out(path: pathlib.PurePath) -> bool:
-    return hashlib.sha256(path.as_posix().encode()).digest()[0] % 10 == 0
+    return hashlib.sha256(os.fsencode(path.as_posix())).digest()[0] % 10 == 0
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def _size(image: np.ndarray) -> str:

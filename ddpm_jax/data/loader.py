@@ -18,13 +18,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.tokens import fitting, tokenize
 
 ENDLESS = 2**31 - 1  # examples of a set that is drawn as it is asked for
 VALIDATION_SHARE = 10  # one training image in so many becomes a validation image, and at most
 MAX_VALIDATION = 5_000  # so many
 
-
 SPLITS = ("train", "validation", "test")
+# What folders and data sets call their splits, in any case; the first name is preferred.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
+    "test": ("test", "testing", "holdout", "held_out"),
+}
+# Files of this folder that are no data sets.
+NO_SOURCES = {"__init__", "captions", "images", "loader", "prefetch", "tfds"}
 
 
 class Split(NamedTuple):
@@ -55,6 +63,10 @@ class Split(NamedTuple):
     def rows(self, rows: np.ndarray) -> "Split":
         """The examples at `rows`, made."""
         return self._each(lambda array: array[rows])
+
+    def subset(self, rows: np.ndarray) -> "Split":
+        """The examples at `rows`, which are read when they are asked for."""
+        return self._each(lambda array: _left(array, rows))
 
     def _each(self, of: Callable[[Any], Any]) -> "Split":
         captions = None if self.captions is None else of(self.captions)
@@ -153,13 +165,19 @@ class MissingData(UserError):
     """The data set is not at hand and cannot be had; a fallback may take its place."""
 
 
-def load(name: str, data_dir: str | None = None, validation: int | None = None) -> Data:
+def load(
+    name: str,
+    data_dir: str | None = None,
+    validation: int | None = None,
+    may_prepare: bool = True,
+) -> Data:
     """Load data set `name`, with a validation split.
 
     Args:
       name: `digits`, `digits:28`, `folder:PATH`, or a TFDS name such as `mnist`.
       data_dir: where TFDS data sets lie or are prepared; TFDS's own default if None.
       validation: as `with_validation` takes it.
+      may_prepare: whether a data set that is not in `data_dir` may be prepared there.
 
     Raises:
       MissingData: it is neither prepared nor can be downloaded.
@@ -172,7 +190,7 @@ def load(name: str, data_dir: str | None = None, validation: int | None = None) 
     else:
         from ddpm_jax.data import tfds
 
-        data = tfds.load(name, data_dir)
+        data = tfds.load(name, data_dir, may_prepare)
     for split, part in (("training", data.train), ("test", data.test)):
         if not len(part.images):
             raise UserError(f"data set {name} has no {split} images")
@@ -210,7 +228,7 @@ def with_validation(data: Data, count: int | None) -> Data:
     order = np.random.Generator(np.random.Philox(key=[0, 2])).permutation(size)
     held_out, kept = np.sort(order[:count]), np.sort(order[count:])
     train, images = data.train, data.train.rows(held_out)
-    return data._replace(train=train._each(lambda array: _left(array, kept)), validation=images)
+    return data._replace(train=train.subset(kept), validation=images)
 
 
 def _left(array: Any, rows: np.ndarray) -> Any:
@@ -221,7 +239,55 @@ def _left(array: Any, rows: np.ndarray) -> Any:
 def is_of_tfds(name: str) -> bool:
     """Whether a data set is none that a file here reads."""
     files = {path.stem for path in pathlib.Path(__file__).parent.glob("*.py")}
-    return name.partition(":")[0] not in files - {"__init__", "loader", "prefetch"}
+    return name.partition(":")[0] not in files - NO_SOURCES
+
+
+def check_recorded_dir(name: str, data_dir: Any) -> None:
+    """Check that the folder of TFDS data that a run's record names may be read, and is there.
+
+    Raises:
+      UserError: TFDS itself has no such data set, or it does not lie there.
+    """
+    from ddpm_jax.data import tfds
+
+    if not tfds.is_known(name):
+        raise UserError(
+            f'the data set "{name}" of this run is not one that TFDS itself has; give '
+            "--data_dir=DIR, the folder in which it lies"
+        )
+    folder = data_dir if isinstance(data_dir, str) else ""
+    if not os.path.isdir(os.path.join(folder, tfds.base_name(name))):
+        raise UserError(
+            f'"{data_dir}", where the data of this run were, holds no {name}; give --data_dir=DIR'
+        )
+
+
+def split_folders(names: Iterable[str]) -> dict[str, list[str]]:
+    """Which of `names` mean each split, the preferred one first; only splits that have any."""
+    names = sorted(names)
+    found = {
+        split: [name for word in words for name in names if name.lower() == word]
+        for split, words in SPLIT_NAMES.items()
+    }
+    return {split: some for split, some in found.items() if some}
+
+
+def usable_captions(texts: dict[str, list[str]]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Captions of each split as tokens, all of one length, and notes about them.
+
+    Args:
+      texts: by split.
+
+    Returns:
+      Tokens by split, or None for each where no training image has a caption.
+    """
+    if not any(text.strip() for text in texts["train"]):
+        note = "all captions of the training images are empty: it counts as a set without captions"
+        return dict.fromkeys(texts), (note,)
+    needed = max(fitting(some) for some in texts.values())
+    same = len(set(texts["train"])) == 1 < len(texts["train"])
+    notes = ("all training images have the same caption",) if same else ()
+    return {split: tokenize(some, needed) for split, some in texts.items()}, notes
 
 
 ALL = slice(None)
@@ -331,32 +397,30 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(root) / "ddpm_jax"
 
 
-def decoded_once(folder: pathlib.Path, stamp: str, decode: Callable[[], Data]) -> Data:
-    """`decode()`, kept in `folder` as memory-mapped arrays for the next time.
+def decoded_once(source: pathlib.Path, stamp: str, decode: Callable[[], Data]) -> Data:
+    """`decode()`, kept in the user's cache as memory-mapped arrays for the next time.
 
     Args:
-      folder: where to keep it; the user's cache where that cannot be written.
+      source: the folder that the data come from; nothing is written there.
       stamp: changes when what was decoded changes.
     """
-    elsewhere = cache_dir() / "decoded" / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    places = dict.fromkeys((folder, elsewhere))
+    name = hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
+    place = cache_dir() / "decoded" / name
+    kept = _read_decoded(place, stamp)
+    if kept is not None:
+        return kept
     notes: list[str] = []
-    for place in places:
-        kept = _read_decoded(place, stamp)
-        if kept is not None:
-            return kept
-        if (place / "meta.json").exists():
-            notes.append(f"decoded again: {place} is damaged, or of other files")
+    if (place / "meta.json").exists():
+        notes.append(f"decoded again: {place} is damaged, or of other files")
     data = decode()
-    for place in places:
-        try:
-            _write_decoded(place, stamp, data)
-        except OSError:
-            continue
-        kept = _read_decoded(place, stamp)
-        if kept is not None:
-            return kept._replace(notes=(*kept.notes, *notes))
-    return data
+    try:
+        _write_decoded(place, stamp, data)
+    except OSError as error:
+        notes.append(f"cannot write {place} ({error.strerror}): decoded again at the next start")
+        kept = data
+    else:
+        kept = _read_decoded(place, stamp) or data
+    return kept._replace(notes=(*kept.notes, *notes))
 
 
 def fingerprint(*splits: Split | None) -> str:
@@ -375,15 +439,16 @@ def _read_decoded(place: pathlib.Path, stamp: str) -> Data | None:
         if meta.pop("stamp") != stamp:
             return None
         forms = meta.pop("forms")
-        splits: Any = dict.fromkeys(SPLITS)
-        for split, form in forms.items():
-            splits[split] = _read_split(place, split)
-            if _forms(splits[split]) != form:
-                return None
+        splits = {split: _read_split(place, split) for split in SPLITS if split in forms}
+        if {split: _forms(part) for split, part in splits.items()} != forms:
+            return None
         meta |= {"classes": tuple(meta["classes"]), "notes": tuple(meta["notes"])}
-        return Data(**splits, **meta)
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
-        return None  # absent, torn or of another time: decoded anew
+        parts: dict[str, Any] = {"validation": None, **splits}
+        data = Data(**parts, **meta)
+        _check_decoded(data)
+    except Exception:
+        return None  # absent, torn, of another time or whatever else: decoded anew
+    return data
 
 
 def _read_split(place: pathlib.Path, split: str) -> Split:
@@ -393,6 +458,30 @@ def _read_split(place: pathlib.Path, split: str) -> Split:
         np.load(place / f"{split}_labels.npy", allow_pickle=False),
         np.load(captions, allow_pickle=False) if captions.exists() else None,
     )
+
+
+def _check_decoded(data: Data) -> None:
+    """Raises ValueError unless the arrays of all splits belong together."""
+    captions = data.train.captions
+    for part in (data.train, data.validation, data.test):
+        if part is None:
+            continue
+        count = len(part.images)
+        known: list[tuple[Any, Any, tuple]] = [
+            (part.images, np.uint8, (count, *data.shape)),
+            (part.labels, np.int32, (count,)),
+        ]
+        if captions is not None:
+            known.append((part.captions, np.uint8, (count, captions.shape[1])))
+        if (captions is None) != (part.captions is None) or any(
+            array.dtype != kind or array.shape != shape for array, kind, shape in known
+        ):
+            raise ValueError("arrays that do not belong together")
+        if count and not -1 <= part.labels.min() <= part.labels.max() < max(len(data.classes), 1):
+            raise ValueError("labels that are no classes")
+    texts = (data.name, data.title, data.fingerprint, *data.classes, *data.notes)
+    if not all(isinstance(text, str) for text in texts) or data.levels != 256:
+        raise ValueError("what is said of the data is not text")
 
 
 def _forms(split: Split | None) -> list[list[Any]]:

@@ -1,0 +1,188 @@
+"""Captions of a folder's images: `.txt` files, `metadata.jsonl` and `metadata.csv`.
+
+`a.txt` (or `a.png.txt`) holds the caption of every image `a` beside it.  A line of
+`metadata.jsonl`, {"file_name": ..., "text": ...}, or a row of `metadata.csv` names an image by its
+path from where the file lies; the caption's key is `text`, `caption` or `prompt`.  Of several
+captions of an image the first is used, and one of metadata before one of a `.txt` file.
+"""
+
+import csv
+import io
+import json
+import pathlib
+import posixpath
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from ddpm_jax.errors import UserError
+
+KEYS = ("text", "caption", "prompt")
+FILE = "file_name"
+TABLES = ("metadata.jsonl", "metadata.csv")
+
+
+def is_captions(name: str) -> bool:
+    """Whether a file of this name may hold captions."""
+    return name.lower().endswith(".txt") or name.lower() in TABLES
+
+
+def read_text(path: pathlib.Path) -> str:
+    """Read a text file in UTF-8, without its byte-order mark; lines end at "\\n" only.
+
+    Raises:
+      OSError: it cannot be read; a pipe or a device is not waited for.
+      UnicodeError: it is not UTF-8.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(0, "it is not a regular file")
+    return path.read_bytes().decode("utf-8-sig")
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text: other separators than "\\n" and "\\r\\n" belong to a line."""
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def read_captions(
+    root: pathlib.Path, images: Iterable[str], files: Sequence[str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Read the captions of a folder's images.
+
+    Args:
+      root: the folder.
+      images: the paths of its images, from `root`, with "/" between the parts.
+      files: the paths of its files of captions, likewise.
+
+    Returns:
+      The captions by an image's path, and notes about what was not used.
+
+    Raises:
+      UserError: a file cannot be read, a line of it is not as it must be, or none of the images
+        that a file names exists.
+    """
+    known = set(images)
+    tables = [file for file in files if posixpath.basename(file).lower() in TABLES]
+    found: dict[str, str] = {}
+    further = 0
+    missing: list[str] = []
+    for file in tables:
+        matched, lost = 0, len(missing)
+        for place, name, text in _rows(root, file):
+            image = _image(root, file, place, name, known)
+            if image is None:
+                missing.append(f"{file} {place}: {name}")
+                continue
+            matched += 1
+            further += image in found
+            found.setdefault(image, text)
+        if len(missing) > lost and not matched:
+            raise UserError(
+                f"{root / file} names no image of the folder (such as {missing[-1]}); {FILE} must "
+                "be an image's path from where this file lies"
+            )
+    beside, unused = _beside(root, known, [file for file in files if file not in tables])
+    further += sum(image in found for image in beside)
+    found = {**beside, **found}
+    notes = []
+    if further:
+        notes.append(f"{further} further captions of images that have one are not used")
+    if missing:
+        notes.append(f"{len(missing)} captions are of no image that is there ({missing[0]})")
+    if unused and beside:
+        notes.append(f"{len(unused)} .txt files belong to no image ({unused[0]})")
+    return {image: text.strip() for image, text in found.items()}, tuple(notes)
+
+
+def _beside(
+    root: pathlib.Path, images: set[str], files: Iterable[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Captions of `.txt` files by image, and the files that belong to none."""
+    stems: dict[str, list[str]] = {}
+    for image in sorted(images):
+        for stem in (image, posixpath.splitext(image)[0]):
+            stems.setdefault(stem, []).append(image)
+    found: dict[str, str] = {}
+    unused = []
+    for file in sorted(files):
+        owners = stems.get(posixpath.splitext(file)[0], [])
+        if owners:
+            found |= dict.fromkeys(owners, _text(root / file))
+        else:
+            unused.append(file)
+    return found, unused
+
+
+def _rows(root: pathlib.Path, file: str) -> Iterator[tuple[str, str, str]]:
+    """(line, file name, caption) of each row of a table."""
+    path = root / file
+    text = _text(path)
+    rows = _csv_rows(path, text) if file.lower().endswith(".csv") else _json_rows(path, text)
+    for number, row in rows:
+        place = f"line {number}"
+        key = next((key for key in KEYS if key in row), None)
+        if key is None or FILE not in row:
+            keys = ", ".join(str(key) for key in row) or "nothing"
+            raise UserError(
+                f"{path}, {place}: must have {FILE} and one of {', '.join(KEYS)}; it has {keys}"
+            )
+        caption = row[key]
+        if isinstance(caption, list) and caption:
+            caption = caption[0]
+        for name, value in ((FILE, row[FILE]), (key, caption)):
+            if not isinstance(value, str):
+                raise UserError(
+                    f"{path}, {place}: {name} must be a text, not {json.dumps(value)[:60]}"
+                )
+        yield place, row[FILE], caption
+
+
+def _json_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines_of(text), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(
+                f'{path}, line {number}: must be {{"{FILE}": "...", "{KEYS[0]}": "..."}}'
+            )
+        yield number, row
+
+
+def _csv_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            yield (
+                reader.line_num,
+                {key.strip(): value for key, value in row.items() if isinstance(key, str)},
+            )
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _image(root: pathlib.Path, file: str, place: str, name: str, known: set[str]) -> str | None:
+    """The image that a table names, from `root`; None: there is no such image."""
+    folder = posixpath.dirname(file)
+    for path in dict.fromkeys((name, name.replace("\\", "/"))):
+        image = posixpath.normpath(posixpath.join(folder, path))
+        if image in known:
+            return image
+        if image.startswith(("/", "../")) or image == "..":
+            raise UserError(
+                f"{root / file}, {place}: {FILE} {json.dumps(name)[:80]} leads out of {root}; it "
+                "must be an image's path from where this file lies"
+            )
+    return None
+
+
+def _text(path: pathlib.Path) -> str:
+    try:
+        return read_text(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeError as error:
+        raise UserError(f"{path} cannot be read as text in UTF-8: {error}") from None
