@@ -34,6 +34,7 @@ from ddpm_jax.errors import UserError
 
 VERSION = 4  # of what is kept: another where the same files are read in another way
 SKIPPED = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found"}
+HASHED = "train or test"
 SHOWN = 5  # names in a note
 
 
@@ -118,20 +119,20 @@ def _folders(root: pathlib.Path, notes: list[str]) -> Iterator[tuple[pathlib.Pur
         notes.append(f"cannot read the folder {error.filename}: {error.strerror}")
 
     while waiting:
-        start = waiting.pop(0)
-        real = os.path.realpath(start)
-        if real in seen:
-            notes.append(f"the linked folder {start} is not read again: {real} is read already")
-            continue
-        for folder, folders, files in os.walk(start, onerror=unreadable):
-            seen.add(os.path.realpath(folder))
+        for folder, folders, files in os.walk(waiting.pop(0), onerror=unreadable):
+            real = os.path.realpath(folder)
+            if real in seen:
+                notes.append(f"the folder {folder} is not read again: {real} is read already")
+                folders.clear()
+                continue
+            seen.add(real)
             kept = sorted(name for name in folders if not _is_skipped(name))
             for name in kept:
                 path = os.path.join(folder, name)
                 if not os.path.islink(path):
                     continue
                 target = os.path.realpath(path)
-                if os.path.commonpath([target, os.path.realpath(folder)]) == target:
+                if os.path.commonpath([target, real]) == target:
                     notes.append(f"the linked folder {path} is not read: it leads to {target}, "
                                  "which it lies in")  # fmt: skip
                 else:
@@ -150,8 +151,9 @@ def _decode(
 ) -> Data:
     images, kept, notes = _decoded(root, listing.images)
     paths = [listing.images[row] for row in kept]
-    splits = splits[kept]
-    names = [inner[row].parts[0] if len(inner[row].parts) > 1 else "" for row in kept]
+    inner = [inner[row] for row in kept]
+    splits = _hashed(inner, splits[kept])
+    names = [path.parts[0] if len(path.parts) > 1 else "" for path in inner]
     keep = splits != ""
     classes = tuple(sorted({n for n, k in zip(names, keep, strict=True) if n and k}))
     numbers = {name: number for number, name in enumerate(classes)}
@@ -233,7 +235,9 @@ def _decoded(
 def _splits(
     root: pathlib.Path, paths: list[pathlib.PurePath]
 ) -> tuple[list[pathlib.PurePath], np.ndarray]:
-    """Return each file's path within its split, and the split's name; "" is in none.
+    """Return each file's path within its split, and the split's name.
+
+    The name is "" in none, and `HASHED` where a hash decides between training and testing.
 
     Raises:
       UserError: it is not clear which folders are splits.
@@ -251,9 +255,9 @@ def _splits(
                 "one of them, or join them"
             )
     if held_out and not train:
-        have = ", ".join(names[0] for names in named.values())
+        have = " and ".join(names[0] for names in named.values())
         raise UserError(
-            f"{root} has the split folder {have}, but no train beside it; move the training images "
+            f"{root} has {have}, but no folder train beside; move the training images "
             f"into {root / 'train'}, or rename {have} if it is a class"
         )
     if train and others and not held_out and deep:
@@ -263,14 +267,14 @@ def _splits(
         )
     if not train or (others and not held_out):
         _check_inner(root, paths)
-        return list(paths), _hashed(paths, np.ones(len(paths), bool))
+        return list(paths), np.full(len(paths), HASHED, object)
     inner = [pathlib.PurePath(*p.parts[1:]) if t else p for p, t in zip(paths, tops, strict=True)]
     split_of = {names[0]: split for split, names in named.items()}
     found = np.array([split_of.get(top, "") for top in tops], object)
     if "test" not in named and held_out:  # the only held-out images are for the final figures
         found[found == "validation"] = "test"
     if not held_out:
-        found = _hashed(inner, found == "train")
+        found[found == "train"] = HASHED
     return inner, found
 
 
@@ -290,12 +294,13 @@ def _check_inner(root: pathlib.Path, paths: list[pathlib.PurePath]) -> None:
             )
 
 
-def _hashed(paths: list[pathlib.PurePath], mine: np.ndarray) -> np.ndarray:
-    """Splits of the files `mine`: one in ten, by a hash of its name, for testing."""
+def _hashed(paths: list[pathlib.PurePath], splits: np.ndarray) -> np.ndarray:
+    """The splits, where `HASHED` with one image in ten, by a hash of its name, for testing."""
+    mine = splits == HASHED
     testing = np.array([_held_out(path) for path in paths]) & mine
     if mine.sum() > 1 and (testing[mine].all() or not testing.any()):  # a handful: one for testing
         testing = np.arange(len(paths)) == np.flatnonzero(mine)[0]
-    return np.where(testing, "test", np.where(mine, "train", "")).astype(object)
+    return np.where(mine, np.where(testing, "test", "train"), splits).astype(object)
 
 
 def _held_out(path: pathlib.PurePath) -> bool:

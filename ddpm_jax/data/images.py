@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 # Pillow also opens formats that start other programs (EPS) or hold no raster of their own.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
 ENDINGS = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif"}
 ENDINGS |= {".tif", ".tiff"}
 ORIENTATION = 0x0112  # the EXIF tag

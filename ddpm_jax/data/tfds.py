@@ -73,8 +73,6 @@ def load(name: str, data_dir: str | None, may_prepare: bool = True) -> Data:
     except tfds.core.DatasetNotFoundError:
         hint = nearest(base_name(name), [*known_names(), "digits"])
         raise UserError(f'there is no data set "{printable(name)}"{hint}') from None
-    except UserError:
-        raise
     except Exception as error:  # whatever TFDS raises of a name or of damaged files
         raise UserError(f"data set {name}: {_line(error)}") from None
     folder = pathlib.Path(str(builder.data_path))
@@ -487,7 +485,7 @@ def _refuse_other_classes(connector: Any) -> None:
 
     def own_alone(cls: Any, name: str) -> Any:
         if not OWN_CLASS.fullmatch(name):
-            raise UserError(
+            raise ValueError(
                 f"features.json names the class {printable(name)[:80]}, which is not one of TFDS's "
                 "own and is not imported; prepare the data set with features of TFDS"
             )
