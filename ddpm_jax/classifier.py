@@ -151,6 +151,7 @@ def labelled(data: Data) -> Data:
       UserError: a split has no others.
     """
     parts: dict[str, Any] = {}
+    skipped = []
     for split in ("train", "validation", "test"):
         part = getattr(data, split)
         if part is None:
@@ -163,8 +164,10 @@ def labelled(data: Data) -> Data:
                 "classifier needs some, in sub-folders that are named after their classes"
             )
         if len(kept) < len(labels):
-            tell(f"skipped {len(labels) - len(kept)} {split} images that have no class")
+            skipped.append(f"{len(labels) - len(kept)} {split}")
             parts[split] = part.subset(kept)
+    if skipped:
+        tell(f"{data.title}: skipped {' and '.join(skipped)} images that have no class")
     return data._replace(**parts)
 
 

@@ -133,8 +133,6 @@ def load_data(
                 options.data_dir,
             )
     devices.check_same_everywhere("the data set", loaded.data.fingerprint)
-    for note in loaded.data.notes:
-        tell(f"{loaded.data.title}: {note}")
     return loaded
 
 
@@ -479,6 +477,8 @@ def _tell_start(name: str, loaded: Loaded, workdir: pathlib.Path) -> None:
         f"{height}x{width}x{channels}, {data.levels} levels, {_classes(data.classes)}\n"
         f"{here['count']} x {here['kind']} ({here['platform']}); everything goes to {workdir}"
     )
+    for note in data.notes:
+        tell(f"{data.title}: {note}")
     _shout(loaded.note)
 
 

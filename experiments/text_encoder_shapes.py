@@ -114,8 +114,8 @@ def check_captions(config) -> None:
     """Raises UserError unless the data set has captions."""
     if not config.caption_length:
         raise UserError(
-            f"data set {config.data} has no captions; text-to-image needs a captioned one, such as "
-            "shapes, or folder:PATH of images with captions"
+            f"data set {config.data} has no captions, or empty ones alone; text-to-image needs a "
+            "captioned one, such as shapes, or folder:PATH of images with captions"
         )
 
 

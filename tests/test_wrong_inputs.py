@@ -5,12 +5,16 @@ expression `text`, and `prepare(folder)` makes files in the working directory fi
 in this process, one after another; what needs a process of its own is at the end.
 """
 
+import json
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, expect_one_line, user_environment
+from data_sets import png, write
 
+PNG = png()
 DIGITS = ("--experiment=vae_digits", "--debug")
 
 # Flags and config fields.
@@ -76,6 +80,111 @@ RUNS = [
 ]
 
 
+def files(names, content=PNG):
+    """Write image files into the folder `images`."""
+
+    def make(folder):
+        for name in names:
+            write(folder / "images" / name, content)
+
+    return make
+
+
+def pipe(folder):
+    """A folder with a named pipe for an image."""
+    (folder / "images").mkdir()
+    os.mkfifo(folder / "images" / "a.png")
+
+
+def table(name, *rows):
+    """Write images and a file of captions, a row of which is an object or a line."""
+
+    def make(folder):
+        files(["0.png", "1.png", "2.png"])(folder)
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        write(folder / "images" / name, "\n".join(lines).encode())
+
+    return make
+
+
+def texts(*captions):
+    """Write images, each with its text file."""
+
+    def make(folder):
+        for number, caption in enumerate(captions):
+            write(folder / "images" / f"{number}.png", png(number))
+            write(folder / "images" / f"{number}.txt", caption.encode())
+
+    return make
+
+
+OWN = ("--experiment=vae_fashion_mnist", "--debug", "--config.data=folder:images")
+CLASSIFIER = ("--experiment=classifier_digits", "--debug", "--config.data=folder:images")
+TEXT = ("--experiment=text_encoder_shapes", "--debug", "--config.data=folder:images")
+
+# Images and captions of the user's own.
+DATA = [
+    (OWN, 'no folder "images"; give one as --config.data=folder:PATH'),
+    (OWN, "no images in .*images .looked for", files(["a.txt", "b.heic"])),
+    (OWN, "no images in .*images .looked for", files([".a.png", ".b/c.png", "__MACOSX/d.png"])),
+    (OWN, "no images in .*images.*not a regular file", pipe),
+    (OWN, "none of the 2 images .* can be read: a.png .not an image",
+     files(["a.png", "b.gif"], b"")),
+    (OWN, "none of the 1 images .* can be read", files(["a.jpg"], b"<html>")),
+    (OWN, "no folder .*images", lambda folder: write(folder / "images", b"a file")),
+    (OWN, "no folder .*images", lambda folder: os.mkfifo(folder / "images")),
+    ([*OWN[:2], "--config.data=folder:~nosuchuser/images"], "no folder .*nosuchuser"),
+    ([*OWN[:2], "--config.data=folder:"], 'no folder ""'),
+    ([*OWN[:2], "--config.data=folder:" + "a" * 5000], "no folder"),
+    (OWN, "2 folders of the validation split: valid, val",
+     files(["train/a.png", "val/b.png", "valid/c.png"])),
+    (OWN, "2 folders of the test split: test, testing",
+     files(["train/a.png", "test/b.png", "testing/c.png"])),
+    (OWN, "has val and test, but no folder train beside", files(["test/a.png", "val/b.png"])),
+    (OWN, "has dev, but no folder train beside", files(["a/a.png", "dev/b.png"])),
+    (OWN, "train and val lie in .*birds: give folder:",
+     files(["birds/train/a.png", "birds/val/b.png"])),
+    (TEXT, "has no captions.*; text-to-image needs", files(["0.png", "1.png", "2.png"])),
+    (TEXT, "no captions", texts("", " ", "\n")),
+    (TEXT, "no captions", texts("\ufeff", "\u2028", "\t")),
+    (TEXT, "line 1: .*it has file_name, title",
+     table("metadata.jsonl", {"file_name": "0.png", "title": "a"})),
+    (TEXT, "line 2: .*it has path, text",
+     table("metadata.jsonl", "", {"path": "0.png", "text": "a"})),
+    (TEXT, "line 1: text must be a text, not 7",
+     table("metadata.jsonl", {"file_name": "0.png", "text": 7})),
+    (TEXT, "caption must be a text, not null",
+     table("metadata.jsonl", {"file_name": "0.png", "caption": None})),
+    (TEXT, r"prompt must be a text, not \[\]",
+     table("metadata.jsonl", {"file_name": "0.png", "prompt": []})),
+    (TEXT, "leads out of", table("metadata.jsonl", {"file_name": "../../0.png", "text": "a"})),
+    (TEXT, "leads out of", table("metadata.jsonl", {"file_name": "/0.png", "text": "a"})),
+    (TEXT, "leads out of",
+     table("sub/metadata.jsonl", {"file_name": "..\\..\\0.png", "text": "a"})),
+    (TEXT, "names no image of the folder",
+     table("metadata.jsonl", {"file_name": "00.png", "text": "a"})),
+    (TEXT, "names no image of the folder", table("sub/metadata.csv", "file_name,text", "0.png,a")),
+    (TEXT, "metadata.jsonl, line 1: must be", table("metadata.jsonl", "[" * 100_000)),
+    (TEXT, "metadata.jsonl, line 1: must be",
+     table("metadata.jsonl", '{"file_name": "0.png", "text": "a"')),
+    (TEXT, "it has file_name, label", table("metadata.csv", "file_name,label", "0.png,a")),
+    (TEXT, "text must be a text, not null", table("metadata.csv", "file_name,text", "0.png")),
+    (TEXT, "it has file_name;text", table("metadata.csv", "file_name;text", "0.png;a")),
+    (CLASSIFIER, "needs a data set with labels", files(["0.png", "1.png", "2.png"])),
+    (CLASSIFIER, "none of the .* test images of .* has a class",
+     files(["train/a/0.png", "train/b/1.png", "train/a/2.png", "test/3.png"])),
+    (CLASSIFIER, "none of the .* train images of .* has a class",
+     files(["train/0.png", "train/1.png", "test/a/3.png"])),
+    ([*OWN[:2], "--config.data=captions"], 'no data set "captions"'),
+    ([*OWN[:2], "--config.data=tfds:mnist"], 'no data set "tfds:mnist"'),
+    ([*OWN[:2], "--config.data=../mnist"], 'no data set "../mnist"'),
+    ([*OWN[:2], "--config.data=huggingface:mnist"], 'no data set "huggingface:mnist"'),
+    ([*OWN[:2], "--config.data=mnist/a=1,b=2"], 'no data set "mnist/a=1,b=2"'),
+    ([*OWN[:2], "--config.data=mnist",
+     "--data_dir=~nosuchuser/data"], "data set mnist is not prepared"),
+]  # fmt: skip
+
+
 def row_id(row):
     return " ".join(map(str, row[0])) or "nothing"
 
@@ -89,7 +198,7 @@ def trained(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("row", FLAGS, ids=row_id)
+@pytest.mark.parametrize("row", [*FLAGS, *DATA], ids=row_id)
 def test_a_wrong_input_is_one_clear_line(launch_here, tmp_path, row):
     arguments, says, *prepare = row
     for step in prepare:
