@@ -373,4 +373,4 @@ def test_a_judge_reads_its_data_where_the_run_read_them(monkeypatch):
     monkeypatch.setattr(runs, "load", lambda *arguments: asked.append(arguments) or load("digits"))
     loaded = Loaded(load("digits"), data_dir="/where/the/run/read")
     runs.load_for(classifier_digits.Config(validation=7), loaded, Options())
-    assert asked == [("digits", "/where/the/run/read", 7)]
+    assert asked == [("digits", "/where/the/run/read", 7, True)]

@@ -1,7 +1,10 @@
 """Sets in TFDS format of other makes than the usual three: splits, labels, captions."""
 
+import shutil
+
 import numpy as np
 import pytest
+from conftest import expect_one_line
 from data_sets import encoded, pixels, png, store
 from PIL import Image
 
@@ -141,6 +144,19 @@ def test_images_of_two_sizes_are_an_error(tmp_path):
     store(tmp_path, lambda f: {}, {"train": [*rows(3), {"image": png(5, (8, 12))}]})
     with pytest.raises(UserError, match=r"different sizes \((8x8 and 12x8|12x8 and 8x8)\)"):
         load(tmp_path)
+
+
+def test_a_set_that_is_refused_is_one_line(tmp_path, launch_here):
+    arguments = ("--config.data=strange", f"--data_dir={tmp_path}", "--workdir=run")
+    examples = [*rows(3), {"image": png(5, (8, 12))}]
+    store(tmp_path, lambda f: {}, {"train": examples, "test": rows(2)})
+    result = launch_here("--experiment=vae_digits", "--debug", *arguments)
+    expect_one_line(result, "data set strange holds images of different sizes")
+    shutil.rmtree(tmp_path / "strange")
+    examples = [{**row, "text": " "} for row in rows(4)]
+    store(tmp_path, lambda f: {"text": f.Text()}, {"train": examples, "test": examples})
+    result = launch_here("--experiment=text_encoder_shapes", "--debug", *arguments)
+    expect_one_line(result, "data set strange has no captions, or empty ones alone")
 
 
 @pytest.mark.parametrize("names", [["test"], ["val", "extra"]])

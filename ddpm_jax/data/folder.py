@@ -159,13 +159,13 @@ def _decode(
     numbers = {name: number for number, name in enumerate(classes)}
     labels = np.array([numbers.get(name, -1) for name in names], np.int32)
     known = [path.as_posix() for path in listing.images]
-    told, more = read_captions(root, known, [path.as_posix() for path in listing.captions])
-    texts = [told.get(path.as_posix(), "") for path in paths]
+    captions, more = read_captions(root, known, [path.as_posix() for path in listing.captions])
+    texts = [captions.get(path.as_posix(), "") for path in paths]
     whole = Split(images, labels)
     rows = {split: np.flatnonzero(splits == split) for split in SPLITS}
     parts = {split: whole.rows(some) for split, some in rows.items()}
     notes += listing.notes + more
-    if told:
+    if captions:
         of_split = {split: [texts[row] for row in some] for split, some in rows.items()}
         tokens, odd = usable_captions(of_split)
         parts = {s: part._replace(captions=tokens[s]) for s, part in parts.items()}

@@ -481,7 +481,7 @@ def _check_decoded(data: Data) -> None:
             raise ValueError("labels that are no classes")
     texts = (data.name, data.title, data.fingerprint, *data.classes, *data.notes)
     if not all(isinstance(text, str) for text in texts) or data.levels != 256:
-        raise ValueError("what is said of the data is not text")
+        raise ValueError("a description that is not text")
 
 
 def _forms(split: Split | None) -> list[list[Any]]:

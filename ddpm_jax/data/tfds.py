@@ -50,6 +50,7 @@ OWN_CLASS = re.compile(r"tensorflow_datasets(\.\w+)+", re.ASCII)
 VERSION = 5  # of what is kept: another where the same records are read in another way
 PROBE_SECONDS = 3.0
 CHUNK = 1000  # records read at a time
+MANY = 5000  # records, from which on it takes seconds to decode them
 
 
 def load(name: str, data_dir: str | None, may_prepare: bool = True) -> Data:
@@ -174,7 +175,8 @@ def _decode(name: str, builder: Any) -> Data:
             f"data set {name} has no train split, only {', '.join(builder.info.splits)}"
         )
     features = _features(name, builder.info.features)
-    print(f"decoding {name}, once", file=sys.stderr)
+    if builder.info.splits.total_num_examples > MANY:
+        print(f"decoding {name}, once", file=sys.stderr)
     names = {split: some[0] for split, some in splits.items()}
     if "test" not in names and "validation" in names:  # the only held-out images are for the end
         names["test"] = names.pop("validation")
