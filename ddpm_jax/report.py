@@ -190,12 +190,12 @@ def curves(path: pathlib.Path, lines: Iterable[dict], title: str) -> None:
             late = [v for s, v in points if s >= 0.05 * points[-1][0]]
             if split == "train" and len(late) > 2:  # the first steps would flatten the rest
                 axis.set_ylim(top=max(late) + 0.1 * (max(late) - min(late) or 1))
-        axis.set_title(metric)
+        axis.set_title(printable(metric), parse_math=False)
         axis.set_xlabel("step")
         axis.legend()
     for axis in axes.flat[len(series) :]:
         axis.remove()
-    figure.suptitle(title)
+    figure.suptitle(printable(title), parse_math=False)  # which a stranger may have named
     write_with(path, lambda file: figure.savefig(file, dpi=100, format="png"))
 
 
@@ -225,7 +225,7 @@ def lines(
     for name, y in ys.items():
         axis.plot(x, y, ".-" if len(x) < 30 else "-", label=name)
     axis.set_xlabel(xlabel)
-    axis.set_title(title)
+    axis.set_title(printable(title), parse_math=False)
     axis.legend()
     return _pixels(figure)
 
@@ -245,7 +245,7 @@ def paths(
             )
     axis.set_xlabel(labels[0])
     axis.set_ylabel(labels[1])
-    axis.set_title(title)
+    axis.set_title(printable(title), parse_math=False)
     axis.margins(0.1)
     if len(lines) > 1:
         axis.legend()
@@ -272,7 +272,7 @@ def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
         if is_error(name, metrics) or not isinstance(value, (int, float)):
             continue
         error = metrics.get(f"{name}_error")
-        if error:  # two digits of it, and as many of the value
+        if error and 0 < error < math.inf:  # two digits of it, and as many of the value
             places = max(1 - math.floor(math.log10(error)), 0)
             text = f"{value:.{places}f} +- {error:.{places}f}"
             if places > 6:

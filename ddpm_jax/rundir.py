@@ -144,7 +144,7 @@ class RunDir(NamedTuple):
                 try:
                     if line.endswith(b"\n") and kept_line(json.loads(line)):
                         kept.append(line)
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     pass
             _replace(path, b"".join(kept))
         with self._telling("what TensorBoard shows"):
@@ -153,8 +153,26 @@ class RunDir(NamedTuple):
             self.boards.append(weights_and_biases(self.path, self.record))
 
     def summary(self) -> dict | None:
-        """The final figures, if the run is finished."""
-        return _read_json(self.path / "summary.json")
+        """The final figures, if the run is finished.
+
+        Raises:
+          UserError: they cannot be read.
+        """
+        path = self.path / "summary.json"
+        try:
+            found = _parsed(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        kinds = {"experiment": str, "step": int, "data": str, "data_note": str, "parameters": int}
+        good = isinstance(found, dict) and isinstance(found.get("metrics"), dict)
+        good = good and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+        if not good or not all(isinstance(v, (int, float)) for v in found["metrics"].values()):
+            raise UserError(
+                f"{path} is damaged; move it away, and the same command evaluates once more"
+            )
+        return found
 
     def finish(self, summary: dict, title: str) -> None:
         """Write the final figures, and the curves of all of them.
@@ -393,13 +411,6 @@ def _git_commit() -> str | None:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    try:
-        return _parsed(path.read_bytes())
-    except OSError:
-        return None
 
 
 def _parsed(text: bytes) -> Any:
