@@ -108,7 +108,7 @@ def captioned(
     )
 
 
-def _cut(words: str, width: float, length: Callable[[str], float]) -> str:
+def _cut(words: str, width: int, length: Callable[[str], float]) -> str:
     """A text in one line, and what of it fits into so many pixels.
 
     Args:
@@ -117,7 +117,7 @@ def _cut(words: str, width: float, length: Callable[[str], float]) -> str:
     text = printable(" ".join(words.split()))
     if len(text) <= width and length(text) <= width:
         return text
-    text = text[: int(width)]  # no more letters than pixels
+    text = text[:width]  # no more letters than pixels
     fit = bisect.bisect(range(len(text)), width, key=lambda n: length(text[:n] + "..."))
     return text[: max(fit - 1, 1)] + "..."
 
