@@ -256,7 +256,7 @@ def check_store(folder: pathlib.Path) -> None:
     if "\\" in str(folder):  # which the store reads as a slash
         raise UserError(f"{refused}the path holds a backslash; give another --workdir")
     probe = folder / f".probe.{jax.process_index()}"
-    state, host = {"probe": jnp.arange(3)}, {"probe": 1}
+    state, host = {"probe": np.arange(3)}, {"probe": 1}
     args = {"state": ocp.args.StandardSave(state), "host": ocp.args.JsonSave(host)}
     like = {"state": ocp.args.StandardRestore(state), "host": ocp.args.JsonRestore()}
     try:

@@ -118,8 +118,11 @@ def _cut(words: str, width: int, length: Callable[[str], float]) -> str:
     if len(text) <= width and length(text) <= width:
         return text
     text = text[:width]  # no more letters than pixels
-    fit = bisect.bisect(range(len(text)), width, key=lambda n: length(text[:n] + "..."))
-    return text[: max(fit - 1, 1)] + "..."
+
+    def pixels(count: int) -> int:
+        return math.ceil(length(text[:count] + "..."))
+
+    return text[: max(bisect.bisect(range(len(text)), width, key=pixels) - 1, 1)] + "..."
 
 
 def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w c"]) -> None:
