@@ -241,6 +241,8 @@ def open_checkpoints(folder: pathlib.Path, read_only: bool = False) -> Checkpoin
 def check_store(folder: pathlib.Path) -> None:
     """Check, by writing and reading a tiny one, that checkpoints can be kept below `folder`.
 
+    Of several processes, of which one alone cannot save, it only tries to write a file.
+
     Raises:
       UserError: they cannot; there are paths that the store cannot take.
       RunError: the disk is full.
@@ -263,6 +265,8 @@ def check_store(folder: pathlib.Path) -> None:
         folder.mkdir(exist_ok=True)
         (folder / ".probe").write_bytes(bytes(4096))
         (folder / ".probe").unlink()
+        if not alone():
+            return
         with _quiet(), contextlib.closing(_reader()) as store:
             store.save(probe, args=ocp.args.Composite(**args))
             found = store.restore(probe, args=ocp.args.Composite(**like))
