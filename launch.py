@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import math
 import os
 import pathlib
 import sys
@@ -12,7 +13,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 from absl import flags
 
-from ddpm_jax.errors import RunError, UserError, nearest
+from ddpm_jax.errors import RunError, UserError, nearest, printable
 
 HERE = pathlib.Path(__file__).parent
 EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("[a-z]*.py"))
@@ -71,7 +72,8 @@ def define_flags() -> None:
         ["validation", "test"],
     )
     define(flags.DEFINE_integer, "num_samples", 64, "sample: how many images.", lower_bound=1)
-    define(flags.DEFINE_string, "out", None, "sample: where to, a .png or .npz.")
+    define(flags.DEFINE_string, "out", None, "sample: a .png or .npz; written as it goes.")
+    define(flags.DEFINE_bool, "overwrite", False, "sample: replace a file of somebody else's.")
     define(flags.DEFINE_integer, "label", None, "sample: the class to draw.", lower_bound=0)
     define(flags.DEFINE_string, "sampler", None, "sample: which sampler.")
     define(flags.DEFINE_integer, "steps", None, "sample: how many steps.", lower_bound=1)
@@ -116,6 +118,10 @@ def parse(arguments: list[str]) -> dict[str, str]:
         raise UserError(_explain(flag, str(error))) from None
     except (flags.Error, ValueError) as error:
         raise UserError(str(error).splitlines()[0]) from None
+    for name in FLAGS:
+        value = FLAGS[name].value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name}={value}: must be a finite number")
     for name in ("workdir", "out", "data_dir"):
         if FLAGS[name].value == "":
             raise UserError(f"--{name}= is empty: give a path")
@@ -212,12 +218,13 @@ def main(arguments: list[str]) -> None:
         return
     overrides = parse(arguments)
     sampling = FLAGS.mode == "sample"
-    for name in (*SAMPLE_FLAGS, "out", "num_samples", "prompt_file"):
+    for name in (*SAMPLE_FLAGS, "out", "overwrite", "num_samples", "prompt_file"):
         if FLAGS[name].present and not sampling:
             raise UserError(f"--{name} goes with --mode=sample")
     if FLAGS["split"].present and FLAGS.mode != "eval":
         raise UserError("--split goes with --mode=eval")
     from ddpm_jax.config import MAY_CHANGE, marked, override, restore
+    from ddpm_jax.rundir import check_entries
 
     name, record = FLAGS.experiment, None
     workdir = pathlib.Path(FLAGS.workdir).expanduser() if FLAGS.workdir else None
@@ -229,6 +236,7 @@ def main(arguments: list[str]) -> None:
         record = recorded(workdir, name)
         part = getattr(load_experiment(record["experiment"]), "DRAWS", None)
         if part is not None:  # of a run of several parts, the one that draws
+            check_entries(workdir)
             workdir = workdir / part
             record = recorded(workdir)
         name = record["experiment"]
@@ -291,7 +299,15 @@ def main(arguments: list[str]) -> None:
         out = pathlib.Path(FLAGS.out).expanduser() if FLAGS.out else None
         prompts = prompts_of(FLAGS.prompt_file) if FLAGS.prompt_file else ()
         run.sample_experiment(
-            experiment, config, workdir, options, request, FLAGS.num_samples, out, prompts
+            experiment,
+            config,
+            workdir,
+            options,
+            request,
+            FLAGS.num_samples,
+            out,
+            prompts,
+            FLAGS.overwrite,
         )
     else:
         run.eval_experiment(experiment, config, workdir, options)
@@ -318,7 +334,7 @@ def report(arguments: list[str]) -> int:
         )
     else:
         return 0
-    print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{kind}: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

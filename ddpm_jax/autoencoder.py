@@ -147,12 +147,13 @@ def autoencoder_task(
             if len(x) < 2:
                 tell(f"left out, since it needs at least 2 images: {name}")
             else:
+                report.check_finite(drawn)
                 redrawn, originals = (Grouped(judging.see(images)[0]) for images in (drawn, x))
                 distance = frechet_distance(redrawn, originals, paired=True)
                 metrics |= figures(name, (distance.value, distance.error))
         rows = [part[at : at + 10] for at in range(0, min(len(x), 40), 10) for part in (x, drawn)]
-        pictures = {"reconstructions": report.grid(np.concatenate(rows), columns=10)}
-        return Evaluation(metrics, pictures, about)
+        sheet = report.attempt(report.grid, np.concatenate(rows), columns=10)
+        return Evaluation(metrics, {"reconstructions": sheet}, about)
 
     def sample(params, fixed, keys, request, spread=None):
         raise UserError(

@@ -11,6 +11,7 @@ each other what they have read.
 
 import contextlib
 import copy
+import errno
 import json
 import pathlib
 import shutil
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.parallel import Meeting, alone, complaint, from_main, is_main, one_line
 from ddpm_jax.progress import tell
 
@@ -145,12 +146,40 @@ class Checkpoints(NamedTuple):
         aside = folder.with_name("damaged") / str(step)
 
         def move() -> None:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.parent.mkdir(exist_ok=True)
-            (folder / str(step)).rename(aside)
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(exist_ok=True)
+                (folder / str(step)).rename(aside)
+            except OSError as error:
+                raise RunError(
+                    f"cannot move the damaged checkpoint {folder / str(step)} to {aside}: "
+                    f"{error.strerror}"
+                ) from None
 
         from_main(move)
         self.manager.reload()
+
+    def check_written(self, step: int) -> None:
+        """Check that the checkpoint of `step`, the last one, is on disk; waits for it.
+
+        Raises:
+          RunError: it is not; the message names the newest one that is.
+        """
+        self.wait()
+
+        def newest() -> int | None:
+            steps = pathlib.Path(self.manager.directory).glob("[0-9]*")
+            return max((int(path.name) for path in steps if path.name.isdigit()), default=None)
+
+        found = from_main(newest)
+        if found == step:
+            return
+        left = "there is none" if found is None else f"the newest is of step {found}"
+        raise RunError(
+            f"the checkpoint of step {step}, the last one, could not be written to "
+            f"{self.manager.directory}: {left}; see to it that there is room and that the "
+            "directory can be written to, and the same command goes on from there"
+        )
 
     def wait(self) -> None:
         """Wait until what was started is on disk, or tell that it could not be written."""
@@ -207,6 +236,54 @@ def open_checkpoints(folder: pathlib.Path, read_only: bool = False) -> Checkpoin
         read_only=read_only,
     )
     return Checkpoints(ocp.CheckpointManager(folder, options=options), meeting, read_only)
+
+
+def check_store(folder: pathlib.Path) -> None:
+    """Check, by writing and reading a tiny one, that checkpoints can be kept below `folder`.
+
+    Of several processes, of which one alone cannot save, it only tries to write a file.
+
+    Raises:
+      UserError: they cannot; there are paths that the store cannot take.
+      RunError: the disk is full.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = folder.resolve()
+    refused = f"checkpoints cannot be kept in {folder}: "
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{refused}the path is not UTF-8; give another --workdir") from None
+    if "\\" in str(folder):  # which the store reads as a slash
+        raise UserError(f"{refused}the path holds a backslash; give another --workdir")
+    probe = folder / f".probe.{jax.process_index()}"
+    state, host = {"probe": np.arange(3)}, {"probe": 1}
+    args = {"state": ocp.args.StandardSave(state), "host": ocp.args.JsonSave(host)}
+    like = {"state": ocp.args.StandardRestore(state), "host": ocp.args.JsonRestore()}
+    try:
+        folder.mkdir(exist_ok=True)
+        (folder / ".probe").write_bytes(bytes(4096))
+        (folder / ".probe").unlink()
+        if not alone():
+            return
+        with _quiet(), contextlib.closing(_reader()) as store:
+            store.save(probe, args=ocp.args.Composite(**args))
+            found = store.restore(probe, args=ocp.args.Composite(**like))
+        if found.state["probe"].tolist() != [0, 1, 2] or found.host != host:
+            raise ValueError("what was written is not what is read")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise RunError(f"{refused}{error.strerror}; make room") from None
+        raise UserError(f"{refused}{one_line(error)}; give another --workdir") from None
+    except Exception as error:  # of many kinds, from the store's to Python's own
+        raise UserError(
+            f"{refused}the store does not take this path ({one_line(error)}); give another "
+            "--workdir"
+        ) from None
+    finally:
+        for path in folder.glob(f"{probe.name}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _processes(numbers: Iterable[int]) -> Any:

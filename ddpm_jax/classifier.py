@@ -118,7 +118,7 @@ def classifier_task(
         metrics = averages({"loss": found["nll"], "accuracy": found["right"]})
         worst = np.argsort(-found["nll"].mean(1))[:40]
         images = to_images(held_out.rows(np.sort(worst)).images, levels)
-        pictures = {"hardest": report.grid(images, columns=10)}
+        pictures: dict[str, Any] = {"hardest": report.grid(images, columns=10)}
         if schedule:
             t, shares = np.arange(NOISE_LEVELS) / NOISE_LEVELS, found["right"].mean(0)
             names = [f"accuracy_t_{level:.1f}" for level in t]

@@ -232,14 +232,14 @@ def diffusion_task(
             ends = {f"bits_per_dim_{name}": found[name] for name in ("decoder", "prior")}
             bound = found["kl"].mean(1) + found["prior"] + found["decoder"]
             metrics |= averages({"bits_per_dim": bound, **ends}, 1 / (dims * np.log(2)))
-        pictures: dict[str, np.ndarray] = {}
+        pictures: dict[str, Any] = {}
         if full:
             by_level, pictures = noise_levels(found, dims)
             metrics |= by_level
         shown = show(draw, params, seed, data, split, full, judging, spread)
         return shown._replace(metrics=metrics | shown.metrics, pictures=pictures | shown.pictures)
 
-    return Task(init, loss_of, update, evaluate, draw.sample, draw.guide)
+    return Task(init, loss_of, update, evaluate, draw.sample, draw.guide, labels=draw.labels)
 
 
 def noise_levels(

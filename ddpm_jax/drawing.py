@@ -56,6 +56,7 @@ class Drawing(NamedTuple):
         and drawn again, those pixels kept to `known` where `mask` is 1 (in [-1, 1]; [B, H, W, C]
         each); at t = 1 drawing starts from noise alone where `mask` is 0, whatever `images` are
         there
+    labels(keys, request) -> the classes of the images that `sample` makes; None: they have none
     told(params, keys, told, how, spread) -> images of whatever else a network is told
     requested(request) -> how the request has it drawn
     about() -> how `many` draws, for the record
@@ -64,6 +65,7 @@ class Drawing(NamedTuple):
 
     many: Callable[..., tuple[np.ndarray, np.ndarray | None, sampler.Trace]]
     sample: Callable[..., Any]
+    labels: Callable[..., Any]
     edit: Callable[..., Float[Array, "batch h w c"]]
     told: Callable[..., Float[Array, "batch h w c"]]
     requested: Callable[[Request], Sampling]
@@ -209,16 +211,20 @@ def drawing(
         spread: Parallel | None = None,
     ) -> Float[Array, "..."]:
         del fixed
-        how, classes, labels = requested(request), choices(), None
+        how = requested(request)
+        return told(params, keys, labels_of(keys, request), how, spread or placed(params))
+
+    def labels_of(keys: Key[Array, "batch"], request: Request):
+        classes = choices()
         if classes and request.label is not None:
-            labels = jnp.full(len(keys), request.label)
-        elif classes:  # each image a class of its own draw
-            labels = jax.vmap(
-                lambda key: jax.random.randint(
-                    jax.random.fold_in(key, FIRST_NOISE - 1), (), 0, classes
-                )
-            )(keys)
-        return told(params, keys, labels, how, spread or placed(params))
+            return jnp.full(len(keys), request.label)
+        if not classes:
+            return None
+
+        def one(key):  # each image a class of its own draw
+            return jax.random.randint(jax.random.fold_in(key, FIRST_NOISE - 1), (), 0, classes)
+
+        return jax.vmap(one)(keys)
 
     def requested(request: Request) -> Sampling:
         if nothing is None:
@@ -259,7 +265,7 @@ def drawing(
         return (spread or placed(params)).compile(edit)(params, guides_params(), *rest)
 
     own = guidance.Guide("diffusion", as_worse, shape, classes)
-    return Drawing(many, sample, edit_with_guide, told, requested, about, own)
+    return Drawing(many, sample, labels_of, edit_with_guide, told, requested, about, own)
 
 
 _tell_once = functools.cache(tell)

@@ -1,7 +1,14 @@
 """The two ways in which a run can end badly, each told in one line."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# Control characters, lone surrogates, and what changes lines or the direction of the text.
+HIDDEN = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    r"\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 
 class UserError(Exception):
@@ -10,6 +17,26 @@ class UserError(Exception):
 
 class RunError(Exception):
     """The run itself went wrong, as a loss that is not finite does (exit code 1)."""
+
+
+def printable(text: str, lines: bool = False) -> str:
+    """Return `text` with every control character in a visible form, such as \\x1b.
+
+    A run directory, a data set or a file name may be a stranger's: nothing in them may reach the
+    terminal as a command, reverse the text or start a line of its own.
+
+    Args:
+      text: the text.
+      lines: keep line breaks, of a text that the program itself laid out in lines.
+    """
+
+    def visible(match: re.Match) -> str:
+        character = match[0]
+        if lines and character == "\n":
+            return character
+        return character.encode("unicode_escape").decode("ascii")
+
+    return HIDDEN.sub(visible, text)
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from ddpm_jax import report, sampler
 from ddpm_jax.classifier import Judge
@@ -30,15 +30,22 @@ class Judging(NamedTuple):
 
 def trajectories(
     trace: sampler.Trace, images: Float[np.ndarray, "n h w c"]
-) -> tuple[UInt8[np.ndarray, "high wide c"], UInt8[np.ndarray, "frames rows columns c"]]:
-    """A sheet and a movie of x_t above the predicted x0, which both end at the first `images`."""
+) -> dict[str, np.ndarray | report.NonFinite]:
+    """A sheet and a movie [F, H, W, C] of x_t above the predicted x0.
+
+    Both end at the first `images`.
+    """
     xt, x0 = (np.concatenate([a, images[None, : a.shape[1]]]) for a in trace)
     moments = np.unique(np.linspace(0, len(xt) - 1, SHOWN).round().astype(int))
     rows = [a[moments, image] for image in range(4) for a in (xt, x0)]
-    sheet = report.grid(np.concatenate(rows), columns=len(moments))
+    sheet = report.attempt(report.grid, np.concatenate(rows), columns=len(moments))
     frames = np.unique(np.linspace(0, len(xt) - 1, 50).round().astype(int))
-    movie = [report.grid(np.concatenate([xt[f], x0[f]]), columns=SHOWN) for f in frames]
-    return sheet, np.stack(movie)
+
+    def movie():
+        both = (np.concatenate([xt[f], x0[f]]) for f in frames)
+        return np.stack([report.grid(images, columns=SHOWN) for images in both])
+
+    return {"trajectories": sheet, "trajectories_movie": report.attempt(movie)}
 
 
 def edits(
@@ -49,7 +56,7 @@ def edits(
     held_out: Split,
     conditional: bool,
     spread: Parallel,
-) -> dict[str, UInt8[np.ndarray, "high wide c"]]:
+) -> dict[str, np.ndarray | report.NonFinite]:
     """What a denoiser makes of held-out images, by rows.
 
     Nothing that an edit should produce is among its inputs: a conditional network gets the label
@@ -92,7 +99,7 @@ def edits(
             draw.edit(params, same, none, BLEND_TIME, mixed, mixed, free, spread=spread)
         )
     return {
-        name: report.grid(np.concatenate(fetch(found)), columns=count)
+        name: report.attempt(report.grid, np.concatenate(fetch(found)), columns=count)
         for name, found in rows.items()
         if found
     }
@@ -111,13 +118,14 @@ def show(
     """A sheet of samples and what the judges say of more; trajectories in a full evaluation."""
     judged = (judging.final if full else judging.between) if judging.judges else 0
     images, labels, trace = draw.many(params, seed, max(judged, AT_ONCE), spread)
-    pictures = {"samples": report.grid(images[:AT_ONCE], columns=10)}
+    pictures = {"samples": report.attempt(report.grid, images[:AT_ONCE], columns=10)}
     if full:
-        pictures["trajectories"], pictures["trajectories_movie"] = trajectories(trace, images)
+        pictures |= trajectories(trace, images)
         pictures |= edits(draw, params, seed, data, data.part(split), labels is not None, spread)
     metrics: dict[str, float] = {}
     if not judged:
         return Evaluation(metrics, pictures, draw.about())
+    report.check_finite(images[:judged])  # of which there are no figures
     meant = None if labels is None else labels[:judged]
     features: dict[str, str] = {}
     for number, load in enumerate(judging.judges):

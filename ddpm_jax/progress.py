@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+from ddpm_jax.errors import printable
 from ddpm_jax.parallel import is_main
 
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal
@@ -14,13 +15,26 @@ def tell(line: str) -> None:
     """A line for people, from the first process alone; a full disk that it goes to ends nothing."""
     if is_main():
         with contextlib.suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line, lines=True), file=sys.stderr, flush=True)
+
+
+def print_result(text: str) -> None:
+    """Print a result to stdout, from the first process alone."""
+    if is_main():
+        print(printable(text, lines=True))
 
 
 class Clock:
-    """The progress bar, and the seconds that went into steps, evaluations and checkpoints."""
+    """The progress bar, and the seconds that went into steps, evaluations and checkpoints.
 
-    def __init__(self, step: int, total: int, show: bool = True) -> None:
+    Args:
+      step, total: where it starts and ends.
+      show: to a person.
+      unit: what is counted.
+    """
+
+    def __init__(self, step: int, total: int, show: bool = True, unit: str = "step") -> None:
+        self._unit = unit
         self._first, self._total = step, total
         self._lap_step, self._lap_start = step, time.perf_counter()
         self._start: float | None = None  # of the steps after the first call, which compiles
@@ -32,26 +46,27 @@ class Clock:
         if show and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=step, unit=unit, dynamic_ncols=True)
 
-    def show(self, step: int, loss: float) -> None:
+    def show(self, step: int, loss: float | None = None) -> None:
         """Tell that `step` is done."""
         if self._bar is not None:
-            self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            if loss is not None:
+                self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             self._bar.update(step - self._bar.n)
             return
         now = time.perf_counter()
+        line = f"{self._unit} {step}/{self._total}"
+        if loss is not None:
+            line += f"  loss {loss:.4g}"
         if self._start is None:
             self._start, self._first, self._excluded = now, step, sum(self._paused.values())
-            self._say(f"step {step}/{self._total}  loss {loss:.4g}  (compiled)")
+            self._say(f"{line}  (compiled)")
         elif now - self._last_line > SECONDS_BETWEEN_LINES or step == self._total:
             busy = now - self._start - (sum(self._paused.values()) - self._excluded)
             rate = (step - self._first) / max(busy, 1e-9)
             left = (self._total - step) / max(rate, 1e-9)
-            self._say(
-                f"step {step}/{self._total}  loss {loss:.4g}  {rate:.1f} steps/s  "
-                f"{_minutes(left)} left"
-            )
+            self._say(f"{line}  {rate:.1f} {self._unit}s/s  {_minutes(left)} left")
             self._last_line = now
 
     def _say(self, line: str) -> None:

@@ -1,35 +1,72 @@
 """Pictures, curves and tables."""
 
+import bisect
 import json
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from ddpm_jax.errors import RunError, printable
+from ddpm_jax.files import SOFTWARE, write_with
+
+
+class NonFinite(RunError):
+    """Images hold values that are not finite, so there is no picture of them."""
+
+
+def check_finite(images: Float[np.ndarray, "*batch"]) -> None:
+    """Raises NonFinite if a value of the images is not finite."""
+    finite = np.isfinite(images)
+    if not finite.all():
+        wrong = images.size - np.count_nonzero(finite)
+        raise NonFinite(f"{wrong} of {images.size} values of the images are non-finite (NaN, inf)")
+
 
 def to_uint8(images: Float[np.ndarray, "*batch"]) -> UInt8[np.ndarray, "*batch"]:
-    """[-1, 1] -> 0 ... 255, clipped."""
+    """Return images of [-1, 1] as 0 ... 255, clipped.
+
+    Raises:
+      NonFinite: a value is not finite: it would be black, as a real one may be.
+    """
+    check_finite(images)
     return np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
+def attempt(
+    make: Callable[..., np.ndarray], *arguments: Any, **named: Any
+) -> np.ndarray | NonFinite:
+    """Return the picture that `make` makes, or in its place the error that there is none."""
+    try:
+        return make(*arguments, **named)
+    except NonFinite as error:
+        return error
+
+
 def grid(
-    images: Float[np.ndarray, "n h w c"], columns: int | None = None, side: int = 56
+    images: Float[np.ndarray, "n h w c"] | UInt8[np.ndarray, "n h w c"],
+    columns: int | None = None,
+    side: int = 56,
 ) -> UInt8[np.ndarray, "H W c"]:
     """Images in rows, from the top left, with lines between them.
 
     Args:
-      images: in [-1, 1].
+      images: in [-1, 1], or in 0 ... 255 if they are uint8.
       columns: how many in a row; as many as rows by default.
       side: small images are enlarged, pixel by pixel, to at least about this many pixels.
+
+    Raises:
+      NonFinite: a value is not finite.
     """
     count, height, width, channels = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
     zoom = max(1, round(side / max(height, width)))
-    cells = to_uint8(images).repeat(zoom, 1).repeat(zoom, 2)
+    cells = images if images.dtype == np.uint8 else to_uint8(images)
+    cells = cells.repeat(zoom, 1).repeat(zoom, 2)
     height, width = height * zoom, width * zoom
     sheet = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, channels), 96, np.uint8)
     for number, cell in enumerate(cells):
@@ -40,25 +77,27 @@ def grid(
 
 
 def captioned(
-    rows: list[tuple[str, Float[np.ndarray, "n h w c"]]], side: int = 64
+    rows: list[tuple[str, Float[np.ndarray, "n h w c"] | UInt8[np.ndarray, "n h w c"]]],
+    side: int = 64,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Rows of images in [-1, 1], each below its text.
+    """Rows of images, each below its text, which is cut to their width.
 
     Args:
+      rows: texts, and images as in `grid`.
       side: as in `grid`.
+
+    Raises:
+      NonFinite: a value is not finite.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     line, font, parts = 18, ImageFont.load_default(12), []
     for words, images in rows:
-        text = " ".join(words.split())
         pixels = grid(images, columns=len(images), side=side)
         pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
         head = Image.new("RGB", (pixels.shape[1], line), "white")
-        pen = ImageDraw.Draw(head)
-        while len(text) > 4 and pen.textlength(text, font) > head.width - 6:
-            text = text.removesuffix("...")[:-1] + "..."
-        pen.text((3, 2), text, "black", font)
+        text = _cut(words, head.width - 6, font.getlength)
+        ImageDraw.Draw(head).text((3, 2), text, "black", font)
         parts += [np.asarray(head), pixels]
     wide = max(part.shape[1] for part in parts)
     return np.concatenate(
@@ -69,24 +108,43 @@ def captioned(
     )
 
 
-def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w c"]) -> None:
-    """Write a grey or colour picture."""
-    from PIL import Image
+def _cut(words: str, width: int, length: Callable[[str], float]) -> str:
+    """A text in one line, and what of it fits into so many pixels.
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
+    Args:
+      length: of a text, in pixels.
+    """
+    text = printable(" ".join(words.split()))
+    if len(text) <= width and length(text) <= width:
+        return text
+    text = text[:width]  # no more letters than pixels
+
+    def pixels(count: int) -> int:
+        return math.ceil(length(text[:count] + "..."))
+
+    return text[: max(bisect.bisect(range(len(text)), width, key=pixels) - 1, 1)] + "..."
+
+
+def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w c"]) -> None:
+    """Write a grey or colour picture, with this program's mark."""
+    from PIL import Image, PngImagePlugin
+
+    about = PngImagePlugin.PngInfo()
+    about.add_text("Software", SOFTWARE)
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    write_with(path, lambda file: picture.save(file, "png", pnginfo=about))
 
 
 def save_gif(path: pathlib.Path, frames: UInt8[np.ndarray, "f h w c"]) -> None:
     """Write a movie of ten frames a second, whose last frame stays for two."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     pictures = [
         Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames
     ]
     times = [100] * (len(pictures) - 1) + [2000]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
+    how: dict[str, Any] = dict(append_images=pictures[1:], duration=times, loop=0)
+    write_with(path, lambda file: pictures[0].save(file, "gif", save_all=True, **how))
 
 
 def save_picture(stem: pathlib.Path, image: np.ndarray) -> pathlib.Path:
@@ -135,14 +193,13 @@ def curves(path: pathlib.Path, lines: Iterable[dict], title: str) -> None:
             late = [v for s, v in points if s >= 0.05 * points[-1][0]]
             if split == "train" and len(late) > 2:  # the first steps would flatten the rest
                 axis.set_ylim(top=max(late) + 0.1 * (max(late) - min(late) or 1))
-        axis.set_title(metric)
+        axis.set_title(printable(metric), parse_math=False)
         axis.set_xlabel("step")
         axis.legend()
     for axis in axes.flat[len(series) :]:
         axis.remove()
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.suptitle(printable(title), parse_math=False)  # which a stranger may have named
+    write_with(path, lambda file: figure.savefig(file, dpi=100, format="png"))
 
 
 def _axis(wide: float, high: float) -> tuple[Any, Any]:
@@ -171,7 +228,7 @@ def lines(
     for name, y in ys.items():
         axis.plot(x, y, ".-" if len(x) < 30 else "-", label=name)
     axis.set_xlabel(xlabel)
-    axis.set_title(title)
+    axis.set_title(printable(title), parse_math=False)
     axis.legend()
     return _pixels(figure)
 
@@ -191,7 +248,7 @@ def paths(
             )
     axis.set_xlabel(labels[0])
     axis.set_ylabel(labels[1])
-    axis.set_title(title)
+    axis.set_title(printable(title), parse_math=False)
     axis.margins(0.1)
     if len(lines) > 1:
         axis.legend()
@@ -199,10 +256,11 @@ def paths(
 
 
 def table(rows: list[tuple[str, str]], title: str) -> str:
-    """Two columns under a title."""
+    """Two columns under a title, each row in one line."""
+    rows = [(printable(name), printable(value)) for name, value in rows]
     width = max((len(name) for name, _ in rows), default=0)
     lines = [f"  {name:<{width}}  {value}" for name, value in rows]
-    return "\n".join([title, *lines])
+    return "\n".join([printable(title), *lines])
 
 
 def is_error(name: str, metrics: Iterable[str]) -> bool:
@@ -217,7 +275,7 @@ def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
         if is_error(name, metrics) or not isinstance(value, (int, float)):
             continue
         error = metrics.get(f"{name}_error")
-        if error:  # two digits of it, and as many of the value
+        if error and 0 < error < math.inf:  # two digits of it, and as many of the value
             places = max(1 - math.floor(math.log10(error)), 0)
             text = f"{value:.{places}f} +- {error:.{places}f}"
             if places > 6:

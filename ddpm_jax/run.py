@@ -9,7 +9,6 @@ An experiment is a module with `Config`, `DEBUG` (what `--debug` changes) and ei
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import pathlib
@@ -19,11 +18,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from ddpm_jax import parallel as devices
 from ddpm_jax import report, train
-from ddpm_jax.checkpoint import open_checkpoints
+from ddpm_jax.checkpoint import check_store, open_checkpoints
 from ddpm_jax.config import FROM_DATA, MAY_CHANGE, marked, restore
 from ddpm_jax.data.images import printable
 from ddpm_jax.data.loader import (
@@ -36,18 +34,21 @@ from ddpm_jax.data.loader import (
     is_of_tfds,
     load,
 )
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import RunError, UserError, printable
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
-from ddpm_jax.progress import tell
+from ddpm_jax.progress import print_result, tell
 from ddpm_jax.rundir import (
     RunDir,
     bystander,
-    check_links,
+    can_write,
+    check_entries,
     check_same,
     open_run,
     provenance,
     read_record,
+    write_json,
 )
+from ddpm_jax.samples import SampleFile, check_out
 from ddpm_jax.tasks import Evaluation, Request
 
 SAMPLE_BATCH = 64
@@ -259,15 +260,18 @@ def train_experiment(
         if summary is not None and step == summary.get("step") == config.steps:
             _tell_finished(workdir, summary)
             return summary
+        devices.from_main(lambda: check_store(workdir / "checkpoints"))
         _tell_start(name, loaded, workdir)
         devices.from_main(run.write_record)
         spread = devices.make(options.parallel)
         watch = train.Watch(options.profile, options.wandb)
         result = train.fit(task, config, data, run, checkpoints, options.seed, spread, watch)
+        devices.from_main(run.check_there)
+        if result.step:
+            checkpoints.check_written(result.step)  # while the evaluation went on
         if result.final is None:
             tell(f"stopped at step {result.step} of {config.steps}; the same command goes on")
             return None
-        checkpoints.wait()  # written while the evaluation went on
         run.time(result.step, run_seconds=time.perf_counter() - started)
         summary = {
             "experiment": name,
@@ -280,7 +284,7 @@ def train_experiment(
         }
         devices.from_main(lambda: run.finish(summary, f"{name} on {data.title}"))
         _tell_finished(workdir, summary)
-        _say(f"  {time.perf_counter() - started:.0f} s in all")
+        print_result(f"  {time.perf_counter() - started:.0f} s in all")
         return summary
     finally:
         if checkpoints is not None:
@@ -316,6 +320,7 @@ def eval_experiment(
             f"--split=validation: the run in {workdir} was trained on all of the training images "
             "(--config.validation=0); give --split=test"
         )
+    devices.from_main(lambda: check_entries(workdir))
     config, state = load_state(experiment, workdir, config, options.parallel)
     record = read_record(workdir) or {}
     moved = config.data if config.data != record["config"].get("data") else None
@@ -340,20 +345,24 @@ def eval_experiment(
         "metrics": found.metrics,
     }
 
-    def write() -> None:
-        check_links(workdir)
+    devices.from_main(lambda: _write_evaluation(workdir, found, written))
+    title = f"{record['experiment']} on {data.title}, checkpoint of step {step}"
+    print_result(report.table(report.metric_rows(found.metrics), title))
+    print_result(f"  pictures in {workdir / 'images'}, figures in {workdir / 'eval.json'}")
+    return found.metrics
+
+
+def _write_evaluation(workdir: pathlib.Path, found: Evaluation, written: dict) -> None:
+    """Write eval.json and the pictures of an evaluation."""
+    check_entries(workdir)
+    for name, picture in found.pictures.items():
+        if isinstance(picture, report.NonFinite):
+            raise RunError(f"no picture {name}: {picture}")
         try:
-            for name, picture in found.pictures.items():
-                report.save_picture(workdir / "images" / name, picture)
-            (workdir / "eval.json").write_text(json.dumps(written, indent=2) + "\n")
+            report.save_picture(workdir / "images" / name, picture)
         except OSError as error:
             raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
-
-    devices.from_main(write)
-    title = f"{record['experiment']} on {data.title}, checkpoint of step {step}"
-    _say(report.table(report.metric_rows(found.metrics), title))
-    _say(f"  pictures in {workdir / 'images'}, figures in {workdir / 'eval.json'}")
-    return found.metrics
+    write_json(workdir / "eval.json", written)
 
 
 def sample_experiment(
@@ -365,6 +374,7 @@ def sample_experiment(
     count: int,
     out: pathlib.Path | None,
     prompts: tuple[str, ...] = (),
+    overwrite: bool = False,
 ) -> pathlib.Path:
     """Draw images with the newest checkpoint's averaged parameters, into a .png or .npz.
 
@@ -372,44 +382,46 @@ def sample_experiment(
 
     Args:
       count: how many images; of each of `prompts`, if there are any, a row of a .png each.
+      overwrite: replace a file that this program did not write.
+
+    Raises:
+      RunError: the images are not finite, or cannot be written.
     """
-    out = out or workdir / "images" / "drawn.png"
-    if out.suffix not in (".png", ".npz"):
-        raise UserError(f"--out={out}: must end in .png or .npz")
-    if not out.parent.is_dir() and out.parent != workdir / "images":
-        raise UserError(f"--out={out}: there is no folder {out.parent}")
+    default = workdir / "images" / "drawn.png"
+    out = out or default
+
+    def check() -> None:
+        check_entries(workdir)
+        check_out(out, default, overwrite)
+
+    devices.from_main(check)
     config, state = load_state(experiment, workdir, config, options.parallel)
     task = experiment.build(config)
     key = purpose_key(options.seed, SAMPLE)
     spread = devices.make(options.parallel)
     params, size = train.averaged(state, config), spread.round_up(SAMPLE_BATCH)
-
-    def draw(request: Request) -> np.ndarray:
-        parts = []
-        for start in range(0, count, size):  # one shape, compiled once
-            keys = example_keys(key, 0, spread.indices(start, size))
-            parts.append(devices.fetch(task.sample(params, state.fixed, keys, request, spread)))
-        return np.concatenate(parts)[:count]
-
-    texts: tuple[Any, ...] = prompts or (request.prompt,)
-    rows = [draw(request._replace(prompt=text)) for text in texts]
-    images = np.concatenate(rows)
-
-    def write() -> None:
-        try:
-            if out.suffix == ".npz":
-                told: Any = {"prompts": np.repeat(prompts, count)} if prompts else {}
-                np.savez_compressed(out, images=report.to_uint8(images), **told)
-            elif texts == (None,):
-                report.save_png(out, report.grid(images))
-            else:
-                report.save_png(out, report.captioned(list(zip(texts, rows, strict=True))))
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {error.strerror}") from None
-
-    devices.from_main(write)
+    texts = prompts or (request.prompt,)
+    file = SampleFile(out, texts, count)
+    try:
+        with file.kept() as clock:
+            for text in texts:
+                asked = request._replace(prompt=text)
+                for start in range(0, count, size):  # one shape, compiled once
+                    keys = example_keys(key, 0, spread.indices(start, size))
+                    images = devices.fetch(task.sample(params, state.fixed, keys, asked, spread))
+                    labels = task.labels and devices.fetch(task.labels(keys, asked))
+                    own = slice(count - start)
+                    file.add(images[own], None if labels is None else labels[own])
+                    if file.total > size:
+                        clock.show(file.size)
+    except report.NonFinite as error:
+        raise RunError(
+            f"{error}: the sampler diverged; try another --guidance, --steps or --sampler"
+        ) from None
+    with can_write(out):
+        devices.from_main(file.write)
     name = experiment.__name__.rpartition(".")[2]
-    _say(f"{len(images)} images of {name}, step {int(state.step)}: {out}")
+    print_result(f"{file.size} images of {name}, step {int(state.step)}: {out}")
     return out
 
 
@@ -503,20 +515,14 @@ def _tell_finished(workdir: pathlib.Path, summary: dict) -> None:
     title = f"{summary['experiment']} on {summary['data']}, step {summary['step']}"
     rows = report.metric_rows(summary["metrics"])
     rows.append(("parameters", f"{summary['parameters']:,}"))
-    _say(report.table(rows, title))
-    _say(f"  pictures in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
+    print_result(report.table(rows, title))
+    print_result(f"  pictures in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
     _shout(summary["data_note"])
 
 
 def _shout(line: str) -> None:
     if line:
-        tell(f"{'!' * 80}\n{line}\n{'!' * 80}")
-
-
-def _say(line: str) -> None:
-    """To stdout, from the first process alone."""
-    if devices.is_main():
-        print(line)
+        tell(f"{'!' * 80}\n{printable(line)}\n{'!' * 80}")
 
 
 def _count(params: Any) -> int:

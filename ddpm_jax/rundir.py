@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import platform
+import stat
 import subprocess
 import time
 from collections.abc import Collection, Iterator
@@ -26,8 +27,14 @@ import numpy as np
 from ddpm_jax import report
 from ddpm_jax.boards import Board, tensorboard, weights_and_biases
 from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.files import append, draft_of
 from ddpm_jax.progress import tell
 
+FILES = (
+    "config.json", "eval.json", "lock", "metrics.jsonl", "summary.json", "timing.jsonl", "wandb_id"
+)  # fmt: skip
+FOLDERS = ("checkpoints", "damaged", "images", "profile", "tensorboard", "wandb")
+TRAINED = ("checkpoints/[0-9]*", "damaged/[0-9]*", "*/config.json")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 
@@ -55,11 +62,16 @@ class RunDir(NamedTuple):
         """Append a line of what a clock says."""
         self._append("timing.jsonl", {"step": step, "time": time.time(), **seconds})
 
-    def picture(self, name: str, image: np.ndarray, step: int, last: bool = False) -> None:
+    def picture(
+        self, name: str, image: np.ndarray | report.NonFinite, step: int, last: bool = False
+    ) -> None:
         """Write a picture or a movie; unless it is the last, one of many by that name."""
         if self.lock is None:
             return
         stem = name if last else f"{name}_{step:08d}"
+        if isinstance(image, report.NonFinite):
+            tell(f"no picture {stem}: {image}")
+            return
         with self._telling(f"the picture {stem}"):
             for board in self.boards if image.ndim == 3 else ():
                 board.picture(step, name, image)
@@ -72,24 +84,33 @@ class RunDir(NamedTuple):
         except OSError as error:
             tell(f"cannot write {what}: {error.strerror}")
 
+    def check_there(self) -> None:
+        """Raises RunError if the directory was removed or renamed since it was opened."""
+        if self.lock is None:
+            return
+        for name in ("lock", "config.json"):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                (self.path / name).stat()
+                return
+        raise RunError(
+            f"{self.path} is gone: it was removed or renamed during the run, of which nothing "
+            "more can be written; rename it back, and the same command goes on"
+        )
+
     def _append(self, name: str, line: dict) -> None:
         if self.lock is None:
             return
+        self.check_there()
         self.late.setdefault(name, []).append(line)
         self._write_late(name)
 
     def _write_late(self, name: str) -> bool:
         lines = self.late[name]
         path = self.path / name
-        text = "".join(json.dumps(line) + "\n" for line in lines).encode()
-        size = path.stat().st_size if path.exists() else 0
         try:
-            with path.open("ab") as file:
-                file.write(text)
+            append(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
         except OSError as error:
             tell(f"cannot write to {path}: {error.strerror}; kept for later")
-            with contextlib.suppress(OSError):
-                os.truncate(path, size)  # no torn line before the next
             return False
         lines.clear()
         return True
@@ -123,7 +144,7 @@ class RunDir(NamedTuple):
                 try:
                     if line.endswith(b"\n") and kept_line(json.loads(line)):
                         kept.append(line)
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     pass
             _replace(path, b"".join(kept))
         with self._telling("what TensorBoard shows"):
@@ -132,8 +153,26 @@ class RunDir(NamedTuple):
             self.boards.append(weights_and_biases(self.path, self.record))
 
     def summary(self) -> dict | None:
-        """The final figures, if the run is finished."""
-        return _read_json(self.path / "summary.json")
+        """The final figures, if the run is finished.
+
+        Raises:
+          UserError: they cannot be read.
+        """
+        path = self.path / "summary.json"
+        try:
+            found = _parsed(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        kinds = {"experiment": str, "step": int, "data": str, "data_note": str, "parameters": int}
+        good = isinstance(found, dict) and isinstance(found.get("metrics"), dict)
+        good = good and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+        if not good or not all(isinstance(v, (int, float)) for v in found["metrics"].values()):
+            raise UserError(
+                f"{path} is damaged; move it away, and the same command evaluates once more"
+            )
+        return found
 
     def finish(self, summary: dict, title: str) -> None:
         """Write the final figures, and the curves of all of them.
@@ -145,14 +184,19 @@ class RunDir(NamedTuple):
             raise RunError(f"cannot write to {self.path}; make room, and the same command goes on")
         with self._telling("the curves"):
             report.curves(self.path / "images" / "curves.png", self.lines(), title)
-        _replace(self.path / "summary.json", _json(summary))
+        write_json(self.path / "summary.json", summary)
 
     def write_record(self) -> None:
         """Write config.json: from here on the directory is this run's."""
-        _replace(self.path / "config.json", _json(self.record))
+        write_json(self.path / "config.json", self.record)
 
     def flush(self) -> bool:
-        """Put everything on disk; whether every line of figures is there."""
+        """Put everything on disk; whether every line of figures is there.
+
+        Raises:
+          RunError: the directory is gone.
+        """
+        self.check_there()
         with self._telling("what TensorBoard shows"):
             for board in self.boards:
                 board.flush()
@@ -176,16 +220,23 @@ def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
     """
     path = workdir / "config.json"
     try:
-        if not path.exists():
-            return None
-    except OSError as error:
-        raise UserError(f"cannot read {workdir}: {error.strerror}") from None
-    record = _read_json(path)
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise UserError(f"{path} is not a file; give another --workdir")
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from None
+    record = _parsed(text)
     kinds = {"experiment": str, "config": dict, "data": dict, "seed": int}
     if not isinstance(record, dict) or not all(
         isinstance(record.get(name), kind) for name, kind in kinds.items()
     ):
-        raise UserError(f"{path} is damaged; give another --workdir, or remove {workdir}")
+        raise UserError(
+            f"{path} is damaged, or is another program's and not the record of a run; give "
+            "another --workdir"
+        )
     return record
 
 
@@ -204,11 +255,25 @@ def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]
         is using it; it cannot be written.
     """
     try:
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"{workdir} is a file; give a directory as --workdir")
         workdir.mkdir(parents=True, exist_ok=True)
-        check_links(workdir)
-        lock = (workdir / "lock").open("a")
+        earlier = read_record(workdir)
+        if earlier is None:
+            _check_free(workdir)
+        check_entries(workdir)
+        if earlier is not None and any(any(workdir.glob(place)) for place in TRAINED):
+            check_same(workdir, earlier, record, may_change)
+        lock = _locked(workdir)
     except OSError as error:
         raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
+    return RunDir(workdir, record, lock, [], {})
+
+
+def _locked(workdir: pathlib.Path) -> Any:
+    """The open lock of a directory, held until it is closed."""
+    handle = os.open(workdir / "lock", os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
+    lock = os.fdopen(handle, "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -221,27 +286,68 @@ def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]
             f"{workdir} cannot be locked ({error.strerror}): see to it that no other process "
             "trains there"
         )
-    try:
-        earlier = read_record(workdir)
-        places = ("checkpoints/[0-9]*", "damaged/[0-9]*", "*/config.json")
-        trained = any(any(workdir.glob(place)) for place in places)
-        if earlier is None and trained:
+    return lock
+
+
+def check_entries(workdir: pathlib.Path) -> None:
+    """Check that nothing in a run directory leads out of it, or is of another kind than it must be.
+
+    It may be a stranger's. What begins with a dot is left out: no file of a run does.
+
+    Raises:
+      UserError: there is a link, a pipe, or a file in the place of a folder.
+    """
+    folders = [workdir]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except FileNotFoundError:  # removed meanwhile, by a process that trains there
+            continue
+        except OSError as error:
+            raise UserError(f"cannot read {folder}: {error.strerror}") from None
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            _check_entry(entry)
+            # Nothing is written into a checkpoint, nor by us into what Weights & Biases keeps.
+            sealed = folder.name in ("checkpoints", "damaged") or entry.name == "wandb"
+            if entry.is_dir(follow_symlinks=False) and not sealed:
+                folders.append(folder / entry.name)
+
+
+def _check_entry(entry: os.DirEntry) -> None:
+    is_folder = entry.is_dir(follow_symlinks=False)
+    wrong = ""
+    if entry.is_symlink():
+        wrong = "is a link, which nothing is written through"
+    elif is_folder and entry.name in FILES:
+        wrong = "is a directory, where a run has a file"
+    elif not is_folder and entry.name in FOLDERS:
+        wrong = "is a file, where a run has a directory"
+    elif not is_folder and not entry.is_file(follow_symlinks=False):
+        wrong = "is neither a file nor a directory"
+    if wrong:
+        raise UserError(f"{entry.path} {wrong}; move it away, or give another --workdir")
+
+
+def _check_free(workdir: pathlib.Path) -> None:
+    """Raises UserError if a directory without a record holds more than a run's very beginning."""
+    if any(any(workdir.glob(place)) for place in TRAINED):
+        raise UserError(f"{workdir} holds checkpoints but no config.json; give another --workdir")
+    for path in sorted(workdir.iterdir()):
+        begun = path.name == "lock" or (path.name == "checkpoints" and not _has_entries(path))
+        if not begun and not path.name.startswith("."):
             raise UserError(
-                f"{workdir} holds checkpoints but no config.json; give another --workdir"
+                f"{workdir} is not empty and holds no run ({path.name} is there, config.json is "
+                "not); give another --workdir"
             )
-        if earlier is not None and trained:
-            check_same(workdir, earlier, record, may_change)
-    except UserError:
-        lock.close()
-        raise
-    return RunDir(workdir, record, lock, [], {})
 
 
-def check_links(workdir: pathlib.Path) -> None:
-    """Raises UserError if something in a run directory leads out of it: it may be a stranger's."""
-    for path in (*workdir.glob("*"), *workdir.glob("checkpoints/*"), *workdir.glob("images/*")):
-        if path.is_symlink():
-            raise UserError(f"{path} is a link, which nothing is written through; remove it")
+def _has_entries(path: pathlib.Path) -> bool:
+    """Whether it is anything but an empty directory."""
+    return not path.is_dir() or any(path.iterdir())
 
 
 def bystander(workdir: pathlib.Path, record: dict[str, Any]) -> RunDir:
@@ -307,22 +413,34 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _read_json(path: pathlib.Path) -> Any:
+def _parsed(text: bytes) -> Any:
+    """What a JSON text says; None if it is none."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return json.loads(text)
+    except (ValueError, RecursionError):
         return None
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write a record, whole or not at all.
+
+    Raises:
+      RunError: it cannot be written.
+    """
+    _replace(path, _json(value))
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    draft = path.with_name(path.name + ".draft")
+    with can_write(path), draft_of(path, durable=True) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def can_write(path: pathlib.Path) -> Iterator[None]:
+    """Raises RunError, naming `path`, if something cannot be written."""
     try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+        yield
     except OSError as error:
         raise RunError(
             f"cannot write {path}: {error.strerror}; make room, and the same command goes on"

@@ -41,12 +41,13 @@ class Evaluation(NamedTuple):
 
     The caller puts the split before the name of a figure, as in "test/loss".
 
-    A picture is uint8 [H, W, C], a movie [F, H, W, C].  `about` says what figures cannot: how
+    A picture is uint8 [H, W, C], a movie [F, H, W, C], or an error in the place of one whose
+    values are not finite (`report.attempt`).  `about` says what figures cannot: how
     images were drawn, what they were compared with.
     """
 
     metrics: dict[str, float]
-    pictures: dict[str, np.ndarray]
+    pictures: dict[str, np.ndarray | report.NonFinite]
     about: dict[str, Any] = {}  # noqa: RUF012
 
 
@@ -68,6 +69,8 @@ class Task(NamedTuple):
     sample(params, fixed, keys, request, spread=None) -> images [B, H, W, C] in [-1, 1], on the
         devices of `spread`; None: on those of `params`
     guide: how the trained one guides what others draw, if it can
+    labels(keys, request) -> the class [B] of each image that `sample` makes, or None; None: images
+        have no classes
     load(fixed) -> fixed of a new run, with what others trained before in the place of zeros; None:
         nothing is loaded
     sees: how many training examples `init` sees
@@ -81,6 +84,7 @@ class Task(NamedTuple):
     guide: Guide | None = None
     load: Callable[[Any], Any] | None = None
     sees: int = 1
+    labels: Callable[..., Any] | None = None
 
 
 def to_images(images: Any, levels: int) -> Any:
@@ -214,16 +218,16 @@ def vae_task(
         rows = []
         for start in range(0, len(shown["x"]), 10):  # originals above their reconstructions
             rows += [shown["x"][start : start + 10], shown["again"][start : start + 10]]
-        found = {"reconstructions": report.grid(np.concatenate(rows), columns=10)}
+        found = {"reconstructions": report.attempt(report.grid, np.concatenate(rows), columns=10)}
         keys = example_keys(purpose_key(seed, SAMPLE), 0, jnp.arange(100))
-        found["samples"] = report.grid(fetch(sample(params, fixed, keys, Request(), spread)))
+        samples = fetch(sample(params, fixed, keys, Request(), spread))
+        found["samples"] = report.attempt(report.grid, samples)
         if net.latents == 2:
             # The unit square through the inverse normal CDF: equal shares of the prior.
             axis = jax.scipy.stats.norm.ppf(jnp.linspace(0.02, 0.98, 20))
             plane = jnp.stack(jnp.meshgrid(axis, -axis), -1).reshape(-1, 2)
-            found["latent_plane"] = report.grid(
-                fetch(spread.compile(decode)(params, plane)), columns=20
-            )
+            plane = fetch(spread.compile(decode)(params, plane))
+            found["latent_plane"] = report.attempt(report.grid, plane, columns=20)
         return found
 
     def draw(params, keys):

@@ -200,9 +200,12 @@ def text_to_image_task(
         sheet = [caption for caption in asked for _ in range(each)]
         (shown,) = images_of([sheet], how=how)
         parts_of = [shown[at : at + each] for at in range(0, len(shown), each)]
-        pictures = {"samples": report.captioned(list(zip(asked, parts_of, strict=True)))}
+        pictures: dict[str, Any] = {
+            "samples": report.attempt(report.captioned, list(zip(asked, parts_of, strict=True)))
+        }
         if not full:
             (drawn,) = images_of([captions], how=how)
+            report.check_finite(drawn)  # of which there are no figures
             metrics |= aligned(drawn, captions)
             metrics |= figures("clip_score", clip_score(dual, captions, drawn, spread))
             return Evaluation(metrics, pictures)
@@ -226,6 +229,8 @@ def text_to_image_task(
         for scale in dict.fromkeys((how.guidance, *prompts.scales)):
             at = how._replace(guidance=scale)
             drawn, *others = images_of([captions, *sets.values()], how=at)
+            for images in (drawn, *others):
+                report.check_finite(images)
             point = distance_to(truth, Grouped(judge.see(drawn)[0]), distance)
             point |= figures("clip_score", clip_score(dual, captions, drawn, spread))
             point |= aligned(drawn, captions)

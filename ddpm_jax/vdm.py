@@ -217,7 +217,15 @@ def vdm_task(
             )
         return Evaluation(metrics | shown.metrics, pictures, shown.about)
 
-    return Task(init, loss, lambda fixed, statistics: fixed, evaluate, draw.sample, draw.guide)
+    return Task(
+        init,
+        loss,
+        lambda fixed, statistics: fixed,
+        evaluate,
+        draw.sample,
+        draw.guide,
+        labels=draw.labels,
+    )
 
 
 def rounding_nll(z0: Any, x0: Any, logsnr: Any, levels: int) -> Any:

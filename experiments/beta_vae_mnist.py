@@ -19,13 +19,14 @@ One `vae_mnist` run for each beta, in a sub-directory of its own: each resumes, 
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Annotated
 
 from ddpm_jax import report
 from ddpm_jax.config import FROM_PARTS, MAY_CHANGE, Interval, Length, NonNegative, marked
+from ddpm_jax.files import write_with
 from ddpm_jax.parallel import is_main
+from ddpm_jax.progress import print_result
 from ddpm_jax.run import (
     Loaded,
     Options,
@@ -35,6 +36,7 @@ from ddpm_jax.run import (
     record_of,
     train_experiment,
 )
+from ddpm_jax.rundir import can_write, write_json
 from experiments import vae_mnist
 
 DEBUG = vae_mnist.DEBUG | {"steps": 10, "betas": (0.25, 4.0)}
@@ -81,8 +83,9 @@ def train_all(config: Config, workdir: pathlib.Path, options: Options, loaded: L
         rows.append((f"beta {beta:g}", "  ".join(shown)))
     if not is_main():
         return
-    print(report.table(rows, title))
-    plot(workdir / "images" / "reconstruction_against_kl.png", found, title)
+    print_result(report.table(rows, title))
+    with can_write(workdir):
+        plot(workdir / "images" / "reconstruction_against_kl.png", found, title)
     table = {f"{beta:g}": summary["metrics"] for beta, summary in found}
     written = {
         "experiment": "beta_vae_mnist",
@@ -91,8 +94,8 @@ def train_all(config: Config, workdir: pathlib.Path, options: Options, loaded: L
         "steps": config.steps,
         "betas": table,
     }
-    (workdir / "summary.json").write_text(json.dumps(written, indent=2) + "\n")
-    print(f"  plot in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
+    write_json(workdir / "summary.json", written)
+    print_result(f"  plot in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
 
 
 def plot(path: pathlib.Path, found: list[tuple[float, dict]], title: str) -> None:
@@ -117,6 +120,5 @@ def plot(path: pathlib.Path, found: list[tuple[float, dict]], title: str) -> Non
     axis.margins(0.14, 0.08)
     axis.legend()
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    write_with(path, lambda file: figure.savefig(file, dpi=100, format="png"))
     plt.close(figure)

@@ -25,7 +25,6 @@ little variety.
 """
 
 import dataclasses
-import json
 import pathlib
 
 import jax.numpy as jnp
@@ -38,6 +37,7 @@ from ddpm_jax.judge import load_judge, with_judge
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.metrics.quality import WHOLE, quality
 from ddpm_jax.parallel import fetch, is_main
+from ddpm_jax.progress import print_result
 from ddpm_jax.run import (
     Loaded,
     Options,
@@ -48,6 +48,7 @@ from ddpm_jax.run import (
     record_of,
     train_experiment,
 )
+from ddpm_jax.rundir import can_write, write_json
 from ddpm_jax.tasks import Request, to_images
 from ddpm_jax.train import averaged, parameters_used
 from experiments import classifier_digits, ddpm_digits
@@ -128,16 +129,18 @@ def compare(
     rows.append(("training set", f"{fd} {of_training}  deviation {of_data:.4g}"))
     if not is_main():
         return
-    print(report.table(rows, title))
+    print_result(report.table(rows, title))
     sheet = report.grid(np.concatenate(shown), columns=min(10, model.classes))
-    report.save_png(workdir / "images" / "a_row_each.png", sheet)
+    with can_write(workdir):
+        report.save_png(workdir / "images" / "a_row_each.png", sheet)
     ddim = {name: metrics for name, metrics in found.items() if name[:4] == "ddim"}
     etas = {float(n.partition(":")[2] or 0): m[fd] for n, m in ddim.items() if fd in m}
     if len(etas) > 1:
         points = np.array(sorted(etas))
         curve = {f"Frechet distance ({judge.name})": np.array([etas[eta] for eta in points])}
         picture = report.lines(points, curve, "eta of DDIM", title)
-        report.save_png(workdir / "images" / "distance_against_eta.png", picture)
+        with can_write(workdir):
+            report.save_png(workdir / "images" / "distance_against_eta.png", picture)
     written = {
         "experiment": "noise_in_sampling",
         "data": loaded.data.title,
@@ -147,5 +150,5 @@ def compare(
         "deviation_of_training_images": of_data,
         "samplers": found,
     }
-    (workdir / "summary.json").write_text(json.dumps(written, indent=2) + "\n")
-    print(f"  pictures in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
+    write_json(workdir / "summary.json", written)
+    print_result(f"  pictures in {workdir / 'images'}, figures in {workdir / 'summary.json'}")

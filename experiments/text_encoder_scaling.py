@@ -56,7 +56,6 @@ up, now down.  Alignment is too early to tell after 1,000 steps of 32 images: of
 """
 
 import dataclasses
-import json
 import pathlib
 import types
 from typing import Annotated, Any
@@ -66,6 +65,7 @@ from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Length, ValidationImages
 from ddpm_jax.data import shapes
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import is_main
+from ddpm_jax.progress import print_result
 from ddpm_jax.run import (
     Options,
     from_data,
@@ -75,6 +75,7 @@ from ddpm_jax.run import (
     record_of,
     train_experiment,
 )
+from ddpm_jax.rundir import can_write, write_json
 from experiments import autoencoder_shapes, generator_shapes, text_encoder_shapes
 from experiments.text_encoder_shapes import TextSize
 
@@ -201,7 +202,7 @@ def tell_all(config: Config, workdir: pathlib.Path, found: dict[tuple[str, int],
             )
         )
     title = f"{config.steps} steps each"
-    print(report.table(rows, title))
+    print_result(report.table(rows, title))
     labels = ("share aligned", "Frechet distance (text_encoder)")
     widest, largest = config.channels[-1], config.text_sizes[-1]
     families = {
@@ -210,8 +211,9 @@ def tell_all(config: Config, workdir: pathlib.Path, found: dict[tuple[str, int],
     }
     for name, lines in families.items():
         picture = report.paths(lines, labels, f"{name.replace('_', ' ')}, {title}")
-        report.save_png(workdir / "images" / f"{name}.png", picture)
+        with can_write(workdir):
+            report.save_png(workdir / "images" / f"{name}.png", picture)
     pairs = {f"{size}_{channels}": s["metrics"] for (size, channels), s in found.items()}
     written = {"experiment": "text_encoder_scaling", "steps": config.steps, "pairs": pairs}
-    (workdir / "summary.json").write_text(json.dumps(written, indent=2) + "\n")
-    print(f"  pictures in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
+    write_json(workdir / "summary.json", written)
+    print_result(f"  pictures in {workdir / 'images'}, figures in {workdir / 'summary.json'}")

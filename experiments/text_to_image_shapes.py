@@ -24,13 +24,13 @@ was divided, and what else it gave, is in `generator_shapes`; each part's other 
 """
 
 import dataclasses
-import json
 import pathlib
 import shutil
 from typing import Annotated, Any, Literal
 
 from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Length, ValidationImages, marked
 from ddpm_jax.parallel import is_main
+from ddpm_jax.progress import print_result
 from ddpm_jax.run import (
     Options,
     from_data,
@@ -40,6 +40,7 @@ from ddpm_jax.run import (
     record_of,
     train_experiment,
 )
+from ddpm_jax.rundir import can_write, write_json
 from experiments import autoencoder_shapes, generator_shapes, text_encoder_shapes
 from experiments.text_encoder_shapes import TextSize
 
@@ -119,11 +120,10 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
                 return
             found[part] = summary
         if is_main():
-            (workdir / "images").mkdir(exist_ok=True)
-            for picture in (workdir / DRAWS / "images").glob("*[a-z].png"):
-                shutil.copy(picture, workdir / "images")
+            with can_write(workdir):
+                (workdir / "images").mkdir(exist_ok=True)
+                for picture in (workdir / DRAWS / "images").glob("*[a-z].png"):
+                    shutil.copy(picture, workdir / "images")
             path = workdir / "summary.json"
-            path.write_text(
-                json.dumps({"experiment": "text_to_image_shapes", "parts": found}, indent=2) + "\n"
-            )
-            print(f"  the three parts in {workdir}, figures of all in {path}")
+            write_json(path, {"experiment": "text_to_image_shapes", "parts": found})
+            print_result(f"  the three parts in {workdir}, figures of all in {path}")

@@ -7,9 +7,11 @@ in this process, one after another; what needs a process of its own is at the en
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, expect_one_line, user_environment
 from data_sets import png, write
@@ -183,6 +185,105 @@ DATA = [
     ([*OWN[:2], "--config.data=mnist",
      "--data_dir=~nosuchuser/data"], "data set mnist is not prepared"),
 ]  # fmt: skip
+# Directories and files of somebody else, and paths that cannot hold a run.
+
+
+def has(path, content="somebody's"):
+    """What writes a file, below the folder that it is given."""
+
+    def prepare(folder):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content)
+
+    return prepare
+
+
+def has_folder(path):
+    return lambda folder: (folder / path).mkdir(parents=True)
+
+
+def has_pipe(path):
+    return lambda folder: os.mkfifo(folder / path)
+
+
+def has_link(path):
+    """A link to a file, which is there."""
+
+    def prepare(folder):
+        has("victim")(folder)
+        (folder / path).unlink(missing_ok=True)
+        (folder / path).symlink_to(folder / "victim")
+
+    return prepare
+
+
+def has_arrays(path):
+    return lambda folder: np.savez(folder / path, images=np.zeros(3))
+
+
+HERE = [*DIGITS, "--workdir=run"]
+SAMPLE_HERE = ["--mode=sample", "--workdir=run"]
+PLACES = [
+    (HERE, "run is not empty and holds no run .metrics.jsonl", has("run/metrics.jsonl")),
+    (HERE, "run is not empty and holds no run .summary.json", has("run/summary.json")),
+    (HERE, "run is not empty and holds no run .images", has("run/images/cat.jpg")),
+    (HERE, "run is not empty and holds no run .thesis", has("run/thesis/chapter1.tex")),
+    (HERE, "run is not empty and holds no run .images", has_folder("run/images")),
+    (HERE, "run is not empty and holds no run .checkpoints", has("run/checkpoints/epoch1.pt")),
+    (HERE, "run holds checkpoints but no config.json", has("run/checkpoints/3/model.pt")),
+    (HERE, "config.json is damaged, or is another program's", has("run/config.json", "{}")),
+    (HERE, "config.json is damaged, or is another program's", has("run/config.json", "[" * 9**5)),
+    (HERE, "config.json is not a file", has_folder("run/config.json")),
+    (SAMPLE_HERE, "config.json is not a file", has_folder("run/config.json")),
+    (HERE, "run is a file; give a directory", has("run")),
+    ([*HERE, "--workdir=run/deeper"], "cannot (read|write)", has("run")),
+    (HERE, "lock is a directory, where a run has a file", has_folder("run/lock")),
+    ([*DIGITS, r"--workdir=a\b"], "cannot be kept in .*holds a backslash; give another --workdir"),
+    ([*DIGITS, "--workdir=gs:/bucket"], "does not take this path .*give another --workdir"),
+    ([*DIGITS, "--workdir=run[0]"], "does not take this path .*give another --workdir"),
+    ([*DIGITS, "--workdir=" + os.fsdecode(b"\xff")], "not UTF-8; give another --workdir"),
+    ([*DIGITS, "--workdir=" + "x" * 300], "File name too long"),
+    ([*DIGITS, "--overwrite"], "--overwrite goes with --mode=sample"),
+    ([*SAMPLE_HERE, "--guidance=nan"], "--guidance=nan: must be a finite number"),
+    ([*SAMPLE_HERE, "--guidance=-inf"], "--guidance=-inf: must be a finite number"),
+    ([*SAMPLE_HERE, "--guidance=1e999"], "--guidance=inf: must be a finite number"),
+]
+
+# Where samples may not go; rows get the --workdir of a run.
+OUT = [
+    (["--mode=sample", f"--out={name}"], says, *prepare)
+    for name, says, *prepare in (
+        ("cat.png", "is there and was not written by this program; give another", has("cat.png")),
+        ("a.npz", "is there and was not written by this program", has_arrays("a.npz")),
+        ("a.npz", "is there and was not written by this program", has("a.npz", "")),
+        ("a.png", "a.png is a directory, not a file", has_folder("a.png")),
+        ("a.npz", "a.npz is a pipe, not a file", has_pipe("a.npz")),
+        ("a.png", "a.png is a link, not a file", has_link("a.png")),
+        ("no/a.png", "there is no folder no"),
+        ("cat/a.png", "there is no folder cat", has("cat")),
+        ("/dev/null", "must end in .png or .npz"),
+        ("x" * 300 + ".png", "File name too long"),
+    )
+]
+
+# Faults of a run directory, made in a copy of a run.
+FAULTS = [
+    ([], "metrics.jsonl is a directory, where a run has a file", has_folder("metrics.jsonl")),
+    ([], "timing.jsonl is a directory", has_folder("timing.jsonl")),
+    ([], "summary.json is a directory", has_folder("summary.json")),
+    ([], "lock is neither a file nor a directory", has_pipe("lock")),
+    ([], "images is a file, where a run has a directory", has("images")),
+    ([], "tensorboard is a file", has("tensorboard")),
+    ([], "checkpoints is a file", has("checkpoints")),
+    ([], "damaged is a file, where a run has a directory", has("damaged")),
+    ([], "summary.json is damaged; move it away", has("summary.json", '{"step": 20}')),
+    (["--mode=eval"], "eval.json is a directory", has_folder("eval.json")),
+    (["--mode=eval"], "images is a file", has("images")),
+    (["--mode=sample"], "images is a file", has("images")),
+    (["--mode=sample"], "checkpoints is a file", has("checkpoints")),
+    (["--mode=sample"], "drawn.png is a directory", has_folder("images/drawn.png")),
+    (["--mode=sample"], "config.json is not a file", has_pipe("config.json")),
+]
 
 
 def row_id(row):
@@ -198,20 +299,43 @@ def trained(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("row", [*FLAGS, *DATA], ids=row_id)
+@pytest.mark.parametrize("row", [*FLAGS, *DATA, *PLACES], ids=row_id)
 def test_a_wrong_input_is_one_clear_line(launch_here, tmp_path, row):
     arguments, says, *prepare = row
     for step in prepare:
         step(tmp_path)
+    before = contents(tmp_path)
     expect_one_line(launch_here(*arguments), says)
+    assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("row", RUNS, ids=row_id)
-def test_a_wrong_input_about_a_run_is_one_clear_line_and_harms_nothing(launch_here, trained, row):
-    arguments, says = row
-    before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+def contents(folder):
+    """Every file below a folder that is not empty, as the lock of a run is."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return {path: path.read_bytes() for path in files if path.stat().st_size}
+
+
+@pytest.mark.parametrize("row", [*RUNS, *OUT], ids=row_id)
+def test_a_wrong_input_about_a_run_is_one_clear_line_and_harms_nothing(
+    launch_here, trained, tmp_path, row
+):
+    arguments, says, *prepare = row
+    for step in prepare:
+        step(tmp_path)
+    before = [contents(folder) for folder in (trained, tmp_path)]
     expect_one_line(launch_here(*arguments, f"--workdir={trained}"), says)
-    assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
+    assert [contents(folder) for folder in (trained, tmp_path)] == before
+
+
+@pytest.mark.parametrize("row", FAULTS, ids=row_id)
+def test_a_fault_of_a_run_directory_is_one_clear_line(launch_here, trained, tmp_path, row):
+    arguments, says, damage = row
+    shutil.copytree(trained, tmp_path / "run")
+    for path in (tmp_path / "run" / word for word in says.split()[:1]):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    damage(tmp_path / "run")
+    mode = arguments or [*DIGITS, "--config.steps=25"]
+    expect_one_line(launch_here(*mode, "--workdir=run"), says)
 
 
 def test_a_run_without_a_checkpoint_is_one_clear_line(launch_here, trained, tmp_path):

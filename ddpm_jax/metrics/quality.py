@@ -37,7 +37,7 @@ class Quality(NamedTuple):
     """Figures by name, and a picture of drawn images beside their nearest training images."""
 
     metrics: dict[str, float]
-    neighbours: np.ndarray | None
+    neighbours: np.ndarray | report.NonFinite | None
 
 
 class Seen(NamedTuple):
@@ -165,7 +165,7 @@ def quality(
 
 def neighbours(
     drawn: Float[np.ndarray, "n h w c"], data: Data, split: str = "test"
-) -> tuple[dict[str, float], np.ndarray]:
+) -> tuple[dict[str, float], np.ndarray | report.NonFinite]:
     """How far drawn images are, in pixels, from the nearest training ones, and a sheet of both.
 
     The median distance, and its ratio to that of held-out images: under 1 is memorising.  The ratio
@@ -184,7 +184,8 @@ def neighbours(
     ratio = quotient(apart, median(usual))
     if ratio is not None:
         metrics |= figures("nearest_ratio", ratio)
-    return metrics, report.grid(np.concatenate(rows) if rows else drawn, columns=10)
+    shown = np.concatenate(rows) if rows else drawn
+    return metrics, report.attempt(report.grid, shown, columns=10)
 
 
 def _of(name: str, distance: Jackknife) -> dict[str, float]:
