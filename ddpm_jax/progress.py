@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+from ddpm_jax import terminal
 from ddpm_jax.parallel import is_main
 
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal
@@ -13,8 +14,7 @@ SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal
 def tell(line: str) -> None:
     """A line for people, from the first process alone; a full disk that it goes to ends nothing."""
     if is_main():
-        with contextlib.suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
+        terminal.print_error(line)
 
 
 class Clock:

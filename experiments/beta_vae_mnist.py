@@ -23,9 +23,10 @@ import json
 import pathlib
 from typing import Annotated
 
-from ddpm_jax import report
+from ddpm_jax import report, terminal
 from ddpm_jax.config import FROM_PARTS, MAY_CHANGE, Interval, Length, NonNegative, marked
 from ddpm_jax.parallel import is_main
+from ddpm_jax.preflight import check_parts, check_sizes
 from ddpm_jax.run import (
     Loaded,
     Options,
@@ -56,17 +57,25 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
     loaded = load_data(vae_mnist, config, workdir, options)
     config = from_data(config, loaded.data)
     record = record_of("beta_vae_mnist", config, loaded, options)
+    check_parts((workdir / f"beta_{beta:g}", "vae_mnist") for beta in config.betas)
+    names = [field.name for field in dataclasses.fields(vae_mnist.Config)]
+    model = vae_mnist.Config(**{name: getattr(config, name) for name in names})
+    check_sizes(vae_mnist.build(model), model, options.parallel)
     with opened(workdir, record, marked(config, MAY_CHANGE)):
-        train_all(config, workdir, options, loaded)
+        train_all(config, model, workdir, options, loaded)
 
 
-def train_all(config: Config, workdir: pathlib.Path, options: Options, loaded: Loaded) -> None:
+def train_all(
+    config: Config,
+    model: vae_mnist.Config,
+    workdir: pathlib.Path,
+    options: Options,
+    loaded: Loaded,
+) -> None:
     """A `vae_mnist` run for each beta, unless it is there already."""
-    fields = {field.name for field in dataclasses.fields(vae_mnist.Config)}
-    shared = {name: getattr(config, name) for name in fields}
     found = []
     for beta in config.betas:
-        one = vae_mnist.Config(**{**shared, "beta": beta})
+        one = dataclasses.replace(model, beta=beta)
         place = workdir / f"beta_{beta:g}"
         summary = train_experiment(vae_mnist, one, place, options, loaded)
         if summary is None:  # asked to stop
@@ -81,7 +90,7 @@ def train_all(config: Config, workdir: pathlib.Path, options: Options, loaded: L
         rows.append((f"beta {beta:g}", "  ".join(shown)))
     if not is_main():
         return
-    print(report.table(rows, title))
+    terminal.show(report.table(rows, title))
     plot(workdir / "images" / "reconstruction_against_kl.png", found, title)
     table = {f"{beta:g}": summary["metrics"] for beta, summary in found}
     written = {
@@ -92,7 +101,7 @@ def train_all(config: Config, workdir: pathlib.Path, options: Options, loaded: L
         "betas": table,
     }
     (workdir / "summary.json").write_text(json.dumps(written, indent=2) + "\n")
-    print(f"  plot in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
+    terminal.show(f"  plot in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
 
 
 def plot(path: pathlib.Path, found: list[tuple[float, dict]], title: str) -> None:
