@@ -90,8 +90,6 @@ def define_flags() -> None:
         "guidance",
         None,
         "sample: scale of guidance; 1: none (a classifier's: 0).",
-        lower_bound=-LARGEST_FLOAT,
-        upper_bound=LARGEST_FLOAT,
     )
     define(flags.DEFINE_string, "prompt", None, "sample: the text to draw.")
     define(flags.DEFINE_string, "negative_prompt", None, "sample: what guidance leads away from.")
@@ -134,6 +132,8 @@ def parse(arguments: list[str]) -> dict[str, str]:
             raise UserError(f"--{name}= is empty: give a path")
         if path is not None:
             expanded(f"--{name}", path)
+    if FLAGS.guidance is not None and not abs(FLAGS.guidance) <= LARGEST_FLOAT:
+        raise UserError(f"--guidance={FLAGS.guidance}: must be a number that float32 holds")
     if stray:
         raise UserError(f'"{stray[0]}" is no flag: flags are written --NAME=VALUE')
     return overrides
@@ -200,7 +200,7 @@ def recorded(workdir: pathlib.Path, name: str | None = None) -> dict:
     """
     from ddpm_jax.preflight import read_run
 
-    record = read_run(workdir)
+    record = read_run(workdir, complete=True)
     if record is None:
         raise UserError(f"there is no run in {workdir}; train one, or give its --workdir")
     found = record["experiment"]
@@ -271,7 +271,9 @@ def main(arguments: list[str]) -> None:
         FLAGS.split,
     )
     if FLAGS.mode == "train":
-        preflight.read_run(workdir)
+        earlier = preflight.read_run(workdir, complete=True)
+        if earlier is not None and earlier["experiment"] == name:
+            restore(experiment.Config, earlier["config"], workdir)
         if FLAGS.debug:
             config = dataclasses.replace(config, **experiment.DEBUG)
         config = override(config, overrides)

@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator
 from ddpm_jax import terminal
 
 ENDED = 130  # the exit code after Ctrl-C
+before_end: list[Callable[[], None]] = []  # what is called before the process ends at once
 
 
 def end_now() -> None:
     """End the process at once: nothing else is waited for."""
+    for function in before_end:
+        function()
     terminal.print_error("interrupted: by Ctrl-C")
     os._exit(ENDED)
 
@@ -63,5 +66,9 @@ def ending_at_once() -> Iterator[None]:
         if number == signal.SIGINT:
             end_now()
 
-    with watched(notice):
-        yield
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # the thread alone ends the process
+    try:
+        with watched(notice):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -21,7 +21,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.metrics.pth import read_tensors
 from ddpm_jax.nn.inception import Inception, from_torch
 from ddpm_jax.parallel import from_main, make, one_line
-from ddpm_jax.preflight import exists, read_run
+from ddpm_jax.preflight import check_writable, exists, read_run
 from ddpm_jax.progress import tell
 from ddpm_jax.run import (
     Loaded,
@@ -190,6 +190,7 @@ def trained(experiment: types.ModuleType, loaded: Loaded, options: Options) -> p
     if unusable and from_main(lambda: _removed(place)):
         tell(f"{unusable}: it is made again")
     if not from_main((place / "summary.json").exists):
+        from_main(lambda: check_writable(place, "--config.judge=auto"))
         tell(f"training {judge_name(loaded.data.name)} once, to judge drawn images with")
         if train_experiment(experiment, config, place, options, loaded) is None:
             return None

@@ -36,6 +36,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ddpm_jax import interrupts
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.flops import flops
 
@@ -569,6 +570,7 @@ def _leave_a_mourner() -> None:
         )
     )
     atexit.register(leave)
+    interrupts.before_end.append(leave)
 
 
 def leave() -> None:

@@ -31,6 +31,11 @@ RECORD_TYPES: dict[str, tuple[type, ...]] = {
 DATA_TYPES: dict[str, tuple[type, ...]] = {
     "name": (str,),
     "title": (str,),
+    "shape": (list,),
+    "levels": (int,),
+    "train": (int,),
+    "test": (int,),
+    "validation": (int, type(None)),
     "classes": (list,),
     "fingerprint": (str, type(None)),
 }
@@ -49,8 +54,11 @@ def exists(path: str | os.PathLike[str]) -> bool:
     return os.path.exists(path)
 
 
-def read_run(workdir: pathlib.Path) -> dict[str, Any] | None:
+def read_run(workdir: pathlib.Path, complete: bool = False) -> dict[str, Any] | None:
     """Return the record of a run directory, checked; None where there is none.
+
+    Args:
+      complete: whether the names of the data must be there.
 
     Raises:
       UserError: it cannot be read, or a value is not of the type that it should have.
@@ -64,6 +72,8 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any] | None:
             check_types(record["data"], DATA_TYPES, "data ")
             if not all(isinstance(name, str) for name in record["data"].get("classes", ())):
                 raise ValueError("its data classes are not texts")
+            if complete and not {"name", "title"} <= set(record["data"]):
+                raise ValueError("its data has no name or no title")
             if not 0 <= record["seed"] < 2**32:
                 raise ValueError("its seed must be between 0 and 4294967295")
     return record
@@ -150,13 +160,25 @@ def check_writable(folder: pathlib.Path, flag: str) -> None:
     Raises:
       UserError: they cannot.
     """
+    reason = _refusal(folder)
+    if reason:
+        raise UserError(f"{flag}: cannot write to {folder}: {reason}; give another place")
+
+
+def can_write(folder: pathlib.Path) -> bool:
+    """Return whether files can be made in a folder, or in the nearest one above it."""
+    return not _refusal(folder)
+
+
+def _refusal(folder: pathlib.Path) -> str:
+    """Why no files can be made in a folder; "" if they can."""
     place = folder.absolute()
     while not exists(place) and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise UserError(f"{flag}: cannot write to {folder}: {place} is not a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}: cannot write to {folder}: permission denied in {place}")
+        return f"{place} is not a folder"
+    writable = os.access(place, os.W_OK | os.X_OK)
+    return "" if writable else f"permission denied in {place}"
 
 
 def check_sizes(task: Task, config: Any, parallel: str = "jit") -> None:

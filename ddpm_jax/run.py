@@ -88,7 +88,8 @@ def set_up_jax(
     jax.config.update("jax_disable_most_optimizations", debug)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what is the user's business is told here
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the user's own choice
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        kept = preflight.can_write(cache_dir() / "xla")
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla") if kept else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 
 

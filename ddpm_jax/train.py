@@ -617,7 +617,6 @@ class _Signals:
     def _notice(self, number: int) -> None:
         """Report a signal at once, in a thread of its own; the main thread may be compiling."""
         if number == signal.SIGINT and self._noticed:
-            devices.leave()
             interrupts.end_now()
         if number in self._before and not self._noticed:
             self._noticed = True
