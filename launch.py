@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import importlib
-import math
 import os
 import pathlib
 import sys
@@ -13,7 +12,9 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 from absl import flags
 
-from ddpm_jax.errors import RunError, UserError, nearest, printable
+from ddpm_jax import interrupts, terminal
+from ddpm_jax.config import LARGEST_FLOAT, LARGEST_INT, expanded
+from ddpm_jax.errors import RunError, UserError, nearest
 
 HERE = pathlib.Path(__file__).parent
 EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("[a-z]*.py"))
@@ -71,12 +72,20 @@ def define_flags() -> None:
         "eval: make choices on validation images, final figures of test images.",
         ["validation", "test"],
     )
-    define(flags.DEFINE_integer, "num_samples", 64, "sample: how many images.", lower_bound=1)
+    count = dict(lower_bound=1, upper_bound=LARGEST_INT)
+    define(flags.DEFINE_integer, "num_samples", 64, "sample: how many images.", **count)
     define(flags.DEFINE_string, "out", None, "sample: a .png or .npz; written as it goes.")
     define(flags.DEFINE_bool, "overwrite", False, "sample: replace a file of somebody else's.")
-    define(flags.DEFINE_integer, "label", None, "sample: the class to draw.", lower_bound=0)
+    define(
+        flags.DEFINE_integer,
+        "label",
+        None,
+        "sample: the class to draw.",
+        **(count | {"lower_bound": 0}),
+    )
     define(flags.DEFINE_string, "sampler", None, "sample: which sampler.")
-    define(flags.DEFINE_integer, "steps", None, "sample: how many steps.", lower_bound=1)
+    steps = dict(lower_bound=1, upper_bound=1_000_000)
+    define(flags.DEFINE_integer, "steps", None, "sample: how many steps.", **steps)
     define(
         flags.DEFINE_float,
         "guidance",
@@ -120,11 +129,14 @@ def parse(arguments: list[str]) -> dict[str, str]:
         raise UserError(str(error).splitlines()[0]) from None
     for name in FLAGS:
         value = FLAGS[name].value
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name}={value}: must be a finite number")
-    for name in ("workdir", "out", "data_dir"):
-        if FLAGS[name].value == "":
+        if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+            raise UserError(f"--{name}={value}: must be a finite number that float32 holds")
+    for name in ("workdir", "out", "data_dir", "prompt_file"):
+        path = FLAGS[name].value
+        if path == "":
             raise UserError(f"--{name}= is empty: give a path")
+        if path is not None:
+            expanded(f"--{name}", path)
     if stray:
         raise UserError(f'"{stray[0]}" is no flag: flags are written --NAME=VALUE')
     return overrides
@@ -150,7 +162,7 @@ def help_text(arguments: list[str]) -> str:
     lines += ["  --config.FIELD=VALUE  Override a field of the experiment's Config.", ""]
     lines.append("experiments:")
     for name in EXPERIMENTS:
-        tree = ast.parse((HERE / "experiments" / f"{name}.py").read_text())
+        tree = ast.parse((HERE / "experiments" / f"{name}.py").read_text("utf-8"))
         lines.append(f"  {name:<22}{(ast.get_docstring(tree) or '').splitlines()[0]}")
     chosen = [word.partition("=")[2] for word in arguments if word.startswith("--experiment=")]
     if chosen and chosen[-1] in EXPERIMENTS:
@@ -191,9 +203,9 @@ def recorded(workdir: pathlib.Path, name: str | None = None) -> dict:
     Raises:
       UserError: there is none, of the experiment `name` if that is given, or of no known one.
     """
-    from ddpm_jax.rundir import read_record
+    from ddpm_jax.preflight import read_run
 
-    record = read_record(workdir)
+    record = read_run(workdir, complete=True)
     if record is None:
         raise UserError(f"there is no run in {workdir}; train one, or give its --workdir")
     found = record["experiment"]
@@ -214,7 +226,7 @@ def main(arguments: list[str]) -> None:
     """Do what the command line says."""
     define_flags()
     if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(arguments):
-        print(help_text(arguments))
+        terminal.show(help_text(arguments))
         return
     overrides = parse(arguments)
     sampling = FLAGS.mode == "sample"
@@ -249,10 +261,11 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--{given[0]} goes with --distributed")
     experiment = load_experiment(name)
     config = experiment.Config()
-    from ddpm_jax import boards, run
+    from ddpm_jax import boards, parallel, preflight, run
 
     cluster = None
     if FLAGS.distributed:
+        parallel.check_cluster(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         cluster = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     options = run.Options(
         FLAGS.seed,
@@ -265,6 +278,9 @@ def main(arguments: list[str]) -> None:
         FLAGS.split,
     )
     if FLAGS.mode == "train":
+        earlier = preflight.read_run(workdir, complete=True)
+        if earlier is not None and earlier["experiment"] == name:
+            restore(experiment.Config, earlier["config"], workdir)
         if FLAGS.debug:
             config = dataclasses.replace(config, **experiment.DEBUG)
         config = override(config, overrides)
@@ -298,6 +314,9 @@ def main(arguments: list[str]) -> None:
         request = run.Request(*(FLAGS[flag].value for flag in SAMPLE_FLAGS))
         out = pathlib.Path(FLAGS.out).expanduser() if FLAGS.out else None
         prompts = prompts_of(FLAGS.prompt_file) if FLAGS.prompt_file else ()
+        count = FLAGS.num_samples * max(1, len(prompts))
+        preflight.check_images(count, config.shape, "--num_samples", FLAGS.num_samples)
+        preflight.check_writable(out.parent if out else workdir / "images", "--mode=sample")
         run.sample_experiment(
             experiment,
             config,
@@ -310,6 +329,8 @@ def main(arguments: list[str]) -> None:
             FLAGS.overwrite,
         )
     else:
+        preflight.check_writable(workdir / "images", "--mode=eval")
+        preflight.check_writable(workdir, "--mode=eval")
         run.eval_experiment(experiment, config, workdir, options)
 
 
@@ -333,8 +354,12 @@ def report(arguments: list[str]) -> int:
             "goes on from its newest checkpoint"
         )
     else:
-        return 0
-    print(f"{kind}: {printable(' '.join(message.split()))}", file=sys.stderr)
+        reason = terminal.failure()
+        if not reason:
+            return 0
+        kind, code = "stopped", 1
+        message = f"cannot write to standard output: {reason}; what was written to files is whole"
+    terminal.print_error(f"{kind}: {' '.join(message.split())}")
     return code
 
 
@@ -347,8 +372,7 @@ def _lost(error: Exception) -> bool:
 
 def _leave(code: int) -> None:
     """End the process with an exit code; one of several must not wait for the others."""
-    sys.stderr.flush()
-    sys.stdout.flush()
+    terminal.flush()
     distributed = code != 0 and FLAGS["distributed"].value
     if distributed:
         from ddpm_jax.parallel import leave
@@ -358,4 +382,7 @@ def _leave(code: int) -> None:
 
 
 if __name__ == "__main__":
-    _leave(report(sys.argv[1:]))
+    terminal.prepare()
+    with interrupts.ending_at_once():
+        code = report(sys.argv[1:])
+    _leave(code)

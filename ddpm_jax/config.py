@@ -10,7 +10,10 @@ annotated `MAY_CHANGE`.
 """
 
 import dataclasses
+import errno
 import math
+import os
+import pathlib
 import types
 import typing
 from typing import Annotated, Any, Literal, NamedTuple
@@ -36,23 +39,33 @@ class AtMost(NamedTuple):
     high: float
 
 
+LARGEST_INT = 2**31 - 1  # that a program counts with
+SMALLEST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # positive ones that float32 holds
 FROM_DATA = "from data"
 FROM_PARTS = "from parts"  # from what was trained before, and is built on
 MAY_CHANGE = "may change on resuming"
+PATH = "path"  # of a run, or a word in its place
 
 Count = Annotated[int, AtLeast(1)]
+Layers = Annotated[int, AtLeast(1), AtMost(1000)]  # that a network is built of, one after another
+MoreLayers = Annotated[int, AtLeast(0), AtMost(1000)]  # the same, or none
+Few = Annotated[int, AtLeast(1), AtMost(1000)]  # copies of each example of a batch
+SampleSteps = Annotated[int, AtLeast(1), AtMost(1e6), MAY_CHANGE]  # of a sampler
+NoiseSteps = Annotated[int, AtLeast(2), AtMost(1e6)]  # of a table of betas
+EvalTimes = Annotated[int, AtLeast(1), AtMost(1e6)]  # at which an image is evaluated
+RunPath = Annotated[str, PATH, MAY_CHANGE]
 Positive = Annotated[float, MoreThan(0.0)]
 NonNegative = Annotated[float, AtLeast(0.0)]
 Share = Annotated[float, AtLeast(0.0), AtMost(0.99999)]  # as of dropout; never all
 Length = Annotated[int, AtLeast(1), MAY_CHANGE]  # a number of steps, or of images to tell of
 Interval = Annotated[int, AtLeast(0), MAY_CHANGE]  # 0: only at the end
-Shape = Annotated[tuple[int, int, int], FROM_DATA]  # (height, width, channels) of an image
-Levels = Annotated[int, FROM_DATA]  # of grey in an image: 256, or 17 for `digits`
-Classes = Annotated[int, FROM_DATA]  # of labels; 0: there are none
+Shape = Annotated[tuple[Count, Count, Count], FROM_DATA]  # (height, width, channels) of an image
+Levels = Annotated[int, AtLeast(2), FROM_DATA]  # of grey in an image: 256, or 17 for `digits`
+Classes = Annotated[int, AtLeast(0), FROM_DATA]  # of labels; 0: there are none
 # Validation images; none: the data set's own, or else a tenth of the training images, at most
 # 5,000; 0: every training image is trained on, and nothing is evaluated before the end.
 ValidationImages = Annotated[int, AtLeast(0)] | None
-CaptionLength = Annotated[int, FROM_DATA]  # tokens; 0: there are no captions
+CaptionLength = Annotated[int, AtLeast(0), FROM_DATA]  # tokens; 0: there are no captions
 
 
 def fields(config: Any) -> dict[str, Any]:
@@ -90,7 +103,28 @@ def override(config: Any, texts: dict[str, str]) -> Any:
             values[name] = _parse(text, hints[name])
         except ValueError as error:
             raise UserError(f"--config.{name}={text}: {error}") from None
+        if name == "data" or PATH in _notes(hints[name]):
+            expanded(f"--config.{name}", text.removeprefix("folder:"))
     return dataclasses.replace(config, **values)
+
+
+def expanded(flag: str, text: str) -> pathlib.Path:
+    """The path that a flag gives, `~` and `~user` replaced by the home directory.
+
+    Raises:
+      UserError: there is no such user, or the system takes no path of that length.
+    """
+    try:
+        path = pathlib.Path(text).expanduser()
+        os.lstat(path)
+    except RuntimeError:
+        name = text.partition("/")[0]
+        raise UserError(f"{flag}={text}: there is no home directory of {name}") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{flag}={text}: is not a path: {reason}; give a shorter one") from None
+    return path
 
 
 def describe(cls: type) -> list[tuple[str, str, str]]:
@@ -128,6 +162,16 @@ def _type_name(hint: Any) -> str:
 def _parse(text: str, hint: Any) -> Any:
     """Read `text` as a value of the annotated type `hint`; ValueError says what is wrong."""
     value = _read(text, _bare(hint))
+    _check_range(value, hint)
+    return value
+
+
+def _check_range(value: Any, hint: Any) -> None:
+    """Raises ValueError unless a number is in the range of its annotation, and of a program's."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must be a finite number")
     for note in _notes(hint):
         if isinstance(note, AtLeast) and not value >= note.low:
             raise ValueError(f"must be at least {note.low:g}")
@@ -135,7 +179,13 @@ def _parse(text: str, hint: Any) -> Any:
             raise ValueError(f"must be more than {note.low:g}")
         if isinstance(note, AtMost) and not value <= note.high:
             raise ValueError(f"must be at most {note.high:g}")
-    return value
+    if isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise ValueError(f"must be at most {LARGEST_INT:,}")
+    if isinstance(value, float) and value and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
+        raise ValueError(
+            f"must be a number that float32 holds: from {SMALLEST_FLOAT:g} to {LARGEST_FLOAT:g} "
+            "in size, or 0"
+        )
 
 
 def _read(text: str, hint: Any) -> Any:
@@ -165,6 +215,8 @@ def _read(text: str, hint: Any) -> Any:
         return known[text.lower()]
     if hint is int:
         try:
+            if text.strip("+-").isdecimal() and len(text) > 4000:  # more than Python reads
+                return LARGEST_INT + 1
             value = float(text) if "e" in text.lower() else int(text)  # 1e5 and 100_000 too
             if value != int(value):
                 raise ValueError
@@ -176,8 +228,7 @@ def _read(text: str, hint: Any) -> Any:
             number = float(text)
         except ValueError:
             raise ValueError("must be a number") from None
-        if not math.isfinite(number):
-            raise ValueError("must be a finite number")
+        _check_range(number, float)
         return number
     return text
 
@@ -224,7 +275,8 @@ def restore(cls: type, values: dict[str, Any], where: Any) -> Any:
     """A config as config.json recorded it; fields that were not there then keep their defaults.
 
     Raises:
-      UserError: the record has fields that `cls` lacks: it is of another version.
+      UserError: the record has fields that `cls` lacks: it is of another version; or a value
+        that is not of its field's type or out of its range.
     """
     odd = set(values) - {field.name for field in dataclasses.fields(cls)}
     if odd:
@@ -232,5 +284,58 @@ def restore(cls: type, values: dict[str, Any], where: Any) -> Any:
             f"the run in {where} was made by another version, with fields that are no more: "
             f"{', '.join(sorted(odd))}"
         )
-    tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return cls(**tuples)
+    hints = fields(cls)
+    known = {}
+    for name, value in values.items():
+        try:
+            known[name] = _recorded(value, hints[name])
+        except ValueError as error:
+            raise UserError(
+                f"the config.json of the run in {where} is damaged: its {name} {error}, and is "
+                f"{_short(value)}; give another run"
+            ) from None
+    return cls(**known)
+
+
+def _recorded(value: Any, hint: Any) -> Any:
+    """A value of JSON as one of the annotated type `hint`; ValueError says what is wrong."""
+    bare = _bare(hint)
+    origin, args = typing.get_origin(bare), typing.get_args(bare)
+    if origin is Literal:
+        if type(value) not in map(type, args) or value not in args:
+            raise ValueError(f"must be one of {', '.join(map(str, args))}")
+    elif origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        (inner,) = (arg for arg in args if arg is not type(None))
+        return _recorded(value, inner)
+    elif origin is tuple:
+        endless = args[-1] is Ellipsis
+        if not isinstance(value, list | tuple) or not (endless or len(value) == len(args)):
+            raise ValueError("must be a list" + ("" if endless else f" of {len(args)} values"))
+        items = [args[0]] * len(value) if endless else args
+        return tuple(_recorded(item, kind) for item, kind in zip(value, items, strict=True))
+    else:
+        allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}[bare]
+        if type(value) not in allowed:
+            raise ValueError(f"must be {_NAMES[bare]}")
+        if bare is float:
+            if abs(value) > LARGEST_FLOAT:
+                raise ValueError(f"must be at most {LARGEST_FLOAT:g}")
+            value = float(value)
+        if bare is str and any(ord(letter) < 32 for letter in value):
+            raise ValueError("must be a text without control characters")
+    _check_range(value, hint)
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _short(value: Any, length: int = 60) -> str:
+    """A value as a message shows it."""
+    try:
+        text = ascii(value)
+    except (ValueError, RecursionError):  # more digits or levels than Python writes
+        return "too large to show"
+    return text if len(text) <= length else f"{text[:length]}..."

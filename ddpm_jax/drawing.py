@@ -99,7 +99,7 @@ def drawing(
     Raises:
       UserError: `sampling` makes no sense for this network.
     """
-    _check(sampling, "--config.sampler", "--config.sample_steps", steps, variance)
+    check_sampling(sampling, "--config.sampler", "--config.sample_steps", steps, variance)
 
     def first_noise(keys):
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, FIRST_NOISE), shape))(
@@ -234,7 +234,7 @@ def drawing(
             how = how._replace(sampler=request.sampler)
         if request.steps is not None:
             how = how._replace(steps=request.steps)
-        _check(how, "--sampler", "--steps", steps, variance)
+        check_sampling(how, "--sampler", "--steps", steps, variance)
         for flag, can in (
             ("guidance", choices() or guide() or nothing),
             ("label", choices()),
@@ -296,7 +296,7 @@ def check_start(kind: Kind, schedule: Schedule, how: Sampling) -> None:
         )
 
 
-def _check(
+def check_sampling(
     how: Sampling, sampler_flag: str, steps_flag: str, steps: int | None, variance: bool
 ) -> None:
     """Raises UserError unless there is such a sampler, for such a network and schedule."""

@@ -20,11 +20,11 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ddpm_jax.config import restore
+from ddpm_jax.config import expanded, restore
 from ddpm_jax.errors import UserError
 from ddpm_jax.guidance import Guide
+from ddpm_jax.preflight import read_run
 from ddpm_jax.run import Loaded, load_state
-from ddpm_jax.rundir import read_record
 from ddpm_jax.train import averaged
 
 LABELS = "labels"
@@ -42,10 +42,10 @@ def with_guide(beside: types.ModuleType, config: Any, loaded: Loaded) -> Any:
     """
     if config.guide == LABELS:
         return config
-    place = pathlib.Path(config.guide).expanduser().absolute()
+    place = expanded("--config.guide", config.guide).absolute()
     config = dataclasses.replace(config, guide=str(place))
     guide_of(beside, config)()
-    theirs = (read_record(place) or {}).get("data", {})
+    theirs = (read_run(place) or {}).get("data", {})
     if theirs.get("classes") != list(loaded.data.classes):
         raise UserError(
             f"--config.guide={place}: trained on {theirs.get('title')}, whose classes are not "
@@ -79,9 +79,9 @@ def load_guide(
     Raises:
       UserError: there is no run there, no checkpoint, or one that cannot guide such a run.
     """
-    flag, workdir = f"--config.guide={place}", pathlib.Path(place).expanduser()
+    flag, workdir = f"--config.guide={place}", expanded("--config.guide", place)
     with _flagged(flag):
-        record = read_record(workdir)
+        record = read_run(workdir)
     if record is None:
         raise UserError(
             f"{flag}: there is no run; train the guide first, or give --config.guide={LABELS}"

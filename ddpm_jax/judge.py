@@ -15,11 +15,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from ddpm_jax.classifier import Judge, judge_of
+from ddpm_jax.config import expanded
 from ddpm_jax.data.loader import cache_dir
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics.pth import read_tensors
 from ddpm_jax.nn.inception import Inception, from_torch
 from ddpm_jax.parallel import from_main, make, one_line
+from ddpm_jax.preflight import check_writable, exists, read_run
 from ddpm_jax.progress import tell
 from ddpm_jax.run import (
     Loaded,
@@ -35,7 +37,102 @@ from ddpm_jax.rundir import check_same, read_record
 from ddpm_jax.train import averaged
 
 KIND = "2"  # of what is kept: another where the same config makes another classifier
+UNUSABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+
+
+_tell_once = functools.cache(tell)
+
+
+def check_judge(experiment: types.ModuleType, config: Any, loaded: Loaded) -> Any:
+    """Check the classifier's run that `config.judge` names, and the file of FID's network.
+
+    Args:
+      experiment: the classifier's, such as `experiments.classifier_digits`.
+      config: whose `judge` says "auto" (train one, unless it is there), "none" or where one is.
+
+    Returns:
+      `config`, with the absolute path of the run; "none" where the data has no labels.
+
+    Raises:
+      UserError: there is no classifier of such images where the config says, or the file of FID's
+        network is damaged.
+    """
+    if config.fid and not from_main(lambda: exists(inception_file())):
+        _tell_once(
+            f"no FID: put {INCEPTION}, of pytorch-fid's releases, into {inception_file().parent}"
+        )
+    elif config.fid:
+        _check_inception(inception_file(), _stamp(inception_file()))
+    if config.judge not in ("auto", "none"):
+        flag = f"--config.judge={config.judge}"
+        place = expanded("--config.judge", config.judge).absolute()
+        if exists(place / "summary.json") or not _was_made_here(place):
+            check_classifier(flag, place, config)
+            return dataclasses.replace(config, judge=str(place))
+    if config.judge != "none" and not loaded.data.classes:
+        _tell_once("no labels, so no classifier: no distances are told")
+        return dataclasses.replace(config, judge="none")
+    return config
+
+
+def check_classifier(flag: str, place: pathlib.Path, like: Any) -> None:
+    """Check that there is a trained classifier of images and classes as those of the config `like`.
+
+    Raises:
+      UserError: there is none, or it is of other images or classes.
+    """
+    if place.parent == judges_dir():  # made by `trained`, which makes it again if it is damaged
+        return
+    record = read_run(place)
+    if record is None or not exists(place / "summary.json"):
+        raise UserError(
+            f"{flag}: there is no finished run of a classifier in {place}; train one first, or "
+            "give --config.judge=auto or --config.judge=none"
+        )
+    name, theirs = record["experiment"], record["config"]
+    if not name.startswith("classifier_"):
+        raise UserError(f"{flag}: a run of {name}, which is not a classifier")
+    if list(theirs.get("shape", like.shape)) != list(like.shape):
+        raise UserError(
+            f"{flag}: of images of shape {theirs['shape']}, not {list(like.shape)}; give a run on "
+            "the same data"
+        )
+    classes = theirs.get("classes", like.classes)
+    if like.classes and classes != like.classes:
+        raise UserError(
+            f"{flag}: its network knows {classes} classes, and the data has {like.classes}; give a "
+            "run on the same data"
+        )
+    if not any(place.glob("checkpoints/[0-9]*")):
+        raise UserError(f"{flag}: there is no checkpoint in {place}")
+
+
+@functools.lru_cache(maxsize=1)
+def _check_inception(path: pathlib.Path, stamp: tuple[int, int]) -> None:
+    """Raises UserError unless the file holds the network's weights; read once for each `stamp`."""
+    try:
+        from_torch(read_tensors(path))
+    except UserError as error:
+        raise UserError(
+            f"--config.fid: {path} is damaged or another file: {error}; download it again, or give "
+            "--config.fid=false"
+        ) from None
+
+
+def _stamp(path: pathlib.Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"--config.fid: {path} cannot be read: {error.strerror}") from None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _was_made_here(place: pathlib.Path) -> bool:
+    """Whether a path looks like one of `trained`, perhaps of another machine."""
+    return place.parent.name == "judges" and bool(
+        re.fullmatch(r"classifier_\w+-[0-9a-f]{12}", place.name)
+    )
 
 
 def with_judge(
@@ -53,28 +150,24 @@ def with_judge(
     Raises:
       UserError: there is no classifier where the config says.
     """
-    if config.fid and not inception_file().exists():
-        tell(f"no FID: put {INCEPTION}, of pytorch-fid's releases, into {inception_file().parent}")
+    config = check_judge(experiment, config, loaded)
     if config.judge == "none":
         return config
     if config.judge != "auto" and _at_hand(experiment, pathlib.Path(config.judge)):
         return config
-    if not loaded.data.classes:
-        tell("no labels, so no classifier: no distances are told")
-        return dataclasses.replace(config, judge="none")
     place = trained(experiment, loaded, options)
     return place and dataclasses.replace(config, judge=str(place))
 
 
 def _at_hand(experiment: types.ModuleType, place: pathlib.Path) -> bool:
     """Whether there is a trained classifier; one that `trained` made is read to see."""
-    if not from_main((place / "summary.json").exists):
+    if not from_main(lambda: exists(place / "summary.json")):
         return False
     if place.parent != judges_dir():
         return True
     try:
         load_judge(experiment, str(place))
-    except (UserError, OSError, ValueError, KeyError, TypeError):
+    except UNUSABLE:
         return False
     return True
 
@@ -97,6 +190,7 @@ def trained(experiment: types.ModuleType, loaded: Loaded, options: Options) -> p
     if unusable and from_main(lambda: _removed(place)):
         tell(f"{unusable}: it is made again")
     if not from_main((place / "summary.json").exists):
+        from_main(lambda: check_writable(place, "--config.judge=auto"))
         tell(f"training {judge_name(loaded.data.name)} once, to judge drawn images with")
         if train_experiment(experiment, config, place, options, loaded) is None:
             return None
@@ -123,7 +217,7 @@ def _unusable(experiment: types.ModuleType, place: pathlib.Path, record: dict[st
             load_judge(experiment, str(place))
         elif from_main(lambda: any(place.glob("checkpoints/[0-9]*"))):
             load_state(experiment, place, whole=True)
-    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+    except UNUSABLE as error:
         return f"{place} cannot be used ({one_line(error)})"
     return ""
 
@@ -149,7 +243,7 @@ def judges_of(experiment: types.ModuleType, config: Any) -> tuple[Callable[[], J
     judges: list[Callable[[], Judge]] = []
     if config.judge not in ("auto", "none"):
         judges.append(functools.partial(load_judge, experiment, config.judge))
-    if config.fid and from_main(inception_file().exists):
+    if config.fid and from_main(lambda: exists(inception_file())):
         judges.append(load_inception)
     return tuple(judges)
 
@@ -197,7 +291,7 @@ def load_judge(experiment: types.ModuleType, place: str) -> Judge:
     Raises:
       UserError: there is none.
     """
-    if not (pathlib.Path(place) / "summary.json").exists():
+    if not exists(pathlib.Path(place) / "summary.json"):
         raise UserError(f"--config.judge={place}: there is no trained classifier")
     config, state = load_state(experiment, pathlib.Path(place))
     record = read_record(pathlib.Path(place)) or {}

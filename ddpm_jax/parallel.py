@@ -16,14 +16,17 @@ of rows and no other.
 """
 
 import atexit
+import contextlib
 import functools
 import importlib.metadata
 import itertools
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,11 +36,14 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ddpm_jax import interrupts
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.flops import flops
 
 MODES = ("jit", "pmap", "fsdp")
 AXIS = "data"  # of `pmap`
+RESOLVE_SECONDS = 10.0  # in which the name of the coordinator's host must be known
+SILENT_SECONDS = 10.0  # of waiting for the coordinator, after which that is logged
 HEARTBEAT = 30  # seconds after which a silent process is taken for dead
 LONGEST = 256  # bytes of what a process says of itself to the others
 # A flag that jaxlib does not know aborts the process, so each is set for the versions it was
@@ -437,6 +443,85 @@ def describe() -> dict[str, Any]:
 # Processes.
 
 
+def check_cluster(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Check what the command line says of the processes, before anything starts.
+
+    Raises:
+      UserError: the coordinator's address is not HOST:PORT, or there is no such process.
+    """
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise UserError(
+                f"--coordinator={coordinator}: must be HOST:PORT, with a port from 1 to 65535"
+            )
+    if process is not None and processes is not None and process >= processes:
+        raise UserError(
+            f"--process_id={process}: must be less than --num_processes={processes}; the first "
+            "process is 0"
+        )
+
+
+def check_host(coordinator: str) -> None:
+    """Check that the name of the coordinator's host is known, within `RESOLVE_SECONDS`.
+
+    Raises:
+      UserError: it is not.
+    """
+    host, answers = coordinator.rpartition(":")[0].strip("[]"), threading.Event()
+
+    def look_up() -> None:
+        while not gone.is_set():
+            with contextlib.suppress(OSError, UnicodeError):
+                socket.getaddrinfo(host, None)
+                answers.set()
+                return
+            gone.wait(1.0)
+
+    gone = threading.Event()
+    threading.Thread(target=look_up, daemon=True).start()
+    known = answers.wait(RESOLVE_SECONDS)
+    gone.set()
+    if not known:
+        raise UserError(
+            f"--coordinator={coordinator}: no host of the name {host} was found within "
+            f"{RESOLVE_SECONDS:g} s; give the address of process 0"
+        )
+
+
+def check_platform() -> None:
+    """Check that jax has devices, as `JAX_PLATFORMS` asks for.
+
+    Raises:
+      UserError: there are none of that platform, or `XLA_FLAGS` holds a flag that XLA lacks.
+    """
+    _check_flags(os.environ.get("XLA_FLAGS", ""))
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = one_line(error, 150) or "there are no such devices"
+        raise UserError(
+            f"JAX_PLATFORMS={asked}: jax has no devices of it here: {reason}; unset JAX_PLATFORMS, "
+            "or set it to cpu"
+        ) from None
+
+
+@functools.lru_cache(maxsize=1)
+def _check_flags(flags: str) -> None:
+    """Raises UserError if XLA would end the process because of a flag; tried in another process."""
+    if not flags:
+        return
+    code = "from jaxlib import xla_client; xla_client.CompileOptions()"
+    tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if tried.returncode:
+        reason = next((line for line in tried.stderr.splitlines() if "XLA_FLAGS" in line), "")
+        raise UserError(
+            f"XLA_FLAGS={flags}: {reason.rpartition('] ')[2] or 'XLA refuses it'}; correct it, or "
+            "unset XLA_FLAGS"
+        )
+
+
 def initialize(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Join the other processes; what is None is asked of the cluster (TPU, SLURM, Kubernetes).
 
@@ -444,6 +529,14 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
       UserError: there is no cluster to ask, or no coordinator answers.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if coordinator is not None:
+        check_host(coordinator)
+    waiting = threading.Timer(
+        SILENT_SECONDS,
+        lambda: print(f"waiting for the coordinator at {coordinator}", file=sys.stderr),
+    )
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
             coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT
@@ -454,6 +547,8 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
             f"--distributed: {str(error).splitlines()[0]}; outside of a cluster give "
             "--coordinator=HOST:PORT --num_processes=N --process_id=I"
         ) from None
+    finally:
+        waiting.cancel()
 
 
 # jax aborts a process when another one is gone, which no Python code of its own survives.
@@ -475,6 +570,7 @@ def _leave_a_mourner() -> None:
         )
     )
     atexit.register(leave)
+    interrupts.before_end.append(leave)
 
 
 def leave() -> None:

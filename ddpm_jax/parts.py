@@ -6,10 +6,10 @@ import pathlib
 import types
 from typing import Any
 
-from ddpm_jax.config import FROM_PARTS, marked, restore
+from ddpm_jax.config import FROM_PARTS, expanded, marked, restore
 from ddpm_jax.errors import UserError
+from ddpm_jax.preflight import exists, read_run
 from ddpm_jax.run import load_state
-from ddpm_jax.rundir import read_record
 from ddpm_jax.train import TrainState
 
 
@@ -37,9 +37,9 @@ def finished(config: Any, field: str, experiment: types.ModuleType) -> tuple[str
       UserError: there is no such run, it is another experiment's or not finished, or its images
         or captions are of another size.
     """
-    place = pathlib.Path(getattr(config, field)).expanduser().absolute()
-    name, record = experiment.__name__.rpartition(".")[2], read_record(place)
-    if record is None or not (place / "summary.json").exists():
+    place = expanded(f"--config.{field}", getattr(config, field)).absolute()
+    name, record = experiment.__name__.rpartition(".")[2], read_run(place)
+    if record is None or not exists(place / "summary.json"):
         raise UserError(
             f"--config.{field}={place}: there is no finished run; train one first: python "
             f"launch.py --experiment={name}"

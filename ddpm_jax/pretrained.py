@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddpm_jax.data.loader import ENDLESS, Data, Split, cache_dir
+from ddpm_jax.data.tfds import _reachable
 from ddpm_jax.errors import UserError
 from ddpm_jax.progress import tell
 from ddpm_jax.tokens import untokenize
@@ -70,17 +71,33 @@ def load_encoder(name: str) -> tuple[Any, Any]:
         )
     from transformers import AutoModel, AutoTokenizer
 
+    kept_only = _without_hub(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name, use_safetensors=True)  # no pickles
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=kept_only)
+        model = AutoModel.from_pretrained(
+            name,
+            use_safetensors=True,  # no pickles
+            local_files_only=kept_only,
+        )
     except Exception as error:  # of many kinds, from the hub's to the file system's
         reason = " ".join(str(error).split())[:200]
+        if kept_only:
+            reason = "it is not in the cache, and the hub does not answer; give a folder"
         raise UserError(f"--config.pretrained={name} cannot be loaded: {reason}") from None
     if tokenizer.pad_token is None:  # padding is masked, whatever stands for it
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
     return tokenizer, getattr(model, "text_model", model).eval()
+
+
+def _without_hub(name: str) -> bool:
+    """Whether a name can be found in the cache alone: the hub does not answer within seconds."""
+    if pathlib.Path(name).is_dir():
+        return True
+    from huggingface_hub import constants
+
+    return not _reachable(constants.ENDPOINT)
 
 
 def width_of(name: str) -> int:

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from ddpm_jax.errors import printable
+from ddpm_jax import terminal
 from ddpm_jax.parallel import is_main
 
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal
@@ -14,14 +14,13 @@ SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal
 def tell(line: str) -> None:
     """A line for people, from the first process alone; a full disk that it goes to ends nothing."""
     if is_main():
-        with contextlib.suppress(OSError):
-            print(printable(line, lines=True), file=sys.stderr, flush=True)
+        terminal.print_error(line)
 
 
 def print_result(text: str) -> None:
     """Print a result to stdout, from the first process alone."""
     if is_main():
-        print(printable(text, lines=True))
+        terminal.show(text)
 
 
 class Clock:

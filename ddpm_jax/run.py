@@ -3,7 +3,8 @@
 An experiment is a module with `Config`, `DEBUG` (what `--debug` changes) and either
 `build(config) -> Task`, which the functions here train, evaluate and sample from, or
 `run(config, workdir, options)`, which does as it likes.  Beside `build` it may have
-`prepare(config, loaded, options) -> config`, for what must be there before it trains, and
+`prepare(config, loaded, options) -> config`, for what must be there before it trains,
+`pretrain` of the same, for what is trained before it, which may take long, and
 `dress(config, data) -> data`, for what it sees of the data in another form.
 """
 
@@ -20,10 +21,9 @@ from typing import Any, NamedTuple
 import jax
 
 from ddpm_jax import parallel as devices
-from ddpm_jax import report, train
+from ddpm_jax import preflight, report, train
 from ddpm_jax.checkpoint import check_store, open_checkpoints
 from ddpm_jax.config import FROM_DATA, MAY_CHANGE, marked, restore
-from ddpm_jax.data.images import printable
 from ddpm_jax.data.loader import (
     ENDLESS,
     Data,
@@ -87,10 +87,12 @@ def set_up_jax(
         devices.tune_gpu()
     if cluster is not None:
         devices.initialize(*cluster)
+    devices.check_platform()
     jax.config.update("jax_disable_most_optimizations", debug)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what is the user's business is told here
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the user's own choice
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        kept = preflight.can_write(cache_dir() / "xla")
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla") if kept else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 
 
@@ -243,19 +245,23 @@ def train_experiment(
     devices.check_batch(config.batch_size, config.accumulate)
     train.check_ema(config)
     config = _prepared(experiment, from_data(config, data), loaded, options)
-    if config is None:
-        return None
-    task, data = experiment.build(config), _dressed(experiment, config, data)
+    preflight.check_sizes(experiment.build(config), config, options.parallel)
     record = record_of(name, config, loaded, options)
     run = _open(workdir, record, marked(config, MAY_CHANGE))
     checkpoints = None
     try:
+        config = _pretrained(experiment, config, loaded, options)
+        if config is None:
+            return None
+        run.record["config"] = dataclasses.asdict(config)
+        task, data = experiment.build(config), _dressed(experiment, config, data)
         checkpoints = open_checkpoints(workdir / "checkpoints")
         step = checkpoints.newest() or 0
         if step > config.steps:
             raise UserError(
                 f"{workdir} is at step {step} already, beyond --config.steps={config.steps}"
             )
+        devices.from_main(lambda: preflight.check_summary(workdir))
         summary = devices.from_main(run.summary)
         if summary is not None and step == summary.get("step") == config.steps:
             _tell_finished(workdir, summary)
@@ -327,7 +333,10 @@ def eval_experiment(
     data = load_again(record, options, config.validation, moved)
     check_same(workdir, record, {**record, "data": data.describe()})
     loaded = Loaded(data, data_dir=options.data_dir or record.get("data_dir"))
-    config = _prepared(experiment, config, loaded, options._replace(debug=record["debug"]))
+    options = options._replace(debug=record.get("debug", False))
+    config = _pretrained(
+        experiment, _prepared(experiment, config, loaded, options), loaded, options
+    )
     if config is None:
         return {}
     task, data = experiment.build(config), _dressed(experiment, config, data)
@@ -467,13 +476,20 @@ def _about(found: Evaluation, config: Any) -> dict[str, Any]:
     return {**found.about, "ema": config.ema, "parameters": train.parameters_used(config)}
 
 
-def _prepared(
-    experiment: types.ModuleType, config: Any, loaded: Loaded, options: Options
-) -> Any | None:
-    """The config, with what the experiment's `prepare` made first; None: asked to stop."""
+def _prepared(experiment: types.ModuleType, config: Any, loaded: Loaded, options: Options) -> Any:
+    """The config, with what the experiment's `prepare` found."""
     if not hasattr(experiment, "prepare"):
         return config
     return experiment.prepare(config, loaded, options)
+
+
+def _pretrained(
+    experiment: types.ModuleType, config: Any, loaded: Loaded, options: Options
+) -> Any | None:
+    """The config, with what the experiment's `pretrain` trained; None: asked to stop."""
+    if not hasattr(experiment, "pretrain"):
+        return config
+    return experiment.pretrain(config, loaded, options)
 
 
 def _dressed(experiment: types.ModuleType, config: Any, data: Data) -> Data:

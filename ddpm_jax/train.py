@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ddpm_jax import interrupts
 from ddpm_jax import parallel as devices
 from ddpm_jax.checkpoint import Checkpoints
 from ddpm_jax.config import Training
@@ -584,30 +585,45 @@ def check_figures(metrics: dict[str, float]) -> None:
             raise RunError(f"{name} is {value}: the parameters are no good")
 
 
+WAITING = (
+    "waiting for the current step and its checkpoint; press Ctrl-C again to end at once (the "
+    "newest checkpoint stays)"
+)
+
+
 class _Signals:
-    """SIGTERM and Ctrl-C ask the loop to stop; a second Ctrl-C stops it at once."""
+    """SIGTERM and Ctrl-C ask the loop to stop; a second Ctrl-C ends the process at once."""
 
     def __init__(self, alone: bool) -> None:
         self.stop = False
         self._alone = alone  # or other processes wait for this one's share of the work
         self._interrupt = False
+        self._noticed = False
         self._before: dict[int, Any] = {}
+        self._watch = interrupts.watched(self._notice)
 
     def __enter__(self) -> "_Signals":
         with contextlib.suppress(ValueError):  # not in the main thread: nobody signals it
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._ask)
+        self._watch.__enter__()
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._watch.__exit__(None, None, None)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def _notice(self, number: int) -> None:
+        """Report a signal at once, in a thread of its own; the main thread may be compiling."""
+        if number == signal.SIGINT and self._noticed:
+            interrupts.end_now()
+        if number in self._before and not self._noticed:
+            self._noticed = True
+            tell(WAITING)
+
     def _ask(self, number: int, frame: Any) -> None:
-        again = self.stop and number == signal.SIGINT
         self.stop = True
-        if again:
-            raise KeyboardInterrupt
         if self._interrupt:
             raise _Interrupted
 

@@ -32,13 +32,14 @@ from typing import Annotated, Any, Literal
 from ddpm_jax.autoencoder import autoencoder_task
 from ddpm_jax.classifier import Judge
 from ddpm_jax.config import (
-    MAY_CHANGE,
     AtLeast,
     Count,
     Interval,
+    Layers,
     Length,
     NonNegative,
     Positive,
+    RunPath,
     Training,
     inside,
 )  # fmt: skip
@@ -78,11 +79,11 @@ class Config(Training):
     checkpoint_every: Interval = 1000
     ae_channels: tuple[Count, ...] = (32, 128)  # of each level; each makes images half as large
     latent: Count = 4  # channels
-    ae_blocks: Count = 1
+    ae_blocks: Layers = 1
     kl_weight: NonNegative = 2e-2
     codes: Annotated[int, AtLeast(0)] = 0  # of the codebook; 0: Gaussian latents
     commitment: NonNegative = 0.25
-    text: Annotated[str, MAY_CHANGE] = "none"  # a text encoder's run, to tell distances with
+    text: RunPath = "none"  # a text encoder's run, to tell distances with
 
 
 def network(config) -> Autoencoder:

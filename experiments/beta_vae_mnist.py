@@ -26,6 +26,7 @@ from ddpm_jax import report
 from ddpm_jax.config import FROM_PARTS, MAY_CHANGE, Interval, Length, NonNegative, marked
 from ddpm_jax.files import write_with
 from ddpm_jax.parallel import is_main
+from ddpm_jax.preflight import check_parts, check_sizes
 from ddpm_jax.progress import print_result
 from ddpm_jax.run import (
     Loaded,
@@ -58,17 +59,25 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
     loaded = load_data(vae_mnist, config, workdir, options)
     config = from_data(config, loaded.data)
     record = record_of("beta_vae_mnist", config, loaded, options)
+    check_parts((workdir / f"beta_{beta:g}", "vae_mnist") for beta in config.betas)
+    names = [field.name for field in dataclasses.fields(vae_mnist.Config)]
+    model = vae_mnist.Config(**{name: getattr(config, name) for name in names})
+    check_sizes(vae_mnist.build(model), model, options.parallel)
     with opened(workdir, record, marked(config, MAY_CHANGE)):
-        train_all(config, workdir, options, loaded)
+        train_all(config, model, workdir, options, loaded)
 
 
-def train_all(config: Config, workdir: pathlib.Path, options: Options, loaded: Loaded) -> None:
+def train_all(
+    config: Config,
+    model: vae_mnist.Config,
+    workdir: pathlib.Path,
+    options: Options,
+    loaded: Loaded,
+) -> None:
     """A `vae_mnist` run for each beta, unless it is there already."""
-    fields = {field.name for field in dataclasses.fields(vae_mnist.Config)}
-    shared = {name: getattr(config, name) for name in fields}
     found = []
     for beta in config.betas:
-        one = vae_mnist.Config(**{**shared, "beta": beta})
+        one = dataclasses.replace(model, beta=beta)
         place = workdir / f"beta_{beta:g}"
         summary = train_experiment(vae_mnist, one, place, options, loaded)
         if summary is None:  # asked to stop

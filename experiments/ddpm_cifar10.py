@@ -15,12 +15,22 @@ import dataclasses
 import math
 from typing import Annotated, Literal
 
-from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Interval, Length, NonNegative, Positive
+from ddpm_jax.config import (
+    MAY_CHANGE,
+    AtLeast,
+    Count,
+    EvalTimes,
+    Interval,
+    Length,
+    NonNegative,
+    Positive,
+    SampleSteps,
+)
 from ddpm_jax.schedule import Spacing
 from experiments import classifier_cifar10, ddpm_digits
 
 DEBUG = ddpm_digits.DEBUG | dict(fold=4, eval_batch=64)  # 8x8 inside: attention over 32x32 is slow
-prepare, build = ddpm_digits.judged_by(classifier_cifar10)
+prepare, pretrain, build = ddpm_digits.judged_by(classifier_cifar10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +54,11 @@ class Config(ddpm_digits.Config):
     prediction: Literal["eps", "x0", "v"] = "eps"
     flip: bool = True
     sampler: Annotated[str, MAY_CHANGE] = "ancestral_beta"
-    sample_steps: Length = 1000
+    sample_steps: SampleSteps = 1000
     spacing: Annotated[Spacing, MAY_CHANGE] = "trailing"
     guidance: Annotated[float, MAY_CHANGE] = 1.0
     eval_batch: Count = 500
-    eval_times: Count = 4
+    eval_times: EvalTimes = 4
     draw: Length = 50_000
     draw_between: Interval = 2000
     fid: Annotated[bool, MAY_CHANGE] = True

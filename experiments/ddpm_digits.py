@@ -73,10 +73,15 @@ from ddpm_jax.config import (
     AtMost,
     Classes,
     Count,
+    EvalTimes,
     Interval,
+    Layers,
     Length,
+    NoiseSteps,
     NonNegative,
     Positive,
+    RunPath,
+    SampleSteps,
     Share,
     Training,
 )  # fmt: skip
@@ -86,7 +91,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.gallery import Judging
 from ddpm_jax.guidance import Guide
 from ddpm_jax.guide import guide_of, with_guide
-from ddpm_jax.judge import judges_of, with_judge
+from ddpm_jax.judge import check_judge, judges_of, with_judge
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.run import Loaded, Options
@@ -124,14 +129,14 @@ class Denoiser(Training):
     fold: Count = 1
     channels: Count = 32
     multipliers: tuple[Count, ...] = (1, 2)
-    blocks: Count = 2
+    blocks: Layers = 2
     attention_sizes: tuple[Count, ...] = (4,)
     head_channels: Annotated[int, AtLeast(0)] = 0
     scale_shift: bool = False
     # The DiT.
     patch: Count = 2
     width: Count = 128
-    depth: Count = 6
+    depth: Layers = 6
     heads: Count = 4
     # Either.
     dropout: Share = 0.1
@@ -139,18 +144,18 @@ class Denoiser(Training):
     conditional: bool = True
     # Sampling and evaluation, which may change from one evaluation to the next.
     sampler: Annotated[str, MAY_CHANGE] = "dpmpp_2m"
-    sample_steps: Length = 20
+    sample_steps: SampleSteps = 20
     spacing: Annotated[Spacing, MAY_CHANGE] = "logsnr"
     guidance: Annotated[float, MAY_CHANGE] = 1.2
-    guide: Annotated[str, MAY_CHANGE] = "labels"  # or a run's directory; see `ddpm_jax/guide.py`
+    guide: RunPath = "labels"  # or a run's directory; see `ddpm_jax/guide.py`
     guidance_interval: Annotated[tuple[float, float], MAY_CHANGE] = Sampling().interval
     guidance_rescale: Annotated[float, AtLeast(0.0), AtMost(1.0), MAY_CHANGE] = 0.0
     limit: Annotated[Limit, MAY_CHANGE] = "clip"  # of x0
     eval_batch: Count = 120
-    eval_times: Count = 16
+    eval_times: EvalTimes = 16
     draw: Length = 1437  # images that the final figures are of
     draw_between: Interval = 0  # the same of every evaluation before; 0: none
-    judge: Annotated[str, MAY_CHANGE] = "auto"  # a trained classifier's run; auto, none
+    judge: RunPath = "auto"  # a trained classifier's run; auto, none
     fid: Annotated[bool, MAY_CHANGE] = False  # in Inception's features, whose file the user has
 
 
@@ -160,7 +165,7 @@ class Config(Denoiser):
 
     # The process.
     noise: Noise = "cosine_betas"
-    noise_steps: Annotated[int, AtLeast(2)] = 1000  # T of a table of betas; linear ones need 21
+    noise_steps: NoiseSteps = 1000  # T of a table of betas; linear ones need 21
     prediction: Literal["eps", "x0", "v"] = "v"
     variance: Literal["posterior", "beta", "learned"] = "beta"  # of p(x_s | x_t); in the bound
     bound_scale: NonNegative = 1e-3  # of L_vlb beside L_simple, with a learned variance
@@ -271,20 +276,23 @@ def judging(classifier: types.ModuleType, config: Denoiser) -> Judging:
     return Judging(judges_of(classifier, config), config.draw, config.draw_between)
 
 
-def judged_by(classifier: types.ModuleType) -> tuple[Callable, Callable]:
-    """An experiment's `prepare` and `build`; its images are judged by a classifier's experiment.
+def judged_by(classifier: types.ModuleType) -> tuple[Callable, Callable, Callable]:
+    """An experiment's `prepare`, `pretrain` and `build`; a classifier's judges its images.
 
-    The classifier is trained on the same data, once, by `prepare`.  What guides, if it is a run,
+    The classifier is trained on the same data, once, by `pretrain`.  What guides, if it is a run,
     is of an experiment beside the classifier's.
     """
 
-    def prepare(config: Config, loaded: Loaded, options: Options) -> Config | None:
-        return with_judge(classifier, with_guide(classifier, config, loaded), loaded, options)
+    def prepare(config: Config, loaded: Loaded, options: Options) -> Config:
+        return check_judge(classifier, with_guide(classifier, config, loaded), loaded)
+
+    def pretrain(config: Config, loaded: Loaded, options: Options) -> Config | None:
+        return with_judge(classifier, config, loaded, options)
 
     def build(config: Config) -> Task:
         return task(config, judging(classifier, config), guide_of(classifier, config))
 
-    return prepare, build
+    return prepare, pretrain, build
 
 
-prepare, build = judged_by(classifier_digits)
+prepare, pretrain, build = judged_by(classifier_digits)

@@ -10,7 +10,7 @@ import dataclasses
 from experiments import classifier_fashion_mnist, ddpm_digits, ddpm_mnist
 
 DEBUG = ddpm_mnist.DEBUG
-prepare, build = ddpm_digits.judged_by(classifier_fashion_mnist)
+prepare, pretrain, build = ddpm_digits.judged_by(classifier_fashion_mnist)
 
 
 @dataclasses.dataclass(frozen=True)

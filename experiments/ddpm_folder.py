@@ -14,7 +14,7 @@ from ddpm_jax.config import Count, Length, Share
 from experiments import ddpm_mnist
 
 DEBUG = ddpm_mnist.DEBUG
-prepare, build = ddpm_mnist.prepare, ddpm_mnist.build
+prepare, pretrain, build = ddpm_mnist.prepare, ddpm_mnist.pretrain, ddpm_mnist.build
 
 
 @dataclasses.dataclass(frozen=True)

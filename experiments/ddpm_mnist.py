@@ -36,12 +36,12 @@ within 10 %, in either spacing, and not shown to be better).
 
 import dataclasses
 
-from ddpm_jax.config import Count, Interval, Length, NonNegative, Positive, Share
+from ddpm_jax.config import Count, EvalTimes, Interval, Length, NonNegative, Positive, Share
 from experiments import classifier_mnist, ddpm_digits
 
 FALLBACK = "digits:28"  # where MNIST cannot be had
 DEBUG = ddpm_digits.DEBUG
-prepare, build = ddpm_digits.judged_by(classifier_mnist)
+prepare, pretrain, build = ddpm_digits.judged_by(classifier_mnist)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,5 +60,5 @@ class Config(ddpm_digits.Config):
     attention_sizes: tuple[Count, ...] = (7,)
     dropout: Share = 0.0
     eval_batch: Count = 200
-    eval_times: Count = 4
+    eval_times: EvalTimes = 4
     draw: Length = 2000

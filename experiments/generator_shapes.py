@@ -159,14 +159,21 @@ from ddpm_jax.autoencoder import latents
 from ddpm_jax.config import (
     FROM_PARTS,
     MAY_CHANGE,
+    PATH,
     AtLeast,
     AtMost,
     CaptionLength,
     Count,
+    Few,
     Interval,
+    Layers,
     Length,
+    MoreLayers,
+    NoiseSteps,
     NonNegative,
     Positive,
+    RunPath,
+    SampleSteps,
     Share,
     Training,
     marked,
@@ -181,6 +188,7 @@ from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.text import SIZES
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.parts import finished, load_part, with_parts
+from ddpm_jax.preflight import check_sizes
 from ddpm_jax.pretrained import encode, encoded, width_of
 from ddpm_jax.run import Loaded, Options, from_data
 from ddpm_jax.schedule import Spacing, shifted
@@ -213,8 +221,8 @@ class Config(Training):
     eval_every: Interval = 1800
     checkpoint_every: Interval = 500
     # The parts: run directories, and what follows from them.
-    text: Annotated[str, MAY_CHANGE] = "runs/text_encoder_shapes"
-    autoencoder: Annotated[str, MAY_CHANGE] = "runs/autoencoder_shapes"
+    text: RunPath = "runs/text_encoder_shapes"
+    autoencoder: RunPath = "runs/autoencoder_shapes"
     caption_length: CaptionLength = 0
     text_size: Annotated[str, FROM_PARTS] = ""
     tower_channels: Annotated[tuple[int, ...], FROM_PARTS] = ()
@@ -225,39 +233,39 @@ class Config(Training):
     codes: Annotated[int, FROM_PARTS] = 0
     # Features of a frozen text encoder of somebody else's, a name or a folder that `transformers`
     # knows, in the place of `text`'s, which then only tells figures; needs a finite data set.
-    pretrained: str = ""
+    pretrained: Annotated[str, PATH] = ""
     # Another text encoder's run that tells CLIP scores and Frechet distances in the place of
     # `text`'s: what is told so can be compared, whatever text encoder a model was trained on.
-    judge: Annotated[str, MAY_CHANGE] = "none"
+    judge: RunPath = "none"
     width_of_features: Annotated[int, FROM_PARTS] = 0
     model: Literal["unet", "dit", "autoregressive"] = "unet"
     # The U-Net.
     fold: Count = 1
     channels: Count = 48
     multipliers: tuple[Count, ...] = (1, 2)
-    blocks: Count = 1
+    blocks: Layers = 1
     attention_sizes: tuple[Count, ...] = (4, 8)
     head_channels: Annotated[int, AtLeast(0)] = 24
     # The DiT; and, but for `patch`, the autoregressive transformer.
     patch: Count = 1
     width: Count = 192
-    depth: Count = 6
+    depth: Layers = 6
     heads: Count = 6
     # Any.
-    refine: Annotated[int, AtLeast(0)] = 1  # blocks of its own that read the caption's features
+    refine: MoreLayers = 1  # blocks of its own that read the caption's features
     dropout: Share = 0.0
     remat: bool = False  # blocks are computed again in the backward pass
     caption_dropout: Annotated[float, AtLeast(0.0), AtMost(1.0)] = 0.1
     # The process.
-    draws: Count = 2  # times and noises at which diffusion is trained on each image of a batch
+    draws: Few = 2  # times and noises at which diffusion is trained on each image of a batch
     noise: Noise = "cosine_betas"
-    noise_steps: Annotated[int, AtLeast(2)] = 1000
+    noise_steps: NoiseSteps = 1000
     shift: Positive = 0.7  # times alpha / sigma: below 1, more of the times are noisy
     prediction: Literal["eps", "x0", "v"] = "v"
     weight: Weight = "v"
     # Sampling and evaluation, which may change from one evaluation to the next.
     sampler: Annotated[str, MAY_CHANGE] = "dpmpp_2m_sde"
-    sample_steps: Length = 20
+    sample_steps: SampleSteps = 20
     spacing: Annotated[Spacing, MAY_CHANGE] = "trailing"
     guidance: Annotated[float, MAY_CHANGE] = 2.0
     temperature: Annotated[float, AtLeast(1e-3), MAY_CHANGE] = 1.0  # of codes' draws
@@ -392,17 +400,18 @@ def prepare(config: Config, loaded: Loaded, options: Options) -> Config:
 
 
 def check(data: Data, text: Any, autoencoder: Any, config: Config) -> None:
-    """Raises UserError unless all three can be built, before the first of them is trained."""
+    """Raises UserError unless all three can be built and fit, before the first is trained."""
     text, autoencoder, config = (from_data(some, data) for some in (text, autoencoder, config))
-    text_encoder_shapes.build(text)
-    autoencoder_shapes.build(autoencoder)
+    check_sizes(text_encoder_shapes.build(text), text)
+    check_sizes(autoencoder_shapes.build(autoencoder), autoencoder)
     known = {
         name: getattr(part, name)
         for part in (text, autoencoder)
         for name in marked(config, FROM_PARTS)
         if hasattr(part, name)
     }
-    build(dataclasses.replace(config, **known))
+    config = dataclasses.replace(config, **known)
+    check_sizes(build(config), config)
 
 
 def dress(config: Config, data: Data) -> Data:

@@ -31,12 +31,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import report
-from ddpm_jax.config import MAY_CHANGE, Length, marked
+from ddpm_jax.config import MAY_CHANGE, Length, SampleSteps, marked
+from ddpm_jax.drawing import Sampling, check_sampling
 from ddpm_jax.errors import UserError
 from ddpm_jax.judge import load_judge, with_judge
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.metrics.quality import WHOLE, quality
 from ddpm_jax.parallel import fetch, is_main
+from ddpm_jax.preflight import check_parts, check_sizes
 from ddpm_jax.progress import print_result
 from ddpm_jax.run import (
     Loaded,
@@ -61,7 +63,7 @@ class Config(ddpm_digits.Config):
     """See `--help`; the fields that are not these are those of the model that is trained."""
 
     draw: Length = 500  # images of each way
-    compare_steps: Length = 100
+    compare_steps: SampleSteps = 100
     samplers: tuple[str, ...] = (
         "ddim", "ddim:0.25", "ddim:0.5", "ddim:0.75", "ddim:1",
         "ancestral", "ancestral_beta", "ancestral:0.5", "ancestral:0",
@@ -77,16 +79,31 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
             "noise_in_sampling draws every class and judges it by a classifier: give a data set "
             "with labels, and neither --config.judge=none nor --config.conditional=false"
         )
-    judged = with_judge(classifier_digits, config, loaded, options)
-    if judged is None:
-        return
-    record = record_of("noise_in_sampling", judged, loaded, options)
+    fields = {field.name for field in dataclasses.fields(ddpm_digits.Config)}
+    check_all(config, loaded, fields, workdir, options)
+    record = record_of("noise_in_sampling", config, loaded, options)
     with opened(workdir, record, marked(config, MAY_CHANGE)):
-        fields = {field.name for field in dataclasses.fields(ddpm_digits.Config)}
+        judged = with_judge(classifier_digits, config, loaded, options)
+        if judged is None:
+            return
         model = ddpm_digits.Config(**{name: getattr(judged, name) for name in fields})
         place = workdir / "model"
         if train_experiment(ddpm_digits, model, place, options, loaded) is not None:
             compare(judged, model, place, workdir, options, loaded)
+
+
+def check_all(
+    config: Config, loaded: Loaded, fields: set[str], workdir: pathlib.Path, options: Options
+) -> None:
+    """Raises UserError, before anything is trained, unless the model and every sampler fit."""
+    model = ddpm_digits.Config(**{name: getattr(config, name) for name in fields})
+    model = ddpm_digits.prepare(model, loaded, options)
+    check_sizes(ddpm_digits.build(model), model, options.parallel)
+    steps, learned = ddpm_digits.noise_schedule(config).steps, config.variance == "learned"
+    for name in config.samplers:
+        way = Sampling(name, config.compare_steps)
+        check_sampling(way, "--config.samplers", "--config.compare_steps", steps, learned)
+    check_parts([(workdir / "model", "ddpm_digits")])
 
 
 def compare(

@@ -61,10 +61,20 @@ import types
 from typing import Annotated, Any
 
 from ddpm_jax import report
-from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Length, ValidationImages, marked
+from ddpm_jax.config import (
+    MAY_CHANGE,
+    AtLeast,
+    Count,
+    Few,
+    Length,
+    MoreLayers,
+    ValidationImages,
+    marked,
+)
 from ddpm_jax.data import shapes
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import is_main
+from ddpm_jax.preflight import check_parts
 from ddpm_jax.progress import print_result
 from ddpm_jax.run import (
     Options,
@@ -103,8 +113,8 @@ class Config:
     text_steps: Length = text_encoder_shapes.Config().steps
     steps: Length = 1000  # of every generation model: less than 10 minutes a pair on two cores
     batch_size: Count = 32  # of its
-    draws: Count = 1  # times at which it is trained on each image of a batch
-    refine: Annotated[int, AtLeast(0)] = 1  # blocks of its own that read the caption's features
+    draws: Few = 1  # times at which it is trained on each image of a batch
+    refine: MoreLayers = 1  # blocks of its own that read the caption's features
     text_sizes: tuple[TextSize, ...] = ("tiny", "small")  # from small to large
     channels: tuple[Count, ...] = (16, 32, 48)  # of the U-Nets, from small to large
     head_channels: Annotated[int, AtLeast(0)] = 16  # of their attention
@@ -136,11 +146,27 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
         return train_experiment(experiment, made, workdir / name, options, loaded)
 
     for channels in config.channels:  # before the first is trained
-        model = own(generator_shapes, channels=channels, head_channels=config.head_channels)
+        model = own(
+            generator_shapes,
+            channels=channels,
+            batch_size=config.batch_size,
+            draws=config.draws,
+            prompts=config.prompts,
+            refine=config.refine,
+            head_channels=config.head_channels,
+        )
         generator_shapes.check(
             loaded.data, own(text_encoder_shapes), own(autoencoder_shapes), model
         )
 
+    trained = {"autoencoder": "autoencoder_shapes"}
+    trained |= {f"text_{size}": "text_encoder_shapes" for size in config.text_sizes}
+    trained |= {
+        f"{size}_{channels}": "generator_shapes"
+        for size in config.text_sizes
+        for channels in config.channels
+    }
+    check_parts((workdir / name, experiment) for name, experiment in trained.items())
     with opened(workdir, record, marked(config, MAY_CHANGE)):
         if train("autoencoder", autoencoder_shapes, steps=config.autoencoder_steps) is None:
             return

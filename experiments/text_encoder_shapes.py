@@ -39,6 +39,7 @@ from typing import Annotated, Literal
 
 from ddpm_jax.config import (
     AtLeast,
+    AtMost,
     CaptionLength,
     Count,
     Interval,
@@ -83,7 +84,9 @@ class Config(Training):
     text_size: TextSize = "small"
     tower_channels: tuple[Count, ...] = (32, 64, 128)
     joint: Count = 64  # dimensions of the space in which captions and images are compared
-    altered: Annotated[int, AtLeast(0)] = 1  # captions that say one thing wrong, beside each
+    altered: Annotated[int, AtLeast(0), AtMost(1000)] = (
+        1  # captions that say one thing wrong, beside each
+    )
 
 
 def network(config) -> DualEncoder:

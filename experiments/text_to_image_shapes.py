@@ -28,8 +28,18 @@ import pathlib
 import shutil
 from typing import Annotated, Any, Literal
 
-from ddpm_jax.config import MAY_CHANGE, AtLeast, Count, Length, ValidationImages, marked
+from ddpm_jax.config import (
+    MAY_CHANGE,
+    AtLeast,
+    Count,
+    Few,
+    Length,
+    MoreLayers,
+    ValidationImages,
+    marked,
+)
 from ddpm_jax.parallel import is_main
+from ddpm_jax.preflight import check_parts
 from ddpm_jax.progress import print_result
 from ddpm_jax.run import (
     Options,
@@ -70,9 +80,9 @@ class Config:
     codes: Annotated[int, AtLeast(0)] = 0  # of the autoencoder's codebook; 0: Gaussian latents
     model: Literal["unet", "dit", "autoregressive"] = "unet"
     batch_size: Count = generator_shapes.Config().batch_size  # of the generation model
-    draws: Count = generator_shapes.Config().draws  # of diffusion: times of each image
+    draws: Few = generator_shapes.Config().draws  # of diffusion: times of each image
     channels: Count = generator_shapes.Config().channels  # of the U-Net; half as many a head
-    refine: Annotated[int, AtLeast(0)] = generator_shapes.Config().refine  # blocks on captions
+    refine: MoreLayers = generator_shapes.Config().refine  # blocks on captions
     guidance: Annotated[float, MAY_CHANGE] = generator_shapes.Config().guidance
     log_every: Annotated[int, AtLeast(1), MAY_CHANGE] = 100  # steps of each part
 
@@ -111,6 +121,8 @@ def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> 
         )
     ]
     generator_shapes.check(loaded.data, *(own for _, _, own in parts))
+    names = {part: experiment.__name__.rpartition(".")[2] for part, experiment, _ in parts}
+    check_parts((workdir / part, name) for part, name in names.items())
     record = record_of("text_to_image_shapes", config, loaded, options)
     with opened(workdir, record, marked(config, MAY_CHANGE)):
         found = {}

@@ -21,7 +21,7 @@ distance (classifier_digits) is 20.1 +- 2.3, 3.6 +- 1.3 times that of training i
 import dataclasses
 from typing import Annotated
 
-from ddpm_jax.config import MAY_CHANGE, Count, Length, NonNegative, Positive
+from ddpm_jax.config import MAY_CHANGE, EvalTimes, Length, NonNegative, Positive
 from ddpm_jax.guide import guide_of
 from ddpm_jax.tasks import Task
 from ddpm_jax.vdm import vdm_task
@@ -49,11 +49,11 @@ class Config(ddpm_digits.Denoiser):
     highest: float = 8.0  # logsnr at t = 0 and 1 that the schedule starts from
     lowest: float = -6.0
     guidance: Annotated[float, MAY_CHANGE] = 1.0
-    eval_times: Count = 32
+    eval_times: EvalTimes = 32
     ode_images: Length = 120
 
 
-prepare = ddpm_digits.prepare
+prepare, pretrain = ddpm_digits.prepare, ddpm_digits.pretrain
 
 
 def build(config: Config) -> Task:

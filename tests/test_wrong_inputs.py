@@ -8,16 +8,53 @@ in this process, one after another; what needs a process of its own is at the en
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import zipfile
 
 import numpy as np
 import pytest
 from conftest import ROOT, expect_one_line, user_environment
 from data_sets import png, write
 
+from ddpm_jax import parallel
+from ddpm_jax.errors import UserError
+from ddpm_jax.judge import INCEPTION
+
 PNG = png()
 DIGITS = ("--experiment=vae_digits", "--debug")
+DDPM = ("--experiment=ddpm_digits", "--debug")
+NOISE = ("--experiment=noise_in_sampling", "--debug")
+BETAS = ("--experiment=beta_vae_mnist", "--debug", "--config.data=digits:28")
+GENERATOR = ("--experiment=generator_shapes", "--debug")
+CHAIN = ("--experiment=text_to_image_shapes", "--debug")
+TOGETHER = (*DIGITS, "--distributed")
+LONG = "x" * 300
+
+
+def weights(make):
+    """A function that makes the file of FID's weights in a cache of the test's own."""
+
+    def prepare(folder):
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # which the fixture sets back
+        path = folder / "cache" / "ddpm_jax" / INCEPTION
+        path.parent.mkdir(parents=True)
+        make(path)
+
+    return prepare
+
+
+def cut(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", bytes(10_000))
+    os.truncate(path, 5_000)
+
+
+truncated_weights = weights(cut)
+other_weights = weights(lambda path: path.write_bytes(b"<html>not found</html>"))
+weights_folder = weights(lambda path: path.mkdir())
 
 # Flags and config fields.
 FLAGS = [
@@ -63,6 +100,79 @@ FLAGS = [
     ([*DIGITS, "--config.validation=1437"], "validation=1437: digits has 1437 training images"),
     ([*DIGITS, "--config.validation=-1"], "must be at least 0"),
     (["--mode=sample", "--workdir=x", "--num_samples=0"], "--num_samples=0"),
+    # Numbers that no program counts with, and sizes that no memory holds.
+    ([*DIGITS, "--config.batch_size=1e12"], "batch_size=1e12: must be at most 2,147,483,647"),
+    ([*DIGITS, "--config.batch_size=2000000000"], "batch_size=2000000000.*GiB of memory"),
+    ([*DIGITS, "--config.hidden=1e9"], "parameters, optimizer and averages of .* GiB of memory"),
+    ([*DIGITS, "--config.hidden=1000000,1000000"], "the network is too large"),
+    ([*DIGITS, "--config.latents=2147483647"], "the network is too large"),
+    ([*DIGITS, "--config.warmup=1e30"], "must be at most 2,147,483,647"),
+    ([*DIGITS, "--config.steps=" + "9" * 5000], "must be at most 2,147,483,647"),
+    ([*DIGITS, "--config.log_every=9223372036854775808"], "must be at most 2,147,483,647"),
+    ([*DIGITS, "--config.steps_per_call=1e9"], "steps_per_call=1000000000: is too large"),
+    ([*DIGITS, "--config.eval_batch=2e9"], "eval_batch=2000000000: is too large"),
+    ([*DIGITS, "--config.learning_rate=1e308"], "that float32 holds"),
+    ([*DIGITS, "--config.ema_half_life=1e-320"], "that float32 holds"),
+    ([*DIGITS, "--config.ema_others=1,1e39"], "that float32 holds"),
+    ([*DDPM, "--config.draw=1e12"], "must be at most 2,147,483,647"),
+    ([*DDPM, "--config.draw=2e9"], "draw=2000000000: the images would need"),
+    ([*DDPM, "--config.draw_between=2e9"], "draw_between=2000000000: the images would need"),
+    ([*DDPM, "--config.channels=2000000000"], "the network is too large"),
+    ([*DDPM, "--config.depth=1e9"], "must be at most 1000"),
+    ([*DDPM, "--config.noise_steps=1e12"], "must be at most 1e.06"),
+    ([*DDPM, "--config.sample_steps=1e7"], "must be at most 1e.06"),
+    (["--experiment=text_encoder_shapes", "--debug", "--config.altered=1e9"], "at most 1000"),
+    ([*CHAIN, "--config.channels=2000000000"], "the network is too large"),
+    ([*CHAIN, "--config.batch_size=1e9", "--config.draws=1"], "batch_size=1000000000: is too"),
+    (["--mode=sample", "--workdir=x", "--num_samples=99999999999"], "--num_samples=99999999999"),
+    (["--mode=sample", "--workdir=x", "--steps=1000001"], "--steps=1000001"),
+    (["--mode=sample", "--workdir=x", "--guidance=1e39"], r"--guidance=1e\+39: must be"),
+    (["--mode=sample", "--workdir=x", "--guidance=nan"], "--guidance=nan: must be"),
+    # What is only used at the end.
+    ([*NOISE, "--config.samplers=ddim,nonsense"], 'samplers: there is no "nonsense"'),
+    ([*NOISE, "--config.samplers=ddim:2"], "samplers=ddim:2: DDIM's eta must be between 0 and 1"),
+    ([*NOISE, "--config.samplers=ancestral_learned"], "has not learned a variance"),
+    ([*NOISE, "--config.compare_steps=1001"], "compare_steps=1001: this run's schedule has 1000"),
+    ([*NOISE, "--config.guide=nowhere"], "guide=.*nowhere: there is no run"),
+    ([*NOISE, "--config.judge=nowhere"], "judge=nowhere: there is no finished run"),
+    ([*BETAS, "--config.betas=1,1.00000001"], "two runs of this command would share .*beta_1"),
+    ([*BETAS, "--config.betas=2,1,2"], "would share .*beta_2"),
+    ([*BETAS, "--config.betas=1e39"], "that float32 holds"),
+    ([*DDPM, "--config.judge=/no/such"], "judge=/no/such: there is no finished run of a class"),
+    ([*DDPM, "--config.judge="], "there is no finished run of a classifier"),
+    ([*DDPM, "--config.fid=true"], "pt_inception.* is damaged or another file", truncated_weights),
+    ([*DDPM, "--config.fid=true"], "pt_inception.* is damaged or another file", other_weights),
+    ([*DDPM, "--config.fid=true"], "pt_inception.* cannot be read|another file", weights_folder),
+    # Paths.
+    ([*DIGITS, "--workdir=~nosuchuser/runs"], "there is no home directory of ~nosuchuser"),
+    ([*DIGITS, "--data_dir=~nosuchuser"], "there is no home directory of ~nosuchuser"),
+    ([*DIGITS, "--config.data=folder:~nosuchuser"], "there is no home directory of ~nosuchuser"),
+    ([*DDPM, "--config.judge=~nosuchuser"], "there is no home directory of ~nosuchuser"),
+    ([*DDPM, "--config.guide=~nosuchuser"], "there is no home directory of ~nosuchuser"),
+    ([*GENERATOR, "--config.text=~nosuchuser"], "there is no home directory of ~nosuchuser"),
+    ([*GENERATOR, "--config.pretrained=~nosuchuser"], "there is no home directory of ~nosuchuser"),
+    (["--mode=sample", "--workdir=~nosuchuser"], "there is no home directory of ~nosuchuser"),
+    (["--mode=sample", "--workdir=x", "--out=~nosuchuser/a.png"], "no home directory"),
+    (["--mode=sample", "--workdir=x", "--prompt_file=~nosuchuser"], "no home directory"),
+    ([*DIGITS, f"--workdir={LONG}"], "File name too long"),
+    ([*DIGITS, f"--workdir={'a/' * 3000}"], "File name too long"),
+    ([*DIGITS, f"--data_dir={LONG}"], "File name too long"),
+    ([*DIGITS, f"--config.data=folder:{LONG}"], "File name too long"),
+    ([*DDPM, f"--config.judge={LONG}"], "File name too long"),
+    ([*DDPM, f"--config.guide={LONG}"], "File name too long"),
+    (["--mode=eval", f"--workdir={LONG}"], "File name too long"),
+    (["--mode=sample", "--workdir=x", f"--out={LONG}.png"], "File name too long"),
+    (["--mode=sample", "--workdir=x", f"--prompt_file={LONG}"], "File name too long"),
+    (["--mode=eval", "--workdir=\udcff"], "no run in"),
+    ([*DIGITS, "--config.data=folder:\udcff"], "there is no folder"),
+    (["--experiment=\udcff"], "--experiment: there is no"),
+    # Processes.
+    ([*TOGETHER, "--coordinator=foo"], "coordinator=foo: must be HOST:PORT"),
+    ([*TOGETHER, "--coordinator=foo:99999"], "coordinator=foo:99999: must be HOST:PORT"),
+    ([*TOGETHER, "--coordinator=:1234"], "coordinator=:1234: must be HOST:PORT"),
+    ([*TOGETHER, "--coordinator=foo:ssh"], "coordinator=foo:ssh: must be HOST:PORT"),
+    ([*TOGETHER, "--num_processes=2", "--process_id=2"], "process_id=2: must be less than"),
+    ([*TOGETHER, "--num_processes=1", "--process_id=7"], "process_id=7: must be less than"),
 ]
 
 # A run directory that is there: rows get its --workdir.
@@ -79,6 +189,56 @@ RUNS = [
     (["--mode=eval", "--config.latents=3"], "latents is what the run .* was trained with"),
     (["--mode=eval", "--experiment=vae_mnist"], "holds a run of vae_digits"),
     (["--experiment=beta_vae_mnist", "--debug"], "holds a run of vae_digits, not of beta_vae"),
+    (["--mode=sample", "--num_samples=2147483647"], "num_samples=2147483647: the images would"),
+    ([*DDPM, "--config.judge=auto"], "holds a run of vae_digits, not of ddpm_digits"),
+    ([*NOISE], "holds a run of vae_digits, not of noise_in_sampling"),
+]
+
+# A run's config.json with one value changed, and its text changed: what the line says of it.
+DAMAGED = [
+    ({"seed": "0"}, "config.json is damaged"),
+    ({"seed": -1}, "its seed must be between 0"),
+    ({"seed": 10**30}, "its seed must be between 0"),
+    ({"debug": "yes"}, "its debug is of another type"),
+    ({"data_dir": ["a"]}, "its data_dir is of another type"),
+    ({"data_dir": "a\0b"}, "its data_dir holds control characters"),
+    ({"data_note": "\x1b[31m"}, "its data_note holds control characters"),
+    ({"data": {}}, "its data has no name"),
+    ({"data": {"name": 3, "title": "x"}}, "its data name is of another type"),
+    ({"data": {"name": "digits", "title": "x", "shape": 8}}, "its data shape is of another type"),
+    ({"data": {"name": "digits", "title": "x", "classes": [1]}}, "classes are not texts"),
+    ({"config": {"steps": "20"}}, "its steps must be a whole number"),
+    ({"config": {"steps": True}}, "its steps must be a whole number"),
+    ({"config": {"steps": None}}, "its steps must be a whole number"),
+    ({"config": {"latents": -1}}, "its latents must be at least 1"),
+    ({"config": {"latents": 10**30}}, "its latents must be at most"),
+    ({"config": {"learning_rate": float("nan")}}, "its learning_rate must be a finite number"),
+    ({"config": {"learning_rate": [1]}}, "its learning_rate must be a number"),
+    ({"config": {"hidden": 32}}, "its hidden must be a list"),
+    ({"config": {"shape": [8, 8]}}, "its shape must be a list of 3 values"),
+    ({"config": {"shape": [0, 8, 1]}}, "its shape must be at least 1"),
+    ({"config": {"likelihood": "poisson"}}, "its likelihood must be one of"),
+    ({"config": {"likelihood": []}}, "its likelihood must be one of"),
+    ({"config": {"data": "a\nb"}}, "its data must be a text without control"),
+    ({"config": {"nonsense": 1}}, "fields that are no more: nonsense"),
+    ("", "config.json is damaged"),
+    ("[]", "config.json is damaged"),
+    ("[" * 100_000, "config.json is damaged"),
+    ('{"seed": ' + "9" * 5000 + "}", "config.json is damaged"),
+    ('{"seed": 0, "seed": 1, "experiment": "vae_digits", "config": {}, "data": {}}', "twice"),
+]
+
+# The same of its summary.json.
+DAMAGED_SUMMARIES = [
+    ("[]", "it is not an object"),
+    ("{}", "it has no experiment"),
+    ("", "summary.json is damaged"),
+    ("[" * 100_000, "summary.json is damaged"),
+    ({"step": "20"}, "its step is of another type"),
+    ({"parameters": None}, "its parameters is of another type"),
+    ({"metrics": []}, "its metrics is of another type"),
+    ({"metrics": {"test/loss": "x"}}, "its metric 'test/loss' is not a finite number"),
+    ({"metrics": {"test/loss": float("nan")}}, "its metric 'test/loss' is not a finite number"),
 ]
 
 
@@ -287,7 +447,7 @@ FAULTS = [
 
 
 def row_id(row):
-    return " ".join(map(str, row[0])) or "nothing"
+    return ascii(" ".join(map(str, row[0])))[:120] or "nothing"
 
 
 @pytest.fixture(scope="module")
@@ -300,8 +460,9 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("row", [*FLAGS, *DATA, *PLACES], ids=row_id)
-def test_a_wrong_input_is_one_clear_line(launch_here, tmp_path, row):
+def test_a_wrong_input_is_one_clear_line(launch_here, tmp_path, monkeypatch, row):
     arguments, says, *prepare = row
+    monkeypatch.setenv("XDG_CACHE_HOME", os.environ["XDG_CACHE_HOME"])  # set back at the end
     for step in prepare:
         step(tmp_path)
     before = contents(tmp_path)
@@ -351,7 +512,179 @@ def test_a_damaged_config_is_one_clear_line(launch_here, tmp_path):
     expect_one_line(launch_here("--mode=eval", "--workdir=run"), "config.json is damaged")
 
 
+def changed(path, change):
+    """Write a file of JSON anew: as a text, or with some values changed, those of "config" too."""
+    if isinstance(change, dict):
+        values = json.loads(path.read_text())
+        config = {**values.get("config", {}), **change.get("config", {})}
+        change = json.dumps(
+            {**values, **change, **({"config": config} if "config" in values else {})}
+        )
+    path.write_text(change)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize(("change", "says"), DAMAGED, ids=lambda value: ascii(value)[:60])
+def test_a_record_with_odd_values_is_one_clear_line(
+    launch_here, trained, tmp_path, change, says, mode
+):
+    (tmp_path / "run" / "checkpoints" / "20").mkdir(parents=True)
+    shutil.copy(trained / "config.json", tmp_path / "run")
+    changed(tmp_path / "run" / "config.json", change)
+    arguments = DIGITS if mode == "train" else [f"--mode={mode}"]
+    expect_one_line(launch_here(*arguments, "--workdir=run"), says)
+
+
+@pytest.mark.parametrize(("change", "says"), DAMAGED_SUMMARIES, ids=lambda v: ascii(v)[:60])
+def test_a_summary_with_odd_values_is_one_clear_line(launch_here, trained, tmp_path, change, says):
+    shutil.copytree(trained, tmp_path / "run")
+    changed(tmp_path / "run" / "summary.json", change)
+    expect_one_line(launch_here(*DIGITS, "--workdir=run"), says)
+
+
+def test_a_feature_network_of_other_images_is_refused(launch_here, trained, tmp_path):
+    result = launch_here(*DDPM, f"--config.judge={trained}")
+    expect_one_line(result, "a run of vae_digits, which is not a classifier")
+    run = tmp_path / "classifier"
+    shutil.copytree(trained, run)
+    for config, says in (
+        ({"shape": [28, 28, 1]}, "of images of shape"),
+        ({"shape": [8, 8, 1], "classes": 3}, "knows 3 classes, and the data has 10"),
+    ):
+        changed(run / "config.json", {"experiment": "classifier_digits", "config": config})
+        expect_one_line(launch_here(*DDPM, f"--config.judge={run}"), says)
+
+
+def test_no_classifier_is_trained_for_a_directory_of_another_run(
+    launch_here, trained, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for experiment in (DDPM, NOISE):
+        result = launch_here(*experiment, "--config.judge=auto", f"--workdir={trained}")
+        expect_one_line(result, "holds a run of vae_digits")
+    assert not list(tmp_path.glob("cache/ddpm_jax/judges/*"))
+
+
+def test_a_host_that_is_not_known_is_one_line_within_seconds(monkeypatch):
+    monkeypatch.setattr(parallel, "RESOLVE_SECONDS", 0.5)
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="no host of the name"):
+        parallel.check_host("no.such.host.invalid:1234")
+    assert time.monotonic() - begun < 5
+    parallel.check_host("localhost:1234")
+    parallel.check_host("[::1]:1234")
+
+
 # In a process of their own.
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"JAX_PLATFORMS": "cuda"}, "JAX_PLATFORMS=cuda: jax has no devices"),
+        ({"JAX_PLATFORMS": "nonsense"}, "JAX_PLATFORMS=nonsense: jax has no devices"),
+        ({"XLA_FLAGS": "--xla_nonsense=1"}, "Unknown flag in XLA_FLAGS: --xla_nonsense=1"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_wrong_environment_is_one_clear_line(launch, environment, says):
+    expect_one_line(launch(*DIGITS, **environment), says)
+
+
+def shell(tmp_path, line, **environment):
+    """Run a line of bash in which $LAUNCH is the command."""
+    command = f"{sys.executable} {ROOT / 'launch.py'}"
+    return subprocess.run(
+        ["bash", "-c", line.replace("$LAUNCH", command)],
+        cwd=tmp_path, env=user_environment(**environment), capture_output=True, text=True,
+        timeout=240,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("$LAUNCH --help | head -1 >/dev/null; exit ${PIPESTATUS[0]}", "Broken pipe"),
+        ("$LAUNCH --help > /dev/full", "No space left on device"),
+        ("$LAUNCH --help >&-", "it is closed"),
+    ],
+)
+def test_a_lost_standard_output_is_one_line(tmp_path, line, says):
+    expect_one_line(shell(tmp_path, line), f"cannot write to standard output: {says}", code=1)
+
+
+@pytest.mark.slow
+def test_a_run_whose_streams_are_gone_loses_nothing(tmp_path):
+    train = f"$LAUNCH {' '.join(DIGITS)} --workdir=run"
+    result = shell(tmp_path, f"{train} >&-")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("stopped: cannot write to standard output")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == 20
+    result = shell(tmp_path, f"{train}2 2>&- >out; exit $?")
+    assert result.returncode == 0
+    assert (tmp_path / "run2" / "summary.json").exists()
+    assert "pictures in" in (tmp_path / "out").read_text()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_error_is_shown_in_any_encoding(launch, encoding):
+    result = launch(
+        "--experiment=va\u00e9\u4e2d", LC_ALL="C", PYTHONIOENCODING=encoding, PYTHONUTF8="0",
+        PYTHONCOERCECLOCALE="0",
+    )  # fmt: skip
+    expect_one_line(result, "--experiment: there is no")
+
+
+def ctrl_c(tmp_path, arguments, word, signals, **environment):
+    """Start a command, signal it once it has written `word`: (exit code, seconds, stderr)."""
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "launch.py", *arguments],
+            cwd=tmp_path, env=user_environment(**environment), stdout=log, stderr=log,
+        )  # fmt: skip
+    wait_for(tmp_path / "log", word, process)
+    begun = time.monotonic()
+    for number in signals:
+        process.send_signal(number)
+        wait_for(tmp_path / "log", "waiting for the current step", process, 2)
+    code = process.wait(timeout=120)
+    return code, time.monotonic() - begun, (tmp_path / "log").read_text()
+
+
+def wait_for(path, word, process, seconds=90):
+    begun = time.monotonic()
+    while word not in path.read_text() and time.monotonic() - begun < seconds:
+        if process.poll() is not None:
+            return
+        time.sleep(0.02)
+
+
+def test_a_second_ctrl_c_ends_the_program_while_it_compiles(tmp_path):
+    slow = ["--config.judge=none", "--config.blocks=8", "--config.multipliers=1,2"]
+    arguments = ["--experiment=ddpm_digits", *slow]
+    code, seconds, log = ctrl_c(
+        tmp_path, arguments, "everything goes to", [signal.SIGINT] * 2,
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert code == 130, log
+    assert seconds < 10
+    assert "press Ctrl-C again to end at once" in log
+    assert log.splitlines()[-1] == "interrupted: by Ctrl-C"
+    assert "Traceback" not in log
+
+
+def test_ctrl_c_ends_what_is_not_training_at_once(tmp_path, trained):
+    arguments = ["--mode=sample", f"--workdir={trained}", "--num_samples=2000000", "--out=a.npz"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "launch.py", *arguments],
+            cwd=tmp_path, env=user_environment(), stdout=log, stderr=log,
+        )  # fmt: skip
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    assert (tmp_path / "log").read_text().splitlines()[-1] == "interrupted: by Ctrl-C"
 
 
 @pytest.mark.parametrize(("arguments", "says"), [FLAGS[1], ([*DIGITS, "--config.steps=0"], "1")])

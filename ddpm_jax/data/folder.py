@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm_jax.data.captions import is_captions, read_captions
-from ddpm_jax.data.images import ENDINGS, Decoded, decode, decoding, printable, reason_of
+from ddpm_jax.data.images import ENDINGS, Decoded, decode, decoding, reason_of
 from ddpm_jax.data.loader import (
     SPLITS,
     Data,
@@ -30,7 +30,7 @@ from ddpm_jax.data.loader import (
     split_folders,
     usable_captions,
 )
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, printable
 
 VERSION = 4  # of what is kept: another where the same files are read in another way
 SKIPPED = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found"}

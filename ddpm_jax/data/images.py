@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ddpm_jax.errors import printable
+
 # Pillow also opens formats that start other programs (EPS) or hold no raster of their own.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
 ENDINGS = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif"}
@@ -71,11 +73,6 @@ def reason_of(error: Exception) -> str:
         return error.strerror
     lines = str(error).split("\n")
     return printable(lines[0])[:100] or type(error).__name__
-
-
-def printable(text: str) -> str:
-    """Replace what a terminal must not get, such as control characters, by question marks."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _pixels(image: Any, raw: str) -> np.ndarray:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_jax.data.images import decode, decoding, printable, reason_of
+from ddpm_jax.data.images import decode, decoding, reason_of
 from ddpm_jax.data.loader import (
     Data,
     MissingData,
@@ -40,7 +40,7 @@ from ddpm_jax.data.loader import (
     split_folders,
     usable_captions,
 )
-from ddpm_jax.errors import UserError, nearest
+from ddpm_jax.errors import UserError, nearest, printable
 
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 PREPARED_HERE = ("mnist", "fashion_mnist", "cifar10")
