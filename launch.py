@@ -251,6 +251,7 @@ def main(arguments: list[str]) -> None:
             check_entries(workdir)
             workdir = workdir / part
             record = recorded(workdir)
+        check_entries(workdir)
         name = record["experiment"]
     if name is None:
         raise UserError(f"--experiment=NAME is missing; there are: {', '.join(EXPERIMENTS)}")
