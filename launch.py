@@ -376,8 +376,10 @@ def _leave(code: int) -> None:
     terminal.flush()
     distributed = code != 0 and FLAGS["distributed"].value
     if distributed:
-        from ddpm_jax.parallel import leave
+        from ddpm_jax.parallel import leave, meet_before_leaving
 
+        if code != 130:
+            meet_before_leaving()
         leave()
     os._exit(code) if distributed or code == 130 else sys.exit(code)
 

@@ -27,6 +27,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ from ddpm_jax.flops import flops
 MODES = ("jit", "pmap", "fsdp")
 AXIS = "data"  # of `pmap`
 RESOLVE_SECONDS = 10.0  # in which the name of the coordinator's host must be known
+LEAVE_SECONDS = 5.0
 SILENT_SECONDS = 10.0  # of waiting for the coordinator, after which that is logged
 HEARTBEAT = 30  # seconds after which a silent process is taken for dead
 LONGEST = 256  # bytes of what a process says of itself to the others
@@ -577,6 +579,23 @@ def leave() -> None:
     """Say that this process ends as it means to."""
     while _mourners:
         _mourners.pop().communicate(b"farewell")
+
+
+def meet_before_leaving() -> None:
+    """Let all processes of a run that failed end by themselves.
+
+    jax aborts a process whose coordinator, the first process, is gone: so those that fail together
+    wait for each other, for `LEAVE_SECONDS` at most, and the first one ends last.
+    """
+    client: Any = distributed.global_state.client
+    if client is None:
+        return
+    try:
+        client.wait_at_barrier("ddpm_jax/leaving", round(1000 * LEAVE_SECONDS))
+    except jax.errors.JaxRuntimeError:  # the others go on, or are gone
+        return
+    if is_main():
+        time.sleep(1.0)
 
 
 def check_same_everywhere(what: str, value: str) -> None:

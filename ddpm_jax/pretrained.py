@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddpm_jax.data.loader import ENDLESS, Data, Split, cache_dir
-from ddpm_jax.data.tfds import _reachable
+from ddpm_jax.data.tfds import reachable
 from ddpm_jax.errors import UserError
 from ddpm_jax.progress import tell
 from ddpm_jax.tokens import untokenize
 
 LENGTH = 64  # tokens of a caption, in the encoder's own kind of token
+HUB_SECONDS = 2.0  # in which the hub must answer
 AT_ONCE = 64  # captions in one call
 PART = 4096  # captions that are kept in memory
 KIND = "2"  # of what is kept: another where `encode` says something else of the same text
@@ -69,20 +70,18 @@ def load_encoder(name: str) -> tuple[Any, Any]:
             f"--config.pretrained={name} needs {' and '.join(missing)}: pip install "
             "'ddpm_jax[pretrained]'"
         )
+    offline = _check_name(name)
     from transformers import AutoModel, AutoTokenizer
 
-    kept_only = _without_hub(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=kept_only)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline)
         model = AutoModel.from_pretrained(
             name,
             use_safetensors=True,  # no pickles
-            local_files_only=kept_only,
+            local_files_only=offline,
         )
     except Exception as error:  # of many kinds, from the hub's to the file system's
         reason = " ".join(str(error).split())[:200]
-        if kept_only:
-            reason = "it is not in the cache, and the hub does not answer; give a folder"
         raise UserError(f"--config.pretrained={name} cannot be loaded: {reason}") from None
     if tokenizer.pad_token is None:  # padding is masked, whatever stands for it
         tokenizer.pad_token = tokenizer.eos_token
@@ -91,13 +90,35 @@ def load_encoder(name: str) -> tuple[Any, Any]:
     return tokenizer, getattr(model, "text_model", model).eval()
 
 
-def _without_hub(name: str) -> bool:
-    """Whether a name can be found in the cache alone: the hub does not answer within seconds."""
+def _check_name(name: str) -> bool:
+    """Check that an encoder can be had, before a slow import; return whether only without the hub.
+
+    Raises:
+      UserError: there is no such folder, or the encoder is neither in the hub's cache nor does the
+        hub answer.
+    """
     if pathlib.Path(name).is_dir():
         return True
-    from huggingface_hub import constants
+    if name[:1] in (".", "/", "~") or name.count("/") > 1:
+        raise UserError(
+            f"--config.pretrained={name}: there is no such folder; give a folder, or a name of the "
+            "hub, such as google-t5/t5-small"
+        )
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError
 
-    return not _reachable(constants.ENDPOINT)
+    if reachable(constants.ENDPOINT, HUB_SECONDS):
+        return False
+    try:
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        cached = False
+    if not cached:
+        raise UserError(
+            f"--config.pretrained={name} is not in the cache, and the hub ({constants.ENDPOINT}) "
+            "does not answer; give the folder of an encoder"
+        )
+    return True
 
 
 def width_of(name: str) -> int:

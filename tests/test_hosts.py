@@ -139,9 +139,7 @@ def test_a_full_disk_at_one_of_two_is_told_of_and_the_run_goes_on(tmp_path):
     assert steps_kept(workdir) == [8]
     begun = time.monotonic()
     both = start_two(workdir, *more, each=({}, {"limit": 10_000}))
-    first, other = (process.wait(timeout=240) for process in both)
-    assert first == 1, logs(workdir)
-    assert other != 0  # 1, or aborted by jax because the first is gone
+    assert [process.wait(timeout=240) for process in both] == [1, 1], logs(workdir)
     assert time.monotonic() - begun < 120
     for step in (12, 16, 24):
         assert f"cannot write the checkpoint of step {step}: process 1: " in logs(workdir)
@@ -157,9 +155,7 @@ def test_a_full_disk_at_one_of_two_is_told_of_and_the_run_goes_on(tmp_path):
 def test_a_folder_that_one_of_two_cannot_write_to_is_told_of_and_the_run_goes_on(tmp_path):
     workdir = tmp_path / "run"
     both = start_two(workdir, each=({}, {"limit": 1000}))
-    first, other = (process.wait(timeout=240) for process in both)
-    assert first == 1, logs(workdir)
-    assert other != 0  # 1, or aborted by jax because the first is gone
+    assert [process.wait(timeout=240) for process in both] == [1, 1], logs(workdir)
     assert "cannot write the checkpoint of step 8: process 1: " in logs(workdir)
     assert steps_kept(workdir) == []
 
@@ -178,7 +174,7 @@ def test_a_checkpoint_that_one_of_two_finds_damaged_is_used_by_none(alone, tmp_p
         (place / "part").write_bytes(content[:size])
     part.unlink()
     part.symlink_to("/proc/self/cwd/part")
-    assert "the last one, could not be written" in logs(workdir)
+    (workdir / "summary.json").unlink()
     both = start_two(workdir, each=[{"cwd": place} for place in places])
     assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
     told = (tmp_path / "run2.log").read_text()

@@ -1,5 +1,8 @@
 """A pretrained text encoder, tried with one that is made here; needs torch and transformers."""
 
+import socket
+import time
+
 import numpy as np
 import pytest
 
@@ -126,5 +129,20 @@ def test_features_are_kept_a_part_at_a_time_and_read_once(monkeypatch):
 def test_an_endless_set_and_a_missing_encoder_are_told_in_one_line(folder):
     with pytest.raises(UserError, match="has no end"):
         pretrained.encoded(folder, loader.load("shapes"))
-    with pytest.raises(UserError, match="cannot be loaded"):
-        pretrained.load_encoder("/nowhere/at/all")
+    for name in ("/nowhere/at/all", "./nowhere", "a/b/c"):
+        with pytest.raises(UserError, match="there is no such folder"):
+            pretrained.load_encoder(name)
+
+
+def test_a_hub_that_does_not_answer_is_one_line_within_five_seconds(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, answers none
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        for name in ("google-t5/t5-small", "no name of the hub"):
+            begun = time.monotonic()
+            with pytest.raises(UserError, match=r"is not in the cache, and the hub .* does not"):
+                pretrained.load_encoder(name)
+            assert time.monotonic() - begun < 5

@@ -19,7 +19,6 @@ import logging
 import os
 import pathlib
 import re
-import sys
 import tarfile
 import threading
 import urllib.error
@@ -41,6 +40,7 @@ from ddpm_jax.data.loader import (
     usable_captions,
 )
 from ddpm_jax.errors import UserError, nearest, printable
+from ddpm_jax.terminal import print_error
 
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 PREPARED_HERE = ("mnist", "fashion_mnist", "cifar10")
@@ -125,12 +125,12 @@ def prepare(name: str, builder: Any, root: pathlib.Path, manual_dir: str | None 
             f"data set {name} is not prepared in {root}, and TFDS needs TensorFlow to prepare "
             "it: pip install tensorflow, or prepare it elsewhere and give --data_dir"
         )
-    if manual_dir is None and not _reachable(_address(builder)):
+    if manual_dir is None and not reachable(_address(builder)):
         raise MissingData(
             f"data set {name} is not prepared in {root}, and its host does not answer; "
             "give --data_dir=DIR where it is prepared, or try again with a network"
         )
-    print(f"preparing {name} in {root}", file=sys.stderr)
+    print_error(f"preparing {name} in {root}")
     config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
     try:
         _make_folder(root)
@@ -176,7 +176,7 @@ def _decode(name: str, builder: Any) -> Data:
         )
     features = _features(name, builder.info.features)
     if builder.info.splits.total_num_examples > MANY:
-        print(f"decoding {name}, once", file=sys.stderr)
+        print_error(f"decoding {name}, once")
     names = {split: some[0] for split, some in splits.items()}
     if "test" not in names and "validation" in names:  # the only held-out images are for the end
         names["test"] = names.pop("validation")
@@ -306,7 +306,7 @@ def _readable(name: str, builder: Any) -> Iterator[None]:
     except Exception as error:
         raise UserError(
             f"data set {name} in {builder.data_path} cannot be read ({_line(error)}); "
-            "remove that folder to have it prepared again"
+            "prepare it again in another folder, and give that as --data_dir"
         ) from error
 
 
@@ -443,8 +443,8 @@ def _address(builder: Any) -> str | None:
     return next(iter(getattr(builder, "url_infos", None) or {}), None)
 
 
-def _reachable(url: str | None) -> bool:
-    """Whether a HEAD request is answered within `PROBE_SECONDS`, name look-up included."""
+def reachable(url: str | None, seconds: float = PROBE_SECONDS) -> bool:
+    """Return whether a HEAD request is answered within `seconds`, name look-up included."""
     if url is None:
         return True  # no address to ask: TFDS finds out
     answered = threading.Event()
@@ -452,7 +452,7 @@ def _reachable(url: str | None) -> bool:
     def ask() -> None:
         request = urllib.request.Request(url, method="HEAD")
         try:
-            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+            urllib.request.urlopen(request, timeout=seconds).close()
         except urllib.error.HTTPError:
             pass  # an answer, too
         except (OSError, ValueError):
@@ -461,7 +461,7 @@ def _reachable(url: str | None) -> bool:
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    asking.join(PROBE_SECONDS)
+    asking.join(seconds)
     return answered.is_set()
 
 
