@@ -3,26 +3,44 @@
     python launch.py --experiment=generator_shapes --config.text=DIR --config.autoencoder=DIR
     python launch.py --experiment=generator_shapes --config.model=autoregressive ...
 
-All figures are of commit 4aefa19: there was no validation split (every choice was made on the test
-split), four pairs of colour and kind were held out, not six, and "as told" left out sizes and
-background, which is `aligned_except_size_and_background` today.
+Measured on a CPU core (AMD EPYC, jax 0.10.2; another training on the second one), seed 0, as
+`text_to_image_shapes` trains it, on 400 steps of a text encoder and 4,000 of an autoencoder (32.0
+dB): the U-Net, 5,300 steps of 32 images at two times each with Muon, 79 min 58 s with its
+evaluation (alone on both cores at commit 4aefa19, 3.1 steps/s, 32 min 17 s).  DPM-Solver++(2M) in
+its SDE form, 20 steps; 128 prompts of each kind, 256 captions (+- one standard error).
 
-Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, as `text_to_image_shapes` trains it, on 400
-steps of a text encoder and 4,000 of an autoencoder (32.3 dB): the U-Net, 5,300 steps of 32 images
-at two times each with Muon, 3.1 steps/s, 32 min 17 s with its evaluation (45 min 52 s on a day when
-the machine was half as fast as at other times).  DPM-Solver++(2M) in its SDE form, 20 steps; 128
-prompts of each kind (+- 4.4 % where a half is right), 256 test captions.
+Guidance was chosen on the validation split (`--mode=eval --split=validation`), whose held-out pairs
+are others than the test split's:
 
     guidance                                  1      1.5    2      3      4      6
-    as the prompt says, %: one shape          95     98     96     98     99     92
-      held-out colours of one shape           70     79     84     86     88     84
-      two shapes and their relation           74     79     80     75     73     58
-      the same, held out                      48     63     67     75     70     55
-      test captions                           55     65     67     68     68     57
-    CLIP score (of test images: 87.2)         81.6   84.5   85.7   86.1   85.6   82.6
+    everything as the prompt says, %:
+      one shape                               91     93     95     97     97     85     +- 2
+      held-out colours of one shape           70     78     79     80     84     63     +- 4
+      two shapes and their relation           56     69     70     77     72     60     +- 4
+      the same, held out                      48     66     69     71     71     40     +- 4
+      captions                                45     62     66     72     68     50     +- 3
+    CLIP score                                79.7   84.7   86.1   86.6   85.8   82.9   +- 0.6
+    Frechet distance, text_encoder            0.050  0.030  0.031  0.039  0.045  0.072  +- 0.007
+
+2 and 3 draw as many captions to within errors (66 +- 3 and 72 +- 3 %), and 2 comes nearer to the
+images: it is the default.  On the test split, then:
+
+    guidance                                  1      1.5    2      3      4      6
+    everything as the prompt says, %:
+      one shape                               87     90     93     91     90     83     +- 2
+      held-out colours of one shape           65     78     84     93     92     86     +- 3
+      two shapes and their relation           67     76     81     78     70     48     +- 4
+      the same, held out                      43     56     66     74     61     44     +- 4
+      captions                                49     61     69     67     65     48     +- 3
+      captions, but for size and background   54     62     69     67     66     50     +- 3
+    CLIP score (of test images: 87.9)         81.8   85.6   86.7   86.7   86.0   82.8   +- 0.6
     Frechet distance, text_encoder (of as
-    many training images: 0.054, which
-    hold no held-out pair)                    0.051  0.039  0.037  0.041  0.048  0.065
+    many training images: 0.061, which
+    hold no held-out pair)                    0.043  0.031  0.034  0.038  0.050  0.076  +- 0.008
+
+All other figures are of commit 4aefa19: there was no validation split (every choice was made on the
+test split), four pairs of colour and kind were held out, not six, and "as told" left out sizes and
+background, which is `aligned_except_size_and_background` today.
 
 An image's two times lie a half apart.  On one pair of parts (32.5 dB) the test loss with neighbours
 in their place was 0.304, 0.272 and 0.263 after 1,800, 3,600 and 5,300 steps, with times apart

@@ -208,7 +208,7 @@ def test_names_that_are_not_utf_8_are_read(tmp_path):
             file.write(png(number))
     data = load(tmp_path)
     assert len(data.classes) == 1
-    assert load(pathlib.Path(os.fsdecode(folder))).title == "folder ??"
+    assert load(pathlib.Path(os.fsdecode(folder))).title == r"folder \udcff\udce9"
     json.dumps(data.describe()).encode()
 
 

@@ -25,6 +25,7 @@ LEVELS = {
     "generation": 7,
     "text_to_image": 8,
     "train": 8,
+    "preflight": 9,
     "run": 9,
     "judge": 10,
     "guide": 10,

@@ -223,7 +223,8 @@ def test_classes_are_printed_without_control_characters(trained, tmp_path, launc
     data = f"--config.data=folder:{trained / 'images'}"
     result = launch_here(*VAE, data, "--workdir=again")
     assert result.returncode == 0, result.stderr
-    assert "2 classes: a??[31m, b\n" in result.stderr
+    assert r"2 classes: a\u2028\x1b[31m, b" in result.stderr
+    assert all(character.isprintable() or character == "\n" for character in result.stderr)
 
 
 # Prompts.

@@ -162,13 +162,16 @@ def test_control_characters_of_a_record_reach_no_terminal(launch_here, run, mode
 def test_control_characters_of_a_summary_reach_no_terminal(launch_here, run):
     path = run / "summary.json"
     summary = json.loads(path.read_text())
-    summary |= {"data": EVIL, "data_note": EVIL, "experiment": EVIL}
-    summary["metrics"] |= {EVIL: 1.0, "a": float("nan"), "a_error": float("nan")}
-    path.write_text(json.dumps(summary))
+    path.write_text(json.dumps({**summary, "metrics": {**summary["metrics"], EVIL: 1.0}}))
     result = launch_here(*DIGITS, "--workdir=run")
     assert result.returncode == 0, result.stderr
     assert harmless(result)
     assert r"\x1b]0;evil\x07" in result.stdout
+    for name in ("data", "data_note", "experiment"):
+        path.write_text(json.dumps({**summary, name: EVIL}))
+        result = launch_here(*DIGITS, "--workdir=run")
+        assert harmless(result)
+        expect_one_line(result, f"its {name} holds control characters")
 
 
 def test_control_characters_of_a_path_reach_no_terminal(launch_here, run, tmp_path):

@@ -104,7 +104,9 @@ def test_a_record_names_data_sets_of_tfds_alone(name, stranger, launch_here):
     record(stranger, name=name, data_dir=str(stranger / "data"))
     result = launch_here("--mode=eval", f"--workdir={stranger}")
     assert safe(stranger)
-    expect_one_line(result, "not one that TFDS itself has|config.json names no data set")
+    expect_one_line(
+        result, "not one that TFDS itself has|its data name (is of another type|holds control)"
+    )
 
 
 @pytest.mark.parametrize("form", ["pythonClassName", "python_class_name", "type"])
@@ -136,7 +138,10 @@ def test_nothing_is_prepared_or_decoded_where_a_record_says(stranger, launch_her
 def test_a_data_dir_of_a_record_that_is_no_folder_is_one_line(data_dir, stranger, launch_here):
     record(stranger, name="mnist", data_dir=data_dir)
     result = launch_here("--mode=eval", f"--workdir={stranger}")
-    expect_one_line(result, "holds no mnist; give --data_dir=DIR")
+    expect_one_line(
+        result,
+        "holds no mnist; give --data_dir=DIR|its data_dir (is of another type|holds control)",
+    )
 
 
 def test_sampling_needs_no_data(stranger, launch_here):
