@@ -495,9 +495,8 @@ def check_platform() -> None:
     """Check that jax has devices, as `JAX_PLATFORMS` asks for.
 
     Raises:
-      UserError: there are none of that platform, or `XLA_FLAGS` holds a flag that XLA lacks.
+      UserError: there are none of that platform.
     """
-    _check_flags(os.environ.get("XLA_FLAGS", ""))
     asked = os.environ.get("JAX_PLATFORMS", "")
     try:
         jax.devices()
@@ -509,9 +508,13 @@ def check_platform() -> None:
         ) from None
 
 
-@functools.lru_cache(maxsize=1)
-def _check_flags(flags: str) -> None:
-    """Raises UserError if XLA would end the process because of a flag; tried in another process."""
+@functools.cache
+def check_flags(flags: str) -> None:
+    """Check the user's `XLA_FLAGS` in another process, which XLA ends where it lacks one of them.
+
+    Raises:
+      UserError: XLA lacks one of them.
+    """
     if not flags:
         return
     code = "from jaxlib import xla_client; xla_client.CompileOptions()"

@@ -82,6 +82,7 @@ def set_up_jax(
         in it is asked of the cluster.
       deterministic: the same bits at each run on a GPU, which costs speed.
     """
+    devices.check_flags(os.environ.get("XLA_FLAGS", ""))
     devices.tune_cpu(debug)
     if deterministic:
         devices.tune_gpu()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ddpm_jax import report
+from ddpm_jax import interrupts, report
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.files import is_ours, write_npz
 from ddpm_jax.parallel import is_main
@@ -21,6 +21,7 @@ from ddpm_jax.progress import Clock, tell
 
 SECONDS_BETWEEN_WRITES = 10.0  # at least, and at least ten times as long as writing takes
 NO_LABEL = -1
+WAITING = "waiting for the images that are being sampled; press Ctrl-C again to end at once"
 
 
 def check_out(out: pathlib.Path, default: pathlib.Path, overwrite: bool) -> None:
@@ -125,15 +126,32 @@ class SampleFile:
     def kept(self) -> Iterator[Clock]:
         """Write what there is if sampling ends early; gives the clock that shows how far it is.
 
+        The first Ctrl-C waits for the images that are being sampled, the second one does not.
+
         Raises:
           RunError: the process was asked to stop.
+          KeyboardInterrupt: by Ctrl-C.
         """
+        asked = False
 
         def stop(number: int, frame: Any) -> None:
             raise RunError("asked to stop by SIGTERM")
 
+        def notice(number: int) -> None:
+            nonlocal asked
+            if number == signal.SIGINT:
+                if asked:
+                    interrupts.end_now()
+                asked = True
+                tell(WAITING)
+
         clock = Clock(0, self.total, show=is_main(), unit="image")
-        with contextlib.closing(clock), _handled(signal.SIGTERM, stop):
+        with (
+            contextlib.closing(clock),
+            _handled(signal.SIGTERM, stop),
+            _handled(signal.SIGINT, signal.default_int_handler),
+            interrupts.watched(notice),
+        ):
             try:
                 yield clock
             except BaseException:

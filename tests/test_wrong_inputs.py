@@ -681,7 +681,7 @@ def test_ctrl_c_ends_what_is_not_training_at_once(tmp_path, trained):
             [sys.executable, ROOT / "launch.py", *arguments],
             cwd=tmp_path, env=user_environment(), stdout=log, stderr=log,
         )  # fmt: skip
-    time.sleep(4)
+    wait_for(tmp_path / "log", "image 64", process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 130
     assert (tmp_path / "log").read_text().splitlines()[-1] == "interrupted: by Ctrl-C"
