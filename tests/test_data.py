@@ -142,6 +142,15 @@ def test_a_validation_split_is_cut_from_the_training_images_by_a_fixed_seed(size
     assert list(data.test.labels) == [size, size + 1, size + 2]
 
 
+def test_a_set_that_no_validation_images_can_be_cut_from_is_refused():
+    endless = numbered(1)
+    endless = endless._replace(train=loader.Split(range(loader.ENDLESS), range(loader.ENDLESS)))
+    for data, says in ((endless, "endless"), (numbered(1), "one training image")):
+        with pytest.raises(UserError, match=says):
+            loader.with_validation(data, None)
+        assert loader.with_validation(data, 0).validation is None
+
+
 def test_the_validation_images_are_spread_over_the_training_set():
     places = loader.with_validation(numbered(10_000), None).validation.labels
     assert abs(places.mean() - 5_000) < 4 * 10_000 / np.sqrt(12 * 1000)

@@ -218,6 +218,16 @@ def with_validation(data: Data, count: int | None) -> Data:
             raise UserError(f"--config.validation={count}: {data.name} has {own} validation images")
         return data._replace(validation=data.validation.first(count or own))
     size = len(data.train.images)
+    if size == ENDLESS:
+        raise UserError(
+            f"{data.name} is endless and has no validation images of its own; give "
+            "--config.validation=0"
+        )
+    if count is None and size < 2:
+        raise UserError(
+            f"{data.name} has one training image, and none can become a validation image; give "
+            "more images, or --config.validation=0"
+        )
     if count is None:
         count = min(max(size // VALIDATION_SHARE, 1), MAX_VALIDATION)
     if count >= size:
