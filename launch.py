@@ -225,6 +225,7 @@ def load_experiment(name: str):
 def main(arguments: list[str]) -> None:
     """Do what the command line says."""
     define_flags()
+    os.environ["MPLBACKEND"] = "agg"  # pictures go to files; another value may not exist
     if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(arguments):
         terminal.show(help_text(arguments))
         return

@@ -103,6 +103,7 @@ class Checkpoints(NamedTuple):
                 found = reader.restore(pathlib.Path(self.manager.directory) / str(step), args=args)
             state, host = found.state, dict(found.host)
             sums = host.pop(SUMS, None)  # a checkpoint of before there were any has none
+            _check_record(host, sums)
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # of the machine, not of the file
         except Exception as error:  # of many kinds, from orbax's own to the JSON reader's
@@ -338,6 +339,17 @@ def check_sums(state: Any, host: dict) -> dict[str, Any]:
     arrays = jax.tree.leaves(state)
     sums = [None if a is ... else int((_sum_here if _is_here(a) else _sum)(a)) for a in arrays]
     return {"arrays": sums, "host": zlib.crc32(text)}
+
+
+def _check_record(host: dict[str, Any], sums: Any) -> None:
+    """Raises ValueError unless the host's record and the check sums are of the form written."""
+    window, skipped = host.get("window", {}), host.get("skipped", 0)
+    good = isinstance(window, dict) and all(type(v) in (int, float) for v in window.values())
+    if sums is not None:
+        arrays = sums.get("arrays") if isinstance(sums, dict) else None
+        good = good and isinstance(arrays, list) and "host" in sums
+    if not good or type(skipped) is not int:
+        raise ValueError("its record is of another form")
 
 
 def _agree(known: dict[str, Any], found: dict[str, Any]) -> bool:

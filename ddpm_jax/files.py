@@ -87,7 +87,7 @@ def write_with(path: pathlib.Path, save: Callable[[IO[bytes]], Any]) -> None:
 def is_ours(path: pathlib.Path) -> bool:
     """Whether a .png or .npz has this program's mark."""
     try:
-        if path.suffix == ".png":
+        if path.suffix.lower() == ".png":
             with path.open("rb") as file:
                 return PNG_MARK in file.read(HEAD)
         with np.load(path, allow_pickle=False) as arrays:

@@ -35,6 +35,7 @@ FILES = (
 )  # fmt: skip
 FOLDERS = ("checkpoints", "damaged", "images", "profile", "tensorboard", "wandb")
 TRAINED = ("checkpoints/[0-9]*", "damaged/[0-9]*", "*/config.json")
+OF_SYSTEMS = ("lost+found", "desktop.ini")  # what a new disk or a shared drive holds
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 
@@ -312,7 +313,8 @@ def check_entries(workdir: pathlib.Path) -> None:
                 continue
             _check_entry(entry)
             # Nothing is written into a checkpoint, nor by us into what Weights & Biases keeps.
-            sealed = folder.name in ("checkpoints", "damaged") or entry.name == "wandb"
+            within = folder != workdir and folder.name in ("checkpoints", "damaged")
+            sealed = within or entry.name == "wandb"
             if entry.is_dir(follow_symlinks=False) and not sealed:
                 folders.append(folder / entry.name)
 
@@ -338,7 +340,7 @@ def _check_free(workdir: pathlib.Path) -> None:
         raise UserError(f"{workdir} holds checkpoints but no config.json; give another --workdir")
     for path in sorted(workdir.iterdir()):
         begun = path.name == "lock" or (path.name == "checkpoints" and not _has_entries(path))
-        if not begun and not path.name.startswith("."):
+        if not begun and not path.name.startswith(".") and path.name not in OF_SYSTEMS:
             raise UserError(
                 f"{workdir} is not empty and holds no run ({path.name} is there, config.json is "
                 "not); give another --workdir"
@@ -346,8 +348,8 @@ def _check_free(workdir: pathlib.Path) -> None:
 
 
 def _has_entries(path: pathlib.Path) -> bool:
-    """Whether it is anything but an empty directory."""
-    return not path.is_dir() or any(path.iterdir())
+    """Whether it is anything but a directory without entries, hidden ones left out."""
+    return not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())
 
 
 def bystander(workdir: pathlib.Path, record: dict[str, Any]) -> RunDir:

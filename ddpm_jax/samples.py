@@ -36,7 +36,7 @@ def check_out(out: pathlib.Path, default: pathlib.Path, overwrite: bool) -> None
       UserError: they cannot, or would.
     """
     flag = f"--out={out}"
-    if out.suffix not in (".png", ".npz"):
+    if out.suffix.lower() not in (".png", ".npz"):
         raise UserError(f"{flag}: must end in .png or .npz")
     try:
         if out != default and not out.parent.is_dir():
@@ -108,7 +108,7 @@ class SampleFile:
           OSError: it cannot be written.
         """
         images, labels = np.concatenate(self._images), np.concatenate(self._labels)
-        if self._out.suffix == ".npz":
+        if self._out.suffix.lower() == ".npz":
             arrays = {"images": images, "labels": labels}
             if self._prompts:
                 which = np.arange(len(images)) // self._count

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_train import COMMAND, end_of, finish, start, steps_of, wait_for
 
 from ddpm_jax import parallel, train
-from ddpm_jax.checkpoint import _sum, _sum_here, check_sums, open_checkpoints
+from ddpm_jax.checkpoint import _check_record, _sum, _sum_here, check_sums, open_checkpoints
 from ddpm_jax.config import restore
 from ddpm_jax.errors import UserError
 from experiments import vae_digits
@@ -129,6 +129,17 @@ def test_a_directory_with_damaged_checkpoints_alone_is_refused(stopped, tmp_path
     refused = launch("--mode=sample", f"--workdir={workdir}")
     assert refused.returncode == 2
     assert "every checkpoint in" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "sums"),
+    [({"window": 5}, None), ({"window": {"loss": "x"}}, None), ({"skipped": "y"}, None),
+     ({}, 5), ({}, []), ({}, {}), ({}, {"arrays": 5, "host": 1})],
+)  # fmt: skip
+def test_a_checkpoints_record_of_another_form_is_an_error(host, sums):
+    with pytest.raises(ValueError, match="another form"):
+        _check_record(host, sums)
+    _check_record({"window": {"loss": 1.5}, "skipped": 0}, {"arrays": [1, None], "host": 2})
 
 
 def test_one_bit_anywhere_in_a_state_changes_its_check_sum():

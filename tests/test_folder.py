@@ -112,6 +112,22 @@ def test_images_beside_class_folders_have_no_class_and_are_counted(tmp_path):
 # What is not read.
 
 
+def test_classes_without_training_images_are_named(tmp_path):
+    for path in ("train/Cat/0.png", "train/Dog/1.png", "test/cat/2.png"):
+        write(tmp_path / path, png())
+    assert any("1 classes have no training images: cat" in note for note in load(tmp_path).notes)
+
+
+def test_of_several_keys_the_first_with_a_text_is_used(tmp_path):
+    for number in range(3):
+        write(tmp_path / f"{number}.png", png(number))
+    lines = [{"file_name": f"{n}.png", "text": "", "caption": f"number {n}"} for n in range(3)]
+    write(tmp_path / "metadata.jsonl", "\n".join(map(json.dumps, lines)).encode())
+    found = load(tmp_path)
+    texts = [*untokenize(found.train.captions), *untokenize(found.test.captions)]
+    assert sorted(texts) == ["number 0", "number 1", "number 2"]
+
+
 def test_what_programs_leave_behind_is_skipped(tmp_path):
     images(tmp_path / "a", 5)
     for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".git", "#recycle", ".thumbnails"):

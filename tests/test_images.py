@@ -205,6 +205,17 @@ def test_exif_rotation_is_applied(kind, orientation):
     assert np.abs(found.astype(int) - upright).max() <= limit
 
 
+@pytest.mark.parametrize("orientation", [5, 6, 8])
+def test_a_file_is_turned_as_its_content_is(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(Image.fromarray(RGB[..., 0]), "TIFF", exif=exif)
+    (tmp_path / "a.tif").write_bytes(content)
+    found = decode(tmp_path / "a.tif").pixels
+    assert found.shape[:2] == RGB.shape[1::-1]
+    assert np.array_equal(found, decode(content).pixels)
+
+
 def test_damaged_exif_makes_no_image_useless():
     content = encoded(Image.fromarray(RGB), exif=b"Exif\0\0MM\0\x2a\0\0\0\x08\xff\xff\0\1")
     assert np.array_equal(decode(content).pixels, RGB)

@@ -80,6 +80,27 @@ def test_no_file_outside_of_a_run_is_written_to(launch_here, run, tmp_path, mode
     expect_one_line(result, "is a link, which nothing is written through")
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "damaged", "wandb"])
+def test_links_are_refused_whatever_a_run_directory_is_called(launch_here, run, tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    run.rename(tmp_path / name)
+    leads_to(tmp_path / name / "profile" / "plugins", victim)
+    more = ["--config.steps=25", "--profile"]
+    result = launch_here(*DIGITS, *more, f"--workdir={name}")
+    assert not list(victim.iterdir())
+    expect_one_line(result, "is a link, which nothing is written through")
+
+
+def test_what_systems_and_a_killed_start_leave_behind_is_no_obstacle(launch_here, tmp_path):
+    for name in ("lost+found", ".cache", "checkpoints/.probe.abc/0"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    for name in ("desktop.ini", ".DS_Store", "lock"):
+        (tmp_path / "run" / name).touch()
+    result = launch_here(*DIGITS, "--workdir=run", "--config.steps=2")
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("mode", ["sample", "eval", "train"])
 @pytest.mark.parametrize("place", ["images", "tensorboard", "checkpoints", "damaged", "profile"])
 def test_nothing_is_written_into_a_folder_outside_of_a_run(launch_here, run, tmp_path, mode, place):

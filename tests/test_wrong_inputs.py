@@ -7,6 +7,7 @@ in this process, one after another; what needs a process of its own is at the en
 
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -331,6 +332,10 @@ DATA = [
      table("metadata.jsonl", '{"file_name": "0.png", "text": "a"')),
     (TEXT, "it has file_name, label", table("metadata.csv", "file_name,label", "0.png,a")),
     (TEXT, "text must be a text, not null", table("metadata.csv", "file_name,text", "0.png")),
+    (TEXT, "line 2: has 3 cells, and the header 2; put captions that hold commas in quotes",
+     table("metadata.csv", "file_name,text", "0.png,a red, round thing")),
+    (TEXT, "two columns have one name: file_name, text, text",
+     table("metadata.csv", "file_name,text, text", "0.png,a,b")),
     (TEXT, "it has file_name;text", table("metadata.csv", "file_name;text", "0.png;a")),
     (CLASSIFIER, "needs a data set with labels", files(["0.png", "1.png", "2.png"])),
     (CLASSIFIER, "none of the .* test images of .* has a class",
@@ -604,7 +609,7 @@ def shell(tmp_path, line, **environment):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("$LAUNCH --help | head -1 >/dev/null; exit ${PIPESTATUS[0]}", "Broken pipe"),
+        ("$LAUNCH --help | true; exit ${PIPESTATUS[0]}", "Broken pipe"),
         ("$LAUNCH --help > /dev/full", "No space left on device"),
         ("$LAUNCH --help >&-", "it is closed"),
     ],
@@ -636,6 +641,13 @@ def test_an_error_is_shown_in_any_encoding(launch, encoding):
     expect_one_line(result, "--experiment: there is no")
 
 
+def is_caught(process, number):
+    """Whether a process has a handler of a signal."""
+    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def ctrl_c(tmp_path, arguments, word, signals, **environment):
     """Start a command, signal it once it has written `word`: (exit code, seconds, stderr)."""
     with (tmp_path / "log").open("w") as log:
@@ -644,6 +656,8 @@ def ctrl_c(tmp_path, arguments, word, signals, **environment):
             cwd=tmp_path, env=user_environment(**environment), stdout=log, stderr=log,
         )  # fmt: skip
     wait_for(tmp_path / "log", word, process)
+    while process.poll() is None and not is_caught(process, signal.SIGTERM):  # as in training
+        time.sleep(0.02)
     begun = time.monotonic()
     for number in signals:
         process.send_signal(number)

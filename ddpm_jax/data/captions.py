@@ -120,7 +120,8 @@ def _rows(root: pathlib.Path, file: str) -> Iterator[tuple[str, str, str]]:
     rows = _csv_rows(path, text) if file.lower().endswith(".csv") else _json_rows(path, text)
     for number, row in rows:
         place = f"line {number}"
-        key = next((key for key in KEYS if key in row), None)
+        key = next((key for key in KEYS if row.get(key)), None)
+        key = key or next((key for key in KEYS if key in row), None)
         if key is None or FILE not in row:
             keys = ", ".join(str(key) for key in row) or "nothing"
             raise UserError(
@@ -155,7 +156,16 @@ def _json_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, A
 def _csv_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        names = [name.strip() for name in reader.fieldnames or ()]
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}, line 1: two columns have one name: {', '.join(names)}")
         for row in reader:
+            if None in row:
+                cells = len(names) + len(row[None])  # type: ignore[call-overload]
+                raise UserError(
+                    f"{path}, line {reader.line_num}: has {cells} cells, and the header "
+                    f"{len(names)}; put captions that hold commas in quotes"
+                )
             yield (
                 reader.line_num,
                 {key.strip(): value for key, value in row.items() if isinstance(key, str)},

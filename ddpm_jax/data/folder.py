@@ -176,6 +176,10 @@ def _decode(
     loose = int((labels[keep] < 0).sum())
     if classes and loose:
         notes += (f"{loose} of {keep.sum()} images lie beside the class folders: no class",)
+    trained = set(labels[splits == "train"])
+    untrained = [name for name in classes if numbers[name] not in trained]
+    if untrained:
+        notes += (f"{len(untrained)} classes have no training images: {_shown(untrained)}",)
     if not keep.all():
         notes += (f"left out {(~keep).sum()} images outside the folders of its splits",)
     validation = parts["validation"] if len(parts["validation"].images) else None

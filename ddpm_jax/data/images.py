@@ -42,8 +42,9 @@ def decode(file: bytes | pathlib.Path) -> Decoded:
     """
     from PIL import Image
 
-    source = io.BytesIO(file) if isinstance(file, bytes) else file
-    with Image.open(source, formats=FORMATS) as image:
+    # Always the content: from a path Pillow maps some files into memory, and turns them wrongly.
+    content = file if isinstance(file, bytes) else file.read_bytes()
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
         raw = str(image.tile[0][3]) if image.tile else ""
         image.load()
