@@ -13,6 +13,7 @@ import contextlib
 import copy
 import errno
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -33,6 +34,7 @@ WRITE_SECONDS = 600  # after which a process that has not written its part is no
 KEEP_NEWEST = 3
 KEEP_BEST = 1
 BEST = "validation/loss"  # lower is better
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, or what a user may use of it
 SUMS = "check_sums"  # in the host's record
 
 
@@ -247,7 +249,8 @@ def check_store(folder: pathlib.Path) -> None:
 
     Raises:
       UserError: they cannot; there are paths that the store cannot take.
-      RunError: the disk is full.
+      RunError: the disk is full, and there is no checkpoint that a run could go on from; where
+        there is one, the full disk is logged.
     """
     import orbax.checkpoint as ocp
 
@@ -275,11 +278,16 @@ def check_store(folder: pathlib.Path) -> None:
             found = store.restore(place / "0", args=ocp.args.Composite(**like))
         if found.state["probe"].tolist() != [0, 1, 2] or found.host != host:
             raise ValueError("what was written is not what is read")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise RunError(f"{refused}{error.strerror}; make room") from None
-        raise UserError(f"{refused}{one_line(error)}; give another --workdir") from None
     except Exception as error:  # of many kinds, from the store's to Python's own
+        text = str(error)
+        why = next((os.strerror(n) for n in FULL if os.strerror(n) in text), None)
+        if why and not any(folder.glob("[0-9]*")):
+            raise RunError(f"{refused}{why}; make room") from None
+        if why:
+            tell(f"cannot write to {folder}: {why}; make room, the run goes on")
+            return
+        if isinstance(error, OSError):
+            raise UserError(f"{refused}{one_line(error)}; give another --workdir") from None
         raise UserError(
             f"{refused}the store does not take this path ({one_line(error)}); give another "
             "--workdir"
