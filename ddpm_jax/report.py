@@ -4,6 +4,7 @@ import bisect
 import json
 import math
 import pathlib
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,8 @@ from jaxtyping import Float, UInt8
 
 from ddpm_jax.errors import RunError, printable
 from ddpm_jax.files import SOFTWARE, write_with
+
+warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box is drawn for it
 
 
 class NonFinite(RunError):

@@ -258,6 +258,11 @@ def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]
     try:
         if workdir.exists() and not workdir.is_dir():
             raise UserError(f"{workdir} is a file; give a directory as --workdir")
+        if workdir.is_symlink() and not workdir.exists():
+            raise UserError(
+                f"{workdir} is a link to {workdir.readlink()}, which is not there; make that "
+                "directory, or give another --workdir"
+            )
         workdir.mkdir(parents=True, exist_ok=True)
         earlier = read_record(workdir)
         if earlier is None:

@@ -382,6 +382,10 @@ def has_link(path):
     return prepare
 
 
+def has_dangling_link(path):
+    return lambda folder: (folder / path).symlink_to("nowhere")
+
+
 def has_arrays(path):
     return lambda folder: np.savez(folder / path, images=np.zeros(3))
 
@@ -401,6 +405,7 @@ PLACES = [
     (HERE, "config.json is not a file", has_folder("run/config.json")),
     (SAMPLE_HERE, "config.json is not a file", has_folder("run/config.json")),
     (HERE, "run is a file; give a directory", has("run")),
+    (HERE, "run is a link to nowhere, which is not there", has_dangling_link("run")),
     ([*HERE, "--workdir=run/deeper"], "cannot (read|write)", has("run")),
     (HERE, "lock is a directory, where a run has a file", has_folder("run/lock")),
     ([*DIGITS, r"--workdir=a\b"], "cannot be kept in .*holds a backslash; give another --workdir"),
