@@ -341,6 +341,12 @@ def _check_entry(entry: os.DirEntry) -> None:
 
 def _check_free(workdir: pathlib.Path) -> None:
     """Raises UserError if a directory without a record holds more than a run's very beginning."""
+    inner = next(workdir.glob("*/config.json"), None)
+    if inner is not None:
+        raise UserError(
+            f"{workdir} holds other runs, such as {inner.parent.name}; give a directory of this "
+            "run's own as --workdir"
+        )
     if any(any(workdir.glob(place)) for place in TRAINED):
         raise UserError(f"{workdir} holds checkpoints but no config.json; give another --workdir")
     for path in sorted(workdir.iterdir()):

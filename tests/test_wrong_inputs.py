@@ -405,6 +405,7 @@ PLACES = [
     (HERE, "config.json is not a file", has_folder("run/config.json")),
     (SAMPLE_HERE, "config.json is not a file", has_folder("run/config.json")),
     (HERE, "run is a file; give a directory", has("run")),
+    (HERE, "run holds other runs, such as one; give", has("run/one/config.json", "{}")),
     (HERE, "run is a link to nowhere, which is not there", has_dangling_link("run")),
     ([*HERE, "--workdir=run/deeper"], "cannot (read|write)", has("run")),
     (HERE, "lock is a directory, where a run has a file", has_folder("run/lock")),
