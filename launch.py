@@ -252,7 +252,6 @@ def main(arguments: list[str]) -> None:
             check_entries(workdir)
             workdir = workdir / part
             record = recorded(workdir)
-        check_entries(workdir)
         name = record["experiment"]
     if name is None:
         raise UserError(f"--experiment=NAME is missing; there are: {', '.join(EXPERIMENTS)}")
@@ -318,7 +317,6 @@ def main(arguments: list[str]) -> None:
         prompts = prompts_of(FLAGS.prompt_file) if FLAGS.prompt_file else ()
         count = FLAGS.num_samples * max(1, len(prompts))
         preflight.check_images(count, config.shape, "--num_samples", FLAGS.num_samples)
-        preflight.check_writable(out.parent if out else workdir / "images", "--mode=sample")
         run.sample_experiment(
             experiment,
             config,
@@ -331,8 +329,6 @@ def main(arguments: list[str]) -> None:
             FLAGS.overwrite,
         )
     else:
-        preflight.check_writable(workdir / "images", "--mode=eval")
-        preflight.check_writable(workdir, "--mode=eval")
         run.eval_experiment(experiment, config, workdir, options)
 
 

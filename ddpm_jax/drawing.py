@@ -1,6 +1,5 @@
 """How a trained denoiser draws: samplers, guidance and requests, whatever its task."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +14,7 @@ from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.parallel import Parallel, fetch, placed
 from ddpm_jax.prediction import Denoiser, Kind, Prediction, clip_x0, inpaint, threshold_x0
 from ddpm_jax.process import q_sample
-from ddpm_jax.progress import tell
+from ddpm_jax.progress import tell_once
 from ddpm_jax.schedule import NOISE, Schedule, Spacing, grid, grid_from
 from ddpm_jax.tasks import Request, refuse
 
@@ -268,9 +267,6 @@ def drawing(
     return Drawing(many, sample, labels_of, edit_with_guide, told, requested, about, own)
 
 
-_tell_once = functools.cache(tell)
-
-
 def check_start(kind: Kind, schedule: Schedule, how: Sampling) -> None:
     """Raises UserError where drawing starts at so much noise that eps says nothing of x0.
 
@@ -281,7 +277,7 @@ def check_start(kind: Kind, schedule: Schedule, how: Sampling) -> None:
     """
     end = float(schedule.logsnr(jnp.asarray(1.0)))
     if end > NOISE:
-        _tell_once(
+        tell_once(
             f"the noise schedule ends at logsnr {end:.1f}, which is above {NOISE:g} and not pure "
             "noise, but drawing starts with pure noise: images will be worse than the network's"
         )

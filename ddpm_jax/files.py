@@ -8,6 +8,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from ddpm_jax.errors import UserError
+
 SOFTWARE = "ddpm_jax"  # the mark in a file that this program may replace
 PNG_MARK = b"tEXtSoftware\0" + SOFTWARE.encode()
 HEAD = 512  # bytes of a PNG in which the mark is
@@ -94,3 +96,30 @@ def is_ours(path: pathlib.Path) -> bool:
             return str(arrays["software"]) == SOFTWARE
     except Exception:  # of many kinds: it is not such a file at all
         return False
+
+
+def check_writable(folder: pathlib.Path, flag: str) -> None:
+    """Check that files can be made in a folder, or in the nearest one above it that is there.
+
+    Raises:
+      UserError: they cannot.
+    """
+    reason = _refusal(folder)
+    if reason:
+        raise UserError(f"{flag}: cannot write to {folder}: {reason}; give another place")
+
+
+def is_writable(folder: pathlib.Path) -> bool:
+    """Return whether files can be made in a folder, or in the nearest one above it."""
+    return not _refusal(folder)
+
+
+def _refusal(folder: pathlib.Path) -> str:
+    """Why no files can be made in a folder; "" if they can."""
+    place = folder.absolute()
+    while not os.path.exists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        return f"{place} is not a folder"
+    writable = os.access(place, os.W_OK | os.X_OK)
+    return "" if writable else f"permission denied in {place}"

@@ -58,6 +58,25 @@ def watched(notice: Callable[[int], None]) -> Iterator[None]:
         os.close(write)
 
 
+def warning(warn: Callable[[], None], *numbers: int) -> Callable[[int], None]:
+    """What `watched` calls: the first of the signals `numbers` warns, a Ctrl-C after it ends.
+
+    Args:
+      warn: says what is waited for.
+    """
+    warned = False
+
+    def notice(number: int) -> None:
+        nonlocal warned
+        if number == signal.SIGINT and warned:
+            end_now()
+        if number in numbers and not warned:
+            warned = True
+            warn()
+
+    return notice
+
+
 @contextlib.contextmanager
 def ending_at_once() -> Iterator[None]:
     """Let Ctrl-C end the process at once, unless a training in here handles it (`train.fit`)."""

@@ -5,6 +5,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -18,11 +19,12 @@ from ddpm_jax.classifier import Judge, judge_of
 from ddpm_jax.config import expanded
 from ddpm_jax.data.loader import cache_dir
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import check_writable
 from ddpm_jax.metrics.pth import read_tensors
 from ddpm_jax.nn.inception import Inception, from_torch
 from ddpm_jax.parallel import from_main, make, one_line
-from ddpm_jax.preflight import check_writable, exists, read_run
-from ddpm_jax.progress import tell
+from ddpm_jax.preflight import read_run
+from ddpm_jax.progress import tell, tell_once
 from ddpm_jax.run import (
     Loaded,
     Options,
@@ -41,9 +43,6 @@ UNUSABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError,
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
 
-_tell_once = functools.cache(tell)
-
-
 def check_judge(experiment: types.ModuleType, config: Any, loaded: Loaded) -> Any:
     """Check the classifier's run that `config.judge` names, and the file of FID's network.
 
@@ -58,8 +57,8 @@ def check_judge(experiment: types.ModuleType, config: Any, loaded: Loaded) -> An
       UserError: there is no classifier of such images where the config says, or the file of FID's
         network is damaged.
     """
-    if config.fid and not from_main(lambda: exists(inception_file())):
-        _tell_once(
+    if config.fid and not from_main(lambda: os.path.exists(inception_file())):
+        tell_once(
             f"no FID: put {INCEPTION}, of pytorch-fid's releases, into {inception_file().parent}"
         )
     elif config.fid:
@@ -67,11 +66,11 @@ def check_judge(experiment: types.ModuleType, config: Any, loaded: Loaded) -> An
     if config.judge not in ("auto", "none"):
         flag = f"--config.judge={config.judge}"
         place = expanded("--config.judge", config.judge).absolute()
-        if exists(place / "summary.json") or not _was_made_here(place):
+        if os.path.exists(place / "summary.json") or not _was_made_here(place):
             check_classifier(flag, place, config)
             return dataclasses.replace(config, judge=str(place))
     if config.judge != "none" and not loaded.data.classes:
-        _tell_once("no labels, so no classifier: no distances are told")
+        tell_once("no labels, so no classifier: no distances are told")
         return dataclasses.replace(config, judge="none")
     return config
 
@@ -85,7 +84,7 @@ def check_classifier(flag: str, place: pathlib.Path, like: Any) -> None:
     if place.parent == judges_dir():  # made by `trained`, which makes it again if it is damaged
         return
     record = read_run(place)
-    if record is None or not exists(place / "summary.json"):
+    if record is None or not os.path.exists(place / "summary.json"):
         raise UserError(
             f"{flag}: there is no finished run of a classifier in {place}; train one first, or "
             "give --config.judge=auto or --config.judge=none"
@@ -161,7 +160,7 @@ def with_judge(
 
 def _at_hand(experiment: types.ModuleType, place: pathlib.Path) -> bool:
     """Whether there is a trained classifier; one that `trained` made is read to see."""
-    if not from_main(lambda: exists(place / "summary.json")):
+    if not from_main(lambda: os.path.exists(place / "summary.json")):
         return False
     if place.parent != judges_dir():
         return True
@@ -243,7 +242,7 @@ def judges_of(experiment: types.ModuleType, config: Any) -> tuple[Callable[[], J
     judges: list[Callable[[], Judge]] = []
     if config.judge not in ("auto", "none"):
         judges.append(functools.partial(load_judge, experiment, config.judge))
-    if config.fid and from_main(lambda: exists(inception_file())):
+    if config.fid and from_main(lambda: os.path.exists(inception_file())):
         judges.append(load_inception)
     return tuple(judges)
 
@@ -291,7 +290,7 @@ def load_judge(experiment: types.ModuleType, place: str) -> Judge:
     Raises:
       UserError: there is none.
     """
-    if not exists(pathlib.Path(place) / "summary.json"):
+    if not os.path.exists(pathlib.Path(place) / "summary.json"):
         raise UserError(f"--config.judge={place}: there is no trained classifier")
     config, state = load_state(experiment, pathlib.Path(place))
     record = read_record(pathlib.Path(place)) or {}

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 import types
 from typing import Any
 
 from ddpm_jax.config import FROM_PARTS, expanded, marked, restore
 from ddpm_jax.errors import UserError
-from ddpm_jax.preflight import exists, read_run
+from ddpm_jax.preflight import read_run
 from ddpm_jax.run import load_state
 from ddpm_jax.train import TrainState
 
@@ -39,7 +40,7 @@ def finished(config: Any, field: str, experiment: types.ModuleType) -> tuple[str
     """
     place = expanded(f"--config.{field}", getattr(config, field)).absolute()
     name, record = experiment.__name__.rpartition(".")[2], read_run(place)
-    if record is None or not exists(place / "summary.json"):
+    if record is None or not os.path.exists(place / "summary.json"):
         raise UserError(
             f"--config.{field}={place}: there is no finished run; train one first: python "
             f"launch.py --experiment={name}"

@@ -49,11 +49,6 @@ SUMMARY_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def exists(path: str | os.PathLike[str]) -> bool:
-    """Return whether there is a file or folder; False, too, where the path cannot be one."""
-    return os.path.exists(path)
-
-
 def read_run(workdir: pathlib.Path, complete: bool = False) -> dict[str, Any] | None:
     """Return the record of a run directory, checked; None where there is none.
 
@@ -79,15 +74,15 @@ def read_run(workdir: pathlib.Path, complete: bool = False) -> dict[str, Any] | 
     return record
 
 
-def check_summary(workdir: pathlib.Path) -> None:
-    """Check the final metrics of a run directory, if it has any.
+def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Return the final metrics of a run directory, checked; None where the run is not finished.
 
     Raises:
       UserError: the file cannot be read, or a value is not of the type that it should have.
     """
     path = workdir / "summary.json"
-    if not exists(path):
-        return
+    if not os.path.exists(path):
+        return None
     advice = "remove that file, and the same command evaluates again"
     with _readable(path, advice):
         summary = json.loads(path.read_bytes())
@@ -100,6 +95,7 @@ def check_summary(workdir: pathlib.Path) -> None:
         for name, value in summary["metrics"].items():
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise ValueError(f"its metric {ascii(name)[:60]} is not a finite number")
+    return summary
 
 
 def check_types(values: dict[str, Any], types: dict[str, tuple[type, ...]], of: str = "") -> None:
@@ -152,33 +148,6 @@ def check_parts(parts: Iterable[tuple[pathlib.Path, str]]) -> None:
                 f"{place} holds a run of {record['experiment']}, not of {name}; give another "
                 "--workdir"
             )
-
-
-def check_writable(folder: pathlib.Path, flag: str) -> None:
-    """Check that files can be made in a folder, or in the nearest one above it that is there.
-
-    Raises:
-      UserError: they cannot.
-    """
-    reason = _refusal(folder)
-    if reason:
-        raise UserError(f"{flag}: cannot write to {folder}: {reason}; give another place")
-
-
-def can_write(folder: pathlib.Path) -> bool:
-    """Return whether files can be made in a folder, or in the nearest one above it."""
-    return not _refusal(folder)
-
-
-def _refusal(folder: pathlib.Path) -> str:
-    """Why no files can be made in a folder; "" if they can."""
-    place = folder.absolute()
-    while not exists(place) and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        return f"{place} is not a folder"
-    writable = os.access(place, os.W_OK | os.X_OK)
-    return "" if writable else f"permission denied in {place}"
 
 
 def check_sizes(task: Task, config: Any, parallel: str = "jit") -> None:

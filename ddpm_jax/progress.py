@@ -1,6 +1,7 @@
 """What a person sees of a run while it goes on: loss, steps/s, time left."""
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ def tell(line: str) -> None:
     """A line for people, from the first process alone; a full disk that it goes to ends nothing."""
     if is_main():
         terminal.print_error(line)
+
+
+tell_once = functools.cache(tell)  # for what is found out again and again
 
 
 def print_result(text: str) -> None:

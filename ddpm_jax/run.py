@@ -35,6 +35,7 @@ from ddpm_jax.data.loader import (
     load,
 )
 from ddpm_jax.errors import RunError, UserError, printable
+from ddpm_jax.files import check_writable, is_writable
 from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
 from ddpm_jax.progress import print_result, tell
 from ddpm_jax.rundir import (
@@ -92,7 +93,7 @@ def set_up_jax(
     jax.config.update("jax_disable_most_optimizations", debug)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what is the user's business is told here
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the user's own choice
-        kept = preflight.can_write(cache_dir() / "xla")
+        kept = is_writable(cache_dir() / "xla")
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla") if kept else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 
@@ -262,8 +263,7 @@ def train_experiment(
             raise UserError(
                 f"{workdir} is at step {step} already, beyond --config.steps={config.steps}"
             )
-        devices.from_main(lambda: preflight.check_summary(workdir))
-        summary = devices.from_main(run.summary)
+        summary = devices.from_main(lambda: preflight.read_summary(workdir))
         if summary is not None and step == summary.get("step") == config.steps:
             _tell_finished(workdir, summary)
             return summary
@@ -327,7 +327,13 @@ def eval_experiment(
             f"--split=validation: the run in {workdir} was trained on all of the training images "
             "(--config.validation=0); give --split=test"
         )
-    devices.from_main(lambda: check_entries(workdir))
+
+    def check() -> None:
+        check_entries(workdir)
+        for folder in (workdir / "images", workdir):
+            check_writable(folder, "--mode=eval")
+
+    devices.from_main(check)
     config, state = load_state(experiment, workdir, config, options.parallel)
     record = read_record(workdir) or {}
     moved = config.data if config.data != record["config"].get("data") else None

@@ -153,28 +153,6 @@ class RunDir(NamedTuple):
         if wandb:
             self.boards.append(weights_and_biases(self.path, self.record))
 
-    def summary(self) -> dict | None:
-        """The final figures, if the run is finished.
-
-        Raises:
-          UserError: they cannot be read.
-        """
-        path = self.path / "summary.json"
-        try:
-            found = _parsed(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        kinds = {"experiment": str, "step": int, "data": str, "data_note": str, "parameters": int}
-        good = isinstance(found, dict) and isinstance(found.get("metrics"), dict)
-        good = good and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
-        if not good or not all(isinstance(v, (int, float)) for v in found["metrics"].values()):
-            raise UserError(
-                f"{path} is damaged; move it away, and the same command evaluates once more"
-            )
-        return found
-
     def finish(self, summary: dict, title: str) -> None:
         """Write the final figures, and the curves of all of them.
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import pathlib
 import signal
 import stat
@@ -15,7 +14,7 @@ from jaxtyping import Float
 
 from ddpm_jax import interrupts, report
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.files import is_ours, write_npz
+from ddpm_jax.files import check_writable, is_ours, write_npz
 from ddpm_jax.parallel import is_main
 from ddpm_jax.progress import Clock, tell
 
@@ -38,6 +37,7 @@ def check_out(out: pathlib.Path, default: pathlib.Path, overwrite: bool) -> None
     flag = f"--out={out}"
     if out.suffix.lower() not in (".png", ".npz"):
         raise UserError(f"{flag}: must end in .png or .npz")
+    check_writable(out.parent, flag)
     try:
         if out != default and not out.parent.is_dir():
             raise UserError(f"{flag}: there is no folder {out.parent}")
@@ -55,9 +55,6 @@ def check_out(out: pathlib.Path, default: pathlib.Path, overwrite: bool) -> None
             f"{flag} is there and was not written by this program; give another --out, or "
             "--overwrite to replace it"
         )
-    folder = out.parent if out.parent.exists() else out.parent.parent
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}: {folder} cannot be written to; give another --out")
 
 
 class SampleFile:
@@ -132,25 +129,16 @@ class SampleFile:
           RunError: the process was asked to stop.
           KeyboardInterrupt: by Ctrl-C.
         """
-        asked = False
 
         def stop(number: int, frame: Any) -> None:
             raise RunError("asked to stop by SIGTERM")
-
-        def notice(number: int) -> None:
-            nonlocal asked
-            if number == signal.SIGINT:
-                if asked:
-                    interrupts.end_now()
-                asked = True
-                tell(WAITING)
 
         clock = Clock(0, self.total, show=is_main(), unit="image")
         with (
             contextlib.closing(clock),
             _handled(signal.SIGTERM, stop),
             _handled(signal.SIGINT, signal.default_int_handler),
-            interrupts.watched(notice),
+            interrupts.watched(interrupts.warning(lambda: tell(WAITING), signal.SIGINT)),
         ):
             try:
                 yield clock

@@ -29,7 +29,7 @@ from ddpm_jax.nn.layers import Context
 from ddpm_jax.nn.text import DualEncoder
 from ddpm_jax.parallel import Parallel, fetch, placed
 from ddpm_jax.pretrained import Encoded, Features
-from ddpm_jax.progress import tell
+from ddpm_jax.progress import tell_once
 from ddpm_jax.tasks import Evaluation, Request, Task, refuse, to_images
 from ddpm_jax.tokens import PADDING, size, tokenize, untokenize
 
@@ -265,7 +265,7 @@ def text_to_image_task(
             for words in (request.prompt, request.negative_prompt)
         )
         if parts.reader is None and size(request.prompt) > text.length:
-            _tell_once(
+            tell_once(
                 f"a prompt of {size(request.prompt)} bytes: only the first {text.length} are read"
             )
         return draw(params, fixed, keys, told, instead, how, spread or placed(params))
@@ -278,9 +278,6 @@ def clip_scores(cosines: Float[np.ndarray, "pairs"]) -> Float[np.ndarray, "pairs
     return np.maximum(100 * np.asarray(cosines, np.float64), 0.0)
 
 
-_tell_once = functools.cache(tell)
-
-
 def _texts(split: Split, count: int) -> list[str]:
     some = split.first(count)
     if isinstance(some.captions, Encoded):
@@ -291,7 +288,7 @@ def _texts(split: Split, count: int) -> list[str]:
 def distance_to(truth: Grouped, images: Grouped, name: str) -> dict[str, float]:
     """The Frechet distance as the metric `name`, with its error; nothing of a single image."""
     if min(truth.moments.size, images.moments.size) < 2:
-        _tell_once(f"left out, since it needs at least 2 images: {name}")
+        tell_once(f"left out, since it needs at least 2 images: {name}")
         return {}
     distance = frechet_distance(images, truth)
     return figures(name, (distance.value, distance.error))

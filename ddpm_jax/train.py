@@ -598,9 +598,10 @@ class _Signals:
         self.stop = False
         self._alone = alone  # or other processes wait for this one's share of the work
         self._interrupt = False
-        self._noticed = False
         self._before: dict[int, Any] = {}
-        self._watch = interrupts.watched(self._notice)
+        # In a thread of its own, and at once: the main thread may be compiling.
+        notice = interrupts.warning(lambda: tell(WAITING), signal.SIGTERM, signal.SIGINT)
+        self._watch = interrupts.watched(notice)
 
     def __enter__(self) -> "_Signals":
         with contextlib.suppress(ValueError):  # not in the main thread: nobody signals it
@@ -613,14 +614,6 @@ class _Signals:
         self._watch.__exit__(None, None, None)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-    def _notice(self, number: int) -> None:
-        """Report a signal at once, in a thread of its own; the main thread may be compiling."""
-        if number == signal.SIGINT and self._noticed:
-            interrupts.end_now()
-        if number in self._before and not self._noticed:
-            self._noticed = True
-            tell(WAITING)
 
     def _ask(self, number: int, frame: Any) -> None:
         self.stop = True
