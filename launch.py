@@ -12,9 +12,9 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 from absl import flags
 
-from ddpm_jax import interrupts, terminal
 from ddpm_jax.config import LARGEST_FLOAT, LARGEST_INT, expanded
 from ddpm_jax.errors import RunError, UserError, nearest
+from ddpm_jax.system import interrupts, terminal
 
 HERE = pathlib.Path(__file__).parent
 EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("[a-z]*.py"))
@@ -203,7 +203,7 @@ def recorded(workdir: pathlib.Path, name: str | None = None) -> dict:
     Raises:
       UserError: there is none, of the experiment `name` if that is given, or of no known one.
     """
-    from ddpm_jax.preflight import read_run
+    from ddpm_jax.experiment.preflight import read_run
 
     record = read_run(workdir, complete=True)
     if record is None:
@@ -237,7 +237,7 @@ def main(arguments: list[str]) -> None:
     if FLAGS["split"].present and FLAGS.mode != "eval":
         raise UserError("--split goes with --mode=eval")
     from ddpm_jax.config import MAY_CHANGE, marked, override, restore
-    from ddpm_jax.rundir import check_entries
+    from ddpm_jax.training.run_dir import check_entries
 
     name, record = FLAGS.experiment, None
     workdir = pathlib.Path(FLAGS.workdir).expanduser() if FLAGS.workdir else None
@@ -262,11 +262,13 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--{given[0]} goes with --distributed")
     experiment = load_experiment(name)
     config = experiment.Config()
-    from ddpm_jax import boards, parallel, preflight, run
+    from ddpm_jax.experiment import preflight, run
+    from ddpm_jax.parallel import sharding
+    from ddpm_jax.training import metric_writers
 
     cluster = None
     if FLAGS.distributed:
-        parallel.check_cluster(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+        sharding.check_cluster(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         cluster = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     options = run.Options(
         FLAGS.seed,
@@ -286,7 +288,7 @@ def main(arguments: list[str]) -> None:
             config = dataclasses.replace(config, **experiment.DEBUG)
         config = override(config, overrides)
         if FLAGS.wandb:
-            boards.check_wandb()
+            metric_writers.check_wandb()
         run.set_up_jax(FLAGS.debug, cluster, FLAGS.deterministic)
         if hasattr(experiment, "run"):
             experiment.run(config, workdir, options)
@@ -373,7 +375,7 @@ def _leave(code: int) -> None:
     terminal.flush()
     distributed = code != 0 and FLAGS["distributed"].value
     if distributed:
-        from ddpm_jax.parallel import leave, meet_before_leaving
+        from ddpm_jax.parallel.sharding import leave, meet_before_leaving
 
         if code != 130:
             meet_before_leaving()

@@ -79,8 +79,9 @@ def measure(name: str, mode: str) -> None:
     import jax
     import numpy as np
 
-    from ddpm_jax import parallel, train
     from ddpm_jax.data.loader import Batch
+    from ddpm_jax.parallel import sharding
+    from ddpm_jax.training import loop
 
     jax.config.update("jax_disable_most_optimizations", True)  # they send nothing
     module = importlib.import_module(f"experiments.{name}")
@@ -89,13 +90,13 @@ def measure(name: str, mode: str) -> None:
     size = PER_DEVICE.value * count
     config = dataclasses.replace(module.Config(), shape=shape, batch_size=size, judge="none")
     task = module.build(config)
-    spread = parallel.make(mode)
-    shapes = train.state_shapes(task, config)
+    spread = sharding.make(mode)
+    shapes = loop.state_shapes(task, config)
     images = np.zeros((size, *shape), np.uint8)
     batch = Batch(images, np.zeros(size, np.int32), np.arange(size, dtype=np.int32))
 
     def step(state, batch, **hooks):
-        return train.train_step(task, config, 0, state, batch, **hooks)
+        return loop.train_step(task, config, 0, state, batch, **hooks)
 
     program = spread.lower(step, spread.like(shapes), spread.feed(batch))()
     found = sent(program.as_text(), count)

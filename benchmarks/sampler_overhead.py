@@ -19,8 +19,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax import parallel, sampler, schedule
-from ddpm_jax.prediction import clip_x0, read
+from ddpm_jax.diffusion import samplers, schedules
+from ddpm_jax.diffusion.prediction import clip_x0, read
+from ddpm_jax.parallel import sharding
 from experiments import ddpm_digits, ddpm_mnist
 
 
@@ -30,11 +31,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=16)
     arguments = parser.parse_args()
-    parallel.tune_cpu()
+    sharding.tune_cpu()
     config = ddpm_mnist.Config(shape=(28, 28, 1), levels=256)
     net = ddpm_digits.network(config)
-    table = schedule.from_betas(schedule.cosine_betas(1000))
-    logsnrs = schedule.grid(table, arguments.steps)
+    table = schedules.from_betas(schedules.cosine_betas(1000))
+    logsnrs = schedules.grid(table, arguments.steps)
     labels = jnp.zeros(arguments.batch, jnp.int32)
     key = jax.random.key(0)
     xT = jax.random.normal(key, (arguments.batch, 28, 28, 1))
@@ -53,7 +54,7 @@ def main() -> None:
             return jax.vmap(functools.partial(read, "v"), (0, 0, None))(out, xt, logsnr)
 
         keys = jax.random.split(key, arguments.batch)
-        return sampler.sample(sampler.ancestral(), clip_x0(denoise), logsnrs, keys, xT)
+        return samplers.sample(samplers.ancestral(), clip_x0(denoise), logsnrs, keys, xT)
 
     @jax.jit
     def calling(params, xT):

@@ -22,20 +22,21 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import jax
 import numpy as np
 
-from ddpm_jax import parallel, train
 from ddpm_jax.data.loader import Batch, Data, MissingData, load, training_batches
 from ddpm_jax.data.prefetch import prefetch
-from ddpm_jax.run import from_data
+from ddpm_jax.experiment.run import from_data
+from ddpm_jax.parallel import sharding
+from ddpm_jax.training import loop
 from experiments import vae_mnist
 
 
 def jax_runner(config: vae_mnist.Config, data: Data):
-    """run(steps) -> seconds, as in `train.fit`: batches from the host, a call of many steps."""
+    """run(steps) -> seconds, as in `fit`: batches from the host, many steps in a call."""
     task = vae_mnist.build(config)
-    spread = parallel.make("jit")
+    spread = sharding.make("jit")
     examples = Batch(data.train.images[:1000], data.train.labels[:1000], np.arange(1000))
-    state = spread.place(train.init_state(task, config, examples, 0))
-    program = train.train_steps(functools.partial(train.train_step, task, config, 0))
+    state = spread.place(loop.init_state(task, config, examples, 0))
+    program = loop.train_steps(functools.partial(loop.train_step, task, config, 0))
     first = next(
         training_batches(data.train, 0, config.batch_size, [(0, 1)], config.steps_per_call)
     )
@@ -43,7 +44,7 @@ def jax_runner(config: vae_mnist.Config, data: Data):
 
     def run(steps: int) -> float:
         nonlocal state
-        plan = list(train.calls(0, dataclasses.replace(config, steps=steps)))
+        plan = list(loop.calls(0, dataclasses.replace(config, steps=steps)))
         batches = training_batches(data.train, 0, config.batch_size, plan, config.steps_per_call)
         start = time.perf_counter()
         for (first, last), batch in zip(
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=11)
     arguments = parser.parse_args()
-    parallel.tune_cpu()  # as launch.py does
+    sharding.tune_cpu()  # as launch.py does
     config = vae_mnist.Config()
     try:
         data = load(config.data, arguments.data_dir)

@@ -33,8 +33,6 @@ import dataclasses
 import functools
 from typing import Annotated, Any, Literal
 
-from ddpm_jax.autoencoder import autoencoder_task
-from ddpm_jax.classifier import Judge
 from ddpm_jax.config import (
     AtLeast,
     Count,
@@ -47,13 +45,15 @@ from ddpm_jax.config import (
     Training,
     inside,
 )  # fmt: skip
-from ddpm_jax.contrastive import image_judge
+from ddpm_jax.experiment.parts import finished, load_part
+from ddpm_jax.experiment.run import Loaded, Options
 from ddpm_jax.nn.autoencoder import Autoencoder
-from ddpm_jax.nn.text import DualEncoder
-from ddpm_jax.parts import finished, load_part
-from ddpm_jax.run import Loaded, Options
-from ddpm_jax.tasks import Task
-from ddpm_jax.train import averaged
+from ddpm_jax.nn.text_encoder import DualEncoder
+from ddpm_jax.task import Task
+from ddpm_jax.tasks.autoencoder import autoencoder_task
+from ddpm_jax.tasks.classifier import Judge
+from ddpm_jax.tasks.contrastive import image_judge
+from ddpm_jax.training.loop import averaged
 from experiments import text_encoder_shapes
 
 DEBUG = dict(

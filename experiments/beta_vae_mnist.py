@@ -22,13 +22,10 @@ import dataclasses
 import pathlib
 from typing import Annotated
 
-from ddpm_jax import report
+from ddpm_jax import plots
 from ddpm_jax.config import FROM_PARTS, MAY_CHANGE, Interval, Length, NonNegative, marked
-from ddpm_jax.files import write_with
-from ddpm_jax.parallel import is_main
-from ddpm_jax.preflight import check_parts, check_sizes
-from ddpm_jax.progress import print_result
-from ddpm_jax.run import (
+from ddpm_jax.experiment.preflight import check_parts, check_sizes
+from ddpm_jax.experiment.run import (
     Loaded,
     Options,
     from_data,
@@ -37,7 +34,10 @@ from ddpm_jax.run import (
     record_of,
     train_experiment,
 )
-from ddpm_jax.rundir import can_write, write_json
+from ddpm_jax.parallel.sharding import is_main
+from ddpm_jax.progress import print_result
+from ddpm_jax.system.files import write_with
+from ddpm_jax.training.run_dir import can_write, write_json
 from experiments import vae_mnist
 
 DEBUG = vae_mnist.DEBUG | {"steps": 10, "betas": (0.25, 4.0)}
@@ -86,13 +86,13 @@ def train_all(
     title = f"beta-VAE on {found[0][1]['data']}, {config.steps} steps each"
     rows = []
     for beta, summary in found:
-        texts = dict(report.metric_rows(summary["metrics"]))
+        texts = dict(plots.metric_rows(summary["metrics"]))
         names = ("nll", "kl", "neg_elbo", "active_units")
         shown = [f"{name} {texts[f'test/{name}']}" for name in names if f"test/{name}" in texts]
         rows.append((f"beta {beta:g}", "  ".join(shown)))
     if not is_main():
         return
-    print_result(report.table(rows, title))
+    print_result(plots.table(rows, title))
     with can_write(workdir):
         plot(workdir / "images" / "reconstruction_against_kl.png", found, title)
     table = {f"{beta:g}": summary["metrics"] for beta, summary in found}

@@ -15,7 +15,6 @@ trained on 1,437 digits): 98.1, 97.2, 95.3, 91.4, 75.3, 57.5, 43.9, 30.8, 18.1, 
 import dataclasses
 from typing import Annotated, Literal
 
-from ddpm_jax.classifier import classifier_task, labelled
 from ddpm_jax.config import (
     AtLeast,
     Classes,
@@ -28,9 +27,10 @@ from ddpm_jax.config import (
     inside,
 )
 from ddpm_jax.data.loader import Data
+from ddpm_jax.diffusion.schedules import cosine
 from ddpm_jax.nn.classifier import Classifier
-from ddpm_jax.schedule import cosine
-from ddpm_jax.tasks import Task
+from ddpm_jax.task import Task
+from ddpm_jax.tasks.classifier import classifier_task, labelled
 
 DEBUG = dict(steps=6, eval_every=4, checkpoint_every=4, log_every=2, batch_size=16, channels=(8,))
 

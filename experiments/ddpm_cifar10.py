@@ -26,7 +26,7 @@ from ddpm_jax.config import (
     Positive,
     SampleSteps,
 )
-from ddpm_jax.schedule import Spacing
+from ddpm_jax.diffusion.schedules import Spacing
 from experiments import classifier_cifar10, ddpm_digits
 
 DEBUG = ddpm_digits.DEBUG | dict(fold=4, eval_batch=64)  # 8x8 inside: attention over 32x32 is slow

@@ -28,8 +28,8 @@ Guidance trades one for another.  It was chosen on the validation split (`--mode
 The figures below were measured before there was a validation split, at commit 4aefa19: trained on
 1,437 digits, on the test split.
 
-Another run may guide (`ddpm_jax/guide.py`).  1,437 images, seed 0, one run each, measured on 2
-CPU cores (AMD EPYC, jax 0.10.2), with other work on them (so no times):
+Another run may guide (`ddpm_jax/experiment/guidance_models.py`).  1,437 images, seed 0, one run
+each, measured on 2 CPU cores (AMD EPYC, jax 0.10.2), with other work on them (so no times):
 
                                       scale   recognised   ratio   nearest
     by its labels                     1.0     94.8 %       1.00    1.13     (no guidance)
@@ -66,7 +66,6 @@ from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 
-from ddpm_jax import loss, schedule
 from ddpm_jax.config import (
     MAY_CHANGE,
     AtLeast,
@@ -85,18 +84,19 @@ from ddpm_jax.config import (
     Share,
     Training,
 )  # fmt: skip
-from ddpm_jax.diffusion import Times, diffusion_task
-from ddpm_jax.drawing import Limit, Sampling
+from ddpm_jax.diffusion import losses, schedules
+from ddpm_jax.diffusion.guidance import Guide
+from ddpm_jax.diffusion.schedules import Spacing
 from ddpm_jax.errors import UserError
-from ddpm_jax.gallery import Judging
-from ddpm_jax.guidance import Guide
-from ddpm_jax.guide import guide_of, with_guide
-from ddpm_jax.judge import check_judge, judges_of, with_judge
+from ddpm_jax.experiment.feature_networks import check_judge, judges_of, with_judge
+from ddpm_jax.experiment.guidance_models import guide_of, with_guide
+from ddpm_jax.experiment.run import Loaded, Options
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.run import Loaded, Options
-from ddpm_jax.schedule import Spacing
-from ddpm_jax.tasks import Task
+from ddpm_jax.task import Task
+from ddpm_jax.tasks.diffusion import Times, diffusion_task
+from ddpm_jax.tasks.image_sampler import Limit, Sampling
+from ddpm_jax.tasks.sample_figures import Judging
 from experiments import classifier_digits
 
 DEBUG = dict(
@@ -147,7 +147,7 @@ class Denoiser(Training):
     sample_steps: SampleSteps = 20
     spacing: Annotated[Spacing, MAY_CHANGE] = "logsnr"
     guidance: Annotated[float, MAY_CHANGE] = 1.2
-    guide: RunPath = "labels"  # or a run's directory; see `ddpm_jax/guide.py`
+    guide: RunPath = "labels"  # or a run's directory; see `ddpm_jax/experiment/guidance_models.py`
     guidance_interval: Annotated[tuple[float, float], MAY_CHANGE] = Sampling().interval
     guidance_rescale: Annotated[float, AtLeast(0.0), AtMost(1.0), MAY_CHANGE] = 0.0
     limit: Annotated[Limit, MAY_CHANGE] = "clip"  # of x0
@@ -176,16 +176,16 @@ class Config(Denoiser):
 
 
 SCHEDULES = {
-    "linear_betas": lambda steps: schedule.from_betas(schedule.linear_betas(steps)),
-    "cosine_betas": lambda steps: schedule.from_betas(schedule.cosine_betas(steps)),
-    "linear": lambda steps: schedule.linear(),
-    "cosine": lambda steps: schedule.cosine(),
-    "sigmoid": lambda steps: schedule.sigmoid(),
-    "edm": lambda steps: schedule.edm(),
+    "linear_betas": lambda steps: schedules.from_betas(schedules.linear_betas(steps)),
+    "cosine_betas": lambda steps: schedules.from_betas(schedules.cosine_betas(steps)),
+    "linear": lambda steps: schedules.linear(),
+    "cosine": lambda steps: schedules.cosine(),
+    "sigmoid": lambda steps: schedules.sigmoid(),
+    "edm": lambda steps: schedules.edm(),
 }
 
 
-def noise_schedule(config: Any) -> schedule.Schedule:
+def noise_schedule(config: Any) -> schedules.Schedule:
     """The noise schedule that the config chooses.
 
     Raises:
@@ -198,11 +198,11 @@ def noise_schedule(config: Any) -> schedule.Schedule:
 
 
 WEIGHTS = {
-    "simple": loss.one,
-    "v": loss.v_weight,
-    "min_snr": loss.min_snr,
-    "sigmoid": loss.sigmoid_weight,
-    "edm": loss.edm_weight,
+    "simple": losses.one,
+    "v": losses.v_weight,
+    "min_snr": losses.min_snr,
+    "sigmoid": losses.sigmoid_weight,
+    "edm": losses.edm_weight,
 }
 
 

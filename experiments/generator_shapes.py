@@ -146,7 +146,7 @@ What it took, each found with what comes before it:
     a text encoder that reads relations (as today's; see `text_encoder_shapes`), more of them in
     training, and noisier times (`shift` 0.5 instead of 1), for a relation is decided at high noise:
     one shape 91, held out 61, relation 68 (before 94, 49 and 9 after 4,500 steps)
-    words' own features beside those behind the text encoder's blocks (`nn.text.TextEncoder`), more
+    words' own features beside those behind the text encoder's blocks (`TextEncoder`), more
     altered captions of kinds and numbers, and a `shift` of 0.7:  98, 86 and 84, and after a third
     of the steps 55 % of test captions, as many as before at the end
 
@@ -173,7 +173,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.autoencoder import latents
 from ddpm_jax.config import (
     FROM_PARTS,
     MAY_CHANGE,
@@ -198,21 +197,22 @@ from ddpm_jax.config import (
 )  # fmt: skip
 from ddpm_jax.data import shapes
 from ddpm_jax.data.loader import Data
-from ddpm_jax.drawing import Sampling
-from ddpm_jax.generation import Autoregressive, Generator, autoregressive, diffusion
+from ddpm_jax.diffusion.schedules import Spacing, shifted
+from ddpm_jax.experiment.parts import finished, load_part, with_parts
+from ddpm_jax.experiment.preflight import check_sizes
+from ddpm_jax.experiment.run import Loaded, Options, from_data
 from ddpm_jax.metrics.alignment import judge
-from ddpm_jax.nn.codes import CodeTransformer
+from ddpm_jax.nn.code_transformer import CodeTransformer
 from ddpm_jax.nn.dit import DiT
-from ddpm_jax.nn.text import SIZES
+from ddpm_jax.nn.text_encoder import SIZES
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.parts import finished, load_part, with_parts
-from ddpm_jax.preflight import check_sizes
-from ddpm_jax.pretrained import encode, encoded, width_of
-from ddpm_jax.run import Loaded, Options, from_data
-from ddpm_jax.schedule import Spacing, shifted
-from ddpm_jax.tasks import Task
-from ddpm_jax.text_to_image import Parts, Prompts, text_to_image_task
-from ddpm_jax.train import averaged, state_shapes
+from ddpm_jax.task import Task
+from ddpm_jax.tasks.autoencoder import latents
+from ddpm_jax.tasks.generation import Autoregressive, Generator, autoregressive, diffusion
+from ddpm_jax.tasks.image_sampler import Sampling
+from ddpm_jax.tasks.pretrained_text import encode, encoded, width_of
+from ddpm_jax.tasks.text_to_image import Parts, Prompts, text_to_image_task
+from ddpm_jax.training.loop import averaged, state_shapes
 from experiments import autoencoder_shapes, text_encoder_shapes
 from experiments.ddpm_digits import WEIGHTS, Noise, Weight, noise_schedule
 

@@ -30,17 +30,12 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import report
+from ddpm_jax import plots
 from ddpm_jax.config import MAY_CHANGE, Length, SampleSteps, marked
-from ddpm_jax.drawing import Sampling, check_sampling
 from ddpm_jax.errors import UserError
-from ddpm_jax.judge import load_judge, with_judge
-from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
-from ddpm_jax.metrics.quality import WHOLE, quality
-from ddpm_jax.parallel import fetch, is_main
-from ddpm_jax.preflight import check_parts, check_sizes
-from ddpm_jax.progress import print_result
-from ddpm_jax.run import (
+from ddpm_jax.experiment.feature_networks import load_judge, with_judge
+from ddpm_jax.experiment.preflight import check_parts, check_sizes
+from ddpm_jax.experiment.run import (
     Loaded,
     Options,
     from_data,
@@ -50,9 +45,14 @@ from ddpm_jax.run import (
     record_of,
     train_experiment,
 )
-from ddpm_jax.rundir import can_write, write_json
-from ddpm_jax.tasks import Request, to_images
-from ddpm_jax.train import averaged, parameters_used
+from ddpm_jax.metrics.quality import WHOLE, quality
+from ddpm_jax.parallel.sharding import fetch, is_main
+from ddpm_jax.progress import print_result
+from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
+from ddpm_jax.task import Request, to_images
+from ddpm_jax.tasks.image_sampler import Sampling, check_sampling
+from ddpm_jax.training.loop import averaged, parameters_used
+from ddpm_jax.training.run_dir import can_write, write_json
 from experiments import classifier_digits, ddpm_digits
 
 DEBUG = ddpm_digits.DEBUG | dict(steps=3, compare_steps=3, judge="auto", samplers=("ancestral:0",))
@@ -138,7 +138,7 @@ def compare(
     shown_metrics = (fd, "recognised", "nearest_ratio", "deviation")
     rows = []
     for name, metrics in found.items():
-        texts = dict(report.metric_rows(metrics))
+        texts = dict(plots.metric_rows(metrics))
         rows.append((name, "  ".join(f"{m} {texts[m]}" for m in shown_metrics if m in texts)))
     train = to_images(loaded.data.train.some(WHOLE).images, loaded.data.levels)
     of_data = float(train.std(0).mean())
@@ -146,18 +146,18 @@ def compare(
     rows.append(("training set", f"{fd} {of_training}  deviation {of_data:.4g}"))
     if not is_main():
         return
-    print_result(report.table(rows, title))
-    sheet = report.grid(np.concatenate(shown), columns=min(10, model.classes))
+    print_result(plots.table(rows, title))
+    sheet = plots.grid(np.concatenate(shown), columns=min(10, model.classes))
     with can_write(workdir):
-        report.save_png(workdir / "images" / "a_row_each.png", sheet)
+        plots.save_png(workdir / "images" / "a_row_each.png", sheet)
     ddim = {name: metrics for name, metrics in found.items() if name[:4] == "ddim"}
     etas = {float(n.partition(":")[2] or 0): m[fd] for n, m in ddim.items() if fd in m}
     if len(etas) > 1:
         points = np.array(sorted(etas))
         curve = {f"Frechet distance ({judge.name})": np.array([etas[eta] for eta in points])}
-        picture = report.lines(points, curve, "eta of DDIM", title)
+        picture = plots.lines(points, curve, "eta of DDIM", title)
         with can_write(workdir):
-            report.save_png(workdir / "images" / "distance_against_eta.png", picture)
+            plots.save_png(workdir / "images" / "distance_against_eta.png", picture)
     written = {
         "experiment": "noise_in_sampling",
         "data": loaded.data.title,

@@ -60,7 +60,7 @@ import pathlib
 import types
 from typing import Annotated, Any
 
-from ddpm_jax import report
+from ddpm_jax import plots
 from ddpm_jax.config import (
     MAY_CHANGE,
     AtLeast,
@@ -73,10 +73,8 @@ from ddpm_jax.config import (
 )
 from ddpm_jax.data import shapes
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel import is_main
-from ddpm_jax.preflight import check_parts
-from ddpm_jax.progress import print_result
-from ddpm_jax.run import (
+from ddpm_jax.experiment.preflight import check_parts
+from ddpm_jax.experiment.run import (
     Options,
     from_data,
     load_data,
@@ -85,7 +83,9 @@ from ddpm_jax.run import (
     record_of,
     train_experiment,
 )
-from ddpm_jax.rundir import can_write, write_json
+from ddpm_jax.parallel.sharding import is_main
+from ddpm_jax.progress import print_result
+from ddpm_jax.training.run_dir import can_write, write_json
 from experiments import autoencoder_shapes, generator_shapes, text_encoder_shapes
 from experiments.text_encoder_shapes import TextSize
 
@@ -228,7 +228,7 @@ def tell_all(config: Config, workdir: pathlib.Path, found: dict[tuple[str, int],
             )
         )
     title = f"{config.steps} steps each"
-    print_result(report.table(rows, title))
+    print_result(plots.table(rows, title))
     labels = ("share aligned", "Frechet distance (text_encoder)")
     widest, largest = config.channels[-1], config.text_sizes[-1]
     families = {
@@ -236,9 +236,9 @@ def tell_all(config: Config, workdir: pathlib.Path, found: dict[tuple[str, int],
         "generation_models": {f"{c} channels": curve(found[largest, c]) for c in config.channels},
     }
     for name, lines in families.items():
-        picture = report.paths(lines, labels, f"{name.replace('_', ' ')}, {title}")
+        picture = plots.paths(lines, labels, f"{name.replace('_', ' ')}, {title}")
         with can_write(workdir):
-            report.save_png(workdir / "images" / f"{name}.png", picture)
+            plots.save_png(workdir / "images" / f"{name}.png", picture)
     pairs = {f"{size}_{channels}": s["metrics"] for (size, channels), s in found.items()}
     written = {"experiment": "text_encoder_scaling", "steps": config.steps, "pairs": pairs}
     write_json(workdir / "summary.json", written)

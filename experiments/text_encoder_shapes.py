@@ -30,7 +30,7 @@ caption than to the same with one thing wrong, where chance is 50 %:
 
 In the second row 35 % of scenes had a relation and an altered caption turned it in every third of
 them; today 56 %, and in one of four the relation, in as many colours or shapes exchanged.  So the
-convolution over words that are near (`nn.text.Block`) binds colours to shapes, and relations are
+convolution over words that are near (`Block`) binds colours to shapes, and relations are
 read as soon as they are asked for often enough.  Held-out ones of shapes (79) and relations (92)
 are read nearly as well.  (The first row before altered captions of more than three shapes, 3 % of
 them, and those that were true, 1 of 700, were left out, and before kinds and numbers were altered
@@ -52,14 +52,14 @@ from ddpm_jax.config import (
     Training,
     inside,
 )
-from ddpm_jax.contrastive import contrastive_task
 from ddpm_jax.data import shapes
 from ddpm_jax.data.loader import Data
 from ddpm_jax.errors import UserError
-from ddpm_jax.nn.text import SIZES, DualEncoder
+from ddpm_jax.experiment.run import Loaded, Options
+from ddpm_jax.nn.text_encoder import SIZES, DualEncoder
 from ddpm_jax.progress import tell
-from ddpm_jax.run import Loaded, Options
-from ddpm_jax.tasks import Task
+from ddpm_jax.task import Task
+from ddpm_jax.tasks.contrastive import contrastive_task
 
 DEBUG = dict(
     steps=6, eval_every=4, checkpoint_every=4, log_every=2, batch_size=16, text_size="tiny",

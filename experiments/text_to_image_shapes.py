@@ -36,10 +36,8 @@ from ddpm_jax.config import (
     ValidationImages,
     marked,
 )
-from ddpm_jax.parallel import is_main
-from ddpm_jax.preflight import check_parts
-from ddpm_jax.progress import print_result
-from ddpm_jax.run import (
+from ddpm_jax.experiment.preflight import check_parts
+from ddpm_jax.experiment.run import (
     Options,
     from_data,
     load_data,
@@ -48,7 +46,9 @@ from ddpm_jax.run import (
     record_of,
     train_experiment,
 )
-from ddpm_jax.rundir import can_write, write_json
+from ddpm_jax.parallel.sharding import is_main
+from ddpm_jax.progress import print_result
+from ddpm_jax.training.run_dir import can_write, write_json
 from experiments import autoencoder_shapes, generator_shapes, text_encoder_shapes
 from experiments.text_encoder_shapes import TextSize
 

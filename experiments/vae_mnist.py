@@ -35,9 +35,9 @@ from ddpm_jax.config import (
     Training,
     inside,
 )
-from ddpm_jax.nn import likelihood
 from ddpm_jax.nn.vae import VAE
-from ddpm_jax.tasks import Task, vae_task
+from ddpm_jax.task import Task, vae_task
+from ddpm_jax.variational import likelihoods as likelihood
 
 FALLBACK = "digits:28"  # where MNIST cannot be had
 DEBUG = dict(

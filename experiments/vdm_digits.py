@@ -22,9 +22,9 @@ import dataclasses
 from typing import Annotated
 
 from ddpm_jax.config import MAY_CHANGE, EvalTimes, Length, NonNegative, Positive
-from ddpm_jax.guide import guide_of
-from ddpm_jax.tasks import Task
-from ddpm_jax.vdm import vdm_task
+from ddpm_jax.experiment.guidance_models import guide_of
+from ddpm_jax.task import Task
+from ddpm_jax.tasks.vdm import vdm_task
 from experiments import classifier_digits, ddpm_digits
 
 DEBUG = ddpm_digits.DEBUG | dict(

@@ -98,11 +98,12 @@ def samples_of(workdir: pathlib.Path) -> np.ndarray | None:
     """Return float32 [4, H, W, C] in [-1, 1] of a run; None if it does not generate images."""
     import jax.numpy as jnp
 
-    from ddpm_jax import run, train
     from ddpm_jax.errors import UserError
-    from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
-    from ddpm_jax.rundir import read_record
-    from ddpm_jax.tasks import Request
+    from ddpm_jax.experiment import run
+    from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
+    from ddpm_jax.task import Request
+    from ddpm_jax.training import loop as train
+    from ddpm_jax.training.run_dir import read_record
 
     sys.path.insert(0, str(ROOT))
     import importlib
@@ -199,7 +200,7 @@ def machine() -> dict[str, Any]:
 def debug_settings(folder: pathlib.Path) -> Iterator[None]:
     """Sample as `--debug` runs do, with programs compiled in a cache of this script's own."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    from ddpm_jax import run
+    from ddpm_jax.experiment import run
 
     run.set_up_jax(debug=True)
     yield
@@ -231,7 +232,7 @@ def main() -> int:
             print(f"{name}: done", file=sys.stderr)
     if arguments.write:
         RECORD.parent.mkdir(exist_ok=True)
-        from ddpm_jax.rundir import provenance
+        from ddpm_jax.training.run_dir import provenance
 
         record |= {"git_commit": provenance()["git_commit"], "machine": machine()}
         RECORD.write_text(json.dumps(record, indent=1) + "\n")

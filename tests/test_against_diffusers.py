@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import prediction, process, sampler, schedule
+from ddpm_jax.diffusion import prediction, process, samplers, schedules
 from ddpm_jax.nn.unet import UNet
 
 torch = pytest.importorskip("torch")
@@ -42,7 +42,7 @@ def in_float64(scheduler):
     """diffusers' scheduler with a float64 table, and our schedule of the same betas."""
     betas = scheduler.betas.double()
     scheduler.alphas_cumprod = torch.cumprod(1 - betas, 0)
-    return scheduler, schedule.from_betas(betas.numpy())
+    return scheduler, schedules.from_betas(betas.numpy())
 
 
 def timed(made, kind, clip=False):
@@ -85,13 +85,13 @@ def told_the_time(x, t):
 
 @pytest.mark.parametrize(
     ("options", "betas"),
-    [(LINEAR, schedule.linear_betas()), (COSINE, schedule.cosine_betas())],
+    [(LINEAR, schedules.linear_betas()), (COSINE, schedules.cosine_betas())],
     ids=["linear", "cosine"],
 )
 def test_betas_and_alpha_bars_are_diffusers(options, betas):
     scheduler = diffusers.DDPMScheduler(**options)
     np.testing.assert_allclose(betas, scheduler.betas, rtol=1e-6)
-    bars = np.exp(schedule.log_alpha_bars(betas))[1:]
+    bars = np.exp(schedules.log_alpha_bars(betas))[1:]
     # A float32 product of 1000 factors, each of them rounded to 6e-8.
     np.testing.assert_allclose(bars, scheduler.alphas_cumprod, rtol=1e-4)
     _, made = in_float64(scheduler)
@@ -109,10 +109,10 @@ def test_betas_and_alpha_bars_are_diffusers(options, betas):
 )
 def test_a_grid_visits_diffusers_steps(spacing, counts):
     scheduler = diffusers.DDPMScheduler(**LINEAR, timestep_spacing=spacing)
-    made = schedule.from_betas(schedule.linear_betas())
+    made = schedules.from_betas(schedules.linear_betas())
     for steps in counts:
         scheduler.set_timesteps(steps)
-        found = made.time(schedule.grid(made, steps, spacing))
+        found = made.time(schedules.grid(made, steps, spacing))
         np.testing.assert_allclose(found[:-1] * 1000 - 1, scheduler.timesteps, atol=1e-3)
 
 
@@ -136,7 +136,7 @@ def with_sigmas(scheduler, steps):
 def test_a_grid_of_a_solver_is_diffusers(spacing):
     scheduler = diffusers.DPMSolverMultistepScheduler(**LINEAR, **SIGMAS[spacing])
     _, expected = with_sigmas(scheduler, 12)
-    found = schedule.grid(schedule.from_betas(schedule.linear_betas()), 12, spacing)
+    found = schedules.grid(schedules.from_betas(schedules.linear_betas()), 12, spacing)
     # Of a float32 table, whose 1 - alpha_bar is at least 1e-4, rounded to 6e-8.
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
@@ -233,7 +233,9 @@ def test_ancestral_sampling_is_diffusers(variance, theirs, spacing, give_noise):
         found = timed(made, "eps")(xt, logsnr)
         return found._replace(variance_fraction=(jnp.sin(5 * xt) + 1) / 2)
 
-    found = walk(sampler.ancestral(variance), denoise, schedule.grid(made, 10, spacing), x, noises)
+    found = walk(
+        samplers.ancestral(variance), denoise, schedules.grid(made, 10, spacing), x, noises
+    )
     np.testing.assert_allclose(found, walk_theirs(scheduler, answer, x), **FLOAT64)
 
 
@@ -247,7 +249,11 @@ def test_ancestral_sampling_is_diffusers_whatever_the_network_predicts(kind, cli
     x, noises = draw(4, *SHAPE), noises_until_the_end(10)
     give_noise("scheduling_ddpm", noises)
     found = walk(
-        sampler.ancestral(), timed(made, kind, clip), schedule.grid(made, 10, "leading"), x, noises
+        samplers.ancestral(),
+        timed(made, kind, clip),
+        schedules.grid(made, 10, "leading"),
+        x,
+        noises,
     )
     np.testing.assert_allclose(found, walk_theirs(scheduler, told_the_time, x), **FLOAT64)
 
@@ -257,7 +263,7 @@ def test_all_1000_steps_are_diffusers(give_noise):
     x, noises = draw(4, *SHAPE), noises_until_the_end(1000)
     give_noise("scheduling_ddpm", noises)
     denoise = timed(made, "eps", clip=True)
-    found = walk(sampler.ancestral(), denoise, schedule.grid(made, 1000), x, noises)
+    found = walk(samplers.ancestral(), denoise, schedules.grid(made, 1000), x, noises)
     np.testing.assert_allclose(found, walk_theirs(scheduler, told_the_time, x), **FLOAT64)
 
 
@@ -270,7 +276,7 @@ def test_ddim_is_diffusers(eta, clip, spacing, to_one):
     scheduler, made = in_float64(
         diffusers.DDIMScheduler(**LINEAR, timestep_spacing=spacing, clip_sample=clip)
     )
-    grid = schedule.grid(made, 10, spacing)
+    grid = schedules.grid(made, 10, spacing)
     if not to_one:
         scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
         grid = grid.at[-1].set(made.logsnr(1 / 1000))
@@ -284,7 +290,7 @@ def test_ddim_is_diffusers(eta, clip, spacing, to_one):
         eta=[eta] * 10,
         use_clipped_model_output=[True] * 10,
     )
-    found = walk(sampler.ddim(eta), timed(made, "eps", clip), grid, x, noises)
+    found = walk(samplers.ddim(eta), timed(made, "eps", clip), grid, x, noises)
     np.testing.assert_allclose(found, expected, **FLOAT64)
 
 
@@ -320,7 +326,7 @@ def test_a_multistep_solver_is_diffusers(name, spacing, steps):
         return network(torch, x, log_sigma(scheduler))
 
     expected = walk_theirs(scheduler, answer, x, **inputs)
-    found = walk(getattr(sampler, name)(), told_the_noise("v"), logsnrs, x, noises)
+    found = walk(getattr(samplers, name)(), told_the_noise("v"), logsnrs, x, noises)
     np.testing.assert_allclose(found, expected, **(FLOAT64 if name == "unipc" else FLOAT32))
 
 
@@ -332,7 +338,7 @@ def alphas(logsnrs):
 @pytest.mark.parametrize(
     ("kind", "spacing"), [("eps", "trailing"), *(("v", spacing) for spacing in SIGMAS)]
 )
-@pytest.mark.parametrize("one", [sampler.heun(), sampler.edm(8, churn=0.0)], ids=["heun", "edm"])
+@pytest.mark.parametrize("one", [samplers.heun(), samplers.edm(8, churn=0.0)], ids=["heun", "edm"])
 def test_heun_is_diffusers(one, spacing, kind):
     scheduler, logsnrs = with_sigmas(
         diffusers.HeunDiscreteScheduler(**LINEAR, **SIGMAS[spacing], prediction_type=KINDS[kind]), 8
@@ -375,7 +381,7 @@ def test_edms_churn_is_diffusers(churn, give_noise):
     def denoise(xt, logsnr):
         return prediction.read("x0", jnp.asarray(x0), xt, logsnr)
 
-    found = walk(sampler.edm(10, churn, low, high, scale), denoise, logsnrs, x, noises)
+    found = walk(samplers.edm(10, churn, low, high, scale), denoise, logsnrs, x, noises)
     np.testing.assert_allclose(found, np.stack(ys) * alphas(logsnrs[1:]), **FLOAT32)
 
 

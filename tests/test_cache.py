@@ -12,10 +12,10 @@ import pytest
 from conftest import ROOT, user_environment
 from PIL import Image
 
-from ddpm_jax import judge as judges
-from ddpm_jax import pretrained
 from ddpm_jax.data import loader
-from ddpm_jax.run import Loaded, Options, load_data
+from ddpm_jax.experiment import feature_networks as judges
+from ddpm_jax.experiment.run import Loaded, Options, load_data
+from ddpm_jax.tasks import pretrained_text
 from experiments import classifier_digits
 
 NOWHERE = pathlib.Path("/nowhere/at/all")
@@ -206,18 +206,18 @@ def test_features_of_captions_that_cannot_be_used_are_made_again(tmp_path, monke
     def encode(name, texts):
         asked.append(name)
         tokens = np.ones((len(texts), 4, 3), np.float16)
-        return pretrained.Features(tokens, np.ones((len(texts), 4), bool), tokens[:, 0])
+        return pretrained_text.Features(tokens, np.ones((len(texts), 4), bool), tokens[:, 0])
 
-    monkeypatch.setattr(pretrained, "encode", encode)
+    monkeypatch.setattr(pretrained_text, "encode", encode)
     texts = ["a", "b"]
-    pretrained._kept("an encoder", texts)
+    pretrained_text._kept("an encoder", texts)
     for damage in (tear, pathlib.Path.unlink, lambda path: np.save(path, np.ones((1, 4, 3)))):
         (path,) = tmp_path.rglob("*_tokens.npy")
         damage(path)
-        assert pretrained._kept("an encoder", texts).tokens.shape == (2, 4, 3)
+        assert pretrained_text._kept("an encoder", texts).tokens.shape == (2, 4, 3)
         assert "made again" in capfd.readouterr().err
     assert len(asked) == 4
-    assert pretrained._kept("an encoder", texts).tokens.shape == (2, 4, 3)
+    assert pretrained_text._kept("an encoder", texts).tokens.shape == (2, 4, 3)
     assert len(asked) == 4
 
 
@@ -225,6 +225,6 @@ def test_features_are_kept_by_the_files_of_the_encoder(tmp_path, monkeypatch):
     folder = tmp_path / "encoder"
     folder.mkdir()
     (folder / "weights").write_text("one")
-    before = pretrained._version(str(folder))
+    before = pretrained_text._version(str(folder))
     (folder / "weights").write_text("another")  # the folder's own time stays
-    assert pretrained._version(str(folder)) != before
+    assert pretrained_text._version(str(folder)) != before

@@ -10,8 +10,8 @@ from PIL import Image
 
 from ddpm_jax.data import loader
 from ddpm_jax.data.prefetch import prefetch
+from ddpm_jax.data.tokenizer import untokenize
 from ddpm_jax.errors import UserError
-from ddpm_jax.tokens import untokenize
 
 # Order.
 

@@ -13,23 +13,23 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ddpm_jax import elbo, guidance, loss, prediction, process, sampler, schedule
-from ddpm_jax.prediction import Prediction
+from ddpm_jax.diffusion import elbo, guidance, losses, prediction, process, samplers, schedules
+from ddpm_jax.diffusion.prediction import Prediction
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 SCHEDULES = {
-    "linear_betas": lambda: schedule.from_betas(schedule.linear_betas()),
-    "cosine_betas": lambda: schedule.from_betas(schedule.cosine_betas()),
-    "few betas": lambda: schedule.from_betas(np.array([0.1, 0.2, 0.5, 0.9])),
-    "linear": schedule.linear,
-    "cosine": schedule.cosine,
-    "sigmoid": schedule.sigmoid,
-    "sigmoid 0 3 0.3": lambda: schedule.sigmoid(0.0, 3.0, 0.3),
-    "shifted": lambda: schedule.shifted(schedule.cosine(), 0.5),
-    "shifted betas": lambda: schedule.shifted(schedule.from_betas(schedule.linear_betas()), 0.5),
-    "edm": schedule.edm,
-    "learned": lambda: schedule.learned(schedule.learned_init(jax.random.key(0))),
+    "linear_betas": lambda: schedules.from_betas(schedules.linear_betas()),
+    "cosine_betas": lambda: schedules.from_betas(schedules.cosine_betas()),
+    "few betas": lambda: schedules.from_betas(np.array([0.1, 0.2, 0.5, 0.9])),
+    "linear": schedules.linear,
+    "cosine": schedules.cosine,
+    "sigmoid": schedules.sigmoid,
+    "sigmoid 0 3 0.3": lambda: schedules.sigmoid(0.0, 3.0, 0.3),
+    "shifted": lambda: schedules.shifted(schedules.cosine(), 0.5),
+    "shifted betas": lambda: schedules.shifted(schedules.from_betas(schedules.linear_betas()), 0.5),
+    "edm": schedules.edm,
+    "learned": lambda: schedules.learned(schedules.learned_init(jax.random.key(0))),
 }
 
 
@@ -71,10 +71,10 @@ def test_a_continuous_schedule_reaches_its_ends_in_float32(name):
 
 
 def test_linear_betas_are_hos():
-    betas = schedule.linear_betas()
+    betas = schedules.linear_betas()
     assert betas.dtype == np.float64
-    assert np.exp(schedule.log_alpha_bars(betas)[-1]) == pytest.approx(4.0358e-5, rel=1e-4)
-    made = schedule.from_betas(betas)
+    assert np.exp(schedules.log_alpha_bars(betas)[-1]) == pytest.approx(4.0358e-5, rel=1e-4)
+    made = schedules.from_betas(betas)
     two, one = made.logsnr(2 / 1000), made.logsnr(1 / 1000)
     _, variance = process.q_posterior(jnp.zeros(()), jnp.zeros(()), two, one)
     assert variance == pytest.approx(5.4532e-5, rel=1e-4)
@@ -83,7 +83,7 @@ def test_linear_betas_are_hos():
 
 
 def test_a_table_rounds_to_the_nearest_step():
-    made = schedule.from_betas(schedule.linear_betas())
+    made = schedules.from_betas(schedules.linear_betas())
     assert made.logsnr(0.5004) == made.logsnr(0.5)
     assert made.logsnr(0.5006) == made.logsnr(0.501)
     middle = (made.logsnr(0.5) + made.logsnr(0.501)) / 2
@@ -92,15 +92,15 @@ def test_a_table_rounds_to_the_nearest_step():
 
 
 def test_cosine_betas_follow_their_alpha_bar_until_they_are_cut():
-    bars = np.exp(schedule.log_alpha_bars(schedule.cosine_betas()))
+    bars = np.exp(schedules.log_alpha_bars(schedules.cosine_betas()))
     t = np.arange(1000) / 1000
     expected = (np.cos((t + 0.008) / 1.008 * np.pi / 2) / np.cos(0.008 / 1.008 * np.pi / 2)) ** 2
     np.testing.assert_allclose(bars[:-1], expected, rtol=1e-9)
-    assert schedule.cosine_betas().max() == 0.999
+    assert schedules.cosine_betas().max() == 0.999
 
 
 def test_sigmoid_is_its_formula():
-    made = schedule.sigmoid(-3.0, 3.0, 0.9)
+    made = schedules.sigmoid(-3.0, 3.0, 0.9)
     u = np.linspace(-2.5, 2.5, 20)  # the formula's own time, from start to end
     curve = lambda x: 1 / (1 + np.exp(-x / 0.9))  # noqa: E731
     bars = (curve(3) - curve(u)) / (curve(3) - curve(-3))
@@ -109,7 +109,7 @@ def test_sigmoid_is_its_formula():
 
 
 def test_edm_draws_log_sigma_from_its_normal():
-    made = schedule.edm()
+    made = schedules.edm()
     log_sigma = -0.5 * made.logsnr(jnp.linspace(0.0, 1.0, 100_001)[1:-1])
     assert log_sigma.mean() == pytest.approx(-1.2, abs=2e-3)
     assert log_sigma.std() == pytest.approx(1.2, abs=5e-3)
@@ -125,8 +125,8 @@ def test_edm_draws_log_sigma_from_its_normal():
     ],
 )
 def test_a_grid_of_ten_steps_visits_the_steps_of_the_paper(spacing, expected):
-    made = schedule.from_betas(schedule.linear_betas())
-    found = schedule.grid(made, 10, spacing)
+    made = schedules.from_betas(schedules.linear_betas())
+    found = schedules.grid(made, 10, spacing)
     assert found[-1] == jnp.inf
     np.testing.assert_allclose(found[:-1], made.logsnr(jnp.array(expected) / 1000))
 
@@ -140,9 +140,9 @@ def test_a_grid_rises_to_the_clean_data(name, spacing, steps):
     any_schedule = SCHEDULES[name]()
     if any_schedule.steps is not None and steps > any_schedule.steps:
         with pytest.raises(ValueError, match=f"has {any_schedule.steps} steps"):
-            schedule.grid(any_schedule, steps, spacing)
+            schedules.grid(any_schedule, steps, spacing)
         return
-    found = schedule.grid(any_schedule, steps, spacing)
+    found = schedules.grid(any_schedule, steps, spacing)
     assert found.shape == (steps + 1,)
     assert (jnp.diff(found) > 0).all()
     assert jnp.isfinite(found[:-1]).all()
@@ -151,7 +151,7 @@ def test_a_grid_rises_to_the_clean_data(name, spacing, steps):
 
 def test_a_grid_of_no_steps_is_refused():
     with pytest.raises(ValueError, match="at least 1 step"):
-        schedule.grid(schedule.linear(), 0)
+        schedules.grid(schedules.linear(), 0)
 
 
 # The process and its posterior.
@@ -166,9 +166,9 @@ def test_alpha_and_sigma_are_right_at_both_ends():
 
 
 def test_the_posterior_is_hos_beta_form():
-    betas = schedule.linear_betas()
+    betas = schedules.linear_betas()
     bars = np.concatenate([[1], np.cumprod(1 - betas)])
-    made = schedule.from_betas(betas)
+    made = schedules.from_betas(betas)
     x0, xt = jnp.array([0.3, -0.8]), jnp.array([1.1, 0.2])
     for step in (1, 2, 10, 500, 1000):
         beta, bar, before = betas[step - 1], bars[step], bars[step - 1]
@@ -249,7 +249,9 @@ def test_inpainting_ends_at_what_is_known():
     denoise = prediction.inpaint(gaussian(0.2, 0.5), known, mask)
     xT = jax.random.normal(jax.random.key(4), (1, 6))
     keys = jax.random.split(jax.random.key(5), 1)
-    x = sampler.sample(sampler.ancestral(), denoise, schedule.grid(schedule.cosine(), 20), keys, xT)
+    x = samplers.sample(
+        samplers.ancestral(), denoise, schedules.grid(schedules.cosine(), 20), keys, xT
+    )
     chex.assert_trees_all_close(x[0, :3], known[0, :3])
     assert jnp.abs(x[0, 3:] - known[0, 3:]).min() > 1e-3
 
@@ -257,16 +259,16 @@ def test_inpainting_ends_at_what_is_known():
 # Samplers, with exact denoisers.
 
 DETERMINISTIC = {
-    "ddim": (sampler.ddim, 1),
-    "heun": (sampler.heun, 2),
-    "dpmpp_2m": (sampler.dpmpp_2m, 2),
-    "unipc": (sampler.unipc, 3),  # its corrector adds one
+    "ddim": (samplers.ddim, 1),
+    "heun": (samplers.heun, 2),
+    "dpmpp_2m": (samplers.dpmpp_2m, 2),
+    "unipc": (samplers.unipc, 3),  # its corrector adds one
 }
 
 
 def walk(one, denoise, grid, xT, seed=0, **named):
     keys = jax.random.split(jax.random.key(seed), len(xT))
-    return sampler.sample(one, denoise, grid, keys, xT, **named)
+    return samplers.sample(one, denoise, grid, keys, xT, **named)
 
 
 def ode_solution(mean, std, x, logsnr_t, logsnr_s):
@@ -305,11 +307,11 @@ def test_unipc_beats_its_own_predictor():
 
 
 STOCHASTIC = {
-    "ancestral": sampler.ancestral,
-    "ancestral_beta": lambda: sampler.ancestral("beta"),
-    "ddim_eta1": lambda: sampler.ddim(1.0),
-    "dpmpp_2m_sde": sampler.dpmpp_2m_sde,
-    "edm": lambda: sampler.edm(200, noise_scale=1.0),
+    "ancestral": samplers.ancestral,
+    "ancestral_beta": lambda: samplers.ancestral("beta"),
+    "ddim_eta1": lambda: samplers.ddim(1.0),
+    "dpmpp_2m_sde": samplers.dpmpp_2m_sde,
+    "edm": lambda: samplers.edm(200, noise_scale=1.0),
 }
 
 
@@ -317,14 +319,14 @@ STOCHASTIC = {
 def test_a_sampler_recovers_mean_and_variance(name):
     mean, std, count = 0.3, 0.5, 20_000
     make = STOCHASTIC.get(name) or DETERMINISTIC[name][0]
-    grid = schedule.grid(schedule.linear(-9.0, 9.0), 200, "logsnr")
+    grid = schedules.grid(schedules.linear(-9.0, 9.0), 200, "logsnr")
     xT = jax.random.normal(jax.random.key(7), (count, 1))
     x = walk(make(), gaussian(mean, std), grid, xT)
     assert abs(x.mean() - mean) < 4 * std / count**0.5 + 0.003  # + discretisation
     assert abs(x.std() - std) < 4 * std / (2 * count) ** 0.5 + 0.012
 
 
-@pytest.mark.parametrize("name", sampler.SAMPLERS)
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_a_point_mass_is_reached_exactly_without_noise_at_the_end(name):
     point = jnp.array([[0.5, -0.25, 1.0]])
 
@@ -334,13 +336,13 @@ def test_a_point_mass_is_reached_exactly_without_noise_at_the_end(name):
         return Prediction(x0, (xt - alpha * x0) / sigma, jnp.full_like(xt, 0.5))
 
     for steps in (1, 2, 10):
-        grid = schedule.grid(schedule.from_betas(schedule.linear_betas()), steps)
+        grid = schedules.grid(schedules.from_betas(schedules.linear_betas()), steps)
         xT = jax.random.normal(jax.random.key(8), (4, 3))
-        x = walk(sampler.named(name, steps), denoise, grid, xT)
+        x = walk(samplers.named(name, steps), denoise, grid, xT)
         chex.assert_trees_all_close(x, jnp.broadcast_to(point, x.shape), atol=1e-9)
 
 
-@pytest.mark.parametrize("name", sampler.SAMPLERS)
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_the_denoiser_is_never_called_at_clean_data_and_as_often_as_promised(name):
     called = []
 
@@ -348,53 +350,53 @@ def test_the_denoiser_is_never_called_at_clean_data_and_as_often_as_promised(nam
         jax.debug.callback(lambda value: called.append(float(value)), logsnr)
         return gaussian(0.0, 1.0)(xt, logsnr)._replace(variance_fraction=jnp.zeros_like(xt))
 
-    grid = schedule.grid(schedule.cosine(), 6)
-    walk(sampler.named(name, 6), denoise, grid, jnp.ones((2, 1)))
+    grid = schedules.grid(schedules.cosine(), 6)
+    walk(samplers.named(name, 6), denoise, grid, jnp.ones((2, 1)))
     jax.effects_barrier()
     assert np.isfinite(called).all()
     assert len(called) == (11 if name in ("heun", "edm") else 6)
 
 
 def test_ddim_with_eta_1_is_ancestral():
-    grid = schedule.grid(schedule.from_betas(schedule.linear_betas()), 50)
+    grid = schedules.grid(schedules.from_betas(schedules.linear_betas()), 50)
     xT = jax.random.normal(jax.random.key(9), (3, 2))
-    one = walk(sampler.ddim(1.0), gaussian(0.1, 0.4), grid, xT)
-    other = walk(sampler.ancestral(), gaussian(0.1, 0.4), grid, xT)
+    one = walk(samplers.ddim(1.0), gaussian(0.1, 0.4), grid, xT)
+    other = walk(samplers.ancestral(), gaussian(0.1, 0.4), grid, xT)
     chex.assert_trees_all_close(one, other, rtol=1e-9)
 
 
 def test_image_7_of_64_is_image_7_of_8():
-    grid = schedule.grid(schedule.cosine(), 10)
+    grid = schedules.grid(schedules.cosine(), 10)
     xT = jax.random.normal(jax.random.key(10), (64, 2))
     keys = jax.random.split(jax.random.key(11), 64)
-    for make in (sampler.ancestral(), sampler.dpmpp_2m_sde(), sampler.edm(10)):
-        many = sampler.sample(make, gaussian(0.0, 0.5), grid, keys, xT)
-        few = sampler.sample(make, gaussian(0.0, 0.5), grid, keys[:8], xT[:8])
+    for make in (samplers.ancestral(), samplers.dpmpp_2m_sde(), samplers.edm(10)):
+        many = samplers.sample(make, gaussian(0.0, 0.5), grid, keys, xT)
+        few = samplers.sample(make, gaussian(0.0, 0.5), grid, keys[:8], xT[:8])
         chex.assert_trees_all_close(many[7], few[7])
 
 
 def test_a_trace_starts_at_the_noise_and_ends_at_the_image():
-    grid = schedule.grid(schedule.cosine(), 10)
+    grid = schedules.grid(schedules.cosine(), 10)
     xT = jax.random.normal(jax.random.key(12), (3, 2))
-    x, seen = walk(sampler.ddim(), gaussian(0.1, 0.4), grid, xT, trace=True)
+    x, seen = walk(samplers.ddim(), gaussian(0.1, 0.4), grid, xT, trace=True)
     chex.assert_shape(seen, (10, 3, 2))
     chex.assert_trees_all_close(seen.xt[0], xT)
     chex.assert_trees_all_close(seen.x0[-1], x)
 
 
 def test_inverting_ddim_and_walking_back_returns_the_image():
-    grid = schedule.grid(schedule.cosine(-9.0, 9.0), 500, "logsnr")
+    grid = schedules.grid(schedules.cosine(-9.0, 9.0), 500, "logsnr")
     x0 = jnp.array([[0.3, -0.4]])
-    noise = sampler.invert(gaussian(0.1, 0.4), grid, x0)
-    again = walk(sampler.ddim(), gaussian(0.1, 0.4), grid, noise)
+    noise = samplers.invert(gaussian(0.1, 0.4), grid, x0)
+    again = walk(samplers.ddim(), gaussian(0.1, 0.4), grid, noise)
     chex.assert_trees_all_close(again, x0, atol=0.02)
 
 
 def test_slerp_of_two_noises_is_noise():
     a, b = jax.random.normal(jax.random.key(13), (2, 10_000))
-    middle = sampler.slerp(a, b, 0.5)
+    middle = samplers.slerp(a, b, 0.5)
     assert middle.std() == pytest.approx(1.0, abs=0.03)
-    chex.assert_trees_all_close(sampler.slerp(a, b, 0.0), a)
+    chex.assert_trees_all_close(samplers.slerp(a, b, 0.0), a)
 
 
 # Guidance.
@@ -483,7 +485,7 @@ def test_prior_kl_is_the_gaussians():
 @functools.partial(jax.jit, static_argnums=0)
 def bound_of_gaussian(steps, x0, std, t_min=1e-3):
     """sum of L_{t-1} down to t_min, and the continuous bound, with the exact denoiser."""
-    made = schedule.linear(-8.0, 8.0)
+    made = schedules.linear(-8.0, 8.0)
     eps = jnp.asarray(np.random.default_rng(0).normal(size=(4_000,)))
     data = jnp.full_like(eps, x0)
     denoise = gaussian(0.0, std)
@@ -520,7 +522,7 @@ def test_the_discrete_bound_falls_to_the_continuous_one():
 def test_the_continuous_loss_of_the_exact_denoiser_is_a_difference_of_informations():
     """Over Gaussian data the loss is I(x0; x_tmin) - I(x0; x_1) = 1/2 log of the SNRs."""
     std = 0.5
-    made = schedule.linear(-8.0, 8.0)
+    made = schedules.linear(-8.0, 8.0)
     rng = np.random.default_rng(1)
     x0, eps = jnp.asarray(std * rng.normal(size=100_000)), jnp.asarray(rng.normal(size=100_000))
 
@@ -547,39 +549,39 @@ def test_losses_are_one_error_with_different_weights():
     logsnr = jnp.asarray(1.7)
     xt = process.q_sample(x0, eps, logsnr)
     found = prediction.read("eps", wrong, xt, logsnr)
-    mse = loss.simple(found, eps)
+    mse = losses.simple(found, eps)
     v = prediction.write("v", Prediction(x0, eps), logsnr)
     v_hat = prediction.write("v", found, logsnr)
-    assert loss.v_weight(logsnr) * mse == pytest.approx(float(jnp.mean((v - v_hat) ** 2)))
+    assert losses.v_weight(logsnr) * mse == pytest.approx(float(jnp.mean((v - v_hat) ** 2)))
     x0_error = jnp.mean((x0 - found.x0) ** 2)
     assert jnp.exp(-logsnr) * mse == pytest.approx(float(x0_error))
-    assert loss.min_snr(logsnr) * mse == pytest.approx(float(min(np.exp(1.7), 5) * x0_error))
-    assert loss.edm_weight(logsnr, 1.0) == pytest.approx(float(loss.v_weight(logsnr)))
+    assert losses.min_snr(logsnr) * mse == pytest.approx(float(min(np.exp(1.7), 5) * x0_error))
+    assert losses.edm_weight(logsnr, 1.0) == pytest.approx(float(losses.v_weight(logsnr)))
 
 
 def test_a_samplers_name_may_carry_its_number():
-    grid, xT = schedule.grid(SCHEDULES["cosine"](), 5), jnp.ones((2, 1))
+    grid, xT = schedules.grid(SCHEDULES["cosine"](), 5), jnp.ones((2, 1))
     denoise = gaussian(0.3, 0.5)
     for name, same in (
-        ("ddim:0.5", sampler.ddim(0.5)),
-        ("ddim:1", sampler.ancestral()),
-        ("ancestral:0", sampler.ancestral(noise_scale=0.0)),
-        ("edm:10", sampler.edm(5, 10.0)),
+        ("ddim:0.5", samplers.ddim(0.5)),
+        ("ddim:1", samplers.ancestral()),
+        ("ancestral:0", samplers.ancestral(noise_scale=0.0)),
+        ("edm:10", samplers.edm(5, 10.0)),
     ):
-        found = walk(sampler.named(name, 5), denoise, grid, xT)
+        found = walk(samplers.named(name, 5), denoise, grid, xT)
         np.testing.assert_allclose(found, walk(same, denoise, grid, xT), atol=1e-9)
     for wrong in ("heun:1", "ddim:x", "ddim:-1", "ddim:nan"):
         with pytest.raises(ValueError):  # noqa: PT011
-            sampler.named(wrong, 5)
+            samplers.named(wrong, 5)
 
 
 def test_leaving_the_noise_out_loses_variance_and_the_ode_does_not():
     # Data N(0, 0.5^2): the ancestral sampler's steps to their means shrink it towards 0.
-    grid = schedule.grid(SCHEDULES["cosine"](), 200)
+    grid = schedules.grid(SCHEDULES["cosine"](), 200)
     xT = jax.random.normal(jax.random.key(5), (4000, 1))
     denoise = gaussian(0.0, 0.5)
     stds = {
-        name: float(walk(sampler.named(name, 200), denoise, grid, xT).std())
+        name: float(walk(samplers.named(name, 200), denoise, grid, xT).std())
         for name in ("ddim", "ancestral", "ancestral:0")
     }
     assert stds["ddim"] == pytest.approx(0.5, abs=0.03)
@@ -596,7 +598,7 @@ def test_the_hybrid_trains_the_variance_alone_through_its_bound(logsnr_s):
 
     def value(out, fraction, scale):
         found = prediction.read("eps", out, xt, logsnr_t)._replace(variance_fraction=fraction)
-        return loss.hybrid(found, x0, eps, xt, logsnr_t, logsnr_s, least, 1000, 9, scale)
+        return losses.hybrid(found, x0, eps, xt, logsnr_t, logsnr_s, least, 1000, 9, scale)
 
     fraction = jnp.full(9, 0.3)
     gradient = jax.jit(jax.grad(value, (0, 1)), static_argnums=2)
@@ -611,23 +613,23 @@ def test_the_hybrid_trains_the_variance_alone_through_its_bound(logsnr_s):
         log_beta = jnp.log(process.alpha_sigma(logsnr_t)[1] ** 2)
         std = jnp.exp(0.5 * (0.7 * least + 0.3 * log_beta))
         nats = elbo.decoder_nll(found, x0, std, 9)
-    expected = loss.simple(found, eps) + 1e-3 * 1000 * elbo.bits_per_dim(nats, 9)
+    expected = losses.simple(found, eps) + 1e-3 * 1000 * elbo.bits_per_dim(nats, 9)
     assert value(wrong, fraction, 1e-3) == pytest.approx(float(expected))
 
 
 def test_stratified_times_are_uniform_and_even():
     keys = jax.random.split(jax.random.key(16), 64)
-    times = loss.stratified_times(keys, jnp.arange(64), 64)
+    times = losses.stratified_times(keys, jnp.arange(64), 64)
     assert (jnp.floor(times * 64) == jnp.arange(64)).all()
 
 
 def test_importance_sampled_times_follow_the_losses_and_stay_unbiased():
-    history = loss.empty_history(4)
+    history = losses.empty_history(4)
     size = np.array([1.0, 2.0, 3.0, 4.0])
     for _ in range(10):
-        history = jax.jit(loss.record)(history, (np.arange(4) + 0.5) / 4, size)
+        history = jax.jit(losses.record)(history, (np.arange(4) + 0.5) / 4, size)
     keys = jax.random.split(jax.random.key(17), 50_000)
-    times, weights = map(np.asarray, jax.jit(loss.importance_times)(history, keys))
+    times, weights = map(np.asarray, jax.jit(losses.importance_times)(history, keys))
     rows = np.floor(times * 4).astype(int)
     counts = np.bincount(rows, minlength=4) / len(rows)
     np.testing.assert_allclose(counts, size / size.sum(), atol=0.01)
@@ -636,7 +638,7 @@ def test_importance_sampled_times_follow_the_losses_and_stay_unbiased():
 
 
 def test_an_importance_history_is_uniform_until_it_is_full_and_forgets_the_oldest():
-    history = loss.record(loss.empty_history(2, 3), jnp.full(5, 0.1), jnp.arange(5.0))
+    history = losses.record(losses.empty_history(2, 3), jnp.full(5, 0.1), jnp.arange(5.0))
     assert sorted(np.asarray(history.losses[0])) == [2, 3, 4]
-    _, weights = loss.importance_times(history, jax.random.split(jax.random.key(0), 9))
+    _, weights = losses.importance_times(history, jax.random.split(jax.random.key(0), 9))
     chex.assert_trees_all_close(weights, jnp.ones(9))

@@ -5,17 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import guidance
 from ddpm_jax.data.loader import Data, Rows, Split
 from ddpm_jax.data.shapes import Made
-from ddpm_jax.drawing import Sampling, check_start, drawing
+from ddpm_jax.diffusion import guidance
+from ddpm_jax.diffusion.prediction import Prediction
+from ddpm_jax.diffusion.process import alpha_sigma
+from ddpm_jax.diffusion.schedules import cosine, cosine_betas, from_betas, linear_betas
 from ddpm_jax.errors import UserError
-from ddpm_jax.gallery import edits
-from ddpm_jax.parallel import make
-from ddpm_jax.prediction import Prediction
-from ddpm_jax.process import alpha_sigma
-from ddpm_jax.schedule import cosine, cosine_betas, from_betas, linear_betas
-from ddpm_jax.tasks import Request
+from ddpm_jax.parallel.sharding import make
+from ddpm_jax.task import Request
+from ddpm_jax.tasks.image_sampler import Sampling, check_start, drawing
+from ddpm_jax.tasks.sample_figures import edits
 
 STD = 0.1
 SHAPE = (4, 4, 1)

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import report, vae
+from ddpm_jax import plots
 from ddpm_jax.data.loader import Split
-from ddpm_jax.evaluate import average, per_example
-from ddpm_jax.nn import likelihood
-from ddpm_jax.parallel import make
-from ddpm_jax.tasks import importance_weighted
+from ddpm_jax.metrics.averages import average, per_example
+from ddpm_jax.parallel.sharding import make
+from ddpm_jax.task import importance_weighted
+from ddpm_jax.variational import likelihoods as likelihood
+from ddpm_jax.variational import vae
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -50,7 +51,7 @@ def test_importance_weighted_figures_are_the_bounds_of_disjoint_groups():
 
 def test_a_grid_shows_every_image_in_its_place():
     images = np.linspace(-1, 1, 6).reshape(6, 1, 1, 1) * np.ones((1, 4, 4, 1))
-    sheet = report.grid(images, columns=3, side=4)
+    sheet = plots.grid(images, columns=3, side=4)
     assert sheet.shape == (2 * 6 + 2, 3 * 6 + 2, 1)
     found = [sheet[4 + 6 * (i // 3), 4 + 6 * (i % 3), 0] for i in range(6)]
     assert found == list(np.round(np.linspace(0, 255, 6)).astype(np.uint8))

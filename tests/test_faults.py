@@ -17,10 +17,17 @@ from conftest import ROOT, user_environment
 from jax.sharding import NamedSharding, PartitionSpec
 from test_train import COMMAND, end_of, finish, start, steps_of, wait_for
 
-from ddpm_jax import parallel, train
-from ddpm_jax.checkpoint import _check_record, _sum, _sum_here, check_sums, open_checkpoints
 from ddpm_jax.config import restore
 from ddpm_jax.errors import UserError
+from ddpm_jax.parallel import sharding
+from ddpm_jax.training import loop
+from ddpm_jax.training.checkpoint import (
+    _check_record,
+    _sum,
+    _sum_here,
+    check_sums,
+    open_checkpoints,
+)
 from experiments import vae_digits
 
 
@@ -261,7 +268,7 @@ def test_no_file_of_a_run_directory_is_unpickled(stopped, tmp_path, launch):
     """Every file of a checkpoint in turn is a pickle that would run a command."""
     record = json.loads((stopped / "config.json").read_text())
     config = restore(vae_digits.Config, record["config"], stopped)
-    like = parallel.make().like(train.state_shapes(vae_digits.build(config), config))
+    like = sharding.make().like(loop.state_shapes(vae_digits.build(config), config))
     checkpoints = open_checkpoints(stopped / "checkpoints", read_only=True)
     checkpoints.restore(steps_kept(stopped)[-1], like)  # as it is, it is read
     checkpoints.close()

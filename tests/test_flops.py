@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import parallel, train
 from ddpm_jax.config import Training
 from ddpm_jax.data.loader import Batch
-from ddpm_jax.flops import flops
 from ddpm_jax.nn.layers import Conv, attention
-from ddpm_jax.tasks import Evaluation, Task
+from ddpm_jax.parallel import sharding
+from ddpm_jax.parallel.flops import flops
+from ddpm_jax.task import Evaluation, Task
+from ddpm_jax.training import loop as train
 
 
 def count(fn, *shapes):
@@ -68,12 +69,12 @@ def stack_task():
     return Task(init, loss, lambda f, s: f, lambda *_, **__: Evaluation({}, {}), lambda *_: None)
 
 
-@pytest.mark.parametrize("mode", parallel.MODES)
+@pytest.mark.parametrize("mode", sharding.MODES)
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize(("accumulate", "stack"), [(1, 0), (2, 0), (1, 3), (2, 3)])
 def test_a_step_is_counted_alike_in_every_mode(mode, devices, accumulate, stack):
     config = Training(batch_size=16, accumulate=accumulate)
-    spread, task = parallel.make(mode, jax.devices()[:devices]), stack_task()
+    spread, task = sharding.make(mode, jax.devices()[:devices]), stack_task()
     shape = (stack or 1, 16)
     batch = Batch(np.zeros((*shape, 8, 8, 3), np.uint8), np.zeros(shape, np.int32),
                   np.tile(np.arange(16, dtype=np.int32), (shape[0], 1)))  # fmt: skip
@@ -134,6 +135,6 @@ def test_recomputed_blocks_count():
 
 
 def test_what_is_told_of_a_run_is_of_one_step():
-    rate = parallel.utilisation(1e9, {"steps_per_second": 3.0})["flops_per_second_per_device"]
+    rate = sharding.utilisation(1e9, {"steps_per_second": 3.0})["flops_per_second_per_device"]
     assert rate == 3e9
-    assert parallel.utilisation(0.0, {"steps_per_second": 3.0}) == {}
+    assert sharding.utilisation(0.0, {"steps_per_second": 3.0}) == {}

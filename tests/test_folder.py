@@ -14,8 +14,8 @@ from data_sets import pixels, png, write
 
 from ddpm_jax.data import loader
 from ddpm_jax.data.captions import lines_of, read_text
+from ddpm_jax.data.tokenizer import untokenize
 from ddpm_jax.errors import UserError
-from ddpm_jax.tokens import untokenize
 
 
 def images(folder, count, first=0):

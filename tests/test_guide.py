@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, user_environment
 
-from ddpm_jax import guide, run
 from ddpm_jax.data.loader import load
 from ddpm_jax.errors import UserError
+from ddpm_jax.experiment import guidance_models as guide
+from ddpm_jax.experiment import run
+from ddpm_jax.experiment.run import Loaded, Options
 from ddpm_jax.nn.classifier import Classifier
-from ddpm_jax.run import Loaded, Options
-from ddpm_jax.tasks import Request
+from ddpm_jax.task import Request
 from experiments import classifier_digits, ddpm_digits
 
 OPTIONS = Options(debug=True)

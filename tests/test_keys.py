@@ -10,23 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import keys, loss
-from ddpm_jax.classifier import classifier_task
+from ddpm_jax import rng
 from ddpm_jax.data.loader import Batch, Data, Split
-from ddpm_jax.diffusion import diffusion_task
-from ddpm_jax.drawing import Sampling
-from ddpm_jax.keys import SAMPLE, TRAIN, example_keys, purpose_key
-from ddpm_jax.nn import likelihood
+from ddpm_jax.diffusion import losses as loss
+from ddpm_jax.diffusion.schedules import cosine, cosine_betas, from_betas
 from ddpm_jax.nn.classifier import Classifier
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.nn.vae import VAE
-from ddpm_jax.parallel import make
-from ddpm_jax.schedule import cosine, cosine_betas, from_betas
-from ddpm_jax.tasks import Evaluation, Request, vae_task
-from ddpm_jax.vdm import vdm_task
+from ddpm_jax.parallel.sharding import make
+from ddpm_jax.rng import SAMPLE, TRAIN, example_keys, purpose_key
+from ddpm_jax.task import Evaluation, Request, vae_task
+from ddpm_jax.tasks.classifier import classifier_task
+from ddpm_jax.tasks.diffusion import diffusion_task
+from ddpm_jax.tasks.image_sampler import Sampling
+from ddpm_jax.tasks.vdm import vdm_task
+from ddpm_jax.variational import likelihoods as likelihood
 
 DRAWS = ("normal", "uniform", "bernoulli", "randint", "categorical", "bits", "rademacher")
-PACKAGE = str(pathlib.Path(keys.__file__).parent)
+PACKAGE = str(pathlib.Path(rng.__file__).parent)
 SHAPE, LEVELS = (4, 4, 1), 17
 
 
@@ -80,8 +81,8 @@ class Record:
 def record(monkeypatch):
     found = Record()
     found.watch(monkeypatch)
-    monkeypatch.setattr("ddpm_jax.diffusion.show", lambda *rest: Evaluation({}, {}))
-    monkeypatch.setattr("ddpm_jax.vdm.show", lambda *rest: Evaluation({}, {}))
+    monkeypatch.setattr("ddpm_jax.tasks.diffusion.show", lambda *rest: Evaluation({}, {}))
+    monkeypatch.setattr("ddpm_jax.tasks.vdm.show", lambda *rest: Evaluation({}, {}))
     return found
 
 

@@ -5,16 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ddpm_jax import judge as judges
-from ddpm_jax import report
-from ddpm_jax import run as runs
-from ddpm_jax.classifier import Judge
+from ddpm_jax import plots
 from ddpm_jax.data.loader import Data, Split, load
 from ddpm_jax.errors import UserError
+from ddpm_jax.experiment import feature_networks as judges
+from ddpm_jax.experiment import run as runs
+from ddpm_jax.experiment.run import Loaded, Options
 from ddpm_jax.metrics import distances
 from ddpm_jax.metrics.quality import look, quality
-from ddpm_jax.run import Loaded, Options
-from ddpm_jax.tasks import to_images
+from ddpm_jax.task import to_images
+from ddpm_jax.tasks.classifier import Judge
 from experiments import classifier_digits, ddpm_digits
 
 
@@ -358,7 +358,7 @@ def test_a_table_shows_every_metric_with_its_error_and_no_error_alone():
         "test/absolute_error_error": 0.0011, "test/bits_ode": 2.19, "test/bits_ode_error": 0.025,
         "test/bits_ode_numerical_error": 0.0003, "test/prior": 3.0e-9, "test/prior_error": 2e-11,
     }  # fmt: skip
-    assert report.metric_rows(metrics) == [
+    assert plots.metric_rows(metrics) == [
         ("test/fd", "5.73 +- 0.42"),
         ("test/absolute_error", "0.0312 +- 0.0011"),
         ("test/bits_ode", "2.190 +- 0.025"),

@@ -9,39 +9,41 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from ddpm_jax import diffusion, elbo, guidance, loss, prediction, process, sampler, schedule, train
 from ddpm_jax.config import override
 from ddpm_jax.data.loader import Batch
-from ddpm_jax.drawing import Sampling, check_start, drawing
+from ddpm_jax.diffusion import elbo, guidance, losses, prediction, process, samplers, schedules
+from ddpm_jax.diffusion.prediction import Prediction
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluate import spread_times
+from ddpm_jax.metrics.averages import spread_times
 from ddpm_jax.nn.layers import attention
-from ddpm_jax.prediction import Prediction
-from ddpm_jax.tasks import Request
+from ddpm_jax.task import Request
+from ddpm_jax.tasks import diffusion
+from ddpm_jax.tasks.image_sampler import Sampling, check_start, drawing
+from ddpm_jax.training import loop
 from experiments import ddpm_digits, iddpm_cifar10
 
 SPACINGS = ("leading", "trailing", "linspace", "quadratic", "logsnr", "rho7")
 SCHEDULES = {
-    "linear_betas": lambda: schedule.from_betas(schedule.linear_betas()),
-    "cosine_betas": lambda: schedule.from_betas(schedule.cosine_betas()),
-    "linear": schedule.linear,
-    "cosine": schedule.cosine,
-    "sigmoid": schedule.sigmoid,
-    "edm": schedule.edm,
-    "shifted": lambda: schedule.shifted(schedule.cosine(), 0.5),
-    "learned": lambda: schedule.learned(schedule.learned_init(jax.random.key(0))),
+    "linear_betas": lambda: schedules.from_betas(schedules.linear_betas()),
+    "cosine_betas": lambda: schedules.from_betas(schedules.cosine_betas()),
+    "linear": schedules.linear,
+    "cosine": schedules.cosine,
+    "sigmoid": schedules.sigmoid,
+    "edm": schedules.edm,
+    "shifted": lambda: schedules.shifted(schedules.cosine(), 0.5),
+    "learned": lambda: schedules.learned(schedules.learned_init(jax.random.key(0))),
 }
 
 
 # Branches that are not taken.
 
 
-@pytest.mark.parametrize("betas", [schedule.cosine_betas, schedule.linear_betas])
+@pytest.mark.parametrize("betas", [schedules.cosine_betas, schedules.linear_betas])
 @pytest.mark.parametrize("x64", [False, True])
 def test_the_bounds_gradient_at_every_step_is_that_of_the_branch_taken(betas, x64):
     """Finite in float32; in float64, where two programs round alike, equal."""
     with jax.enable_x64(x64):
-        check_gradients(schedule.from_betas(betas(4000)), 4000, x64)
+        check_gradients(schedules.from_betas(betas(4000)), 4000, x64)
 
 
 def check_gradients(made, steps, compare):
@@ -73,7 +75,7 @@ def check_gradients(made, steps, compare):
 
         def vlb(share):
             rest = (x0, xt, logsnr_t, logsnr_s, least, steps)
-            return loss.variance_bound(found(out, share), *rest)
+            return losses.variance_bound(found(out, share), *rest)
 
         of = lambda fn: jax.value_and_grad(fn, (0, 1))(out, share)  # noqa: E731
         return of(bound), of(inner), of(last), jax.value_and_grad(vlb)(share)
@@ -103,7 +105,7 @@ def test_the_decoders_gradient_is_right_however_far_the_prediction_is():
     np.testing.assert_allclose(slopes, apart / std**2, rtol=0.03)
 
 
-@pytest.mark.parametrize("name", sampler.SAMPLERS)
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_a_samplers_result_has_the_gradient_of_its_differences(name):
 
     def drawn(xT, mean):
@@ -114,7 +116,7 @@ def test_a_samplers_result_has_the_gradient_of_its_differences(name):
 
         keys = jax.random.split(jax.random.key(1), 2)
         logsnrs = jnp.array([-6.0, -3.0, 0.0, 2.0, jnp.inf])
-        return sampler.sample(sampler.named(name, 4), denoise, logsnrs, keys, xT).sum()
+        return samplers.sample(samplers.named(name, 4), denoise, logsnrs, keys, xT).sum()
 
     with jax.enable_x64(True):
         xT, mean = jnp.array([[0.3], [-1.2]]), jnp.asarray(0.4)
@@ -180,8 +182,8 @@ def test_the_first_200_gradients_of_iddpm_cifar10_are_finite(optimised):
         images[rng.uniform(size=size) < 0.3] = 255  # pixels at both ends of the range, too
         return Batch(images, np.zeros(size, np.int32), np.arange(size, dtype=np.int32))
 
-    state = train.init_state(task, config, batch(), 0)
-    step = jax.jit(functools.partial(train.train_step, task, config, 0))
+    state = loop.init_state(task, config, batch(), 0)
+    step = jax.jit(functools.partial(loop.train_step, task, config, 0))
     for number in range(200):
         state, metrics = step(state, batch())
         assert np.isfinite(float(metrics["loss"])), number
@@ -203,21 +205,21 @@ def test_a_drawn_time_is_below_1_and_its_step_at_most_the_last(monkeypatch, valu
     ends_of_uniform(monkeypatch, value)
     place = jnp.array([0, size // 2, size - 1], jnp.int32)
     keys = jax.random.split(jax.random.key(0), 3)
-    history = loss.empty_history(4000)
+    history = losses.empty_history(4000)
     drawn = {
-        "stratified": loss.stratified_times(keys, place, size),
-        "uniform": loss.uniform_times(keys, place, size),
-        "importance": loss.importance_times(history, keys)[0],
+        "stratified": losses.stratified_times(keys, place, size),
+        "uniform": losses.uniform_times(keys, place, size),
+        "importance": losses.importance_times(history, keys)[0],
         "spread": spread_times(place, keys, min(size, 100)).ravel(),
     }
     for name, times in drawn.items():
         assert (times >= 0).all(), name
         assert (times < 1).all(), name
         for steps in (3, 50, 1000, 4000, 10_007):
-            number = schedule.step_number(times, steps)
+            number = schedules.step_number(times, steps)
             assert (number >= 1).all()
             assert (number <= steps).all()
-            made = schedule.Schedule(lambda t: t, lambda t: t, steps)
+            made = schedules.Schedule(lambda t: t, lambda t: t, steps)
             assert (diffusion.step_time(made, times) <= 1).all()
     expected = (np.asarray(place) + np.float64(value)) / size
     np.testing.assert_allclose(drawn["stratified"], expected, rtol=2e-7)
@@ -227,9 +229,9 @@ def test_the_stratified_time_that_rounded_to_1_is_below_1():
     """127 + u is 128 in float32 from u = 1 - 2^-18 on."""
     share = jnp.float32([1 - 2.0**-18, 1 - 2.0**-20, 1 - 2.0**-24])
     assert (127 + share == 128).all()
-    times = schedule.within(jnp.int32([127] * 3), share, 128)
+    times = schedules.within(jnp.int32([127] * 3), share, 128)
     assert (times < 1).all()
-    assert (schedule.step_number(times, 4000) == 4000).all()
+    assert (schedules.step_number(times, 4000) == 4000).all()
 
 
 def test_the_times_of_a_million_places_are_uniform():
@@ -255,8 +257,8 @@ def test_the_times_of_a_million_places_are_uniform():
 
 @pytest.mark.parametrize("steps", [21, 50, 100, 1000, 4000])
 def test_linear_betas_end_at_nearly_the_same_noise_with_any_number_of_steps(steps):
-    betas = schedule.linear_betas(steps)
-    end = float(schedule.from_betas(betas).logsnr(1.0))
+    betas = schedules.linear_betas(steps)
+    end = float(schedules.from_betas(betas).logsnr(1.0))
     integral = 1000 * (1e-4 + 0.02) / 2
     # log alpha_bar = sum of log(1 - beta), which is below minus their sum.
     assert -25 < end < -integral + 0.1
@@ -268,14 +270,14 @@ def test_linear_betas_end_at_nearly_the_same_noise_with_any_number_of_steps(step
 def test_linear_betas_of_too_few_steps_are_one_line():
     for steps in (1, 6, 20):
         with pytest.raises(ValueError, match=r"noise_steps must be at least 21$"):
-            schedule.linear_betas(steps)
+            schedules.linear_betas(steps)
     config = ddpm_digits.Config(shape=(8, 8, 1), levels=17, noise="linear_betas", noise_steps=20)
     with pytest.raises(UserError, match=r"^--config.noise_steps=20: .* at least 21$"):
         ddpm_digits.noise_schedule(config)
 
 
 def test_a_schedule_that_does_not_end_in_noise_is_logged_once(capsys):
-    short = schedule.linear(-2.5, 10.0)
+    short = schedules.linear(-2.5, 10.0)
     for made in (short, short, *(SCHEDULES[name]() for name in SCHEDULES if name != "learned")):
         check_start("v", made, Sampling())
     lines = capsys.readouterr().err.splitlines()
@@ -288,7 +290,7 @@ def test_a_sampler_of_few_steps_starts_at_noise_and_its_grid_rises(spacing):
     for name, make in SCHEDULES.items():
         made = make()
         for steps in (1, 2, 3):
-            found = np.asarray(schedule.grid(made, steps, spacing))
+            found = np.asarray(schedules.grid(made, steps, spacing))
             assert found.shape == (steps + 1,), name
             assert found[0] <= max(-5.0, made.logsnr(1.0)), (name, steps)
             assert np.isfinite(found[:-1]).all()
@@ -302,14 +304,14 @@ def test_a_grid_that_starts_at_noise_is_left_alone():
     expected = np.append(made.logsnr(jnp.asarray(times)), np.inf)
     assert expected[0] > -5
     expected[0] = made.logsnr(1.0)
-    np.testing.assert_array_equal(schedule.grid(made, 3, "leading"), expected)
+    np.testing.assert_array_equal(schedules.grid(made, 3, "leading"), expected)
     times = np.array([751, 501, 251, 1]) / 1000
     expected = np.append(made.logsnr(jnp.asarray(times)), np.inf)
-    np.testing.assert_array_equal(schedule.grid(made, 4, "leading"), expected)
+    np.testing.assert_array_equal(schedules.grid(made, 4, "leading"), expected)
 
 
 def test_edms_schedule_ends_at_its_noise_levels_in_float32_and_is_inverted():
-    made = schedule.edm()
+    made = schedules.edm()
     ends = made.logsnr(jnp.array([0.0, 1.0]))
     np.testing.assert_allclose(jnp.exp(-0.5 * ends), [0.002, 80.0], rtol=1e-4)
     np.testing.assert_allclose(made.time(ends), [0.0, 1.0], atol=1e-6)
@@ -318,7 +320,7 @@ def test_edms_schedule_ends_at_its_noise_levels_in_float32_and_is_inverted():
     z = scipy.special.ndtri(low + t * (high - low))
     np.testing.assert_allclose(made.logsnr(jnp.asarray(t)), -2 * (1.2 * z - 1.2), atol=1e-3)
     np.testing.assert_allclose(made.time(made.logsnr(jnp.asarray(t))), t, atol=1e-6)
-    narrow = schedule.edm(lowest=0.5, highest=2.0)
+    narrow = schedules.edm(lowest=0.5, highest=2.0)
     ends = jnp.exp(-0.5 * narrow.logsnr(jnp.array([0.0, 1.0])))
     np.testing.assert_allclose(ends, [0.5, 2.0], rtol=1e-5)
 
@@ -326,12 +328,12 @@ def test_edms_schedule_ends_at_its_noise_levels_in_float32_and_is_inverted():
 @pytest.mark.parametrize("lowest", [-20.0, -10.0, -4.0])
 @pytest.mark.parametrize("highest", [6.0, 20.0])
 def test_cut_schedules_end_where_they_are_cut_in_float32(lowest, highest):
-    for make in (schedule.linear, schedule.cosine, schedule.sigmoid):
+    for make in (schedules.linear, schedules.cosine, schedules.sigmoid):
         made = make(lowest=lowest, highest=highest)
         ends = made.logsnr(jnp.array([0.0, 1.0]))
         np.testing.assert_allclose(ends, [highest, lowest], atol=1e-3)
         np.testing.assert_allclose(made.time(ends), [0, 1], atol=1e-5)
-        moved = schedule.shifted(made, 0.5)
+        moved = schedules.shifted(made, 0.5)
         ends = moved.logsnr(jnp.array([0.0, 1.0]))
         np.testing.assert_allclose(ends, np.array([highest, lowest]) - 2 * np.log(2), atol=1e-3)
 
@@ -339,16 +341,16 @@ def test_cut_schedules_end_where_they_are_cut_in_float32(lowest, highest):
 # Edits.
 
 POINT = jnp.array([0.5, -0.25, 1.0, 0.0]).reshape(2, 2, 1)
-EDIT_SCHEDULE = schedule.from_betas(schedule.cosine_betas())
+EDIT_SCHEDULE = schedules.from_betas(schedules.cosine_betas())
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_the_grid_of_an_edit_rises_from_its_start(spacing):
-    rest = jax.jit(schedule.grid_from)
+    rest = jax.jit(schedules.grid_from)
     for name in ("linear_betas", "cosine_betas", "cosine", "edm"):
         made = SCHEDULES[name]()
         for steps in (1, 2, 3, 4, 5, 20):
-            own = schedule.grid(made, steps, spacing)
+            own = schedules.grid(made, steps, spacing)
             for t in (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
                 start = made.logsnr(jnp.asarray(t))
                 logsnrs, first = rest(own, start)
@@ -362,7 +364,7 @@ def test_the_grid_of_an_edit_rises_from_its_start(spacing):
                 assert len(found) - 2 in (steps_of_own, steps_of_own - 1)
 
 
-@pytest.mark.parametrize("name", sampler.SAMPLERS)
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_an_edit_with_few_steps_visits_rising_logsnr_and_draws_what_the_denoiser_knows(name):
     visited = []
 
@@ -416,8 +418,8 @@ def test_slerp_between_any_two_vectors_is_finite_with_its_gradients():
         "tiny": (1e-15 * a, 1e-15 * b),
         "ordinary": (a, b),
     }
-    value = jax.jit(sampler.slerp)
-    slopes = jax.jit(jax.grad(lambda a, b, s: sampler.slerp(a, b, s).sum(), (0, 1, 2)))
+    value = jax.jit(samplers.slerp)
+    slopes = jax.jit(jax.grad(lambda a, b, s: samplers.slerp(a, b, s).sum(), (0, 1, 2)))
     for name, (first, second) in pairs.items():
         for share in (0.0, 0.3, 1.0):
             found = value(first, second, share)
@@ -454,14 +456,14 @@ def test_slerp_between_any_two_vectors_is_finite_with_its_gradients():
 )
 def test_a_number_that_a_sampler_cannot_take_is_one_line(name):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
-        sampler.named(name, 5)
+        samplers.named(name, 5)
 
     def predict(params, xt, logsnr, labels):
         return Prediction(xt, xt, xt)
 
     def make(name):
         how = Sampling(name, 5)
-        return drawing(predict, lambda params: schedule.cosine(), (2, 2, 1), 0, how, variance=True)
+        return drawing(predict, lambda params: schedules.cosine(), (2, 2, 1), 0, how, variance=True)
 
     with pytest.raises(UserError) as error:
         make(name)
@@ -473,18 +475,18 @@ def test_a_number_that_a_sampler_cannot_take_is_one_line(name):
 
 def test_numbers_out_of_range_are_refused_where_a_sampler_is_made():
     for make in (
-        lambda: sampler.ddim(1.01),
-        lambda: sampler.ddim(-0.01),
-        lambda: sampler.ddim(float("nan")),
-        lambda: sampler.ancestral(noise_scale=1.01),
-        lambda: sampler.edm(5, -1.0),
-        lambda: sampler.edm(5, low=3.0, high=2.0),
-        lambda: sampler.edm(5, noise_scale=float("nan")),
+        lambda: samplers.ddim(1.01),
+        lambda: samplers.ddim(-0.01),
+        lambda: samplers.ddim(float("nan")),
+        lambda: samplers.ancestral(noise_scale=1.01),
+        lambda: samplers.edm(5, -1.0),
+        lambda: samplers.edm(5, low=3.0, high=2.0),
+        lambda: samplers.edm(5, noise_scale=float("nan")),
     ):
         with pytest.raises(ValueError, match="must"):
             make()
     for name in ("ddim:0", "ddim:1", "ancestral:0", "ancestral:1", "edm:0", "edm:80"):
-        sampler.named(name, 5)
+        samplers.named(name, 5)
 
 
 # Attention.

@@ -5,23 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import loss, schedule
-from ddpm_jax.autoencoder import autoencoder_task
-from ddpm_jax.classifier import classifier_task
-from ddpm_jax.contrastive import contrastive_task
 from ddpm_jax.data import loader, shapes
 from ddpm_jax.data.loader import Data, Split
-from ddpm_jax.diffusion import diffusion_task
-from ddpm_jax.drawing import Sampling
+from ddpm_jax.diffusion import losses as loss
+from ddpm_jax.diffusion import schedules
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.classifier import Classifier
 from ddpm_jax.nn.dit import DiT
-from ddpm_jax.nn.likelihood import gaussian
-from ddpm_jax.nn.text import DualEncoder, Size
+from ddpm_jax.nn.text_encoder import DualEncoder, Size
 from ddpm_jax.nn.vae import VAE
-from ddpm_jax.parallel import make
-from ddpm_jax.tasks import Evaluation, vae_task
-from ddpm_jax.vdm import vdm_task
+from ddpm_jax.parallel.sharding import make
+from ddpm_jax.task import Evaluation, vae_task
+from ddpm_jax.tasks.autoencoder import autoencoder_task
+from ddpm_jax.tasks.classifier import classifier_task
+from ddpm_jax.tasks.contrastive import contrastive_task
+from ddpm_jax.tasks.diffusion import diffusion_task
+from ddpm_jax.tasks.image_sampler import Sampling
+from ddpm_jax.tasks.vdm import vdm_task
+from ddpm_jax.variational.likelihoods import gaussian
 
 SIZE, SHAPE, LEVELS, CLASSES = 64, (4, 4, 1), 17, 3
 FAST = Sampling("ddim", 1)
@@ -53,14 +54,14 @@ def vae():
 
 def weighted():
     return diffusion_task(
-        dit(), schedule.cosine(-6.0, 6.0), SHAPE, LEVELS, kind="v", weight=loss.v_weight,
+        dit(), schedules.cosine(-6.0, 6.0), SHAPE, LEVELS, kind="v", weight=loss.v_weight,
         label_dropout=0.0, sampling=FAST, batch_size=16,
     )  # fmt: skip
 
 
 def bounded():
     return diffusion_task(
-        dit(2, 0), schedule.from_betas(np.linspace(1e-4, 0.02, 8)), SHAPE, LEVELS,
+        dit(2, 0), schedules.from_betas(np.linspace(1e-4, 0.02, 8)), SHAPE, LEVELS,
         variance="learned", times="importance", bound_scale=1.0, sampling=FAST, batch_size=16,
     )  # fmt: skip
 
@@ -74,7 +75,7 @@ def variational():
 
 def noisy():
     net = Classifier(CLASSES, (4,), 4, 0.0, True)
-    return classifier_task(net, SHAPE, LEVELS, schedule=schedule.cosine(), eval_batch=64)
+    return classifier_task(net, SHAPE, LEVELS, schedule=schedules.cosine(), eval_batch=64)
 
 
 def clean():

@@ -14,17 +14,17 @@ from conftest import expect_one_line
 from data_sets import png, write
 
 import launch
-from ddpm_jax.classifier import classifier_task, labelled
 from ddpm_jax.data import loader
 from ddpm_jax.data.loader import Batch, Data, Split
-from ddpm_jax.diffusion import diffusion_task
-from ddpm_jax.drawing import Sampling
+from ddpm_jax.diffusion.schedules import cosine
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.classifier import Classifier
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.parallel import make
-from ddpm_jax.schedule import cosine
-from ddpm_jax.vdm import vdm_task
+from ddpm_jax.parallel.sharding import make
+from ddpm_jax.tasks.classifier import classifier_task, labelled
+from ddpm_jax.tasks.diffusion import diffusion_task
+from ddpm_jax.tasks.image_sampler import Sampling
+from ddpm_jax.tasks.vdm import vdm_task
 
 VAE = ("--experiment=vae_digits", "--debug", "--config.steps=2", "--config.hidden=8")
 CLASSIFIER = ("--experiment=classifier_digits", "--debug", "--config.steps=2")

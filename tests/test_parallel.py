@@ -12,18 +12,19 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from ddpm_jax import parallel, train
-from ddpm_jax.checkpoint import open_checkpoints
 from ddpm_jax.config import FROM_PARTS, Training, marked
 from ddpm_jax.data import loader
 from ddpm_jax.data.loader import Batch
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluate import per_example
-from ddpm_jax.keys import SAMPLE, example_keys, purpose_key
-from ddpm_jax.tasks import Evaluation, Request, Task
+from ddpm_jax.metrics.averages import per_example
+from ddpm_jax.parallel import sharding
+from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
+from ddpm_jax.task import Evaluation, Request, Task
+from ddpm_jax.training import loop as train
+from ddpm_jax.training.checkpoint import open_checkpoints
 from experiments import ddpm_digits, vae_digits
 
-MODES = parallel.MODES
+MODES = sharding.MODES
 STEPS, BATCH = 20, 16
 
 
@@ -103,7 +104,7 @@ def start_of(task, config, double):
 def trained(task, config, mode, count, double=True, steps=STEPS):
     """(losses, state) after some steps on `count` devices."""
     with jax.enable_x64(double):
-        spread = parallel.make(mode, jax.devices()[:count])
+        spread = sharding.make(mode, jax.devices()[:count])
         state = spread.place(start_of(task, config, double))
 
         def step(state, batch, **hooks):
@@ -196,9 +197,9 @@ def test_a_loss_that_compares_examples_is_not_taken_in_parts():
 
 def test_a_batch_that_devices_or_parts_do_not_divide_is_refused():
     with pytest.raises(UserError, match="does not divide over 8 devices; give a multiple of 8"):
-        parallel.check_batch(12)
+        sharding.check_batch(12)
     with pytest.raises(UserError, match="8 devices x 3 parts; give a multiple of 24"):
-        parallel.check_batch(16, 3)
+        sharding.check_batch(16, 3)
 
 
 # Where arrays lie.
@@ -229,7 +230,7 @@ def shapes_of(name):
 def test_under_fsdp_each_device_holds_its_share(name):
     shapes = shapes_of(name)
     for count in (2, 4, 8):
-        spread = parallel.make("fsdp", jax.devices()[:count])
+        spread = sharding.make("fsdp", jax.devices()[:count])
         where = spread.shardings(shapes)
         parts = jax.tree.map(lambda a, s: np.prod(s.shard_shape(a.shape)), shapes, where)
         held = sum(jax.tree.leaves(parts))
@@ -253,13 +254,13 @@ def deep(dtype, layers=12, width=256) -> Task:
 
 
 @pytest.mark.skipif(
-    importlib.metadata.version("jaxlib") not in parallel.FRUGAL_VERSIONS,
+    importlib.metadata.version("jaxlib") not in sharding.FRUGAL_VERSIONS,
     reason="XLA for CPUs gathers early in other versions (parallel.py, FRUGAL)",
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_under_fsdp_a_step_never_holds_the_whole_model(dtype):
     """Beside its share, a device holds two layers and their gradient at a time, of 12."""
-    task, spread = deep(dtype), parallel.make("fsdp")
+    task, spread = deep(dtype), sharding.make("fsdp")
     shapes = train.state_shapes(task, CONFIG)
 
     def step(state, batch, **hooks):
@@ -271,17 +272,17 @@ def test_under_fsdp_a_step_never_holds_the_whole_model(dtype):
 
 
 def test_an_array_is_split_over_as_many_devices_as_its_axes_allow():
-    factors, axes = parallel.prime_factors(8), ("a", "b", "c")
+    factors, axes = sharding.prime_factors(8), ("a", "b", "c")
     assert factors == (2, 2, 2)
-    assert parallel.split((500, 20), factors, axes) == jax.P(("a", "b"), "c")
-    assert parallel.split((3, 5), factors, axes) == jax.P(None, None)
-    assert parallel.prime_factors(12) == (3, 2, 2)
-    assert parallel.split((9, 4), (3, 2, 2), axes) == jax.P("a", ("b", "c"))
+    assert sharding.split((500, 20), factors, axes) == jax.P(("a", "b"), "c")
+    assert sharding.split((3, 5), factors, axes) == jax.P(None, None)
+    assert sharding.prime_factors(12) == (3, 2, 2)
+    assert sharding.split((9, 4), (3, 2, 2), axes) == jax.P("a", ("b", "c"))
 
 
 def test_the_state_is_donated_in_every_mode():
     for mode in MODES:
-        spread = parallel.make(mode)
+        spread = sharding.make(mode)
         state = spread.place({"w": jnp.arange(16.0)})
 
         def step(state, batch, **hooks):
@@ -299,12 +300,12 @@ def test_a_checkpoint_of_any_layout_is_restored_into_any_other(tmp_path):
     task = contrastive()
     start = train.init_state(task, CONFIG, batch_of(0), 0)
     for number, (mode, count) in enumerate(LAYOUTS):
-        spread = parallel.make(mode, jax.devices()[:count])
+        spread = sharding.make(mode, jax.devices()[:count])
         checkpoints = open_checkpoints(tmp_path / str(number))
         checkpoints.save(1, spread.place(start), {"window": {}})
         checkpoints.close()
         for mode, count in LAYOUTS:
-            other = parallel.make(mode, jax.devices()[:count])
+            other = sharding.make(mode, jax.devices()[:count])
             checkpoints = open_checkpoints(tmp_path / str(number), read_only=True)
             like = other.like(jax.eval_shape(lambda: start))
             step, found, _ = checkpoints.restore_newest(like)
@@ -320,7 +321,7 @@ def test_a_checkpoint_of_any_layout_is_restored_into_any_other(tmp_path):
 @pytest.mark.parametrize("mode", MODES)
 def test_evaluation_counts_every_example_once_on_any_devices(mode):
     split = loader.Split(np.arange(21, dtype=np.uint8).reshape(21, 1, 1, 1), np.zeros(21, np.int32))
-    spread = parallel.make(mode, jax.devices()[:8])
+    spread = sharding.make(mode, jax.devices()[:8])
 
     @jax.jit
     def fn(batch, keys):
@@ -329,7 +330,7 @@ def test_evaluation_counts_every_example_once_on_any_devices(mode):
 
     found = per_example(fn, split, 5, 0, spread)
     np.testing.assert_array_equal(found["value"], np.arange(21))
-    alone = per_example(fn, split, 5, 0, parallel.make("jit", jax.devices()[:1]))
+    alone = per_example(fn, split, 5, 0, sharding.make("jit", jax.devices()[:1]))
     np.testing.assert_array_equal(found["draw"], alone["draw"])
 
 
@@ -340,9 +341,9 @@ def test_drawn_images_are_the_same_on_eight_devices(mode):
     params = start_of(task, config, False).params
 
     def drawn(mode, count):
-        spread = parallel.make(mode, jax.devices()[:count])
+        spread = sharding.make(mode, jax.devices()[:count])
         keys = example_keys(purpose_key(0, SAMPLE), 0, spread.indices(0, 16))
-        return parallel.fetch(task.sample(spread.place(params), {}, keys, Request(steps=2)))
+        return sharding.fetch(task.sample(spread.place(params), {}, keys, Request(steps=2)))
 
     np.testing.assert_allclose(drawn(mode, 8), drawn("jit", 1), atol=1e-5)
 
@@ -356,7 +357,7 @@ def test_a_whole_evaluation_is_the_same_on_eight_devices(mode):
     params = start_of(task, config, False).params
 
     def evaluated(mode, count):
-        spread = parallel.make(mode, jax.devices()[:count])
+        spread = sharding.make(mode, jax.devices()[:count])
         return task.evaluate(
             spread.place(params), {}, data, split="test", seed=0, full=False, spread=spread
         )

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from ddpm_jax import parallel
 from ddpm_jax.data.loader import Split
-from ddpm_jax.drawing import Sampling, drawing
-from ddpm_jax.evaluate import per_example
-from ddpm_jax.prediction import Prediction
-from ddpm_jax.process import alpha_sigma
-from ddpm_jax.schedule import cosine
-from ddpm_jax.tasks import Request
+from ddpm_jax.diffusion.prediction import Prediction
+from ddpm_jax.diffusion.process import alpha_sigma
+from ddpm_jax.diffusion.schedules import cosine
+from ddpm_jax.metrics.averages import per_example
+from ddpm_jax.parallel import sharding
+from ddpm_jax.task import Request
+from ddpm_jax.tasks.image_sampler import Sampling, drawing
 
 # Where jax compiles: training's programs, whose states' placement is stated; and functions of one
 # array within others: a check sum, which is a scalar, and a matrix within a step.
-COMPILES = {"parallel.py", "train.py", "checkpoint.py", "muon.py"}
+COMPILES = {"sharding.py", "loop.py", "checkpoint.py", "muon.py"}
 COMPILERS = {"jit", "pmap", "pjit", "shard_map", "filter_jit"}
 
 
@@ -39,16 +39,16 @@ def test_only_training_and_the_file_that_knows_devices_compile():
     assert compiling <= COMPILES
 
 
-@pytest.mark.parametrize("mode", parallel.MODES)
+@pytest.mark.parametrize("mode", sharding.MODES)
 @pytest.mark.parametrize("count", [3, 4, 8])
 def test_results_need_not_divide_over_the_devices(mode, count):
-    spread = parallel.make(mode, jax.devices()[:count])
+    spread = sharding.make(mode, jax.devices()[:count])
 
     def some(x):
         return x[:10], jnp.outer(x, jnp.arange(7))[:, 1:], x.sum(), x[None, :5] * jnp.ones((7, 1))
 
     size = spread.round_up(100)
-    found = parallel.fetch(spread.compile(some)(spread.indices(0, size)))
+    found = sharding.fetch(spread.compile(some)(spread.indices(0, size)))
     x = np.arange(size)
     expected = x[:10], np.outer(x, np.arange(1, 7)), x.sum(), np.tile(x[:5], (7, 1))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -80,7 +80,7 @@ PARAMS = {"mean": np.full(SHAPE, 0.25, np.float32)}
 def on(mode, count):
     """(images, trace, inpainted) that `count` devices draw in `mode`."""
     draw, _ = picture()
-    spread = parallel.make(mode, jax.devices()[:count])
+    spread = sharding.make(mode, jax.devices()[:count])
     params = spread.place(PARAMS)
     images, _, trace = draw.many(params, 0, 100, spread)
     keys = jax.random.split(jax.random.key(0), 5)
@@ -88,10 +88,10 @@ def on(mode, count):
     labels = jnp.zeros(5, jnp.int32)
     drawn = draw.sample(params, {}, keys, Request(guidance=2.0), spread)
     edited = draw.edit(params, keys, labels, 0.5, five, five, five, spread=spread)
-    return parallel.fetch((images, trace, drawn, edited))
+    return sharding.fetch((images, trace, drawn, edited))
 
 
-@pytest.mark.parametrize("mode", parallel.MODES)
+@pytest.mark.parametrize("mode", sharding.MODES)
 def test_four_devices_draw_and_trace_what_one_does(mode):
     assert on(mode, 4)[1].xt.shape == (3, 10, *SHAPE)
     for found, expected in zip(*map(jax.tree.leaves, (on(mode, 4), on("jit", 1))), strict=True):
@@ -105,7 +105,7 @@ def test_a_sampler_is_traced_once_for_all_calls_and_scales_of_guidance():
     first = len(traces)
     for scale in (1.5, 3.0, 2.0):
         draw.sample(params, {}, keys, Request(guidance=scale))
-        draw.sample(params, {}, keys, Request(guidance=scale), parallel.placed(params))
+        draw.sample(params, {}, keys, Request(guidance=scale), sharding.placed(params))
     assert len(traces) == first
 
 
@@ -118,15 +118,15 @@ def test_an_evaluation_is_traced_once_however_often_it_is_done():
 
     split = Split(np.ones((10, 2, 2, 1), np.uint8), np.zeros(10, np.int32))
     for scale in (1.0, 2.0, 3.0):
-        spread = parallel.make("jit", jax.devices()[:4])  # made anew, as a judge's is
+        spread = sharding.make("jit", jax.devices()[:4])  # made anew, as a judge's is
         found = per_example(squared, split, 3, 0, spread, np.float32(scale))
         np.testing.assert_array_equal(found["value"], np.full(10, 4 * scale))
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("mode", parallel.MODES)
+@pytest.mark.parametrize("mode", sharding.MODES)
 def test_a_trained_state_lies_on_the_mesh_of_what_is_evaluated(mode):
-    spread = parallel.make(mode, jax.devices()[:4])
+    spread = sharding.make(mode, jax.devices()[:4])
 
     def step(state, batch, reduce, gather, view):
         return state + reduce(batch.mean()), {}
@@ -137,7 +137,7 @@ def test_a_trained_state_lies_on_the_mesh_of_what_is_evaluated(mode):
 
 
 def test_work_stays_spread_where_results_are_whole():
-    spread = parallel.make("jit", jax.devices()[:4])
+    spread = sharding.make("jit", jax.devices()[:4])
     batch = spread.shard(np.ones((8, 16), np.float32))
     program = spread.compile(lambda w, x: jnp.tanh(x @ w)).lower(
         np.ones((16, 32), np.float32), batch
@@ -180,7 +180,7 @@ RUNS = {  # an experiment: flags of its training; (directory, flags) of what is 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", parallel.MODES)
+@pytest.mark.parametrize("mode", sharding.MODES)
 @pytest.mark.parametrize(
     ("experiment", "count"), [*((name, 4) for name in RUNS), ("ddpm_digits", 8)]
 )

@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from ddpm_jax import pretrained
 from ddpm_jax.data import loader
 from ddpm_jax.errors import UserError
+from ddpm_jax.tasks import pretrained_text
 
 TEXTS = ["a red circle", "", "two blue squares above a green triangle"]
 
@@ -31,12 +31,12 @@ def folder(tmp_path_factory):
 
 
 def test_features_do_not_depend_on_the_batch_and_padding_is_none(folder):
-    together = pretrained.encode(folder, TEXTS)
-    assert together.tokens.shape == (3, pretrained.LENGTH, 16)
+    together = pretrained_text.encode(folder, TEXTS)
+    assert together.tokens.shape == (3, pretrained_text.LENGTH, 16)
     assert together.mask.sum(1).tolist() == [5, 0, 9]  # with a token at either end
     assert not together.pooled[1].any()  # of no text nothing is said
     for row, text in enumerate(TEXTS):
-        alone = pretrained.encode(folder, [text])
+        alone = pretrained_text.encode(folder, [text])
         mask = alone.mask[0]
         np.testing.assert_allclose(alone.tokens[0][mask], together.tokens[row][mask], atol=2e-3)
         np.testing.assert_allclose(alone.pooled[0], together.pooled[row], atol=2e-3)
@@ -46,21 +46,21 @@ def test_a_data_sets_captions_are_read_once(folder, monkeypatch):
     data = loader.load("shapes")
     data = loader.with_validation(data, 0)
     data = data._replace(train=data.train.first(20), test=data.test.first(5))
-    found = pretrained.encoded(folder, data)
+    found = pretrained_text.encoded(folder, data)
     rows = np.array([3, 0, 3])
     batch = loader.batch_of(found.train, rows, np.arange(3))
-    assert batch.captions.tokens.shape == (3, pretrained.LENGTH, 16)
+    assert batch.captions.tokens.shape == (3, pretrained_text.LENGTH, 16)
     assert batch.captions.tokens.dtype == np.float32
     np.testing.assert_array_equal(batch.captions.tokens[0], batch.captions.tokens[2])
-    expected = pretrained.encode(folder, [found.train.captions.texts[3]])
+    expected = pretrained_text.encode(folder, [found.train.captions.texts[3]])
     np.testing.assert_allclose(batch.captions.pooled[0], expected.pooled[0], atol=2e-3)
     assert found.test.first(2).captions.texts == found.test.captions.texts[:2]
 
     def never(*_):
         raise AssertionError
 
-    monkeypatch.setattr(pretrained, "encode", never)
-    again = pretrained.encoded(folder, data)
+    monkeypatch.setattr(pretrained_text, "encode", never)
+    again = pretrained_text.encoded(folder, data)
     np.testing.assert_array_equal(again.train.rows(rows).captions.mask, batch.captions.mask)
 
 
@@ -96,8 +96,10 @@ def test_a_generation_model_is_trained_on_it(folder, launch, tmp_path):
 def test_features_are_stacked_as_images_are():
     data = loader.load("shapes")
     train = data.train.first(12)
-    features = pretrained.Features(np.ones((12, 5, 3)), np.ones((12, 5), bool), np.ones((12, 3)))
-    captions = pretrained.Encoded(["a"] * 12, features, np.arange(12))
+    features = pretrained_text.Features(
+        np.ones((12, 5, 3)), np.ones((12, 5), bool), np.ones((12, 3))
+    )
+    captions = pretrained_text.Encoded(["a"] * 12, features, np.arange(12))
     batch = next(loader.training_batches(train._replace(captions=captions), 0, 4, [(0, 2)], 2))
     assert batch.images.shape == (2, 4, *data.shape)
     assert batch.captions.tokens.shape == (2, 4, 5, 3)
@@ -111,16 +113,16 @@ def test_features_are_kept_a_part_at_a_time_and_read_once(monkeypatch):
         asked.extend(texts)
         size = np.array([len(text) for text in texts])
         tokens = np.broadcast_to(size[:, None, None], (len(texts), 4, 3)).astype(np.float16)
-        return pretrained.Features(tokens, np.ones((len(texts), 4), bool), tokens[:, 0])
+        return pretrained_text.Features(tokens, np.ones((len(texts), 4), bool), tokens[:, 0])
 
-    monkeypatch.setattr(pretrained, "encode", encode)
-    monkeypatch.setattr(pretrained, "PART", 2)
+    monkeypatch.setattr(pretrained_text, "encode", encode)
+    monkeypatch.setattr(pretrained_text, "PART", 2)
     data = loader.load("shapes")
     data = data._replace(
         train=data.train.first(5), validation=data.validation.first(2), test=data.test.first(3)
     )
     for _ in range(2):
-        found = pretrained.encoded("an encoder of a test", data).train.captions
+        found = pretrained_text.encoded("an encoder of a test", data).train.captions
         lengths = [len(text) for text in found.texts]
         np.testing.assert_array_equal(found[np.arange(5)].pooled[:, 0], lengths)
     assert len(asked) == len(set(asked)) == 10  # each of the 5, 2 and 3 once
@@ -128,10 +130,10 @@ def test_features_are_kept_a_part_at_a_time_and_read_once(monkeypatch):
 
 def test_an_endless_set_and_a_missing_encoder_are_told_in_one_line(folder):
     with pytest.raises(UserError, match="has no end"):
-        pretrained.encoded(folder, loader.load("shapes"))
+        pretrained_text.encoded(folder, loader.load("shapes"))
     for name in ("/nowhere/at/all", "./nowhere", "a/b/c"):
         with pytest.raises(UserError, match="there is no such folder"):
-            pretrained.load_encoder(name)
+            pretrained_text.load_encoder(name)
 
 
 def test_a_hub_that_does_not_answer_is_one_line_within_five_seconds(monkeypatch, tmp_path):
@@ -145,5 +147,5 @@ def test_a_hub_that_does_not_answer_is_one_line_within_five_seconds(monkeypatch,
         for name in ("google-t5/t5-small", "no name of the hub"):
             begun = time.monotonic()
             with pytest.raises(UserError, match=r"is not in the cache, and the hub .* does not"):
-                pretrained.load_encoder(name)
+                pretrained_text.load_encoder(name)
             assert time.monotonic() - begun < 5

@@ -21,11 +21,12 @@ import pytest
 from conftest import ROOT, expect_one_line, user_environment
 from PIL import Image
 
-from ddpm_jax import report, samples
-from ddpm_jax.checkpoint import check_store, open_checkpoints
+from ddpm_jax import plots
 from ddpm_jax.errors import UserError, printable
-from ddpm_jax.files import draft_of
-from ddpm_jax.rundir import read_record
+from ddpm_jax.experiment import sample_files
+from ddpm_jax.system.files import draft_of
+from ddpm_jax.training.checkpoint import check_store, open_checkpoints
+from ddpm_jax.training.run_dir import read_record
 
 DIGITS = ("--experiment=vae_digits", "--debug")
 
@@ -261,7 +262,7 @@ def test_arrays_of_samples_hold_their_labels(launch_here, ddpm, run, tmp_path):
 
 
 def test_arrays_of_samples_hold_their_prompts(tmp_path):
-    file = samples.SampleFile(tmp_path / "a.npz", ("a red circle", "é"), 2)
+    file = sample_files.SampleFile(tmp_path / "a.npz", ("a red circle", "é"), 2)
     file.add(np.zeros((2, 4, 4, 3), np.float32), None)
     file.add(np.ones((1, 4, 4, 3), np.float32), None)
     file.write()
@@ -302,8 +303,8 @@ def test_training_goes_on_without_a_picture_that_is_not_finite(launch_here, tmp_
 def test_no_value_that_is_not_finite_becomes_a_grey(value):
     images = np.zeros((2, 4, 4, 1), np.float32)
     images[1, 2, 3, 0] = value
-    for make in (report.to_uint8, report.grid, lambda some: report.captioned([("a", some)])):
-        with pytest.raises(report.NonFinite, match="1 of 32 values"):
+    for make in (plots.to_uint8, plots.grid, lambda some: plots.captioned([("a", some)])):
+        with pytest.raises(plots.NonFinite, match="1 of 32 values"):
             make(images)
 
 
@@ -314,17 +315,17 @@ def test_no_value_that_is_not_finite_becomes_a_grey(value):
 )  # fmt: skip
 def test_a_text_of_any_length_is_laid_out_in_under_a_second(text):
     images = np.zeros((8, 16, 16, 3), np.float32)
-    report.captioned([("warm", images)])
+    plots.captioned([("warm", images)])
     start = time.perf_counter()
-    sheet = report.captioned([(text, images)])
+    sheet = plots.captioned([(text, images)])
     assert time.perf_counter() - start < 1
-    assert sheet.shape == report.captioned([("short", images)]).shape
+    assert sheet.shape == plots.captioned([("short", images)]).shape
 
 
 def test_a_long_text_is_cut_where_it_no_longer_fits():
-    fits = report._cut("abcdefghij", 50, lambda text: 5.0 * len(text))
+    fits = plots._cut("abcdefghij", 50, lambda text: 5.0 * len(text))
     assert fits == "abcdefghij"
-    assert report._cut("abcdefghijk", 50, lambda text: 5.0 * len(text)) == "abcdefg..."
+    assert plots._cut("abcdefghijk", 50, lambda text: 5.0 * len(text)) == "abcdefg..."
 
 
 def sampling(*flags, size=100_000):
@@ -360,15 +361,15 @@ def test_samples_are_written_as_they_come_and_progress_is_shown(
     launch_here, run, tmp_path, monkeypatch
 ):
     sizes = []
-    write = samples.SampleFile.write
+    write = sample_files.SampleFile.write
 
     def spied(self):
         write(self)
         with Image.open(tmp_path / "a.png") as image:
             sizes.append((self.size, image.size))
 
-    monkeypatch.setattr(samples, "SECONDS_BETWEEN_WRITES", 0.0)
-    monkeypatch.setattr(samples.SampleFile, "write", spied)
+    monkeypatch.setattr(sample_files, "SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr(sample_files.SampleFile, "write", spied)
     result = launch_here("--mode=sample", "--workdir=run", "--num_samples=300", "--out=a.png")
     assert result.returncode == 0, result.stderr
     assert len(sizes) > 1

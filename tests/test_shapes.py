@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from ddpm_jax.data import loader, shapes
+from ddpm_jax.data.tokenizer import tokenize, untokenize
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics import alignment
-from ddpm_jax.tokens import tokenize, untokenize
 
 
 def picture(index, split="train", only=None, side=32):

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.contrastive import contrastive_nll, contrastive_task
 from ddpm_jax.data import loader, shapes
-from ddpm_jax.nn.codes import CodeTransformer
+from ddpm_jax.data.tokenizer import tokenize
+from ddpm_jax.nn.code_transformer import CodeTransformer
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.layers import Context
-from ddpm_jax.nn.text import LONGEST, SIZES, Block, DualEncoder, TextEncoder, words
+from ddpm_jax.nn.text_encoder import LONGEST, SIZES, Block, DualEncoder, TextEncoder, words
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.tasks import to_images
-from ddpm_jax.tokens import tokenize
+from ddpm_jax.task import to_images
+from ddpm_jax.tasks.contrastive import contrastive_nll, contrastive_task
 
 BRANCHES = ("project", "mlp_2")
 SIZE = SIZES["tiny"]

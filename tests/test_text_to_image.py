@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from test_text import drawn
 
-from ddpm_jax.autoencoder import autoencoder_task, latents
 from ddpm_jax.data import loader
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.layers import Context
-from ddpm_jax.nn.text import SIZES, DualEncoder
-from ddpm_jax.parallel import make
-from ddpm_jax.tasks import Request
-from ddpm_jax.text_to_image import Parts, Prompts, clip_scores, text_to_image_task
+from ddpm_jax.nn.text_encoder import SIZES, DualEncoder
+from ddpm_jax.parallel.sharding import make
+from ddpm_jax.task import Request
+from ddpm_jax.tasks.autoencoder import autoencoder_task, latents
+from ddpm_jax.tasks.text_to_image import Parts, Prompts, clip_scores, text_to_image_task
 from experiments import generator_shapes, text_encoder_scaling, text_to_image_shapes
 
 DATA = loader.load("shapes")

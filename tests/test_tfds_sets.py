@@ -9,8 +9,8 @@ from data_sets import encoded, pixels, png, store
 from PIL import Image
 
 from ddpm_jax.data import loader
+from ddpm_jax.data.tokenizer import untokenize
 from ddpm_jax.errors import UserError
-from ddpm_jax.tokens import untokenize
 
 
 def rows(count, first=0, **features):

@@ -18,16 +18,19 @@ import optax.contrib
 import pytest
 from conftest import ROOT, user_environment
 
-from ddpm_jax import muon, parallel, run, rundir, train
-from ddpm_jax.checkpoint import open_checkpoints
 from ddpm_jax.config import MAY_CHANGE, Training, marked
 from ddpm_jax.data import loader
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.keys import TRAIN, example_keys, purpose_key
-from ddpm_jax.nn import likelihood
+from ddpm_jax.experiment import run
 from ddpm_jax.nn.vae import VAE
-from ddpm_jax.rundir import open_run
-from ddpm_jax.tasks import Evaluation, Request, Task, vae_task
+from ddpm_jax.parallel import sharding
+from ddpm_jax.rng import TRAIN, example_keys, purpose_key
+from ddpm_jax.task import Evaluation, Request, Task, vae_task
+from ddpm_jax.training import loop as train
+from ddpm_jax.training import muon, run_dir
+from ddpm_jax.training.checkpoint import open_checkpoints
+from ddpm_jax.training.run_dir import open_run
+from ddpm_jax.variational import likelihoods as likelihood
 from experiments import vae_digits
 
 
@@ -56,7 +59,7 @@ def fit(config, data, workdir, task=None, seed=0):
     run = open_run(workdir, record, marked(config, MAY_CHANGE))
     checkpoints = open_checkpoints(workdir / "checkpoints")
     try:
-        return train.fit(task, config, data, run, checkpoints, seed, parallel.make())
+        return train.fit(task, config, data, run, checkpoints, seed, sharding.make())
     finally:
         checkpoints.close()
         run.close()
@@ -277,8 +280,8 @@ def test_newton_schulz_in_the_small_matrix_is_optax_s_in_the_whole(shape):
 
 
 def test_a_package_that_is_not_installed_is_recorded_as_none(monkeypatch):
-    monkeypatch.setattr(rundir, "PACKAGES", ("jax", "no-such-package"))
-    versions = rundir.provenance()["versions"]
+    monkeypatch.setattr(run_dir, "PACKAGES", ("jax", "no-such-package"))
+    versions = run_dir.provenance()["versions"]
     assert versions["jax"] == jax.__version__
     assert versions["no-such-package"] is None
 
@@ -388,7 +391,7 @@ def test_what_only_training_reads_is_not_read_for_drawing(tmp_path):
     run.train_experiment(vae_digits, config, tmp_path, run.Options())
     shapes = train.state_shapes(vae_digits.build(config), config)
     checkpoints = open_checkpoints(tmp_path / "checkpoints", read_only=True)
-    whole, _ = checkpoints.restore(4, parallel.make().like(shapes))
+    whole, _ = checkpoints.restore(4, sharding.make().like(shapes))
     checkpoints.close()
     _, state = run.load_state(vae_digits, tmp_path)
     chex.assert_trees_all_equal(train.averaged(state, config), train.averaged(whole, config))

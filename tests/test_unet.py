@@ -10,14 +10,14 @@ import pytest
 from test_text import drawn
 
 from ddpm_jax.data.loader import Batch
-from ddpm_jax.diffusion import diffusion_task, noise_levels
-from ddpm_jax.drawing import Sampling
+from ddpm_jax.diffusion.schedules import cosine, from_betas, linear_betas
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.layers import Dropout, attention, fold, grid_embedding, time_embedding, unfold
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.schedule import cosine, from_betas, linear_betas
-from ddpm_jax.tasks import Request
+from ddpm_jax.task import Request
+from ddpm_jax.tasks.diffusion import diffusion_task, noise_levels
+from ddpm_jax.tasks.image_sampler import Sampling
 
 
 def count(net, shape, **inputs):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ddpm_jax import bayes, vae
+from ddpm_jax.variational import bayes, vae
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import scipy.special
 
-from ddpm_jax import elbo, ode, process
-from ddpm_jax import schedule as schedules
 from ddpm_jax.data.loader import Batch, Data, Split
-from ddpm_jax.drawing import Sampling
+from ddpm_jax.diffusion import elbo, probability_flow, process, schedules
+from ddpm_jax.diffusion.prediction import Prediction, write
 from ddpm_jax.nn.dit import DiT
-from ddpm_jax.parallel import make
-from ddpm_jax.prediction import Prediction, write
-from ddpm_jax.tasks import Evaluation
-from ddpm_jax.vdm import rounding_nll, vdm_task
+from ddpm_jax.parallel.sharding import make
+from ddpm_jax.task import Evaluation
+from ddpm_jax.tasks.image_sampler import Sampling
+from ddpm_jax.tasks.vdm import rounding_nll, vdm_task
 
 
 def gaussian(mean, std):
@@ -43,7 +42,7 @@ def test_the_odes_likelihood_of_a_gaussian_is_exact():
     alpha, sigma = process.alpha_sigma(clean)
     x = jax.random.normal(jax.random.key(0), (5, 2, 1))
     probe = jnp.sign(jax.random.normal(jax.random.key(1), x.shape))
-    found, calls = ode.log_density(gaussian(mean, std), x, probe, clean, noisy, 1e-8)
+    found, calls = probability_flow.log_density(gaussian(mean, std), x, probe, clean, noisy, 1e-8)
     # A diagonal Jacobian: Hutchinson's estimate has no variance.
     expected = log_normal(x, alpha * mean, alpha**2 * std**2 + sigma**2)
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -65,7 +64,7 @@ def test_hutchinsons_estimate_is_unbiased_where_the_jacobian_is_not_diagonal():
     size = 400
     x = jnp.tile(jnp.array([[0.3, -0.8]]), (size, 1))
     probe = jnp.sign(jax.random.normal(jax.random.key(0), (size, 2)))
-    found, _ = ode.log_density(denoise, x, probe, clean, noisy, 1e-6)
+    found, _ = probability_flow.log_density(denoise, x, probe, clean, noisy, 1e-6)
     alpha, sigma = process.alpha_sigma(clean)
     total = alpha**2 * covariance + sigma**2 * np.eye(2)
     expected = -0.5 * x[0] @ np.linalg.solve(total, x[0])
@@ -105,7 +104,7 @@ def test_the_three_routes_agree_with_the_closed_form_on_a_gaussian():
     continuous = prior + jax.jit(jax.vmap(at))(keys, x0)
     discrete = prior + jax.jit(jax.vmap(lambda key, x: at(key, x, 2000)))(keys, x0)
     probe = jnp.ones((size, 1))
-    log_p, _ = ode.log_density(denoise, z0[:, None], probe, clean, noisy, 1e-6)
+    log_p, _ = probability_flow.log_density(denoise, z0[:, None], probe, clean, noisy, 1e-6)
     log_q = -0.5 * (eps**2 + jnp.log(2 * jnp.pi * sigma**2))
     for nats in (continuous, discrete, log_q - log_p):
         error = nats.std() / size**0.5
@@ -175,8 +174,13 @@ def test_the_odes_likelihood_of_a_known_discrete_model_is_within_its_numerical_e
     x0, eps = LEVELS[rng.choice(17, (40, 64), p=SHARES)], rng.normal(size=(40, 64))
     z0 = np.float32(alpha * x0 + sigma * eps)
     z, probe = jnp.asarray(z0), jnp.asarray(np.sign(rng.normal(size=z0.shape)), jnp.float32)
-    solve = jax.jit(lambda tol: ode.log_density(grey_denoiser, z, probe, clean, noisy, tol)[0])
-    found, loose = (np.asarray(solve(t), np.float64) for t in (ode.TOLERANCE, 10 * ode.TOLERANCE))
+    solve = jax.jit(
+        lambda tol: probability_flow.log_density(grey_denoiser, z, probe, clean, noisy, tol)[0]
+    )
+    found, loose = (
+        np.asarray(solve(t), np.float64)
+        for t in (probability_flow.TOLERANCE, 10 * probability_flow.TOLERANCE)
+    )
     log_normal = -0.5 * ((z0[..., None] - alpha * LEVELS) / sigma) ** 2
     log_normal -= 0.5 * np.log(2 * np.pi * sigma**2)
     exact = scipy.special.logsumexp(np.log(SHARES) + log_normal, -1).sum(-1)
@@ -188,7 +192,7 @@ def test_the_odes_likelihood_of_a_known_discrete_model_is_within_its_numerical_e
 
 @pytest.mark.slow  # 7 s: the solver calls the network in many places
 def test_the_task_states_the_known_bits_of_a_discrete_model_by_every_route(monkeypatch):
-    monkeypatch.setattr("ddpm_jax.vdm.show", lambda *arguments: Evaluation({}, {}))
+    monkeypatch.setattr("ddpm_jax.tasks.vdm.show", lambda *arguments: Evaluation({}, {}))
     images = np.random.default_rng(0).choice(17, (200, 4, 4, 1), p=SHARES).astype(np.uint8)
     split = Split(images, np.zeros(200, np.int32))
     data = Data("grey", "grey", split, split, 17, (), "x")

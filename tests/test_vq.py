@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import vq
-from ddpm_jax.autoencoder import autoencoder_task, latents
 from ddpm_jax.data import loader
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics.reconstruction import psnr, ssim
 from ddpm_jax.nn.autoencoder import Autoencoder
-from ddpm_jax.tasks import to_images
+from ddpm_jax.task import to_images
+from ddpm_jax.tasks.autoencoder import autoencoder_task, latents
+from ddpm_jax.variational import vq
 
 
 def test_the_nearest_code_is_the_nearest(x64):

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ddpm_jax.data.tokenizer import fitting, tokenize
 from ddpm_jax.errors import UserError
-from ddpm_jax.tokens import fitting, tokenize
 
 ENDLESS = 2**31 - 1  # examples of a set that is drawn as it is asked for
 VALIDATION_SHARE = 10  # one training image in so many becomes a validation image, and at most
@@ -38,7 +38,7 @@ NO_SOURCES = {"__init__", "captions", "images", "loader", "prefetch", "tfds"}
 class Split(NamedTuple):
     """Images [N, H, W, C], uint8 in 0 ... levels - 1, and labels [N], int32 (-1: none).
 
-    captions: as tokens [N, L] (`ddpm_jax/tokens.py`), if there are any.
+    captions: as tokens [N, L] (`ddpm_jax/data/tokenizer.py`), if there are any.
     Arrays, or what is indexed as they are and makes its rows when it is asked for them.
     """
 

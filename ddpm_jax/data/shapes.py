@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddpm_jax.data.loader import ENDLESS, SPLITS, Data, Split
+from ddpm_jax.data.tokenizer import tokenize
 from ddpm_jax.errors import UserError
-from ddpm_jax.tokens import tokenize
 
 SIDES = (32, 64)
 LENGTH = 96  # bytes of a caption, at most

@@ -40,7 +40,7 @@ from ddpm_jax.data.loader import (
     usable_captions,
 )
 from ddpm_jax.errors import UserError, nearest, printable
-from ddpm_jax.terminal import print_error
+from ddpm_jax.system.terminal import print_error
 
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 PREPARED_HERE = ("mnist", "fashion_mnist", "cifar10")

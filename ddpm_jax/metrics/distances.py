@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from ddpm_jax.evaluate import average
+from ddpm_jax.metrics.averages import average
 
 CHUNK = 1000  # rows of a matrix of distances held at once
 GROUPS = 20  # random parts of a set, for standard errors

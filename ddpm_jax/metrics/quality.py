@@ -6,10 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from ddpm_jax import report
-from ddpm_jax.classifier import Judge
+from ddpm_jax import plots
 from ddpm_jax.data.loader import Data, Split
-from ddpm_jax.evaluate import averages, figures
+from ddpm_jax.metrics.averages import averages, figures
 from ddpm_jax.metrics.distances import (
     RANK,
     Grouped,
@@ -26,7 +25,8 @@ from ddpm_jax.metrics.distances import (
     share_error,
 )
 from ddpm_jax.progress import tell
-from ddpm_jax.tasks import to_images
+from ddpm_jax.task import to_images
+from ddpm_jax.tasks.classifier import Judge
 
 WHOLE = 100_000  # images of a training set that are looked at, at the most: an endless one's
 CHUNK = 1000  # images that are looked at, and added to the moments, at once
@@ -37,7 +37,7 @@ class Quality(NamedTuple):
     """Figures by name, and a picture of drawn images beside their nearest training images."""
 
     metrics: dict[str, float]
-    neighbours: np.ndarray | report.NonFinite | None
+    neighbours: np.ndarray | plots.NonFinite | None
 
 
 class Seen(NamedTuple):
@@ -165,7 +165,7 @@ def quality(
 
 def neighbours(
     drawn: Float[np.ndarray, "n h w c"], data: Data, split: str = "test"
-) -> tuple[dict[str, float], np.ndarray | report.NonFinite]:
+) -> tuple[dict[str, float], np.ndarray | plots.NonFinite]:
     """How far drawn images are, in pixels, from the nearest training ones, and a sheet of both.
 
     The median distance, and its ratio to that of held-out images: under 1 is memorising.  The ratio
@@ -185,7 +185,7 @@ def neighbours(
     if ratio is not None:
         metrics |= figures("nearest_ratio", ratio)
     shown = np.concatenate(rows) if rows else drawn
-    return metrics, report.attempt(report.grid, shown, columns=10)
+    return metrics, plots.attempt(plots.grid, shown, columns=10)
 
 
 def _of(name: str, distance: Jackknife) -> dict[str, float]:

@@ -17,7 +17,7 @@ from ddpm_jax.nn.layers import (
     layer_norm,
     unfold,
 )
-from ddpm_jax.nn.text import check_width, refined
+from ddpm_jax.nn.text_encoder import check_width, refined
 
 
 class DiT(nn.Module):
@@ -33,7 +33,7 @@ class DiT(nn.Module):
       heads: of the attention.
       dropout: rate behind each block's two branches, in training.
       classes: how many; label `classes` is "no class". 0: unconditional.
-      refine: blocks of its own that read a caption's features (`nn.text.Refiner`); 0: none.
+      refine: blocks of its own that read a caption's features (`nn.text_encoder.Refiner`); 0: none.
       dtype: of the computation; norms, softmax, time embedding and output stay float32.
       remat: compute a block's inside again in the backward pass instead of keeping it.
     """

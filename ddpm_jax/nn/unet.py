@@ -20,7 +20,7 @@ from ddpm_jax.nn.layers import (
     group_norm,
     unfold,
 )
-from ddpm_jax.nn.text import refined
+from ddpm_jax.nn.text_encoder import refined
 
 
 def _init(scale: float) -> Callable[..., Any]:
@@ -44,7 +44,7 @@ class UNet(nn.Module):
       head_channels: channels of a head; 0: one head.
       dropout: rate, in training.
       classes: how many; label `classes` is "no class". 0: unconditional.
-      refine: blocks of its own that read a caption's features (`nn.text.Refiner`); 0: none.
+      refine: blocks of its own that read a caption's features (`nn.text_encoder.Refiner`); 0: none.
       scale_shift: time scales and shifts after the norm (Nichol & Dhariwal 2021) instead of
         being added before it.
       dtype: of the computation; norms' statistics, softmax, time embedding and output stay

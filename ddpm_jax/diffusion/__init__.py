@@ -1,0 +1,1 @@
+"""The maths of diffusion: schedules, losses, bounds, samplers and guidance."""

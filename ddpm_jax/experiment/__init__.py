@@ -1,0 +1,1 @@
+"""Train, evaluate and sample one experiment."""

@@ -1,0 +1,56 @@
+"""The transformer of an autoregressive generation model: codes under a caption."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ddpm_jax.nn.layers import Context
+from ddpm_jax.nn.text_encoder import Block, check_width, refined
+
+
+class CodeTransformer(nn.Module):
+    """Codes [B, N] -> logits [B, N, codes]: those at i are of code i, given the codes before it.
+
+    Attributes:
+      codes: how many there are.
+      width, depth, heads: of the transformer.
+      refine: blocks of its own that read a caption's features (`nn.text_encoder.Refiner`); 0: none.
+      dropout: rate behind each branch, in training.
+      dtype: of the computation; norms, softmax and logits stay float32.
+    """
+
+    codes: int
+    width: int = 192
+    depth: int = 6
+    heads: int = 6
+    refine: int = 0
+    dropout: float = 0.0
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        codes: Int[Array, "batch places"],
+        context: Context,
+        keys: Key[Array, "batch"] | None = None,
+    ) -> Float[Array, "batch places codes"]:
+        """The logits; `keys` are the dropout's, None outside training."""
+        context = refined(context, len(codes), self.width, self.refine, self.heads, self.dtype)
+        normal = nn.initializers.normal(0.02)
+        # Number `codes` stands before the first.
+        before = jnp.pad(codes[:, :-1], ((0, 0), (1, 0)), constant_values=self.codes)
+        x = nn.Embed(self.codes + 1, self.width, embedding_init=normal, name="codes")(before)
+        x += self.param("places", normal, x.shape[1:])
+        x += nn.Dense(self.width, name="pooled")(context.pooled)[:, None]
+        x = x.astype(self.dtype or x.dtype)
+        for number in range(self.depth):
+            block = Block(self.heads, True, self.dropout, self.dtype, name=f"block_{number}")
+            x = block(x, None, context, keys)
+        x = nn.LayerNorm(epsilon=1e-6, name="norm_out")(x.astype(jnp.float32))
+        return nn.Dense(self.codes, kernel_init=nn.initializers.zeros, name="out")(x)
+
+    def check(self) -> None:
+        """Raises UserError unless the network can be built."""
+        check_width(self.width, self.heads)

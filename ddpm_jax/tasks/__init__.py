@@ -1,0 +1,1 @@
+"""One file per task, and the sampling of images that they share."""

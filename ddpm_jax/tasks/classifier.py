@@ -1,0 +1,201 @@
+"""The classifier's task, and the judge that a trained one makes of other models' images."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ddpm_jax import plots
+from ddpm_jax.data.loader import Batch, Data
+from ddpm_jax.diffusion import guidance
+from ddpm_jax.diffusion.process import q_sample
+from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.errors import UserError
+from ddpm_jax.metrics.averages import averages, per_example, spread_times
+from ddpm_jax.nn.classifier import Classifier
+from ddpm_jax.parallel.sharding import fetch, placed
+from ddpm_jax.progress import tell
+from ddpm_jax.task import Evaluation, Task, to_images
+
+NOISE_LEVELS = 10  # of the table of a noisy classifier's accuracies
+
+
+class Judge(NamedTuple):
+    """A trained classifier: `see` maps images [N, H, W, C] in [-1, 1] to (features, log p(y|x)).
+
+    `name` is what a distance in its features is called after; `about` says which network it is.
+    """
+
+    name: str
+    see: Callable[[Any], tuple[np.ndarray, np.ndarray]]
+    about: str = ""
+
+
+def classifier_task(
+    net: Classifier,
+    shape: tuple[int, int, int],
+    levels: int,
+    *,
+    shift: int = 0,
+    schedule: Schedule | None = None,
+    eval_batch: int = 500,
+) -> Task:
+    """Cross-entropy of the labels.
+
+    With a schedule it is of p(y | x_t), t uniform, and guides what diffusion models draw
+    (Dhariwal & Nichol 2021, sec. 4); the figures are then means over t.
+
+    Args:
+      shape, levels: of the images.
+      shift: training images are moved by up to so many pixels either way.
+      schedule: of the noise that images get, where the network is a noisy one.
+
+    Raises:
+      UserError: the data set has no labels.
+    """
+    if not net.classes:
+        raise UserError("a classifier needs a data set with labels")
+    if net.noisy != (schedule is not None):
+        raise ValueError("a noisy classifier needs a schedule, and only a noisy one does")
+
+    def init(key, batch: Batch):
+        return net.init(key, to_images(batch.images[:1], levels)), {}
+
+    def moved(key, image):
+        high, width = image.shape[:2]
+        padded = jnp.pad(image, ((shift, shift), (shift, shift), (0, 0)), mode="edge")
+        row, column = jax.random.randint(key, (2,), 0, 2 * shift + 1)
+        return jax.lax.dynamic_slice(padded, (row, column, 0), (high, width, image.shape[2]))
+
+    def nll_of(logits, labels):
+        """Of each image; 0 of one without a class, which `labelled` leaves out beforehand."""
+        place = jnp.maximum(labels, 0)[:, None]
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), place, 1)[:, 0]
+        return jnp.where(labels < 0, 0.0, nll)
+
+    def noised(x0, keys, t):
+        assert schedule is not None
+        eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(keys)
+        return jax.vmap(q_sample)(x0, eps, schedule.logsnr(t))
+
+    def loss(params, fixed, batch, keys, *, train, gather):
+        del fixed, gather
+        split = jax.vmap(lambda key: jax.random.split(key, 4 if schedule else 2))(keys)
+        shift_keys, drop_keys, *noise_keys = jnp.moveaxis(split, 1, 0)
+        images, t = batch.images, None
+        if train and shift:
+            images = jax.vmap(moved)(shift_keys, images)
+        x = to_images(images, levels)
+        if schedule:
+            t = jax.vmap(jax.random.uniform)(noise_keys[0])
+            x = noised(x, noise_keys[1], t)
+        logits, _ = net.apply(params, x, drop_keys if train else None, t)
+        right = (logits.argmax(-1) == batch.labels).astype(jnp.float32)
+        return nll_of(logits, batch.labels), {"accuracy": right}, {}
+
+    def judged(params, batch, keys):
+        """Of each image and, if noisy, of a time in each tenth of [0, 1]: [B, times]."""
+        x0 = to_images(batch.images, levels)
+        t_keys, eps_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        times = spread_times(batch.index, t_keys, NOISE_LEVELS) if schedule else None
+
+        def at(number):
+            x, t = x0, None
+            if times is not None:
+                t = times[:, number]
+                x = noised(x0, jax.vmap(lambda key: jax.random.fold_in(key, number))(eps_keys), t)
+            logits: Any = net.apply(params, x, None, t)[0]
+            return nll_of(logits, batch.labels), logits.argmax(-1) == batch.labels
+
+        nll, right = jax.lax.map(at, jnp.arange(NOISE_LEVELS if schedule else 1))
+        return {"nll": nll.T, "right": right.T}
+
+    def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
+        held_out = data.part(split)
+        found = per_example(judged, held_out, eval_batch, seed, spread, params)
+        metrics = averages({"loss": found["nll"], "accuracy": found["right"]})
+        worst = np.argsort(-found["nll"].mean(1))[:40]
+        images = to_images(held_out.rows(np.sort(worst)).images, levels)
+        pictures: dict[str, Any] = {"hardest": plots.grid(images, columns=10)}
+        if schedule:
+            t, shares = np.arange(NOISE_LEVELS) / NOISE_LEVELS, found["right"].mean(0)
+            names = [f"accuracy_t_{level:.1f}" for level in t]
+            metrics |= averages(dict(zip(names, found["right"].T, strict=True)))
+            pictures["levels"] = plots.lines(t, {"accuracy": shares}, "t", "By noise level")
+        return Evaluation(metrics, pictures)
+
+    def sample(params, fixed, keys, request, spread=None):
+        raise UserError("a classifier draws no images; --mode=eval evaluates it")
+
+    def guided(params, denoise, labels, scale):
+        assert schedule is not None
+
+        def log_likelihood(xt, logsnr):
+            t = jnp.clip(schedule.time(logsnr), 0, 1)
+            logits: Any = net.apply(params, xt, None, jnp.full(len(xt), t))[0]
+            nll = nll_of(logits, jnp.minimum(labels, net.classes - 1))
+            return jnp.where(labels < net.classes, -nll, 0.0)  # "no class" pulls nowhere
+
+        return guidance.classifier(denoise, log_likelihood, scale)
+
+    guide = guidance.Guide("classifier", guided, shape, net.classes) if schedule else None
+    return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample, guide)
+
+
+def labelled(data: Data) -> Data:
+    """Leave out the images without a class, from which a classifier learns nothing, and log it.
+
+    Raises:
+      UserError: a split has no others.
+    """
+    parts: dict[str, Any] = {}
+    skipped = []
+    for split in ("train", "validation", "test"):
+        part = getattr(data, split)
+        if part is None:
+            continue
+        labels = np.asarray(part.labels)
+        kept = np.flatnonzero(labels >= 0)
+        if not len(kept):
+            raise UserError(
+                f"none of the {len(labels)} {split} images of {data.title} has a class; a "
+                "classifier needs some, in sub-folders that are named after their classes"
+            )
+        if len(kept) < len(labels):
+            skipped.append(f"{len(labels) - len(kept)} {split}")
+            parts[split] = part.subset(kept)
+    if skipped:
+        tell(f"{data.title}: skipped {' and '.join(skipped)} images that have no class")
+    return data._replace(**parts)
+
+
+def judge_of(
+    name: str,
+    network: Callable[[Any, Float[Array, "batch h w c"]], tuple[Array, Array]],
+    params: Any,
+    batch_size: int = 500,
+) -> Judge:
+    """The judge that `network(params, images in [-1, 1]) -> (logits, features)` makes.
+
+    It works on the devices on which `params` lie.
+    """
+
+    def forward(params, x):
+        logits, features = network(params, x)
+        return features, jax.nn.log_softmax(logits)
+
+    def see(images):
+        spread, found = placed(params), []
+        size, compiled = spread.round_up(batch_size), spread.compile(forward)
+        for start in range(0, len(images), size):  # one shape, compiled once
+            part = np.asarray(images[start : start + size], np.float32)
+            filled = np.concatenate([part, np.repeat(part[:1], size - len(part), 0)])
+            seen = fetch(compiled(params, spread.shard(filled[spread.rows(size)])))
+            found.append([a.astype(np.float64)[: len(part)] for a in seen])
+        features, logs = zip(*found, strict=True)
+        return np.concatenate(features), np.concatenate(logs)
+
+    return Judge(name, see)

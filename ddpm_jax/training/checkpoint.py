@@ -1,0 +1,394 @@
+"""Checkpoints, through orbax: the only file that imports it.
+
+A checkpoint is a state's arrays and a small record of the host's (JSON).  It is written in
+the background and appears under its name whole or not at all, so a process killed at any
+moment leaves the one before it.
+
+Of several processes each writes its part and reads its own.  What one alone cannot write or read,
+all of them give up: they try the folder before they write, meet when they have written, and tell
+each other what they have read.
+"""
+
+import contextlib
+import copy
+import errno
+import json
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.parallel.sharding import Meeting, alone, complaint, from_main, is_main, one_line
+from ddpm_jax.progress import tell
+
+WRITE_SECONDS = 600  # after which a process that has not written its part is not waited for
+KEEP_NEWEST = 3
+KEEP_BEST = 1
+BEST = "validation/loss"  # lower is better
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, or what a user may use of it
+SUMS = "check_sums"  # in the host's record
+
+
+class Checkpoints(NamedTuple):
+    """The checkpoints of one run directory."""
+
+    manager: Any
+    meeting: Meeting
+    read_only: bool = False
+
+    def save(self, step: int, state: Any, host: dict, metrics: dict | None = None) -> None:
+        """Start writing `state` and the host's record; returns before they are on disk.
+
+        Both are copied first: a training step donates, and so overwrites, its state, and the
+        host goes on with its record.  What cannot be written is told of, and the ones before stay.
+        """
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        why = "" if alone() else complaint(self._refusal())
+        if why:
+            tell(f"cannot write the checkpoint of step {step}: {why}; the run goes on without it")
+            return
+        self.meeting.begin()
+        host = copy.deepcopy(host)
+        host[SUMS] = check_sums(state, host)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)),
+            host=ocp.args.JsonSave(host),
+        )
+        best = {BEST: metrics[BEST]} if metrics else None
+        with self._telling():
+            self.manager.save(step, args=args, metrics=best, force=True)
+
+    def _refusal(self) -> str:
+        """Why this process cannot write into the folder, found out by trying; "" if it can."""
+        probe = pathlib.Path(self.manager.directory) / f"probe.{jax.process_index()}"
+        try:
+            try:
+                probe.write_bytes(bytes(4096))
+            finally:
+                probe.unlink(missing_ok=True)
+        except OSError as error:
+            return str(error)
+        return ""
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint, if there is one."""
+        return self.manager.latest_step()
+
+    def restore(self, step: int, like: Any) -> tuple[Any, dict]:
+        """(state, host record) of a step; `like` has the state's shapes and placement.
+
+        What is `...` in it is not read, and is `...` in the state.
+
+        Raises:
+          UserError: it is damaged, here or where another process reads it.
+        """
+        import orbax.checkpoint as ocp
+
+        state, host, sums, why = None, {}, None, ""
+        how = ocp.checkpoint_utils.construct_restore_args(like)
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(like, how), host=ocp.args.JsonRestore()
+        )
+        try:
+            with _quiet(), contextlib.closing(_reader()) as reader:
+                found = reader.restore(pathlib.Path(self.manager.directory) / str(step), args=args)
+            state, host = found.state, dict(found.host)
+            sums = host.pop(SUMS, None)  # a checkpoint of before there were any has none
+            _check_record(host, sums)
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise  # of the machine, not of the file
+        except Exception as error:  # of many kinds, from orbax's own to the JSON reader's
+            why = " ".join(str(error).split())[:200] or repr(error)
+        why = complaint(why)
+        if not why:  # all have their part, of which the sums are taken together
+            same = sums is None or _agree(sums, check_sums(state, host))
+            why = complaint("" if same else "its check sums differ")
+        if why:
+            raise UserError(f"the checkpoint of step {step} is damaged: {why}")
+        return state, host
+
+    def restore_newest(self, like: Any) -> tuple[int, Any | None, dict]:
+        """(step, state, host record) of the newest that is not damaged; (0, None, {}) of none.
+
+        Damaged ones are told of and, where this may write and there is a good one, set aside.
+
+        Raises:
+          UserError: all of them are.
+        """
+        steps = from_main(lambda: sorted(self.manager.all_steps(), reverse=True))
+        damaged = []
+        for step in steps:
+            try:
+                state, host = self.restore(step, like)
+            except UserError as error:
+                tell(f"{error}; trying the one before")
+                damaged.append(step)
+                continue
+            for other in [] if self.read_only else damaged:
+                self._set_aside(other)
+            return step, state, host
+        if steps:
+            raise UserError(
+                f"every checkpoint in {self.manager.directory} is damaged, or of another version "
+                "of the code; they stay as they are: give another --workdir"
+            )
+        return 0, None, {}
+
+    def _set_aside(self, step: int) -> None:
+        folder = pathlib.Path(self.manager.directory)
+        aside = folder.with_name("damaged") / str(step)
+
+        def move() -> None:
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(exist_ok=True)
+                (folder / str(step)).rename(aside)
+            except OSError as error:
+                raise RunError(
+                    f"cannot move the damaged checkpoint {folder / str(step)} to {aside}: "
+                    f"{error.strerror}"
+                ) from None
+
+        from_main(move)
+        self.manager.reload()
+
+    def check_written(self, step: int) -> None:
+        """Check that the checkpoint of `step`, the last one, is on disk; waits for it.
+
+        Raises:
+          RunError: it is not; the message names the newest one that is.
+        """
+        self.wait()
+
+        def newest() -> int | None:
+            steps = pathlib.Path(self.manager.directory).glob("[0-9]*")
+            return max((int(path.name) for path in steps if path.name.isdigit()), default=None)
+
+        found = from_main(newest)
+        if found == step:
+            return
+        left = "there is none" if found is None else f"the newest is of step {found}"
+        raise RunError(
+            f"the checkpoint of step {step}, the last one, could not be written to "
+            f"{self.manager.directory}: {left}; see to it that there is room and that the "
+            "directory can be written to, and the same command goes on from there"
+        )
+
+    def wait(self) -> None:
+        """Wait until what was started is on disk, or tell that it could not be written."""
+        with self._telling():
+            self.manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # of many kinds, as the file system and orbax please
+            folder = pathlib.Path(self.manager.directory)
+            drafts = sorted(folder.glob("*.orbax-checkpoint-tmp"))
+            for draft in drafts if is_main() else []:  # what is there of it takes room
+                shutil.rmtree(draft, ignore_errors=True)
+            which = f" of step {drafts[-1].name.partition('.')[0]}" if drafts else ""
+            tell(
+                f"cannot write the checkpoint{which}: {one_line(error)}; the run goes on without it"
+            )
+
+    def close(self) -> None:
+        """Finish writing and let go."""
+        self.wait()
+        self.manager.close()
+
+
+def open_checkpoints(folder: pathlib.Path, read_only: bool = False) -> Checkpoints:
+    """The checkpoints below `folder`, which keeps the newest few and the best."""
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import checkpoint_managers
+
+    policy = checkpoint_managers.AnyPreservationPolicy(
+        [
+            checkpoint_managers.LatestN(KEEP_NEWEST),
+            checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics[BEST],
+                reverse=True,
+                n=KEEP_BEST,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+    )
+    folder, meeting = folder.resolve(), Meeting()
+    if not (alone() or read_only):
+        from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    options = ocp.CheckpointManagerOptions(
+        async_options=ocp.AsyncOptions(WRITE_SECONDS, barrier_sync_fn=meeting.wait),
+        preservation_policy=None if read_only else policy,
+        cleanup_tmp_directories=not read_only,
+        create=alone() and not read_only,
+        multiprocessing_options=_processes(range(jax.process_count())),
+        read_only=read_only,
+    )
+    return Checkpoints(ocp.CheckpointManager(folder, options=options), meeting, read_only)
+
+
+def check_store(folder: pathlib.Path) -> None:
+    """Check, by writing and reading a tiny one, that checkpoints can be kept below `folder`.
+
+    Of several processes, of which one alone cannot save, it only tries to write a file.
+
+    Raises:
+      UserError: they cannot; there are paths that the store cannot take.
+      RunError: the disk is full, and there is no checkpoint that a run could go on from; where
+        there is one, the full disk is logged.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = folder.resolve()
+    refused = f"checkpoints cannot be kept in {folder}: "
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{refused}the path is not UTF-8; give another --workdir") from None
+    if "\\" in str(folder):  # which the store reads as a slash
+        raise UserError(f"{refused}the path holds a backslash; give another --workdir")
+    state, host = {"probe": np.arange(3)}, {"probe": 1}
+    args = {"state": ocp.args.StandardSave(state), "host": ocp.args.JsonSave(host)}
+    like = {"state": ocp.args.StandardRestore(state), "host": ocp.args.JsonRestore()}
+    place = None
+    try:
+        folder.mkdir(exist_ok=True)
+        # A new folder: an open manager removes unfinished checkpoints that lie beside its own.
+        place = pathlib.Path(tempfile.mkdtemp(prefix=".probe.", dir=folder))
+        (place / "file").write_bytes(bytes(4096))
+        if not alone():
+            return
+        with _quiet(), contextlib.closing(_reader()) as store:
+            store.save(place / "0", args=ocp.args.Composite(**args))
+            found = store.restore(place / "0", args=ocp.args.Composite(**like))
+        if found.state["probe"].tolist() != [0, 1, 2] or found.host != host:
+            raise ValueError("what was written is not what is read")
+    except Exception as error:  # of many kinds, from the store's to Python's own
+        text = str(error)
+        why = next((os.strerror(n) for n in FULL if os.strerror(n) in text), None)
+        if why and not any(folder.glob("[0-9]*")):
+            raise RunError(f"{refused}{why}; make room") from None
+        if why:
+            tell(f"cannot write to {folder}: {why}; make room, the run goes on")
+            return
+        if isinstance(error, OSError):
+            raise UserError(f"{refused}{one_line(error)}; give another --workdir") from None
+        raise UserError(
+            f"{refused}the store does not take this path ({one_line(error)}); give another "
+            "--workdir"
+        ) from None
+    finally:
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _processes(numbers: Iterable[int]) -> Any:
+    """Who waits for each other: named, they do so through the coordinator, for 5 minutes at most.
+
+    Unnamed, they would through the devices, without end, in step with no one who gave up.
+    """
+    import orbax.checkpoint as ocp
+
+    active = set(numbers)
+    if alone():
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(primary_host=min(active), active_processes=active)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Of a failed read the first error alone is told.
+
+    Those of the arrays that are read beside it find asyncio's loop closed, some of them later: so
+    where one has failed they are kept quiet from then on.
+    """
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            before(found)
+
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = before
+
+
+def _reader() -> Any:
+    """Reads without waiting for other processes, which may have failed to."""
+    import orbax.checkpoint as ocp
+
+    own = _processes([jax.process_index()])
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=own)
+
+
+def check_sums(state: Any, host: dict) -> dict[str, Any]:
+    """A number for every array, the same however it lies on devices, and one for the record.
+
+    sum of (2 i + 1) word_i modulo 2^32: any one word changed changes it.  None of what is `...`.
+    """
+    text = json.dumps(host, sort_keys=True).encode()
+    # One is waited for before the next begins: processes that sum their shards of several arrays at
+    # once wait for each other forever where collectives are not ordered (gloo's, on CPUs).
+    arrays = jax.tree.leaves(state)
+    sums = [None if a is ... else int((_sum_here if _is_here(a) else _sum)(a)) for a in arrays]
+    return {"arrays": sums, "host": zlib.crc32(text)}
+
+
+def _check_record(host: dict[str, Any], sums: Any) -> None:
+    """Raises ValueError unless the host's record and the check sums are of the form written."""
+    window, skipped = host.get("window", {}), host.get("skipped", 0)
+    good = isinstance(window, dict) and all(type(v) in (int, float) for v in window.values())
+    if sums is not None:
+        arrays = sums.get("arrays") if isinstance(sums, dict) else None
+        good = good and isinstance(arrays, list) and "host" in sums
+    if not good or type(skipped) is not int:
+        raise ValueError("its record is of another form")
+
+
+def _agree(known: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Whether the check sums of what was read are those that were written."""
+    ours, theirs = found["arrays"], known["arrays"]
+    if len(ours) != len(theirs) or found["host"] != known["host"]:
+        return False
+    return all(a is None or a == b for a, b in zip(ours, theirs, strict=True))
+
+
+def _is_here(array: jax.Array) -> bool:
+    """Whether numpy can read it where it lies."""
+    return array.is_fully_addressable and all(d.platform == "cpu" for d in array.devices())
+
+
+def _sum_here(array: jax.Array) -> np.uint32:
+    """`_sum` by numpy, for which nothing is compiled."""
+    words: Any = np.asarray(array).reshape(-1)
+    words = words.view(f"u{min(words.dtype.itemsize, 4)}").astype(np.uint32)
+    return words @ np.arange(1, 2 * words.size, 2, dtype=np.uint32)
+
+
+@jax.jit  # so compiled once for each shape, of which a state has few
+def _sum(array: jax.Array) -> jax.Array:
+    words: Any = array
+    if array.dtype == bool:
+        words = array.astype(jnp.uint8)
+    else:  # numbers of 8 bytes become two words of 4
+        sizes = {1: jnp.uint8, 2: jnp.uint16}
+        words = jax.lax.bitcast_convert_type(array, sizes.get(array.dtype.itemsize, jnp.uint32))
+    place = jnp.zeros((), jnp.uint32)
+    for axis, length in enumerate(words.shape):
+        place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(words.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)

@@ -1,0 +1,438 @@
+"""A run's directory: what it is (config.json), what it said (metrics.jsonl), what came out.
+
+config.json       experiment, config, seed, data, versions, devices, git commit
+metrics.jsonl     one line per logged step, reproducible to the bit
+timing.jsonl      all that a clock says
+tensorboard/      the same for TensorBoard
+images/           pictures
+checkpoints/      see checkpoint.py
+summary.json      the final figures
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import stat
+import subprocess
+import time
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddpm_jax import plots
+from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.progress import tell
+from ddpm_jax.system.files import append, draft_of
+from ddpm_jax.training.metric_writers import Board, tensorboard, weights_and_biases
+
+FILES = (
+    "config.json", "eval.json", "lock", "metrics.jsonl", "summary.json", "timing.jsonl", "wandb_id"
+)  # fmt: skip
+FOLDERS = ("checkpoints", "damaged", "images", "profile", "tensorboard", "wandb")
+TRAINED = ("checkpoints/[0-9]*", "damaged/[0-9]*", "*/config.json")
+OF_SYSTEMS = ("lost+found", "desktop.ini")  # what a new disk or a shared drive holds
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+
+
+class RunDir(NamedTuple):
+    """An open run directory; one process at a time has it, and of a run's several the first.
+
+    What cannot be written, on a full disk, is told and does not end the training: lines are
+    kept for later, and `flush` says whether all of them are there.
+    """
+
+    path: pathlib.Path
+    record: dict[str, Any]  # what config.json says
+    lock: Any  # None: another process of this run writes
+    boards: list[Board]  # that follow, once training has begun
+    late: dict[str, list[dict]]  # by file, lines not written yet
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append a line of figures."""
+        self._append("metrics.jsonl", {"step": step, **metrics})
+        with self._telling("what TensorBoard shows"):
+            for board in self.boards:
+                board.log(step, metrics)
+
+    def time(self, step: int, **seconds: float) -> None:
+        """Append a line of what a clock says."""
+        self._append("timing.jsonl", {"step": step, "time": time.time(), **seconds})
+
+    def picture(
+        self, name: str, image: np.ndarray | plots.NonFinite, step: int, last: bool = False
+    ) -> None:
+        """Write a picture or a movie; unless it is the last, one of many by that name."""
+        if self.lock is None:
+            return
+        stem = name if last else f"{name}_{step:08d}"
+        if isinstance(image, plots.NonFinite):
+            tell(f"no picture {stem}: {image}")
+            return
+        with self._telling(f"the picture {stem}"):
+            for board in self.boards if image.ndim == 3 else ():
+                board.picture(step, name, image)
+            plots.save_picture(self.path / "images" / stem, image)
+
+    @contextlib.contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            tell(f"cannot write {what}: {error.strerror}")
+
+    def check_there(self) -> None:
+        """Raises RunError if the directory was removed or renamed since it was opened."""
+        if self.lock is None:
+            return
+        for name in ("lock", "config.json"):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                (self.path / name).stat()
+                return
+        raise RunError(
+            f"{self.path} is gone: it was removed or renamed during the run, of which nothing "
+            "more can be written; rename it back, and the same command goes on"
+        )
+
+    def _append(self, name: str, line: dict) -> None:
+        if self.lock is None:
+            return
+        self.check_there()
+        self.late.setdefault(name, []).append(line)
+        self._write_late(name)
+
+    def _write_late(self, name: str) -> bool:
+        lines = self.late[name]
+        path = self.path / name
+        try:
+            append(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        except OSError as error:
+            tell(f"cannot write to {path}: {error.strerror}; kept for later")
+            return False
+        lines.clear()
+        return True
+
+    def lines(self) -> list[dict]:
+        """The lines of metrics.jsonl."""
+        return plots.read_lines(self.path / "metrics.jsonl")
+
+    def evaluated(self, step: int) -> bool:
+        """Whether there is a line of an evaluation on the validation split at `step`."""
+        return any(line["step"] == step and "validation/loss" in line for line in self.lines())
+
+    def begin(self, step: int, last: bool = False, wandb: bool = False) -> None:
+        """Make it as it was at `step`: what was said later, and torn lines, are cut.
+
+        With `last`, the final evaluation at `step` is dropped, too: it may be incomplete.
+        """
+
+        def final(line: dict) -> bool:
+            return "run_seconds" in line or any(name.startswith("test/") for name in line)
+
+        def kept_line(line: dict) -> bool:
+            return line["step"] < step or (line["step"] == step and not (last and final(line)))
+
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            path = self.path / name
+            if not path.exists():
+                continue
+            kept = []
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    if line.endswith(b"\n") and kept_line(json.loads(line)):
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    pass
+            _replace(path, b"".join(kept))
+        with self._telling("what TensorBoard shows"):
+            self.boards.append(tensorboard(self.path / "tensorboard", step))
+        if wandb:
+            self.boards.append(weights_and_biases(self.path, self.record))
+
+    def finish(self, summary: dict, title: str) -> None:
+        """Write the final figures, and the curves of all of them.
+
+        Raises:
+          RunError: they cannot be written; the run is not finished then.
+        """
+        if not self.flush():
+            raise RunError(f"cannot write to {self.path}; make room, and the same command goes on")
+        with self._telling("the curves"):
+            plots.curves(self.path / "images" / "curves.png", self.lines(), title)
+        write_json(self.path / "summary.json", summary)
+
+    def write_record(self) -> None:
+        """Write config.json: from here on the directory is this run's."""
+        write_json(self.path / "config.json", self.record)
+
+    def flush(self) -> bool:
+        """Put everything on disk; whether every line of figures is there.
+
+        Raises:
+          RunError: the directory is gone.
+        """
+        self.check_there()
+        with self._telling("what TensorBoard shows"):
+            for board in self.boards:
+                board.flush()
+        late = [name for name, lines in self.late.items() if lines and not self._write_late(name)]
+        return "metrics.jsonl" not in late
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        with self._telling("what TensorBoard shows"):
+            for board in self.boards:
+                board.close()
+        if self.lock is not None:
+            self.lock.close()
+
+
+def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """What config.json of a run directory says; None where there is none.
+
+    Raises:
+      UserError: there is one, and it cannot be read.
+    """
+    path = workdir / "config.json"
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise UserError(f"{path} is not a file; give another --workdir")
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from None
+    record = _parsed(text)
+    kinds = {"experiment": str, "config": dict, "data": dict, "seed": int}
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(name), kind) for name, kind in kinds.items()
+    ):
+        raise UserError(
+            f"{path} is damaged, or is another program's and not the record of a run; give "
+            "another --workdir"
+        )
+    return record
+
+
+def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]) -> RunDir:
+    """Open a run directory for training, new or to go on with; writes nothing but the lock.
+
+    A directory that nothing was trained in yet may become another run's.
+
+    Args:
+      workdir: the directory.
+      record: what this run is: experiment, config, seed, data, ...
+      may_change: fields of the config that need not be what they were.
+
+    Raises:
+      UserError: it belongs to another experiment, config, seed or data; another process
+        is using it; it cannot be written.
+    """
+    try:
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"{workdir} is a file; give a directory as --workdir")
+        if workdir.is_symlink() and not workdir.exists():
+            raise UserError(
+                f"{workdir} is a link to {workdir.readlink()}, which is not there; make that "
+                "directory, or give another --workdir"
+            )
+        workdir.mkdir(parents=True, exist_ok=True)
+        earlier = read_record(workdir)
+        if earlier is None:
+            _check_free(workdir)
+        check_entries(workdir)
+        if earlier is not None and any(any(workdir.glob(place)) for place in TRAINED):
+            check_same(workdir, earlier, record, may_change)
+        lock = _locked(workdir)
+    except OSError as error:
+        raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
+    return RunDir(workdir, record, lock, [], {})
+
+
+def _locked(workdir: pathlib.Path) -> Any:
+    """The open lock of a directory, held until it is closed."""
+    handle = os.open(workdir / "lock", os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
+    lock = os.fdopen(handle, "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(
+            f"another process is training in {workdir}; wait for it, or give another --workdir"
+        ) from None
+    except OSError as error:  # some mounted drives know no locks
+        tell(
+            f"{workdir} cannot be locked ({error.strerror}): see to it that no other process "
+            "trains there"
+        )
+    return lock
+
+
+def check_entries(workdir: pathlib.Path) -> None:
+    """Check that nothing in a run directory leads out of it, or is of another kind than it must be.
+
+    It may be a stranger's. What begins with a dot is left out: no file of a run does.
+
+    Raises:
+      UserError: there is a link, a pipe, or a file in the place of a folder.
+    """
+    folders = [workdir]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except FileNotFoundError:  # removed meanwhile, by a process that trains there
+            continue
+        except OSError as error:
+            raise UserError(f"cannot read {folder}: {error.strerror}") from None
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            _check_entry(entry)
+            # Nothing is written into a checkpoint, nor by us into what Weights & Biases keeps.
+            within = folder != workdir and folder.name in ("checkpoints", "damaged")
+            sealed = within or entry.name == "wandb"
+            if entry.is_dir(follow_symlinks=False) and not sealed:
+                folders.append(folder / entry.name)
+
+
+def _check_entry(entry: os.DirEntry) -> None:
+    is_folder = entry.is_dir(follow_symlinks=False)
+    wrong = ""
+    if entry.is_symlink():
+        wrong = "is a link, which nothing is written through"
+    elif is_folder and entry.name in FILES:
+        wrong = "is a directory, where a run has a file"
+    elif not is_folder and entry.name in FOLDERS:
+        wrong = "is a file, where a run has a directory"
+    elif not is_folder and not entry.is_file(follow_symlinks=False):
+        wrong = "is neither a file nor a directory"
+    if wrong:
+        raise UserError(f"{entry.path} {wrong}; move it away, or give another --workdir")
+
+
+def _check_free(workdir: pathlib.Path) -> None:
+    """Raises UserError if a directory without a record holds more than a run's very beginning."""
+    inner = next(workdir.glob("*/config.json"), None)
+    if inner is not None:
+        raise UserError(
+            f"{workdir} holds other runs, such as {inner.parent.name}; give a directory of this "
+            "run's own as --workdir"
+        )
+    if any(any(workdir.glob(place)) for place in TRAINED):
+        raise UserError(f"{workdir} holds checkpoints but no config.json; give another --workdir")
+    for path in sorted(workdir.iterdir()):
+        begun = path.name == "lock" or (path.name == "checkpoints" and not _has_entries(path))
+        if not begun and not path.name.startswith(".") and path.name not in OF_SYSTEMS:
+            raise UserError(
+                f"{workdir} is not empty and holds no run ({path.name} is there, config.json is "
+                "not); give another --workdir"
+            )
+
+
+def _has_entries(path: pathlib.Path) -> bool:
+    """Whether it is anything but a directory without entries, hidden ones left out."""
+    return not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())
+
+
+def bystander(workdir: pathlib.Path, record: dict[str, Any]) -> RunDir:
+    """The directory as a process sees it that leaves the writing to another one of its run."""
+    return RunDir(workdir, record, None, [], {})
+
+
+def check_same(
+    workdir: pathlib.Path, earlier: dict, record: dict, may_change: Collection[str] = ()
+) -> None:
+    """Raises UserError, naming what differs, unless `record` goes on with `earlier`."""
+    if earlier["experiment"] != record["experiment"]:
+        raise UserError(
+            f"{workdir} holds a run of {earlier['experiment']}, not of {record['experiment']}; "
+            "give another --workdir"
+        )
+    old = {"seed": earlier.get("seed"), **earlier.get("config", {})}
+    new = {"seed": record["seed"], **record["config"]}
+    old |= {f"data {key}": value for key, value in earlier.get("data", {}).items()}
+    new |= {f"data {key}": value for key, value in record["data"].items()}
+    same = json.loads(_json(new))
+    if same.get("data fingerprint") and same["data fingerprint"] == old.get("data fingerprint"):
+        may_change = {*may_change, "data", "data name", "data title"}  # the same data by any name
+    differ = [
+        f"{name} was {old.get(name)}, is {same.get(name)}"
+        for name in [*same, *(name for name in old if name not in same)]
+        if old.get(name) != same.get(name) and name not in may_change
+    ]
+    if differ:
+        raise UserError(
+            f"{workdir} holds a run with another setting ({'; '.join(differ[:4])}); "
+            "give another --workdir, or the same setting"
+        )
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and git commit; None of a package that is not installed, nor needed so far."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {"versions": versions, "git_commit": _git_commit()}
+
+
+def _git_commit() -> str | None:
+    here = pathlib.Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _parsed(text: bytes) -> Any:
+    """What a JSON text says; None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write a record, whole or not at all.
+
+    Raises:
+      RunError: it cannot be written.
+    """
+    _replace(path, _json(value))
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with can_write(path), draft_of(path, durable=True) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def can_write(path: pathlib.Path) -> Iterator[None]:
+    """Raises RunError, naming `path`, if something cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror}; make room, and the same command goes on"
+        ) from None

@@ -1,0 +1,1 @@
+"""The maths of variational inference: Bayes, the ELBO, likelihoods and quantisation."""
