@@ -262,15 +262,16 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--{given[0]} goes with --distributed")
     experiment = load_experiment(name)
     config = experiment.Config()
-    from ddpm_jax.experiment import preflight, run
-    from ddpm_jax.parallel import sharding
+    from ddpm_jax import task
+    from ddpm_jax.experiment import evaluate, inputs, preflight, sample, train
+    from ddpm_jax.parallel import cluster as cluster_module
     from ddpm_jax.training import metric_writers
 
     cluster = None
     if FLAGS.distributed:
-        sharding.check_cluster(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+        cluster_module.check_cluster(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         cluster = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    options = run.Options(
+    options = inputs.Options(
         FLAGS.seed,
         FLAGS.parallel,
         FLAGS.data_dir,
@@ -289,11 +290,11 @@ def main(arguments: list[str]) -> None:
         config = override(config, overrides)
         if FLAGS.wandb:
             metric_writers.check_wandb()
-        run.set_up_jax(FLAGS.debug, cluster, FLAGS.deterministic)
+        inputs.set_up_jax(FLAGS.debug, cluster, FLAGS.deterministic)
         if hasattr(experiment, "run"):
             experiment.run(config, workdir, options)
         else:
-            run.train_experiment(experiment, config, workdir, options)
+            train.train_experiment(experiment, config, workdir, options)
         return
 
     fixed = set(overrides) - marked(config, MAY_CHANGE)
@@ -312,14 +313,14 @@ def main(arguments: list[str]) -> None:
         )
     assert record is not None
     config = override(restore(experiment.Config, record["config"], workdir), overrides)
-    run.set_up_jax(cluster=cluster, deterministic=FLAGS.deterministic)
+    inputs.set_up_jax(cluster=cluster, deterministic=FLAGS.deterministic)
     if sampling:
-        request = run.Request(*(FLAGS[flag].value for flag in SAMPLE_FLAGS))
+        request = task.Request(*(FLAGS[flag].value for flag in SAMPLE_FLAGS))
         out = pathlib.Path(FLAGS.out).expanduser() if FLAGS.out else None
         prompts = prompts_of(FLAGS.prompt_file) if FLAGS.prompt_file else ()
         count = FLAGS.num_samples * max(1, len(prompts))
         preflight.check_images(count, config.shape, "--num_samples", FLAGS.num_samples)
-        run.sample_experiment(
+        sample.sample_experiment(
             experiment,
             config,
             workdir,
@@ -331,7 +332,7 @@ def main(arguments: list[str]) -> None:
             FLAGS.overwrite,
         )
     else:
-        run.eval_experiment(experiment, config, workdir, options)
+        evaluate.eval_experiment(experiment, config, workdir, options)
 
 
 def report(arguments: list[str]) -> int:
@@ -375,7 +376,7 @@ def _leave(code: int) -> None:
     terminal.flush()
     distributed = code != 0 and FLAGS["distributed"].value
     if distributed:
-        from ddpm_jax.parallel.sharding import leave, meet_before_leaving
+        from ddpm_jax.parallel.cluster import leave, meet_before_leaving
 
         if code != 130:
             meet_before_leaving()

@@ -79,9 +79,9 @@ def measure(name: str, mode: str) -> None:
     import jax
     import numpy as np
 
-    from ddpm_jax.data.loader import Batch
+    from ddpm_jax.data.types import Batch
     from ddpm_jax.parallel import sharding
-    from ddpm_jax.training import loop
+    from ddpm_jax.training import step as step_module
 
     jax.config.update("jax_disable_most_optimizations", True)  # they send nothing
     module = importlib.import_module(f"experiments.{name}")
@@ -91,12 +91,12 @@ def measure(name: str, mode: str) -> None:
     config = dataclasses.replace(module.Config(), shape=shape, batch_size=size, judge="none")
     task = module.build(config)
     spread = sharding.make(mode)
-    shapes = loop.state_shapes(task, config)
+    shapes = step_module.state_shapes(task, config)
     images = np.zeros((size, *shape), np.uint8)
     batch = Batch(images, np.zeros(size, np.int32), np.arange(size, dtype=np.int32))
 
     def step(state, batch, **hooks):
-        return loop.train_step(task, config, 0, state, batch, **hooks)
+        return step_module.train_step(task, config, 0, state, batch, **hooks)
 
     program = spread.lower(step, spread.like(shapes), spread.feed(batch))()
     found = sent(program.as_text(), count)

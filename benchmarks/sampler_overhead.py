@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from ddpm_jax.diffusion import samplers, schedules
 from ddpm_jax.diffusion.prediction import clip_x0, read
-from ddpm_jax.parallel import sharding
+from ddpm_jax.parallel import xla_flags
 from experiments import ddpm_digits, ddpm_mnist
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=16)
     arguments = parser.parse_args()
-    sharding.tune_cpu()
+    xla_flags.tune_cpu()
     config = ddpm_mnist.Config(shape=(28, 28, 1), levels=256)
     net = ddpm_digits.network(config)
     table = schedules.from_betas(schedules.cosine_betas(1000))

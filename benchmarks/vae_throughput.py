@@ -22,11 +22,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import jax
 import numpy as np
 
-from ddpm_jax.data.loader import Batch, Data, MissingData, load, training_batches
+from ddpm_jax.data.batches import training_batches
+from ddpm_jax.data.loader import load
 from ddpm_jax.data.prefetch import prefetch
-from ddpm_jax.experiment.run import from_data
-from ddpm_jax.parallel import sharding
+from ddpm_jax.data.types import Batch, Data, MissingData
+from ddpm_jax.experiment.inputs import from_data
+from ddpm_jax.parallel import sharding, xla_flags
 from ddpm_jax.training import loop
+from ddpm_jax.training import step as step_module
 from experiments import vae_mnist
 
 
@@ -35,8 +38,8 @@ def jax_runner(config: vae_mnist.Config, data: Data):
     task = vae_mnist.build(config)
     spread = sharding.make("jit")
     examples = Batch(data.train.images[:1000], data.train.labels[:1000], np.arange(1000))
-    state = spread.place(loop.init_state(task, config, examples, 0))
-    program = loop.train_steps(functools.partial(loop.train_step, task, config, 0))
+    state = spread.place(step_module.init_state(task, config, examples, 0))
+    program = step_module.train_steps(functools.partial(step_module.train_step, task, config, 0))
     first = next(
         training_batches(data.train, 0, config.batch_size, [(0, 1)], config.steps_per_call)
     )
@@ -117,7 +120,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=11)
     arguments = parser.parse_args()
-    sharding.tune_cpu()  # as launch.py does
+    xla_flags.tune_cpu()  # as launch.py does
     config = vae_mnist.Config()
     try:
         data = load(config.data, arguments.data_dir)

@@ -46,3 +46,13 @@ def nearest(word: str, words: Iterable[str]) -> str:
     if near:
         return f'; did you mean "{near[0]}"?'
     return f"; there are: {', '.join(words)}" if words else ""
+
+
+def one_line(error: BaseException, length: int = 200) -> str:
+    """The end of what an error says, where the file system's own words are."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= length else f"...{text[-length:]}"
+
+
+class NonFinite(RunError):
+    """Images hold values that are not finite, so there is no picture of them."""

@@ -11,14 +11,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from ddpm_jax.errors import RunError, printable
+from ddpm_jax.errors import NonFinite, printable
 from ddpm_jax.system.files import SOFTWARE, write_with
 
 warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box is drawn for it
-
-
-class NonFinite(RunError):
-    """Images hold values that are not finite, so there is no picture of them."""
 
 
 def check_finite(images: Float[np.ndarray, "*batch"]) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from ddpm_jax.parallel.sharding import is_main
+from ddpm_jax.parallel.processes import is_main
 from ddpm_jax.system import terminal
 
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal

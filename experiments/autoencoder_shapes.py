@@ -45,15 +45,15 @@ from ddpm_jax.config import (
     Training,
     inside,
 )  # fmt: skip
+from ddpm_jax.data.types import Loaded
+from ddpm_jax.experiment.inputs import Options
 from ddpm_jax.experiment.parts import finished, load_part
-from ddpm_jax.experiment.run import Loaded, Options
+from ddpm_jax.metrics.features import Judge, image_judge
 from ddpm_jax.nn.autoencoder import Autoencoder
-from ddpm_jax.nn.text_encoder import DualEncoder
+from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.task import Task
 from ddpm_jax.tasks.autoencoder import autoencoder_task
-from ddpm_jax.tasks.classifier import Judge
-from ddpm_jax.tasks.contrastive import image_judge
-from ddpm_jax.training.loop import averaged
+from ddpm_jax.training.step import averaged
 from experiments import text_encoder_shapes
 
 DEBUG = dict(

@@ -26,7 +26,7 @@ from ddpm_jax.config import (
     Training,
     inside,
 )
-from ddpm_jax.data.loader import Data
+from ddpm_jax.data.types import Data
 from ddpm_jax.diffusion.schedules import cosine
 from ddpm_jax.nn.classifier import Classifier
 from ddpm_jax.task import Task

@@ -84,16 +84,16 @@ from ddpm_jax.config import (
     Share,
     Training,
 )  # fmt: skip
+from ddpm_jax.data.types import Loaded
 from ddpm_jax.diffusion import losses, schedules
-from ddpm_jax.diffusion.guidance import Guide
 from ddpm_jax.diffusion.schedules import Spacing
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.feature_networks import check_judge, judges_of, with_judge
 from ddpm_jax.experiment.guidance_models import guide_of, with_guide
-from ddpm_jax.experiment.run import Loaded, Options
+from ddpm_jax.experiment.inputs import Options
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.task import Task
+from ddpm_jax.task import Guide, Task
 from ddpm_jax.tasks.diffusion import Times, diffusion_task
 from ddpm_jax.tasks.image_sampler import Limit, Sampling
 from ddpm_jax.tasks.sample_figures import Judging

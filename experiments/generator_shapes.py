@@ -196,11 +196,11 @@ from ddpm_jax.config import (
     marked,
 )  # fmt: skip
 from ddpm_jax.data import shapes
-from ddpm_jax.data.loader import Data
+from ddpm_jax.data.types import Data, Loaded
 from ddpm_jax.diffusion.schedules import Spacing, shifted
+from ddpm_jax.experiment.inputs import Options, from_data
 from ddpm_jax.experiment.parts import finished, load_part, with_parts
 from ddpm_jax.experiment.preflight import check_sizes
-from ddpm_jax.experiment.run import Loaded, Options, from_data
 from ddpm_jax.metrics.alignment import judge
 from ddpm_jax.nn.code_transformer import CodeTransformer
 from ddpm_jax.nn.dit import DiT
@@ -208,11 +208,13 @@ from ddpm_jax.nn.text_encoder import SIZES
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.task import Task
 from ddpm_jax.tasks.autoencoder import latents
-from ddpm_jax.tasks.generation import Autoregressive, Generator, autoregressive, diffusion
+from ddpm_jax.tasks.autoregressive import Autoregressive, autoregressive
+from ddpm_jax.tasks.generation import Generator
 from ddpm_jax.tasks.image_sampler import Sampling
+from ddpm_jax.tasks.latent_diffusion import diffusion
 from ddpm_jax.tasks.pretrained_text import encode, encoded, width_of
 from ddpm_jax.tasks.text_to_image import Parts, Prompts, text_to_image_task
-from ddpm_jax.training.loop import averaged, state_shapes
+from ddpm_jax.training.step import averaged, state_shapes
 from experiments import autoencoder_shapes, text_encoder_shapes
 from experiments.ddpm_digits import WEIGHTS, Noise, Weight, noise_schedule
 

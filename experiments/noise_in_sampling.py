@@ -32,27 +32,24 @@ import numpy as np
 
 from ddpm_jax import plots
 from ddpm_jax.config import MAY_CHANGE, Length, SampleSteps, marked
+from ddpm_jax.data.types import Loaded
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.feature_networks import load_judge, with_judge
+from ddpm_jax.experiment.inputs import Options, from_data, load_data, record_of
+from ddpm_jax.experiment.load import load_state
 from ddpm_jax.experiment.preflight import check_parts, check_sizes
-from ddpm_jax.experiment.run import (
-    Loaded,
-    Options,
-    from_data,
-    load_data,
-    load_state,
-    opened,
-    record_of,
-    train_experiment,
-)
+from ddpm_jax.experiment.train import opened, train_experiment
+from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.quality import WHOLE, quality
-from ddpm_jax.parallel.sharding import fetch, is_main
+from ddpm_jax.parallel.processes import is_main
+from ddpm_jax.parallel.sharding import fetch
 from ddpm_jax.progress import print_result
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
-from ddpm_jax.task import Request, to_images
+from ddpm_jax.task import Request
 from ddpm_jax.tasks.image_sampler import Sampling, check_sampling
-from ddpm_jax.training.loop import averaged, parameters_used
+from ddpm_jax.training.ema import parameters_used
 from ddpm_jax.training.run_dir import can_write, write_json
+from ddpm_jax.training.step import averaged
 from experiments import classifier_digits, ddpm_digits
 
 DEBUG = ddpm_digits.DEBUG | dict(steps=3, compare_steps=3, judge="auto", samplers=("ancestral:0",))

@@ -73,17 +73,10 @@ from ddpm_jax.config import (
 )
 from ddpm_jax.data import shapes
 from ddpm_jax.errors import UserError
+from ddpm_jax.experiment.inputs import Options, from_data, load_data, own_config, record_of
 from ddpm_jax.experiment.preflight import check_parts
-from ddpm_jax.experiment.run import (
-    Options,
-    from_data,
-    load_data,
-    opened,
-    own_config,
-    record_of,
-    train_experiment,
-)
-from ddpm_jax.parallel.sharding import is_main
+from ddpm_jax.experiment.train import opened, train_experiment
+from ddpm_jax.parallel.processes import is_main
 from ddpm_jax.progress import print_result
 from ddpm_jax.training.run_dir import can_write, write_json
 from experiments import autoencoder_shapes, generator_shapes, text_encoder_shapes

@@ -53,10 +53,11 @@ from ddpm_jax.config import (
     inside,
 )
 from ddpm_jax.data import shapes
-from ddpm_jax.data.loader import Data
+from ddpm_jax.data.types import Data, Loaded
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment.run import Loaded, Options
-from ddpm_jax.nn.text_encoder import SIZES, DualEncoder
+from ddpm_jax.experiment.inputs import Options
+from ddpm_jax.nn.dual_encoder import DualEncoder
+from ddpm_jax.nn.text_encoder import SIZES
 from ddpm_jax.progress import tell
 from ddpm_jax.task import Task
 from ddpm_jax.tasks.contrastive import contrastive_task

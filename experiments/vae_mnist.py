@@ -36,7 +36,8 @@ from ddpm_jax.config import (
     inside,
 )
 from ddpm_jax.nn.vae import VAE
-from ddpm_jax.task import Task, vae_task
+from ddpm_jax.task import Task
+from ddpm_jax.tasks.vae import vae_task
 from ddpm_jax.variational import likelihoods as likelihood
 
 FALLBACK = "digits:28"  # where MNIST cannot be had

@@ -26,7 +26,7 @@ def pytest_configure():
 
     What they state does not depend on it.  (What `launch` runs is compiled as for users.)
     """
-    from ddpm_jax.parallel.sharding import tune_cpu
+    from ddpm_jax.parallel.xla_flags import tune_cpu
 
     tune_cpu(debug=True)
     jax.config.update("jax_disable_most_optimizations", True)

@@ -99,10 +99,10 @@ def samples_of(workdir: pathlib.Path) -> np.ndarray | None:
     import jax.numpy as jnp
 
     from ddpm_jax.errors import UserError
-    from ddpm_jax.experiment import run
+    from ddpm_jax.experiment.load import load_state
     from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
     from ddpm_jax.task import Request
-    from ddpm_jax.training import loop as train
+    from ddpm_jax.training import step as step_module
     from ddpm_jax.training.run_dir import read_record
 
     sys.path.insert(0, str(ROOT))
@@ -110,12 +110,12 @@ def samples_of(workdir: pathlib.Path) -> np.ndarray | None:
 
     name = (read_record(workdir) or {})["experiment"]
     experiment = importlib.import_module(f"experiments.{name}")
-    config, state = run.load_state(experiment, workdir)
+    config, state = load_state(experiment, workdir)
     request = Request(prompt=PROMPT) if name == "generator_shapes" else Request()
     keys = example_keys(purpose_key(0, SAMPLE), 0, jnp.arange(SAMPLES))
     try:
         images = experiment.build(config).sample(
-            train.averaged(state, config), state.fixed, keys, request
+            step_module.averaged(state, config), state.fixed, keys, request
         )
     except UserError:  # a classifier, an encoder or an autoencoder
         return None
@@ -200,9 +200,9 @@ def machine() -> dict[str, Any]:
 def debug_settings(folder: pathlib.Path) -> Iterator[None]:
     """Sample as `--debug` runs do, with programs compiled in a cache of this script's own."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    from ddpm_jax.experiment import run
+    from ddpm_jax.experiment import inputs
 
-    run.set_up_jax(debug=True)
+    inputs.set_up_jax(debug=True)
     yield
 
 

@@ -12,9 +12,11 @@ import pytest
 from conftest import ROOT, user_environment
 from PIL import Image
 
+from ddpm_jax.data import cache as cache_module
 from ddpm_jax.data import loader
+from ddpm_jax.data.types import Loaded
 from ddpm_jax.experiment import feature_networks as judges
-from ddpm_jax.experiment.run import Loaded, Options, load_data
+from ddpm_jax.experiment.inputs import Options, load_data
 from ddpm_jax.tasks import pretrained_text
 from experiments import classifier_digits
 
@@ -189,7 +191,7 @@ def test_decoded_images_that_cannot_be_used_are_decoded_again(tmp_path, monkeypa
     name = folder_of_images(tmp_path / "images")
     first = loader.load(name, validation=0)
     expected = [np.array(array) for array in first.train]  # of files that are damaged below
-    (place,) = (path.parent for path in loader.cache_dir().glob("decoded/*/meta.json"))
+    (place,) = (path.parent for path in cache_module.cache_dir().glob("decoded/*/meta.json"))
     damage(place)
     again = loader.load(name, validation=0)
     assert again.fingerprint == first.fingerprint

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax.data import loader
+from ddpm_jax.data import batches as batches_module
+from ddpm_jax.data import cache as cache_module
+from ddpm_jax.data import loader, splits, types
 from ddpm_jax.data.prefetch import prefetch
 from ddpm_jax.data.tokenizer import untokenize
 from ddpm_jax.errors import UserError
@@ -17,7 +19,7 @@ from ddpm_jax.errors import UserError
 
 
 def test_every_epoch_shows_every_example_once():
-    rows = loader.epoch_order(seed=3, size=10)
+    rows = batches_module.epoch_order(seed=3, size=10)
     seen = np.concatenate([rows(step * 4, step * 4 + 4) for step in range(10)])  # 4 epochs
     for epoch in seen.reshape(4, 10):
         assert sorted(epoch) == list(range(10))
@@ -25,28 +27,28 @@ def test_every_epoch_shows_every_example_once():
 
 
 def test_order_is_a_function_of_seed_and_step_alone():
-    whole = loader.epoch_order(seed=3, size=10)(0, 40)
-    later = loader.epoch_order(seed=3, size=10)
+    whole = batches_module.epoch_order(seed=3, size=10)(0, 40)
+    later = batches_module.epoch_order(seed=3, size=10)
     for start in (36, 8, 20, 0):  # in any order, from a fresh start
         assert np.array_equal(later(start, start + 4), whole[start : start + 4])
-    assert not np.array_equal(loader.epoch_order(seed=4, size=10)(0, 40), whole)
+    assert not np.array_equal(batches_module.epoch_order(seed=4, size=10)(0, 40), whole)
 
 
 def test_a_batch_may_be_larger_than_the_data():
-    assert len(loader.epoch_order(seed=0, size=3)(5, 25)) == 20
+    assert len(batches_module.epoch_order(seed=0, size=3)(5, 25)) == 20
 
 
 def split(size):
     images = np.arange(size, dtype=np.uint8).reshape(-1, 1, 1, 1)
-    return loader.Split(images, np.arange(size, dtype=np.int32))
+    return types.Split(images, np.arange(size, dtype=np.int32))
 
 
 def test_stacked_batches_are_the_single_ones():
     plan = [(0, 3), (3, 4), (4, 7)]
-    single = loader.training_batches(split(50), 0, 8, [(i, i + 1) for i in range(7)], None)
+    single = batches_module.training_batches(split(50), 0, 8, [(i, i + 1) for i in range(7)], None)
     singles = list(single)
     for (first, last), batch in zip(
-        plan, loader.training_batches(split(50), 0, 8, plan, 3), strict=True
+        plan, batches_module.training_batches(split(50), 0, 8, plan, 3), strict=True
     ):
         assert batch.images.shape == (3, 8, 1, 1, 1)
         for step in range(first, last):
@@ -58,7 +60,7 @@ def test_stacked_batches_are_the_single_ones():
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 64])
 def test_evaluation_counts_every_example_once(batch_size):
     seen = []
-    for batch, count in loader.evaluation_batches(split(10), batch_size):
+    for batch, count in batches_module.evaluation_batches(split(10), batch_size):
         assert len(batch.images) == batch_size
         seen += list(batch.index[:count])
     assert seen == list(range(10))
@@ -86,7 +88,7 @@ def test_digits_are_scikit_learns():
     data = loader.load("digits", validation=0)
     images, labels = load_digits(return_X_y=True)
     together = np.concatenate([data.test.images, data.train.images]).reshape(-1, 64)
-    order = loader.permutation(0, 0, 1797)
+    order = batches_module.permutation(0, 0, 1797)
     assert np.array_equal(together, images[order])
     assert np.array_equal(np.concatenate([data.test.labels, data.train.labels]), labels[order])
     assert data.levels == 17
@@ -109,10 +111,10 @@ def numbered(size, validation=None):
 
     def split(numbers):
         images = np.array(numbers, np.int64).view(np.uint8).reshape(-1, 8, 1, 1)
-        return loader.Split(images, np.array(numbers, np.int32))
+        return types.Split(images, np.array(numbers, np.int32))
 
     held_out = None if validation is None else split(range(-validation, 0))
-    return loader.Data("numbers", "numbers", split(range(size)), split(range(size, size + 3)), 256,
+    return types.Data("numbers", "numbers", split(range(size)), split(range(size, size + 3)), 256,
                        (), "", validation=held_out)  # fmt: skip
 
 
@@ -128,7 +130,7 @@ def numbered(size, validation=None):
     ],
 )
 def test_a_validation_split_is_cut_from_the_training_images_by_a_fixed_seed(size, asked, count):
-    data = loader.with_validation(numbered(size), asked)
+    data = splits.with_validation(numbered(size), asked)
     assert len(data.validation.images) == count
     together = np.concatenate([data.train.labels, data.validation.labels])
     assert sorted(together) == list(range(size))
@@ -137,48 +139,48 @@ def test_a_validation_split_is_cut_from_the_training_images_by_a_fixed_seed(size
             np.asarray(part.images).reshape(-1, 8).view(np.int64)[:, 0], part.labels
         )
         assert (np.diff(part.labels) > 0).all()
-    again = loader.with_validation(numbered(size), asked)
+    again = splits.with_validation(numbered(size), asked)
     assert np.array_equal(again.validation.labels, data.validation.labels)
     assert list(data.test.labels) == [size, size + 1, size + 2]
 
 
 def test_a_set_that_no_validation_images_can_be_cut_from_is_refused():
     endless = numbered(1)
-    endless = endless._replace(train=loader.Split(range(loader.ENDLESS), range(loader.ENDLESS)))
+    endless = endless._replace(train=types.Split(range(types.ENDLESS), range(types.ENDLESS)))
     for data, says in ((endless, "endless"), (numbered(1), "one training image")):
         with pytest.raises(UserError, match=says):
-            loader.with_validation(data, None)
-        assert loader.with_validation(data, 0).validation is None
+            splits.with_validation(data, None)
+        assert splits.with_validation(data, 0).validation is None
 
 
 def test_the_validation_images_are_spread_over_the_training_set():
-    places = loader.with_validation(numbered(10_000), None).validation.labels
+    places = splits.with_validation(numbered(10_000), None).validation.labels
     assert abs(places.mean() - 5_000) < 4 * 10_000 / np.sqrt(12 * 1000)
     assert np.histogram(places, 10, (0, 10_000))[0].min() > 60
 
 
 def test_a_data_sets_own_validation_split_is_used_and_may_be_cut_or_given_up():
     own = numbered(100, validation=20)
-    assert np.array_equal(loader.with_validation(own, None).validation.labels, range(-20, 0))
-    assert len(loader.with_validation(own, 5).validation.images) == 5
+    assert np.array_equal(splits.with_validation(own, None).validation.labels, range(-20, 0))
+    assert len(splits.with_validation(own, 5).validation.images) == 5
     for asked in (None, 0, 5):
-        assert len(loader.with_validation(own, asked).train.images) == 100
-    assert loader.with_validation(own, 0).validation is None
-    assert loader.with_validation(numbered(100), 0).validation is None
-    assert len(loader.with_validation(numbered(100), 0).train.images) == 100
+        assert len(splits.with_validation(own, asked).train.images) == 100
+    assert splits.with_validation(own, 0).validation is None
+    assert splits.with_validation(numbered(100), 0).validation is None
+    assert len(splits.with_validation(numbered(100), 0).train.images) == 100
 
 
 @pytest.mark.parametrize(("own", "asked"), [(None, 100), (None, 101), (20, 21)])
 def test_more_validation_images_than_there_are_is_an_error(own, asked):
     with pytest.raises(UserError, match=rf"--config\.validation={asked}: numbers has"):
-        loader.with_validation(numbered(100, own), asked)
+        splits.with_validation(numbered(100, own), asked)
 
 
 def test_rows_of_an_array_on_disk_are_read_as_they_would_be_in_memory(tmp_path):
     whole = np.random.default_rng(0).integers(0, 256, (50, 2, 3), np.uint8)
     np.save(tmp_path / "a.npy", whole)
     kept = np.array([3, 4, 10, 40, 49])
-    rows = loader.Rows(np.load(tmp_path / "a.npy", mmap_mode="r"), kept)
+    rows = types.Rows(np.load(tmp_path / "a.npy", mmap_mode="r"), kept)
     assert (len(rows), rows.shape, rows.dtype) == (5, (5, 2, 3), np.uint8)
     assert np.array_equal(np.asarray(rows), whole[kept])
     assert np.array_equal(rows[np.array([4, 0, 0])], whole[[49, 3, 3]])
@@ -315,7 +317,7 @@ def test_a_pickled_array_in_the_cache_is_not_loaded(tmp_path):
     for i in range(4):
         write(tmp_path / "images" / f"{i}.png", i)
     loader.load(f"folder:{tmp_path}/images", validation=0)
-    caches = [p.parent for p in (loader.cache_dir() / "decoded").glob("*/meta.json")]
+    caches = [p.parent for p in (cache_module.cache_dir() / "decoded").glob("*/meta.json")]
     assert caches
     for cache in caches:
         np.save(cache / "train_images.npy", np.array([Evil()], dtype=object), allow_pickle=True)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.data.loader import Data, Rows, Split
+from ddpm_jax import task
 from ddpm_jax.data.shapes import Made
+from ddpm_jax.data.types import Data, Rows, Split
 from ddpm_jax.diffusion import guidance
 from ddpm_jax.diffusion.prediction import Prediction
 from ddpm_jax.diffusion.process import alpha_sigma
@@ -155,7 +156,7 @@ def by_bayes(params, denoise, labels, scale):
     return guidance.classifier(denoise, log_likelihood, scale)
 
 
-EXACT = guidance.Guide("classifier", by_bayes, SHAPE, 2)
+EXACT = task.Guide("classifier", by_bayes, SHAPE, 2)
 
 
 def test_an_unconditional_model_guided_by_the_exact_classifier_draws_the_class():

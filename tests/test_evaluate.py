@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from ddpm_jax import plots
-from ddpm_jax.data.loader import Split
-from ddpm_jax.metrics.averages import average, per_example
+from ddpm_jax.data.types import Split
+from ddpm_jax.metrics.averages import average
+from ddpm_jax.metrics.per_example import per_example
 from ddpm_jax.parallel.sharding import make
-from ddpm_jax.task import importance_weighted
+from ddpm_jax.tasks.vae import importance_weighted
 from ddpm_jax.variational import likelihoods as likelihood
 from ddpm_jax.variational import vae
 

@@ -20,7 +20,7 @@ from test_train import COMMAND, end_of, finish, start, steps_of, wait_for
 from ddpm_jax.config import restore
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import sharding
-from ddpm_jax.training import loop
+from ddpm_jax.training import step as step_module
 from ddpm_jax.training.checkpoint import (
     _check_record,
     _sum,
@@ -268,7 +268,7 @@ def test_no_file_of_a_run_directory_is_unpickled(stopped, tmp_path, launch):
     """Every file of a checkpoint in turn is a pickle that would run a command."""
     record = json.loads((stopped / "config.json").read_text())
     config = restore(vae_digits.Config, record["config"], stopped)
-    like = sharding.make().like(loop.state_shapes(vae_digits.build(config), config))
+    like = sharding.make().like(step_module.state_shapes(vae_digits.build(config), config))
     checkpoints = open_checkpoints(stopped / "checkpoints", read_only=True)
     checkpoints.restore(steps_kept(stopped)[-1], like)  # as it is, it is read
     checkpoints.close()

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from ddpm_jax.config import Training
-from ddpm_jax.data.loader import Batch
+from ddpm_jax.data.types import Batch
 from ddpm_jax.nn.layers import Conv, attention
-from ddpm_jax.parallel import sharding
+from ddpm_jax.parallel import hardware, sharding
 from ddpm_jax.parallel.flops import flops
 from ddpm_jax.task import Evaluation, Task
-from ddpm_jax.training import loop as train
+from ddpm_jax.training import step as step_module
 
 
 def count(fn, *shapes):
@@ -78,11 +78,11 @@ def test_a_step_is_counted_alike_in_every_mode(mode, devices, accumulate, stack)
     shape = (stack or 1, 16)
     batch = Batch(np.zeros((*shape, 8, 8, 3), np.uint8), np.zeros(shape, np.int32),
                   np.tile(np.arange(16, dtype=np.int32), (shape[0], 1)))  # fmt: skip
-    step = functools.partial(train.train_step, task, config, 0)
+    step = functools.partial(step_module.train_step, task, config, 0)
     one = jax.tree.map(lambda a: a[0], batch)
-    like = spread.like(jax.eval_shape(train.initializer(task, config, 0), one))
+    like = spread.like(jax.eval_shape(step_module.initializer(task, config, 0), one))
     if stack:
-        lowered = spread.lower(train.train_steps(step), like, spread.feed(batch, axis=1), 1)
+        lowered = spread.lower(step_module.train_steps(step), like, spread.feed(batch, axis=1), 1)
     else:
         lowered = spread.lower(step, like, spread.feed(one))
     norm = 2 * PARAMETERS / (1 if mode == "pmap" else devices)  # of the gradient
@@ -135,6 +135,6 @@ def test_recomputed_blocks_count():
 
 
 def test_what_is_told_of_a_run_is_of_one_step():
-    rate = sharding.utilisation(1e9, {"steps_per_second": 3.0})["flops_per_second_per_device"]
+    rate = hardware.utilisation(1e9, {"steps_per_second": 3.0})["flops_per_second_per_device"]
     assert rate == 3e9
-    assert sharding.utilisation(0.0, {"steps_per_second": 3.0}) == {}
+    assert hardware.utilisation(0.0, {"steps_per_second": 3.0}) == {}

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, user_environment
 from data_sets import pixels, png, write
 
-from ddpm_jax.data import loader
+from ddpm_jax.data import cache, loader
 from ddpm_jax.data.captions import lines_of, read_text
 from ddpm_jax.data.tokenizer import untokenize
 from ddpm_jax.errors import UserError
@@ -460,7 +460,7 @@ def test_a_decoded_copy_whose_arrays_disagree_is_made_again(way, tmp_path, monke
     for number in range(6):
         (root / "a" / f"{number:03d}.txt").write_text(f"image {number}")
     first, _ = captions(root)
-    (meta,) = loader.cache_dir().glob("decoded/*/meta.json")
+    (meta,) = cache.cache_dir().glob("decoded/*/meta.json")
     list(broken(meta.parent).values())[way]()
     found, data = captions(root)
     assert found == first

@@ -12,10 +12,11 @@ import pytest
 from conftest import ROOT, user_environment
 
 from ddpm_jax.data.loader import load
+from ddpm_jax.data.types import Loaded
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import guidance_models as guide
-from ddpm_jax.experiment import run
-from ddpm_jax.experiment.run import Loaded, Options
+from ddpm_jax.experiment import sample
+from ddpm_jax.experiment.inputs import Options
 from ddpm_jax.nn.classifier import Classifier
 from ddpm_jax.task import Request
 from experiments import classifier_digits, ddpm_digits
@@ -84,7 +85,7 @@ def test_a_run_guided_by_itself_is_itself_and_a_classifier_changes_it(runs, tmp_
     def draw(guide, guidance, label=None):
         config, out = config_of(guide=guide), tmp_path / "drawn.npz"
         request = Request(label=label, guidance=guidance)
-        run.sample_experiment(ddpm_digits, config, runs / "guided", OPTIONS, request, 4, out)
+        sample.sample_experiment(ddpm_digits, config, runs / "guided", OPTIONS, request, 4, out)
         return np.load(out)["images"].astype(int)
 
     alone = draw("labels", None)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import rng
-from ddpm_jax.data.loader import Batch, Data, Split
+from ddpm_jax.data.types import Batch, Data, Split
 from ddpm_jax.diffusion import losses as loss
 from ddpm_jax.diffusion.schedules import cosine, cosine_betas, from_betas
 from ddpm_jax.nn.classifier import Classifier
@@ -19,10 +19,11 @@ from ddpm_jax.nn.unet import UNet
 from ddpm_jax.nn.vae import VAE
 from ddpm_jax.parallel.sharding import make
 from ddpm_jax.rng import SAMPLE, TRAIN, example_keys, purpose_key
-from ddpm_jax.task import Evaluation, Request, vae_task
+from ddpm_jax.task import Evaluation, Request
 from ddpm_jax.tasks.classifier import classifier_task
 from ddpm_jax.tasks.diffusion import diffusion_task
 from ddpm_jax.tasks.image_sampler import Sampling
+from ddpm_jax.tasks.vae import vae_task
 from ddpm_jax.tasks.vdm import vdm_task
 from ddpm_jax.variational import likelihoods as likelihood
 

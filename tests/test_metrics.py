@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from ddpm_jax import plots
-from ddpm_jax.data.loader import Data, Split, load
+from ddpm_jax.data.loader import load
+from ddpm_jax.data.types import Data, Loaded, Split
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import feature_networks as judges
-from ddpm_jax.experiment import run as runs
-from ddpm_jax.experiment.run import Loaded, Options
+from ddpm_jax.experiment import inputs
+from ddpm_jax.experiment.inputs import Options
 from ddpm_jax.metrics import distances
+from ddpm_jax.metrics.features import Judge
+from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.quality import look, quality
-from ddpm_jax.task import to_images
-from ddpm_jax.tasks.classifier import Judge
 from experiments import classifier_digits, ddpm_digits
 
 
@@ -370,7 +371,9 @@ def test_a_table_shows_every_metric_with_its_error_and_no_error_alone():
 def test_a_judge_reads_its_data_where_the_run_read_them(monkeypatch):
     """A resumed run knows the folder from its record, not from the command line."""
     asked = []
-    monkeypatch.setattr(runs, "load", lambda *arguments: asked.append(arguments) or load("digits"))
+    monkeypatch.setattr(
+        inputs, "load", lambda *arguments: asked.append(arguments) or load("digits")
+    )
     loaded = Loaded(load("digits"), data_dir="/where/the/run/read")
-    runs.load_for(classifier_digits.Config(validation=7), loaded, Options())
+    inputs.load_for(classifier_digits.Config(validation=7), loaded, Options())
     assert asked == [("digits", "/where/the/run/read", 7, True)]

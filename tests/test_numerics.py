@@ -10,16 +10,16 @@ import scipy.special
 import scipy.stats
 
 from ddpm_jax.config import override
-from ddpm_jax.data.loader import Batch
+from ddpm_jax.data.types import Batch
 from ddpm_jax.diffusion import elbo, guidance, losses, prediction, process, samplers, schedules
 from ddpm_jax.diffusion.prediction import Prediction
 from ddpm_jax.errors import UserError
-from ddpm_jax.metrics.averages import spread_times
+from ddpm_jax.metrics.per_example import spread_times
 from ddpm_jax.nn.layers import attention
 from ddpm_jax.task import Request
 from ddpm_jax.tasks import diffusion
 from ddpm_jax.tasks.image_sampler import Sampling, check_start, drawing
-from ddpm_jax.training import loop
+from ddpm_jax.training import step as step_module
 from experiments import ddpm_digits, iddpm_cifar10
 
 SPACINGS = ("leading", "trailing", "linspace", "quadratic", "logsnr", "rho7")
@@ -182,8 +182,8 @@ def test_the_first_200_gradients_of_iddpm_cifar10_are_finite(optimised):
         images[rng.uniform(size=size) < 0.3] = 255  # pixels at both ends of the range, too
         return Batch(images, np.zeros(size, np.int32), np.arange(size, dtype=np.int32))
 
-    state = loop.init_state(task, config, batch(), 0)
-    step = jax.jit(functools.partial(loop.train_step, task, config, 0))
+    state = step_module.init_state(task, config, batch(), 0)
+    step = jax.jit(functools.partial(step_module.train_step, task, config, 0))
     for number in range(200):
         state, metrics = step(state, batch())
         assert np.isfinite(float(metrics["loss"])), number
@@ -220,7 +220,7 @@ def test_a_drawn_time_is_below_1_and_its_step_at_most_the_last(monkeypatch, valu
             assert (number >= 1).all()
             assert (number <= steps).all()
             made = schedules.Schedule(lambda t: t, lambda t: t, steps)
-            assert (diffusion.step_time(made, times) <= 1).all()
+            assert (schedules.step_time(made, times) <= 1).all()
     expected = (np.asarray(place) + np.float64(value)) / size
     np.testing.assert_allclose(drawn["stratified"], expected, rtol=2e-7)
 

@@ -5,22 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.data import loader, shapes
-from ddpm_jax.data.loader import Data, Split
+from ddpm_jax.data import batches, loader, shapes
+from ddpm_jax.data.types import Data, Split
 from ddpm_jax.diffusion import losses as loss
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.classifier import Classifier
 from ddpm_jax.nn.dit import DiT
-from ddpm_jax.nn.text_encoder import DualEncoder, Size
+from ddpm_jax.nn.dual_encoder import DualEncoder
+from ddpm_jax.nn.text_encoder import Size
 from ddpm_jax.nn.vae import VAE
 from ddpm_jax.parallel.sharding import make
-from ddpm_jax.task import Evaluation, vae_task
+from ddpm_jax.task import Evaluation
 from ddpm_jax.tasks.autoencoder import autoencoder_task
 from ddpm_jax.tasks.classifier import classifier_task
 from ddpm_jax.tasks.contrastive import contrastive_task
 from ddpm_jax.tasks.diffusion import diffusion_task
 from ddpm_jax.tasks.image_sampler import Sampling
+from ddpm_jax.tasks.vae import vae_task
 from ddpm_jax.tasks.vdm import vdm_task
 from ddpm_jax.variational.likelihoods import gaussian
 
@@ -119,10 +121,12 @@ FAST_ONES = ("diffusion, learned variance, importance-sampled times", "autoencod
 def test_the_loss_of_an_evaluation_is_that_of_training_with_frozen_parameters(name, monkeypatch):
     """So are all metrics that both report under one name, without dropout and augmentation."""
     for module in ("diffusion", "vdm"):  # no samples are needed here
-        monkeypatch.setattr(f"ddpm_jax.{module}.show", lambda *_: Evaluation({}, {}))
+        monkeypatch.setattr(f"ddpm_jax.tasks.{module}.show", lambda *_: Evaluation({}, {}))
     build, data = (of() for of in TASKS[name])
     task, passes, size = build, 24, 16
-    batch = jax.tree.map(jnp.asarray, loader.batch_of(data.train, np.arange(SIZE), np.arange(SIZE)))
+    batch = jax.tree.map(
+        jnp.asarray, batches.batch_of(data.train, np.arange(SIZE), np.arange(SIZE))
+    )
 
     @jax.jit
     def start():

@@ -15,7 +15,7 @@ from data_sets import png, write
 
 import launch
 from ddpm_jax.data import loader
-from ddpm_jax.data.loader import Batch, Data, Split
+from ddpm_jax.data.types import Batch, Data, Split
 from ddpm_jax.diffusion.schedules import cosine
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.classifier import Classifier

@@ -13,14 +13,14 @@ import pytest
 from conftest import ROOT
 
 from ddpm_jax.config import FROM_PARTS, Training, marked
-from ddpm_jax.data import loader
-from ddpm_jax.data.loader import Batch
+from ddpm_jax.data import loader, types
+from ddpm_jax.data.types import Batch
 from ddpm_jax.errors import UserError
-from ddpm_jax.metrics.averages import per_example
-from ddpm_jax.parallel import sharding
+from ddpm_jax.metrics.per_example import per_example
+from ddpm_jax.parallel import sharding, xla_flags
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
 from ddpm_jax.task import Evaluation, Request, Task
-from ddpm_jax.training import loop as train
+from ddpm_jax.training import step as step_module
 from ddpm_jax.training.checkpoint import open_checkpoints
 from experiments import ddpm_digits, vae_digits
 
@@ -95,7 +95,7 @@ CONFIG = Training(
 
 
 def start_of(task, config, double):
-    state = train.init_state(task, config, batch_of(0), 0)
+    state = step_module.init_state(task, config, batch_of(0), 0)
     return jax.tree.map(
         lambda a: np.asarray(a, np.float64 if double and a.dtype == jnp.float32 else None), state
     )
@@ -108,7 +108,7 @@ def trained(task, config, mode, count, double=True, steps=STEPS):
         state = spread.place(start_of(task, config, double))
 
         def step(state, batch, **hooks):
-            return train.train_step(task, config, 0, state, batch, **hooks)
+            return step_module.train_step(task, config, 0, state, batch, **hooks)
 
         size = config.batch_size
         call = spread.lower(step, spread.like(state), spread.feed(batch_of(0, size)))()
@@ -223,7 +223,7 @@ def shapes_of(name):
         config = dataclasses.replace(config, **{f: v for f, v in given.items() if f in fields})
     if hasattr(config, "judge"):
         config = dataclasses.replace(config, judge="none")
-    return train.state_shapes(module.build(config), config)
+    return step_module.state_shapes(module.build(config), config)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -254,17 +254,17 @@ def deep(dtype, layers=12, width=256) -> Task:
 
 
 @pytest.mark.skipif(
-    importlib.metadata.version("jaxlib") not in sharding.FRUGAL_VERSIONS,
+    importlib.metadata.version("jaxlib") not in xla_flags.FRUGAL_VERSIONS,
     reason="XLA for CPUs gathers early in other versions (parallel.py, FRUGAL)",
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_under_fsdp_a_step_never_holds_the_whole_model(dtype):
     """Beside its share, a device holds two layers and their gradient at a time, of 12."""
     task, spread = deep(dtype), sharding.make("fsdp")
-    shapes = train.state_shapes(task, CONFIG)
+    shapes = step_module.state_shapes(task, CONFIG)
 
     def step(state, batch, **hooks):
-        return train.train_step(task, CONFIG, 0, state, batch, **hooks)
+        return step_module.train_step(task, CONFIG, 0, state, batch, **hooks)
 
     program = spread.lower(step, spread.like(shapes), spread.feed(batch_of(0)))()
     whole = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes.params))
@@ -298,7 +298,7 @@ LAYOUTS = [("jit", 1), ("pmap", 4), ("fsdp", 2), ("fsdp", 8)]
 
 def test_a_checkpoint_of_any_layout_is_restored_into_any_other(tmp_path):
     task = contrastive()
-    start = train.init_state(task, CONFIG, batch_of(0), 0)
+    start = step_module.init_state(task, CONFIG, batch_of(0), 0)
     for number, (mode, count) in enumerate(LAYOUTS):
         spread = sharding.make(mode, jax.devices()[:count])
         checkpoints = open_checkpoints(tmp_path / str(number))
@@ -320,7 +320,7 @@ def test_a_checkpoint_of_any_layout_is_restored_into_any_other(tmp_path):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_evaluation_counts_every_example_once_on_any_devices(mode):
-    split = loader.Split(np.arange(21, dtype=np.uint8).reshape(21, 1, 1, 1), np.zeros(21, np.int32))
+    split = types.Split(np.arange(21, dtype=np.uint8).reshape(21, 1, 1, 1), np.zeros(21, np.int32))
     spread = sharding.make(mode, jax.devices()[:8])
 
     @jax.jit

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from ddpm_jax.data.loader import Split
+from ddpm_jax.data.types import Split
 from ddpm_jax.diffusion.prediction import Prediction
 from ddpm_jax.diffusion.process import alpha_sigma
 from ddpm_jax.diffusion.schedules import cosine
-from ddpm_jax.metrics.averages import per_example
+from ddpm_jax.metrics.per_example import per_example
 from ddpm_jax.parallel import sharding
 from ddpm_jax.task import Request
 from ddpm_jax.tasks.image_sampler import Sampling, drawing
 
 # Where jax compiles: training's programs, whose states' placement is stated; and functions of one
 # array within others: a check sum, which is a scalar, and a matrix within a step.
-COMPILES = {"sharding.py", "loop.py", "checkpoint.py", "muon.py"}
+COMPILES = {"sharding.py", "loop.py", "step.py", "checkpoint.py", "muon.py"}
 COMPILERS = {"jit", "pmap", "pjit", "shard_map", "filter_jit"}
 
 

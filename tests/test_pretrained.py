@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from ddpm_jax.data import loader
+from ddpm_jax.data import batches, loader, splits
 from ddpm_jax.errors import UserError
 from ddpm_jax.tasks import pretrained_text
 
@@ -44,11 +44,11 @@ def test_features_do_not_depend_on_the_batch_and_padding_is_none(folder):
 
 def test_a_data_sets_captions_are_read_once(folder, monkeypatch):
     data = loader.load("shapes")
-    data = loader.with_validation(data, 0)
+    data = splits.with_validation(data, 0)
     data = data._replace(train=data.train.first(20), test=data.test.first(5))
     found = pretrained_text.encoded(folder, data)
     rows = np.array([3, 0, 3])
-    batch = loader.batch_of(found.train, rows, np.arange(3))
+    batch = batches.batch_of(found.train, rows, np.arange(3))
     assert batch.captions.tokens.shape == (3, pretrained_text.LENGTH, 16)
     assert batch.captions.tokens.dtype == np.float32
     np.testing.assert_array_equal(batch.captions.tokens[0], batch.captions.tokens[2])
@@ -100,7 +100,7 @@ def test_features_are_stacked_as_images_are():
         np.ones((12, 5, 3)), np.ones((12, 5), bool), np.ones((12, 3))
     )
     captions = pretrained_text.Encoded(["a"] * 12, features, np.arange(12))
-    batch = next(loader.training_batches(train._replace(captions=captions), 0, 4, [(0, 2)], 2))
+    batch = next(batches.training_batches(train._replace(captions=captions), 0, 4, [(0, 2)], 2))
     assert batch.images.shape == (2, 4, *data.shape)
     assert batch.captions.tokens.shape == (2, 4, 5, 3)
     assert batch.captions.mask.shape == (2, 4, 5)

@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT, expect_one_line, user_environment
 from PIL import Image
 
-from ddpm_jax import plots
+from ddpm_jax import errors, plots
 from ddpm_jax.errors import UserError, printable
 from ddpm_jax.experiment import sample_files
 from ddpm_jax.system.files import draft_of
@@ -304,7 +304,7 @@ def test_no_value_that_is_not_finite_becomes_a_grey(value):
     images = np.zeros((2, 4, 4, 1), np.float32)
     images[1, 2, 3, 0] = value
     for make in (plots.to_uint8, plots.grid, lambda some: plots.captioned([("a", some)])):
-        with pytest.raises(plots.NonFinite, match="1 of 32 values"):
+        with pytest.raises(errors.NonFinite, match="1 of 32 values"):
             make(images)
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ddpm_jax.data import loader, shapes
+from ddpm_jax.data import batches as batches_module
+from ddpm_jax.data import loader, shapes, types
 from ddpm_jax.data.tokenizer import tokenize, untokenize
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics import alignment
@@ -29,8 +30,8 @@ def test_an_example_is_a_function_of_its_split_and_index_alone():
 def test_endless_training_never_shows_an_example_twice():
     data = loader.load("shapes")
     plan = [(step, step + 1) for step in range(3)]
-    batches = list(loader.training_batches(data.train, 0, 4, plan, None))
-    expected = data.train.rows(loader.epoch_order(0, loader.ENDLESS)(0, 12))
+    batches = list(batches_module.training_batches(data.train, 0, 4, plan, None))
+    expected = data.train.rows(batches_module.epoch_order(0, types.ENDLESS)(0, 12))
     np.testing.assert_array_equal(np.concatenate([b.images for b in batches]), expected.images)
     np.testing.assert_array_equal(np.concatenate([b.captions for b in batches]), expected.captions)
 
@@ -39,19 +40,19 @@ def test_endless_training_is_a_function_of_seed_and_step():
     data = loader.load("shapes")
 
     def captions(seed, step):
-        batch = next(loader.training_batches(data.train, seed, 8, [(step, step + 1)], None))
+        batch = next(batches_module.training_batches(data.train, seed, 8, [(step, step + 1)], None))
         return [text for text in untokenize(batch.captions)]
 
     assert captions(3, 5) == captions(3, 5)
     assert captions(3, 5) != captions(4, 5)
     assert captions(3, 5) != captions(3, 6)
     seeds = [*range(50), 2**31 - 1, 2**31, 2**32 - 1]
-    firsts = [loader.epoch_order(seed, loader.ENDLESS)(0, 1)[0] for seed in seeds]
+    firsts = [batches_module.epoch_order(seed, types.ENDLESS)(0, 1)[0] for seed in seeds]
     assert np.diff(np.sort(firsts)).min() > 0
-    whole = loader.epoch_order(1, loader.ENDLESS)(0, loader.ENDLESS // 1000 * 2)[:: 2**10]
+    whole = batches_module.epoch_order(1, types.ENDLESS)(0, types.ENDLESS // 1000 * 2)[:: 2**10]
     assert len(np.unique(whole)) == len(whole)
-    last = loader.epoch_order(1, loader.ENDLESS)(loader.ENDLESS - 3, loader.ENDLESS)
-    assert np.array_equal((last + 3) % loader.ENDLESS, firsts[1] + np.arange(3))
+    last = batches_module.epoch_order(1, types.ENDLESS)(types.ENDLESS - 3, types.ENDLESS)
+    assert np.array_equal((last + 3) % types.ENDLESS, firsts[1] + np.arange(3))
 
 
 @pytest.mark.parametrize("side", shapes.SIDES)

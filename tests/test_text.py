@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.data import loader, shapes
+from ddpm_jax.data import batches, loader, shapes
 from ddpm_jax.data.tokenizer import tokenize
+from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.code_transformer import CodeTransformer
 from ddpm_jax.nn.dit import DiT
+from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.nn.layers import Context
-from ddpm_jax.nn.text_encoder import LONGEST, SIZES, Block, DualEncoder, TextEncoder, words
+from ddpm_jax.nn.text_encoder import LONGEST, SIZES, TextEncoder, words
+from ddpm_jax.nn.transformer import Block
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.task import to_images
 from ddpm_jax.tasks.contrastive import contrastive_nll, contrastive_task
 
 BRANCHES = ("project", "mlp_2")
@@ -208,7 +210,7 @@ def test_altered_captions_stand_beside_the_others_of_an_image(x64):
 
 def test_a_part_of_a_batch_is_compared_with_all_of_it():
     data = shapes.with_altered(loader.load("shapes"), 2)
-    whole = jax.tree.map(jnp.asarray, loader.batch_of(data.train, np.arange(8), np.arange(8)))
+    whole = jax.tree.map(jnp.asarray, batches.batch_of(data.train, np.arange(8), np.arange(8)))
     net = DualEncoder(SIZE, shapes.LENGTH, (8,), 16)
     task = contrastive_task(net, data.shape, data.levels, batch_size=8)
     params = drawn(lambda *some: task.init(*some)[0], whole)

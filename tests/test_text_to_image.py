@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from test_text import drawn
 
-from ddpm_jax.data import loader
+from ddpm_jax.data import batches, loader
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.autoencoder import Autoencoder
+from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.nn.layers import Context
-from ddpm_jax.nn.text_encoder import SIZES, DualEncoder
+from ddpm_jax.nn.text_encoder import SIZES
 from ddpm_jax.parallel.sharding import make
 from ddpm_jax.task import Request
 from ddpm_jax.tasks.autoencoder import autoencoder_task, latents
@@ -76,7 +77,7 @@ def align(images, prompts):
 
 def batch(size, start=0):
     rows = np.arange(start, start + size)
-    return jax.tree.map(jnp.asarray, loader.batch_of(DATA.train, rows, np.arange(size)))
+    return jax.tree.map(jnp.asarray, batches.batch_of(DATA.train, rows, np.arange(size)))
 
 
 KEYS = jax.random.split(jax.random.key(7), 4)

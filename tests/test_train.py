@@ -19,15 +19,20 @@ import pytest
 from conftest import ROOT, user_environment
 
 from ddpm_jax.config import MAY_CHANGE, Training, marked
-from ddpm_jax.data import loader
+from ddpm_jax.data import batches, loader, types
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.experiment import run
+from ddpm_jax.experiment import inputs, load
+from ddpm_jax.experiment import train as train_module
 from ddpm_jax.nn.vae import VAE
 from ddpm_jax.parallel import sharding
 from ddpm_jax.rng import TRAIN, example_keys, purpose_key
-from ddpm_jax.task import Evaluation, Request, Task, vae_task
+from ddpm_jax.task import Evaluation, Request, Task
+from ddpm_jax.tasks.vae import vae_task
+from ddpm_jax.training import ema as ema_module
 from ddpm_jax.training import loop as train
 from ddpm_jax.training import muon, run_dir
+from ddpm_jax.training import optimizer as optimizer_module
+from ddpm_jax.training import step as step_module
 from ddpm_jax.training.checkpoint import open_checkpoints
 from ddpm_jax.training.run_dir import open_run
 from ddpm_jax.variational import likelihoods as likelihood
@@ -46,11 +51,11 @@ def small(**changes):
 
 def batch_of(data, size, start=0):
     rows = slice(start, start + size)
-    return loader.Batch(data.train.images[rows], data.train.labels[rows], np.arange(size))
+    return types.Batch(data.train.images[rows], data.train.labels[rows], np.arange(size))
 
 
 def bind(task, config, seed=0):
-    return lambda state, batch: train.train_step(task, config, seed, state, batch)
+    return lambda state, batch: step_module.train_step(task, config, seed, state, batch)
 
 
 def fit(config, data, workdir, task=None, seed=0):
@@ -103,7 +108,7 @@ def test_one_batch_is_overfitted(digits, conv):
     p_x = likelihood.gaussian(17, std=0.1)
     task = vae_task(net, p_x, beta=0.0, eval_batch=16, iwae_images=1)
     batch = batch_of(digits, 16)
-    state = train.init_state(task, config, batch, 0)
+    state = step_module.init_state(task, config, batch, 0)
     step = jax.jit(bind(task, config))
     losses = []
     for _ in range(600):
@@ -169,15 +174,15 @@ def test_draws_are_keyed_by_step_and_example():
 
 def test_the_average_follows_its_half_life_after_the_warm_up():
     # Late, a half-life of 1,000 images halves the old average's share in 1,000 images.
-    decay = train.ema_decay(10**6, 100, 1000.0)
+    decay = ema_module.ema_decay(10**6, 100, 1000.0)
     assert float(decay) ** 10 == pytest.approx(0.5, rel=1e-5)
     # Early, it is 5 % of the images seen.
-    assert float(train.ema_decay(10, 100, 1e9)) == pytest.approx(0.5 ** (1 / 0.5), rel=1e-5)
+    assert float(ema_module.ema_decay(10, 100, 1e9)) == pytest.approx(0.5 ** (1 / 0.5), rel=1e-5)
 
 
 def test_a_power_averages_weights_have_the_width_that_was_asked_for():
     width, steps = 0.1, 20_000
-    decays = np.asarray(train.power_decay(np.arange(1, steps + 1), width), np.float64)
+    decays = np.asarray(ema_module.power_decay(np.arange(1, steps + 1), width), np.float64)
     weights = (1 - decays) * np.append(np.cumprod(decays[::-1])[::-1][1:], 1.0)
     assert weights.sum() == pytest.approx(1, abs=1e-3)
     time = np.arange(1, steps + 1) / steps
@@ -189,17 +194,17 @@ def test_several_averages_are_kept_at_once_and_one_is_chosen(digits, tmp_path):
     config = small(ema_half_life=1e6, ema_others=(0.0, 100.0), ema_power=(0.1,), ema=1)
     state = fit_alone(config, digits, tmp_path).state
     assert len(state.ema) == 4
-    chex.assert_trees_all_equal(train.averaged(state, config), state.params)  # no averaging
+    chex.assert_trees_all_equal(step_module.averaged(state, config), state.params)  # no averaging
     alone = fit_alone(small(ema_half_life=100.0), digits, tmp_path / "alone").state
     # Two programs, which round a sum near 0 differently.
     chex.assert_trees_all_close(state.ema[2], alone.ema[0], rtol=1e-6, atol=1e-9)
     with pytest.raises(UserError, match="there are 4 averages"):
-        train.check_ema(dataclasses.replace(config, ema=4))
+        ema_module.check_ema(dataclasses.replace(config, ema=4))
 
 
 def test_the_record_says_which_parameters_were_used():
     config = small(ema_half_life=20_000.0, ema_others=(0.0, 500.0), ema_power=(0.05,))
-    used = [train.parameters_used(dataclasses.replace(config, ema=ema)) for ema in range(4)]
+    used = [ema_module.parameters_used(dataclasses.replace(config, ema=ema)) for ema in range(4)]
     assert used == [
         "EMA, half-life 20000 images",
         "as trained",
@@ -211,7 +216,7 @@ def test_the_record_says_which_parameters_were_used():
 def test_the_learning_rate_warms_up_and_decays():
     config = Training(learning_rate=0.5, warmup=10, decay="cosine", steps=100)
     params = {"x": jnp.zeros(1)}
-    optimizer = train.optimizer(config)
+    optimizer = optimizer_module.optimizer(config)
     state = optimizer.init(params)
     sizes = []
     for _ in range(100):  # Adam's step under a constant gradient is the learning rate
@@ -232,7 +237,7 @@ def test_muon_takes_kernels_as_matrices_and_adam_the_rest():
     inner = {"kernel": drawn(3, 3, 2, 16), "bias": drawn(16)}
     scanned = {"kernel": drawn(5, 12, 8)}
     params = {"params": {"conv_in": {"kernel": drawn(3, 3, 1, 8)}, "a": inner, "b": {"c": scanned}}}
-    made_of = train.optimizer(Training(learning_rate=0.01, optimizer="muon"))
+    made_of = optimizer_module.optimizer(Training(learning_rate=0.01, optimizer="muon"))
     adam = optax.adam(0.01, nesterov=True)  # in whose company Muon is
     gradient = jax.tree.map(lambda a: drawn(*a.shape), params)
     (usual, _), (found, _) = (
@@ -332,7 +337,7 @@ def bad_at(*steps):
 
 
 def test_a_step_that_is_not_finite_names_its_training_examples(digits, tmp_path):
-    order = loader.epoch_order(0, len(digits.train.images))(6 * 16, 7 * 16)
+    order = batches.epoch_order(0, len(digits.train.images))(6 * 16, 7 * 16)
     with pytest.raises(RunError, match=rf"loss is nan at step 7, of training examples {order[5]};"):
         fit(small(), digits, tmp_path, bad_at(6))
 
@@ -364,7 +369,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(digits, tmp_path):
 def test_an_image_is_the_same_in_any_batch(digits):
     config = small()
     task = vae_digits.build(config)
-    params = train.init_state(task, config, batch_of(digits, 100), 0).params
+    params = step_module.init_state(task, config, batch_of(digits, 100), 0).params
     keys = example_keys(purpose_key(0, TRAIN), 0, jnp.arange(64))
     many = task.sample(params, {}, keys, Request())
     few = task.sample(params, {}, keys[:8], Request())
@@ -388,13 +393,15 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path):
 
 def test_what_only_training_reads_is_not_read_for_drawing(tmp_path):
     config = small(steps=4, checkpoint_every=2, ema_others=(2.0,), ema=1)
-    run.train_experiment(vae_digits, config, tmp_path, run.Options())
-    shapes = train.state_shapes(vae_digits.build(config), config)
+    train_module.train_experiment(vae_digits, config, tmp_path, inputs.Options())
+    shapes = step_module.state_shapes(vae_digits.build(config), config)
     checkpoints = open_checkpoints(tmp_path / "checkpoints", read_only=True)
     whole, _ = checkpoints.restore(4, sharding.make().like(shapes))
     checkpoints.close()
-    _, state = run.load_state(vae_digits, tmp_path)
-    chex.assert_trees_all_equal(train.averaged(state, config), train.averaged(whole, config))
+    _, state = load.load_state(vae_digits, tmp_path)
+    chex.assert_trees_all_equal(
+        step_module.averaged(state, config), step_module.averaged(whole, config)
+    )
     chex.assert_trees_all_equal((state.step, state.fixed), (whole.step, whole.fixed))
     assert not jax.tree.leaves((state.params, state.opt_state, state.ema[0]))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_text import drawn
 
-from ddpm_jax.data.loader import Batch
+from ddpm_jax.data.types import Batch
 from ddpm_jax.diffusion.schedules import cosine, from_betas, linear_betas
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.dit import DiT

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from ddpm_jax.data.loader import Batch, Data, Split
+from ddpm_jax.data.types import Batch, Data, Split
 from ddpm_jax.diffusion import elbo, probability_flow, process, schedules
 from ddpm_jax.diffusion.prediction import Prediction, write
 from ddpm_jax.nn.dit import DiT

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.data import loader
+from ddpm_jax.data import loader, types
 from ddpm_jax.errors import UserError
+from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.reconstruction import psnr, ssim
 from ddpm_jax.nn.autoencoder import Autoencoder
-from ddpm_jax.task import to_images
 from ddpm_jax.tasks.autoencoder import autoencoder_task, latents
 from ddpm_jax.variational import vq
 
@@ -94,7 +94,7 @@ def state(task, batch):
 def batch(size=32, start=0):
     images = loader.load("shapes").train.images[np.arange(start, start + size)][:, ::2, ::2]
     labels = np.full(size, -1, np.int32)
-    return jax.tree.map(jnp.asarray, loader.Batch(images, labels, np.arange(size)))
+    return jax.tree.map(jnp.asarray, types.Batch(images, labels, np.arange(size)))
 
 
 @pytest.mark.parametrize("codes", [0, 16])

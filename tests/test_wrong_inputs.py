@@ -22,7 +22,7 @@ from data_sets import png, write
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.feature_networks import INCEPTION
-from ddpm_jax.parallel import sharding
+from ddpm_jax.parallel import cluster
 
 PNG = png()
 DIGITS = ("--experiment=vae_digits", "--debug")
@@ -577,13 +577,13 @@ def test_no_classifier_is_trained_for_a_directory_of_another_run(
 
 
 def test_a_host_that_is_not_known_is_one_line_within_seconds(monkeypatch):
-    monkeypatch.setattr(sharding, "RESOLVE_SECONDS", 0.5)
+    monkeypatch.setattr(cluster, "RESOLVE_SECONDS", 0.5)
     begun = time.monotonic()
     with pytest.raises(UserError, match="no host of the name"):
-        sharding.check_host("no.such.host.invalid:1234")
+        cluster.check_host("no.such.host.invalid:1234")
     assert time.monotonic() - begun < 5
-    sharding.check_host("localhost:1234")
-    sharding.check_host("[::1]:1234")
+    cluster.check_host("localhost:1234")
+    cluster.check_host("[::1]:1234")
 
 
 # In a process of their own.

@@ -15,6 +15,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ddpm_jax.data.tokenizer import fitting, tokenize
 from ddpm_jax.errors import UserError
 
 KEYS = ("text", "caption", "prompt")
@@ -196,3 +197,21 @@ def _text(path: pathlib.Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeError as error:
         raise UserError(f"{path} cannot be read as text in UTF-8: {error}") from None
+
+
+def usable_captions(texts: dict[str, list[str]]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Captions of each split as tokens, all of one length, and notes about them.
+
+    Args:
+      texts: by split.
+
+    Returns:
+      Tokens by split, or None for each where no training image has a caption.
+    """
+    if not any(text.strip() for text in texts["train"]):
+        note = "all captions of the training images are empty: it counts as a set without captions"
+        return dict.fromkeys(texts), (note,)
+    needed = max(fitting(some) for some in texts.values())
+    same = len(set(texts["train"])) == 1 < len(texts["train"])
+    notes = ("all training images have the same caption",) if same else ()
+    return {split: tokenize(some, needed) for split, some in texts.items()}, notes

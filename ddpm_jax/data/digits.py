@@ -12,7 +12,9 @@ import pathlib
 
 import numpy as np
 
-from ddpm_jax.data.loader import Data, Split, fingerprint, permutation
+from ddpm_jax.data.batches import permutation
+from ddpm_jax.data.cache import fingerprint
+from ddpm_jax.data.types import Data, Split
 from ddpm_jax.errors import UserError
 
 TEST_EXAMPLES = 360

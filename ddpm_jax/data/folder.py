@@ -19,17 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax.data.captions import is_captions, read_captions
+from ddpm_jax.data.cache import decoded_once, fingerprint
+from ddpm_jax.data.captions import is_captions, read_captions, usable_captions
 from ddpm_jax.data.images import ENDINGS, Decoded, decode, decoding, reason_of
-from ddpm_jax.data.loader import (
-    SPLITS,
-    Data,
-    Split,
-    decoded_once,
-    fingerprint,
-    split_folders,
-    usable_captions,
-)
+from ddpm_jax.data.splits import split_folders
+from ddpm_jax.data.types import SPLITS, Data, Split
 from ddpm_jax.errors import UserError, printable
 
 VERSION = 4  # of what is kept: another where the same files are read in another way

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_jax.data.loader import ENDLESS, SPLITS, Data, Split
 from ddpm_jax.data.tokenizer import tokenize
+from ddpm_jax.data.types import ENDLESS, SPLITS, Data, Split
 from ddpm_jax.errors import UserError
 
 SIDES = (32, 64)

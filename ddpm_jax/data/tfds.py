@@ -29,16 +29,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ddpm_jax.data.cache import decoded_once, fingerprint
+from ddpm_jax.data.captions import usable_captions
 from ddpm_jax.data.images import decode, decoding, reason_of
-from ddpm_jax.data.loader import (
-    Data,
-    MissingData,
-    Split,
-    decoded_once,
-    fingerprint,
-    split_folders,
-    usable_captions,
-)
+from ddpm_jax.data.splits import split_folders
+from ddpm_jax.data.types import Data, MissingData, Split
 from ddpm_jax.errors import UserError, nearest, printable
 from ddpm_jax.system.terminal import print_error
 

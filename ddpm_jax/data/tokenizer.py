@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-VOCABULARY = 256
 PADDING = 0
 
 

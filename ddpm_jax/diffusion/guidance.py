@@ -6,7 +6,6 @@ worse model and 1 the good one alone.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,29 +13,6 @@ from jaxtyping import Array, Float
 
 from ddpm_jax.diffusion.prediction import Denoiser, Prediction, with_x0
 from ddpm_jax.diffusion.process import alpha_sigma
-
-
-class Guide(NamedTuple):
-    """What a trained network does to another's denoiser.
-
-    kind: "classifier" (classifier guidance) or "diffusion" (autoguidance)
-    guided(params, denoise, labels, scale) -> Denoiser; label `classes` is "no class"
-    shape: of images
-    classes: that it is told of; 0: none
-    params: its own, and about: which it is, for the record; once it is loaded
-    """
-
-    kind: Literal["classifier", "diffusion"]
-    guided: Callable[[Any, Denoiser, Any, float | Array], Denoiser]
-    shape: tuple[int, int, int]
-    classes: int
-    params: Any = None
-    about: str = ""
-
-    @property
-    def nothing(self) -> float:
-        """The scale that leaves a denoiser as it is."""
-        return 0.0 if self.kind == "classifier" else 1.0
 
 
 def combine(conditional: Prediction, unconditional: Prediction, scale: float | Array) -> Prediction:

@@ -353,3 +353,10 @@ def within(
       share: in [0, 1).
     """
     return jnp.minimum((place + share) / count, 1 - jnp.finfo(share.dtype).epsneg)
+
+
+def step_time(schedule: Schedule, t: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """Uniform t in [0, 1) -> a uniform step i / T, i = 1 ... T, of a table; else t itself."""
+    if schedule.steps is None:
+        return t
+    return step_number(t, schedule.steps) / schedule.steps

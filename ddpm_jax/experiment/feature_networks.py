@@ -16,27 +16,22 @@ from typing import Any
 import jax.numpy as jnp
 
 from ddpm_jax.config import expanded
-from ddpm_jax.data.loader import cache_dir
-from ddpm_jax.errors import UserError
+from ddpm_jax.data.cache import cache_dir
+from ddpm_jax.data.types import Loaded
+from ddpm_jax.errors import UserError, one_line
+from ddpm_jax.experiment.inputs import Options, from_data, load_for, own_config, record_of
+from ddpm_jax.experiment.load import load_state
 from ddpm_jax.experiment.preflight import read_run
-from ddpm_jax.experiment.run import (
-    Loaded,
-    Options,
-    from_data,
-    load_for,
-    load_state,
-    own_config,
-    record_of,
-    train_experiment,
-)
+from ddpm_jax.experiment.train import train_experiment
+from ddpm_jax.metrics.features import Judge, judge_of
 from ddpm_jax.metrics.pth import read_tensors
 from ddpm_jax.nn.inception import Inception, from_torch
-from ddpm_jax.parallel.sharding import from_main, make, one_line
+from ddpm_jax.parallel.processes import from_main
+from ddpm_jax.parallel.sharding import make
 from ddpm_jax.progress import tell, tell_once
 from ddpm_jax.system.files import check_writable
-from ddpm_jax.tasks.classifier import Judge, judge_of
-from ddpm_jax.training.loop import averaged
 from ddpm_jax.training.run_dir import check_same, read_record
+from ddpm_jax.training.step import averaged
 
 KIND = "2"  # of what is kept: another where the same config makes another classifier
 UNUSABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)

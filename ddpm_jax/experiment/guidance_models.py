@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ddpm_jax.config import expanded, restore
-from ddpm_jax.diffusion.guidance import Guide
+from ddpm_jax.data.types import Loaded
 from ddpm_jax.errors import UserError
+from ddpm_jax.experiment.load import load_state
 from ddpm_jax.experiment.preflight import read_run
-from ddpm_jax.experiment.run import Loaded, load_state
-from ddpm_jax.training.loop import averaged
+from ddpm_jax.task import Guide
+from ddpm_jax.training.step import averaged
 
 LABELS = "labels"
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from ddpm_jax.config import FROM_PARTS, expanded, marked, restore
 from ddpm_jax.errors import UserError
+from ddpm_jax.experiment.load import load_state
 from ddpm_jax.experiment.preflight import read_run
-from ddpm_jax.experiment.run import load_state
-from ddpm_jax.training.loop import TrainState
+from ddpm_jax.training.step import TrainState
 
 
 def with_parts(config: Any, **parts: types.ModuleType) -> Any:

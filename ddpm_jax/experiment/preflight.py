@@ -13,7 +13,7 @@ import jax
 from ddpm_jax.errors import UserError
 from ddpm_jax.progress import tell
 from ddpm_jax.task import Task
-from ddpm_jax.training import loop
+from ddpm_jax.training import step
 from ddpm_jax.training.run_dir import read_record
 
 TIMES_MEMORY = 4  # what needs more than so many times the memory is refused
@@ -180,7 +180,7 @@ def check_sizes(task: Task, config: Any, parallel: str = "jit") -> None:
         steps = config.sample_steps
         check_images(KEPT_TRAJECTORIES * steps, config.shape, "--config.sample_steps", steps)
     try:
-        shapes = loop.state_shapes(task, config)
+        shapes = step.state_shapes(task, config)
         state = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
     except (OverflowError, MemoryError):
         state = 2**63

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from ddpm_jax import plots
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.parallel.sharding import is_main
+from ddpm_jax.parallel.processes import is_main
 from ddpm_jax.progress import Clock, tell
 from ddpm_jax.system import interrupts
 from ddpm_jax.system.files import check_writable, is_ours, write_npz

@@ -1,18 +1,10 @@
 """Averages over a whole split, every example counted once, in float64 on the host."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
-
-from ddpm_jax.data.loader import Split, evaluation_batches
-from ddpm_jax.diffusion.schedules import within
-from ddpm_jax.parallel.sharding import Parallel, fetch
-from ddpm_jax.rng import EVALUATE, example_keys, purpose_key
+from jaxtyping import Bool, Float
 
 
 class Average(NamedTuple):
@@ -20,38 +12,6 @@ class Average(NamedTuple):
 
     mean: float
     error: float | None
-
-
-def per_example(
-    fn: Callable[..., dict[str, Any]],
-    split: Split,
-    batch_size: int,
-    seed: int,
-    spread: Parallel,
-    *arguments: Any,
-) -> dict[str, np.ndarray]:
-    """`fn` of every example of a split, in its order.
-
-    Args:
-      fn: (*arguments, batch, keys) -> {name: [B, ...]}; compiled here, once for each function.
-      split: the examples.
-      batch_size: how many at a time, rounded up to what the devices divide; it changes no
-        result.
-      seed: with an example's place in the split, keys its draws: the same at every
-        evaluation, so that two of them differ by the parameters alone.
-      spread: the devices.
-      arguments: what the function reads besides, such as parameters.
-    """
-    key = purpose_key(seed, EVALUATE)
-    rows: dict[str, list[np.ndarray]] = {}
-    size, compiled = spread.round_up(batch_size), spread.compile(fn)
-    for batch, count in evaluation_batches(split, size, spread.rows(size)):
-        spread.breathe()
-        batch = spread.shard(batch)
-        keys = example_keys(key, 0, batch.index)
-        for name, values in fetch(compiled(*arguments, batch, keys)).items():
-            rows.setdefault(name, []).append(np.asarray(values, np.float64)[:count])
-    return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 
 def average(values: np.ndarray) -> Average:
@@ -104,18 +64,3 @@ def averages(values: dict[str, np.ndarray], scale: float = 1.0) -> dict[str, flo
     for name, array in values.items():
         found |= figures(name, average(array.reshape(len(array), -1).mean(1)), scale)
     return found
-
-
-def spread_times(
-    place: Int[Array, "batch"], keys: Key[Array, "batch"], count: int
-) -> Float[Array, "batch count"]:
-    """`count` times in [0, 1) for each image, together evenly spread over all images.
-
-    An image's times are a comb, whose start is its place's in a low-discrepancy sequence:
-    place (sqrt(5) - 1) / 2 modulo 1, in integers (Knuth 1998, sec. 6.4: 2654435769 / 2^32), so
-    that any place is as exact as the first.
-    """
-    draws = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
-    turn = place.astype(jnp.uint32) * jnp.uint32(2654435769)
-    start = (turn >> 8).astype(draws.dtype) / 2**24
-    return within(jnp.arange(count), (start[:, None] + draws / 997) % 1, count)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from ddpm_jax import plots
-from ddpm_jax.data.loader import Data, Split
+from ddpm_jax import errors, plots
+from ddpm_jax.data.types import Data, Split
 from ddpm_jax.metrics.averages import averages, figures
 from ddpm_jax.metrics.distances import (
     RANK,
@@ -24,9 +24,9 @@ from ddpm_jax.metrics.distances import (
     quotient,
     share_error,
 )
+from ddpm_jax.metrics.features import Judge
+from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.progress import tell
-from ddpm_jax.task import to_images
-from ddpm_jax.tasks.classifier import Judge
 
 WHOLE = 100_000  # images of a training set that are looked at, at the most: an endless one's
 CHUNK = 1000  # images that are looked at, and added to the moments, at once
@@ -37,7 +37,7 @@ class Quality(NamedTuple):
     """Figures by name, and a picture of drawn images beside their nearest training images."""
 
     metrics: dict[str, float]
-    neighbours: np.ndarray | plots.NonFinite | None
+    neighbours: np.ndarray | errors.NonFinite | None
 
 
 class Seen(NamedTuple):
@@ -165,7 +165,7 @@ def quality(
 
 def neighbours(
     drawn: Float[np.ndarray, "n h w c"], data: Data, split: str = "test"
-) -> tuple[dict[str, float], np.ndarray | plots.NonFinite]:
+) -> tuple[dict[str, float], np.ndarray | errors.NonFinite]:
     """How far drawn images are, in pixels, from the nearest training ones, and a sheet of both.
 
     The median distance, and its ratio to that of held-out images: under 1 is memorising.  The ratio

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.nn.layers import Context
-from ddpm_jax.nn.text_encoder import Block, check_width, refined
+from ddpm_jax.nn.text_refiner import refined
+from ddpm_jax.nn.transformer import Block, check_width
 
 
 class CodeTransformer(nn.Module):

@@ -17,7 +17,8 @@ from ddpm_jax.nn.layers import (
     layer_norm,
     unfold,
 )
-from ddpm_jax.nn.text_encoder import check_width, refined
+from ddpm_jax.nn.text_refiner import refined
+from ddpm_jax.nn.transformer import check_width
 
 
 class DiT(nn.Module):

@@ -20,7 +20,7 @@ from ddpm_jax.nn.layers import (
     group_norm,
     unfold,
 )
-from ddpm_jax.nn.text_encoder import refined
+from ddpm_jax.nn.text_refiner import refined
 
 
 def _init(scale: float) -> Callable[..., Any]:

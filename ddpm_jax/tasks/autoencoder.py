@@ -15,16 +15,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ddpm_jax import plots
-from ddpm_jax.data.loader import Batch, Data
+from ddpm_jax.data.types import Batch, Data
 from ddpm_jax.errors import UserError
-from ddpm_jax.metrics.averages import averages, figures, per_example
+from ddpm_jax.metrics.averages import averages, figures
 from ddpm_jax.metrics.distances import Grouped, frechet_distance
+from ddpm_jax.metrics.features import Judge
+from ddpm_jax.metrics.per_example import per_example
+from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.reconstruction import SIDE, psnr, ssim
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.parallel.sharding import fetch
 from ddpm_jax.progress import tell
-from ddpm_jax.task import Evaluation, Task, to_images
-from ddpm_jax.tasks.classifier import Judge
+from ddpm_jax.task import Evaluation, Task
 from ddpm_jax.variational import vae, vq
 
 QUICK_IMAGES = 512  # test images that an evaluation before the last looks at

@@ -1,37 +1,25 @@
 """The classifier's task, and the judge that a trained one makes of other models' images."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
-from ddpm_jax import plots
-from ddpm_jax.data.loader import Batch, Data
+from ddpm_jax import plots, task
+from ddpm_jax.data.types import Batch, Data
 from ddpm_jax.diffusion import guidance
 from ddpm_jax.diffusion.process import q_sample
 from ddpm_jax.diffusion.schedules import Schedule
 from ddpm_jax.errors import UserError
-from ddpm_jax.metrics.averages import averages, per_example, spread_times
+from ddpm_jax.metrics.averages import averages
+from ddpm_jax.metrics.per_example import per_example, spread_times
+from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.classifier import Classifier
-from ddpm_jax.parallel.sharding import fetch, placed
 from ddpm_jax.progress import tell
-from ddpm_jax.task import Evaluation, Task, to_images
+from ddpm_jax.task import Evaluation, Task
 
 NOISE_LEVELS = 10  # of the table of a noisy classifier's accuracies
-
-
-class Judge(NamedTuple):
-    """A trained classifier: `see` maps images [N, H, W, C] in [-1, 1] to (features, log p(y|x)).
-
-    `name` is what a distance in its features is called after; `about` says which network it is.
-    """
-
-    name: str
-    see: Callable[[Any], tuple[np.ndarray, np.ndarray]]
-    about: str = ""
 
 
 def classifier_task(
@@ -141,7 +129,7 @@ def classifier_task(
 
         return guidance.classifier(denoise, log_likelihood, scale)
 
-    guide = guidance.Guide("classifier", guided, shape, net.classes) if schedule else None
+    guide = task.Guide("classifier", guided, shape, net.classes) if schedule else None
     return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample, guide)
 
 
@@ -170,32 +158,3 @@ def labelled(data: Data) -> Data:
     if skipped:
         tell(f"{data.title}: skipped {' and '.join(skipped)} images that have no class")
     return data._replace(**parts)
-
-
-def judge_of(
-    name: str,
-    network: Callable[[Any, Float[Array, "batch h w c"]], tuple[Array, Array]],
-    params: Any,
-    batch_size: int = 500,
-) -> Judge:
-    """The judge that `network(params, images in [-1, 1]) -> (logits, features)` makes.
-
-    It works on the devices on which `params` lie.
-    """
-
-    def forward(params, x):
-        logits, features = network(params, x)
-        return features, jax.nn.log_softmax(logits)
-
-    def see(images):
-        spread, found = placed(params), []
-        size, compiled = spread.round_up(batch_size), spread.compile(forward)
-        for start in range(0, len(images), size):  # one shape, compiled once
-            part = np.asarray(images[start : start + size], np.float32)
-            filled = np.concatenate([part, np.repeat(part[:1], size - len(part), 0)])
-            seen = fetch(compiled(params, spread.shard(filled[spread.rows(size)])))
-            found.append([a.astype(np.float64)[: len(part)] for a in seen])
-        features, logs = zip(*found, strict=True)
-        return np.concatenate(features), np.concatenate(logs)
-
-    return Judge(name, see)

@@ -18,14 +18,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ddpm_jax import plots
-from ddpm_jax.data.loader import Batch, Data
+from ddpm_jax.data.types import Batch, Data
 from ddpm_jax.errors import UserError
-from ddpm_jax.metrics.averages import averages, per_example
-from ddpm_jax.nn.text_encoder import DualEncoder
+from ddpm_jax.metrics.averages import averages
+from ddpm_jax.metrics.per_example import per_example
+from ddpm_jax.metrics.pixels import to_images
+from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.parallel.sharding import Parallel, fetch
 from ddpm_jax.progress import tell
-from ddpm_jax.task import Evaluation, Task, to_images
-from ddpm_jax.tasks.classifier import Judge, judge_of
+from ddpm_jax.task import Evaluation, Task
 
 AMONG = 64  # images that a caption is to be found among, whatever the size of a batch
 
@@ -185,13 +186,3 @@ def contrastive_task(
 def _own(captions: Any) -> Any:
     """Tokens of images' own captions, whether altered ones are beside them or not."""
     return captions if captions.ndim == 2 else captions[:, 0]
-
-
-def image_judge(name: str, net: DualEncoder, params: Any) -> Judge:
-    """The judge in whose features, the image tower's, distances are told; it knows one class."""
-
-    def network(params, x):
-        features = net.apply(params, x, method="of_image")
-        return jnp.zeros((len(x), 1)), features
-
-    return judge_of(name, network, params)

@@ -7,35 +7,30 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from ddpm_jax import plots
-from ddpm_jax.data.loader import Batch, Data
+from ddpm_jax.data.types import Batch, Data
 from ddpm_jax.diffusion import elbo
 from ddpm_jax.diffusion import losses as loss
-from ddpm_jax.diffusion.guidance import Guide
 from ddpm_jax.diffusion.prediction import Kind, Prediction, Variance, clip_x0, read
 from ddpm_jax.diffusion.process import q_posterior, q_sample
-from ddpm_jax.diffusion.schedules import Schedule, step_number
+from ddpm_jax.diffusion.schedules import Schedule, step_time
 from ddpm_jax.errors import UserError
-from ddpm_jax.metrics.averages import averages, figures, per_example, ratio_of_sums, spread_times
+from ddpm_jax.metrics.averages import averages, figures, ratio_of_sums
+from ddpm_jax.metrics.per_example import per_example, spread_times
+from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.task import Task, class_labels, to_images
+from ddpm_jax.task import Guide, Task, class_labels
 from ddpm_jax.tasks.image_sampler import Sampling, check_start, drawing
-from ddpm_jax.tasks.sample_figures import Judging, show
+from ddpm_jax.tasks.sample_figures import QUICK_IMAGES, Judging, show
 
 Times = Literal["uniform", "stratified", "importance"]
+
 NOISE_LEVELS = 10  # of the table of errors
+
 RATES = 50  # points at most of the rate-distortion curve
-QUICK_IMAGES = 1000  # test images that an evaluation before the last looks at
-
-
-def step_time(schedule: Schedule, t: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """Uniform t in [0, 1) -> a uniform step i / T, i = 1 ... T, of a table; else t itself."""
-    if schedule.steps is None:
-        return t
-    return step_number(t, schedule.steps) / schedule.steps
 
 
 def diffusion_task(

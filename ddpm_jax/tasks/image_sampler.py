@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from ddpm_jax import task
 from ddpm_jax.diffusion import guidance
 from ddpm_jax.diffusion import samplers as sampler
 from ddpm_jax.diffusion.prediction import Denoiser, Kind, Prediction, clip_x0, inpaint, threshold_x0
@@ -70,7 +71,7 @@ class Drawing(NamedTuple):
     told: Callable[..., Float[Array, "batch h w c"]]
     requested: Callable[[Request], Sampling]
     about: Callable[[], dict[str, Any]]
-    guide: guidance.Guide
+    guide: task.Guide
 
 
 def drawing(
@@ -82,7 +83,7 @@ def drawing(
     *,
     steps: int | None = None,
     variance: bool = False,
-    guide: Callable[[], guidance.Guide | None] = lambda: None,
+    guide: Callable[[], task.Guide | None] = lambda: None,
     nothing: Callable[[Any], Any] | None = None,
 ) -> Drawing:
     """Drawing with `predict(params, xt, logsnrs [B], labels) -> Prediction`.
@@ -264,7 +265,7 @@ def drawing(
     def edit_with_guide(params, *rest, spread: Parallel | None = None):
         return (spread or placed(params)).compile(edit)(params, guides_params(), *rest)
 
-    own = guidance.Guide("diffusion", as_worse, shape, classes)
+    own = task.Guide("diffusion", as_worse, shape, classes)
     return Drawing(many, sample, labels_of, edit_with_guide, told, requested, about, own)
 
 

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_jax.data.loader import ENDLESS, Data, Split, cache_dir
+from ddpm_jax.data.cache import cache_dir
 from ddpm_jax.data.tfds import reachable
 from ddpm_jax.data.tokenizer import untokenize
+from ddpm_jax.data.types import ENDLESS, Data, Split
 from ddpm_jax.errors import UserError
 from ddpm_jax.progress import tell
 

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ddpm_jax import plots
-from ddpm_jax.data.loader import Data, Split
+from ddpm_jax import errors, plots
+from ddpm_jax.data.types import Data, Split
 from ddpm_jax.diffusion import samplers
+from ddpm_jax.metrics.features import Judge
+from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.quality import quality
 from ddpm_jax.parallel.sharding import Parallel, fetch
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
-from ddpm_jax.task import Evaluation, to_images
-from ddpm_jax.tasks.classifier import Judge
+from ddpm_jax.task import Evaluation
 from ddpm_jax.tasks.image_sampler import AT_ONCE, SHOWN, Drawing
 
 EDIT_TIMES = (0.3, 0.5, 0.7)
@@ -31,7 +32,7 @@ class Judging(NamedTuple):
 
 def trajectories(
     trace: samplers.Trace, images: Float[np.ndarray, "n h w c"]
-) -> dict[str, np.ndarray | plots.NonFinite]:
+) -> dict[str, np.ndarray | errors.NonFinite]:
     """A sheet and a movie [F, H, W, C] of x_t above the predicted x0.
 
     Both end at the first `images`.
@@ -57,7 +58,7 @@ def edits(
     held_out: Split,
     conditional: bool,
     spread: Parallel,
-) -> dict[str, np.ndarray | plots.NonFinite]:
+) -> dict[str, np.ndarray | errors.NonFinite]:
     """What a denoiser makes of held-out images, by rows.
 
     Nothing that an edit should produce is among its inputs: a conditional network gets the label
@@ -138,3 +139,6 @@ def show(
             pictures["neighbours"] = found.neighbours
     about = {**draw.about(), "reference": f"{split} split", "features": features}
     return Evaluation(metrics, pictures, about)
+
+
+QUICK_IMAGES = 1000  # test images that an evaluation before the last looks at

@@ -17,19 +17,21 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from ddpm_jax import plots
-from ddpm_jax.data.loader import Batch, Data, Split
 from ddpm_jax.data.tokenizer import PADDING, size, tokenize, untokenize
+from ddpm_jax.data.types import Batch, Data, Split
 from ddpm_jax.errors import UserError
-from ddpm_jax.metrics.averages import Average, average, averages, figures, per_example
+from ddpm_jax.metrics.averages import Average, average, averages, figures
 from ddpm_jax.metrics.distances import Grouped, frechet_distance
+from ddpm_jax.metrics.features import image_judge
+from ddpm_jax.metrics.per_example import per_example
+from ddpm_jax.metrics.pixels import to_images
+from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.nn.layers import Context
-from ddpm_jax.nn.text_encoder import DualEncoder
 from ddpm_jax.parallel.sharding import Parallel, fetch, placed
 from ddpm_jax.progress import tell_once
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
-from ddpm_jax.task import Evaluation, Request, Task, refuse, to_images
+from ddpm_jax.task import Evaluation, Request, Task, refuse
 from ddpm_jax.tasks.autoencoder import Latents
-from ddpm_jax.tasks.contrastive import image_judge
 from ddpm_jax.tasks.generation import Generator
 from ddpm_jax.tasks.pretrained_text import Encoded, Features
 

@@ -21,20 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import plots
-from ddpm_jax.data.loader import Batch, Data
+from ddpm_jax.data.types import Batch, Data
 from ddpm_jax.diffusion import elbo, probability_flow, schedules
-from ddpm_jax.diffusion.guidance import Guide
 from ddpm_jax.diffusion.losses import stratified_times
 from ddpm_jax.diffusion.prediction import Prediction, read
 from ddpm_jax.diffusion.process import alpha_sigma, q_sample
-from ddpm_jax.metrics.averages import averages, per_example, spread_times
+from ddpm_jax.metrics.averages import averages
+from ddpm_jax.metrics.per_example import per_example, spread_times
+from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.parallel.sharding import fetch
-from ddpm_jax.task import Evaluation, Task, class_labels, to_images
-from ddpm_jax.tasks.diffusion import QUICK_IMAGES
+from ddpm_jax.task import Evaluation, Guide, Task, class_labels
 from ddpm_jax.tasks.image_sampler import Sampling, drawing
-from ddpm_jax.tasks.sample_figures import Judging, show
+from ddpm_jax.tasks.sample_figures import QUICK_IMAGES, Judging, show
 
 ROUTES = ("continuous", "discrete", "ode")
 EVALUATION_PURPOSES = 4  # of an image's draws: z_0, times, noise, the ODE's probe

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.parallel.sharding import Meeting, alone, complaint, from_main, is_main, one_line
+from ddpm_jax.errors import RunError, UserError, one_line
+from ddpm_jax.parallel.processes import Meeting, alone, complaint, from_main, is_main
 from ddpm_jax.progress import tell
 
 WRITE_SECONDS = 600  # after which a process that has not written its part is not waited for

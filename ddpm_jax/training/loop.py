@@ -15,40 +15,27 @@ import functools
 import itertools
 import math
 import pathlib
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from ddpm_jax.config import Training
-from ddpm_jax.data.loader import Batch, Data, batch_of, epoch_order, training_batches
+from ddpm_jax.data.batches import batch_of, epoch_order, training_batches
 from ddpm_jax.data.prefetch import prefetch
-from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.data.types import Data
+from ddpm_jax.errors import RunError
+from ddpm_jax.parallel import hardware, processes
 from ddpm_jax.parallel import sharding as devices
 from ddpm_jax.progress import Clock, tell
-from ddpm_jax.rng import INIT, TRAIN, example_keys, purpose_key
-from ddpm_jax.system import interrupts
 from ddpm_jax.task import Evaluation, Task
 from ddpm_jax.training.checkpoint import Checkpoints
-from ddpm_jax.training.muon import muon
+from ddpm_jax.training.evaluation import evaluate
 from ddpm_jax.training.run_dir import RunDir
-
-EMA_WARMUP = 0.05  # the half-life is at most this share of the images seen (Karras et al. 2024)
-
-
-class TrainState(NamedTuple):
-    """All that a step reads and writes, and all that a checkpoint holds."""
-
-    step: jax.Array
-    params: Any
-    fixed: Any
-    opt_state: Any
-    ema: tuple[Any, ...]  # the parameters' averages, in the order of `ema_decays`
+from ddpm_jax.training.signals import Interrupted, Signals
+from ddpm_jax.training.step import TrainState, initializer, train_step, train_steps
 
 
 class Watch(NamedTuple):
@@ -67,246 +54,6 @@ class Fit(NamedTuple):
     state: TrainState
     step: int
     final: Evaluation | None
-
-
-def optimizer(config: Training) -> optax.GradientTransformation:
-    """Adam, AdamW or Muon with warm-up, decay and clipping, as the config says."""
-    rate: Any = config.learning_rate
-    if config.decay == "cosine":
-        rate = optax.cosine_decay_schedule(rate, config.steps)
-    peak = rate if callable(rate) else lambda count: config.learning_rate
-
-    def schedule(count):
-        return peak(count) * jnp.minimum(1.0, (count + 1) / max(config.warmup, 1))
-
-    if config.optimizer == "muon":
-        made = muon(schedule, config.beta2, config.weight_decay)
-    else:
-        made = optax.adamw(schedule, b2=config.beta2, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip), made) if config.clip else made
-
-
-def ema_decay(step: Any, batch_size: int, half_life: float) -> Any:
-    """The share of the old average that a step keeps: 2^(-batch / half-life).
-
-    The half-life, in images, is cut to 5 % of the images seen, so that the average is
-    never mostly the first values (Karras et al. 2024, `training_loop.py`).
-    """
-    seen = jnp.asarray(step, jnp.float32) * batch_size
-    images = jnp.maximum(jnp.minimum(half_life, EMA_WARMUP * seen), 1e-8)
-    return 0.5 ** (batch_size / images)
-
-
-def power_decay(step: Any, width: float) -> Any:
-    """The share that a power-function average keeps: (1 - 1 / step)^(g + 1).
-
-    Its weights grow as time^g; their standard deviation is `width` of the time that has passed,
-    width^2 = (g + 1) / ((g + 2)^2 (g + 3)) (Karras et al. 2024, eq. 121 and 123).
-    """
-    t = width**-2
-    power = float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
-    return (1 - 1 / jnp.maximum(jnp.asarray(step, jnp.float32), 1)) ** (power + 1)
-
-
-def ema_decays(config: Training, step: Any) -> list[Any]:
-    """What step `step` keeps of every average: `ema_half_life`'s, `ema_others`', `ema_power`'s.
-
-    None of one that is no average but the parameters themselves.
-    """
-    lives = (config.ema_half_life, *config.ema_others)
-    return [
-        *(ema_decay(step, config.batch_size, life) if life else None for life in lives),
-        *(power_decay(step, width) for width in config.ema_power),
-    ]
-
-
-def averaged(state: TrainState, config: Training) -> Any:
-    """The parameters that are evaluated and drawn from: the average that `config.ema` chooses."""
-    return state.ema[config.ema]
-
-
-def parameters_used(config: Training) -> str:
-    """Which parameters `averaged` chooses, for the record: as trained, or which average."""
-    lives = (config.ema_half_life, *config.ema_others)
-    if config.ema >= len(lives):
-        return f"power EMA, width {config.ema_power[config.ema - len(lives)]:g}"
-    life = lives[config.ema]
-    return f"EMA, half-life {life:g} images" if life else "as trained"
-
-
-def without_training(state: TrainState, config: Training, nothing: Any) -> TrainState:
-    """`state` with `nothing` for each array that only training reads: all but one average."""
-
-    def blank(tree):
-        return jax.tree.map(lambda _: nothing, tree)
-
-    ema = tuple(
-        tree if number == config.ema else blank(tree) for number, tree in enumerate(state.ema)
-    )
-    return state._replace(params=blank(state.params), opt_state=blank(state.opt_state), ema=ema)
-
-
-def check_ema(config: Training) -> None:
-    """Raises UserError unless there is the average that `config.ema` chooses."""
-    count = 1 + len(config.ema_others) + len(config.ema_power)
-    if config.ema >= count:
-        raise UserError(f"--config.ema={config.ema}: there are {count} averages, from 0 on")
-    for width in config.ema_power:
-        if width > 0.28:  # beyond 1 / sqrt(12) the weights would fall with time
-            raise UserError(f"--config.ema_power={width:g}: must be at most 0.28")
-
-
-def init_state(task: Task, config: Training, batch: Batch, seed: int) -> TrainState:
-    """The state before the first step; `batch` holds training examples for `Task.init`."""
-    return jax.jit(initializer(task, config, seed))(batch)  # not a hundred small programs
-
-
-def initializer(task: Task, config: Training, seed: int) -> Callable[[Batch], TrainState]:
-    """`init_state` of a batch, to be compiled."""
-
-    def init(batch):
-        params, fixed = task.init(purpose_key(seed, INIT), batch)
-        opt_state = optimizer(config).init(params)
-        # An average starts as a copy: a step donates both, and not one array twice.
-        ema = [jax.tree.map(jnp.copy, params) for _ in ema_decays(config, 0)]
-        return TrainState(jnp.zeros((), jnp.int32), params, fixed, opt_state, tuple(ema))
-
-    return init
-
-
-def state_shapes(task: Task, config: Training) -> TrainState:
-    """What `init_state` would make, as shapes alone: for restoring into."""
-    images = np.zeros((2, *config.shape), np.uint8)
-    batch = Batch(images, np.zeros(2, np.int32), np.arange(2))
-    return jax.eval_shape(initializer(task, config, 0), batch)
-
-
-def train_step(
-    task: Task,
-    config: Training,
-    seed: int,
-    state: TrainState,
-    batch: Batch,
-    *,
-    reduce: Callable[[Any], Any] = devices.identity,
-    gather: Callable[[Any], Any] = devices.identity,
-    view: Callable[[Callable], Callable] = devices.identity,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step: loss -> mean -> gradient -> reduce -> optimizer -> EMA.
-
-    Args:
-      batch: this device's part of the batch; `batch.index` places it in the whole.
-      reduce: the mean over devices.
-      gather: puts the devices' parts together, for losses that compare examples.
-      view: makes of compute(params, fixed, batch, keys, whole=) the same of a sharded state; it
-        gives it `whole`, which lets a function of (params, fixed, ...) be called with their parts.
-
-    Returns:
-      The next state, and by name the step's means and `finite`, whether each example's loss is.
-    """
-    keys = example_keys(purpose_key(seed, TRAIN), state.step, batch.index)
-    compare = gather if config.accumulate == 1 else _refuse_to_compare
-
-    def mean_loss(params, fixed, batch, keys):
-        losses, metrics, statistics = task.loss(
-            params, fixed, batch, keys, train=True, gather=compare
-        )
-        means = {name: values.mean() for name, values in {"loss": losses, **metrics}.items()}
-        return losses.mean(), (means, {"finite": jnp.isfinite(losses), "statistics": statistics})
-
-    def compute(params, fixed, batch, keys, whole=devices.identity):
-        def gradient_of(params, batch, keys):
-            return jax.grad(whole(mean_loss), has_aux=True)(params, fixed, batch, keys)
-
-        gradient, means, each = _accumulated(gradient_of, params, batch, keys, config.accumulate)
-        return *reduce((gradient, means)), gather(each)
-
-    gradient, metrics, each = view(compute)(state.params, state.fixed, batch, keys)
-    updates, opt_state = optimizer(config).update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    decays = zip(state.ema, ema_decays(config, state.step + 1), strict=True)
-    ema = tuple(
-        params if decay is None else optax.incremental_update(params, old, 1 - decay)
-        for old, decay in decays
-    )
-    metrics["gradient_norm"] = _norm(gradient)
-    fixed = task.update(state.fixed, each["statistics"])
-    new = TrainState(state.step + 1, params, fixed, opt_state, ema)
-    if config.skip_nonfinite:
-        good = jnp.all(jnp.array([jnp.isfinite(value) for value in metrics.values()]))
-        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
-        new = new._replace(step=state.step + 1)
-    return new, {**metrics, "finite": each["finite"]}
-
-
-def _accumulated(gradient_of: Callable, params: Any, batch: Batch, keys: Any, parts: int) -> Any:
-    """(mean gradient, means, what is told of each example) of a batch, in `parts` one by one.
-
-    Example i goes to part i mod `parts`, so that every part lies on all devices as the batch does.
-    """
-    if parts == 1:
-        gradient, (means, each) = gradient_of(params, batch, keys)
-        return gradient, means, each
-
-    def apart(a):
-        return jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1)
-
-    def add(total, part):
-        gradient, (means, each) = gradient_of(params, *part)
-        return jax.tree.map(jnp.add, total, (gradient, means)), each
-
-    split = jax.tree.map(apart, (batch, keys))
-    shapes = jax.eval_shape(gradient_of, params, *jax.tree.map(lambda a: a[0], split))
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shapes[0], shapes[1][0]))
-    total, each = jax.lax.scan(add, zeros, split)
-    gradient, means = jax.tree.map(lambda a: a / parts, total)
-    each = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1, *a.shape[2:]), each)
-    return gradient, means, each
-
-
-def _refuse_to_compare(tree: Any) -> Any:
-    raise UserError(
-        "--config.accumulate: this experiment's loss compares the examples of a batch with each "
-        "other, so a batch cannot be taken in parts; use a smaller --config.batch_size"
-    )
-
-
-def _norm(tree: Any) -> jax.Array:
-    """The global norm, by products, which a CPU sums on all its cores.
-
-    Nothing is reshaped, for which a sharded array would be put together.
-    """
-
-    def square(leaf):
-        axes = tuple(range(leaf.ndim))
-        return jax.lax.dot_general(leaf, leaf, ((axes, axes), ((), ())), precision="highest")
-
-    return jnp.sqrt(sum(square(leaf) for leaf in jax.tree.leaves(tree)))
-
-
-def train_steps(step: Callable) -> Callable:
-    """Several steps in one dispatch: call(state, batches [K, B, ...], count, **hooks) of `step`.
-
-    It runs the first `count` <= K of the batches and returns metrics [K, ...] of which as many
-    mean something.  One program serves every count, so where the calls are cut changes no
-    bit of the result.
-    """
-
-    def call(state, batches, count, **hooks):
-        def one(state, batch):
-            return step(state, batch, **hooks)
-
-        def body(i, carry):
-            state, metrics = carry
-            state, found = one(state, jax.tree.map(lambda array: array[i], batches))
-            return state, {name: metrics[name].at[i].set(found[name]) for name in metrics}
-
-        size = jax.tree.leaves(batches)[0].shape[0]
-        shapes = jax.eval_shape(one, state, jax.tree.map(lambda array: array[0], batches))[1]
-        metrics = {name: jnp.zeros((size, *f.shape), f.dtype) for name, f in shapes.items()}
-        return jax.lax.fori_loop(0, count, body, (state, metrics))
-
-    return call
 
 
 def calls(first: int, config: Training, cuts: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
@@ -384,7 +131,7 @@ class _Ledger:
         self._window = {}
         self._run.log(step, means)
         lap = self._clock.lap(step)
-        self._run.time(step, **lap, **devices.memory(), **devices.utilisation(self._flops, lap))
+        self._run.time(step, **lap, **hardware.memory(), **hardware.utilisation(self._flops, lap))
 
 
 def fit(
@@ -402,7 +149,7 @@ def fit(
     Raises:
       RunError: a loss is not finite; the last checkpoint is older and good.
     """
-    with _Signals(alone=devices.alone()) as signals, contextlib.ExitStack() as held:
+    with Signals(alone=processes.alone()) as signals, contextlib.ExitStack() as held:
         size = min(task.sees, len(data.train.images))
         examples = batch_of(data.train, np.arange(size), np.arange(size))
         init = jax.jit(initializer(task, config, seed))  # so traced once, here
@@ -435,13 +182,13 @@ def fit(
             else:
                 tell(f"resuming at step {step}")
         call: Any = compiled and compiled.result()
-        devices.from_main(lambda: run.begin(step, step == config.steps, watch.wandb))
+        processes.from_main(lambda: run.begin(step, step == config.steps, watch.wandb))
         traced = [step + 10, step + 15] if watch.profile else [-1, -1]
         plan = [calls(step, config, traced) for _ in range(2)]
         # Made ahead of the calls that use them.
         placed = held.enter_context(contextlib.closing(prefetch(batches(plan[0]), place)))
         clock = held.enter_context(
-            contextlib.closing(Clock(step, config.steps, show=devices.is_main()))
+            contextlib.closing(Clock(step, config.steps, show=processes.is_main()))
         )
         order = epoch_order(seed, len(data.train.images))
         ledger = _Ledger(
@@ -456,14 +203,14 @@ def fit(
         asked = devices.raised(spread, False)
 
         def stop() -> bool:
-            return signals.stop if devices.alone() else devices.anyone(asked)
+            return signals.stop if processes.alone() else devices.anyone(asked)
 
         def breathe() -> None:  # one process is interrupted at once
             nonlocal asked
-            if not devices.alone():
+            if not processes.alone():
                 asked = devices.raised(spread, signals.stop)
                 if stop():
-                    raise _Interrupted
+                    raise Interrupted
 
         breathing = spread._replace(breathe=breathe)
         for first, last in itertools.chain(plan[1], [(config.steps, config.steps)]):
@@ -471,13 +218,13 @@ def fit(
             metrics = None
             if _due(first, evaluate_every) and not (finished or stop()):
                 ledger.settle()
-                if not devices.from_main(functools.partial(run.evaluated, first)):
+                if not processes.from_main(functools.partial(run.evaluated, first)):
                     with signals.interrupting(), clock.pause("evaluation"):
                         shown = evaluate(task, config, state, data, run, first, seed, breathing)
                         metrics = shown.metrics
             if metrics or _due(first, config.checkpoint_every) or finished or stop():
                 ledger.settle()
-                if devices.from_main(functools.partial(_may_save, first, checkpoints, run)):
+                if processes.from_main(functools.partial(_may_save, first, checkpoints, run)):
                     with clock.pause("checkpoint"):
                         checkpoints.save(first, state, ledger.host(), metrics)
             if finished or stop():
@@ -532,105 +279,3 @@ def _not_finite(name: str, value: float, step: int, examples: np.ndarray) -> str
 
 def _due(step: int, every: int) -> bool:
     return step > 0 and every > 0 and step % every == 0
-
-
-def evaluate(
-    task: Task,
-    config: Training,
-    state: TrainState,
-    data: Data,
-    run: RunDir,
-    step: int,
-    seed: int,
-    spread: devices.Parallel,
-    full: bool = False,
-) -> Evaluation:
-    """Evaluate the chosen average of the parameters, write the line and the pictures.
-
-    Before the end on the validation split; `full`, at the end, on the test split.
-    """
-    split = "test" if full else "validation"
-    found = evaluated(task, averaged(state, config), state.fixed, data, split, seed, full, spread)
-    for name, picture in found.pictures.items():
-        run.picture(name, picture, step, last=full)
-    run.log(step, found.metrics)
-    return found
-
-
-def evaluated(
-    task: Task,
-    params: Any,
-    fixed: Any,
-    data: Data,
-    split: str,
-    seed: int,
-    full: bool,
-    spread: devices.Parallel,
-) -> Evaluation:
-    """What `task.evaluate` finds of a split, whose name stands before every metric's.
-
-    Raises:
-      RunError: a metric is not finite.
-    """
-    found = task.evaluate(params, fixed, data, split=split, seed=seed, full=full, spread=spread)
-    check_figures(found.metrics)
-    metrics = {f"{split}/{name}": value for name, value in found.metrics.items()}
-    return found._replace(metrics=metrics)
-
-
-def check_figures(metrics: dict[str, float]) -> None:
-    """Raises RunError, naming it, if a figure is not finite."""
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise RunError(f"{name} is {value}: the parameters are no good")
-
-
-WAITING = (
-    "waiting for the current step and its checkpoint; press Ctrl-C again to end at once (the "
-    "newest checkpoint stays)"
-)
-
-
-class _Signals:
-    """SIGTERM and Ctrl-C ask the loop to stop; a second Ctrl-C ends the process at once."""
-
-    def __init__(self, alone: bool) -> None:
-        self.stop = False
-        self._alone = alone  # or other processes wait for this one's share of the work
-        self._interrupt = False
-        self._before: dict[int, Any] = {}
-        # In a thread of its own, and at once: the main thread may be compiling.
-        notice = interrupts.warning(lambda: tell(WAITING), signal.SIGTERM, signal.SIGINT)
-        self._watch = interrupts.watched(notice)
-
-    def __enter__(self) -> "_Signals":
-        with contextlib.suppress(ValueError):  # not in the main thread: nobody signals it
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._ask)
-        self._watch.__enter__()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._watch.__exit__(None, None, None)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.stop = True
-        if self._interrupt:
-            raise _Interrupted
-
-    @contextlib.contextmanager
-    def interrupting(self) -> Iterator[None]:
-        """What can be done again later is broken off at once."""
-        self._interrupt = self._alone
-        try:
-            yield
-        except _Interrupted:
-            pass
-        finally:
-            self._interrupt = False
-
-
-class _Interrupted(Exception):
-    pass

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_jax import plots
+from ddpm_jax import errors, plots
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.progress import tell
 from ddpm_jax.system.files import append, draft_of
@@ -64,13 +64,13 @@ class RunDir(NamedTuple):
         self._append("timing.jsonl", {"step": step, "time": time.time(), **seconds})
 
     def picture(
-        self, name: str, image: np.ndarray | plots.NonFinite, step: int, last: bool = False
+        self, name: str, image: np.ndarray | errors.NonFinite, step: int, last: bool = False
     ) -> None:
         """Write a picture or a movie; unless it is the last, one of many by that name."""
         if self.lock is None:
             return
         stem = name if last else f"{name}_{step:08d}"
-        if isinstance(image, plots.NonFinite):
+        if isinstance(image, errors.NonFinite):
             tell(f"no picture {stem}: {image}")
             return
         with self._telling(f"the picture {stem}"):

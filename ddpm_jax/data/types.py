@@ -1,0 +1,155 @@
+"""What a data set is: images, labels and captions of its splits, and a batch of them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddpm_jax.errors import UserError
+
+ENDLESS = 2**31 - 1  # examples of a set that is drawn as it is asked for
+
+SPLITS = ("train", "validation", "test")
+
+
+class Split(NamedTuple):
+    """Images [N, H, W, C], uint8 in 0 ... levels - 1, and labels [N], int32 (-1: none).
+
+    captions: as tokens [N, L] (`ddpm_jax/data/tokenizer.py`), if there are any.
+    Arrays, or what is indexed as they are and makes its rows when it is asked for them.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    captions: Any = None
+
+    def first(self, count: int) -> "Split":
+        """The first examples alone."""
+        return self._each(lambda array: array[:count])
+
+    def some(self, count: int) -> "Split":
+        """So many, or all, always the same ones, as a sample of the whole."""
+        size = len(self.images)
+        if size == ENDLESS:
+            return self.rows(np.arange(count))
+        if size <= count:
+            return self
+        draws = np.random.Generator(np.random.Philox(key=[0, 1]))
+        return self.rows(np.sort(draws.permutation(size)[:count]))
+
+    def rows(self, rows: np.ndarray) -> "Split":
+        """The examples at `rows`, made."""
+        return self._each(lambda array: array[rows])
+
+    def subset(self, rows: np.ndarray) -> "Split":
+        """The examples at `rows`, which are read when they are asked for."""
+        return self._each(lambda array: take_rows(array, rows))
+
+    def _each(self, of: Callable[[Any], Any]) -> "Split":
+        captions = None if self.captions is None else of(self.captions)
+        return Split(of(self.images), of(self.labels), captions)
+
+
+class Rows:
+    """Some rows of an array, which are read when they are indexed: by a slice or by numbers.
+
+    Args:
+      array: an array, or what is indexed as one.
+      numbers: the rows, int64 [N].
+    """
+
+    def __init__(self, array: Any, numbers: np.ndarray) -> None:
+        self._array, self._numbers = array, numbers
+        self.shape, self.dtype = (len(numbers), *array.shape[1:]), array.dtype
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, rows: Any) -> Any:
+        if isinstance(rows, slice):
+            return Rows(self._array, self._numbers[rows])
+        return self._array[self._numbers[rows]]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self._array[self._numbers], dtype)
+
+
+class Data(NamedTuple):
+    """A data set with its splits; `title` is what tables and figures call it.
+
+    train: what gradients are computed on.
+    validation: what every choice is made on: curves during training, the best checkpoint.
+    test: what the final figures are computed on.
+    """
+
+    name: str
+    title: str
+    train: Split
+    test: Split
+    levels: int
+    classes: tuple[str, ...]
+    fingerprint: str
+    notes: tuple[str, ...] = ()  # what the user should be told, such as skipped files
+    validation: Split | None = None  # None: the source has none, or it was given up (validation 0)
+
+    def part(self, split: str) -> Split:
+        """The split "train", "validation" or "test".
+
+        Raises:
+          ValueError: there is no validation split.
+        """
+        found = getattr(self, split)
+        if found is None:
+            raise ValueError(f"{self.name} has no {split} split")
+        return found
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of an image."""
+        height, width, channels = self.train.images.shape[1:]
+        return height, width, channels
+
+    @property
+    def caption_length(self) -> int:
+        """Tokens of a caption, padding included; 0: there are no captions."""
+        return 0 if self.train.captions is None else self.train.captions.shape[1]
+
+    def describe(self) -> dict[str, Any]:
+        """What `config.json` records: enough to know the same data again."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "shape": list(self.shape),
+            "levels": self.levels,
+            "train": len(self.train.images),
+            "validation": 0 if self.validation is None else len(self.validation.images),
+            "test": len(self.test.images),
+            "classes": list(self.classes),
+            "fingerprint": self.fingerprint,
+        }
+
+
+class Batch(NamedTuple):
+    """A batch of a step: images uint8, labels, each example's index in that batch, captions."""
+
+    images: Any
+    labels: Any
+    index: Any
+    captions: Any = None
+
+
+class MissingData(UserError):
+    """The data set is not at hand and cannot be had; a fallback may take its place."""
+
+
+def take_rows(array: Any, rows: np.ndarray) -> Any:
+    """Return some rows of an array: at once if it is in memory, else when they are asked for."""
+    return array[rows] if type(array) is np.ndarray else Rows(array, rows)
+
+
+class Loaded(NamedTuple):
+    """A data set, and a warning where it is not the one that was asked for."""
+
+    data: Data
+    note: str = ""
+    data_dir: str | None = None  # where it was read

@@ -1,0 +1,210 @@
+"""The options of a run and its data."""
+
+import dataclasses
+import logging
+import os
+import pathlib
+import types
+from typing import Any, NamedTuple
+
+import jax
+
+from ddpm_jax.config import FROM_DATA, marked
+from ddpm_jax.data.cache import cache_dir
+from ddpm_jax.data.loader import check_recorded_dir, is_of_tfds, load
+from ddpm_jax.data.types import Data, Loaded, MissingData
+from ddpm_jax.errors import UserError, printable
+from ddpm_jax.parallel import cluster as cluster_module
+from ddpm_jax.parallel import hardware, processes, xla_flags
+from ddpm_jax.system.files import is_writable
+from ddpm_jax.training.run_dir import (
+    provenance,
+    read_record,
+)
+
+DEBUG_IMAGES = 128  # test images that a --debug run looks at
+
+
+class Options(NamedTuple):
+    """What the command line says besides the config."""
+
+    seed: int = 0
+    parallel: str = "jit"
+    data_dir: str | None = None
+    strict_data: bool = False
+    debug: bool = False
+    profile: bool = False
+    wandb: bool = False
+    split: str = "test"  # that --mode=eval evaluates on
+
+
+def set_up_jax(
+    debug: bool = False,
+    cluster: tuple[str | None, int | None, int | None] | None = None,
+    deterministic: bool = False,
+) -> None:
+    """Fast convolutions on a CPU, compiled programs kept between runs, and the other processes.
+
+    Args:
+      debug: compile in half the time programs that are slower, for runs of a few steps.
+      cluster: the coordinator's HOST:PORT, how many processes there are, and which this is; None
+        in it is asked of the cluster.
+      deterministic: the same bits at each run on a GPU, which costs speed.
+    """
+    xla_flags.check_flags(os.environ.get("XLA_FLAGS", ""))
+    xla_flags.tune_cpu(debug)
+    if deterministic:
+        xla_flags.tune_gpu()
+    if cluster is not None:
+        cluster_module.initialize(*cluster)
+    xla_flags.check_platform()
+    jax.config.update("jax_disable_most_optimizations", debug)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what is the user's business is told here
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the user's own choice
+        kept = is_writable(cache_dir() / "xla")
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla") if kept else None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+
+
+def load_data(
+    experiment: types.ModuleType, config: Any, workdir: pathlib.Path, options: Options
+) -> Loaded:
+    """The data set that `config` names, or the experiment's `FALLBACK` in its place.
+
+    A run that is there already goes on with the data it has, whatever is at hand today.
+
+    Raises:
+      UserError: it cannot be had, and there is no fallback or `--strict_data`.
+    """
+    name, earlier = config.data, read_record(workdir)
+    if earlier is not None and earlier.get("data_asked_for") == name:
+        again = load_again(earlier, options, config.validation)
+        recorded = earlier.get("data_dir")
+        where = options.data_dir or (recorded if isinstance(recorded, str) else None)
+        loaded = Loaded(again, earlier.get("data_note", ""), where)
+    else:
+        fallback = getattr(experiment, "FALLBACK", None)
+        try:
+            data = _load(name, options.data_dir, options.debug, config.validation)
+            loaded = Loaded(data, data_dir=options.data_dir)
+        except MissingData as error:
+            if fallback is None or options.strict_data or name != experiment.Config().data:
+                raise
+            data = _load(fallback, options.data_dir, options.debug, config.validation)
+            loaded = Loaded(
+                data,
+                f"NOT {name}, which is not at hand, but {data.title}: the figures are of these. "
+                f"({error})",
+                options.data_dir,
+            )
+    processes.check_same_everywhere("the data set", loaded.data.fingerprint)
+    return loaded
+
+
+def load_again(
+    record: dict[str, Any], options: Options, validation: int | None, moved: str | None = None
+) -> Data:
+    """Load the data of an earlier run.
+
+    A record may be a stranger's.  Its `data_dir` is read only for data sets that TFDS itself knows,
+    and nothing is prepared there.
+
+    Args:
+      record: what config.json says of the run.
+      options: whose `data_dir` goes before the recorded one.
+      validation: as `load` takes it.
+      moved: the name of the data today; None: as it was.
+
+    Raises:
+      UserError: they are not where they were, or the record does not say where.
+    """
+    name, where = moved or record["data"].get("name"), options.data_dir
+    if not isinstance(name, str):
+        raise UserError("config.json names no data set; it is damaged, or of another version")
+    recorded = record.get("data_dir")
+    if is_of_tfds(name) and not where and recorded is not None:
+        check_recorded_dir(name, recorded)
+        return _load(name, recorded, bool(record.get("debug")), validation, may_prepare=False)
+    source, _, argument = name.partition(":")
+    if source == "folder" and not moved and not os.path.isdir(os.path.expanduser(argument)):
+        raise UserError(
+            f"the folder {printable(argument)}, where the data of this run were, is not there; "
+            "give its new place as --config.data=folder:PATH"
+        )
+    return _load(name, where, bool(record.get("debug")), validation)
+
+
+def _load(
+    name: str,
+    data_dir: str | None,
+    debug: bool,
+    validation: int | None,
+    may_prepare: bool = True,
+) -> Data:
+    data = load(name, data_dir, validation, may_prepare)
+    if not debug:
+        return data
+    if data.validation is not None:
+        data = data._replace(validation=data.validation.first(DEBUG_IMAGES))
+    return data._replace(test=data.test.first(DEBUG_IMAGES))
+
+
+def load_for(config: Any, like: Loaded, options: Options) -> Data:
+    """The same data set as `like`, with the validation split that another config asks for."""
+    return _load(like.data.name, like.data_dir, options.debug, config.validation)
+
+
+def from_data(config: Any, data: Data) -> Any:
+    """The config with the fields that the data set decides."""
+    known = {
+        "shape": data.shape,
+        "levels": data.levels,
+        "classes": len(data.classes),
+        "caption_length": data.caption_length,
+    }
+    names = marked(config, FROM_DATA)
+    return dataclasses.replace(config, **{name: known[name] for name in names})
+
+
+def own_config(experiment: types.ModuleType, debug: bool, **fields: Any) -> Any:
+    """An experiment's config for one that trains it in passing, with `fields`; tiny to debug."""
+    return experiment.Config(**{**(experiment.DEBUG if debug else {}), **fields})
+
+
+def record_of(name: str, config: Any, loaded: Loaded, options: Options) -> dict[str, Any]:
+    """What config.json says of a run."""
+    return {
+        "experiment": name,
+        "config": dataclasses.asdict(config),
+        "seed": options.seed,
+        "debug": options.debug,
+        "data": loaded.data.describe(),
+        "data_asked_for": config.data,
+        "data_note": loaded.note,
+        "data_dir": loaded.data_dir and os.path.abspath(os.path.expanduser(loaded.data_dir)),
+        "parallel": options.parallel,
+        "devices": hardware.describe(),
+        **provenance(),
+    }
+
+
+def dress_data(experiment: types.ModuleType, config: Any, data: Data) -> Data:
+    return experiment.dress(config, data) if hasattr(experiment, "dress") else data
+
+
+def prepare_config(
+    experiment: types.ModuleType, config: Any, loaded: Loaded, options: Options
+) -> Any:
+    """The config, with what the experiment's `prepare` found."""
+    if not hasattr(experiment, "prepare"):
+        return config
+    return experiment.prepare(config, loaded, options)
+
+
+def pretrain_config(
+    experiment: types.ModuleType, config: Any, loaded: Loaded, options: Options
+) -> Any | None:
+    """The config, with what the experiment's `pretrain` trained; None: asked to stop."""
+    if not hasattr(experiment, "pretrain"):
+        return config
+    return experiment.pretrain(config, loaded, options)

@@ -1,0 +1,105 @@
+"""An image tower, and both towers of CLIP (Radford et al. 2021) with their temperature."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.nn.layers import (
+    Context,
+    Conv,
+)
+from ddpm_jax.nn.text_encoder import Size, TextEncoder
+
+GROUPS = 8  # of the image tower's channels, for group norm
+
+
+class ImageTower(nn.Module):
+    """Images [B, H, W, C] in [-1, 1] -> features [B, width]: convolutions that halve down to 4.
+
+    Behind each that halves is a residual one of as many channels.
+
+    Attributes:
+      channels: of each 3x3 convolution, the last of them repeated as long as the height exceeds 4.
+      width: of the features.
+      dtype: of the computation.
+    """
+
+    channels: tuple[int, ...]
+    width: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch width"]:
+        number = 0
+        while x.shape[1] > 4:
+            width = self.channels[min(number, len(self.channels) - 1)]
+            x = Conv(width, (3, 3), strides=2, dtype=self.dtype, name=f"conv_{number}")(x)
+            x = nn.gelu(nn.GroupNorm(GROUPS, dtype=jnp.float32, name=f"norm_{number}")(x))
+            h = Conv(width, (3, 3), dtype=self.dtype, name=f"more_{number}")(x)
+            x += nn.gelu(nn.GroupNorm(GROUPS, dtype=jnp.float32, name=f"norm_more_{number}")(h))
+            number += 1
+        x = nn.gelu(
+            nn.Dense(4 * self.width, dtype=self.dtype, name="hidden")(x.reshape(len(x), -1))
+        )
+        return nn.Dense(self.width, name="features")(x)
+
+
+class DualEncoder(nn.Module):
+    """Both towers, their projections to one space, and the temperature.
+
+    Attributes:
+      size, length: of the text encoder.
+      channels: of the image tower.
+      joint: width of the space in which captions and images are compared.
+      dtype: of the computation.
+    """
+
+    size: Size
+    length: int
+    channels: tuple[int, ...] = (32, 64, 128)
+    joint: int = 64
+    dtype: Any = None
+
+    def setup(self) -> None:
+        self.text = TextEncoder(self.size, self.length, self.dtype)
+        self.text_out = nn.Dense(self.joint, use_bias=False)
+        self.image = ImageTower(self.channels, self.joint, self.dtype)
+        start = nn.initializers.constant(-math.log(0.07))
+        self.log_scale = self.param("log_scale", start, ())
+
+    def read(self, tokens: UInt8[Array, "batch length"]) -> Context:
+        """A caption's features, what a generation model is told."""
+        return self.text(tokens)
+
+    def of_text(self, tokens: UInt8[Array, "batch length"]) -> Float[Array, "batch joint"]:
+        """A caption's place in the joint space, of length 1."""
+        return _unit(self.text_out(self.text(tokens).pooled[:, self.size.width :]))
+
+    def of_image(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch joint"]:
+        """An image's place in the joint space, of length 1."""
+        return _unit(self.image(x))
+
+    def scale(self) -> Float[Array, ""]:
+        """1 / temperature, at most 100 (Radford et al. 2021, sec. 2.5)."""
+        return jnp.exp(jnp.minimum(self.log_scale, jnp.log(100.0)))
+
+    def __call__(self, tokens: UInt8[Array, "batch length"], x: Float[Array, "batch h w c"]) -> Any:
+        return self.of_text(tokens), self.of_image(x), self.scale()
+
+    def check(self) -> None:
+        """Raises UserError unless the towers can be built."""
+        for channels in self.channels:
+            if channels % GROUPS:
+                raise UserError(
+                    f"--config.tower_channels: {channels} does not divide into the {GROUPS} groups "
+                    "of group norm"
+                )
+
+
+def _unit(x: Float[Array, "batch joint"]) -> Float[Array, "batch joint"]:
+    x = x.astype(jnp.float32)
+    return x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)

@@ -1,0 +1,43 @@
+"""What the devices are, how much memory they use and how busy they are."""
+
+import math
+from typing import Any
+
+import jax
+
+
+def memory() -> dict[str, float]:
+    """The most that this process's devices have held, where they tell it."""
+    told = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] for stats in told if "peak_bytes_in_use" in stats]
+    return {"peak_memory_bytes": float(max(peaks))} if peaks else {}
+
+
+# Operations per second of matrix products in bfloat16, as the makers state them (dense).
+PEAKS = {
+    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
+    "TPU v5": 459e12, "TPU v6 lite": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12, "NVIDIA L4": 121e12, "Tesla T4": 65e12, "Tesla V100": 125e12,
+}  # fmt: skip
+
+
+def utilisation(per_step: float, lap: dict[str, float]) -> dict[str, float]:
+    """Operations per second of a device, and what share that is of its peak where that is known."""
+    if not per_step or not math.isfinite(per_step):
+        return {}
+    rate = per_step * lap["steps_per_second"]
+    kind = jax.devices()[0].device_kind
+    peak = max((name for name in PEAKS if kind.startswith(name)), key=len, default=None)
+    share = {"model_flops_utilisation": rate / PEAKS[peak]} if peak else {}
+    return {"flops_per_second_per_device": rate, **share}
+
+
+def describe() -> dict[str, Any]:
+    """The devices, for `config.json`."""
+    devices = jax.devices()
+    return {
+        "platform": devices[0].platform,
+        "kind": devices[0].device_kind,
+        "count": len(devices),
+        "processes": jax.process_count(),
+    }
