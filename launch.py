@@ -12,8 +12,9 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 from absl import flags
 
-from ddpm_jax.config import LARGEST_FLOAT, LARGEST_INT, expanded
+from ddpm_jax.config import expanded
 from ddpm_jax.errors import RunError, UserError, nearest
+from ddpm_jax.fields import LARGEST_FLOAT, LARGEST_INT
 from ddpm_jax.system import interrupts, terminal
 
 HERE = pathlib.Path(__file__).parent
@@ -236,7 +237,8 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--{name} goes with --mode=sample")
     if FLAGS["split"].present and FLAGS.mode != "eval":
         raise UserError("--split goes with --mode=eval")
-    from ddpm_jax.config import MAY_CHANGE, marked, override, restore
+    from ddpm_jax.config import marked, override, restore
+    from ddpm_jax.fields import MAY_CHANGE
     from ddpm_jax.training.run_dir import check_entries
 
     name, record = FLAGS.experiment, None

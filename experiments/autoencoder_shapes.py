@@ -33,7 +33,11 @@ import dataclasses
 import functools
 from typing import Annotated, Any, Literal
 
-from ddpm_jax.config import (
+from ddpm_jax.config import Training, inside
+from ddpm_jax.data.types import Loaded
+from ddpm_jax.experiment.inputs import Options
+from ddpm_jax.experiment.parts import finished, load_part
+from ddpm_jax.fields import (  # fmt: skip
     AtLeast,
     Count,
     Interval,
@@ -42,12 +46,7 @@ from ddpm_jax.config import (
     NonNegative,
     Positive,
     RunPath,
-    Training,
-    inside,
-)  # fmt: skip
-from ddpm_jax.data.types import Loaded
-from ddpm_jax.experiment.inputs import Options
-from ddpm_jax.experiment.parts import finished, load_part
+)
 from ddpm_jax.metrics.features import Judge, image_judge
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.dual_encoder import DualEncoder

@@ -23,11 +23,12 @@ import pathlib
 from typing import Annotated
 
 from ddpm_jax import plots
-from ddpm_jax.config import FROM_PARTS, MAY_CHANGE, Interval, Length, NonNegative, marked
+from ddpm_jax.config import marked
 from ddpm_jax.data.types import Loaded
 from ddpm_jax.experiment.inputs import Options, from_data, load_data, record_of
 from ddpm_jax.experiment.preflight import check_parts, check_sizes
 from ddpm_jax.experiment.train import opened, train_experiment
+from ddpm_jax.fields import FROM_PARTS, MAY_CHANGE, Interval, Length, NonNegative
 from ddpm_jax.parallel.processes import is_main
 from ddpm_jax.progress import print_result
 from ddpm_jax.system.files import write_with

@@ -8,7 +8,7 @@ Not trained to its end yet: no figures.
 import dataclasses
 from typing import Annotated
 
-from ddpm_jax.config import AtLeast, Count, Length
+from ddpm_jax.fields import AtLeast, Count, Length
 from experiments import classifier_mnist
 
 DEBUG = classifier_mnist.DEBUG

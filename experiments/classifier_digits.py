@@ -15,19 +15,10 @@ trained on 1,437 digits): 98.1, 97.2, 95.3, 91.4, 75.3, 57.5, 43.9, 30.8, 18.1, 
 import dataclasses
 from typing import Annotated, Literal
 
-from ddpm_jax.config import (
-    AtLeast,
-    Classes,
-    Count,
-    Interval,
-    Length,
-    NonNegative,
-    Share,
-    Training,
-    inside,
-)
+from ddpm_jax.config import Training, inside
 from ddpm_jax.data.types import Data
 from ddpm_jax.diffusion.schedules import cosine
+from ddpm_jax.fields import AtLeast, Classes, Count, Interval, Length, NonNegative, Share
 from ddpm_jax.nn.classifier import Classifier
 from ddpm_jax.task import Task
 from ddpm_jax.tasks.classifier import classifier_task, labelled

@@ -8,7 +8,7 @@ on 55,000 (5,000 more are the validation split); 74 s on an idle machine (at com
 
 import dataclasses
 
-from ddpm_jax.config import Count, Interval, Length, NonNegative
+from ddpm_jax.fields import Count, Interval, Length, NonNegative
 from experiments import classifier_digits
 
 FALLBACK = "digits:28"  # where MNIST cannot be had

@@ -15,7 +15,8 @@ import dataclasses
 import math
 from typing import Annotated, Literal
 
-from ddpm_jax.config import (
+from ddpm_jax.diffusion.schedules import Spacing
+from ddpm_jax.fields import (
     MAY_CHANGE,
     AtLeast,
     Count,
@@ -26,7 +27,6 @@ from ddpm_jax.config import (
     Positive,
     SampleSteps,
 )
-from ddpm_jax.diffusion.schedules import Spacing
 from experiments import classifier_cifar10, ddpm_digits
 
 DEBUG = ddpm_digits.DEBUG | dict(fold=4, eval_batch=64)  # 8x8 inside: attention over 32x32 is slow

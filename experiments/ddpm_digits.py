@@ -66,7 +66,15 @@ from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 
-from ddpm_jax.config import (
+from ddpm_jax.config import Training
+from ddpm_jax.data.types import Loaded
+from ddpm_jax.diffusion import losses, schedules
+from ddpm_jax.diffusion.schedules import Spacing
+from ddpm_jax.errors import UserError
+from ddpm_jax.experiment.feature_networks import check_judge, judges_of, with_judge
+from ddpm_jax.experiment.guidance_models import guide_of, with_guide
+from ddpm_jax.experiment.inputs import Options
+from ddpm_jax.fields import (  # fmt: skip
     MAY_CHANGE,
     AtLeast,
     AtMost,
@@ -82,15 +90,7 @@ from ddpm_jax.config import (
     RunPath,
     SampleSteps,
     Share,
-    Training,
-)  # fmt: skip
-from ddpm_jax.data.types import Loaded
-from ddpm_jax.diffusion import losses, schedules
-from ddpm_jax.diffusion.schedules import Spacing
-from ddpm_jax.errors import UserError
-from ddpm_jax.experiment.feature_networks import check_judge, judges_of, with_judge
-from ddpm_jax.experiment.guidance_models import guide_of, with_guide
-from ddpm_jax.experiment.inputs import Options
+)
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.task import Guide, Task

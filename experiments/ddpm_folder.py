@@ -10,7 +10,7 @@ Images must divide by 4: 32x32 colour images are what the network's size is mean
 
 import dataclasses
 
-from ddpm_jax.config import Count, Length, Share
+from ddpm_jax.fields import Count, Length, Share
 from experiments import ddpm_mnist
 
 DEBUG = ddpm_mnist.DEBUG

@@ -46,7 +46,7 @@ within 10 %, in either spacing, and not shown to be better).
 
 import dataclasses
 
-from ddpm_jax.config import Count, EvalTimes, Interval, Length, NonNegative, Positive, Share
+from ddpm_jax.fields import Count, EvalTimes, Interval, Length, NonNegative, Positive, Share
 from experiments import classifier_mnist, ddpm_digits
 
 FALLBACK = "digits:28"  # where MNIST cannot be had

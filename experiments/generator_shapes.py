@@ -173,7 +173,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.config import (
+from ddpm_jax.config import Training, marked
+from ddpm_jax.data import shapes
+from ddpm_jax.data.types import Data, Loaded
+from ddpm_jax.diffusion.schedules import Spacing, shifted
+from ddpm_jax.experiment.inputs import Options, from_data
+from ddpm_jax.experiment.parts import finished, load_part, with_parts
+from ddpm_jax.experiment.preflight import check_sizes
+from ddpm_jax.fields import (  # fmt: skip
     FROM_PARTS,
     MAY_CHANGE,
     PATH,
@@ -192,15 +199,7 @@ from ddpm_jax.config import (
     RunPath,
     SampleSteps,
     Share,
-    Training,
-    marked,
-)  # fmt: skip
-from ddpm_jax.data import shapes
-from ddpm_jax.data.types import Data, Loaded
-from ddpm_jax.diffusion.schedules import Spacing, shifted
-from ddpm_jax.experiment.inputs import Options, from_data
-from ddpm_jax.experiment.parts import finished, load_part, with_parts
-from ddpm_jax.experiment.preflight import check_sizes
+)
 from ddpm_jax.metrics.alignment import judge
 from ddpm_jax.nn.code_transformer import CodeTransformer
 from ddpm_jax.nn.dit import DiT

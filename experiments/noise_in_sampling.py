@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import plots
-from ddpm_jax.config import MAY_CHANGE, Length, SampleSteps, marked
+from ddpm_jax.config import marked
 from ddpm_jax.data.types import Loaded
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.feature_networks import load_judge, with_judge
@@ -39,6 +39,7 @@ from ddpm_jax.experiment.inputs import Options, from_data, load_data, record_of
 from ddpm_jax.experiment.load import load_state
 from ddpm_jax.experiment.preflight import check_parts, check_sizes
 from ddpm_jax.experiment.train import opened, train_experiment
+from ddpm_jax.fields import MAY_CHANGE, Length, SampleSteps
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.quality import WHOLE, quality
 from ddpm_jax.parallel.processes import is_main

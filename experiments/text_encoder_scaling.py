@@ -61,21 +61,13 @@ import types
 from typing import Annotated, Any
 
 from ddpm_jax import plots
-from ddpm_jax.config import (
-    MAY_CHANGE,
-    AtLeast,
-    Count,
-    Few,
-    Length,
-    MoreLayers,
-    ValidationImages,
-    marked,
-)
+from ddpm_jax.config import marked
 from ddpm_jax.data import shapes
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.inputs import Options, from_data, load_data, own_config, record_of
 from ddpm_jax.experiment.preflight import check_parts
 from ddpm_jax.experiment.train import opened, train_experiment
+from ddpm_jax.fields import MAY_CHANGE, AtLeast, Count, Few, Length, MoreLayers, ValidationImages
 from ddpm_jax.parallel.processes import is_main
 from ddpm_jax.progress import print_result
 from ddpm_jax.training.run_dir import can_write, write_json

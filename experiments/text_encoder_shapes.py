@@ -40,7 +40,12 @@ more often: with these 91, 92 and 97 again, and 80 for held-out shapes.)
 import dataclasses
 from typing import Annotated, Literal
 
-from ddpm_jax.config import (
+from ddpm_jax.config import Training, inside
+from ddpm_jax.data import shapes
+from ddpm_jax.data.types import Data, Loaded
+from ddpm_jax.errors import UserError
+from ddpm_jax.experiment.inputs import Options
+from ddpm_jax.fields import (
     AtLeast,
     AtMost,
     CaptionLength,
@@ -49,13 +54,7 @@ from ddpm_jax.config import (
     Length,
     NonNegative,
     Positive,
-    Training,
-    inside,
 )
-from ddpm_jax.data import shapes
-from ddpm_jax.data.types import Data, Loaded
-from ddpm_jax.errors import UserError
-from ddpm_jax.experiment.inputs import Options
 from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.nn.text_encoder import SIZES
 from ddpm_jax.progress import tell

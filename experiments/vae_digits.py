@@ -15,7 +15,7 @@ steps on it does not change by more than its error.
 import dataclasses
 from typing import Literal
 
-from ddpm_jax.config import Count, Interval, Length, NonNegative
+from ddpm_jax.fields import Count, Interval, Length, NonNegative
 from experiments import vae_mnist
 
 DEBUG = vae_mnist.DEBUG

@@ -12,7 +12,7 @@ blurred, as one variance for all pixels makes them.
 import dataclasses
 from typing import Literal
 
-from ddpm_jax.config import Count, Interval, Length, NonNegative, Positive
+from ddpm_jax.fields import Count, Interval, Length, NonNegative, Positive
 from experiments import vae_mnist
 
 DEBUG = vae_mnist.DEBUG | {"hidden": (4, 4), "steps_per_call": 1}

@@ -24,17 +24,8 @@ a VAE with one stochastic layer, on the same dynamically binarised set.
 import dataclasses
 from typing import Annotated, Literal
 
-from ddpm_jax.config import (
-    AtLeast,
-    Count,
-    Interval,
-    Length,
-    NonNegative,
-    Positive,
-    Share,
-    Training,
-    inside,
-)
+from ddpm_jax.config import Training, inside
+from ddpm_jax.fields import AtLeast, Count, Interval, Length, NonNegative, Positive, Share
 from ddpm_jax.nn.vae import VAE
 from ddpm_jax.task import Task
 from ddpm_jax.tasks.vae import vae_task

@@ -21,8 +21,8 @@ distance (classifier_digits) is 20.1 +- 2.3, 3.6 +- 1.3 times that of training i
 import dataclasses
 from typing import Annotated
 
-from ddpm_jax.config import MAY_CHANGE, EvalTimes, Length, NonNegative, Positive
 from ddpm_jax.experiment.guidance_models import guide_of
+from ddpm_jax.fields import MAY_CHANGE, EvalTimes, Length, NonNegative, Positive
 from ddpm_jax.task import Task
 from ddpm_jax.tasks.vdm import vdm_task
 from experiments import classifier_digits, ddpm_digits

@@ -8,20 +8,21 @@ from typing import Annotated, Literal
 import pytest
 
 from ddpm_jax import config as c
+from ddpm_jax import fields
 from ddpm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    steps: c.Length = 10
-    rate: c.Positive = 0.1
+    steps: fields.Length = 10
+    rate: fields.Positive = 0.1
     flag: bool = False
     name: str = "a"
     kind: Literal["one", "two"] = "one"
-    widths: tuple[c.Count, ...] = (1, 2)
+    widths: tuple[fields.Count, ...] = (1, 2)
     maybe: int | None = None
-    share: Annotated[float, c.AtLeast(0.0), c.AtMost(1.0)] = 0.5
-    shape: c.Shape = (1, 1, 1)
+    share: Annotated[float, fields.AtLeast(0.0), fields.AtMost(1.0)] = 0.5
+    shape: fields.Shape = (1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ EXPERIMENTS = sorted(
 def test_a_field_that_an_experiment_defines_anew_keeps_its_marks(name):
     cls = importlib.import_module(f"experiments.{name}").Config
     for base in cls.__mro__[1:-1]:
-        for mark in (c.MAY_CHANGE, c.FROM_DATA):
+        for mark in (fields.MAY_CHANGE, fields.FROM_DATA):
             assert c.marked(base, mark) <= c.marked(cls, mark), base
 
 

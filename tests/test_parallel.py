@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from ddpm_jax.config import FROM_PARTS, Training, marked
+from ddpm_jax.config import Training, marked
 from ddpm_jax.data import loader, types
 from ddpm_jax.data.types import Batch
 from ddpm_jax.errors import UserError
+from ddpm_jax.fields import FROM_PARTS
 from ddpm_jax.metrics.per_example import per_example
 from ddpm_jax.parallel import sharding, xla_flags
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key

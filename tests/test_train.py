@@ -18,11 +18,12 @@ import optax.contrib
 import pytest
 from conftest import ROOT, user_environment
 
-from ddpm_jax.config import MAY_CHANGE, Training, marked
+from ddpm_jax.config import Training, marked
 from ddpm_jax.data import batches, loader, types
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.experiment import inputs, load
 from ddpm_jax.experiment import train as train_module
+from ddpm_jax.fields import MAY_CHANGE
 from ddpm_jax.nn.vae import VAE
 from ddpm_jax.parallel import sharding
 from ddpm_jax.rng import TRAIN, example_keys, purpose_key

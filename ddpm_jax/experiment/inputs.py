@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ddpm_jax.config import FROM_DATA, marked
+from ddpm_jax.config import marked
 from ddpm_jax.data.cache import cache_dir
 from ddpm_jax.data.loader import check_recorded_dir, is_of_tfds, load
 from ddpm_jax.data.types import Data, Loaded, MissingData
 from ddpm_jax.errors import UserError, printable
+from ddpm_jax.fields import FROM_DATA
 from ddpm_jax.parallel import cluster as cluster_module
 from ddpm_jax.parallel import hardware, processes, xla_flags
 from ddpm_jax.system.files import is_writable

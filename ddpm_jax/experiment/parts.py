@@ -7,10 +7,11 @@ import pathlib
 import types
 from typing import Any
 
-from ddpm_jax.config import FROM_PARTS, expanded, marked, restore
+from ddpm_jax.config import expanded, marked, restore
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.load import load_state
 from ddpm_jax.experiment.preflight import read_run
+from ddpm_jax.fields import FROM_PARTS
 from ddpm_jax.training.step import TrainState
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from ddpm_jax import plots
-from ddpm_jax.config import MAY_CHANGE, marked
+from ddpm_jax.config import marked
 from ddpm_jax.data.types import Loaded
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import preflight
@@ -25,6 +25,7 @@ from ddpm_jax.experiment.inputs import (
     pretrain_config,
     record_of,
 )
+from ddpm_jax.fields import MAY_CHANGE
 from ddpm_jax.parallel import processes
 from ddpm_jax.parallel import sharding as devices
 from ddpm_jax.progress import print_result, tell
