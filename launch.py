@@ -170,8 +170,8 @@ def help_text(arguments: list[str]) -> str:
         from ddpm_jax.config import describe
 
         lines += ["", f"fields of {chosen[-1]}:"]
-        for name, kind, default in describe(load_experiment(chosen[-1]).Config):
-            lines.append(f"  --config.{name + '=' + kind:<46} {default}")
+        for name, kind, default, text in describe(load_experiment(chosen[-1]).Config()):
+            lines.append(f"  --config.{name + '=' + kind:<46} {default:<12} {text}".rstrip())
     else:
         lines += ["", "python launch.py --experiment=NAME --help lists its config's fields."]
     return "\n".join(lines)

@@ -1,85 +1,311 @@
-"""An experiment's `Config`: a frozen dataclass whose fields the command line overrides.
+"""Configs: frozen dataclasses of sections and fields, set from the command line and recorded.
 
-A field's annotation says what it takes.  `int`, `float`, `bool`, `str`, `Literal[...]`,
-`tuple[int, ...]` and `... | None` are parsed; `Annotated[int, AtLeast(1)]` is checked too,
-and `Annotated[..., FROM_DATA]` is set from the data set and cannot be overridden.
+A field of a config is a value (see `fields`) or a section: a dataclass, or a union of dataclasses
+that are its alternatives. A Flax module is a section, too. Its path names a field:
+`task.network.channels`. On the command line,
 
-A field whose value may change when a run is resumed (a length or an interval: it says
-nothing of what is trained, only for how long and how often something is told) is
-annotated `MAY_CHANGE`.
+    --config.task.network.channels=64    sets a field
+    --config.task.network=dit            chooses an alternative of a section
+    --config.data=folder:PATH            sets the `name` of a section that has one
+
+in any order: alternatives are chosen before fields are set.
 """
 
 import dataclasses
 import errno
-import math
+import functools
+import inspect
 import os
 import pathlib
+import re
 import types
 import typing
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from ddpm_jax.errors import UserError, nearest
 from ddpm_jax.fields import (
+    BOUND,
     FROM_DATA,
     FROM_PARTS,
-    LARGEST_FLOAT,
-    LARGEST_INT,
     MAY_CHANGE,
     PATH,
-    SMALLEST_FLOAT,
     AtLeast,
-    AtMost,
     Count,
     Interval,
     Length,
     Levels,
-    MoreThan,
     NonNegative,
     Positive,
     Shape,
     Share,
     ValidationImages,
-)
+    bare_type,
+    from_record,
+    notes,
+    parse,
+    shorten,
+    type_name,
+)  # fmt: skip
+
+SET_BY_PROGRAM = {BOUND, FROM_DATA, FROM_PARTS}
+OF_FLAX = {"parent", "name"}  # fields that Flax adds to every module
+NAMES = {"DiT": "dit", "UNet": "unet", "VAE": "vae", "VDM": "vdm", "EMA": "ema", "MLP": "mlp"}
+SHOWN = 3  # paths that an error names
+T = TypeVar("T")
 
 
-def fields(config: Any) -> dict[str, Any]:
-    """The annotation of every field, by name."""
-    cls = config if isinstance(config, type) else type(config)
-    return typing.get_type_hints(cls, include_extras=True)
+class Field(NamedTuple):
+    """A field of a config that is not a section.
+
+    Attributes:
+      path: names of the sections and of the field, with dots between them.
+      value: what it is.
+      hint: its annotation.
+      marks: its marks, and those of the sections that it lies in.
+      help: what its class's docstring says of it under "Attributes:"; "" if nothing.
+    """
+
+    path: str
+    value: Any
+    hint: Any
+    marks: frozenset
+    help: str
+
+
+def hints_of(cls: Any) -> dict[str, Any]:
+    """Return the annotation of every field of a section's class that is its own."""
+    return _hints_of(cls)
+
+
+@functools.cache
+def _hints_of(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    skipped = OF_FLAX if hasattr(cls, "setup") and hasattr(cls, "apply") else set()
+    names = [field.name for field in dataclasses.fields(cls) if field.init]
+    return {name: hints[name] for name in names if name not in skipped}
+
+
+def alternatives_of(hint: Any) -> tuple[type, ...]:
+    """Return the classes of a section's annotation; () of a field that is not a section."""
+    bare = bare_type(hint)
+    args = typing.get_args(bare) if _is_union(bare) else (bare,)
+    return tuple(
+        a for a in map(bare_type, args) if isinstance(a, type) and dataclasses.is_dataclass(a)
+    )
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def choice_name(section: Any) -> str:
+    """Return how an alternative is called on the command line: `LinearBetas` -> linear_betas."""
+    if section is None:
+        return "none"
+    name = (section if isinstance(section, type) else type(section)).__name__
+    return NAMES.get(name, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
+
+
+def _is_section(value: Any, hint: Any) -> bool:
+    return (dataclasses.is_dataclass(value) and not isinstance(value, type)) or bool(
+        alternatives_of(hint)
+    )
+
+
+def fields_of(config: Any, prefix: str = "", marks: frozenset = frozenset()) -> Iterator[Field]:
+    """Yield every field of a config that is not a section, in order."""
+    if config is None:
+        return
+    text = _attributes(type(config))
+    for name, hint in hints_of(type(config)).items():
+        value, path = getattr(config, name), prefix + name
+        own = marks | {note for note in notes(hint) if isinstance(note, str)}
+        if _is_section(value, hint):
+            yield from fields_of(value, f"{path}.", own)
+        else:
+            yield Field(path, value, hint, frozenset(own), text.get(name, ""))
+
+
+def sections_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (path, section, annotation) of every section within a config."""
+    if config is None:
+        return
+    for name, hint in hints_of(type(config)).items():
+        value = getattr(config, name)
+        if _is_section(value, hint):
+            yield prefix + name, value, hint
+            yield from sections_of(value, f"{prefix}{name}.")
+
+
+def _attributes(cls: Any) -> dict[str, str]:
+    """The entries under "Attributes:" in a class's docstring and those of its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, text = (inspect.cleandoc(base.__dict__.get("__doc__") or "")).partition(
+            "Attributes:\n"
+        )
+        for match in re.finditer(r"^  (\w[\w, ]*): ((?:.+\n?(?:^    .*\n?)*))", text, re.MULTILINE):
+            for name in match[1].split(", "):
+                found[name] = " ".join(match[2].split())
+    return found
 
 
 def marked(config: Any, mark: str) -> set[str]:
-    """The names of the fields that are annotated with `mark`."""
-    return {name for name, hint in fields(config).items() if mark in _notes(hint)}
+    """Return the paths of the fields that carry `mark`, or lie in a section that does."""
+    value = config() if isinstance(config, type) else config
+    return {field.path for field in fields_of(value) if mark in field.marks}
 
 
-def override(config: Any, texts: dict[str, str]) -> Any:
-    """Replace fields of `config` by what the user typed.
+def flat(config: Any) -> dict[str, Any]:
+    """Return every field's value by its path, and the choice of every section that has several."""
+    values = {field.path: field.value for field in fields_of(config) if BOUND not in field.marks}
+    for path, section, hint in sections_of(config):
+        if _has_choice(hint):
+            values[path] = choice_name(section)
+    return values
+
+
+def _has_choice(hint: Any) -> bool:
+    bare = bare_type(hint)
+    return _is_union(bare) and len(typing.get_args(bare)) > 1
+
+
+def get(config: Any, path: str) -> Any:
+    """Return the field or section at `path`."""
+    return functools.reduce(getattr, path.split("."), config)
+
+
+def replace(config: T, values: Mapping[str, Any]) -> T:
+    """Return `config` with the fields or sections at some paths replaced; shorter paths first."""
+    for path in sorted(values, key=lambda path: path.count(".")):
+        config = _replace_one(config, path.split("."), values[path])
+    return config
+
+
+def _replace_one(config: Any, names: list[str], value: Any) -> Any:
+    name, *rest = names
+    if rest:
+        value = _replace_one(getattr(config, name), rest, value)
+    return dataclasses.replace(config, **{name: value})
+
+
+def override(
+    config: T,
+    texts: Mapping[str, str],
+    debug: Mapping[str, Any] | None = None,
+    alternatives: Mapping[str, Sequence[Any]] | None = None,
+) -> T:
+    """Return `config` with what the user typed.
 
     Args:
-      config: a frozen dataclass.
-      texts: field name -> text, as in `--config.steps=100`.
+      config: a frozen dataclass of sections and fields.
+      texts: path -> text, as in `--config.train.steps=100`.
+      debug: values of fields by their paths, set after the choice of sections and before `texts`;
+        those that the chosen sections do not have are left out.
+      alternatives: by the path of a section, the experiment's tuned alternatives of it.
 
     Raises:
-      UserError: an unknown field (with the nearest one), a value that is not of the
-        field's type or out of its range, or a field that the data set decides.
+      UserError: an unknown field or alternative, a value that is not of the field's type or out of
+        its range, or a field that the program sets.
     """
-    hints = fields(config)
+    sections = {path for path, _, _ in sections_of(config)}
+    choices = {path: text for path, text in texts.items() if path in sections}
+    for path in sorted(set(texts) - sections, key=lambda path: path.count(".")):
+        if _in_alternative(config, path, choices, alternatives):
+            choices[path] = texts[path]
+    for path in sorted(choices, key=lambda path: path.count(".")):
+        config = _choose(config, path, choices[path], alternatives or {})
+    there = {field.path: field for field in fields_of(config)}
+    config = replace(config, {path: v for path, v in (debug or {}).items() if path in there})
     values = {}
-    for name, text in texts.items():
-        if name not in hints:
-            raise UserError(f'unknown field "--config.{name}"{nearest(name, hints)}')
-        if FROM_DATA in _notes(hints[name]):
-            raise UserError(f"--config.{name} follows from the data set and cannot be set")
-        if FROM_PARTS in _notes(hints[name]):
-            raise UserError(f"--config.{name} follows from the parts and cannot be set")
-        try:
-            values[name] = _parse(text, hints[name])
-        except ValueError as error:
-            raise UserError(f"--config.{name}={text}: {error}") from None
-        if name == "data" or PATH in _notes(hints[name]):
-            expanded(f"--config.{name}", text.removeprefix("folder:"))
-    return dataclasses.replace(config, **values)
+    for path, text in texts.items():
+        if path in choices:
+            continue
+        if path not in there:
+            raise UserError(_unknown(config, path, there))
+        values[path] = _parse_field(there[path], text)
+    return replace(config, values)
+
+
+def _in_alternative(config: Any, path: str, choices: Mapping[str, str], alternatives: Any) -> bool:
+    """Whether `path` is a section of an alternative that `choices` choose."""
+    parent = path.rpartition(".")[0]
+    if parent not in choices:
+        return False
+    chosen = _choose(config, parent, choices[parent], alternatives or {})
+    return path in {path for path, _, _ in sections_of(chosen)}
+
+
+def _choose(config: Any, path: str, text: str, alternatives: Mapping[str, Sequence[Any]]) -> Any:
+    """`config` with the section at `path` chosen, or its name set."""
+    hint = {p: hint for p, _, hint in sections_of(config)}[path]
+    section = get(config, path)
+    if not _has_choice(hint):
+        if section is not None and "name" in hints_of(type(section)):
+            field = next(f for f in fields_of(section, f"{path}.") if f.path == f"{path}.name")
+            return replace(config, {f"{path}.name": _parse_field(field, text, f"--config.{path}")})
+        first = next(iter(fields_of(section, f"{path}."))).path
+        raise UserError(
+            f"--config.{path} has several fields; set one of them, such as --config.{first}=VALUE"
+        )
+    if choice_name(section) == text:
+        return config
+    known: dict[str, Any] = {choice_name(cls): cls for cls in alternatives_of(hint)}
+    if type(None) in typing.get_args(bare_type(hint)):
+        known["none"] = None
+    if text not in known:
+        raise UserError(f'--config.{path}: there is no "{text}"{nearest(text, known)}')
+    tuned = [one for one in alternatives.get(path, ()) if choice_name(one) == text]
+    made = tuned[0] if tuned else known[text] and known[text]()
+    return replace(config, {path: made})
+
+
+def _parse_field(field: Field, text: str, flag: str | None = None) -> Any:
+    flag = flag or f"--config.{field.path}"
+    if FROM_DATA in field.marks or BOUND in field.marks:
+        raise UserError(f"{flag} follows from the data set and cannot be set")
+    if FROM_PARTS in field.marks:
+        raise UserError(f"{flag} follows from the parts and cannot be set")
+    try:
+        value = parse(text, field.hint)
+    except ValueError as error:
+        raise UserError(f"{flag}={text}: {error}") from None
+    if PATH in field.marks:
+        expanded(flag, text.removeprefix("folder:"))
+    return value
+
+
+def _unknown(config: Any, path: str, there: Mapping[str, Field]) -> str:
+    """The message of an unknown path: up to three paths that end in its word, or in the nearest."""
+    known = [p for p, field in there.items() if not SET_BY_PROGRAM & field.marks]
+    known += [p for p, section, _ in sections_of(config)]
+    message = f'unknown field "--config.{path}"'
+    for section, value, hint in sections_of(config):
+        name = path.removeprefix(f"{section}.")
+        others = [cls for cls in alternatives_of(hint) if cls is not type(value)]
+        owner = next((cls for cls in others if name in hints_of(cls)), None)
+        if path.startswith(f"{section}.") and owner:
+            return (
+                f"--config.{path} is a field of {choice_name(owner)}, and --config.{section} is "
+                f"{choice_name(value)}; give --config.{section}={choice_name(owner)}, too"
+            )
+    word = path.rpartition(".")[2]
+    same = [p for p in known if p.rpartition(".")[2] == word]
+    if not same:
+        words = {p.rpartition(".")[2]: p for p in reversed(known)}
+        near = nearest(word, words)
+        if "did you mean" in near:
+            nearby = re.findall(r'"(\w+)"', near)[0]
+            same = [p for p in known if p.rpartition(".")[2] == nearby]
+        elif all("." not in p for p in known):
+            return message + near
+    if not same:
+        return f"{message}; --help lists the fields"
+    shown = " or ".join(f"--config.{p}" for p in same[:SHOWN])
+    if all("." not in p for p in same):
+        shown = f'"{same[0]}"'
+    return f"{message}; did you mean {shown}?"
 
 
 def expanded(flag: str, text: str) -> pathlib.Path:
@@ -101,110 +327,98 @@ def expanded(flag: str, text: str) -> pathlib.Path:
     return path
 
 
-def describe(cls: type) -> list[tuple[str, str, str]]:
-    """(field, type, default) of every field that can be overridden, for `--help`."""
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    return [
-        (name, _type_name(hint), str(defaults[name]))
-        for name, hint in fields(cls).items()
-        if not {FROM_DATA, FROM_PARTS} & set(_notes(hint))
-    ]
+def describe(config: Any) -> list[tuple[str, str, str, str]]:
+    """Return (path, type, default, help) of everything that can be set, for `--help`."""
+    rows: list[tuple[str, str, str, str]] = []
+    choices = {p: (value, hint) for p, value, hint in sections_of(config) if _has_choice(hint)}
+    for path, (value, hint) in choices.items():
+        names = "|".join(map(choice_name, alternatives_of(hint)))
+        if type(None) in typing.get_args(bare_type(hint)):
+            names += "|none"
+        rows.append((path, names, choice_name(value), ""))
+    for field in fields_of(config):
+        if not SET_BY_PROGRAM & field.marks:
+            rows.append((field.path, type_name(field.hint), str(field.value), field.help))
+    return rows
 
 
-def _notes(hint: Any) -> tuple:
-    return hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
+def to_record(config: Any) -> dict[str, Any]:
+    """Return a config as JSON holds it: every field but bound ones, and the type of choices."""
+    record: dict[str, Any] = {}
+    for name, hint in hints_of(type(config)).items():
+        value = getattr(config, name)
+        if BOUND in notes(hint):
+            continue
+        if _is_section(value, hint):
+            inner = None if value is None else to_record(value)
+            if inner is not None and _has_choice(hint):
+                inner = {"type": choice_name(value), **inner}
+            record[name] = inner
+        else:
+            record[name] = list(value) if isinstance(value, tuple) else value
+    return record
 
 
-def _bare(hint: Any) -> Any:
-    return hint.__origin__ if typing.get_origin(hint) is Annotated else hint
+def restore(like: Any, values: Any, where: Any) -> Any:
+    """Return the config that config.json recorded.
+
+    Args:
+      like: the experiment's config, or its class: the types of the sections.
+      values: what `to_record` returned, from JSON. A field that it lacks keeps its class's default.
+      where: the run's directory, for errors.
+
+    Raises:
+      UserError: the record has fields or sections that `like` lacks: it is of another version; or a
+        value that is not of its field's type or out of its range.
+    """
+    like = like() if isinstance(like, type) else like
+    return _restore(like, values, where, "")
 
 
-def _type_name(hint: Any) -> str:
-    bare = _bare(hint)
-    if typing.get_origin(bare) is Literal:
-        return "|".join(str(value) for value in typing.get_args(bare))
-    if typing.get_origin(bare) in (typing.Union, types.UnionType):
-        return "|".join(_type_name(arg) for arg in typing.get_args(bare)).replace(
-            "NoneType", "none"
+def _restore(like: Any, values: Any, where: Any, prefix: str) -> Any:
+    damaged = f"the config.json of the run in {where} is damaged"
+    if not isinstance(values, dict):
+        at = prefix.rstrip(".") or "config"
+        raise UserError(
+            f"{damaged}: its {at} must be a section, and is {shorten(values)}; give another run"
         )
-    if typing.get_origin(bare) is tuple:
-        names = [_type_name(arg) for arg in typing.get_args(bare) if arg is not Ellipsis]
-        return ",".join(names + ["..."] * (Ellipsis in typing.get_args(bare)))
-    return bare.__name__ if isinstance(bare, type) else str(bare)
-
-
-def _parse(text: str, hint: Any) -> Any:
-    """Read `text` as a value of the annotated type `hint`; ValueError says what is wrong."""
-    value = _read(text, _bare(hint))
-    _check_range(value, hint)
-    return value
-
-
-def _check_range(value: Any, hint: Any) -> None:
-    """Raises ValueError unless a number is in the range of its annotation, and of a program's."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("must be a finite number")
-    for note in _notes(hint):
-        if isinstance(note, AtLeast) and not value >= note.low:
-            raise ValueError(f"must be at least {note.low:g}")
-        if isinstance(note, MoreThan) and not value > note.low:
-            raise ValueError(f"must be more than {note.low:g}")
-        if isinstance(note, AtMost) and not value <= note.high:
-            raise ValueError(f"must be at most {note.high:g}")
-    if isinstance(value, int) and abs(value) > LARGEST_INT:
-        raise ValueError(f"must be at most {LARGEST_INT:,}")
-    if isinstance(value, float) and value and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
-        raise ValueError(
-            f"must be a number that float32 holds: from {SMALLEST_FLOAT:g} to {LARGEST_FLOAT:g} "
-            "in size, or 0"
+    hints = hints_of(type(like))
+    odd = sorted(prefix + name for name in set(values) - set(hints))
+    if odd:
+        raise UserError(
+            f"the run in {where} was made by another version, with unknown config fields: "
+            f"{', '.join(odd)}"
         )
+    known = {}
+    for name, value in values.items():
+        hint, here = hints[name], getattr(like, name)
+        if _is_section(here, hint):
+            known[name] = _restore_section(here, hint, value, where, prefix + name)
+            continue
+        try:
+            known[name] = from_record(value, hint)
+        except ValueError as error:
+            raise UserError(
+                f"{damaged}: its {prefix}{name} {error}, and is {shorten(value)}; give another run"
+            ) from None
+    return type(like)(**known)
 
 
-def _read(text: str, hint: Any) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        for choice in args:
-            if text == str(choice):
-                return choice
-        raise ValueError(f"must be one of {', '.join(map(str, args))}")
-    if origin in (typing.Union, types.UnionType):
-        if text.lower() == "none":
-            return None
-        (inner,) = (arg for arg in args if arg is not type(None))
-        return _parse(text, inner)
-    if origin is tuple:
-        words = [word for word in text.strip("()[] ").split(",") if word.strip()]
-        if not words:
-            raise ValueError("must be one value or more, with commas between them")
-        item = args[0]
-        if args[-1] is not Ellipsis and len(words) != len(args):
-            raise ValueError(f"must be {len(args)} values with commas between them")
-        return tuple(_parse(word.strip(), item) for word in words)
-    if hint is bool:
-        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if text.lower() not in known:
-            raise ValueError("must be true or false")
-        return known[text.lower()]
-    if hint is int:
-        try:
-            if text.strip("+-").isdecimal() and len(text) > 4000:  # more than Python reads
-                return LARGEST_INT + 1
-            value = float(text) if "e" in text.lower() else int(text)  # 1e5 and 100_000 too
-            if value != int(value):
-                raise ValueError
-        except (ValueError, OverflowError):
-            raise ValueError("must be a whole number") from None
-        return int(value)
-    if hint is float:
-        try:
-            number = float(text)
-        except ValueError:
-            raise ValueError("must be a number") from None
-        _check_range(number, float)
-        return number
-    return text
+def _restore_section(here: Any, hint: Any, value: Any, where: Any, path: str) -> Any:
+    if not _has_choice(hint):
+        return _restore(here, value, where, f"{path}.")
+    classes: dict[str, Any] = {choice_name(cls): cls for cls in alternatives_of(hint)}
+    if value is None and type(None) in typing.get_args(bare_type(hint)):
+        return None
+    chosen = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(chosen, str) or chosen not in classes:
+        raise UserError(
+            f"the config.json of the run in {where} is damaged: its {path} must have a type, one "
+            f"of {', '.join(classes)}, and is {shorten(value)}; give another run"
+        )
+    inner = {name: item for name, item in value.items() if name != "type"}
+    like = here if choice_name(here) == chosen else classes[chosen]()
+    return _restore(like, inner, where, f"{path}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,73 +457,3 @@ class Training:
 def inside(precision: str) -> str | None:
     """The type that networks compute in, which have their inputs' by default."""
     return None if precision == "float32" else precision
-
-
-def restore(cls: type, values: dict[str, Any], where: Any) -> Any:
-    """A config as config.json recorded it; fields that were not there then keep their defaults.
-
-    Raises:
-      UserError: the record has fields that `cls` lacks: it is of another version; or a value
-        that is not of its field's type or out of its range.
-    """
-    odd = set(values) - {field.name for field in dataclasses.fields(cls)}
-    if odd:
-        raise UserError(
-            f"the run in {where} was made by another version, with fields that are no more: "
-            f"{', '.join(sorted(odd))}"
-        )
-    hints = fields(cls)
-    known = {}
-    for name, value in values.items():
-        try:
-            known[name] = _recorded(value, hints[name])
-        except ValueError as error:
-            raise UserError(
-                f"the config.json of the run in {where} is damaged: its {name} {error}, and is "
-                f"{_short(value)}; give another run"
-            ) from None
-    return cls(**known)
-
-
-def _recorded(value: Any, hint: Any) -> Any:
-    """A value of JSON as one of the annotated type `hint`; ValueError says what is wrong."""
-    bare = _bare(hint)
-    origin, args = typing.get_origin(bare), typing.get_args(bare)
-    if origin is Literal:
-        if type(value) not in map(type, args) or value not in args:
-            raise ValueError(f"must be one of {', '.join(map(str, args))}")
-    elif origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        (inner,) = (arg for arg in args if arg is not type(None))
-        return _recorded(value, inner)
-    elif origin is tuple:
-        endless = args[-1] is Ellipsis
-        if not isinstance(value, list | tuple) or not (endless or len(value) == len(args)):
-            raise ValueError("must be a list" + ("" if endless else f" of {len(args)} values"))
-        items = [args[0]] * len(value) if endless else args
-        return tuple(_recorded(item, kind) for item, kind in zip(value, items, strict=True))
-    else:
-        allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}[bare]
-        if type(value) not in allowed:
-            raise ValueError(f"must be {_NAMES[bare]}")
-        if bare is float:
-            if abs(value) > LARGEST_FLOAT:
-                raise ValueError(f"must be at most {LARGEST_FLOAT:g}")
-            value = float(value)
-        if bare is str and any(ord(letter) < 32 for letter in value):
-            raise ValueError("must be a text without control characters")
-    _check_range(value, hint)
-    return value
-
-
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-
-
-def _short(value: Any, length: int = 60) -> str:
-    """A value as a message shows it."""
-    try:
-        text = ascii(value)
-    except (ValueError, RecursionError):  # more digits or levels than Python writes
-        return "too large to show"
-    return text if len(text) <= length else f"{text[:length]}..."

@@ -1,6 +1,15 @@
-"""Marks of the fields of a config: ranges, and what may change or is set by the program."""
+"""Fields of a config: their marks and ranges, and how a text or a value of JSON becomes a value.
 
-from typing import Annotated, NamedTuple
+A field's annotation says what it takes. `int`, `float`, `bool`, `str`, `Literal[...]`,
+`tuple[int, ...]` and `... | None` are parsed; `Annotated[int, AtLeast(1)]` is checked too.
+`Annotated[..., MAY_CHANGE]` may change when a run is resumed, and `Annotated[..., BOUND]` is set
+by the program.
+"""
+
+import math
+import types
+import typing
+from typing import Annotated, Any, Literal, NamedTuple
 
 
 class AtLeast(NamedTuple):
@@ -23,9 +32,11 @@ class AtMost(NamedTuple):
 
 LARGEST_INT = 2**31 - 1  # that a program counts with
 SMALLEST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # positive ones that float32 holds
+BOUND = "bound"  # set from the data set, the batch size or the precision; not recorded
 FROM_DATA = "from data"
 FROM_PARTS = "from parts"  # from what was trained before, and is built on
 MAY_CHANGE = "may change on resuming"
+OR_NONE = "an empty tuple means none"
 PATH = "path"  # of a run, or a word in its place
 Count = Annotated[int, AtLeast(1)]
 Layers = Annotated[int, AtLeast(1), AtMost(1000)]  # that a network is built of, one after another
@@ -48,3 +59,143 @@ Classes = Annotated[int, AtLeast(0), FROM_DATA]  # of labels; 0: there are none
 # 5,000; 0: every training image is trained on, and nothing is evaluated before the end.
 ValidationImages = Annotated[int, AtLeast(0)] | None
 CaptionLength = Annotated[int, AtLeast(0), FROM_DATA]  # tokens; 0: there are no captions
+
+
+def notes(hint: Any) -> tuple:
+    return hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
+
+
+def bare_type(hint: Any) -> Any:
+    return hint.__origin__ if typing.get_origin(hint) is Annotated else hint
+
+
+def type_name(hint: Any) -> str:
+    bare = bare_type(hint)
+    if typing.get_origin(bare) is Literal:
+        return "|".join(str(value) for value in typing.get_args(bare))
+    if typing.get_origin(bare) in (typing.Union, types.UnionType):
+        return "|".join(type_name(arg) for arg in typing.get_args(bare)).replace("NoneType", "none")
+    if typing.get_origin(bare) is tuple:
+        names = [type_name(arg) for arg in typing.get_args(bare) if arg is not Ellipsis]
+        return ",".join(names + ["..."] * (Ellipsis in typing.get_args(bare)))
+    return bare.__name__ if isinstance(bare, type) else str(bare)
+
+
+def parse(text: str, hint: Any) -> Any:
+    """Read `text` as a value of the annotated type `hint`; ValueError says what is wrong."""
+    if OR_NONE in notes(hint) and text.strip().lower() in ("", "()", "none"):
+        return ()
+    value = _read(text, bare_type(hint))
+    _check_range(value, hint)
+    return value
+
+
+def _check_range(value: Any, hint: Any) -> None:
+    """Raises ValueError unless a number is in the range of its annotation, and of a program's."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    for note in notes(hint):
+        if isinstance(note, AtLeast) and not value >= note.low:
+            raise ValueError(f"must be at least {note.low:g}")
+        if isinstance(note, MoreThan) and not value > note.low:
+            raise ValueError(f"must be more than {note.low:g}")
+        if isinstance(note, AtMost) and not value <= note.high:
+            raise ValueError(f"must be at most {note.high:g}")
+    if isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise ValueError(f"must be at most {LARGEST_INT:,}")
+    if isinstance(value, float) and value and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
+        raise ValueError(
+            f"must be a number that float32 holds: from {SMALLEST_FLOAT:g} to {LARGEST_FLOAT:g} "
+            "in size, or 0"
+        )
+
+
+def _read(text: str, hint: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        for choice in args:
+            if text == str(choice):
+                return choice
+        raise ValueError(f"must be one of {', '.join(map(str, args))}")
+    if origin in (typing.Union, types.UnionType):
+        if text.lower() == "none":
+            return None
+        (inner,) = (arg for arg in args if arg is not type(None))
+        return parse(text, inner)
+    if origin is tuple:
+        words = [word for word in text.strip("()[] ").split(",") if word.strip()]
+        if not words:
+            raise ValueError("must be one value or more, with commas between them")
+        item = args[0]
+        if args[-1] is not Ellipsis and len(words) != len(args):
+            raise ValueError(f"must be {len(args)} values with commas between them")
+        return tuple(parse(word.strip(), item) for word in words)
+    if hint is bool:
+        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in known:
+            raise ValueError("must be true or false")
+        return known[text.lower()]
+    if hint is int:
+        try:
+            if text.strip("+-").isdecimal() and len(text) > 4000:  # more than Python reads
+                return LARGEST_INT + 1
+            value = float(text) if "e" in text.lower() else int(text)  # 1e5 and 100_000 too
+            if value != int(value):
+                raise ValueError
+        except (ValueError, OverflowError):
+            raise ValueError("must be a whole number") from None
+        return int(value)
+    if hint is float:
+        try:
+            number = float(text)
+        except ValueError:
+            raise ValueError("must be a number") from None
+        _check_range(number, float)
+        return number
+    return text
+
+
+def from_record(value: Any, hint: Any) -> Any:
+    """A value of JSON as one of the annotated type `hint`; ValueError says what is wrong."""
+    bare = bare_type(hint)
+    origin, args = typing.get_origin(bare), typing.get_args(bare)
+    if origin is Literal:
+        if type(value) not in map(type, args) or value not in args:
+            raise ValueError(f"must be one of {', '.join(map(str, args))}")
+    elif origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        (inner,) = (arg for arg in args if arg is not type(None))
+        return from_record(value, inner)
+    elif origin is tuple:
+        endless = args[-1] is Ellipsis
+        if not isinstance(value, list | tuple) or not (endless or len(value) == len(args)):
+            raise ValueError("must be a list" + ("" if endless else f" of {len(args)} values"))
+        items = [args[0]] * len(value) if endless else args
+        return tuple(from_record(item, kind) for item, kind in zip(value, items, strict=True))
+    else:
+        allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}[bare]
+        if type(value) not in allowed:
+            raise ValueError(f"must be {_NAMES[bare]}")
+        if bare is float:
+            if abs(value) > LARGEST_FLOAT:
+                raise ValueError(f"must be at most {LARGEST_FLOAT:g}")
+            value = float(value)
+        if bare is str and any(ord(letter) < 32 for letter in value):
+            raise ValueError("must be a text without control characters")
+    _check_range(value, hint)
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def shorten(value: Any, length: int = 60) -> str:
+    """A value as a message shows it."""
+    try:
+        text = ascii(value)
+    except (ValueError, RecursionError):  # more digits or levels than Python writes
+        return "too large to show"
+    return text if len(text) <= length else f"{text[:length]}..."

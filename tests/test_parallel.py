@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from ddpm_jax.config import Training, marked
+from ddpm_jax.config import Training, marked, to_record
 from ddpm_jax.data import loader, types
 from ddpm_jax.data.types import Batch
 from ddpm_jax.errors import UserError
@@ -218,7 +218,7 @@ def shapes_of(name):
     if name.endswith("_shapes"):
         given = {"shape": (32, 32, 3), "levels": 256, "caption_length": 96}
         for part in ("text_encoder_shapes", "autoencoder_shapes"):
-            theirs = dataclasses.asdict(importlib.import_module(f"experiments.{part}").Config())
+            theirs = to_record(importlib.import_module(f"experiments.{part}").Config())
             given |= {field: theirs[field] for field in marked(config, FROM_PARTS) & set(theirs)}
         fields = {field.name for field in dataclasses.fields(config)}
         config = dataclasses.replace(config, **{f: v for f, v in given.items() if f in fields})

@@ -18,7 +18,7 @@ import optax.contrib
 import pytest
 from conftest import ROOT, user_environment
 
-from ddpm_jax.config import Training, marked
+from ddpm_jax.config import Training, marked, to_record
 from ddpm_jax.data import batches, loader, types
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.experiment import inputs, load
@@ -61,7 +61,7 @@ def bind(task, config, seed=0):
 
 def fit(config, data, workdir, task=None, seed=0):
     task = task or vae_digits.build(config)
-    record = {"experiment": "test", "config": dataclasses.asdict(config), "seed": seed, "data": {}}
+    record = {"experiment": "test", "config": to_record(config), "seed": seed, "data": {}}
     run = open_run(workdir, record, marked(config, MAY_CHANGE))
     checkpoints = open_checkpoints(workdir / "checkpoints")
     try:

@@ -221,7 +221,7 @@ DAMAGED = [
     ({"config": {"likelihood": "poisson"}}, "its likelihood must be one of"),
     ({"config": {"likelihood": []}}, "its likelihood must be one of"),
     ({"config": {"data": "a\nb"}}, "its data must be a text without control"),
-    ({"config": {"nonsense": 1}}, "fields that are no more: nonsense"),
+    ({"config": {"nonsense": 1}}, "unknown config fields: nonsense"),
     ("", "config.json is damaged"),
     ("[]", "config.json is damaged"),
     ("[" * 100_000, "config.json is damaged"),

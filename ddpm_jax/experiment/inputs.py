@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ddpm_jax.config import marked
+from ddpm_jax.config import marked, to_record
 from ddpm_jax.data.cache import cache_dir
 from ddpm_jax.data.loader import check_recorded_dir, is_of_tfds, load
 from ddpm_jax.data.types import Data, Loaded, MissingData
@@ -176,7 +176,7 @@ def record_of(name: str, config: Any, loaded: Loaded, options: Options) -> dict[
     """What config.json says of a run."""
     return {
         "experiment": name,
-        "config": dataclasses.asdict(config),
+        "config": to_record(config),
         "seed": options.seed,
         "debug": options.debug,
         "data": loaded.data.describe(),

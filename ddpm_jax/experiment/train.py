@@ -1,7 +1,6 @@
 """Train one experiment: open its directory, train, evaluate and summarise."""
 
 import contextlib
-import dataclasses
 import pathlib
 import time
 import types
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 
 from ddpm_jax import plots
-from ddpm_jax.config import marked
+from ddpm_jax.config import marked, to_record
 from ddpm_jax.data.types import Loaded
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import preflight
@@ -66,7 +65,7 @@ def train_experiment(
         config = pretrain_config(experiment, config, loaded, options)
         if config is None:
             return None
-        run.record["config"] = dataclasses.asdict(config)
+        run.record["config"] = to_record(config)
         task, data = experiment.build(config), dress_data(experiment, config, data)
         checkpoints = open_checkpoints(workdir / "checkpoints")
         step = checkpoints.newest() or 0
