@@ -9,7 +9,6 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, user_environment
 from PIL import Image
 
 from ddpm_jax.data import cache as cache_module
@@ -19,6 +18,7 @@ from ddpm_jax.experiment import feature_networks as judges
 from ddpm_jax.experiment.inputs import Options, load_data
 from ddpm_jax.tasks import pretrained_text
 from experiments import classifier_digits
+from helpers.launching import ROOT, user_environment
 
 NOWHERE = pathlib.Path("/nowhere/at/all")
 

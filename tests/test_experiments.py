@@ -1,16 +1,15 @@
 """Every experiment under --debug, through the command line, as a user would run it."""
 
 import json
-import pathlib
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-EXPERIMENTS = sorted(
-    path.stem for path in pathlib.Path(__file__).parent.parent.glob("experiments/[a-z]*.py")
-)
+from helpers.launching import ROOT
+
+EXPERIMENTS = sorted(path.stem for path in ROOT.glob("experiments/[a-z]*.py"))
 # There is no fashion, no CIFAR-10 and no folder without a network or a user.
 DATA = dict.fromkeys(
     ("vae_fashion_mnist", "ddpm_fashion_mnist", "classifier_fashion_mnist", "ddpm_folder"),

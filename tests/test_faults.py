@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, user_environment
 from jax.sharding import NamedSharding, PartitionSpec
-from test_train import COMMAND, end_of, finish, start, steps_of, wait_for
 
 from ddpm_jax.config import restore
 from ddpm_jax.errors import UserError
@@ -29,6 +27,18 @@ from ddpm_jax.training.checkpoint import (
     open_checkpoints,
 )
 from experiments import vae_digits
+from helpers.launching import ROOT, user_environment
+from helpers.runs import (
+    COMMAND,
+    LIMITED,
+    end_of,
+    finish,
+    largest_file,
+    start,
+    steps_kept,
+    steps_of,
+    wait_for,
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +59,8 @@ def whole(tmp_path_factory):
     return end_of(workdir)
 
 
-def steps_kept(workdir):
-    return sorted(
-        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
-    )
-
-
 def newest(workdir):
     return workdir / "checkpoints" / str(steps_kept(workdir)[-1])
-
-
-def largest_file(folder):
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return max(files, key=lambda path: path.stat().st_size)
 
 
 def truncate(folder):
@@ -175,15 +174,6 @@ def test_a_check_sum_is_the_same_by_numpy_and_on_devices(dtype):
     devices = jax.make_mesh((8,), ("devices",))
     spread = jax.device_put(array, NamedSharding(devices, PartitionSpec("devices")))
     assert int(_sum(spread)) == int(_sum_here(spread)) == expected
-
-
-LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
-sys.argv = {argv}
-import runpy
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.mark.slow

@@ -9,13 +9,13 @@ import tempfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, user_environment
-from data_sets import pixels, png, write
 
 from ddpm_jax.data import cache, loader
 from ddpm_jax.data.captions import lines_of, read_text
 from ddpm_jax.data.tokenizer import untokenize
 from ddpm_jax.errors import UserError
+from helpers.data_sets import pixels, png, write
+from helpers.launching import ROOT, user_environment
 
 
 def images(folder, count, first=0):

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, user_environment
 
 from ddpm_jax.data.loader import load
 from ddpm_jax.data.types import Loaded
@@ -20,6 +19,7 @@ from ddpm_jax.experiment.inputs import Options
 from ddpm_jax.nn.classifier import Classifier
 from ddpm_jax.task import Request
 from experiments import classifier_digits, ddpm_digits
+from helpers.launching import ROOT, user_environment
 
 OPTIONS = Options(debug=True)
 CLASSIFIER = ("--experiment=classifier_digits", "--config.noise=cosine")

@@ -9,9 +9,9 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, user_environment
-from test_faults import LIMITED, largest_file, steps_kept
-from test_train import steps_of, wait_for
+
+from helpers.launching import ROOT, user_environment
+from helpers.runs import LIMITED, largest_file, steps_kept, steps_of, wait_for
 
 STEPS = 24
 

@@ -7,11 +7,11 @@ import zlib
 
 import numpy as np
 import pytest
-from data_sets import encoded, pixels, png, store, write
 from PIL import Image, ImageCms
 
 from ddpm_jax.data import loader
 from ddpm_jax.data.images import decode, decoding, reason_of
+from helpers.data_sets import encoded, pixels, png, store, write
 
 SIDE = 8
 RGB = pixels(1, (SIDE, SIDE))

@@ -2,13 +2,13 @@
 
 import json
 import os
-import pathlib
 import time
 
 import numpy as np
 import pytest
-from conftest import expect_one_line
 from PIL import Image
+
+from helpers.launching import ROOT, expect_one_line, user_environment
 
 DIGITS = ("--experiment=vae_digits", "--debug")
 
@@ -18,8 +18,6 @@ def trained(tmp_path_factory):
     """The directory of a finished tiny run."""
     import subprocess
     import sys
-
-    from conftest import ROOT, user_environment
 
     workdir = tmp_path_factory.mktemp("runs") / "digits"
     result = subprocess.run(
@@ -198,7 +196,7 @@ def test_help_lists_experiments_and_their_fields_at_once(launch):
     result = launch("--help")
     assert time.perf_counter() - start < 3
     assert result.returncode == 0
-    for path in pathlib.Path(__file__).parent.parent.glob("experiments/[a-z]*.py"):
+    for path in ROOT.glob("experiments/[a-z]*.py"):
         assert path.stem in result.stdout
     result = launch("--experiment=vae_mnist", "--help")
     assert "--config.latents=int" in result.stdout

@@ -2,11 +2,11 @@
 
 import ast
 import functools
-import pathlib
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from helpers.launching import ROOT
+
 FILES = sorted((ROOT / "ddpm_jax").rglob("*.py"))
 ORDER = (  # lowest first; a module imports from its own line or from a lower one
     ("errors", "system", "fields", "config", "rng"),

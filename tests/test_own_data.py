@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import expect_one_line
-from data_sets import png, write
 
 import launch
 from ddpm_jax.data import loader
@@ -25,6 +23,8 @@ from ddpm_jax.tasks.classifier import classifier_task, labelled
 from ddpm_jax.tasks.diffusion import diffusion_task
 from ddpm_jax.tasks.image_sampler import Sampling
 from ddpm_jax.tasks.vdm import vdm_task
+from helpers.data_sets import png, write
+from helpers.launching import expect_one_line
 
 VAE = ("--experiment=vae_digits", "--debug", "--config.steps=2", "--config.hidden=8")
 CLASSIFIER = ("--experiment=classifier_digits", "--debug", "--config.steps=2")

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from ddpm_jax.config import FROM_PARTS, Training, marked
 from ddpm_jax.data import loader, types
@@ -23,6 +22,7 @@ from ddpm_jax.task import Evaluation, Request, Task
 from ddpm_jax.training import step as step_module
 from ddpm_jax.training.checkpoint import open_checkpoints
 from experiments import ddpm_digits, vae_digits
+from helpers.launching import ROOT
 
 MODES = sharding.MODES
 STEPS, BATCH = 20, 16

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from ddpm_jax.data.types import Split
 from ddpm_jax.diffusion.prediction import Prediction
@@ -18,6 +17,7 @@ from ddpm_jax.metrics.per_example import per_example
 from ddpm_jax.parallel import sharding
 from ddpm_jax.task import Request
 from ddpm_jax.tasks.image_sampler import Sampling, drawing
+from helpers.launching import ROOT
 
 # Where jax compiles: training's programs, whose states' placement is stated; and functions of one
 # array within others: a check sum, which is a scalar, and a matrix within a step.

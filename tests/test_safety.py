@@ -18,7 +18,6 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, expect_one_line, user_environment
 from PIL import Image
 
 from ddpm_jax import errors, plots
@@ -27,6 +26,7 @@ from ddpm_jax.experiment import sample_files
 from ddpm_jax.system.files import draft_of
 from ddpm_jax.training.checkpoint import check_store, open_checkpoints
 from ddpm_jax.training.run_dir import read_record
+from helpers.launching import ROOT, expect_one_line, user_environment
 
 DIGITS = ("--experiment=vae_digits", "--debug")
 

@@ -5,13 +5,13 @@ Each attack would make a marker file.
 
 import hashlib
 import json
-import pathlib
 import shutil
 import sys
 
 import pytest
-from conftest import ROOT, expect_one_line
-from data_sets import png, store
+
+from helpers.data_sets import png, store
+from helpers.launching import ROOT, expect_one_line
 
 EVIL = """
 import pathlib
@@ -166,6 +166,6 @@ def test_features_that_cannot_be_read_are_one_line(content, tmp_path, launch_her
 def test_every_file_of_the_data_folder_is_a_source_or_listed():
     from ddpm_jax.data import loader
 
-    for path in (pathlib.Path(ROOT) / "ddpm_jax" / "data").glob("*.py"):
+    for path in (ROOT / "ddpm_jax" / "data").glob("*.py"):
         is_source = "\ndef load(argument" in path.read_text()
         assert is_source == (path.stem not in loader.NO_SOURCES), path

@@ -18,24 +18,10 @@ from ddpm_jax.nn.text_encoder import LONGEST, SIZES, TextEncoder, words
 from ddpm_jax.nn.transformer import Block
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.tasks.contrastive import contrastive_nll, contrastive_task
+from helpers.text import drawn
 
 BRANCHES = ("project", "mlp_2")
 SIZE = SIZES["tiny"]
-
-
-def drawn(init, *arguments, seed=1):
-    """Parameters of the shapes that `init(key, *arguments)` makes; none is 0, so nothing hides.
-
-    Drawn on the host, N(0, 0.1^2), scales around 1: `init` is not compiled.
-    """
-    draws = np.random.default_rng(seed)
-
-    def one(path, leaf):
-        made = 0.1 * draws.normal(size=leaf.shape) + (path[-1].key == "scale")
-        return jnp.asarray(made, leaf.dtype)
-
-    shapes = jax.eval_shape(init, jax.random.key(0), *arguments)
-    return jax.tree_util.tree_map_with_path(one, shapes)
 
 
 def test_padding_changes_nothing():

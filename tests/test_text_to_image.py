@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_text import drawn
 
 from ddpm_jax.data import batches, loader
 from ddpm_jax.errors import UserError
@@ -22,6 +21,7 @@ from ddpm_jax.task import Request
 from ddpm_jax.tasks.autoencoder import autoencoder_task, latents
 from ddpm_jax.tasks.text_to_image import Parts, Prompts, clip_scores, text_to_image_task
 from experiments import generator_shapes, text_encoder_scaling, text_to_image_shapes
+from helpers.text import drawn
 
 DATA = loader.load("shapes")
 CODES = 12

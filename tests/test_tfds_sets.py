@@ -4,13 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import expect_one_line
-from data_sets import encoded, pixels, png, store
 from PIL import Image
 
 from ddpm_jax.data import loader
 from ddpm_jax.data.tokenizer import untokenize
 from ddpm_jax.errors import UserError
+from helpers.data_sets import encoded, pixels, png, store
+from helpers.launching import expect_one_line
 
 
 def rows(count, first=0, **features):

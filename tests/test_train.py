@@ -5,8 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import chex
@@ -16,7 +14,6 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from conftest import ROOT, user_environment
 
 from ddpm_jax.config import MAY_CHANGE, Training, marked
 from ddpm_jax.data import batches, loader, types
@@ -37,6 +34,7 @@ from ddpm_jax.training.checkpoint import open_checkpoints
 from ddpm_jax.training.run_dir import open_run
 from ddpm_jax.variational import likelihoods as likelihood
 from experiments import vae_digits
+from helpers.runs import COMMAND, end_of, finish, start, steps_of, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -407,46 +405,6 @@ def test_what_only_training_reads_is_not_read_for_drawing(tmp_path):
 
 
 # Interruptions, of a real process.
-
-COMMAND = [
-    sys.executable, str(ROOT / "launch.py"), "--experiment=vae_digits", "--debug",
-    "--config.steps=400", "--config.checkpoint_every=20", "--config.eval_every=50",
-    "--config.log_every=10", "--config.eval_batch=180",
-]  # fmt: skip
-
-
-def start(workdir):
-    log = (workdir.parent / f"{workdir.name}.log").open("a")
-    return subprocess.Popen(
-        [*COMMAND, f"--workdir={workdir}"], env=user_environment(), stdout=log, stderr=log
-    )
-
-
-def wait_for(condition, process, timeout=60.0):
-    begun = time.monotonic()
-    while not condition() and process.poll() is None and time.monotonic() - begun < timeout:
-        time.sleep(0.02)
-
-
-def finish(workdir):
-    process = start(workdir)
-    assert process.wait(timeout=180) == 0, (workdir.parent / f"{workdir.name}.log").read_text()
-
-
-def steps_of(workdir):
-    path = workdir / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def end_of(workdir):
-    """(parameters' bytes, metrics file) of a finished run."""
-    import orbax.checkpoint as ocp
-
-    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(), host=ocp.args.JsonRestore())
-        state = manager.restore(400, args=args).state
-    arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
-    return arrays, (workdir / "metrics.jsonl").read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_text import drawn
 
 from ddpm_jax.data.types import Batch
 from ddpm_jax.diffusion.schedules import cosine, from_betas, linear_betas
@@ -18,6 +17,7 @@ from ddpm_jax.nn.unet import UNet
 from ddpm_jax.task import Request
 from ddpm_jax.tasks.diffusion import diffusion_task, noise_levels
 from ddpm_jax.tasks.image_sampler import Sampling
+from helpers.text import drawn
 
 
 def count(net, shape, **inputs):
