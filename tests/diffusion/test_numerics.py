@@ -15,9 +15,7 @@ from ddpm_jax.diffusion import elbo, guidance, losses, prediction, process, samp
 from ddpm_jax.diffusion.prediction import Prediction
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics.per_example import spread_times
-from ddpm_jax.nn.layers import attention
 from ddpm_jax.task import Request
-from ddpm_jax.tasks import diffusion
 from ddpm_jax.tasks.image_sampler import Sampling, check_start, drawing
 from ddpm_jax.training import step as step_module
 from experiments import ddpm_digits, iddpm_cifar10
@@ -487,45 +485,3 @@ def test_numbers_out_of_range_are_refused_where_a_sampler_is_made():
             make()
     for name in ("ddim:0", "ddim:1", "ancestral:0", "ancestral:1", "edm:0", "edm:80"):
         samplers.named(name, 5)
-
-
-# Attention.
-
-
-@pytest.mark.parametrize("size", [1.0, 3.0, 6.0])  # of queries and keys: flat and peaked softmax
-def test_attention_in_bfloat16_errs_by_its_inputs_and_its_output_alone(size):
-    rng = np.random.default_rng(0)
-    exact = [rng.normal(size=(2, 64, 2, 32)) * scale for scale in (size, size, 1.0)]
-    rounded = [jnp.asarray(a, jnp.bfloat16) for a in exact]
-
-    def reference(query, key, value):
-        query, key, value = (np.asarray(a, np.float64) for a in (query, key, value))
-        logits = np.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
-        return np.einsum("bhqk,bkhd->bqhd", scipy.special.softmax(logits, -1), value)
-
-    right = reference(*rounded)
-    output = np.asarray(jnp.asarray(right, jnp.float32).astype(jnp.bfloat16), np.float64)
-    found = np.asarray(jax.jit(attention)(*rounded), np.float64)
-    error = lambda a, b: np.sqrt(np.mean(np.square(a - b)))  # noqa: E731
-    assert error(found, right) <= 1.02 * error(output, right)
-    assert error(found, reference(*exact)) <= 1.02 * error(output, reference(*exact))
-    single = [jnp.asarray(a, jnp.float32) for a in exact]
-    logits = jnp.einsum("bqhd,bkhd->bhqk", *single[:2]) * 32**-0.5
-    plain = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), single[2])
-    np.testing.assert_array_equal(attention(*single), plain)
-
-
-# Rate and distortion.
-
-
-def test_rate_and_distortion_are_taken_at_one_time():
-    """Of kl(t) = c (1 + a t) and distortion t^2: rate(t) = c ((1 - t) + a (1 - t^2) / 2)."""
-    times = np.random.default_rng(0).permutation((np.arange(20_000) + 0.5) / 20_000)
-    times, dims = times.reshape(-1, 8), 64
-    kl = 100 * (1 + 3 * times)
-    rate, rmse = diffusion.rate_distortion(times, kl, times**2, dims)
-    t = rmse / 127.5
-    expected = 100 * ((1 - t) + 3 * (1 - t**2) / 2) / (dims * np.log(2))
-    assert (np.diff(rate) > 0).all()
-    assert (np.diff(rmse) < 0).all()
-    np.testing.assert_allclose(rate, expected, atol=2e-3 * expected.max())

@@ -20,10 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import errors, plots
 from ddpm_jax.errors import UserError, printable
 from ddpm_jax.experiment import sample_files
-from ddpm_jax.system.files import draft_of
 from ddpm_jax.training.checkpoint import check_store, open_checkpoints
 from ddpm_jax.training.run_dir import read_record
 from helpers.launching import ROOT, expect_one_line, user_environment
@@ -141,17 +139,6 @@ def test_the_runs_that_a_record_names_are_read_alone(launch_here, ddpm, vae, tmp
         (run / "config.json").write_text(json.dumps(changed))
         launch_here("--mode=eval", "--workdir=run", "--config.draw=20")
         assert {p: p.read_bytes() for p in other.rglob("*") if p.is_file()} == before
-
-
-def test_a_draft_is_not_written_through_a_link(tmp_path):
-    (tmp_path / "victim").write_text("precious")
-    (tmp_path / f".{os.getpid()}.draft").symlink_to(tmp_path / "victim")
-    (tmp_path / "a").symlink_to(tmp_path / "victim")
-    with draft_of(tmp_path / "a") as file:
-        file.write(b"new")
-    assert (tmp_path / "victim").read_text() == "precious"
-    assert (tmp_path / "a").read_text() == "new"
-    assert not (tmp_path / "a").is_symlink()
 
 
 # What a stranger wrote reaches no terminal.
@@ -297,35 +284,6 @@ def test_training_goes_on_without_a_picture_that_is_not_finite(launch_here, tmp_
     assert "no picture samples_00000004: " in result.stderr
     assert not (tmp_path / "run" / "images" / "samples.png").exists()
     assert (tmp_path / "run" / "images" / "levels.png").exists()
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_no_value_that_is_not_finite_becomes_a_grey(value):
-    images = np.zeros((2, 4, 4, 1), np.float32)
-    images[1, 2, 3, 0] = value
-    for make in (plots.to_uint8, plots.grid, lambda some: plots.captioned([("a", some)])):
-        with pytest.raises(errors.NonFinite, match="1 of 32 values"):
-            make(images)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["x " * 5000, "y" * 10_000, "日本語" * 3000, "\u0301" * 10_000, "a\0b\x1b[2J\n\u2028c", "",
-     "\U0001f469\u200d\U0001f680" * 50, "שלום" * 1000, "\udcff" * 10_000],
-)  # fmt: skip
-def test_a_text_of_any_length_is_laid_out_in_under_a_second(text):
-    images = np.zeros((8, 16, 16, 3), np.float32)
-    plots.captioned([("warm", images)])
-    start = time.perf_counter()
-    sheet = plots.captioned([(text, images)])
-    assert time.perf_counter() - start < 1
-    assert sheet.shape == plots.captioned([("short", images)]).shape
-
-
-def test_a_long_text_is_cut_where_it_no_longer_fits():
-    fits = plots._cut("abcdefghij", 50, lambda text: 5.0 * len(text))
-    assert fits == "abcdefghij"
-    assert plots._cut("abcdefghijk", 50, lambda text: 5.0 * len(text)) == "abcdefg..."
 
 
 def sampling(*flags, size=100_000):

@@ -30,6 +30,14 @@ def write(path, content):
     return path
 
 
+def picture(index, split="train", only=None, side=32):
+    """(pixels in [-1, 1], scene) of an example of the set of shapes."""
+    from ddpm_jax.data import shapes
+
+    scene = shapes.scene(split, index, only)
+    return shapes.render(scene, side) / np.float32(127.5) - 1, scene
+
+
 def store(out, features, splits, name="strange", version="1.0.0"):
     """Write {split: examples} as a data set in TFDS format; images are bytes of files."""
     from ddpm_jax.data import tfds as ours

@@ -1,16 +1,14 @@
-"""Distances of sets: closed forms, independent formulas, and a classifier that judges."""
+"""Distances of sets: closed forms and independent formulas."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from ddpm_jax import plots
 from ddpm_jax.data.loader import load
 from ddpm_jax.data.types import Data, Loaded, Split
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import feature_networks as judges
-from ddpm_jax.experiment import inputs
 from ddpm_jax.experiment.inputs import Options
 from ddpm_jax.metrics import distances
 from ddpm_jax.metrics.features import Judge
@@ -285,17 +283,6 @@ def test_a_perfect_model_has_a_ratio_near_1_whatever_the_number_of_training_imag
     assert abs(np.mean(found)) < 3 * np.std(found, ddof=1) / 12**0.5
 
 
-def test_a_judge_is_called_after_the_data_that_it_was_trained_on():
-    names = {
-        "mnist": "classifier_mnist",
-        "digits": "classifier_digits",
-        "digits:28": "classifier_digits_28",
-        "folder:/home/of/mnist birds/my.flowers": "classifier_folder_my_flowers",
-        "imagenet_resized/32x32": "classifier_imagenet_resized_32x32",
-    }
-    assert {data: judges.judge_name(data) for data in names} == names
-
-
 def test_a_distance_is_called_fid_in_inceptions_features_alone(tmp_path, monkeypatch, capfd):
     data = load("digits")
     drawn = to_images(data.test.images[:50], data.levels)
@@ -328,52 +315,3 @@ def test_a_set_looked_at_in_parts_is_the_set_looked_at_whole():
     np.testing.assert_allclose(parts.moments.covariance, whole.moments.covariance, atol=1e-12)
     np.testing.assert_array_equal(parts.features, whole.features)
     np.testing.assert_array_equal(parts.logs, whole.logs)
-
-
-def test_a_classifier_is_trained_once_and_judges(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    loaded, options = Loaded(load("digits")), Options(debug=True)
-
-    @dataclasses.dataclass(frozen=True)
-    class Config:
-        judge: str = "auto"
-        fid: bool = False
-
-    config = judges.with_judge(classifier_digits, Config(), loaded, options)
-    assert "training classifier_digits once" in capfd.readouterr().err
-    assert judges.with_judge(classifier_digits, Config(), loaded, options) == config
-    assert "training" not in capfd.readouterr().err
-    assert judges.with_judge(classifier_digits, config, loaded, options) == config
-    judge = judges.load_judge(classifier_digits, config.judge)
-    features, logs = judge.see(to_images(loaded.data.test.images[:7], 17))
-    assert judge.name == "classifier_digits"
-    assert features.shape == (7, 64)
-    np.testing.assert_allclose(np.exp(logs).sum(1), 1, rtol=1e-5)
-    none = Config("none")
-    assert judges.with_judge(classifier_digits, none, loaded, options) == none
-
-
-def test_a_table_shows_every_metric_with_its_error_and_no_error_alone():
-    metrics = {
-        "test/fd": 5.731, "test/fd_error": 0.42, "test/absolute_error": 0.0312,
-        "test/absolute_error_error": 0.0011, "test/bits_ode": 2.19, "test/bits_ode_error": 0.025,
-        "test/bits_ode_numerical_error": 0.0003, "test/prior": 3.0e-9, "test/prior_error": 2e-11,
-    }  # fmt: skip
-    assert plots.metric_rows(metrics) == [
-        ("test/fd", "5.73 +- 0.42"),
-        ("test/absolute_error", "0.0312 +- 0.0011"),
-        ("test/bits_ode", "2.190 +- 0.025"),
-        ("test/bits_ode_numerical_error", "0.0003"),
-        ("test/prior", "3e-09 +- 2e-11"),
-    ]
-
-
-def test_a_judge_reads_its_data_where_the_run_read_them(monkeypatch):
-    """A resumed run knows the folder from its record, not from the command line."""
-    asked = []
-    monkeypatch.setattr(
-        inputs, "load", lambda *arguments: asked.append(arguments) or load("digits")
-    )
-    loaded = Loaded(load("digits"), data_dir="/where/the/run/read")
-    inputs.load_for(classifier_digits.Config(validation=7), loaded, Options())
-    assert asked == [("digits", "/where/the/run/read", 7, True)]

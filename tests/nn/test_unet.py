@@ -1,22 +1,16 @@
-"""The U-Net to the letter, its dropout, and the diffusion task around it."""
-
-import functools
+"""The U-Net to the letter, the DiT, their layers and dropout."""
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
-from ddpm_jax.data.types import Batch
-from ddpm_jax.diffusion.schedules import cosine, from_betas, linear_betas
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.layers import Dropout, attention, fold, grid_embedding, time_embedding, unfold
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.task import Request
-from ddpm_jax.tasks.diffusion import diffusion_task, noise_levels
-from ddpm_jax.tasks.image_sampler import Sampling
 from helpers.text import drawn
 
 
@@ -71,82 +65,6 @@ def test_attention_is_flaxs():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 4, 8))
     expected = nn.dot_product_attention(q, k, v)
     np.testing.assert_allclose(attention(q, k, v), expected, atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    net = UNet(
-        outputs=1,
-        channels=8,
-        multipliers=(1,),
-        blocks=1,
-        attention_sizes=(),
-        classes=3,
-        dropout=0.5,
-    )
-    task = diffusion_task(
-        net,
-        from_betas(linear_betas()),
-        (4, 4, 1),
-        17,
-        sampling=Sampling(steps=3),
-        batch_size=8,
-    )
-    images = np.random.default_rng(0).integers(0, 17, (8, 4, 4, 1), np.uint8)
-    batch = jax.tree.map(
-        jnp.asarray, Batch(images, np.arange(8, dtype=np.int32) % 3, np.arange(8, dtype=np.int32))
-    )
-    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
-    return task, params, fixed, batch
-
-
-def test_a_new_networks_loss_is_the_noises_own_size(tiny):
-    task, params, fixed, batch = tiny
-    keys = jax.random.split(jax.random.key(1), 8)
-    loss = functools.partial(task.loss, train=False, gather=lambda tree: tree)
-    losses, metrics, _ = jax.jit(loss)(params, fixed, batch, keys)
-    chex.assert_shape(losses, (8,))
-    # The output layer starts at zero, so |eps - 0|^2 is 1 on average over 128 dimensions.
-    assert abs(losses.mean() - 1) < 4 * (2 / 128) ** 0.5
-    chex.assert_trees_all_equal(losses, metrics["mse"])
-
-
-def test_the_task_draws_image_3_the_same_in_any_batch(tiny):
-    task, params, fixed, _ = tiny
-    keys = jax.random.split(jax.random.key(2), 8)
-    many = task.sample(params, fixed, keys, Request())
-    few = task.sample(params, fixed, keys[:4], Request())
-    chex.assert_shape(many, (8, 4, 4, 1))
-    assert jnp.abs(many).max() <= 1
-    np.testing.assert_allclose(many[3], few[3], atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("request_", "says"),
-    [
-        (Request(sampler="ddimm"), 'no "ddimm"; did you mean "ddim"'),
-        (Request(sampler="ancestral_learned"), "has not learned a variance"),
-        (Request(steps=1001), "has 1000 steps"),
-        (Request(label=3), "there are 3 classes"),
-        (Request(prompt="a cat"), "--prompt means nothing"),
-    ],
-)
-def test_a_request_that_makes_no_sense_is_one_line(tiny, request_, says):
-    task, params, fixed, _ = tiny
-    with pytest.raises(UserError, match=says):
-        task.sample(params, fixed, jax.random.split(jax.random.key(0), 2), request_)
-
-
-def test_guidance_on_an_unconditional_network_is_refused():
-    net = UNet(outputs=1, channels=8, multipliers=(1,), blocks=1, attention_sizes=())
-    task = diffusion_task(net, from_betas(linear_betas()), (4, 4, 1), 17, batch_size=8)
-    with pytest.raises(UserError, match="needs a class-conditional run"):
-        task.sample({}, {}, jax.random.split(jax.random.key(0), 2), Request(guidance=2.0))
-
-
-def test_an_image_that_the_network_cannot_halve_is_refused():
-    with pytest.raises(UserError, match="halves images 3 times, and 28x28 does not divide by 8"):
-        diffusion_task(UNet(), from_betas(linear_betas()), (28, 28, 1), 256, batch_size=8)
 
 
 def test_folding_is_undone_and_keeps_a_patch_together():
@@ -204,85 +122,24 @@ def test_a_network_that_does_not_fit_the_images_is_one_line(net, says):
         net.check((28, 28, 1))
 
 
-def test_a_dit_trains_in_the_diffusion_task():
-    net = DiT(outputs=1, patch=2, width=16, depth=2, heads=2, classes=3)
-    task = diffusion_task(net, from_betas(linear_betas()), (4, 4, 1), 17, batch_size=8)
-    images = np.random.default_rng(0).integers(0, 17, (8, 4, 4, 1), np.uint8)
-    batch = Batch(images, np.arange(8, dtype=np.int32) % 3, np.arange(8, dtype=np.int32))
-    batch = jax.tree.map(jnp.asarray, batch)
-    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
-    keys = jax.random.split(jax.random.key(1), 8)
+@pytest.mark.parametrize("size", [1.0, 3.0, 6.0])  # of queries and keys: flat and peaked softmax
+def test_attention_in_bfloat16_errs_by_its_inputs_and_its_output_alone(size):
+    rng = np.random.default_rng(0)
+    exact = [rng.normal(size=(2, 64, 2, 32)) * scale for scale in (size, size, 1.0)]
+    rounded = [jnp.asarray(a, jnp.bfloat16) for a in exact]
 
-    @jax.jit
-    def step(params):
-        def mean(params):
-            return task.loss(params, fixed, batch, keys, train=True, gather=lambda t: t)[0].mean()
+    def reference(query, key, value):
+        query, key, value = (np.asarray(a, np.float64) for a in (query, key, value))
+        logits = np.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+        return np.einsum("bhqk,bkhd->bqhd", scipy.special.softmax(logits, -1), value)
 
-        now, gradient = jax.value_and_grad(mean)(params)
-        return now, jax.tree.map(lambda a, g: a - 0.3 * g, params, gradient)
-
-    losses = []
-    for _ in range(21):
-        now, params = step(params)
-        losses.append(now)
-    assert losses[-1] < 0.8 * losses[0]
-
-
-def test_a_learned_variance_and_importance_times_train_and_draw():
-    net = DiT(outputs=2, patch=2, width=8, depth=1, heads=1)
-    task = diffusion_task(
-        net,
-        from_betas(np.linspace(1e-4, 0.02, 6)),
-        (4, 4, 1),
-        17,
-        variance="learned",
-        times="importance",
-        bound_scale=1.0,
-        sampling=Sampling("ancestral_learned", 3),
-        batch_size=32,
-    )
-    images = np.random.default_rng(0).integers(0, 17, (32, 4, 4, 1), np.uint8)
-    batch = Batch(images, np.zeros(32, np.int32), np.arange(32, dtype=np.int32))
-    batch = jax.tree.map(jnp.asarray, batch)
-    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
-
-    @jax.jit
-    def step(params, fixed, number):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), number), 32)
-
-        def mean(params):
-            losses, metrics, statistics = task.loss(
-                params, fixed, batch, keys, train=True, gather=lambda t: t
-            )
-            return losses.mean(), (metrics, statistics)
-
-        gradient, (metrics, statistics) = jax.grad(mean, has_aux=True)(params)
-        params = jax.tree.map(lambda a, g: a - 0.01 * jnp.clip(g, -1, 1), params, gradient)
-        return params, task.update(fixed, statistics), metrics["vlb"].mean()
-
-    bounds = []
-    for number in range(60):
-        params, fixed, bound = step(params, fixed, number)
-        bounds.append(float(bound))
-    assert fixed["history"].counts.sum() == 60 * 32
-    assert np.isfinite(bounds).all()
-    assert np.mean(bounds[-20:]) < np.mean(bounds[:20])
-    drawn = task.sample(params, fixed, jax.random.split(jax.random.key(2), 2), Request())
-    assert jnp.isfinite(drawn).all()
-
-
-def test_a_learned_variance_needs_a_table():
-    net = DiT(outputs=2, patch=2, width=8, depth=1, heads=1)
-    with pytest.raises(UserError, match="need a table of betas"):
-        diffusion_task(net, cosine(), (4, 4, 1), 17, variance="learned", batch_size=8)
-
-
-def test_the_noise_levels_bits_add_up_and_their_rate_rises():
-    times = (np.arange(1000)[None] + np.random.default_rng(0).uniform(size=(3, 1))) / 1000
-    found = {"t": times, "mse": times**0, "kl": 64 * np.log(2) * 2 * times, "distortion": times}
-    metrics, pictures = noise_levels(found, 64)
-    bits = [metrics[f"bits_t_{t / 10:.1f}"] for t in range(10)]
-    assert sum(bits) == pytest.approx(1, abs=1e-3)  # the integral of 2 t
-    assert bits[9] == pytest.approx(0.19, abs=1e-3)
-    assert metrics["mse_t_0.5"] == 1
-    assert set(pictures) == {"levels", "rate_distortion"}
+    right = reference(*rounded)
+    output = np.asarray(jnp.asarray(right, jnp.float32).astype(jnp.bfloat16), np.float64)
+    found = np.asarray(jax.jit(attention)(*rounded), np.float64)
+    error = lambda a, b: np.sqrt(np.mean(np.square(a - b)))  # noqa: E731
+    assert error(found, right) <= 1.02 * error(output, right)
+    assert error(found, reference(*exact)) <= 1.02 * error(output, reference(*exact))
+    single = [jnp.asarray(a, jnp.float32) for a in exact]
+    logits = jnp.einsum("bqhd,bkhd->bhqk", *single[:2]) * 32**-0.5
+    plain = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), single[2])
+    np.testing.assert_array_equal(attention(*single), plain)
