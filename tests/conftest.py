@@ -8,16 +8,15 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import pathlib
-import re
 import subprocess
 import sys
-from typing import NamedTuple
 
 import jax
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+pytest.register_assert_rewrite("helpers")
+
+from helpers.launching import ROOT, Result, user_environment  # noqa: E402
 
 
 @pytest.hookimpl(trylast=True)  # the package is type-checked from its first import on
@@ -75,20 +74,6 @@ def launch(tmp_path):
     return run
 
 
-def user_environment(**changes):
-    """The environment of a user: one device, and no data set prepared."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    return {**environment, "TFDS_DATA_DIR": os.environ["XDG_CACHE_HOME"] + "/tfds", **changes}
-
-
-class Result(NamedTuple):
-    """What `launch.py` left behind when it ran in this process."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
 def launch_here(tmp_path, monkeypatch, capfd):
     """Run launch.py's `report` in this process, in a fraction of the time of `launch`."""
@@ -103,13 +88,3 @@ def launch_here(tmp_path, monkeypatch, capfd):
         return Result(code, *capfd.readouterr())
 
     return run
-
-
-def expect_one_line(result, says, code=2):
-    """Check for one line on stderr that matches `says`, nothing on stdout, and the exit code."""
-    assert result.returncode == code, result.stderr + result.stdout
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith({1: "stopped: ", 2: "error: "}[code])
-    assert re.search(says, lines[0]), lines[0]
-    assert result.stdout == ""

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from helpers.launching import ROOT
+
 RECORD = ROOT / "tests" / "data" / "first_losses.json"
 STEPS, SAMPLES = 20, 4
 LOSS_TOLERANCE, SAMPLE_TOLERANCE = 1e-5, 1e-3

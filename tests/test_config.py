@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import pathlib
 from typing import Annotated, Literal
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from ddpm_jax import config as c
 from ddpm_jax import fields
 from ddpm_jax.errors import UserError
+from helpers.launching import ROOT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +91,7 @@ def test_a_run_of_before_a_field_was_there_keeps_its_default_and_a_lost_field_is
         c.restore(c.Training, {**recorded, "colour": 3}, "runs/x")
 
 
-EXPERIMENTS = sorted(
-    path.stem for path in pathlib.Path(__file__).parent.parent.glob("experiments/[a-z]*.py")
-)
+EXPERIMENTS = sorted(path.stem for path in ROOT.glob("experiments/[a-z]*.py"))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+
 from first_losses import EXPERIMENTS, RECORD, ROOT, decoded, differences, machine, measure
 
 FAST = ("vae_digits", "ddpm_digits", "text_encoder_shapes")

@@ -3,12 +3,16 @@
 import json
 import os
 import pathlib
+import shutil
 import time
 
 import numpy as np
 import pytest
-from conftest import expect_one_line
 from PIL import Image
+
+import launch
+from ddpm_jax.errors import UserError
+from helpers.launching import ROOT, expect_one_line, user_environment
 
 DIGITS = ("--experiment=vae_digits", "--debug")
 
@@ -18,8 +22,6 @@ def trained(tmp_path_factory):
     """The directory of a finished tiny run."""
     import subprocess
     import sys
-
-    from conftest import ROOT, user_environment
 
     workdir = tmp_path_factory.mktemp("runs") / "digits"
     result = subprocess.run(
@@ -64,7 +66,6 @@ def test_a_finished_run_prints_its_table_and_is_done(launch, trained):
 
 
 def test_a_finished_run_goes_on_when_it_is_made_longer(launch, trained):
-    import shutil
 
     longer = trained.parent / "longer"
     shutil.copytree(trained, longer)
@@ -126,7 +127,6 @@ def test_sampling_needs_no_flag_retyped(launch, trained, tmp_path):
 
 
 def test_an_evaluation_cut_short_at_the_end_is_done_again_without_doubled_lines(launch, trained):
-    import shutil
 
     again = trained.parent / "again"
     shutil.copytree(trained, again)
@@ -198,7 +198,7 @@ def test_help_lists_experiments_and_their_fields_at_once(launch):
     result = launch("--help")
     assert time.perf_counter() - start < 3
     assert result.returncode == 0
-    for path in pathlib.Path(__file__).parent.parent.glob("experiments/[a-z]*.py"):
+    for path in ROOT.glob("experiments/[a-z]*.py"):
         assert path.stem in result.stdout
     result = launch("--experiment=vae_mnist", "--help")
     assert "--config.latents=int" in result.stdout
@@ -243,3 +243,49 @@ def test_wandb_follows_a_run_where_it_is_installed(launch, tmp_path):
     assert [step for step, names in lines if "train/loss" in names] == [5, 10, 15, 20]
     assert any("images/samples" in names for _, names in lines)
     assert (tmp_path / "run" / "finished").exists()
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    launch.define_flags()
+    launch.parse([])
+
+    def read(content):
+        path = tmp_path / "prompts.txt"
+        path.write_bytes(content)
+        return launch.prompts_of(str(path))
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a\nb\n", ("a", "b")),
+        ("a\r\n\r\n \t\nb", ("a", "b")),
+        ("\ufeffa\nb", ("a", "b")),
+        ("a\u2028b\x85c\nd\x0ce\x1d", ("a\u2028b\x85c", "d\x0ce\x1d")),
+        ("\ufeff\n\ufeffb", ("\ufeffb",)),
+    ],
+)
+def test_prompts_are_lines_that_end_in_a_line_feed(content, expected, prompts):
+    assert prompts(content.encode()) == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (os.mkfifo, "cannot be read: it is not a regular file"),
+        (os.mkdir, "cannot be read: it is not a regular file"),
+        (lambda path: None, "cannot be read: No such file"),
+        (lambda path: os.symlink(path, path), "cannot be read: Too many levels"),
+        (lambda path: pathlib.Path(path).write_bytes(b"\xff\xfea\0"), "it is no text in UTF-8"),
+        (lambda path: pathlib.Path(path).write_bytes(b"\xef\xbb\xbf\n \n"), "holds no prompts"),
+    ],
+)
+def test_a_file_of_prompts_that_is_none_is_named(make, says, tmp_path):
+    launch.define_flags()
+    launch.parse([])
+    make(str(tmp_path / "prompts.txt"))
+    with pytest.raises(UserError, match=says):
+        launch.prompts_of(str(tmp_path / "prompts.txt"))

@@ -1,12 +1,13 @@
-"""The package's rules about imports, held by parsing them."""
+"""The rules about folders and imports, held by parsing files."""
 
 import ast
 import functools
-import pathlib
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from helpers.launching import ROOT
+
+TESTS = ROOT / "tests"
 FILES = sorted((ROOT / "ddpm_jax").rglob("*.py"))
 ORDER = (  # lowest first; a module imports from its own line or from a lower one
     ("errors", "system", "fields", "config", "rng"),
@@ -122,6 +123,18 @@ def test_one_file_imports_orbax_and_one_folder_knows_devices():
 def test_nothing_postpones_annotations_beside_jaxtyping():
     for path in FILES:
         assert "from __future__ import annotations" not in path.read_text()
+
+
+def test_the_folders_of_tests_mirror_the_packages():
+    tests = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("*.py")}
+    package = {path.parent.relative_to(ROOT / "ddpm_jax").as_posix() for path in FILES}
+    assert tests - {"helpers"} <= package
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: path.stem)
+def test_no_test_file_is_imported(path):
+    found = {name.split(".")[0] for name in imports(path)}
+    assert not [name for name in found if name.startswith(("test_", "conftest"))]
 
 
 def test_wrong_flags_and_help_import_nothing_heavy():

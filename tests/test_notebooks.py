@@ -8,11 +8,12 @@ import sys
 import nbformat
 import numpy as np
 import pytest
-from conftest import ROOT, user_environment
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbclient import NotebookClient
 from PIL import Image
+
+from helpers.launching import ROOT, user_environment
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 

@@ -17,12 +17,12 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, expect_one_line, user_environment
-from data_sets import png, write
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.feature_networks import INCEPTION
 from ddpm_jax.parallel import cluster
+from helpers.data_sets import png, write
+from helpers.launching import ROOT, expect_one_line, user_environment
 
 PNG = png()
 DIGITS = ("--experiment=vae_digits", "--debug")

@@ -1,0 +1,232 @@
+"""What is kept for later runs is kept by all that it depends on, and made again if unusable."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax.data import cache as cache_module
+from ddpm_jax.data import loader
+from ddpm_jax.data.types import Loaded
+from ddpm_jax.experiment import feature_networks as judges
+from ddpm_jax.experiment.inputs import Options, load_data
+from ddpm_jax.tasks import pretrained_text
+from experiments import classifier_digits
+from helpers.launching import ROOT, user_environment
+
+NOWHERE = pathlib.Path("/nowhere/at/all")
+
+
+def of(debug):
+    """(loaded, options) of a run on digits."""
+    options = Options(debug=debug)
+    return load_data(classifier_digits, classifier_digits.Config(), NOWHERE, options), options
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    """A cache with a judge of a debug run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return judges.trained(classifier_digits, *of(debug=True))
+
+
+@pytest.fixture
+def cached(pristine, tmp_path, monkeypatch):
+    """A copy of the judge, beside which nothing is trained but noted and copied again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    judges.load_judge.cache_clear()
+    place = judges.judges_dir() / pristine.name
+    shutil.copytree(pristine, place)
+    made = []
+
+    def train(experiment, config, workdir, options, loaded):
+        assert not (workdir / "checkpoints").exists() or workdir in continued
+        made.append(workdir)
+        shutil.copytree(pristine, workdir, dirs_exist_ok=True)
+        return {}
+
+    continued = []
+    monkeypatch.setattr(judges, "train_experiment", train)
+    return place, made, continued
+
+
+def test_debug_and_full_runs_and_other_splits_keep_judges_apart(cached):
+    place, made, _ = cached
+    assert judges.trained(classifier_digits, *of(debug=True)) == place
+    assert not made
+    full = judges.trained(classifier_digits, *of(debug=False))
+    loaded, options = of(debug=True)
+    cut = loaded.data._replace(test=loaded.data.test.first(100))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judges, "load_for", lambda *_: cut)
+        other = judges.trained(classifier_digits, Loaded(cut), options)
+    assert len({place, full, other}) == 3
+    assert made == [full, other]
+
+
+def edit(path, change):
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def tear(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_checkpoints(place):
+    for path in (place / "checkpoints").rglob("*"):
+        if path.is_file():
+            tear(path)
+
+
+UNUSABLE = {
+    "another config": lambda p: edit(p / "config.json", lambda r: r["config"].update(steps=7)),
+    "other data": lambda p: edit(p / "config.json", lambda r: r["data"].update(test=360)),
+    "another experiment": lambda p: edit(p / "config.json", lambda r: r.update(experiment="a")),
+    "a torn record": lambda p: tear(p / "config.json"),
+    "no record": lambda p: (p / "config.json").unlink(),
+    "a torn summary": lambda p: tear(p / "summary.json"),
+    "a summary of another form": lambda p: (p / "summary.json").write_text("[]"),
+    "torn checkpoints": damage_checkpoints,
+    "no checkpoints": lambda p: shutil.rmtree(p / "checkpoints"),
+}
+
+
+OF_FINISHED = {"a torn summary", "a summary of another form", "no checkpoints"}
+
+
+@pytest.mark.parametrize(
+    ("what", "finished"),
+    [
+        *((what, True) for what in UNUSABLE),
+        *((what, False) for what in sorted(UNUSABLE.keys() - OF_FINISHED)),
+    ],
+)
+def test_a_judge_that_cannot_be_used_is_made_again_and_said_so(cached, capfd, what, finished):
+    place, made, _ = cached
+    if not finished:
+        (place / "summary.json").unlink()
+    UNUSABLE[what](place)
+    assert judges.trained(classifier_digits, *of(debug=True)) == place
+    assert made == [place]
+    assert "it is made again" in capfd.readouterr().err
+    judges.load_judge(classifier_digits, str(place))
+
+
+def test_a_judge_that_was_begun_in_the_same_setting_goes_on(cached, capfd):
+    place, made, continued = cached
+    (place / "summary.json").unlink()
+    continued.append(place)
+    assert judges.trained(classifier_digits, *of(debug=True)) == place
+    assert made == [place]
+    assert "again" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_its_judge_is_trained_blocks_no_later_run(tmp_path):
+    cache = tmp_path / "cache"
+    command = [sys.executable, str(ROOT / "launch.py"), "--experiment=ddpm_digits",
+               "--config.judge=auto", "--config.steps=4", "--config.draw=20",
+               "--config.sample_steps=2", "--config.eval_times=2"]  # fmt: skip
+
+    def start(name, *flags):
+        return subprocess.Popen(
+            [*command, f"--workdir={tmp_path / name}", *flags], text=True, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, env=user_environment(XDG_CACHE_HOME=str(cache)),
+        )  # fmt: skip
+
+    def killed_when_a_checkpoint_is_there(name, *flags):
+        before = set(cache.glob("ddpm_jax/judges/*/checkpoints/[0-9]*"))
+        process = start(name, *flags)
+        while process.poll() is None:
+            if set(cache.glob("ddpm_jax/judges/*/checkpoints/[0-9]*")) - before:
+                process.kill()
+            time.sleep(0.01)
+        process.communicate()
+
+    killed_when_a_checkpoint_is_there("debug", "--debug")
+    killed_when_a_checkpoint_is_there("full")
+    for name, flags in (("debug", ["--debug"]), ("full", []), ("again", ["--debug"])):
+        process = start(name, *flags)
+        _, said = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+    assert len(list(cache.glob("ddpm_jax/judges/*"))) == 2
+
+
+# Decoded images and encoded captions.
+
+
+def folder_of_images(root):
+    root.mkdir()
+    for number in range(20):
+        Image.fromarray(np.full((8, 8, 3), number * 10, np.uint8)).save(root / f"{number}.png")
+        (root / f"{number}.txt").write_text(f"shade {number}")
+    return f"folder:{root}"
+
+
+def other_labels(place):
+    np.save(place / "train_labels.npy", np.zeros(3, np.int32))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda place: tear(place / "train_images.npy"),
+        lambda place: tear(place / "meta.json"),
+        lambda place: (place / "test_captions.npy").unlink(),
+        other_labels,
+        lambda place: np.save(place / "test_images.npy", np.zeros((2, 8, 8, 3), np.float32)),
+    ],
+)
+def test_decoded_images_that_cannot_be_used_are_decoded_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    name = folder_of_images(tmp_path / "images")
+    first = loader.load(name, validation=0)
+    expected = [np.array(array) for array in first.train]  # of files that are damaged below
+    (place,) = (path.parent for path in cache_module.cache_dir().glob("decoded/*/meta.json"))
+    damage(place)
+    again = loader.load(name, validation=0)
+    assert again.fingerprint == first.fingerprint
+    for found, array in zip(again.train, expected, strict=True):
+        np.testing.assert_array_equal(found, array)
+    assert any("decoded again" in note for note in again.notes)
+    assert not loader.load(name, validation=0).notes
+
+
+def test_features_of_captions_that_cannot_be_used_are_made_again(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+
+    def encode(name, texts):
+        asked.append(name)
+        tokens = np.ones((len(texts), 4, 3), np.float16)
+        return pretrained_text.Features(tokens, np.ones((len(texts), 4), bool), tokens[:, 0])
+
+    monkeypatch.setattr(pretrained_text, "encode", encode)
+    texts = ["a", "b"]
+    pretrained_text._kept("an encoder", texts)
+    for damage in (tear, pathlib.Path.unlink, lambda path: np.save(path, np.ones((1, 4, 3)))):
+        (path,) = tmp_path.rglob("*_tokens.npy")
+        damage(path)
+        assert pretrained_text._kept("an encoder", texts).tokens.shape == (2, 4, 3)
+        assert "made again" in capfd.readouterr().err
+    assert len(asked) == 4
+    assert pretrained_text._kept("an encoder", texts).tokens.shape == (2, 4, 3)
+    assert len(asked) == 4
+
+
+def test_features_are_kept_by_the_files_of_the_encoder(tmp_path, monkeypatch):
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    (folder / "weights").write_text("one")
+    before = pretrained_text._version(str(folder))
+    (folder / "weights").write_text("another")  # the folder's own time stays
+    assert pretrained_text._version(str(folder)) != before

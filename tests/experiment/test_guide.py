@@ -1,0 +1,161 @@
+"""Runs that guide what others draw, through the files of experiments/."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.data.loader import load
+from ddpm_jax.data.types import Loaded
+from ddpm_jax.errors import UserError
+from ddpm_jax.experiment import guidance_models as guide
+from ddpm_jax.experiment import sample
+from ddpm_jax.experiment.inputs import Options
+from ddpm_jax.nn.classifier import Classifier
+from ddpm_jax.task import Request
+from experiments import classifier_digits, ddpm_digits
+from helpers.launching import ROOT, user_environment
+
+OPTIONS = Options(debug=True)
+CLASSIFIER = ("--experiment=classifier_digits", "--config.noise=cosine")
+TINY = dict(
+    steps=2, eval_every=0, network="dit", width=16, depth=1, draw=8, conditional=False,
+)  # fmt: skip
+
+
+def config_of(**changes):
+    changes = ddpm_digits.DEBUG | TINY | changes
+    return dataclasses.replace(ddpm_digits.Config(), **changes)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The runs of a noisy classifier and of an unconditional model that it guides and judges."""
+    place = tmp_path_factory.mktemp("runs")
+    tiny = [f"--config.{name}={value}" for name, value in TINY.items()]
+    its = ["--config.guide=classifier", "--config.judge=classifier", "--config.guidance=2"]
+    for name, flags in (
+        ("classifier", CLASSIFIER),
+        ("guided", ["--experiment=ddpm_digits", *tiny, *its]),
+    ):
+        command = [sys.executable, ROOT / "launch.py", *flags, "--debug", f"--workdir={name}"]
+        result = subprocess.run(
+            command, cwd=place, env=user_environment(), capture_output=True, text=True, timeout=240
+        )
+        assert result.returncode == 0, result.stderr
+    return place
+
+
+def summary(place):
+    return json.loads((place / "summary.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_noisy_classifier_tells_its_accuracy_by_noise_level(runs):
+    metrics = summary(runs / "classifier")["metrics"]
+    levels = [metrics[f"test/accuracy_t_{t / 10:.1f}"] for t in range(10)]
+    assert metrics["test/accuracy"] == pytest.approx(np.mean(levels))
+    assert (runs / "classifier" / "images" / "levels.png").exists()
+
+
+def test_a_clean_classifier_has_the_parameters_it_always_had():
+    def names(**how):
+        net, image = Classifier(10, (8,), **how), jnp.zeros((1, 8, 8, 1))
+        return set(jax.eval_shape(net.init, jax.random.key(0), image)["params"])
+
+    assert names() == {"conv_0", "features", "logits"}
+    assert names(noisy=True) == names() | {"time_1", "time_2", "told_0"}
+
+
+@pytest.mark.slow
+def test_an_unconditional_run_is_drawn_with_the_labels_of_a_classifier(runs):
+    found = summary(runs / "guided")
+    assert found["about"]["guide"].startswith("classifier: classifier_digits, step 6, /")
+    assert found["about"]["guidance"] == 2.0
+    assert 0 <= found["metrics"]["test/recognised"] <= 1
+
+
+@pytest.mark.slow
+def test_a_run_guided_by_itself_is_itself_and_a_classifier_changes_it(runs, tmp_path):
+    def draw(guide, guidance, label=None):
+        config, out = config_of(guide=guide), tmp_path / "drawn.npz"
+        request = Request(label=label, guidance=guidance)
+        sample.sample_experiment(ddpm_digits, config, runs / "guided", OPTIONS, request, 4, out)
+        return np.load(out)["images"].astype(int)
+
+    alone = draw("labels", None)
+    np.testing.assert_allclose(draw(str(runs / "guided"), 3.0), alone, atol=1)
+    assert (draw(str(runs / "classifier"), 300.0, label=3) != alone).any()
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_guided_by_a_run(runs, launch):
+    flags = [f"--config.guide={runs / 'guided'}", "--config.guidance=2"]
+    result = launch("--mode=eval", f"--workdir={runs / 'guided'}", *flags)
+    assert result.returncode == 0, result.stderr
+    about = json.loads((runs / "guided" / "eval.json").read_text())["about"]
+    assert about["guide"].startswith("diffusion: ddpm_digits, step 2, /")
+    assert about["guidance"] == 2.0
+
+
+def record(place, experiment="ddpm_digits", classes=10, **config):
+    place.mkdir(exist_ok=True)
+    data = {"classes": [str(i) for i in range(classes)], "title": "others"}
+    written = {"experiment": experiment, "config": config, "data": data, "seed": 0}
+    (place / "config.json").write_text(json.dumps(written))
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        (None, "there is no run; train the guide first, or give --config.guide=labels"),
+        (dict(experiment="os"), "a run of os, which experiments/ has no file of"),
+        (dict(experiment="../launch"), "a run of ../launch, which"),
+        (dict(experiment=["os"]), "config.json is damaged"),
+        (dict(experiment="beta_vae_mnist"), "beta_vae_mnist trains several models"),
+        (dict(experiment="vae_digits"), "this run of vae_digits guides nothing"),
+        (dict(experiment="classifier_digits"), "trained with --config.noise=cosine"),
+        (dict(gone=1), "fields that are no more: gone"),
+        (dict(shape=[28, 28, 1]), "of images of 28x28x1, not 8x8x1; give a run on the same data"),
+        (dict(conditional=False), "its network knows 0 classes and should know 10"),
+        (dict(), "there is no checkpoint"),
+    ],
+)
+def test_what_cannot_guide_is_one_line(tmp_path, written, says):
+    place = tmp_path / "guide"
+    if written is not None:
+        record(place, **written)
+    config = dataclasses.replace(ddpm_digits.Config(), guide=str(place))
+    with pytest.raises(UserError) as error:
+        guide.guide_of(classifier_digits, config)()
+    assert says in str(error.value)
+    assert str(error.value).startswith(f"--config.guide={place}: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_guide_of_other_classes_is_refused(runs, tmp_path):
+    def refused(says, place=runs / "classifier", **changes):
+        config = config_of(guide=str(place), **changes)
+        with pytest.raises(UserError, match=says):
+            guide.guide_of(classifier_digits, config)()
+
+    refused("knows 10 classes and should know 3", classes=3)
+    record(tmp_path)
+    refused("knows 10 classes and should know 0", place=tmp_path)
+    clothes = load("digits")._replace(classes=tuple("abcdefghij"), title="clothes")
+    config = config_of(guide=str(runs / "classifier"))
+    with pytest.raises(UserError, match="whose classes are not those of clothes"):
+        guide.with_guide(classifier_digits, config, Loaded(clothes))
+
+
+def test_a_wrong_guide_is_told_before_training(launch):
+    result = launch("--experiment=ddpm_digits", "--debug", "--config.guide=nowhere")
+    assert result.returncode == 2
+    assert "nowhere: there is no run" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

@@ -1,0 +1,466 @@
+"""Attacks and faults that must harm nothing: each leaves a trace if it succeeds.
+
+A run directory may be a stranger's, the disk full, the directory gone.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax.errors import UserError, printable
+from ddpm_jax.experiment import sample_files
+from ddpm_jax.training.checkpoint import check_store, open_checkpoints
+from ddpm_jax.training.run_dir import read_record
+from helpers.launching import ROOT, expect_one_line, user_environment
+
+DIGITS = ("--experiment=vae_digits", "--debug")
+
+
+def trained_run(folder, experiment):
+    command = [sys.executable, ROOT / "launch.py", f"--experiment={experiment}", "--debug"]
+    command += [f"--workdir={folder / experiment}"]
+    subprocess.run(command, env=user_environment(), check=True, capture_output=True, timeout=240)
+    return folder / experiment
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """The directory of a finished tiny run."""
+    return trained_run(tmp_path_factory.mktemp("runs"), "vae_digits")
+
+
+@pytest.fixture(scope="module")
+def ddpm(tmp_path_factory):
+    """The directory of a finished tiny class-conditional diffusion run."""
+    return trained_run(tmp_path_factory.mktemp("runs"), "ddpm_digits")
+
+
+@pytest.fixture
+def run(vae, tmp_path):
+    """A copy of a finished run, in the working directory."""
+    return shutil.copytree(vae, tmp_path / "run")
+
+
+# Links out of a run directory.
+
+
+def leads_to(path, target):
+    """Put a link in the place of a file or a folder."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize("mode", ["sample", "eval", "train"])
+@pytest.mark.parametrize(
+    "place", ["images/drawn.png", "images/samples.png", "eval.json", "profile/plugins/profile",
+              "config.json.draft", "tensorboard/events", "metrics.jsonl", "wandb_id"],
+)  # fmt: skip
+def test_no_file_outside_of_a_run_is_written_to(launch_here, run, tmp_path, mode, place):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    leads_to(run / place, victim)
+    how = {"train": [*DIGITS, "--config.steps=25", "--profile"]}.get(mode, [f"--mode={mode}"])
+    result = launch_here(*how, "--workdir=run")
+    assert victim.read_text() == "precious"
+    expect_one_line(result, "is a link, which nothing is written through")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "damaged", "wandb"])
+def test_links_are_refused_whatever_a_run_directory_is_called(launch_here, run, tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    run.rename(tmp_path / name)
+    leads_to(tmp_path / name / "profile" / "plugins", victim)
+    more = ["--config.steps=25", "--profile"]
+    result = launch_here(*DIGITS, *more, f"--workdir={name}")
+    assert not list(victim.iterdir())
+    expect_one_line(result, "is a link, which nothing is written through")
+
+
+def test_what_systems_and_a_killed_start_leave_behind_is_no_obstacle(launch_here, tmp_path):
+    for name in ("lost+found", ".cache", "checkpoints/.probe.abc/0"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    for name in ("desktop.ini", ".DS_Store", "lock"):
+        (tmp_path / "run" / name).touch()
+    result = launch_here(*DIGITS, "--workdir=run", "--config.steps=2")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("mode", ["sample", "eval", "train"])
+@pytest.mark.parametrize("place", ["images", "tensorboard", "checkpoints", "damaged", "profile"])
+def test_nothing_is_written_into_a_folder_outside_of_a_run(launch_here, run, tmp_path, mode, place):
+    victim = tmp_path / "victim"
+    shutil.copytree(run / place, victim) if (run / place).exists() else victim.mkdir()
+    before = sorted(victim.rglob("*"))
+    leads_to(run / place, victim)
+    how = {"train": [*DIGITS, "--config.steps=25", "--profile"]}.get(mode, [f"--mode={mode}"])
+    result = launch_here(*how, "--workdir=run")
+    assert sorted(victim.rglob("*")) == before
+    expect_one_line(result, "is a link, which nothing is written through")
+
+
+@pytest.mark.parametrize("mode", ["sample", "eval"])
+def test_a_part_of_a_run_that_lies_elsewhere_is_not_written_to(launch_here, run, tmp_path, mode):
+    """Of a text-to-image run `generator` is evaluated, and `--mode=sample` writes into it."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    record = read_record(run)
+    record["experiment"] = "text_to_image_shapes"
+    (whole / "config.json").write_text(json.dumps(record))
+    (whole / "generator").symlink_to(run)
+    before = sorted(run.rglob("*"))
+    result = launch_here(f"--mode={mode}", "--workdir=whole")
+    assert sorted(run.rglob("*")) == before
+    expect_one_line(result, "generator is a link")
+
+
+@pytest.mark.slow
+def test_the_runs_that_a_record_names_are_read_alone(launch_here, ddpm, vae, tmp_path):
+    """A record's `judge` and `guide` are paths: nothing is trained, removed or written there."""
+    run, other = shutil.copytree(ddpm, tmp_path / "run"), shutil.copytree(vae, tmp_path / "other")
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    record = json.loads((run / "config.json").read_text())
+    for field, value in (("judge", str(other)), ("guide", str(other))):
+        changed = {**record, "config": {**record["config"], field: value}}
+        (run / "config.json").write_text(json.dumps(changed))
+        launch_here("--mode=eval", "--workdir=run", "--config.draw=20")
+        assert {p: p.read_bytes() for p in other.rglob("*") if p.is_file()} == before
+
+
+# What a stranger wrote reaches no terminal.
+
+EVIL = "\x1b]0;evil\x07\x1b[2J\x9b31m\u202eabc\u2028\x7f\rerror: hm"
+
+
+def harmless(result):
+    """Whether no control character but the ends of lines is there."""
+    text = (result.stdout + result.stderr).replace("\n", "")
+    return printable(text) == text
+
+
+@pytest.mark.parametrize(
+    ("mode", "place"),
+    [("sample", "experiment"), ("sample", "config/evil"), ("sample", "data_dir"),
+     ("eval", "data/name"), pytest.param("eval", "data/title", marks=pytest.mark.slow),
+     pytest.param("train", "data_note", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_control_characters_of_a_record_reach_no_terminal(launch_here, run, mode, place):
+    record = json.loads((run / "config.json").read_text())
+    section, _, field = place.rpartition("/")
+    value = {EVIL: 1} if field == "evil" else {field: EVIL}
+    (record[section] if section else record).update(value)
+    (run / "config.json").write_text(json.dumps(record))
+    how = [*DIGITS, "--config.steps=21"] if mode == "train" else [f"--mode={mode}"]
+    assert harmless(launch_here(*how, "--workdir=run"))
+
+
+def test_control_characters_of_a_summary_reach_no_terminal(launch_here, run):
+    path = run / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({**summary, "metrics": {**summary["metrics"], EVIL: 1.0}}))
+    result = launch_here(*DIGITS, "--workdir=run")
+    assert result.returncode == 0, result.stderr
+    assert harmless(result)
+    assert r"\x1b]0;evil\x07" in result.stdout
+    for name in ("data", "data_note", "experiment"):
+        path.write_text(json.dumps({**summary, name: EVIL}))
+        result = launch_here(*DIGITS, "--workdir=run")
+        assert harmless(result)
+        expect_one_line(result, f"its {name} holds control characters")
+
+
+def test_control_characters_of_a_path_reach_no_terminal(launch_here, run, tmp_path):
+    run.rename(tmp_path / "\x1b[31mrun")
+    for mode in ("sample", "eval"):
+        result = launch_here(f"--mode={mode}", "--workdir=\x1b[31mrun")
+        assert result.returncode == 0, result.stderr
+        assert harmless(result)
+
+
+def test_permission_to_read_is_called_that(tmp_path):
+    if os.getuid() == 0:
+        pytest.skip("root may read everything")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").chmod(0)
+    with pytest.raises(UserError, match="Permission denied"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("entries", [[".DS_Store", "lock"], ["lock", "checkpoints/"]])
+def test_a_directory_that_holds_nothing_of_anybodys_is_used(launch_here, tmp_path, entries):
+    (tmp_path / "run").mkdir()
+    for entry in entries:
+        path = tmp_path / "run" / entry
+        path.mkdir() if entry.endswith("/") else path.touch()
+    result = launch_here(*DIGITS, "--workdir=run", "--config.steps=1", "--config.eval_every=0")
+    assert result.returncode == 0, result.stderr
+
+
+# What samples are written into.
+
+
+def test_samples_replace_samples_and_with_overwrite_anything(launch_here, run, tmp_path):
+    sample = ("--mode=sample", "--workdir=run", "--num_samples=3")
+    for name in ("a.png", "a.npz"):
+        assert launch_here(*sample, f"--out={name}").returncode == 0
+        assert launch_here(*sample, f"--out={name}").returncode == 0  # its own
+        (tmp_path / name).write_text("somebody's")
+        expect_one_line(launch_here(*sample, f"--out={name}"), "not written by this program")
+        assert (tmp_path / name).read_text() == "somebody's"
+        assert launch_here(*sample, f"--out={name}", "--overwrite").returncode == 0
+    Image.new("L", (9, 9)).save(tmp_path / "photo.png")
+    expect_one_line(launch_here(*sample, "--out=photo.png"), "not written by this program")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info["Software"] == "ddpm_jax"
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "a.png", "a.npz", "photo.png"}
+
+
+@pytest.mark.slow
+def test_arrays_of_samples_hold_their_labels(launch_here, ddpm, run, tmp_path):
+    sample = ("--mode=sample", "--out=a.npz")
+    assert launch_here(*sample, f"--workdir={ddpm}", "--num_samples=70").returncode == 0
+    drawn = dict(np.load(tmp_path / "a.npz"))
+    assert drawn["images"].shape == (70, 8, 8, 1)
+    assert drawn["labels"].dtype.kind == "i"
+    assert drawn["labels"].shape == (70,)
+    assert set(drawn["labels"]) == set(range(10))
+    assert "prompts" not in drawn
+    one = int(drawn["labels"][4])  # image 4 under this very label is image 4
+    launch_here(*sample, f"--workdir={ddpm}", "--num_samples=5", f"--label={one}")
+    again = dict(np.load(tmp_path / "a.npz"))
+    assert again["labels"].tolist() == [one] * 5
+    assert np.array_equal(again["images"][4], drawn["images"][4])
+    assert launch_here(*sample, "--workdir=run", "--num_samples=2").returncode == 0
+    assert np.load(tmp_path / "a.npz")["labels"].tolist() == [-1, -1]
+
+
+def test_arrays_of_samples_hold_their_prompts(tmp_path):
+    file = sample_files.SampleFile(tmp_path / "a.npz", ("a red circle", "é"), 2)
+    file.add(np.zeros((2, 4, 4, 3), np.float32), None)
+    file.add(np.ones((1, 4, 4, 3), np.float32), None)
+    file.write()
+    found = dict(np.load(tmp_path / "a.npz"))
+    assert found["prompts"].tolist() == ["a red circle", "a red circle", "é"]
+    assert found["labels"].tolist() == [-1, -1, -1]
+    assert found["images"][:, 0, 0, 0].tolist() == [128, 128, 255]
+
+
+@pytest.mark.slow
+def test_images_that_are_not_finite_are_an_error_not_black(launch_here, ddpm, tmp_path):
+    sample = ("--mode=sample", f"--workdir={ddpm}", "--out=a.png", "--num_samples=2")
+    diverging = ("--config.limit=none", "--config.guidance=3e38")
+    result = launch_here(*sample, *diverging)
+    assert result.returncode == 1, result.stdout
+    assert "stopped: 128 of 128 values of the images are non-finite" in result.stderr
+    assert not (tmp_path / "a.png").exists()
+    run = shutil.copytree(ddpm, tmp_path / "run")
+    pictures = {path: path.read_bytes() for path in (run / "images").iterdir()}
+    result = launch_here("--mode=eval", "--workdir=run", *diverging)
+    assert result.returncode == 1
+    assert "non-finite" in result.stderr.splitlines()[-1]
+    assert pictures == {path: path.read_bytes() for path in (run / "images").iterdir()}
+
+
+@pytest.mark.slow
+def test_training_goes_on_without_a_picture_that_is_not_finite(launch_here, tmp_path):
+    diverging = ("--config.limit=none", "--config.guidance=3e38")
+    result = launch_here("--experiment=ddpm_digits", "--debug", *diverging, "--workdir=run")
+    assert result.returncode == 0, result.stderr
+    assert "no picture samples: " in result.stderr
+    assert "no picture samples_00000004: " in result.stderr
+    assert not (tmp_path / "run" / "images" / "samples.png").exists()
+    assert (tmp_path / "run" / "images" / "levels.png").exists()
+
+
+def sampling(*flags, size=100_000):
+    command = [sys.executable, str(ROOT / "launch.py"), "--mode=sample", f"--num_samples={size}"]
+    return subprocess.Popen(
+        [*command, *map(str, flags)],
+        env=user_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 1), (signal.SIGINT, 130)])
+@pytest.mark.slow
+def test_what_was_sampled_is_kept_when_sampling_is_stopped(ddpm, tmp_path, number, code):
+    out = tmp_path / "a.npz"
+    process = sampling(f"--workdir={ddpm}", f"--out={out}", "--steps=100", size=10**7)
+    lines = []
+    for line in process.stderr:  # until the first images are there
+        lines.append(line)
+        if "(compiled)" in line:
+            break
+    time.sleep(1)
+    process.send_signal(number)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == code, rest
+    assert "Traceback" not in rest
+    found = np.load(out)
+    assert f"the first {len(found['images'])} of 10000000 images are in {out}" in rest
+    assert 0 < len(found["images"]) == len(found["labels"])
+    assert lines[-1].startswith("image 64/10000000"), lines
+
+
+def test_samples_are_written_as_they_come_and_progress_is_shown(
+    launch_here, run, tmp_path, monkeypatch
+):
+    sizes = []
+    write = sample_files.SampleFile.write
+
+    def spied(self):
+        write(self)
+        with Image.open(tmp_path / "a.png") as image:
+            sizes.append((self.size, image.size))
+
+    monkeypatch.setattr(sample_files, "SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr(sample_files.SampleFile, "write", spied)
+    result = launch_here("--mode=sample", "--workdir=run", "--num_samples=300", "--out=a.png")
+    assert result.returncode == 0, result.stderr
+    assert len(sizes) > 1
+    assert [size for size, _ in sizes] == sorted(size for size, _ in sizes)
+    assert sizes[0][0] < sizes[-1][0] == 300
+    assert {width for _, (width, _) in sizes} == {sizes[-1][1][0]}  # images stay where they are
+    lines = result.stderr.splitlines()
+    assert lines[0] == "image 64/300  (compiled)"
+    assert lines[-1].startswith("image 300/300")
+    assert "images/s" in lines[-1]
+
+
+# No run ends well without its weights.
+
+
+@contextlib.contextmanager
+def files_end_at(size):
+    """No file grows beyond so many bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+LONG = (*DIGITS, "--workdir=run", "--config.steps=30", "--config.eval_every=0",
+        "--config.checkpoint_every=0", "--config.log_every=1")  # fmt: skip
+
+
+def test_a_run_whose_last_checkpoint_could_not_be_written_does_not_end_well(launch_here, tmp_path):
+    launch_here(*LONG, "--workdir=other")  # so nothing is compiled, and kept, below
+    with files_end_at(20_000):
+        result = launch_here(*LONG)
+    assert result.returncode == 1, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("stopped: the checkpoint of step 30, the last one, could not be written")
+    assert "there is none" in last
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert launch_here(*LONG).returncode == 0  # with room again
+    assert (tmp_path / "run" / "checkpoints" / "30").exists()
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line(launch_here):
+    with files_end_at(4000):
+        result = launch_here(*LONG)
+    assert result.returncode == 1, result.stderr
+    expect_one_line(result, "cannot be kept in .*File too large; make room", code=1)
+
+
+def during(workdir, fault):
+    """Do `fault` to a run once it has logged some steps, from another thread."""
+
+    def wait():
+        lines = workdir / "metrics.jsonl"
+        while not lines.exists() or lines.read_bytes().count(b"\n") < 3:
+            time.sleep(0.002)
+        fault()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def removed(run):
+    shutil.rmtree(run, ignore_errors=True)  # while files appear in it
+
+
+def replaced_by_a_file(run):
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").touch()
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (removed, "run is gone: it was removed or renamed"),
+        (lambda run: run.rename(run.with_name("b")), "run is gone: it was removed or renamed"),
+        (replaced_by_a_file, "the checkpoint of step .*, the last one, could not be written"),
+    ],
+)
+def test_a_directory_that_vanishes_during_training_is_reported(launch_here, tmp_path, fault, says):
+    run = tmp_path / "run"
+    thread = during(run, lambda: fault(run))
+    result = launch_here(*LONG, "--config.steps=600", "--config.steps_per_call=1")
+    thread.join(10)
+    assert result.returncode == 1, result.stderr
+    lines = result.stderr.splitlines()
+    assert "Traceback" not in result.stderr
+    assert lines[-1].startswith("stopped: ")
+    assert re.search(says, lines[-1]), lines[-1]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_without_a_checkpoint_does_not_end_well(tmp_path):
+    flags = [*LONG, "--config.steps=1000000", "--config.log_every=1000"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), *flags],
+        env=user_environment(XDG_CACHE_HOME=str(tmp_path)), cwd=tmp_path, stderr=subprocess.PIPE,
+        text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )  # fmt: skip  # a cache of its own, whose files end early, too
+    for line in process.stderr:
+        if line.startswith("step "):
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 1, rest
+    assert "the last one, could not be written" in rest.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["a?#%20b", "a\n*b", "~é -"])
+def test_a_path_that_can_hold_checkpoints_is_not_refused(tmp_path, name):
+    (tmp_path / name).mkdir()
+    start = time.perf_counter()
+    check_store(tmp_path / name / "checkpoints")
+    assert time.perf_counter() - start < 1
+    assert list((tmp_path / name).rglob("*")) == [tmp_path / name / "checkpoints"]
+
+
+def test_a_damaged_checkpoint_that_cannot_be_moved_is_one_line(launch_here, run):
+    """`damaged/20` is where it would go; a file is there, which nothing may replace."""
+    checkpoint = run / "checkpoints" / "20"
+    largest = max(
+        (path for path in (checkpoint / "state").rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
+    largest.write_bytes(bytes(100))
+    (run / "damaged").mkdir()
+    (run / "damaged" / "20").write_text("a file")
+    result = launch_here(*DIGITS, "--workdir=run", "--config.steps=25")
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("stopped: cannot move the damaged checkpoint")
+    assert (run / "damaged" / "20").read_text() == "a file"
+    folder = pathlib.Path(run / "checkpoints")
+    with contextlib.closing(open_checkpoints(folder, read_only=True)) as checkpoints:
+        assert checkpoints.newest() == 20

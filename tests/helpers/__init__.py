@@ -1,0 +1,1 @@
+"""What test files share; a test file imports no other test file."""

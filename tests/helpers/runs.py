@@ -1,0 +1,68 @@
+"""Short runs in processes of their own: started, interrupted, and what they leave behind."""
+
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+from helpers.launching import ROOT, user_environment
+
+COMMAND = [
+    sys.executable, str(ROOT / "launch.py"), "--experiment=vae_digits", "--debug",
+    "--config.steps=400", "--config.checkpoint_every=20", "--config.eval_every=50",
+    "--config.log_every=10", "--config.eval_batch=180",
+]  # fmt: skip
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+sys.argv = {argv}
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(workdir):
+    log = (workdir.parent / f"{workdir.name}.log").open("a")
+    return subprocess.Popen(
+        [*COMMAND, f"--workdir={workdir}"], env=user_environment(), stdout=log, stderr=log
+    )
+
+
+def wait_for(condition, process, timeout=60.0):
+    begun = time.monotonic()
+    while not condition() and process.poll() is None and time.monotonic() - begun < timeout:
+        time.sleep(0.02)
+
+
+def finish(workdir):
+    process = start(workdir)
+    assert process.wait(timeout=180) == 0, (workdir.parent / f"{workdir.name}.log").read_text()
+
+
+def steps_of(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def end_of(workdir):
+    """(parameters' bytes, metrics file) of a finished run."""
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(), host=ocp.args.JsonRestore())
+        state = manager.restore(400, args=args).state
+    arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+    return arrays, (workdir / "metrics.jsonl").read_bytes()
+
+
+def steps_kept(workdir):
+    return sorted(
+        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
+    )
+
+
+def largest_file(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)

@@ -1,0 +1,201 @@
+"""Two processes on loopback are one run."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from helpers.launching import ROOT, user_environment
+from helpers.runs import LIMITED, largest_file, steps_kept, steps_of, wait_for
+
+STEPS = 24
+
+
+def command(workdir, *more, steps=STEPS):
+    return [
+        sys.executable, str(ROOT / "launch.py"), "--experiment=vae_digits", "--debug",
+        f"--config.steps={steps}", "--config.checkpoint_every=8", "--config.eval_every=12",
+        "--config.log_every=4", f"--workdir={workdir}", *more,
+    ]  # fmt: skip
+
+
+def start(workdir, devices, *more, limit=None, cwd=None, **named):
+    """`limit`: bytes beyond which no file of this process may grow."""
+    argv, environment = command(workdir, *more, **named), {}
+    if limit:
+        argv = [sys.executable, "-c", LIMITED.format(size=limit, argv=argv[1:])]
+        environment = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    log = (workdir.parent / f"{workdir.name}{len(list(workdir.parent.glob('*.log')))}.log").open(
+        "w"
+    )
+    return subprocess.Popen(
+        argv, env=user_environment(XLA_FLAGS=flags, **environment), stdout=log, stderr=log, cwd=cwd
+    )
+
+
+def start_two(workdir, *more, each=({}, {}), **named):
+    """`each`: what is meant for one of them alone."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        start(
+            workdir, 2, "--distributed", f"--coordinator=localhost:{port}", "--num_processes=2",
+            f"--process_id={number}", *more, **named, **each[number],
+        )
+        for number in range(2)
+    ]  # fmt: skip
+
+
+def logs(workdir):
+    return "\n".join(f"{p.name}:\n{p.read_text()}" for p in sorted(workdir.parent.glob("*.log")))
+
+
+def lines_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+
+
+def same_lines(one, two):
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose([*a.values()], [*b.values()], rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    assert start(workdir, 4).wait(timeout=240) == 0, logs(workdir)
+    return lines_of(workdir)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "jit",
+        pytest.param("fsdp", marks=pytest.mark.slow),
+        pytest.param("pmap", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_are_one(mode, alone, tmp_path):
+    workdir = tmp_path / "run"
+    both = start_two(workdir, f"--parallel={mode}")
+    assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
+    same_lines(lines_of(workdir), alone)
+    assert (workdir / "summary.json").exists()
+    assert "step 24" in (tmp_path / "run0.log").read_text()
+    assert "step 24" not in (tmp_path / "run1.log").read_text()  # process 0 alone tells
+
+
+@pytest.mark.slow
+def test_one_of_two_killed_ends_the_other_and_both_resume(tmp_path):
+    workdir, steps = tmp_path / "run", 4000
+    both = start_two(workdir, steps=steps)
+    wait_for(lambda: (workdir / "checkpoints" / "8").exists() and steps_of(workdir) > 5, both[0])
+    both[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    assert both[0].wait(timeout=120) != 0, logs(workdir)
+    assert time.monotonic() - killed < 60
+    time.sleep(2)  # its last words are another process's
+    assert "start all of them again" in (tmp_path / "run0.log").read_text()
+    last = steps_kept(workdir)[-1]  # one that was being written has another name
+    steps = last + 40
+    both = start_two(workdir, steps=steps)
+    assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
+    assert "resuming at step" in logs(workdir)
+    assert [line["step"] for line in lines_of(workdir) if "train/loss" in line] == [
+        *range(4, steps + 1, 4)
+    ]
+
+
+def test_asked_to_stop_both_write_one_checkpoint_and_exit_cleanly(tmp_path):
+    workdir = tmp_path / "run"
+    both = start_two(workdir, steps=4000)
+    wait_for(lambda: steps_of(workdir) > 3, both[0])
+    both[1].send_signal(signal.SIGTERM)  # one alone is told
+    asked = time.monotonic()
+    assert [process.wait(timeout=120) for process in both] == [0, 0], logs(workdir)
+    assert time.monotonic() - asked < 30
+    assert "stopped at step" in (tmp_path / "run0.log").read_text()
+
+
+def test_a_mistake_is_told_by_all_and_nobody_waits(tmp_path):
+    both = start_two(tmp_path / "run", "--config.batch_size=6")
+    assert [process.wait(timeout=120) for process in both] == [2, 2]
+    assert "does not divide over 4 devices" in (tmp_path / "run0.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_one_of_two_is_told_of_and_the_run_goes_on(tmp_path):
+    workdir, more = tmp_path / "run", ("--parallel=fsdp", "--config.decay=none")
+    both = start_two(workdir, *more, steps=8)
+    assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
+    assert steps_kept(workdir) == [8]
+    begun = time.monotonic()
+    both = start_two(workdir, *more, each=({}, {"limit": 10_000}))
+    assert [process.wait(timeout=240) for process in both] == [1, 1], logs(workdir)
+    assert time.monotonic() - begun < 120
+    for step in (12, 16, 24):
+        assert f"cannot write the checkpoint of step {step}: process 1: " in logs(workdir)
+    assert steps_kept(workdir) == [8]
+    assert "the last one, could not be written" in logs(workdir)
+    both = start_two(workdir, *more)  # with room again
+    assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
+    assert "resuming at step 8" in (tmp_path / "run4.log").read_text()
+    assert steps_kept(workdir)[-1] == 24
+
+
+@pytest.mark.slow
+def test_a_folder_that_one_of_two_cannot_write_to_is_told_of_and_the_run_goes_on(tmp_path):
+    workdir = tmp_path / "run"
+    both = start_two(workdir, each=({}, {"limit": 1000}))
+    assert [process.wait(timeout=240) for process in both] == [1, 1], logs(workdir)
+    assert "cannot write the checkpoint of step 8: process 1: " in logs(workdir)
+    assert steps_kept(workdir) == []
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_of_two_finds_damaged_is_used_by_none(alone, tmp_path):
+    """Each reads a file of it in a folder of its own, where one has half of it."""
+    workdir, places = tmp_path / "run", (tmp_path / "good", tmp_path / "bad")
+    both = start_two(workdir)
+    assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
+    *_, before, last = steps_kept(workdir)
+    part = largest_file(workdir / "checkpoints" / str(last) / "state")
+    content = part.read_bytes()
+    for place, size in zip(places, (len(content), len(content) // 2), strict=True):
+        place.mkdir()
+        (place / "part").write_bytes(content[:size])
+    part.unlink()
+    part.symlink_to("/proc/self/cwd/part")
+    (workdir / "summary.json").unlink()
+    both = start_two(workdir, each=[{"cwd": place} for place in places])
+    assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
+    told = (tmp_path / "run2.log").read_text()
+    assert f"the checkpoint of step {last} is damaged: process 1: " in told
+    assert f"resuming at step {before}" in told
+    assert (workdir / "damaged" / str(last)).exists()
+    assert steps_kept(workdir)[-1] == last
+    same_lines(lines_of(workdir), alone)
+
+
+@pytest.mark.slow
+def test_asked_to_stop_while_evaluating_both_break_it_off(tmp_path):
+    workdir, long = tmp_path / "run", ["--config.hidden=2048,2048", "--config.eval_batch=4"]
+    long += ["--config.iwae_images=360"]
+    both = start_two(workdir, *long, steps=8)
+    wait_for(lambda: "evaluating" in (tmp_path / "run0.log").read_text(), both[0])
+    time.sleep(3)
+    both[1].send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    assert [process.wait(timeout=120) for process in both] == [0, 0], logs(workdir)
+    assert time.monotonic() - asked < 30
+    assert "stopped at step 8 of 8" in (tmp_path / "run0.log").read_text()
+    assert steps_kept(workdir) == [8]
+    assert not (workdir / "summary.json").exists()

@@ -1,0 +1,368 @@
+"""One run is the same run however it is spread: over devices, over modes, over parts of a batch."""
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.config import Training, marked, to_record
+from ddpm_jax.data import loader, types
+from ddpm_jax.data.types import Batch
+from ddpm_jax.errors import UserError
+from ddpm_jax.fields import FROM_PARTS
+from ddpm_jax.metrics.per_example import per_example
+from ddpm_jax.parallel import sharding, xla_flags
+from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
+from ddpm_jax.task import Evaluation, Request, Task
+from ddpm_jax.training import step as step_module
+from ddpm_jax.training.checkpoint import open_checkpoints
+from experiments import ddpm_digits, vae_digits
+from helpers.launching import ROOT
+
+MODES = sharding.MODES
+STEPS, BATCH = 20, 16
+
+
+def contrastive() -> Task:
+    """A loss that compares examples (CLIP's, of two noisy views), dropout, and statistics.
+
+    The parameters' sizes, 64, 24, 10 and 1, are divided by 8, 4, 2 devices or by none.
+    """
+
+    def init(key, batch):
+        one, two = jax.random.split(key)
+        params = {
+            "in": jax.random.normal(one, (64, 24)) / 8,
+            "out": jax.random.normal(two, (24, 10)) / 5,
+            "bias": jnp.zeros(10),
+            "scale": jnp.ones(1),
+        }
+        return params, {"mean": jnp.zeros(10), "last": jnp.zeros(())}
+
+    def features(params, x, keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
+        hidden = jnp.tanh((x + 0.1 * noise) @ params["in"])
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, (24,)))(keys)
+        found = jnp.where(kept, hidden / 0.8, 0) @ params["out"] + params["bias"]
+        return found / jnp.linalg.norm(found, axis=-1, keepdims=True)
+
+    def loss(params, fixed, batch, keys, *, train, gather):
+        x = batch.images.reshape(len(batch.images), -1) / jnp.asarray(8.0, params["in"].dtype)
+        keys = jax.vmap(jax.random.split)(keys)
+        one, two = features(params, x, keys[:, 0]), features(params, x, keys[:, 1])
+        logits = 5 * params["scale"] * one @ gather(two).T
+        own = batch.index % logits.shape[1]
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), own[:, None], 1)[:, 0]
+        return losses + 0.1 * fixed["mean"].sum(), {"first": one[:, 0]}, {"features": one}
+
+    def update(fixed, statistics):  # the order of the examples matters
+        mean = 0.9 * fixed["mean"] + 0.1 * statistics["features"].mean(0)
+        return {"mean": mean, "last": statistics["features"][-1, 0]}
+
+    return Task(init, loss, update, lambda *_, **__: Evaluation({}, {}), lambda *_: None)
+
+
+def alone_of_comparing(task: Task) -> Task:
+    """The same without the comparison, which cannot be taken in parts."""
+
+    def loss(params, fixed, batch, keys, *, train, gather):
+        return task.loss(
+            params, fixed, batch._replace(index=jnp.arange(len(keys))), keys,
+            train=train, gather=lambda a: jax.lax.stop_gradient(a[:1]),
+        )  # fmt: skip
+
+    return task._replace(loss=loss)
+
+
+@functools.cache
+def images():
+    return loader.load("digits").train.images
+
+
+def batch_of(step, size=BATCH):
+    rows = np.arange(step * size, (step + 1) * size) % len(images())
+    return Batch(images()[rows], np.zeros(size, np.int32), np.arange(size, dtype=np.int32))
+
+
+CONFIG = Training(
+    batch_size=BATCH, learning_rate=3e-3, clip=1.0, ema_half_life=100.0, weight_decay=0.1
+)
+
+
+def start_of(task, config, double):
+    state = step_module.init_state(task, config, batch_of(0), 0)
+    return jax.tree.map(
+        lambda a: np.asarray(a, np.float64 if double and a.dtype == jnp.float32 else None), state
+    )
+
+
+def trained(task, config, mode, count, double=True, steps=STEPS):
+    """(losses, state) after some steps on `count` devices."""
+    with jax.enable_x64(double):
+        spread = sharding.make(mode, jax.devices()[:count])
+        state = spread.place(start_of(task, config, double))
+
+        def step(state, batch, **hooks):
+            return step_module.train_step(task, config, 0, state, batch, **hooks)
+
+        size = config.batch_size
+        call = spread.lower(step, spread.like(state), spread.feed(batch_of(0, size)))()
+        losses = []
+        for number in range(steps):
+            state, found = call(state, spread.feed(batch_of(number, size)))
+            losses.append(float(found["loss"]))
+        return np.array(losses), jax.device_get(state)
+
+
+@functools.cache
+def on_one_device(double):
+    return trained(contrastive(), CONFIG, "jit", 1, double)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_a_run_is_the_same_on_any_number_of_devices_in_any_mode(mode, count):
+    losses, state = trained(contrastive(), CONFIG, mode, count)
+    expected, alone = on_one_device(True)
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-8)
+    chex.assert_trees_all_close(state, alone, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_in_float32_are_the_same_on_eight_devices(mode):
+    losses, _ = trained(contrastive(), CONFIG, mode, 8, double=False)
+    np.testing.assert_allclose(losses, on_one_device(False)[0], rtol=0, atol=1e-3)
+
+
+def tiny_ddpm(**changes):
+    config = dataclasses.replace(ddpm_digits.Config(), **ddpm_digits.DEBUG)
+    small = dict(network="dit", patch=4, width=16, depth=1, heads=2, dropout=0.2, noise_steps=10)
+    return dataclasses.replace(config, batch_size=BATCH, **small, **changes)
+
+
+@functools.cache
+def diffusion(mode, count):
+    config = tiny_ddpm(times="importance", optimizer="muon")
+    return trained(ddpm_digits.build(config), config, mode, count)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_diffusion_with_dropout_and_importance_sampled_times_is_the_same_on_eight_devices(mode):
+    losses, state = diffusion(mode, 8)
+    expected, alone = diffusion("jit", 1)
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-6)  # norms are of float32
+    chex.assert_trees_all_close(state.fixed, alone.fixed, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mode", "count"), [("jit", 1), ("jit", 2), ("pmap", 4), ("fsdp", 2)])
+def test_a_batch_taken_in_parts_is_the_large_batch(mode, count):
+    task = alone_of_comparing(contrastive())
+    expected, whole = trained(task, CONFIG, "jit", 1)
+    config = dataclasses.replace(CONFIG, accumulate=4)
+    losses, state = trained(task, config, mode, count)
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-8)
+    chex.assert_trees_all_close(state, whole, rtol=0, atol=1e-8)
+
+
+BAND = 0.05  # of the float32 run's mean loss over the same 20 steps
+
+
+@pytest.mark.parametrize(
+    "experiment", [vae_digits, pytest.param(ddpm_digits, marks=pytest.mark.slow)]
+)
+def test_a_bfloat16_run_follows_the_float32_runs_loss(experiment):
+    """Over 200 steps of the same draws; what is kept and told stays float32."""
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        config = dataclasses.replace(experiment.Config(), **experiment.DEBUG)
+        config = dataclasses.replace(config, precision=precision, batch_size=BATCH)
+        if experiment is ddpm_digits:
+            config = dataclasses.replace(config, network="dit", width=32, depth=2, heads=2)
+        found, state = trained(experiment.build(config), config, "jit", 1, False, steps=200)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} <= {"float32", "int32"}
+        losses[precision] = found.reshape(10, 20).mean(1)
+    assert (losses["float32"] != losses["bfloat16"]).any()
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=BAND)
+
+
+def test_a_loss_that_compares_examples_is_not_taken_in_parts():
+    with pytest.raises(UserError, match="compares the examples"):
+        trained(contrastive(), dataclasses.replace(CONFIG, accumulate=2), "jit", 1)
+
+
+def test_a_batch_that_devices_or_parts_do_not_divide_is_refused():
+    with pytest.raises(UserError, match="does not divide over 8 devices; give a multiple of 8"):
+        sharding.check_batch(12)
+    with pytest.raises(UserError, match="8 devices x 3 parts; give a multiple of 24"):
+        sharding.check_batch(16, 3)
+
+
+# Where arrays lie.
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
+
+
+def shapes_of(name):
+    module = importlib.import_module(f"experiments.{name}")
+    if not hasattr(module, "build"):
+        pytest.skip("trains others' tasks")
+    config = module.Config()
+    shape = {"cifar10": (32, 32, 3), "mnist": (28, 28, 1)}.get(name.split("_")[-1], (8, 8, 1))
+    config = dataclasses.replace(config, shape=shape)
+    if name.endswith("_shapes"):
+        given = {"shape": (32, 32, 3), "levels": 256, "caption_length": 96}
+        for part in ("text_encoder_shapes", "autoencoder_shapes"):
+            theirs = to_record(importlib.import_module(f"experiments.{part}").Config())
+            given |= {field: theirs[field] for field in marked(config, FROM_PARTS) & set(theirs)}
+        fields = {field.name for field in dataclasses.fields(config)}
+        config = dataclasses.replace(config, **{f: v for f, v in given.items() if f in fields})
+    if hasattr(config, "judge"):
+        config = dataclasses.replace(config, judge="none")
+    return step_module.state_shapes(module.build(config), config)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_under_fsdp_each_device_holds_its_share(name):
+    shapes = shapes_of(name)
+    for count in (2, 4, 8):
+        spread = sharding.make("fsdp", jax.devices()[:count])
+        where = spread.shardings(shapes)
+        parts = jax.tree.map(lambda a, s: np.prod(s.shard_shape(a.shape)), shapes, where)
+        held = sum(jax.tree.leaves(parts))
+        assert held <= 1.05 * sum(a.size for a in jax.tree.leaves(shapes)) / count
+
+
+def deep(dtype, layers=12, width=256) -> Task:
+    """Far more parameters than activations, computed with in `dtype`."""
+
+    def init(key, batch):
+        keys = jax.random.split(key, layers)
+        return [jax.random.normal(key, (width, width)) / width**0.5 for key in keys], {}
+
+    def loss(params, fixed, batch, keys, *, train, gather):
+        x = jnp.tile(batch.images.reshape(len(batch.images), -1), width // 64).astype(dtype)
+        for weights in params:
+            x = jnp.tanh(x @ weights.astype(dtype))
+        return jnp.square(x).mean(-1).astype(jnp.float32), {}, {}
+
+    return contrastive()._replace(init=init, loss=loss, update=lambda fixed, _: fixed)
+
+
+@pytest.mark.skipif(
+    importlib.metadata.version("jaxlib") not in xla_flags.FRUGAL_VERSIONS,
+    reason="XLA for CPUs gathers early in other versions (parallel.py, FRUGAL)",
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_under_fsdp_a_step_never_holds_the_whole_model(dtype):
+    """Beside its share, a device holds two layers and their gradient at a time, of 12."""
+    task, spread = deep(dtype), sharding.make("fsdp")
+    shapes = step_module.state_shapes(task, CONFIG)
+
+    def step(state, batch, **hooks):
+        return step_module.train_step(task, CONFIG, 0, state, batch, **hooks)
+
+    program = spread.lower(step, spread.like(shapes), spread.feed(batch_of(0)))()
+    whole = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes.params))
+    assert program.memory_analysis().temp_size_in_bytes < whole / 3
+
+
+def test_an_array_is_split_over_as_many_devices_as_its_axes_allow():
+    factors, axes = sharding.prime_factors(8), ("a", "b", "c")
+    assert factors == (2, 2, 2)
+    assert sharding.split((500, 20), factors, axes) == jax.P(("a", "b"), "c")
+    assert sharding.split((3, 5), factors, axes) == jax.P(None, None)
+    assert sharding.prime_factors(12) == (3, 2, 2)
+    assert sharding.split((9, 4), (3, 2, 2), axes) == jax.P("a", ("b", "c"))
+
+
+def test_the_state_is_donated_in_every_mode():
+    for mode in MODES:
+        spread = sharding.make(mode)
+        state = spread.place({"w": jnp.arange(16.0)})
+
+        def step(state, batch, **hooks):
+            return {"w": state["w"] + 1}, {}
+
+        call = spread.lower(step, spread.like(state), spread.feed(np.zeros(8, np.float32)))()
+        call(state, spread.feed(np.zeros(8, np.float32)))
+        assert state["w"].is_deleted()
+
+
+LAYOUTS = [("jit", 1), ("pmap", 4), ("fsdp", 2), ("fsdp", 8)]
+
+
+def test_a_checkpoint_of_any_layout_is_restored_into_any_other(tmp_path):
+    task = contrastive()
+    start = step_module.init_state(task, CONFIG, batch_of(0), 0)
+    for number, (mode, count) in enumerate(LAYOUTS):
+        spread = sharding.make(mode, jax.devices()[:count])
+        checkpoints = open_checkpoints(tmp_path / str(number))
+        checkpoints.save(1, spread.place(start), {"window": {}})
+        checkpoints.close()
+        for mode, count in LAYOUTS:
+            other = sharding.make(mode, jax.devices()[:count])
+            checkpoints = open_checkpoints(tmp_path / str(number), read_only=True)
+            like = other.like(jax.eval_shape(lambda: start))
+            step, found, _ = checkpoints.restore_newest(like)
+            checkpoints.close()
+            assert step == 1
+            chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(start))
+            assert jax.tree.map(lambda a: a.sharding, found) == other.shardings(start)
+
+
+# Evaluation and sampling.
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluation_counts_every_example_once_on_any_devices(mode):
+    split = types.Split(np.arange(21, dtype=np.uint8).reshape(21, 1, 1, 1), np.zeros(21, np.int32))
+    spread = sharding.make(mode, jax.devices()[:8])
+
+    @jax.jit
+    def fn(batch, keys):
+        draw = jax.vmap(lambda key: jax.random.uniform(key))(keys)
+        return {"value": batch.images[:, 0, 0, 0], "draw": draw}
+
+    found = per_example(fn, split, 5, 0, spread)
+    np.testing.assert_array_equal(found["value"], np.arange(21))
+    alone = per_example(fn, split, 5, 0, sharding.make("jit", jax.devices()[:1]))
+    np.testing.assert_array_equal(found["draw"], alone["draw"])
+
+
+@pytest.mark.parametrize("mode", ["jit", "fsdp"])  # pmap is jit's but for the step
+def test_drawn_images_are_the_same_on_eight_devices(mode):
+    config = tiny_ddpm()
+    task = ddpm_digits.build(config)
+    params = start_of(task, config, False).params
+
+    def drawn(mode, count):
+        spread = sharding.make(mode, jax.devices()[:count])
+        keys = example_keys(purpose_key(0, SAMPLE), 0, spread.indices(0, 16))
+        return sharding.fetch(task.sample(spread.place(params), {}, keys, Request(steps=2)))
+
+    np.testing.assert_allclose(drawn(mode, 8), drawn("jit", 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [pytest.param("jit", marks=pytest.mark.slow), "fsdp"])
+def test_a_whole_evaluation_is_the_same_on_eight_devices(mode):
+    config = dataclasses.replace(vae_digits.Config(), **vae_digits.DEBUG)
+    task = vae_digits.build(config)
+    data = loader.load("digits")
+    data = data._replace(test=data.test.first(40))
+    params = start_of(task, config, False).params
+
+    def evaluated(mode, count):
+        spread = sharding.make(mode, jax.devices()[:count])
+        return task.evaluate(
+            spread.place(params), {}, data, split="test", seed=0, full=False, spread=spread
+        )
+
+    one, many = evaluated("jit", 1), evaluated(mode, 8)
+    for name, value in one.metrics.items():
+        assert many.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name

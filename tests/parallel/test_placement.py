@@ -1,0 +1,197 @@
+"""What evaluates and draws states where its results lie, so any number of devices will do."""
+
+import ast
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.data.types import Split
+from ddpm_jax.diffusion.prediction import Prediction
+from ddpm_jax.diffusion.process import alpha_sigma
+from ddpm_jax.diffusion.schedules import cosine
+from ddpm_jax.metrics.per_example import per_example
+from ddpm_jax.parallel import sharding
+from ddpm_jax.task import Request
+from ddpm_jax.tasks.image_sampler import Sampling, drawing
+from helpers.launching import ROOT
+
+# Where jax compiles: training's programs, whose states' placement is stated; and functions of one
+# array within others: a check sum, which is a scalar, and a matrix within a step.
+COMPILES = {"sharding.py", "loop.py", "step.py", "checkpoint.py", "muon.py"}
+COMPILERS = {"jit", "pmap", "pjit", "shard_map", "filter_jit"}
+
+
+def names_of(path: pathlib.Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    names |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    return names | {alias.name.rpartition(".")[2] for node in imports for alias in node.names}
+
+
+def test_only_training_and_the_file_that_knows_devices_compile():
+    files = [*(ROOT / "ddpm_jax").rglob("*.py"), *(ROOT / "experiments").glob("*.py")]
+    compiling = {path.name for path in files if names_of(path) & COMPILERS}
+    assert compiling <= COMPILES
+
+
+@pytest.mark.parametrize("mode", sharding.MODES)
+@pytest.mark.parametrize("count", [3, 4, 8])
+def test_results_need_not_divide_over_the_devices(mode, count):
+    spread = sharding.make(mode, jax.devices()[:count])
+
+    def some(x):
+        return x[:10], jnp.outer(x, jnp.arange(7))[:, 1:], x.sum(), x[None, :5] * jnp.ones((7, 1))
+
+    size = spread.round_up(100)
+    found = sharding.fetch(spread.compile(some)(spread.indices(0, size)))
+    x = np.arange(size)
+    expected = x[:10], np.outer(x, np.arange(1, 7)), x.sum(), np.tile(x[:5], (7, 1))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+SHAPE = (4, 4, 1)
+
+
+@functools.cache
+def picture(traces=None):
+    """What draws with an exact denoiser of N(params, 1); `traces` has an entry for each trace."""
+    traces = [] if traces is None else traces
+
+    def predict(params, xt, logsnr, labels):
+        traces.append(len(xt))
+        alpha, sigma = (a[:, None, None, None] for a in alpha_sigma(logsnr))
+        mean = params["mean"] + labels[:, None, None, None]
+        x0 = alpha * xt + sigma**2 * mean
+        return Prediction(x0, (xt - alpha * x0) / sigma)
+
+    how = Sampling("ancestral", 3, "logsnr", limit="none")
+    return drawing(predict, lambda params: cosine(-5.0, 5.0), SHAPE, 2, how), traces
+
+
+PARAMS = {"mean": np.full(SHAPE, 0.25, np.float32)}
+
+
+@functools.cache
+def on(mode, count):
+    """(images, trace, inpainted) that `count` devices draw in `mode`."""
+    draw, _ = picture()
+    spread = sharding.make(mode, jax.devices()[:count])
+    params = spread.place(PARAMS)
+    images, _, trace = draw.many(params, 0, 100, spread)
+    keys = jax.random.split(jax.random.key(0), 5)
+    five = np.zeros((5, *SHAPE), np.float32)
+    labels = jnp.zeros(5, jnp.int32)
+    drawn = draw.sample(params, {}, keys, Request(guidance=2.0), spread)
+    edited = draw.edit(params, keys, labels, 0.5, five, five, five, spread=spread)
+    return sharding.fetch((images, trace, drawn, edited))
+
+
+@pytest.mark.parametrize("mode", sharding.MODES)
+def test_four_devices_draw_and_trace_what_one_does(mode):
+    assert on(mode, 4)[1].xt.shape == (3, 10, *SHAPE)
+    for found, expected in zip(*map(jax.tree.leaves, (on(mode, 4), on("jit", 1))), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_sampler_is_traced_once_for_all_calls_and_scales_of_guidance():
+    draw, traces = picture.__wrapped__()
+    params, keys = PARAMS, jax.random.split(jax.random.key(0), 4)
+    draw.sample(params, {}, keys, Request(guidance=2.0))
+    first = len(traces)
+    for scale in (1.5, 3.0, 2.0):
+        draw.sample(params, {}, keys, Request(guidance=scale))
+        draw.sample(params, {}, keys, Request(guidance=scale), sharding.placed(params))
+    assert len(traces) == first
+
+
+def test_an_evaluation_is_traced_once_however_often_it_is_done():
+    traces = []
+
+    def squared(params, batch, keys):
+        traces.append(1)
+        return {"value": params * batch.images.sum((1, 2, 3)).astype(jnp.float32)}
+
+    split = Split(np.ones((10, 2, 2, 1), np.uint8), np.zeros(10, np.int32))
+    for scale in (1.0, 2.0, 3.0):
+        spread = sharding.make("jit", jax.devices()[:4])  # made anew, as a judge's is
+        found = per_example(squared, split, 3, 0, spread, np.float32(scale))
+        np.testing.assert_array_equal(found["value"], np.full(10, 4 * scale))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("mode", sharding.MODES)
+def test_a_trained_state_lies_on_the_mesh_of_what_is_evaluated(mode):
+    spread = sharding.make(mode, jax.devices()[:4])
+
+    def step(state, batch, reduce, gather, view):
+        return state + reduce(batch.mean()), {}
+
+    state, batch = spread.place(np.zeros(8, np.float32)), spread.feed(np.ones(8, np.float32))
+    state, _ = spread.lower(step, spread.like(state), batch)()(state, batch)
+    assert state.sharding.mesh == spread.indices(0, 8).sharding.mesh
+
+
+def test_work_stays_spread_where_results_are_whole():
+    spread = sharding.make("jit", jax.devices()[:4])
+    batch = spread.shard(np.ones((8, 16), np.float32))
+    program = spread.compile(lambda w, x: jnp.tanh(x @ w)).lower(
+        np.ones((16, 32), np.float32), batch
+    )
+    assert "f32[2,32]" in program.compile().as_text()  # a device's two rows, gathered at the end
+
+
+# Through the command line.
+
+
+def forced(count):
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+
+
+def succeeds(launch, count, *flags):
+    result = launch(*flags, timeout=600, **forced(count))
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_diffusion_run_evaluates_and_draws_on_four_devices_under_pmap(launch, tmp_path):
+    succeeds(
+        launch, 4, "--experiment=ddpm_digits", "--debug", "--parallel=pmap",
+        f"--workdir={tmp_path / 'run'}", "--config.sample_steps=2",
+    )  # fmt: skip
+    assert (tmp_path / "run" / "images" / "trajectories.png").exists()
+
+
+DRAW = ("--mode=sample", "--num_samples=5")
+RUNS = {  # an experiment: flags of its training; (directory, flags) of what is done with it then
+    "vae_digits": ((), [("", DRAW)]),
+    "ddpm_digits": (("--config.judge=auto",), [("", DRAW)]),
+    "vdm_digits": ((), [("", DRAW)]),
+    "classifier_digits": ((), []),
+    "text_to_image_shapes": (
+        (),
+        [("", (*DRAW, "--prompt=a red circle")), ("text", ()), ("autoencoder", ())],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", sharding.MODES)
+@pytest.mark.parametrize(
+    ("experiment", "count"), [*((name, 4) for name in RUNS), ("ddpm_digits", 8)]
+)
+def test_every_task_trains_evaluates_and_draws_in_every_mode(
+    launch, tmp_path, experiment, count, mode
+):
+    training, after = RUNS[experiment]
+    workdir, common = tmp_path / "run", ("--debug", f"--parallel={mode}")
+    succeeds(
+        launch, count, f"--experiment={experiment}", f"--workdir={workdir}", *common, *training
+    )
+    for folder, flags in [("", ()), *after]:
+        flags = flags or ("--mode=eval",)
+        succeeds(launch, count, f"--workdir={workdir / folder}", *common, *flags)

@@ -1,0 +1,71 @@
+"""The autoencoders whose latents a generation model sees."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.data import loader, types
+from ddpm_jax.errors import UserError
+from ddpm_jax.metrics.pixels import to_images
+from ddpm_jax.nn.autoencoder import Autoencoder
+from ddpm_jax.tasks.autoencoder import autoencoder_task, latents
+
+NET = Autoencoder((16, 16, 3), (8, 8), latent=3)
+
+
+def state(task, batch):
+    return jax.jit(task.init)(jax.random.key(0), batch)
+
+
+def batch(size=32, start=0):
+    images = loader.load("shapes").train.images[np.arange(start, start + size)][:, ::2, ::2]
+    labels = np.full(size, -1, np.int32)
+    return jax.tree.map(jnp.asarray, types.Batch(images, labels, np.arange(size)))
+
+
+@pytest.mark.parametrize("codes", [0, 16])
+def test_latents_have_unit_variance_or_are_codes(codes):
+    task = autoencoder_task(NET, 256, codes=codes)
+    params, fixed = state(task, batch())
+    keys = jax.random.split(jax.random.key(1), 32)
+    step = jax.jit(lambda params, fixed, b: task.update(fixed, task.loss(
+        params, fixed, b, keys, train=True, gather=lambda a: a)[2]))  # fmt: skip
+    for number in range(30):
+        fixed = step(params, fixed, batch(start=32 * number))
+    of, frozen = latents(NET, codes), {"params": params, "fixed": fixed}
+    z = of.encode(frozen, to_images(batch(256, 10_000).images, 256))
+    assert z.shape == (256, 4, 4, 3)
+    if not codes:  # of codes the variance is of what they stand for, but for what is between
+        np.testing.assert_allclose(z.std((0, 1, 2)), 1.0, atol=0.1)
+        np.testing.assert_allclose(z.mean((0, 1, 2)), 0.0, atol=0.15)
+    else:
+        every = of.lay(frozen, jnp.arange(codes))
+        apart = np.abs(np.asarray(z)[..., None, :] - every).max(-1)  # [..., codes]
+        assert apart.min(-1).max() == 0  # every latent is a code, and
+        assert len(np.unique(apart.argmin(-1))) > 1
+        decode = jax.jit(of.decode)
+        near = decode(frozen, z[:8] + 1e-4)  # what is near one is that code's image
+        np.testing.assert_array_equal(decode(frozen, z[:8]), near)
+
+
+def test_the_posterior_is_never_wider_than_the_prior_whatever_the_encoder_says():
+    """A variance that is an exponential of it blew up one training in three."""
+    params = jax.jit(NET.init)(jax.random.key(0), jnp.zeros((1, *NET.shape)))
+    x = to_images(batch(8).images, 256)
+
+    @jax.jit
+    def encode(size):
+        return NET.apply(jax.tree.map(lambda leaf: size * leaf, params), x, method="encode")
+
+    for size in (0.0, 1.0, 1e3, 1e6):
+        mean, logvar = encode(size)
+        assert np.isfinite(mean).all()
+        assert -20 <= logvar.min() <= logvar.max() <= 0
+        if size == 0:  # the sigmoid of 0
+            np.testing.assert_allclose(logvar, np.log(0.5), rtol=1e-6)
+
+
+def test_an_image_that_does_not_divide_is_told_in_one_line():
+    with pytest.raises(UserError, match="30x30 does not divide"):
+        autoencoder_task(Autoencoder((30, 30, 3), (8, 8, 8)), 256)

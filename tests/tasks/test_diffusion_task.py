@@ -1,0 +1,192 @@
+"""The diffusion task around a U-Net or a DiT."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.data.types import Batch
+from ddpm_jax.diffusion.schedules import cosine, from_betas, linear_betas
+from ddpm_jax.errors import UserError
+from ddpm_jax.nn.dit import DiT
+from ddpm_jax.nn.unet import UNet
+from ddpm_jax.task import Request
+from ddpm_jax.tasks import diffusion
+from ddpm_jax.tasks.diffusion import diffusion_task, noise_levels
+from ddpm_jax.tasks.image_sampler import Sampling
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    net = UNet(
+        outputs=1,
+        channels=8,
+        multipliers=(1,),
+        blocks=1,
+        attention_sizes=(),
+        classes=3,
+        dropout=0.5,
+    )
+    task = diffusion_task(
+        net,
+        from_betas(linear_betas()),
+        (4, 4, 1),
+        17,
+        sampling=Sampling(steps=3),
+        batch_size=8,
+    )
+    images = np.random.default_rng(0).integers(0, 17, (8, 4, 4, 1), np.uint8)
+    batch = jax.tree.map(
+        jnp.asarray, Batch(images, np.arange(8, dtype=np.int32) % 3, np.arange(8, dtype=np.int32))
+    )
+    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
+    return task, params, fixed, batch
+
+
+def test_a_new_networks_loss_is_the_noises_own_size(tiny):
+    task, params, fixed, batch = tiny
+    keys = jax.random.split(jax.random.key(1), 8)
+    loss = functools.partial(task.loss, train=False, gather=lambda tree: tree)
+    losses, metrics, _ = jax.jit(loss)(params, fixed, batch, keys)
+    chex.assert_shape(losses, (8,))
+    # The output layer starts at zero, so |eps - 0|^2 is 1 on average over 128 dimensions.
+    assert abs(losses.mean() - 1) < 4 * (2 / 128) ** 0.5
+    chex.assert_trees_all_equal(losses, metrics["mse"])
+
+
+def test_the_task_draws_image_3_the_same_in_any_batch(tiny):
+    task, params, fixed, _ = tiny
+    keys = jax.random.split(jax.random.key(2), 8)
+    many = task.sample(params, fixed, keys, Request())
+    few = task.sample(params, fixed, keys[:4], Request())
+    chex.assert_shape(many, (8, 4, 4, 1))
+    assert jnp.abs(many).max() <= 1
+    np.testing.assert_allclose(many[3], few[3], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (Request(sampler="ddimm"), 'no "ddimm"; did you mean "ddim"'),
+        (Request(sampler="ancestral_learned"), "has not learned a variance"),
+        (Request(steps=1001), "has 1000 steps"),
+        (Request(label=3), "there are 3 classes"),
+        (Request(prompt="a cat"), "--prompt means nothing"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_one_line(tiny, request_, says):
+    task, params, fixed, _ = tiny
+    with pytest.raises(UserError, match=says):
+        task.sample(params, fixed, jax.random.split(jax.random.key(0), 2), request_)
+
+
+def test_guidance_on_an_unconditional_network_is_refused():
+    net = UNet(outputs=1, channels=8, multipliers=(1,), blocks=1, attention_sizes=())
+    task = diffusion_task(net, from_betas(linear_betas()), (4, 4, 1), 17, batch_size=8)
+    with pytest.raises(UserError, match="needs a class-conditional run"):
+        task.sample({}, {}, jax.random.split(jax.random.key(0), 2), Request(guidance=2.0))
+
+
+def test_an_image_that_the_network_cannot_halve_is_refused():
+    with pytest.raises(UserError, match="halves images 3 times, and 28x28 does not divide by 8"):
+        diffusion_task(UNet(), from_betas(linear_betas()), (28, 28, 1), 256, batch_size=8)
+
+
+def test_a_dit_trains_in_the_diffusion_task():
+    net = DiT(outputs=1, patch=2, width=16, depth=2, heads=2, classes=3)
+    task = diffusion_task(net, from_betas(linear_betas()), (4, 4, 1), 17, batch_size=8)
+    images = np.random.default_rng(0).integers(0, 17, (8, 4, 4, 1), np.uint8)
+    batch = Batch(images, np.arange(8, dtype=np.int32) % 3, np.arange(8, dtype=np.int32))
+    batch = jax.tree.map(jnp.asarray, batch)
+    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
+    keys = jax.random.split(jax.random.key(1), 8)
+
+    @jax.jit
+    def step(params):
+        def mean(params):
+            return task.loss(params, fixed, batch, keys, train=True, gather=lambda t: t)[0].mean()
+
+        now, gradient = jax.value_and_grad(mean)(params)
+        return now, jax.tree.map(lambda a, g: a - 0.3 * g, params, gradient)
+
+    losses = []
+    for _ in range(21):
+        now, params = step(params)
+        losses.append(now)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_learned_variance_and_importance_times_train_and_draw():
+    net = DiT(outputs=2, patch=2, width=8, depth=1, heads=1)
+    task = diffusion_task(
+        net,
+        from_betas(np.linspace(1e-4, 0.02, 6)),
+        (4, 4, 1),
+        17,
+        variance="learned",
+        times="importance",
+        bound_scale=1.0,
+        sampling=Sampling("ancestral_learned", 3),
+        batch_size=32,
+    )
+    images = np.random.default_rng(0).integers(0, 17, (32, 4, 4, 1), np.uint8)
+    batch = Batch(images, np.zeros(32, np.int32), np.arange(32, dtype=np.int32))
+    batch = jax.tree.map(jnp.asarray, batch)
+    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
+
+    @jax.jit
+    def step(params, fixed, number):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), number), 32)
+
+        def mean(params):
+            losses, metrics, statistics = task.loss(
+                params, fixed, batch, keys, train=True, gather=lambda t: t
+            )
+            return losses.mean(), (metrics, statistics)
+
+        gradient, (metrics, statistics) = jax.grad(mean, has_aux=True)(params)
+        params = jax.tree.map(lambda a, g: a - 0.01 * jnp.clip(g, -1, 1), params, gradient)
+        return params, task.update(fixed, statistics), metrics["vlb"].mean()
+
+    bounds = []
+    for number in range(60):
+        params, fixed, bound = step(params, fixed, number)
+        bounds.append(float(bound))
+    assert fixed["history"].counts.sum() == 60 * 32
+    assert np.isfinite(bounds).all()
+    assert np.mean(bounds[-20:]) < np.mean(bounds[:20])
+    drawn = task.sample(params, fixed, jax.random.split(jax.random.key(2), 2), Request())
+    assert jnp.isfinite(drawn).all()
+
+
+def test_a_learned_variance_needs_a_table():
+    net = DiT(outputs=2, patch=2, width=8, depth=1, heads=1)
+    with pytest.raises(UserError, match="need a table of betas"):
+        diffusion_task(net, cosine(), (4, 4, 1), 17, variance="learned", batch_size=8)
+
+
+def test_the_noise_levels_bits_add_up_and_their_rate_rises():
+    times = (np.arange(1000)[None] + np.random.default_rng(0).uniform(size=(3, 1))) / 1000
+    found = {"t": times, "mse": times**0, "kl": 64 * np.log(2) * 2 * times, "distortion": times}
+    metrics, pictures = noise_levels(found, 64)
+    bits = [metrics[f"bits_t_{t / 10:.1f}"] for t in range(10)]
+    assert sum(bits) == pytest.approx(1, abs=1e-3)  # the integral of 2 t
+    assert bits[9] == pytest.approx(0.19, abs=1e-3)
+    assert metrics["mse_t_0.5"] == 1
+    assert set(pictures) == {"levels", "rate_distortion"}
+
+
+def test_rate_and_distortion_are_taken_at_one_time():
+    """Of kl(t) = c (1 + a t) and distortion t^2: rate(t) = c ((1 - t) + a (1 - t^2) / 2)."""
+    times = np.random.default_rng(0).permutation((np.arange(20_000) + 0.5) / 20_000)
+    times, dims = times.reshape(-1, 8), 64
+    kl = 100 * (1 + 3 * times)
+    rate, rmse = diffusion.rate_distortion(times, kl, times**2, dims)
+    t = rmse / 127.5
+    expected = 100 * ((1 - t) + 3 * (1 - t**2) / 2) / (dims * np.log(2))
+    assert (np.diff(rate) > 0).all()
+    assert (np.diff(rmse) < 0).all()
+    np.testing.assert_allclose(rate, expected, atol=2e-3 * expected.max())

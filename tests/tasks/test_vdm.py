@@ -1,0 +1,149 @@
+"""VDM's task: three routes to bits per dimension, of a model whose bits are known."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from ddpm_jax.data.types import Batch, Data, Split
+from ddpm_jax.diffusion import probability_flow, process
+from ddpm_jax.diffusion.prediction import Prediction, write
+from ddpm_jax.nn.dit import DiT
+from ddpm_jax.parallel.sharding import make
+from ddpm_jax.task import Evaluation
+from ddpm_jax.tasks.image_sampler import Sampling
+from ddpm_jax.tasks.vdm import rounding_nll, vdm_task
+
+
+def test_rounding_is_right_where_the_noise_is_far_smaller_than_a_bin():
+    logsnr = jnp.asarray(14.0)
+    alpha, _ = process.alpha_sigma(logsnr)
+    grey = jnp.linspace(-1, 1, 17)
+    told = jax.jit(functools.partial(rounding_nll, logsnr=logsnr, levels=17))
+    nats = [told(alpha * x[None] + 1e-4, x[None]) for x in grey]
+    np.testing.assert_allclose(nats, 0, atol=1e-6)
+    wrong = rounding_nll(alpha * grey[3:4], grey[4:5], logsnr, 17)
+    assert wrong > 100
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    net = DiT(outputs=1, patch=2, width=8, depth=1, heads=1)
+    images = np.random.default_rng(0).integers(0, 17, (20, 4, 4, 1), np.uint8)
+    split = Split(images, np.zeros(20, np.int32))
+    data = Data("tiny", "tiny", split, split, 17, (), "x")
+    task = vdm_task(
+        net,
+        (4, 4, 1),
+        17,
+        ends=(9.0, -9.0),
+        sampling=Sampling("ddim", 3),
+        batch_size=8,
+        eval_batch=20,
+        eval_times=16,
+        ode_images=20,
+    )
+    batch = Batch(images[:8], np.zeros(8, np.int32), np.arange(8, dtype=np.int32))
+    batch = jax.tree.map(jnp.asarray, batch)
+    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
+    return task, params, fixed, batch, data
+
+
+LEVELS = np.linspace(-1, 1, 17)
+SHARES = np.array([8, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 6]) / 31
+
+
+def grey_denoiser(xt, logsnr):
+    """The exact denoiser of independent pixels of 17 grey values with the probabilities SHARES."""
+    alpha, sigma = process.alpha_sigma(logsnr)
+    apart = jnp.square(xt[..., None] - alpha[..., None] * LEVELS) / (2 * sigma[..., None] ** 2)
+    x0 = (jax.nn.softmax(jnp.log(SHARES) - apart) * LEVELS).sum(-1).astype(xt.dtype)
+    return Prediction(x0, (xt - alpha * x0) / sigma)
+
+
+class GreyNetwork(DiT):
+    """A network of v that is `grey_denoiser`, of images with time (9 - logsnr) / 18."""
+
+    def __call__(self, xt, time, labels=None, keys=None, context=None):
+        logsnr = 9.0 - 18.0 * time[:, None, None, None]
+        return write("v", grey_denoiser(xt, logsnr), logsnr)
+
+
+def test_the_odes_likelihood_of_a_known_discrete_model_is_within_its_numerical_error():
+    """A Gaussian mixture has a known density; float32 and the default tolerance, as a user has."""
+    clean, noisy = jnp.asarray(12.0), jnp.asarray(-10.0)
+    alpha, sigma = (np.float64(a) for a in process.alpha_sigma(clean))
+    rng = np.random.default_rng(0)
+    x0, eps = LEVELS[rng.choice(17, (40, 64), p=SHARES)], rng.normal(size=(40, 64))
+    z0 = np.float32(alpha * x0 + sigma * eps)
+    z, probe = jnp.asarray(z0), jnp.asarray(np.sign(rng.normal(size=z0.shape)), jnp.float32)
+    solve = jax.jit(
+        lambda tol: probability_flow.log_density(grey_denoiser, z, probe, clean, noisy, tol)[0]
+    )
+    found, loose = (
+        np.asarray(solve(t), np.float64)
+        for t in (probability_flow.TOLERANCE, 10 * probability_flow.TOLERANCE)
+    )
+    log_normal = -0.5 * ((z0[..., None] - alpha * LEVELS) / sigma) ** 2
+    log_normal -= 0.5 * np.log(2 * np.pi * sigma**2)
+    exact = scipy.special.logsumexp(np.log(SHARES) + log_normal, -1).sum(-1)
+    to_bits = 1 / (64 * np.log(2))
+    error, estimate = abs((found - exact).mean()), np.abs(found - loose).mean()
+    assert error * to_bits < 2e-3
+    assert error < estimate
+
+
+@pytest.mark.slow  # 7 s: the solver calls the network in many places
+def test_the_task_states_the_known_bits_of_a_discrete_model_by_every_route(monkeypatch):
+    monkeypatch.setattr("ddpm_jax.tasks.vdm.show", lambda *arguments: Evaluation({}, {}))
+    images = np.random.default_rng(0).choice(17, (200, 4, 4, 1), p=SHARES).astype(np.uint8)
+    split = Split(images, np.zeros(200, np.int32))
+    data = Data("grey", "grey", split, split, 17, (), "x")
+    net = GreyNetwork(outputs=1)
+    task = vdm_task(
+        net, (4, 4, 1), 17, ends=(9.0, -9.0), sampling=Sampling("ddim", 3), batch_size=8,
+        eval_batch=100, eval_times=16, ode_images=200,
+    )  # fmt: skip
+    batch = Batch(images[:8], np.zeros(8, np.int32), np.arange(8, dtype=np.int32))
+    params, fixed = task.init(jax.random.key(0), jax.tree.map(jnp.asarray, batch))
+    found = task.evaluate(params, fixed, data, split="test", seed=0, full=True, spread=make())
+    exact = -np.log2(SHARES)[images].mean()
+    metrics = found.metrics
+    numerical = metrics["bits_per_dim_ode_numerical_error"]
+    # Given z_0 the grey value is certain (5.6 deviations to the bin's edge), so that eq. (2)
+    # is exact for each image; what is left are the prior's 1e-4 and the solver's error.
+    assert abs(metrics["bits_per_dim_ode"] - exact) < numerical + 3e-4
+    assert numerical < 0.2 * metrics["bits_per_dim_ode_error"]
+    for name in ("continuous", "discrete"):
+        error = metrics[f"bits_per_dim_{name}_error"]
+        assert abs(metrics[f"bits_per_dim_{name}"] - exact) < 4 * error
+
+
+def test_the_loss_is_the_bound_and_reaches_the_schedules_ends(tiny):
+    task, params, fixed, batch, _ = tiny
+    keys = jax.random.split(jax.random.key(1), 8)
+
+    def mean(params):
+        losses, parts, _ = task.loss(params, fixed, batch, keys, train=True, gather=lambda t: t)
+        return losses.mean(), (losses, parts)
+
+    gradient, (losses, parts) = jax.jit(jax.grad(mean, has_aux=True))(params)
+    chex.assert_trees_all_close(losses, sum(parts.values()), rtol=1e-5)
+    assert (jnp.abs(gradient["schedule"]["ends"]) > 0).all()
+
+
+def test_the_three_routes_of_one_network_are_near_one_another(tiny):
+    task, params, fixed, _, data = tiny
+    found = task.evaluate(params, fixed, data, split="test", seed=0, full=True, spread=make())
+    routes = [found.metrics[f"bits_per_dim_{name}"] for name in ("continuous", "discrete")]
+    errors = [found.metrics[f"bits_per_dim_{n}_error"] for n in ("continuous", "discrete")]
+    assert abs(routes[0] - routes[1]) < 4 * sum(errors)
+    assert np.isfinite(found.metrics["bits_per_dim_ode"])
+    numerical = found.metrics["bits_per_dim_ode_numerical_error"]
+    assert 0 <= numerical < found.metrics["bits_per_dim_ode_error"]
+    assert found.pictures["trajectories_movie"].ndim == 4
+    assert found.pictures["schedule"].shape[-1] == 3
