@@ -288,7 +288,16 @@ TEXT = ("--experiment=text_encoder_shapes", "--debug", "--config.data=folder:ima
 # Images and captions of the user's own.
 DATA = [
     (OWN, 'no folder "images"; give one as --config.data=folder:PATH'),
-    (OWN, "no images in .*images .looked for", files(["a.txt", "b.heic"])),
+    (OWN, "no images in .*images .looked for", files(["a.txt"])),
+    (OWN, r"no images in .*images .looked for .*other endings: \.heic .2.", files(
+        ["a.txt", "b.heic", "c/d.HEIC"])),
+    (OWN, r"no images in .*images .looked for .*other endings: \.ppm .1.", files(["a.ppm"])),
+    (OWN, "no images in .*1 tables are not read, such as labels.csv", files(["labels.csv"])),
+    (OWN, "train2017 is called like a split and would be a class; rename",
+     files(["train2017/a.png", "val2017/b.png"])),
+    (OWN, "Test Set is called like a split and would be a class; rename",
+     files(["Training Set/a/a.png", "Test Set/a/b.png"])),
+    (OWN, "test_images is called like a split", files(["train/a.png", "test_images/b.png"])),
     (OWN, "no images in .*images .looked for", files([".a.png", ".b/c.png", "__MACOSX/d.png"])),
     (OWN, "no images in .*images.*not a regular file", pipe),
     (OWN, "none of the 2 images .* can be read: a.png .not an image",
@@ -306,7 +315,9 @@ DATA = [
     (OWN, "has val and test, but no folder train beside", files(["test/a.png", "val/b.png"])),
     (OWN, "has dev, but no folder train beside", files(["a/a.png", "dev/b.png"])),
     (OWN, "train and val lie in .*birds: give folder:",
-     files(["birds/train/a.png", "birds/val/b.png"])),
+     files(["birds/train/a.png", "birds/val/b.png", "cats/train/c.png"])),
+    (OWN, "birds has 2 folders of the test split: Test, test",
+     files(["birds/train/a.png", "birds/test/b.png", "birds/Test/c.png"])),
     (TEXT, "has no captions.*; text-to-image needs", files(["0.png", "1.png", "2.png"])),
     (TEXT, "no captions", texts("", " ", "\n")),
     (TEXT, "no captions", texts("\ufeff", "\u2028", "\t")),
