@@ -14,6 +14,7 @@ from absl import flags
 
 from ddpm_jax import interrupts, terminal
 from ddpm_jax.config import LARGEST_FLOAT, LARGEST_INT, expanded
+from ddpm_jax.environment import import_jax
 from ddpm_jax.errors import RunError, UserError, nearest
 
 HERE = pathlib.Path(__file__).parent
@@ -218,6 +219,7 @@ def recorded(workdir: pathlib.Path, name: str | None = None) -> dict:
 
 def load_experiment(name: str):
     """The module of experiments/NAME.py."""
+    import_jax()
     sys.path.insert(0, str(HERE))
     return importlib.import_module(f"experiments.{name}")
 
@@ -236,6 +238,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--{name} goes with --mode=sample")
     if FLAGS["split"].present and FLAGS.mode != "eval":
         raise UserError("--split goes with --mode=eval")
+    import_jax()
     from ddpm_jax.config import MAY_CHANGE, marked, override, restore
     from ddpm_jax.rundir import check_entries
 

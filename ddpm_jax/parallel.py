@@ -38,6 +38,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax import interrupts
+from ddpm_jax.environment import check_device
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.flops import flops
 
@@ -497,15 +498,18 @@ def check_platform() -> None:
     Raises:
       UserError: there are none of that platform.
     """
-    asked = os.environ.get("JAX_PLATFORMS", "")
+    names = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
+    name = next((name for name in names if os.environ.get(name)), names[0])
+    asked = os.environ.get(name, "")
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         reason = one_line(error, 150) or "there are no such devices"
         raise UserError(
-            f"JAX_PLATFORMS={asked}: jax has no devices of it here: {reason}; unset JAX_PLATFORMS, "
-            "or set it to cpu"
+            f"{name}={asked}: jax has no devices of it here: {reason}; unset {name}, or set it to "
+            "cpu"
         ) from None
+    check_device()
 
 
 @functools.cache

@@ -605,7 +605,25 @@ def test_a_host_that_is_not_known_is_one_line_within_seconds(monkeypatch):
     [
         ({"JAX_PLATFORMS": "cuda"}, "JAX_PLATFORMS=cuda: jax has no devices"),
         ({"JAX_PLATFORMS": "nonsense"}, "JAX_PLATFORMS=nonsense: jax has no devices"),
+        ({"JAX_PLATFORM_NAME": "nonsense"}, "JAX_PLATFORM_NAME=nonsense: jax has no devices"),
         ({"XLA_FLAGS": "--xla_nonsense=1"}, "Unknown flag in XLA_FLAGS: --xla_nonsense=1"),
+        (
+            {"XLA_FLAGS": "--xla_force_host_platform_device_count=0"},
+            "XLA_FLAGS: --xla_force_host_platform_device_count=0: must be from 1 to 1024",
+        ),
+        ({"JAX_NUM_CPU_DEVICES": "0"}, "^error: JAX_NUM_CPU_DEVICES=0: must be from 1 to 1024$"),
+        ({"JAX_NUM_CPU_DEVICES": "99999999"}, "JAX_NUM_CPU_DEVICES=99999999: must be from 1"),
+        ({"JAX_NUM_CPU_DEVICES": "abc"}, "^error: JAX_NUM_CPU_DEVICES=abc: is not a value of it"),
+        ({"JAX_ENABLE_X64": "maybe"}, "^error: JAX_ENABLE_X64=maybe: is not a value of it"),
+        ({"JAX_DEBUG_NANS": ""}, "^error: JAX_DEBUG_NANS=: is not a value of it"),
+        (
+            {"JAX_TRACER_ERROR_NUM_TRACEBACK_FRAMES": "x"},
+            "^error: JAX_TRACER_ERROR_NUM_TRACEBACK_FRAMES=x: is not a value of it",
+        ),
+        ({"JAXTYPING_DISABLE": "perhaps"}, "^error: JAXTYPING_DISABLE=perhaps: is not a value"),
+        ({"JAX_DEFAULT_DEVICE": "zz"}, "^error: JAX_DEFAULT_DEVICE=zz: is not a value of it"),
+        ({"JAX_DISABLE_JIT": "1"}, "^error: JAX_DISABLE_JIT=1: is for debugging jax"),
+        ({"JAX_TRANSFER_GUARD": "disallow"}, "^error: JAX_TRANSFER_GUARD=disallow: is for debug"),
     ],
     ids=lambda value: str(value)[:40],
 )
