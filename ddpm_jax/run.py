@@ -10,6 +10,7 @@ An experiment is a module with `Config`, `DEBUG` (what `--debug` changes) and ei
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -418,6 +419,12 @@ def sample_experiment(
     params, size = train.averaged(state, config), spread.round_up(SAMPLE_BATCH)
     texts = prompts or (request.prompt,)
     file = SampleFile(out, texts, count)
+    batches = len(texts) * -(-count // size)
+    spread = _logging_first(
+        spread,
+        f"sampling {file.total} images in {batches} batch{'es' * (batches > 1)} of {size}; the "
+        "program for it is compiled first",
+    )
     try:
         with file.kept() as clock:
             for text in texts:
@@ -439,6 +446,20 @@ def sample_experiment(
     name = experiment.__name__.rpartition(".")[2]
     print_result(f"{file.size} images of {name}, step {int(state.step)}: {out}")
     return out
+
+
+def _logging_first(spread: devices.Parallel, line: str) -> devices.Parallel:
+    """The same, but it logs a line before the first program is compiled.
+
+    By then a task has checked what it was asked for.
+    """
+    log = functools.cache(tell)
+
+    def compile(*arguments: Any, **options: Any) -> Any:
+        log(line)
+        return spread.compile(*arguments, **options)
+
+    return spread._replace(compile=compile)
 
 
 def load_state(

@@ -709,11 +709,12 @@ def wait_for(path, word, process, seconds=90):
         time.sleep(0.02)
 
 
-def test_a_second_ctrl_c_ends_the_program_while_it_compiles(tmp_path):
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_ends_the_program_while_it_compiles(tmp_path, first):
     slow = ["--config.judge=none", "--config.blocks=8", "--config.multipliers=1,2"]
     arguments = ["--experiment=ddpm_digits", *slow]
     code, seconds, log = ctrl_c(
-        tmp_path, arguments, "everything goes to", [signal.SIGINT] * 2,
+        tmp_path, arguments, "everything goes to", [first, signal.SIGINT],
         XDG_CACHE_HOME=str(tmp_path / "cache"),
     )  # fmt: skip
     assert code == 130, log
