@@ -147,6 +147,9 @@ def _explain(flag: flags.Flag, message: str) -> str:
     value, reason = message.split("=", 1)[1].split(": ", 1)
     if isinstance(flag, flags.EnumFlag):
         return f'--{flag.name}: there is no "{value}"{nearest(value, flag.parser.enum_values)}'
+    if reason.startswith(("invalid literal", "could not convert", "('Non-boolean")):
+        allowed = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+        reason = f"must be {allowed[flag.flag_type()]}"
     return f"--{flag.name}={value}: {reason}"
 
 

@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -45,6 +46,7 @@ from ddpm_jax.flops import flops
 MODES = ("jit", "pmap", "fsdp")
 AXIS = "data"  # of `pmap`
 RESOLVE_SECONDS = 10.0  # in which the name of the coordinator's host must be known
+HOST = re.compile(r"[^\s:/\[\]]+|\[[0-9A-Fa-f:.]+(?:%[^\s\]]+)?\]")  # a name, or [an IPv6 address]
 LEAVE_SECONDS = 5.0
 SILENT_SECONDS = 10.0  # of waiting for the coordinator, after which that is logged
 HEARTBEAT = 30  # seconds after which a silent process is taken for dead
@@ -454,9 +456,11 @@ def check_cluster(coordinator: str | None, processes: int | None, process: int |
     """
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        known = HOST.fullmatch(host) and re.fullmatch("[0-9]{1,5}", port)
+        if not known or not 0 < int(port) < 2**16:
             raise UserError(
-                f"--coordinator={coordinator}: must be HOST:PORT, with a port from 1 to 65535"
+                f"--coordinator={coordinator}: must be HOST:PORT, with a port from 1 to 65535 and "
+                "an IPv6 address in brackets"
             )
     if process is not None and processes is not None and process >= processes:
         raise UserError(

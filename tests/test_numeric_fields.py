@@ -60,7 +60,7 @@ def sweep(run, name, *flags, values=VALUES):
     """What is wrong with the answers to all values of all fields."""
     wrong = []
     names = numeric_fields(launch.load_experiment(name).Config)
-    assert {"steps", "learning_rate"} <= set(names)
+    assert len(names) > 5
     for field in names:
         for value in values:
             begun = time.monotonic()
