@@ -16,6 +16,7 @@ from ddpm_jax.config import expanded
 from ddpm_jax.errors import RunError, UserError, nearest
 from ddpm_jax.fields import LARGEST_FLOAT, LARGEST_INT
 from ddpm_jax.system import interrupts, terminal
+from ddpm_jax.system.environment import import_jax
 
 HERE = pathlib.Path(__file__).parent
 EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("[a-z]*.py"))
@@ -147,6 +148,9 @@ def _explain(flag: flags.Flag, message: str) -> str:
     value, reason = message.split("=", 1)[1].split(": ", 1)
     if isinstance(flag, flags.EnumFlag):
         return f'--{flag.name}: there is no "{value}"{nearest(value, flag.parser.enum_values)}'
+    if reason.startswith(("invalid literal", "could not convert", "('Non-boolean")):
+        allowed = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+        reason = f"must be {allowed[flag.flag_type()]}"
     return f"--{flag.name}={value}: {reason}"
 
 
@@ -219,6 +223,7 @@ def recorded(workdir: pathlib.Path, name: str | None = None) -> dict:
 
 def load_experiment(name: str):
     """The module of experiments/NAME.py."""
+    import_jax()
     sys.path.insert(0, str(HERE))
     return importlib.import_module(f"experiments.{name}")
 
@@ -237,6 +242,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--{name} goes with --mode=sample")
     if FLAGS["split"].present and FLAGS.mode != "eval":
         raise UserError("--split goes with --mode=eval")
+    import_jax()
     from ddpm_jax.config import marked, override, restore
     from ddpm_jax.fields import MAY_CHANGE
     from ddpm_jax.training.run_dir import check_entries

@@ -66,9 +66,11 @@ FLAGS = [
     (["--experment=vae_mnist"], 'unknown flag "--experment"; did you mean "experiment"'),
     ([*DIGITS, "--mode=predict"], 'no "predict"'),
     ([*DIGITS, "--parallel=magic"], 'no "magic"'),
-    ([*DIGITS, "--seed=seven"], "--seed=seven"),
+    ([*DIGITS, "--seed=seven"], "--seed=seven: must be a whole number"),
+    ([*DIGITS, "--seed=1e3"], "--seed=1e3: must be a whole number"),
+    (["--mode=sample", "--workdir=x", "--guidance=two"], "--guidance=two: must be a number"),
     ([*DIGITS, "--seed=-1"], "--seed=-1"),
-    ([*DIGITS, "--debug=perhaps"], "debug"),
+    ([*DIGITS, "--debug=perhaps"], "--debug=perhaps: must be true or false"),
     ([*DIGITS, "--workdir"], "workdir"),
     ([*DIGITS, "--config.stepps=3"], 'unknown field "--config.stepps"; did you mean "steps"'),
     ([*DIGITS, "--config.steps=three"], "--config.steps=three: must be a whole number"),
@@ -171,6 +173,10 @@ FLAGS = [
     ([*TOGETHER, "--coordinator=foo"], "coordinator=foo: must be HOST:PORT"),
     ([*TOGETHER, "--coordinator=foo:99999"], "coordinator=foo:99999: must be HOST:PORT"),
     ([*TOGETHER, "--coordinator=:1234"], "coordinator=:1234: must be HOST:PORT"),
+    ([*TOGETHER, "--coordinator=[::1:99"], "must be HOST:PORT, .* an IPv6 address in brackets"),
+    ([*TOGETHER, "--coordinator=::1:99"], "must be HOST:PORT"),
+    ([*TOGETHER, "--coordinator=http://foo:80"], "must be HOST:PORT"),
+    ([*TOGETHER, "--coordinator=foo bar:80"], "must be HOST:PORT"),
     ([*TOGETHER, "--coordinator=foo:ssh"], "coordinator=foo:ssh: must be HOST:PORT"),
     ([*TOGETHER, "--num_processes=2", "--process_id=2"], "process_id=2: must be less than"),
     ([*TOGETHER, "--num_processes=1", "--process_id=7"], "process_id=7: must be less than"),
@@ -288,7 +294,16 @@ TEXT = ("--experiment=text_encoder_shapes", "--debug", "--config.data=folder:ima
 # Images and captions of the user's own.
 DATA = [
     (OWN, 'no folder "images"; give one as --config.data=folder:PATH'),
-    (OWN, "no images in .*images .looked for", files(["a.txt", "b.heic"])),
+    (OWN, "no images in .*images .looked for", files(["a.txt"])),
+    (OWN, r"no images in .*images .looked for .*other endings: \.heic .2.", files(
+        ["a.txt", "b.heic", "c/d.HEIC"])),
+    (OWN, r"no images in .*images .looked for .*other endings: \.ppm .1.", files(["a.ppm"])),
+    (OWN, "no images in .*1 tables are not read, such as labels.csv", files(["labels.csv"])),
+    (OWN, "train2017 is called like a split and would be a class; rename",
+     files(["train2017/a.png", "val2017/b.png"])),
+    (OWN, "Test Set is called like a split and would be a class; rename",
+     files(["Training Set/a/a.png", "Test Set/a/b.png"])),
+    (OWN, "test_images is called like a split", files(["train/a.png", "test_images/b.png"])),
     (OWN, "no images in .*images .looked for", files([".a.png", ".b/c.png", "__MACOSX/d.png"])),
     (OWN, "no images in .*images.*not a regular file", pipe),
     (OWN, "none of the 2 images .* can be read: a.png .not an image",
@@ -306,7 +321,9 @@ DATA = [
     (OWN, "has val and test, but no folder train beside", files(["test/a.png", "val/b.png"])),
     (OWN, "has dev, but no folder train beside", files(["a/a.png", "dev/b.png"])),
     (OWN, "train and val lie in .*birds: give folder:",
-     files(["birds/train/a.png", "birds/val/b.png"])),
+     files(["birds/train/a.png", "birds/val/b.png", "cats/train/c.png"])),
+    (OWN, "birds has 2 folders of the test split: Test, test",
+     files(["birds/train/a.png", "birds/test/b.png", "birds/Test/c.png"])),
     (TEXT, "has no captions.*; text-to-image needs", files(["0.png", "1.png", "2.png"])),
     (TEXT, "no captions", texts("", " ", "\n")),
     (TEXT, "no captions", texts("\ufeff", "\u2028", "\t")),
@@ -594,7 +611,25 @@ def test_a_host_that_is_not_known_is_one_line_within_seconds(monkeypatch):
     [
         ({"JAX_PLATFORMS": "cuda"}, "JAX_PLATFORMS=cuda: jax has no devices"),
         ({"JAX_PLATFORMS": "nonsense"}, "JAX_PLATFORMS=nonsense: jax has no devices"),
+        ({"JAX_PLATFORM_NAME": "nonsense"}, "JAX_PLATFORM_NAME=nonsense: jax has no devices"),
         ({"XLA_FLAGS": "--xla_nonsense=1"}, "Unknown flag in XLA_FLAGS: --xla_nonsense=1"),
+        (
+            {"XLA_FLAGS": "--xla_force_host_platform_device_count=0"},
+            "XLA_FLAGS: --xla_force_host_platform_device_count=0: must be from 1 to 1024",
+        ),
+        ({"JAX_NUM_CPU_DEVICES": "0"}, "^error: JAX_NUM_CPU_DEVICES=0: must be from 1 to 1024$"),
+        ({"JAX_NUM_CPU_DEVICES": "99999999"}, "JAX_NUM_CPU_DEVICES=99999999: must be from 1"),
+        ({"JAX_NUM_CPU_DEVICES": "abc"}, "^error: JAX_NUM_CPU_DEVICES=abc: is not a value of it"),
+        ({"JAX_ENABLE_X64": "maybe"}, "^error: JAX_ENABLE_X64=maybe: is not a value of it"),
+        ({"JAX_DEBUG_NANS": ""}, "^error: JAX_DEBUG_NANS=: is not a value of it"),
+        (
+            {"JAX_TRACER_ERROR_NUM_TRACEBACK_FRAMES": "x"},
+            "^error: JAX_TRACER_ERROR_NUM_TRACEBACK_FRAMES=x: is not a value of it",
+        ),
+        ({"JAXTYPING_DISABLE": "perhaps"}, "^error: JAXTYPING_DISABLE=perhaps: is not a value"),
+        ({"JAX_DEFAULT_DEVICE": "zz"}, "^error: JAX_DEFAULT_DEVICE=zz: is not a value of it"),
+        ({"JAX_DISABLE_JIT": "1"}, "^error: JAX_DISABLE_JIT=1: is for debugging jax"),
+        ({"JAX_TRANSFER_GUARD": "disallow"}, "^error: JAX_TRANSFER_GUARD=disallow: is for debug"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -680,11 +715,12 @@ def wait_for(path, word, process, seconds=90):
         time.sleep(0.02)
 
 
-def test_a_second_ctrl_c_ends_the_program_while_it_compiles(tmp_path):
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_ends_the_program_while_it_compiles(tmp_path, first):
     slow = ["--config.judge=none", "--config.blocks=8", "--config.multipliers=1,2"]
     arguments = ["--experiment=ddpm_digits", *slow]
     code, seconds, log = ctrl_c(
-        tmp_path, arguments, "everything goes to", [signal.SIGINT] * 2,
+        tmp_path, arguments, "everything goes to", [first, signal.SIGINT],
         XDG_CACHE_HOME=str(tmp_path / "cache"),
     )  # fmt: skip
     assert code == 130, log

@@ -3,7 +3,8 @@
 `a.txt` (or `a.png.txt`) holds the caption of every image `a` beside it.  A line of
 `metadata.jsonl`, {"file_name": ..., "text": ...}, or a row of `metadata.csv` names an image by its
 path from where the file lies; the caption's key is `text`, `caption` or `prompt`.  Of several
-captions of an image the first is used, and one of metadata before one of a `.txt` file.
+captions of an image the first is used, and one of metadata before one of a `.txt` file, of which
+`a.png.txt` goes before `a.txt`.  Names match in either Unicode form, composed or decomposed.
 """
 
 import csv
@@ -12,6 +13,7 @@ import json
 import pathlib
 import posixpath
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -62,7 +64,7 @@ def read_captions(
       UserError: a file cannot be read, a line of it is not as it must be, or none of the images
         that a file names exists.
     """
-    known = set(images)
+    known = _Names(images)
     tables = [file for file in files if posixpath.basename(file).lower() in TABLES]
     found: dict[str, str] = {}
     further = 0
@@ -82,36 +84,67 @@ def read_captions(
                 f"{root / file} names no image of the folder (such as {missing[-1]}); {FILE} must "
                 "be an image's path from where this file lies"
             )
-    beside, unused = _beside(root, known, [file for file in files if file not in tables])
-    further += sum(image in found for image in beside)
+    beside, unused, more = _beside(root, known, [file for file in files if file not in tables])
+    further += more + sum(image in found for image in beside)
     found = {**beside, **found}
     notes = []
     if further:
         notes.append(f"{further} further captions of images that have one are not used")
     if missing:
         notes.append(f"{len(missing)} captions are of no image that is there ({missing[0]})")
-    if unused and beside:
+    if unused:
         notes.append(f"{len(unused)} .txt files belong to no image ({unused[0]})")
     return {image: text.strip() for image, text in found.items()}, tuple(notes)
 
 
+class _Names:
+    """The paths of images, which are found in either Unicode form, their own one first."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self.paths = sorted(paths)
+        self._own = set(self.paths)
+        self._composed = {_composed(path): path for path in reversed(self.paths)}
+
+    def find(self, path: str) -> str | None:
+        """The image of this path; None: there is no such image."""
+        return path if path in self._own else self._composed.get(_composed(path))
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
 def _beside(
-    root: pathlib.Path, images: set[str], files: Iterable[str]
-) -> tuple[dict[str, str], list[str]]:
-    """Captions of `.txt` files by image, and the files that belong to none."""
+    root: pathlib.Path, images: _Names, files: Iterable[str]
+) -> tuple[dict[str, str], list[str], int]:
+    """Captions of `.txt` files by image, the files of no image, and how many are not used."""
     stems: dict[str, list[str]] = {}
-    for image in sorted(images):
-        for stem in (image, posixpath.splitext(image)[0]):
-            stems.setdefault(stem, []).append(image)
+    composed: dict[str, list[str]] = {}
+    for image in images.paths:
+        stem = posixpath.splitext(image)[0]
+        stems.setdefault(stem, []).append(image)
+        composed.setdefault(_composed(stem), []).append(image)
     found: dict[str, str] = {}
-    unused = []
+    named: list[tuple[str, list[str]]] = []
+    others: list[tuple[str, list[str]]] = []
+    unused: list[str] = []
     for file in sorted(files):
-        owners = stems.get(posixpath.splitext(file)[0], [])
-        if owners:
-            found |= dict.fromkeys(owners, _text(root / file))
+        name = posixpath.splitext(file)[0]
+        whole = images.find(name)
+        owners = stems.get(name) or composed.get(_composed(name), [])
+        if whole is not None:
+            named.append((file, [whole]))
+        elif owners:
+            others.append((file, owners))
         else:
             unused.append(file)
-    return found, unused
+    further = 0
+    for file, owners in named + others:
+        free = [image for image in owners if image not in found]
+        further += len(owners) - len(free)
+        if free:
+            found |= dict.fromkeys(free, _text(root / file))
+    return found, unused, further
 
 
 def _rows(root: pathlib.Path, file: str) -> Iterator[tuple[str, str, str]]:
@@ -175,13 +208,14 @@ def _csv_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, An
         raise UserError(f"{path}, line {reader.line_num}: {error}") from None
 
 
-def _image(root: pathlib.Path, file: str, place: str, name: str, known: set[str]) -> str | None:
+def _image(root: pathlib.Path, file: str, place: str, name: str, known: _Names) -> str | None:
     """The image that a table names, from `root`; None: there is no such image."""
     folder = posixpath.dirname(file)
     for path in dict.fromkeys((name, name.replace("\\", "/"))):
         image = posixpath.normpath(posixpath.join(folder, path))
-        if image in known:
-            return image
+        found = known.find(image)
+        if found is not None:
+            return found
         if image.startswith(("/", "../")) or image == "..":
             raise UserError(
                 f"{root / file}, {place}: {FILE} {json.dumps(name)[:80]} leads out of {root}; it "

@@ -3,8 +3,9 @@
 A sub-folder `train`, and `validation` and `test` beside it, are the splits (`loader.SPLIT_NAMES`
 has their other names).  Where there is no `test`, `validation` is the test split; where there is
 neither, one file in ten, chosen by a hash of its name, is held out for testing.  A split's own
-sub-folders are its classes; an image beside them has no class.  All images must have one size; a
-file that cannot be decoded is named, skipped and counted.
+sub-folders are its classes; an image beside them has no class.  A single folder of nothing but
+folders is passed: the splits and classes are those within it.  All images must have one size; a
+file that cannot be decoded is named, skipped and counted, and one of another ending is counted.
 
 Names that begin with a dot and what other programs leave behind (`SKIPPED`) are not read.  A linked
 folder is read once.  `captions.py` describes the files of captions.
@@ -13,23 +14,34 @@ folder is read once.  `captions.py` describes the files of captions.
 import hashlib
 import os
 import pathlib
+import re
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from ddpm_jax.data.cache import decoded_once, fingerprint
-from ddpm_jax.data.captions import is_captions, read_captions, usable_captions
-from ddpm_jax.data.images import ENDINGS, Decoded, decode, decoding, reason_of
-from ddpm_jax.data.splits import split_folders
+from ddpm_jax.data.captions import TABLES, is_captions, read_captions, usable_captions
+from ddpm_jax.data.images import DARK_NOTE, ENDINGS, Decoded, decode, decoding, reason_of
+from ddpm_jax.data.splits import SPLIT_NAMES, split_folders
 from ddpm_jax.data.types import SPLITS, Data, Split
 from ddpm_jax.errors import UserError, printable
 
-VERSION = 4  # of what is kept: another where the same files are read in another way
+VERSION = 5  # of what is kept: another where the same files are read in another way
 SKIPPED = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found"}
+OF_SYSTEMS = {"thumbs.db", "desktop.ini"}  # files that are not counted
 HASHED = "train or test"
 SHOWN = 5  # names in a note
+_SPLIT_OF = {word: split for split, words in SPLIT_NAMES.items() for word in words}
+_SPLIT = "(" + "|".join(sorted(_SPLIT_OF, key=len, reverse=True)) + ")"
+_WORDS = r"(?:sets?|datasets?|data|images?|imgs?|pictures?|photos?|splits?|samples?|files?)"
+# `train2017`, `test_set`, `valImages`: a split's name, then no other word; `train_a`, `testB`: then
+# anything that is a word of its own; `images-train`: at the end.
+_NAMED_AS = re.compile(rf"(?i:{_SPLIT}(?:[^a-z]|{_WORDS})*)")
+_BEGINS_AS = re.compile(rf"(?i:{_SPLIT})(?:[\W\d_].*|(?<=[a-z])[A-Z].*)", re.DOTALL)
+_ENDS_AS = re.compile(rf"(.*[\W\d_])(?i:{_SPLIT})", re.DOTALL)
 
 
 class Listing(NamedTuple):
@@ -38,12 +50,14 @@ class Listing(NamedTuple):
     images, captions: paths from the folder, sorted.
     stamp: changes when a file or its content changes.
     notes: what was not read, and why.
+    others: notes on files of other endings, which change nothing of what is read.
     """
 
     images: list[pathlib.PurePath]
     captions: list[pathlib.PurePath]
     stamp: str
     notes: tuple[str, ...]
+    others: tuple[str, ...]
 
 
 def load(argument: str, data_dir: str | None) -> Data:
@@ -58,12 +72,14 @@ def load(argument: str, data_dir: str | None) -> Data:
     listing = list_files(root)
     if not listing.images:
         endings = ", ".join(sorted(ENDINGS))
+        notes = (*listing.notes, *listing.others)
         raise UserError(
-            "; ".join([f"there are no images in {root} (looked for {endings})", *listing.notes])
+            "; ".join([f"there are no images in {root} (looked for {endings})", *notes])
         )
     splits = _splits(root, listing.images)
     stamp = f"{VERSION} {listing.stamp}"
-    return decoded_once(root, stamp, lambda: _decode(root, listing, *splits))
+    data = decoded_once(root, stamp, lambda: _decode(root, listing, *splits))
+    return data._replace(notes=(*data.notes, *map(printable, listing.others)))
 
 
 def list_files(root: pathlib.Path) -> Listing:
@@ -72,11 +88,13 @@ def list_files(root: pathlib.Path) -> Listing:
     captions: list[pathlib.PurePath] = []
     odd: list[str] = []
     notes: list[str] = []
+    others: list[pathlib.PurePath] = []
     digest = hashlib.sha256()
     for folder, names in _folders(root, notes):
         for name in names:
             image, caption = pathlib.PurePath(name).suffix.lower() in ENDINGS, is_captions(name)
             if not (image or caption):
+                others.append(folder / name)
                 continue
             path = folder / name
             try:
@@ -98,7 +116,29 @@ def list_files(root: pathlib.Path) -> Listing:
         sorted(captions, key=lambda path: path.parts),
         digest.hexdigest(),
         tuple(notes),
+        _others(others),
     )
+
+
+def _others(paths: list[pathlib.PurePath]) -> tuple[str, ...]:
+    """Notes on the files that are neither images nor captions."""
+    notes: tuple[str, ...] = ()
+    tables = [path for path in paths if path.suffix.lower() in (".jsonl", ".csv")]
+    if tables:
+        notes += (
+            f"{len(tables)} tables are not read, such as {tables[0]}: captions are read from "
+            f"{' and '.join(TABLES)}",
+        )
+    endings = Counter(
+        path.suffix.lower() or "no ending"
+        for path in paths
+        if path not in tables and path.name.lower() not in OF_SYSTEMS
+    )
+    if endings:
+        ordered = sorted(endings.items(), key=lambda pair: (-pair[1], pair[0]))
+        shown = [f"{ending} ({count})" for ending, count in ordered]
+        notes += (f"left out {endings.total()} files of other endings: {_shown(shown)}",)
+    return notes
 
 
 def _folders(root: pathlib.Path, notes: list[str]) -> Iterator[tuple[pathlib.PurePath, list[str]]]:
@@ -141,7 +181,11 @@ def _is_skipped(name: str) -> bool:
 
 
 def _decode(
-    root: pathlib.Path, listing: Listing, inner: list[pathlib.PurePath], splits: np.ndarray
+    root: pathlib.Path,
+    listing: Listing,
+    inner: list[pathlib.PurePath],
+    splits: np.ndarray,
+    passed: str,
 ) -> Data:
     images, kept, notes = _decoded(root, listing.images)
     paths = [listing.images[row] for row in kept]
@@ -159,6 +203,8 @@ def _decode(
     rows = {split: np.flatnonzero(splits == split) for split in SPLITS}
     parts = {split: whole.rows(some) for split, some in rows.items()}
     notes += listing.notes + more
+    if passed:
+        notes += (f"{passed} is the only folder: splits and classes are read from within it",)
     if captions:
         of_split = {split: [texts[row] for row in some] for split, some in rows.items()}
         tokens, odd = usable_captions(of_split)
@@ -198,6 +244,7 @@ def _decoded(
     kept: list[int] = []
     corrupt: list[str] = []
     animated: list[str] = []
+    dark = 0
     with decoding():
         for row, path in enumerate(files):
             try:
@@ -213,6 +260,7 @@ def _decoded(
                 )
             if image.animated:
                 animated.append(str(path))
+            dark += image.dark
             images.append(image.pixels)
             kept.append(row)
     if not images:
@@ -227,21 +275,56 @@ def _decoded(
             f"{len(animated)} images have several frames, of which the first is used: "
             f"{_shown(animated)}",
         )
+    if dark:
+        notes += (f"{dark} of {len(files)} {DARK_NOTE}",)
     return stack, kept, notes
 
 
 def _splits(
     root: pathlib.Path, paths: list[pathlib.PurePath]
-) -> tuple[list[pathlib.PurePath], np.ndarray]:
-    """Return each file's path within its split, and the split's name.
+) -> tuple[list[pathlib.PurePath], np.ndarray, str]:
+    """Return each file's path within its split, the split's name, and the folders passed for it.
 
     The name is "" in none, and `HASHED` where a hash decides between training and testing.
 
     Raises:
       UserError: it is not clear which folders are splits.
     """
+    paths, outer = _passed(paths)
+    inner, found = _named_splits(root / outer, paths)
+    more = pathlib.PurePath()
+    if inner != paths:  # there are splits
+        inner, more = _passed(inner)
+    parts = outer.parts + (("each split's", *more.parts) if more.parts else ())
+    return inner, found, "/".join(parts)
+
+
+def _passed(
+    paths: list[pathlib.PurePath],
+) -> tuple[list[pathlib.PurePath], pathlib.PurePath]:
+    """Paths without the folders above the splits or classes, and those folders.
+
+    A folder that is the only one, holds no images and is not a split hides those within it.
+    """
+    folders = pathlib.PurePath()
+    while True:
+        below = [path for path in paths if len(path.parts) > 1]
+        tops = {path.parts[0] for path in below}
+        if len(tops) != 1 or any(len(path.parts) == 2 for path in below) or split_folders(tops):
+            return paths, folders
+        folders /= tops.pop()
+        paths = [
+            pathlib.PurePath(*path.parts[1:]) if len(path.parts) > 1 else path for path in paths
+        ]
+
+
+def _named_splits(
+    root: pathlib.Path, paths: list[pathlib.PurePath]
+) -> tuple[list[pathlib.PurePath], np.ndarray]:
+    """The first two of `_splits`, of paths below `root`."""
     tops = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]
     folders = {top for top in tops if top}
+    _check_names(root, folders)
     named = split_folders(folders)
     others = sorted(folders - {name for names in named.values() for name in names})
     train, held_out = named.get("train"), named.keys() - {"train"}
@@ -274,6 +357,29 @@ def _splits(
     if not held_out:
         found[found == "train"] = HASHED
     return inner, found
+
+
+def _check_names(root: pathlib.Path, folders: set[str]) -> None:
+    """Raises UserError if folders have names like those of splits that are not read as such."""
+    real = {name for names in split_folders(folders).values() for name in names}
+    named, begun, ended = (
+        {name: match for name in sorted(folders - real) if (match := pattern.fullmatch(name))}
+        for pattern in (_NAMED_AS, _BEGINS_AS, _ENDS_AS)
+    )
+    like = [name for name in named if len(named) + len(real) > 1]
+    splits = {_SPLIT_OF[match[1].lower()] for match in (named | begun).values()}
+    if len(splits | split_folders(real).keys()) > 1:
+        like += [*named, *begun]
+    for name, match in ended.items():
+        same = {other[2].lower() for other in ended.values() if other[1] == match[1]}
+        if len({_SPLIT_OF[word] for word in same}) > 1:
+            like.append(name)
+    if like:
+        raise UserError(
+            f"the folder {root / min(like)} is called like a split and would be a class; rename "
+            "the folders of splits to train, validation and test, or give it another name if it "
+            "is a class"
+        )
 
 
 def _check_inner(root: pathlib.Path, paths: list[pathlib.PurePath]) -> None:

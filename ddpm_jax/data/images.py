@@ -18,13 +18,23 @@ ENDINGS |= {".tif", ".tiff"}
 ORIENTATION = 0x0112  # the EXIF tag
 GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 GREY_DEPTHS = {"L;2": 85, "L;4": 17}  # raw modes of PNG: the factor from a sample to 8 bits
+DARK = 2**12 >> 8  # what a 12-bit value is less than once it was read as one of 16 bits
+DARK_NOTE = (
+    "images of 16 bits hold no value above 4095 and are dark: values are read as 16 bits; convert "
+    "images of 12 bits or fewer"
+)
 
 
 class Decoded(NamedTuple):
-    """An image, uint8 [H, W, 1 or 3], and whether it is the first of several frames."""
+    """An image, uint8 [H, W, 1 or 3].
+
+    animated: it is the first of several frames.
+    dark: its values have 16 bits or more, and are so small as if they had 12 bits.
+    """
 
     pixels: np.ndarray
     animated: bool = False
+    dark: bool = False
 
 
 def decode(file: bytes | pathlib.Path) -> Decoded:
@@ -48,7 +58,9 @@ def decode(file: bytes | pathlib.Path) -> Decoded:
         animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
         raw = str(image.tile[0][3]) if image.tile else ""
         image.load()
-        return Decoded(_upright(_pixels(image, raw), image), animated)
+        pixels = _upright(_pixels(image, raw), image)
+        wide = image.mode in (*GREY_16, "I") or (";16" in raw and "BGR" not in raw)
+        return Decoded(pixels, animated, wide and bool(pixels.max() < DARK))
 
 
 @contextlib.contextmanager

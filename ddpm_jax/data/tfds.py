@@ -31,7 +31,7 @@ import numpy as np
 
 from ddpm_jax.data.cache import decoded_once, fingerprint
 from ddpm_jax.data.captions import usable_captions
-from ddpm_jax.data.images import decode, decoding, reason_of
+from ddpm_jax.data.images import DARK_NOTE, decode, decoding, reason_of
 from ddpm_jax.data.splits import split_folders
 from ddpm_jax.data.types import Data, MissingData, Split
 from ddpm_jax.errors import UserError, nearest, printable
@@ -262,19 +262,20 @@ def _read(name: str, builder: Any, split: str, features: _Features) -> _Examples
     images: Any = None
     found = _Examples(np.empty(0), [], [], ())
     corrupt: list[str] = []
-    animated = 0
+    animated = dark = 0
     with decoding(), _readable(name, builder):
         source = builder.as_data_source(split).data_source
         for number, feature in enumerate(_records(source)):
             encoded = feature["image"].bytes_list.value
             try:
-                image, moves = decode(encoded[0] if encoded else b"")
+                image, moves, dim = decode(encoded[0] if encoded else b"")
             except Exception as error:  # Pillow raises whatever its decoders raise
                 corrupt.append(f"number {number} ({reason_of(error)})")
                 continue
             row = len(found.labels)
             images = _placed(name, images, row, image, len(source))
             animated += moves
+            dark += dim
             found.labels.append(_label(feature, features.label))
             if features.caption:  # the first of several
                 words = feature[features.caption].bytes_list.value
@@ -288,6 +289,8 @@ def _read(name: str, builder: Any, split: str, features: _Features) -> _Examples
         notes += (f"skipped {len(corrupt)} corrupt of {len(source)} {split} images: {shown}",)
     if animated:
         notes += (f"{animated} {split} images have several frames: the first is used",)
+    if dark:
+        notes += (f"{dark} {split} {DARK_NOTE}",)
     return found._replace(images=images[: len(found.labels)], notes=notes)
 
 

@@ -170,7 +170,8 @@ def trained(experiment: types.ModuleType, loaded: Loaded, options: Options) -> p
     """Where a classifier of this data set is, trained now if it never was; None: stopped.
 
     It is kept by all that its run depends on: the config, the seed, and the data with the sizes of
-    its splits, which `--debug` cuts.  What is there and cannot be used is removed and made again.
+    its splits, which `--debug` cuts; of a folder by its images and not by its path.  What is there
+    and cannot be used is removed and made again.
     """
     config = own_config(experiment, options.debug, data=loaded.data.name)
     loaded = loaded._replace(data=load_for(config, loaded, options))
@@ -178,6 +179,9 @@ def trained(experiment: types.ModuleType, loaded: Loaded, options: Options) -> p
     name = experiment.__name__.rpartition(".")[2]
     record = record_of(name, from_data(config, loaded.data), loaded, options)
     decisive = {key: record[key] for key in ("experiment", "config", "seed", "debug", "data")}
+    if loaded.data.name.startswith("folder:") and loaded.data.fingerprint:
+        decisive |= {"config": {**record["config"], "data": "folder"}}
+        decisive |= {"data": {**record["data"], "name": "folder", "title": "folder"}}
     known = json.dumps([KIND, decisive], sort_keys=True)
     place = judges_dir() / f"{name}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     unusable = _unusable(experiment, place, record)

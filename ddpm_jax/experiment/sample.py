@@ -1,5 +1,6 @@
 """Sample images of a trained run into a file."""
 
+import functools
 import pathlib
 import types
 from typing import Any
@@ -11,7 +12,7 @@ from ddpm_jax.experiment.load import load_state
 from ddpm_jax.experiment.sample_files import SampleFile, check_out
 from ddpm_jax.parallel import processes
 from ddpm_jax.parallel import sharding as devices
-from ddpm_jax.progress import print_result
+from ddpm_jax.progress import print_result, tell
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
 from ddpm_jax.task import Request
 from ddpm_jax.training import step
@@ -60,6 +61,12 @@ def sample_experiment(
     params, size = step.averaged(state, config), spread.round_up(SAMPLE_BATCH)
     texts = prompts or (request.prompt,)
     file = SampleFile(out, texts, count)
+    batches = len(texts) * -(-count // size)
+    spread = _logging_first(
+        spread,
+        f"sampling {file.total} images in {batches} batch{'es' * (batches > 1)} of {size}; the "
+        "program for it is compiled first",
+    )
     try:
         with file.kept() as clock:
             for text in texts:
@@ -81,3 +88,17 @@ def sample_experiment(
     name = experiment.__name__.rpartition(".")[2]
     print_result(f"{file.size} images of {name}, step {int(state.step)}: {out}")
     return out
+
+
+def _logging_first(spread: devices.Parallel, line: str) -> devices.Parallel:
+    """The same, but it logs a line before the first program is compiled.
+
+    By then a task has checked what it was asked for.
+    """
+    log = functools.cache(tell)
+
+    def compile(*arguments: Any, **options: Any) -> Any:
+        log(line)
+        return spread.compile(*arguments, **options)
+
+    return spread._replace(compile=compile)

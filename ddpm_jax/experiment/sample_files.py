@@ -23,6 +23,8 @@ SECONDS_BETWEEN_WRITES = 10.0  # at least, and at least ten times as long as wri
 NO_LABEL = -1
 WAITING = "waiting for the images that are being sampled; press Ctrl-C again to end at once"
 
+STOPPED = "asked to stop by SIGTERM"
+
 
 def check_out(out: pathlib.Path, default: pathlib.Path, overwrite: bool) -> None:
     """Check that samples can be written to `out` and destroy no file of somebody else's.
@@ -124,7 +126,9 @@ class SampleFile:
     def kept(self) -> Iterator[Clock]:
         """Write what there is if sampling ends early; gives the clock that shows how far it is.
 
-        The first Ctrl-C waits for the images that are being sampled, the second one does not.
+        SIGTERM and the first Ctrl-C wait for the images that are being sampled, the second Ctrl-C
+        does not, and nor does SIGTERM where no images are there yet, as while the first program is
+        compiled.
 
         Raises:
           RunError: the process was asked to stop.
@@ -132,14 +136,21 @@ class SampleFile:
         """
 
         def stop(number: int, frame: Any) -> None:
-            raise RunError("asked to stop by SIGTERM")
+            if self.size:  # or `notice` ends the process
+                raise RunError(STOPPED)
 
+        def notice(number: int) -> None:
+            if number == signal.SIGTERM and not self.size:
+                interrupts.end_now(f"stopped: {STOPPED}", 1)
+            warn(number)
+
+        warn = interrupts.warning(lambda: tell(WAITING), signal.SIGTERM, signal.SIGINT)
         clock = Clock(0, self.total, show=is_main(), unit="image")
         with (
             contextlib.closing(clock),
             _handled(signal.SIGTERM, stop),
             _handled(signal.SIGINT, signal.default_int_handler),
-            interrupts.watched(interrupts.warning(lambda: tell(WAITING), signal.SIGINT)),
+            interrupts.watched(notice),
         ):
             try:
                 yield clock

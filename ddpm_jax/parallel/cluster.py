@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from ddpm_jax.system import interrupts
 
 RESOLVE_SECONDS = 10.0  # in which the name of the coordinator's host must be known
 
+HOST = re.compile(r"[^\s:/\[\]]+|\[[0-9A-Fa-f:.]+(?:%[^\s\]]+)?\]")  # a name, or [an IPv6 address]
 LEAVE_SECONDS = 5.0
 
 SILENT_SECONDS = 10.0  # of waiting for the coordinator, after which that is logged
@@ -35,9 +37,11 @@ def check_cluster(coordinator: str | None, processes: int | None, process: int |
     """
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        known = HOST.fullmatch(host) and re.fullmatch("[0-9]{1,5}", port)
+        if not known or not 0 < int(port) < 2**16:
             raise UserError(
-                f"--coordinator={coordinator}: must be HOST:PORT, with a port from 1 to 65535"
+                f"--coordinator={coordinator}: must be HOST:PORT, with a port from 1 to 65535 and "
+                "an IPv6 address in brackets"
             )
     if process is not None and processes is not None and process >= processes:
         raise UserError(

@@ -9,6 +9,7 @@ import sys
 import jax
 
 from ddpm_jax.errors import UserError, one_line
+from ddpm_jax.system.environment import check_device
 
 # A flag that jaxlib does not know aborts the process, so each is set for the versions it was
 # tried with alone.  The first makes a convolution's gradients 2 to 3 times faster on a CPU; the
@@ -65,15 +66,18 @@ def check_platform() -> None:
     Raises:
       UserError: there are none of that platform.
     """
-    asked = os.environ.get("JAX_PLATFORMS", "")
+    names = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
+    name = next((name for name in names if os.environ.get(name)), names[0])
+    asked = os.environ.get(name, "")
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         reason = one_line(error, 150) or "there are no such devices"
         raise UserError(
-            f"JAX_PLATFORMS={asked}: jax has no devices of it here: {reason}; unset JAX_PLATFORMS, "
-            "or set it to cpu"
+            f"{name}={asked}: jax has no devices of it here: {reason}; unset {name}, or set it to "
+            "cpu"
         ) from None
+    check_device()
 
 
 @functools.cache

@@ -17,12 +17,12 @@ ENDED = 130  # the exit code after Ctrl-C
 before_end: list[Callable[[], None]] = []  # what is called before the process ends at once
 
 
-def end_now() -> None:
-    """End the process at once: nothing else is waited for."""
+def end_now(line: str = "interrupted: by Ctrl-C", code: int = ENDED) -> None:
+    """End the process at once, with a line and an exit code: nothing else is waited for."""
     for function in before_end:
         function()
-    terminal.print_error("interrupted: by Ctrl-C")
-    os._exit(ENDED)
+    terminal.print_error(line)
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -60,7 +60,9 @@ class Encoded:
 
 @functools.lru_cache(maxsize=2)
 def load_encoder(name: str) -> tuple[Any, Any]:
-    """(tokenizer, encoder) of a name or a folder.
+    """(tokenizer, encoder) of a name or a folder, which may be those of a stranger's run record.
+
+    Nothing in it is executed: no classes of its own, no pickles, no kernels.
 
     Raises:
       UserError: `transformers` or PyTorch is not installed, or the encoder cannot be had.
@@ -75,11 +77,14 @@ def load_encoder(name: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline)
+        # Without the first of these a question is asked, and "y" executes code of the folder.
+        options = {"trust_remote_code": False, "local_files_only": offline}
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModel.from_pretrained(
             name,
             use_safetensors=True,  # no pickles
-            local_files_only=offline,
+            attn_implementation="eager",  # or config.json may name a kernel of the hub
+            **options,
         )
     except Exception as error:  # of many kinds, from the hub's to the file system's
         reason = " ".join(str(error).split())[:200]

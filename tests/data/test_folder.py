@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import unicodedata
 
 import numpy as np
 import pytest
@@ -87,8 +88,9 @@ def test_a_class_may_be_called_train_among_others(tmp_path):
         (["test/a", "dev/a"], "has dev and test, but no folder train beside"),
         (["a", "b", "val"], "has val, but no folder train beside"),
         (["train/a", "extra/a"], "a folder train with classes of its own beside extra"),
-        (["birds/train/a", "birds/val/a"], r"train and val lie in .*birds: give folder:.*birds"),
         (["a/train", "a/test", "b/train"], "the splits train and test lie in"),
+        (["birds/train/a", "birds/Train/a"], "birds has 2 folders of the train split"),
+        (["birds/test/a", "birds/b"], "birds has test, but no folder train beside"),
     ],
 )  # fmt: skip
 def test_splits_that_are_not_clear_are_refused(folders, says, tmp_path):
@@ -96,6 +98,81 @@ def test_splits_that_are_not_clear_are_refused(folders, says, tmp_path):
         images(tmp_path / folder, 3, 3 * number)
     with pytest.raises(UserError, match=says):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("folders", "name"),
+    [
+        (["train2017", "val2017"], "train2017"),
+        (["Training Set", "Test Set"], "Test Set"),
+        (["train/a", "val2017/a"], "val2017"),
+        (["train", "train-2"], "train-2"),
+        (["train_images/a", "test_images/a"], "test_images"),
+        (["trainA", "trainB", "testA"], "testA"),
+        (["valid_64x64", "train_64x64"], "train_64x64"),
+        (["coco/2017-train", "coco/2017-dev"], "2017-dev"),
+        (["TRAINSET", "Evaluation.Data", "cat"], "Evaluation.Data"),
+        (["train/a", "val/a", "test_tubes"], "test_tubes"),
+    ],
+)
+def test_folders_that_are_called_like_splits_are_refused(folders, name, tmp_path):
+    for number, folder in enumerate(folders):
+        images(tmp_path / folder, 3, 3 * number)
+    says = f"/{name} is called like a split .* rename .* to train, validation and test"
+    with pytest.raises(UserError, match=says):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ["cat", "test_tubes"],
+        ["flask", "train2017"],
+        ["train_interior", "train_railway"],
+        ["blood_test", "toy_train"],
+        ["testers", "trainers"],
+        ["bus", "train"],
+        ["devils", "values"],
+    ],
+)
+def test_classes_may_have_names_that_begin_like_splits(classes, tmp_path):
+    for number, folder in enumerate(classes):
+        images(tmp_path / folder, 3, 3 * number)
+    assert load(tmp_path).classes == tuple(classes)
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [("images", ""), ("a/b", ""), ("dataset", "train"), ("", "train"), ("data", "train/images")],
+)
+def test_a_folder_above_the_classes_is_passed(outer, inner, tmp_path):
+    root = tmp_path / "root"
+    for number, label in enumerate(("cat", "dog")):
+        images(root / outer / inner / label, 20, 20 * number)
+        if inner:
+            held_out = inner.replace("train", "val")
+            images(root / outer / held_out / label, 5, 100 + 5 * number)
+    (root / outer / "about.md").write_text("about these images")
+    data = load(root)
+    assert data.classes == ("cat", "dog")
+    assert [numbers(data.train)[row] >= 20 for row in range(len(data.train.labels))] == [
+        label == 1 for label in data.train.labels
+    ]
+    passed = "/".join(filter(None, [outer, "each split's/images" if "/" in inner else ""]))
+    says = f"{passed} is the only folder: splits and classes are read from within it"
+    assert (says in data.notes) == bool(passed)
+    if inner:
+        assert numbers(data.test) == list(range(100, 110))
+    (tmp_path / "direct").symlink_to(root / outer)
+    direct = load(tmp_path / "direct")
+    assert direct.fingerprint == data.fingerprint
+
+
+def test_a_single_folder_of_images_is_a_class(tmp_path):
+    images(tmp_path / "cat", 4)
+    images(tmp_path / "cat" / "more", 4, 4)
+    images(tmp_path, 2, 8)
+    assert load(tmp_path).classes == ("cat",)
 
 
 def test_images_beside_class_folders_have_no_class_and_are_counted(tmp_path):
@@ -140,6 +217,28 @@ def test_what_programs_leave_behind_is_skipped(tmp_path):
     assert data.classes == ("a",)
     assert sorted(numbers(data.train) + numbers(data.test)) == [0, 1, 2, 3, 4]
     assert not data.notes
+
+
+def test_files_of_other_endings_are_counted(tmp_path):
+    images(tmp_path, 4)
+    names = ["a.heic", "b.HEIC", "c.ppm", "README", "Thumbs.db", ".hidden.heic", "a.txt", "d.jsonl"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    data = load(tmp_path)
+    assert "left out 4 files of other endings: .heic (2), .ppm (1), no ending (1)" in data.notes
+    assert note(data, "1 tables are not read, such as d.jsonl: captions are read from metadata")
+    (tmp_path / "e.ppm").touch()
+    again = load(tmp_path)
+    assert "left out 5 files of other endings: .heic (2), .ppm (2), no ending (1)" in again.notes
+    assert not any(text.startswith("decoded again") for text in again.notes)
+
+
+@pytest.mark.parametrize("names", [["a.heic", "b/c.avif"], ["a.ppm"], ["a.svg", "a.txt"]])
+def test_a_folder_of_other_endings_alone_is_refused_with_their_names(names, tmp_path):
+    for name in names:
+        write(tmp_path / name, png())
+    with pytest.raises(UserError, match=f"no images in .*other endings: .*\\{names[0][1:]}"):
+        load(tmp_path)
 
 
 def test_a_folder_that_is_hidden_itself_is_read(tmp_path):
@@ -345,6 +444,61 @@ def test_captions_of_no_image_are_counted(tmp_path):
     assert found == {i: f"image {i}" for i in range(4)}
     assert note(data, "2 captions are of no image that is there (metadata.jsonl line 5: 004.png)")
     assert note(data, "1 .txt files belong to no image (readme.txt)")
+
+
+@pytest.mark.parametrize("names", [["readme.txt"], ["4.txt", "sub/000.txt"]])
+def test_text_files_that_all_belong_to_no_image_are_counted(names, tmp_path):
+    images(tmp_path, 4)
+    for name in names:
+        write(tmp_path / name, b"a caption")
+    data = load(tmp_path)
+    assert data.train.captions is None
+    assert note(data, f"{len(names)} .txt files belong to no image ({names[0]})")
+
+
+@pytest.mark.parametrize("forms", ["NFC NFD", "NFD NFC", "NFD NFD"])
+@pytest.mark.parametrize("table", [None, "metadata.jsonl", "metadata.csv"])
+def test_names_match_in_either_unicode_form(forms, table, tmp_path):
+    names = [
+        [unicodedata.normalize(form, name) for name in ("caf\u00e9", "\ud55c\uae00", "\u00c5")]
+        for form in forms.split()
+    ]
+    for number, name in enumerate(names[0]):
+        write(tmp_path / f"{name}.png", png(number))
+    rows = [{"file_name": f"{name}.png", "text": f"{n}"} for n, name in enumerate(names[1])]
+    if table is None:
+        for number, name in enumerate(names[1]):
+            (tmp_path / f"{name}{'.png' * (number == 1)}.txt").write_text(f"{number}")
+    elif table.endswith(".csv"):
+        lines_of_table = [f"{row['file_name']},{row['text']}\n" for row in rows]
+        (tmp_path / table).write_text("file_name,text\n" + "".join(lines_of_table))
+    else:
+        lines(tmp_path / table, rows)
+    assert captions(tmp_path)[0] == {0: "0", 1: "1", 2: "2"}
+
+
+def test_images_whose_names_differ_in_unicode_form_alone_keep_their_captions(tmp_path):
+    for number, form in enumerate(("NFC", "NFD")):
+        name = unicodedata.normalize(form, "caf\u00e9")
+        write(tmp_path / f"{name}.png", png(number))
+        (tmp_path / f"{name}.txt").write_text(form)
+    images(tmp_path, 2, 2)
+    found, data = captions(tmp_path)
+    assert (found[0], found[1]) == ("NFC", "NFD")
+    assert not any("further captions" in text for text in data.notes)
+
+
+def test_two_text_files_of_one_image_are_counted(tmp_path):
+    images(tmp_path, 4)
+    for name in ("000.txt", "000.png.txt", "001.txt", "001.TXT", "003.png.txt"):
+        (tmp_path / name).write_text(name)
+    write(tmp_path / "003.jpg", png(4))
+    (tmp_path / "003.txt").write_text("of the other")
+    found, data = captions(tmp_path)
+    assert found[0] == "000.png.txt"
+    assert found[1] == "001.TXT"
+    assert (found[3], found[4]) == ("003.png.txt", "of the other")
+    assert note(data, "3 further captions of images that have one are not used")
 
 
 def test_paths_in_metadata_may_have_backslashes_and_lead_down(tmp_path):

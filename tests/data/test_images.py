@@ -173,6 +173,36 @@ def test_folders_and_tfds_give_the_same_pixels(tmp_path):
         assert found.tobytes() in both[0], kind
 
 
+def deep(values, kind):
+    if kind == "colour":
+        return raw_png(np.repeat(values[..., None], 3, 2).astype(">u2"), 16, 2)
+    if kind == "32 bits":
+        return encoded(Image.fromarray(values.astype(np.int32)), "TIFF")
+    return encoded(Image.fromarray(values), kind)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG", "colour", "32 bits"])
+def test_16_bit_images_of_12_bit_values_are_logged_once(kind, tmp_path):
+    for number in range(6):
+        content = deep(WIDE >> 4 if number % 2 else WIDE, kind)
+        assert decode(content).dark == bool(number % 2)
+        write(tmp_path / "images" / f"{number}.png", content)
+    data = loader.load(f"folder:{tmp_path / 'images'}", validation=0)
+    (found,) = [note for note in data.notes if "dark" in note]
+    assert found.startswith(
+        "3 of 6 images of 16 bits hold no value above 4095 and are dark: values"
+    )
+    store(tmp_path, lambda f: {}, {"train": [{"image": deep(WIDE >> 4, kind)}] * 20})
+    data = loader.load("strange", str(tmp_path), 0)
+    assert len([note for note in data.notes if "train images of 16 bits hold" in note]) == 1
+
+
+def test_dark_images_of_8_bits_are_not_logged():
+    for image in (Image.fromarray(GREY // 32), Image.fromarray(RGB // 32)):
+        for kind in ("PNG", "TIFF", "BMP"):
+            assert not decode(encoded(image, kind)).dark
+
+
 TURNED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],

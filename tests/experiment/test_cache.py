@@ -15,9 +15,10 @@ from ddpm_jax.data import cache as cache_module
 from ddpm_jax.data import loader
 from ddpm_jax.data.types import Loaded
 from ddpm_jax.experiment import feature_networks as judges
-from ddpm_jax.experiment.inputs import Options, load_data
+from ddpm_jax.experiment.inputs import Options, from_data, load_data, record_of
 from ddpm_jax.tasks import pretrained_text
 from experiments import classifier_digits
+from helpers.data_sets import png, write
 from helpers.launching import ROOT, user_environment
 
 NOWHERE = pathlib.Path("/nowhere/at/all")
@@ -69,6 +70,39 @@ def test_debug_and_full_runs_and_other_splits_keep_judges_apart(cached):
         other = judges.trained(classifier_digits, Loaded(cut), options)
     assert len({place, full, other}) == 3
     assert made == [full, other]
+
+
+def test_a_folder_that_moved_has_the_classifier_that_it_had(tmp_path, monkeypatch, capfd):
+    made = []
+
+    def train(experiment, config, workdir, options, loaded):
+        made.append(workdir)
+        (workdir / "checkpoints").mkdir(parents=True)
+        record = record_of("classifier_digits", from_data(config, loaded.data), loaded, options)
+        (workdir / "config.json").write_text(json.dumps(record))
+        (workdir / "summary.json").write_text('{"metrics": {}}')
+        return {}
+
+    def trained(name):
+        loaded = Loaded(loader.load(f"folder:{tmp_path / name}"))
+        return judges.trained(classifier_digits, loaded, Options(debug=True))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(judges, "train_experiment", train)
+    monkeypatch.setattr(judges, "load_judge", lambda *_: None)
+    for number in range(20):
+        write(tmp_path / "birds" / f"{number % 2}" / f"{number}.png", png(number))
+    first = trained("birds")
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "birds").rename(tmp_path / "moved" / "finches")
+    assert trained("moved/finches") == first
+    assert made == [first]
+    assert "again" not in capfd.readouterr().err
+    (tmp_path / "moved" / "finches" / "0").rename(tmp_path / "moved" / "finches" / "2")
+    renamed = trained("moved/finches")  # another class
+    write(tmp_path / "moved" / "finches" / "1" / "1.png", png(99))  # another image
+    assert made == [first, renamed, trained("moved/finches")]
+    assert len(set(made)) == 3
 
 
 def edit(path, change):

@@ -286,8 +286,19 @@ def test_training_goes_on_without_a_picture_that_is_not_finite(launch_here, tmp_
     assert (tmp_path / "run" / "images" / "levels.png").exists()
 
 
-def sampling(*flags, size=100_000):
-    command = [sys.executable, str(ROOT / "launch.py"), "--mode=sample", f"--num_samples={size}"]
+# launch.py, in which a program takes a minute to compile, in C, where no signal is handled.
+COMPILES = f"""
+import hashlib, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+from ddpm_jax.parallel import sharding
+sharding._compiled = lambda *_, **__: hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**8)
+runpy.run_path({str(ROOT / "launch.py")!r}, run_name="__main__")
+"""
+
+
+def sampling(*flags, size=100_000, start=None):
+    program = ["-c", start] if start else [str(ROOT / "launch.py")]
+    command = [sys.executable, *program, "--mode=sample", f"--num_samples={size}"]
     return subprocess.Popen(
         [*command, *map(str, flags)],
         env=user_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -315,6 +326,19 @@ def test_what_was_sampled_is_kept_when_sampling_is_stopped(ddpm, tmp_path, numbe
     assert lines[-1].startswith("image 64/10000000"), lines
 
 
+def test_sampling_is_stopped_at_once_while_it_compiles(run, tmp_path):
+    process = sampling(f"--workdir={run}", f"--out={tmp_path / 'a.png'}", start=COMPILES)
+    assert process.stderr.readline().startswith("sampling 100000 images in 1563 batches of 64;")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 1, rest
+    assert time.monotonic() - begun < 5
+    assert rest == "stopped: asked to stop by SIGTERM\n"
+    assert not (tmp_path / "a.png").exists()
+
+
 def test_samples_are_written_as_they_come_and_progress_is_shown(
     launch_here, run, tmp_path, monkeypatch
 ):
@@ -335,7 +359,8 @@ def test_samples_are_written_as_they_come_and_progress_is_shown(
     assert sizes[0][0] < sizes[-1][0] == 300
     assert {width for _, (width, _) in sizes} == {sizes[-1][1][0]}  # images stay where they are
     lines = result.stderr.splitlines()
-    assert lines[0] == "image 64/300  (compiled)"
+    assert lines[0].startswith("sampling 300 images in 5 batches of 64; the program for it is")
+    assert lines[1] == "image 64/300  (compiled)"
     assert lines[-1].startswith("image 300/300")
     assert "images/s" in lines[-1]
 

@@ -1,5 +1,8 @@
 """A pretrained text encoder, tried with one that is made here; needs torch and transformers."""
 
+import json
+import pickle
+import shutil
 import socket
 import time
 
@@ -137,7 +140,7 @@ def test_an_endless_set_and_a_missing_encoder_are_told_in_one_line(folder):
 
 
 def test_a_hub_that_does_not_answer_is_one_line_within_five_seconds(monkeypatch, tmp_path):
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     for module in ("torch", "transformers"):
         pytest.importorskip(module)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, answers none
@@ -149,3 +152,87 @@ def test_a_hub_that_does_not_answer_is_one_line_within_five_seconds(monkeypatch,
             with pytest.raises(UserError, match=r"is not in the cache, and the hub .* does not"):
                 pretrained_text.load_encoder(name)
             assert time.monotonic() - begun < 5
+
+
+# A folder or a name of a stranger's run record: nothing in it is executed.
+
+CLASSES = """
+import pathlib
+pathlib.Path({marker!r}).touch()
+from transformers import BertConfig, BertModel, BertTokenizer
+class Config(BertConfig):
+    model_type = "evil"
+class Model(BertModel):
+    config_class = Config
+class Tokenizer(BertTokenizer):
+    pass
+"""
+
+
+class Attack:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self._marker = marker
+
+    def __reduce__(self):
+        return open, (self._marker, "w")
+
+
+def changed(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def with_code(place, model_type):
+    """Custom classes of all kinds, for a known or for an unknown kind of model."""
+    named = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+    tokenizer = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
+    changed(place / "config.json", auto_map={**named, **tokenizer}, model_type=model_type)
+    changed(place / "tokenizer_config.json", auto_map=tokenizer, tokenizer_class="Tokenizer")
+
+
+def pickled(place, marker):
+    (place / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "vocab.pkl"):
+        (place / name).write_bytes(pickle.dumps({"weight": Attack(marker)}))
+
+
+def pickled_by_another_name(place, marker):
+    (place / "model.safetensors").write_bytes(pickle.dumps({"weight": Attack(marker)}))
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda place, marker: with_code(place, "evil"),
+        lambda place, marker: with_code(place, "bert"),
+        pickled,
+        pickled_by_another_name,
+        lambda place, marker: changed(place / "config.json", attn_implementation="evil/kernel"),
+    ],
+    ids=["code", "code-of-a-known-kind", "pickle", "pickle-as-safetensors", "kernel"],
+)
+def test_no_code_of_an_encoder_is_executed(folder, tmp_path, monkeypatch, attack):
+    """It may lie in a stranger's run directory, and whoever runs it may answer "y" to all."""
+    place, marker = tmp_path / "run" / "encoder", tmp_path / "marker"
+    shutil.copytree(folder, place)
+    (place / "evil.py").write_text(CLASSES.format(marker=str(marker)))
+    attack(place, str(marker))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    try:
+        pretrained_text.encode(str(place), TEXTS)
+    except UserError as error:
+        assert "cannot be loaded" in str(error)  # noqa: PT017
+    assert not marker.exists()
+
+
+def test_the_attacks_succeed_where_code_is_trusted(folder, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    place, marker = tmp_path / "encoder", tmp_path / "marker"
+    shutil.copytree(folder, place)
+    (place / "evil.py").write_text(CLASSES.format(marker=str(marker)))
+    with_code(place, "evil")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    transformers.AutoConfig.from_pretrained(str(place))
+    assert marker.exists()

@@ -1,0 +1,82 @@
+"""Environment variables of jax: a value that it refuses, or cannot work with here, is one line."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+
+from ddpm_jax.errors import UserError
+
+MOST_CPU_DEVICES = 1024  # more of them take minutes to start
+# Options of jax, for debugging it, under which no step of this program can be compiled or run.
+REFUSED: dict[str, tuple] = {
+    "jax_disable_jit": (True,),
+    "jax_no_execution": (True,),
+    "jax_debug_key_reuse": (True,),
+    "jax_numpy_dtype_promotion": ("strict",),
+    "jax_numpy_rank_promotion": ("raise",),
+    "jax_transfer_guard": ("disallow", "disallow_explicit"),
+}
+
+
+def import_jax() -> None:
+    """Import jax and jaxtyping, which read their environment variables then.
+
+    Raises:
+      UserError: a variable has a value that is not allowed.
+    """
+    with _one_line(name for name in os.environ if name.startswith("JAX")):
+        import jax
+        import jaxtyping  # noqa: F401
+    for option, values in REFUSED.items():
+        variable = option.upper()
+        if getattr(jax.config, option, None) in values and variable in os.environ:
+            raise UserError(
+                f"{variable}={os.environ[variable]}: is for debugging jax, and this program does "
+                f"not run with it; unset {variable}"
+            )
+    _check_cpu_devices(jax.config.values["jax_num_cpu_devices"])
+
+
+def check_device() -> None:
+    """Check that jax can put an array on its default device.
+
+    Raises:
+      UserError: it cannot.
+    """
+    import jax
+
+    with _one_line(("JAX_DEFAULT_DEVICE",)):
+        jax.numpy.zeros(()).block_until_ready()
+
+
+def _check_cpu_devices(count: int) -> None:
+    """Raises UserError if a variable asks for fewer than one CPU device, or for too many."""
+    name = "--xla_force_host_platform_device_count"
+    asked = [("JAX_NUM_CPU_DEVICES", count)] if count != -1 else []  # -1: not given
+    for text in re.findall(rf"{name}=(-?\d+)(?!\S)", os.environ.get("XLA_FLAGS", "")):
+        asked.append((f"XLA_FLAGS: {name}", int(text[:20])))
+    for flag, number in asked:
+        if not 1 <= number <= MOST_CPU_DEVICES:
+            raise UserError(f"{flag}={number}: must be from 1 to {MOST_CPU_DEVICES}")
+
+
+@contextlib.contextmanager
+def _one_line(names: Iterable[str]) -> Iterator[None]:
+    """Make one line of a ValueError about one of some variables; other errors stay."""
+    try:
+        yield
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        values = {name: os.environ.get(name) for name in names}
+        for named in (
+            [name for name in values if re.search(rf"\b{name}\b", reason, re.IGNORECASE)],
+            [name for name, value in values.items() if value and repr(value) in reason],
+        ):
+            if named:
+                name = named[0]
+                raise UserError(
+                    f"{name}={values[name]}: is not a value of it ({reason}); correct it, or "
+                    f"unset {name}"
+                ) from None
+        raise
