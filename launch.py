@@ -1,11 +1,11 @@
 """Train, evaluate or sample one experiment: python launch.py --experiment=vae_mnist"""
 
 import ast
-import dataclasses
-import importlib
+import functools
 import os
 import pathlib
 import sys
+from typing import Any
 
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit("ddpm_jax needs Python 3.11 or newer")
@@ -13,13 +13,14 @@ if sys.version_info < (3, 11):  # noqa: UP036
 from absl import flags
 
 from ddpm_jax.config import expanded
-from ddpm_jax.errors import RunError, UserError, nearest
+from ddpm_jax.errors import ConfigError, RunError, UserError, nearest
+from ddpm_jax.experiment import registry
 from ddpm_jax.fields import LARGEST_FLOAT, LARGEST_INT
 from ddpm_jax.system import interrupts, terminal
 from ddpm_jax.system.environment import import_jax
 
 HERE = pathlib.Path(__file__).parent
-EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("[a-z]*.py"))
+EXPERIMENTS = registry.names()
 FLAGS = flags.FlagValues()
 # The fields of a Request.
 SAMPLE_FLAGS = ("label", "sampler", "steps", "guidance", "prompt", "negative_prompt")
@@ -115,15 +116,20 @@ def parse(arguments: list[str]) -> dict[str, str]:
                 if text.startswith("--"):
                     raise UserError(f"--config.{name} needs a value: --config.{name}=VALUE")
             overrides[name] = text
+        elif word in ("--config", "-config") or word.startswith(("--config=", "-config=")):
+            text = word.partition("=")[2] or next(words, "")
+            raise UserError(f"--config is not a flag by itself; {config_flag(text, arguments)}")
+        elif word.lstrip("-").partition("=")[0] == "undefok":
+            raise UserError("--undefok: an unknown flag is always an error; leave it out")
         else:
             others.append(word)
     try:
         stray = FLAGS(["launch.py", *others])[1:]
     except flags.UnrecognizedFlagError as error:
         known = [name for name in FLAGS if len(name) > 1]
-        raise UserError(
-            f'unknown flag "--{error.flagname}"{nearest(error.flagname, known)}'
-        ) from None
+        path = path_of(error.flagname, arguments)
+        hint = f"; give --config.{path}=VALUE" if path else nearest(error.flagname, known)
+        raise UserError(f'unknown flag "--{error.flagname}"{hint}') from None
     except flags.IllegalFlagValueError as error:
         flag = FLAGS[str(error).split("flag --")[1].split("=")[0]]
         raise UserError(_explain(flag, str(error))) from None
@@ -134,14 +140,58 @@ def parse(arguments: list[str]) -> dict[str, str]:
         if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
             raise UserError(f"--{name}={value}: must be a finite number that float32 holds")
     for name in ("workdir", "out", "data_dir", "prompt_file"):
-        path = FLAGS[name].value
-        if path == "":
+        place = FLAGS[name].value
+        if place == "":
             raise UserError(f"--{name}= is empty: give a path")
-        if path is not None:
-            expanded(f"--{name}", path)
+        if place is not None:
+            expanded(f"--{name}", place)
     if stray:
         raise UserError(f'"{stray[0]}" is no flag: flags are written --NAME=VALUE')
     return overrides
+
+
+# What other programs call a field, and its path here.
+CALLED = {
+    "epochs": "train.steps",
+    "num_epochs": "train.steps",
+    "max_steps": "train.steps",
+    "num_steps": "train.steps",
+    "iterations": "train.steps",
+    "lr": "optimizer.learning_rate",
+    "bs": "train.batch_size",
+    "dataset": "data",
+    "model": "task.network",
+    "ema_decay": "ema.half_life_images",
+}
+
+
+def path_of(word: str, arguments: list[str]) -> str:
+    """Return the path of the config field that a user means by one word; "": there is none."""
+    from ddpm_jax.config import SET_BY_PROGRAM, fields_of, sections_of
+
+    chosen = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("experiment=")]
+    name = chosen[-1] if chosen and chosen[-1] in EXPERIMENTS else "ddpm_digits"
+    config = registry.load_experiment(name).config
+    paths = [field.path for field in fields_of(config) if not SET_BY_PROGRAM & field.marks]
+    paths += [path for path, _, _ in sections_of(config)]
+    word = word.removeprefix("config.")
+    wanted = CALLED.get(word, word)
+    same = [p for p in paths if p == wanted or p.endswith(f".{wanted}")]
+    first = {
+        "data": 0,
+        "train": 0,
+        "optimizer": 0,
+        "ema": 1,
+    }  # the section that is meant most often
+    rank = {path: (first.get(path.split(".")[0], 2), path.count(".")) for path in same}
+    return min(same, key=lambda path: rank[path]) if same else ""
+
+
+def config_flag(text: str, arguments: list[str]) -> str:
+    """Return how `text`, such as steps=5, is written as a flag of the config."""
+    name, _, value = text.partition("=")
+    path = path_of(name, arguments) or "PATH"
+    return f"give --config.{path}={value or 'VALUE'}"
 
 
 def _explain(flag: flags.Flag, message: str) -> str:
@@ -164,7 +214,12 @@ def help_text(arguments: list[str]) -> str:
             choices = " " + "|".join(flag.parser.enum_values)
         default = "" if flag.default in (None, False) else f" (default {flag.default})"
         lines.append(f"  --{name:<17}{flag.help}{choices}{default}")
-    lines += ["  --config.FIELD=VALUE  Override a field of the experiment's Config.", ""]
+    lines += [
+        "  --config.PATH=VALUE   Override a field of the config, such as --config.train.steps=100.",
+        "  --config.SECTION=NAME Choose a section's alternative (--config.task.network=dit), or",
+        "                        name the data set (--config.data=folder:PATH).",
+        "",
+    ]
     lines.append("experiments:")
     for name in EXPERIMENTS:
         tree = ast.parse((HERE / "experiments" / f"{name}.py").read_text("utf-8"))
@@ -174,7 +229,7 @@ def help_text(arguments: list[str]) -> str:
         from ddpm_jax.config import describe
 
         lines += ["", f"fields of {chosen[-1]}:"]
-        for name, kind, default, text in describe(load_experiment(chosen[-1]).Config()):
+        for name, kind, default, text in describe(registry.load_experiment(chosen[-1]).config):
             lines.append(f"  --config.{name + '=' + kind:<46} {default:<12} {text}".rstrip())
     else:
         lines += ["", "python launch.py --experiment=NAME --help lists its config's fields."]
@@ -202,84 +257,158 @@ def prompts_of(file: str) -> tuple[str, ...]:
     return prompts
 
 
-def recorded(workdir: pathlib.Path, name: str | None = None) -> dict:
-    """The record of the run in `workdir`.
+def check_modes() -> None:
+    """Raises UserError if a flag has no effect in this mode."""
+    for name in (*SAMPLE_FLAGS, "out", "overwrite", "num_samples", "prompt_file"):
+        if FLAGS[name].present and FLAGS.mode != "sample":
+            raise UserError(f"--{name} goes with --mode=sample")
+    if FLAGS["split"].present and FLAGS.mode != "eval":
+        raise UserError("--split goes with --mode=eval")
+    if FLAGS["seed"].present and FLAGS.mode == "eval":
+        raise UserError("--seed: an evaluation uses the seed of the run; leave it out")
+    for name in ("profile", "wandb", "strict_data"):
+        if FLAGS[name].value and FLAGS.mode != "train":
+            raise UserError(f"--{name} goes with --mode=train")
+    if FLAGS.data_dir and FLAGS.mode == "sample":
+        raise UserError("--data_dir: sampling reads no data set; leave it out")
+    given = [flag for flag in ("coordinator", "num_processes", "process_id") if FLAGS[flag].present]
+    if given and not FLAGS.distributed:
+        raise UserError(f"--{given[0]} goes with --distributed")
+
+
+def default_workdir(name: str) -> pathlib.Path:
+    """Where the run of an experiment lies unless --workdir says so."""
+    return pathlib.Path("runs") / (name + "-debug" * FLAGS.debug)
+
+
+def find_run() -> Any:
+    """Return what is recorded of the run that --workdir and --experiment name.
 
     Raises:
-      UserError: there is none, of the experiment `name` if that is given, or of no known one.
+      UserError: there is none, or it is of another experiment.
     """
-    from ddpm_jax.experiment.preflight import read_run
+    from ddpm_jax.experiment import recorded
+    from ddpm_jax.training.records import check_entries
 
-    record = read_run(workdir, complete=True)
-    if record is None:
-        raise UserError(f"there is no run in {workdir}; train one, or give its --workdir")
-    found = record["experiment"]
-    if name not in (None, found):
-        raise UserError(f"{workdir} holds a run of {found}, not of {name}")
-    if found not in EXPERIMENTS:
-        raise UserError(f"{workdir} holds a run of {found}, which experiments/ has no file of")
-    return record
+    name = FLAGS.experiment
+    if name is None and FLAGS.workdir is None:
+        raise UserError(f"--mode={FLAGS.mode} needs --workdir=DIR or --experiment=NAME")
+    workdir = pathlib.Path(FLAGS.workdir).expanduser() if FLAGS.workdir else default_workdir(name)
+    run = recorded.read(workdir)
+    if name not in (None, run.experiment.name):
+        raise UserError(f"{workdir} holds a run of {run.experiment.name}, not of {name}")
+    if run.experiment.several and not run.part:
+        part = run.experiment.samples
+        if not part:
+            parts = sorted(path.parent for path in workdir.glob("*/config.json"))
+            raise UserError(
+                f"{run.experiment.name} trains several models; give the --workdir of one, such as "
+                f"{parts[0] if parts else workdir}"
+            )
+        check_entries(workdir)
+        run = recorded.read(workdir / part)
+    return run
 
 
-def load_experiment(name: str):
-    """The module of experiments/NAME.py."""
-    import_jax()
-    sys.path.insert(0, str(HERE))
-    return importlib.import_module(f"experiments.{name}")
+def changed(run: Any, overrides: dict[str, str]) -> Any:
+    """Return a run with the fields of its config that may change as the command line says.
+
+    Raises:
+      UserError: a field is what the run was trained with.
+    """
+    from ddpm_jax.config import marked, override
+    from ddpm_jax.experiment.effects import check_effects
+    from ddpm_jax.experiment.guidance_models import check_guides_another
+    from ddpm_jax.experiment.recorded import info_from
+    from ddpm_jax.experiment.types import bind
+    from ddpm_jax.fields import MAY_CHANGE
+
+    config = override(run.config, overrides, None, run.experiment.alternatives)
+    allowed = marked(run.config, MAY_CHANGE)
+    if FLAGS.mode == "eval":
+        allowed |= {"data", "data.name"}  # the same data may lie elsewhere today
+    fixed = set(overrides) - allowed
+    if fixed:
+        raise UserError(
+            f"--config.{min(fixed)} is what the run in {run.workdir} was trained with; only "
+            f"lengths, intervals and the like can change: {', '.join(sorted(allowed))}"
+        )
+    config = bind(config, info_from(run.record))
+    check_effects(config, overrides)
+    check_guides_another(config, run.workdir)
+    return run._replace(config=config)
+
+
+def train(overrides: dict[str, str], options: Any, cluster: Any) -> None:
+    """Train the experiment that the command line names."""
+    from ddpm_jax.config import override, restore
+    from ddpm_jax.experiment import inputs, preflight, run
+    from ddpm_jax.experiment.effects import named_by_user
+    from ddpm_jax.experiment.types import Sweep
+    from ddpm_jax.training import metric_writers
+
+    name = FLAGS.experiment
+    if name is None:
+        raise UserError(f"--experiment=NAME is missing; there are: {', '.join(EXPERIMENTS)}")
+    workdir = pathlib.Path(FLAGS.workdir).expanduser() if FLAGS.workdir else default_workdir(name)
+    experiment = registry.load_experiment(name)
+    earlier = preflight.read_run(workdir, complete=True)
+    if earlier is not None and earlier["experiment"] == name and not earlier.get("part"):
+        restore(experiment.config, earlier["config"], workdir)
+    debug = experiment.debug if FLAGS.debug else {}
+    config = override(experiment.config, overrides, debug, experiment.alternatives)
+    swept = f"base.{config.field}" if isinstance(config, Sweep) else None
+    if swept in overrides:
+        raise UserError(
+            f"--config.{swept}={overrides[swept]}: each run takes it from --config.values; leave "
+            "it out"
+        )
+    if FLAGS.wandb:
+        metric_writers.check_wandb()
+    inputs.set_up_jax(FLAGS.debug, cluster, FLAGS.deterministic)
+    try:
+        run.train(experiment, config, workdir, options)
+    except ConfigError as error:
+        raise named_by_user(error, overrides) from None
+
+
+def sample(run: Any, options: Any) -> None:
+    """Sample images of a trained run into a file."""
+    from ddpm_jax.experiment import sample, sizes
+    from ddpm_jax.experiment.load import load_recorded
+    from ddpm_jax.task import Request
+
+    request = Request(*(FLAGS[flag].value for flag in SAMPLE_FLAGS))
+    out = pathlib.Path(FLAGS.out).expanduser() if FLAGS.out else None
+    prompts = prompts_of(FLAGS.prompt_file) if FLAGS.prompt_file is not None else ()
+    count = FLAGS.num_samples * max(1, len(prompts))
+    sizes.check_images(count, run.config.task.info.shape, "--num_samples", FLAGS.num_samples)
+    trained = functools.partial(load_recorded, run, options.parallel)
+    sample.sample(
+        trained, run.workdir, options, request, FLAGS.num_samples, out, prompts, FLAGS.overwrite
+    )
 
 
 def main(arguments: list[str]) -> None:
     """Do what the command line says."""
     define_flags()
-    os.environ["MPLBACKEND"] = "agg"  # pictures go to files; another value may not exist
+    os.environ["MPLBACKEND"] = "agg"  # images go to files; another value may not exist
     if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(arguments):
         terminal.show(help_text(arguments))
         return
     overrides = parse(arguments)
-    sampling = FLAGS.mode == "sample"
-    for name in (*SAMPLE_FLAGS, "out", "overwrite", "num_samples", "prompt_file"):
-        if FLAGS[name].present and not sampling:
-            raise UserError(f"--{name} goes with --mode=sample")
-    if FLAGS["split"].present and FLAGS.mode != "eval":
-        raise UserError("--split goes with --mode=eval")
+    check_modes()
     import_jax()
-    from ddpm_jax.config import marked, override, restore
-    from ddpm_jax.fields import MAY_CHANGE
-    from ddpm_jax.training.run_dir import check_entries
-
-    name, record = FLAGS.experiment, None
-    workdir = pathlib.Path(FLAGS.workdir).expanduser() if FLAGS.workdir else None
-    if FLAGS.mode != "train":
-        if name is None and workdir is None:
-            raise UserError(f"--mode={FLAGS.mode} needs --workdir=DIR or --experiment=NAME")
-        if workdir is None:
-            workdir = pathlib.Path("runs") / (name + "-debug" * FLAGS.debug)
-        record = recorded(workdir, name)
-        part = getattr(load_experiment(record["experiment"]), "DRAWS", None)
-        if part is not None:  # of a run of several parts, the one that draws
-            check_entries(workdir)
-            workdir = workdir / part
-            record = recorded(workdir)
-        name = record["experiment"]
-    if name is None:
-        raise UserError(f"--experiment=NAME is missing; there are: {', '.join(EXPERIMENTS)}")
-    workdir = workdir or pathlib.Path("runs") / (name + "-debug" * FLAGS.debug)
-
-    given = [flag for flag in ("coordinator", "num_processes", "process_id") if FLAGS[flag].present]
-    if given and not FLAGS.distributed:
-        raise UserError(f"--{given[0]} goes with --distributed")
-    experiment = load_experiment(name)
-    config = experiment.Config()
-    from ddpm_jax import task
-    from ddpm_jax.experiment import evaluate, inputs, preflight, sample, train
-    from ddpm_jax.parallel import cluster as cluster_module
-    from ddpm_jax.training import metric_writers
+    run = None if FLAGS.mode == "train" else changed(find_run(), overrides)
+    from ddpm_jax.experiment import evaluate, inputs
+    from ddpm_jax.experiment.types import Options
+    from ddpm_jax.parallel import cluster as clusters
 
     cluster = None
     if FLAGS.distributed:
-        cluster_module.check_cluster(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         cluster = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    options = inputs.Options(
+        clusters.check_cluster(*cluster)
+    options = Options(
         FLAGS.seed,
         FLAGS.parallel,
         FLAGS.data_dir,
@@ -288,59 +417,16 @@ def main(arguments: list[str]) -> None:
         FLAGS.profile,
         FLAGS.wandb,
         FLAGS.split,
+        frozenset(overrides),
     )
-    if FLAGS.mode == "train":
-        earlier = preflight.read_run(workdir, complete=True)
-        if earlier is not None and earlier["experiment"] == name:
-            restore(experiment.Config, earlier["config"], workdir)
-        if FLAGS.debug:
-            config = dataclasses.replace(config, **experiment.DEBUG)
-        config = override(config, overrides)
-        if FLAGS.wandb:
-            metric_writers.check_wandb()
-        inputs.set_up_jax(FLAGS.debug, cluster, FLAGS.deterministic)
-        if hasattr(experiment, "run"):
-            experiment.run(config, workdir, options)
-        else:
-            train.train_experiment(experiment, config, workdir, options)
+    if run is None:
+        train(overrides, options, cluster)
         return
-
-    fixed = set(overrides) - marked(config, MAY_CHANGE)
-    if not sampling:
-        fixed -= {"data"}  # the same data may lie elsewhere today
-    override(config, overrides)  # a mistyped one is told as such
-    if fixed:
-        raise UserError(
-            f"--config.{min(fixed)} is what the run in {workdir} was trained with; only lengths, "
-            f"intervals and the like can change: {', '.join(sorted(marked(config, MAY_CHANGE)))}"
-        )
-    if not hasattr(experiment, "build"):
-        raise UserError(
-            f"{name} trains several models; give the --workdir of one, such as "
-            f"{next((str(p.parent) for p in sorted(workdir.glob('*/config.json'))), workdir)}"
-        )
-    assert record is not None
-    config = override(restore(experiment.Config, record["config"], workdir), overrides)
     inputs.set_up_jax(cluster=cluster, deterministic=FLAGS.deterministic)
-    if sampling:
-        request = task.Request(*(FLAGS[flag].value for flag in SAMPLE_FLAGS))
-        out = pathlib.Path(FLAGS.out).expanduser() if FLAGS.out else None
-        prompts = prompts_of(FLAGS.prompt_file) if FLAGS.prompt_file else ()
-        count = FLAGS.num_samples * max(1, len(prompts))
-        preflight.check_images(count, config.shape, "--num_samples", FLAGS.num_samples)
-        sample.sample_experiment(
-            experiment,
-            config,
-            workdir,
-            options,
-            request,
-            FLAGS.num_samples,
-            out,
-            prompts,
-            FLAGS.overwrite,
-        )
+    if FLAGS.mode == "sample":
+        sample(run, options)
     else:
-        evaluate.eval_experiment(experiment, config, workdir, options)
+        evaluate.evaluate(run, options)
 
 
 def report(arguments: list[str]) -> int:

@@ -1,3 +1,18 @@
-"""Variational autoencoders, denoising diffusion and text-to-image generation in JAX."""
+"""Variational autoencoders, denoising diffusion and text-to-image generation in JAX.
+
+run = ddpm_jax.load_run("runs/ddpm_digits")
+images = run.sample(16, seed=0)
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+__all__ = ["load_run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what the package offers when it is asked for, so that importing it loads no jax."""
+    if name == "load_run":
+        return importlib.import_module("ddpm_jax.experiment.load").load_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,25 +21,13 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ddpm_jax.errors import UserError, nearest
 from ddpm_jax.fields import (
     BOUND,
-    FROM_DATA,
     FROM_PARTS,
-    MAY_CHANGE,
     PATH,
-    AtLeast,
-    Count,
-    Interval,
-    Length,
-    Levels,
-    NonNegative,
-    Positive,
-    Shape,
-    Share,
-    ValidationImages,
     bare_type,
     from_record,
     notes,
@@ -48,9 +36,9 @@ from ddpm_jax.fields import (
     type_name,
 )  # fmt: skip
 
-SET_BY_PROGRAM = {BOUND, FROM_DATA, FROM_PARTS}
+SET_BY_PROGRAM = {BOUND, FROM_PARTS}
 OF_FLAX = {"parent", "name"}  # fields that Flax adds to every module
-NAMES = {"DiT": "dit", "UNet": "unet", "VAE": "vae", "VDM": "vdm", "EMA": "ema", "MLP": "mlp"}
+NAMES = {"DiT": "dit"}  # where snake case is another word
 SHOWN = 3  # paths that an error names
 T = TypeVar("T")
 
@@ -201,8 +189,8 @@ def override(
     Args:
       config: a frozen dataclass of sections and fields.
       texts: path -> text, as in `--config.train.steps=100`.
-      debug: values of fields by their paths, set after the choice of sections and before `texts`;
-        those that the chosen sections do not have are left out.
+      debug: values of fields, or sections, by their paths, set after the choice of sections and
+        before `texts`; those that the chosen sections do not have are left out.
       alternatives: by the path of a section, the experiment's tuned alternatives of it.
 
     Raises:
@@ -216,15 +204,17 @@ def override(
             choices[path] = texts[path]
     for path in sorted(choices, key=lambda path: path.count(".")):
         config = _choose(config, path, choices[path], alternatives or {})
-    there = {field.path: field for field in fields_of(config)}
+    there = {field.path for field in fields_of(config)}
+    there |= {path for path, _, _ in sections_of(config)} - choices.keys()
     config = replace(config, {path: v for path, v in (debug or {}).items() if path in there})
+    fields = {field.path: field for field in fields_of(config)}
     values = {}
     for path, text in texts.items():
         if path in choices:
             continue
-        if path not in there:
-            raise UserError(_unknown(config, path, there))
-        values[path] = _parse_field(there[path], text)
+        if path not in fields:
+            raise UserError(_unknown(config, path, fields))
+        values[path] = _parse_field(fields[path], text)
     return replace(config, values)
 
 
@@ -245,7 +235,8 @@ def _choose(config: Any, path: str, text: str, alternatives: Mapping[str, Sequen
         if section is not None and "name" in hints_of(type(section)):
             field = next(f for f in fields_of(section, f"{path}.") if f.path == f"{path}.name")
             return replace(config, {f"{path}.name": _parse_field(field, text, f"--config.{path}")})
-        first = next(iter(fields_of(section, f"{path}."))).path
+        own = fields_of(section, f"{path}.")
+        first = next(field.path for field in own if not SET_BY_PROGRAM & field.marks)
         raise UserError(
             f"--config.{path} has several fields; set one of them, such as --config.{first}=VALUE"
         )
@@ -263,7 +254,7 @@ def _choose(config: Any, path: str, text: str, alternatives: Mapping[str, Sequen
 
 def _parse_field(field: Field, text: str, flag: str | None = None) -> Any:
     flag = flag or f"--config.{field.path}"
-    if FROM_DATA in field.marks or BOUND in field.marks:
+    if BOUND in field.marks:
         raise UserError(f"{flag} follows from the data set and cannot be set")
     if FROM_PARTS in field.marks:
         raise UserError(f"{flag} follows from the parts and cannot be set")
@@ -338,8 +329,17 @@ def describe(config: Any) -> list[tuple[str, str, str, str]]:
         rows.append((path, names, choice_name(value), ""))
     for field in fields_of(config):
         if not SET_BY_PROGRAM & field.marks:
-            rows.append((field.path, type_name(field.hint), str(field.value), field.help))
+            rows.append((field.path, type_name(field.hint), as_typed(field.value), field.help))
     return rows
+
+
+def as_typed(value: Any) -> str:
+    """Return a field's value as the command line takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(as_typed, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) and value == float(f"{value:g}") else str(value)
 
 
 def to_record(config: Any) -> dict[str, Any]:
@@ -401,7 +401,14 @@ def _restore(like: Any, values: Any, where: Any, prefix: str) -> Any:
             raise UserError(
                 f"{damaged}: its {prefix}{name} {error}, and is {shorten(value)}; give another run"
             ) from None
+    for field in dataclasses.fields(like):
+        if field.name in hints and field.name not in known and _is_required(field):
+            raise UserError(f"{damaged}: its {prefix}{field.name} is missing; give another run")
     return type(like)(**known)
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _restore_section(here: Any, hint: Any, value: Any, where: Any, path: str) -> Any:
@@ -419,41 +426,3 @@ def _restore_section(here: Any, hint: Any, value: Any, where: Any, path: str) ->
     inner = {name: item for name, item in value.items() if name != "type"}
     like = here if choice_name(here) == chosen else classes[chosen]()
     return _restore(like, inner, where, f"{path}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """The fields that every trained experiment has: what means the same is named the same.
-
-    Changing `steps` of a run that decays its learning rate changes the decay, too.
-    """
-
-    data: str = "digits"
-    validation: ValidationImages = None
-    steps: Length = 1000
-    batch_size: Count = 128
-    learning_rate: Positive = 1e-3
-    warmup: Annotated[int, AtLeast(0)] = 0  # steps of linear warm-up
-    decay: Literal["none", "cosine"] = "none"  # to 0 at the last step
-    optimizer: Literal["adam", "muon"] = "adam"  # Muon: of matrices, beside Adam of the rest
-    beta2: Share = 0.999  # of Adam
-    weight_decay: NonNegative = 0.0  # AdamW's; 0 is Adam
-    clip: NonNegative = 0.0  # of the gradient's global norm; 0: none
-    ema_half_life: NonNegative = 0.0  # in images; 0: no averaging
-    ema_others: tuple[NonNegative, ...] = ()  # half-lives of further averages
-    ema_power: tuple[Positive, ...] = ()  # widths of power-function averages, after those
-    ema: Annotated[int, AtLeast(0), MAY_CHANGE] = 0  # which of them is evaluated and drawn from
-    log_every: Annotated[int, AtLeast(1), MAY_CHANGE] = 100
-    eval_every: Interval = 0
-    checkpoint_every: Interval = 0
-    steps_per_call: Count = 1  # steps that one dispatch runs on the device
-    accumulate: Annotated[int, AtLeast(1), MAY_CHANGE] = 1  # parts that a batch is taken in
-    precision: Literal["float32", "bfloat16"] = "float32"  # that networks compute in
-    skip_nonfinite: Annotated[int, AtLeast(0), MAY_CHANGE] = 0  # steps in a row; 0: stop at one
-    shape: Shape = (8, 8, 1)
-    levels: Levels = 17
-
-
-def inside(precision: str) -> str | None:
-    """The type that networks compute in, which have their inputs' by default."""
-    return None if precision == "float32" else precision

@@ -15,6 +15,18 @@ class UserError(Exception):
     """What the user asked for cannot be done; the message says what to do (exit code 2)."""
 
 
+class ConfigError(UserError):
+    """Fields of a config contradict each other, or the data.
+
+    The message begins with --config.PATH=VALUE; `others` are the paths of further fields that the
+    contradiction is about.
+    """
+
+    def __init__(self, message: str, *others: str) -> None:
+        self.others = others
+        super().__init__(message)
+
+
 class RunError(Exception):
     """The run itself went wrong, as a loss that is not finite does (exit code 1)."""
 
@@ -56,3 +68,7 @@ def one_line(error: BaseException, length: int = 200) -> str:
 
 class NonFinite(RunError):
     """Images hold values that are not finite, so there is no picture of them."""
+
+
+class MissingData(UserError):
+    """The data set is not at hand and cannot be had; a fallback may take its place."""

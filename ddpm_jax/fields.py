@@ -6,9 +6,11 @@ A field's annotation says what it takes. `int`, `float`, `bool`, `str`, `Literal
 by the program.
 """
 
+import contextlib
 import math
 import types
 import typing
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
 
@@ -30,10 +32,33 @@ class AtMost(NamedTuple):
     high: float
 
 
+class FieldError(ValueError):
+    """Fields of a section contradict each other, or the data.
+
+    The message begins with a field and its value, such as "channels=30: must divide by 4".
+
+    Attributes:
+      others: Further fields that the contradiction is about; the one that the user set is named.
+    """
+
+    def __init__(self, message: str, *others: str) -> None:
+        self.others = others
+        super().__init__(message)
+
+
+@contextlib.contextmanager
+def section(name: str) -> Iterator[None]:
+    """Put the name of a section before the fields that a FieldError names."""
+    try:
+        yield
+    except FieldError as error:
+        others = [f"{name}.{field}" for field in error.others]
+        raise FieldError(f"{name}.{error}", *others) from None
+
+
 LARGEST_INT = 2**31 - 1  # that a program counts with
 SMALLEST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # positive ones that float32 holds
 BOUND = "bound"  # set from the data set, the batch size or the precision; not recorded
-FROM_DATA = "from data"
 FROM_PARTS = "from parts"  # from what was trained before, and is built on
 MAY_CHANGE = "may change on resuming"
 OR_NONE = "an empty tuple means none"
@@ -46,19 +71,20 @@ SampleSteps = Annotated[int, AtLeast(1), AtMost(1e6), MAY_CHANGE]  # of a sample
 NoiseSteps = Annotated[int, AtLeast(2), AtMost(1e6)]  # of a table of betas
 EvalTimes = Annotated[int, AtLeast(1), AtMost(1e6)]  # at which an image is evaluated
 RunPath = Annotated[str, PATH, MAY_CHANGE]
+HOST_IMAGES = "images that the host's memory holds"
+EVAL_BATCH = "images of a batch of an evaluation"
+NumSamples = Annotated[int, AtLeast(1), HOST_IMAGES, MAY_CHANGE]
+NumSamplesBetween = Annotated[int, AtLeast(0), HOST_IMAGES, MAY_CHANGE]  # 0: none
+EvalBatch = Annotated[int, AtLeast(1), EVAL_BATCH]
 Positive = Annotated[float, MoreThan(0.0)]
 NonNegative = Annotated[float, AtLeast(0.0)]
 Share = Annotated[float, AtLeast(0.0), AtMost(0.99999)]  # as of dropout; never all
 Length = Annotated[int, AtLeast(1), MAY_CHANGE]  # a number of steps, or of images to tell of
 Interval = Annotated[int, AtLeast(0), MAY_CHANGE]  # 0: only at the end
-Shape = Annotated[tuple[Count, Count, Count], FROM_DATA]  # (height, width, channels) of an image
-Levels = Annotated[int, AtLeast(2), FROM_DATA]  # of grey in an image: 256, or 17 for `digits`
-Classes = Annotated[int, AtLeast(0), FROM_DATA]  # of labels; 0: there are none
 
 # Validation images; none: the data set's own, or else a tenth of the training images, at most
 # 5,000; 0: every training image is trained on, and nothing is evaluated before the end.
 ValidationImages = Annotated[int, AtLeast(0)] | None
-CaptionLength = Annotated[int, AtLeast(0), FROM_DATA]  # tokens; 0: there are no captions
 
 
 def notes(hint: Any) -> tuple:

@@ -201,7 +201,7 @@ def curves(path: pathlib.Path, lines: Iterable[dict], title: str) -> None:
     write_with(path, lambda file: figure.savefig(file, dpi=100, format="png"))
 
 
-def _axis(wide: float, high: float) -> tuple[Any, Any]:
+def new_axis(wide: float, high: float) -> tuple[Any, Any]:
     """A figure of so many inches, and its one axis."""
     from matplotlib.figure import Figure
 
@@ -210,7 +210,7 @@ def _axis(wide: float, high: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def _pixels(figure: Any) -> UInt8[np.ndarray, "h w c"]:
+def figure_pixels(figure: Any) -> UInt8[np.ndarray, "h w c"]:
     """A figure as a picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -223,13 +223,13 @@ def lines(
     x: Float[np.ndarray, "points"], ys: dict[str, np.ndarray], xlabel: str, title: str
 ) -> UInt8[np.ndarray, "h w c"]:
     """Curves over one axis, as a picture."""
-    figure, axis = _axis(6.0, 4.0)
+    figure, axis = new_axis(6.0, 4.0)
     for name, y in ys.items():
         axis.plot(x, y, ".-" if len(x) < 30 else "-", label=name)
     axis.set_xlabel(xlabel)
     axis.set_title(printable(title), parse_math=False)
     axis.legend()
-    return _pixels(figure)
+    return figure_pixels(figure)
 
 
 def paths(
@@ -238,7 +238,7 @@ def paths(
     title: str,
 ) -> UInt8[np.ndarray, "h w c"]:
     """Lines through points (x, y), each with its word beside it, as a picture."""
-    figure, axis = _axis(6.5, 4.5)
+    figure, axis = new_axis(6.5, 4.5)
     for name, (x, y, words) in lines.items():
         axis.plot(x, y, "o-", label=name)
         for word, *place in zip(words, x, y, strict=True):
@@ -251,7 +251,7 @@ def paths(
     axis.margins(0.1)
     if len(lines) > 1:
         axis.legend()
-    return _pixels(figure)
+    return figure_pixels(figure)
 
 
 def table(rows: list[tuple[str, str]], title: str) -> str:

@@ -65,6 +65,13 @@ class Guide(NamedTuple):
         return 0.0 if self.kind == "classifier" else 1.0
 
 
+class Variables(NamedTuple):
+    """What a trained task computes with: parameters, and what is not differentiated."""
+
+    params: Any
+    extra: Any
+
+
 class Task(NamedTuple):
     """What is trained.
 
@@ -88,6 +95,8 @@ class Task(NamedTuple):
     load(fixed) -> fixed of a new run, with what others trained before in the place of zeros; None:
         nothing is loaded
     sees: how many training examples `init` sees
+    denoiser(params, labels, request) -> what sampling walks with: (x_t [B, H, W, C], logsnr) ->
+        Prediction, guided and with x0 in its range; None: the task has no denoiser
     """
 
     init: Callable[..., tuple[Any, Any]]
@@ -99,6 +108,7 @@ class Task(NamedTuple):
     load: Callable[[Any], Any] | None = None
     sees: int = 1
     labels: Callable[..., Any] | None = None
+    denoiser: Callable[..., Denoiser] | None = None
 
 
 def class_labels(labels: Any, classes: int) -> Any:
@@ -115,3 +125,39 @@ def refuse(request: Request, *names: str) -> None:
     for name in names:
         if getattr(request, name) is not None:
             raise UserError(f"--{name} means nothing to this run; leave it out")
+
+
+class Resources(NamedTuple):
+    """What a task is given that lies in other runs; by default, nothing.
+
+    Attributes:
+      features: Functions that load the networks in whose features samples are compared.
+      guidance: Loads the model that guides sampling; None of it: the labels guide.
+      parts: Loads the parameters of the frozen parts that a new run starts from.
+      dual_encoder: Loads (network, parameters) of the dual encoder of the evaluation.
+    """
+
+    features: tuple[Callable[[], Any], ...] = ()
+    guidance: Callable[[], Guide | None] = lambda: None
+    parts: Callable[[], Any] | None = None
+    dual_encoder: Callable[[], Any] | None = None
+
+
+class Needs(NamedTuple):
+    """Names of other runs that a task's settings hold.
+
+    Attributes:
+      features: Feature networks: classifiers' experiments or runs, and inception.
+      guidance_model: Run that guides sampling; "labels": none.
+      text_encoder: Run of the text encoder that the task is built on; "": none.
+      autoencoder: Run of the autoencoder that the task is built on; "": none.
+      dual_encoder: Run of the text encoder that computes metrics, with its image tower; "": none.
+      dual_encoder_field: Path of the field that names it, within the section `task`.
+    """
+
+    features: tuple[str, ...] = ()
+    guidance_model: str = "labels"
+    text_encoder: str = ""
+    autoencoder: str = ""
+    dual_encoder: str = ""
+    dual_encoder_field: str = ""

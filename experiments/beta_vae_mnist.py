@@ -1,4 +1,4 @@
-"""The beta-VAE on binarised MNIST: what a weight on the KL buys and costs.
+"""The beta-VAE on binarised MNIST: reconstruction and KL for several weights of the KL.
 
     python launch.py --experiment=beta_vae_mnist
 
@@ -12,104 +12,73 @@ are at most 0.5:
     -ELBO          113.73  100.56   96.06  100.20  116.66  150.44
     active units       40      34      27      15      10       6
 
-beta trades one term for the other, and only beta = 1 minimises their sum.
+A larger beta lowers the KL and raises the reconstruction error, and only beta = 1 minimises their
+sum.
 
 One `vae_mnist` run for each beta, in a sub-directory of its own: each resumes, and
-`--mode=sample --workdir=runs/beta_vae_mnist/beta_4` draws from one.
+`--mode=sample --workdir=runs/beta_vae_mnist/beta_4` samples from one.
 """
 
-import dataclasses
-import pathlib
-from typing import Annotated
+from typing import Any
+
+import numpy as np
 
 from ddpm_jax import plots
-from ddpm_jax.config import marked
-from ddpm_jax.data.types import Loaded
-from ddpm_jax.experiment.inputs import Options, from_data, load_data, record_of
-from ddpm_jax.experiment.preflight import check_parts, check_sizes
-from ddpm_jax.experiment.train import opened, train_experiment
-from ddpm_jax.fields import FROM_PARTS, MAY_CHANGE, Interval, Length, NonNegative
-from ddpm_jax.parallel.processes import is_main
-from ddpm_jax.progress import print_result
-from ddpm_jax.system.files import write_with
-from ddpm_jax.training.run_dir import can_write, write_json
-from experiments import vae_mnist
+from ddpm_jax.experiment.types import Config, Context, Dataset, Experiment, Report, Sweep
+from ddpm_jax.nn.vae import VAENetwork
+from ddpm_jax.tasks.vae import VAE
+from ddpm_jax.training.ema import EMA
+from ddpm_jax.training.optimizer import Adam
+from ddpm_jax.training.settings import Train
+from ddpm_jax.variational.likelihoods import Bernoulli, Gaussian
 
-DEBUG = vae_mnist.DEBUG | {"steps": 10, "betas": (0.25, 4.0)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(vae_mnist.Config):
-    """See `python launch.py --experiment=beta_vae_mnist --help`; `betas` stands in for `beta`."""
-
-    steps: Length = 2000
-    eval_every: Interval = 0
-    iwae_images: Length = 200
-    beta: Annotated[float, FROM_PARTS] = 1.0
-    betas: tuple[NonNegative, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-
-
-def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
-    """Train every beta, then write one table and one plot."""
-    loaded = load_data(vae_mnist, config, workdir, options)
-    config = from_data(config, loaded.data)
-    record = record_of("beta_vae_mnist", config, loaded, options)
-    check_parts((workdir / f"beta_{beta:g}", "vae_mnist") for beta in config.betas)
-    names = [field.name for field in dataclasses.fields(vae_mnist.Config)]
-    model = vae_mnist.Config(**{name: getattr(config, name) for name in names})
-    check_sizes(vae_mnist.build(model), model, options.parallel)
-    with opened(workdir, record, marked(config, MAY_CHANGE)):
-        train_all(config, model, workdir, options, loaded)
+CONFIG = Sweep(
+    base=Config(
+        data=Dataset("mnist"),
+        task=VAE(
+            network=VAENetwork(latents=40, hidden=(500, 500)),
+            likelihood=Bernoulli(),
+            eval_batch_size=500,
+            iwae_images=200,
+        ),
+        optimizer=Adam(
+            learning_rate=3e-3,
+            warmup_steps=500,
+            lr_schedule="cosine",
+            beta2=0.99,
+            weight_decay=0.02,
+        ),
+        ema=EMA(half_life_images=90_000.0),
+        train=Train(
+            steps=2000, batch_size=256, eval_every=0, checkpoint_every=500, steps_per_call=50
+        ),
+    ),
+    field="task.beta",
+    values=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+)
 
 
-def train_all(
-    config: Config,
-    model: vae_mnist.Config,
-    workdir: pathlib.Path,
-    options: Options,
-    loaded: Loaded,
-) -> None:
-    """A `vae_mnist` run for each beta, unless it is there already."""
-    found = []
-    for beta in config.betas:
-        one = dataclasses.replace(model, beta=beta)
-        place = workdir / f"beta_{beta:g}"
-        summary = train_experiment(vae_mnist, one, place, options, loaded)
-        if summary is None:  # asked to stop
-            return
-        found.append((beta, summary))
-    title = f"beta-VAE on {found[0][1]['data']}, {config.steps} steps each"
+def report(config: Sweep, summaries: dict[str, dict[str, Any]], context: Context) -> Report:
+    """Return a table and a plot of reconstruction and KL, for every beta."""
+    found = list(zip(config.values, summaries.values(), strict=True))
+    title = f"beta-VAE on {found[0][1]['data']}, {config.base.train.steps} steps each"
     rows = []
     for beta, summary in found:
         texts = dict(plots.metric_rows(summary["metrics"]))
         names = ("nll", "kl", "neg_elbo", "active_units")
         shown = [f"{name} {texts[f'test/{name}']}" for name in names if f"test/{name}" in texts]
         rows.append((f"beta {beta:g}", "  ".join(shown)))
-    if not is_main():
-        return
-    print_result(plots.table(rows, title))
-    with can_write(workdir):
-        plot(workdir / "images" / "reconstruction_against_kl.png", found, title)
-    table = {f"{beta:g}": summary["metrics"] for beta, summary in found}
-    written = {
-        "experiment": "beta_vae_mnist",
-        "data": loaded.data.title,
-        "data_note": loaded.note,
-        "steps": config.steps,
-        "betas": table,
+    record = {
+        "data_note": context.loaded.note,
+        "steps": config.base.train.steps,
+        "betas": {f"{beta:g}": summary["metrics"] for beta, summary in found},
     }
-    write_json(workdir / "summary.json", written)
-    print_result(f"  plot in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
+    return Report(title, rows, {"reconstruction_against_kl": plot(found, title)}, record)
 
 
-def plot(path: pathlib.Path, found: list[tuple[float, dict]], title: str) -> None:
-    """Reconstruction over KL, a point for each beta; lines of equal ELBO behind them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4.5))
+def plot(found: list[tuple[float, dict[str, Any]]], title: str) -> np.ndarray:
+    """Return a plot of reconstruction over KL, a point for each beta, with a line of equal ELBO."""
+    figure, axis = plots.new_axis(6.0, 4.5)
     kl = [summary["metrics"]["test/kl"] for _, summary in found]
     nll = [summary["metrics"]["test/nll"] for _, summary in found]
     axis.plot(kl, nll, "o-")
@@ -123,6 +92,22 @@ def plot(path: pathlib.Path, found: list[tuple[float, dict]], title: str) -> Non
     axis.set_title(title)
     axis.margins(0.14, 0.08)
     axis.legend()
-    figure.tight_layout()
-    write_with(path, lambda file: figure.savefig(file, dpi=100, format="png"))
-    plt.close(figure)
+    return plots.figure_pixels(figure)
+
+
+EXPERIMENT = Experiment(
+    CONFIG,
+    debug={
+        "values": (0.25, 4.0),
+        "base.train.steps": 10,
+        "base.train.eval_every": 10,
+        "base.train.checkpoint_every": 10,
+        "base.train.log_every": 5,
+        "base.train.steps_per_call": 5,
+        "base.task.network.hidden": (32,),
+        "base.task.iwae_images": 20,
+    },
+    alternatives={"base.task.likelihood": (Gaussian(std=0.5),)},
+    fallback="digits:28",  # where the data set cannot be had
+    report=report,
+)

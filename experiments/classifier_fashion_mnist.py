@@ -1,20 +1,41 @@
-"""A small convolutional classifier of Fashion-MNIST: it judges what other models draw.
+"""A small classifier of Fashion-MNIST, in whose features samples are compared with images.
 
     python launch.py --experiment=classifier_fashion_mnist
 
-Not trained to its end yet: no figures.
+There is no complete training yet, and so there are no figures.
 """
 
-import dataclasses
+from ddpm_jax.experiment.types import Config, Dataset, Experiment
+from ddpm_jax.nn.classifier import ClassifierNetwork
+from ddpm_jax.tasks.classifier import Classifier
+from ddpm_jax.training.ema import EMA
+from ddpm_jax.training.optimizer import Adam
+from ddpm_jax.training.settings import Train
 
-from experiments import classifier_mnist
-
-DEBUG = classifier_mnist.DEBUG
-network, dress, build = classifier_mnist.network, classifier_mnist.dress, classifier_mnist.build
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(classifier_mnist.Config):
-    """See `python launch.py --experiment=classifier_fashion_mnist --help`."""
-
-    data: str = "fashion_mnist"
+CONFIG = Config(
+    data=Dataset("fashion_mnist"),
+    task=Classifier(
+        network=ClassifierNetwork(channels=(32, 64, 64), features=64, dropout=0.3),
+        shift=1,
+        schedule=None,
+        eval_batch_size=500,
+    ),
+    optimizer=Adam(
+        learning_rate=1e-3,
+        lr_schedule="cosine",
+        weight_decay=0.01,
+    ),
+    ema=EMA(half_life_images=50_000.0),
+    train=Train(steps=3000, batch_size=128, eval_every=1000, checkpoint_every=500),
+)
+EXPERIMENT = Experiment(
+    CONFIG,
+    debug={
+        "train.steps": 6,
+        "train.eval_every": 4,
+        "train.checkpoint_every": 4,
+        "train.log_every": 2,
+        "train.batch_size": 16,
+        "task.network.channels": (8,),
+    },
+)

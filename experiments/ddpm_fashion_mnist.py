@@ -1,20 +1,82 @@
-"""Class-conditional denoising diffusion on Fashion-MNIST: `ddpm_mnist` with other images.
+"""Class-conditional denoising diffusion on Fashion-MNIST: the recipe of `ddpm_mnist`.
 
     python launch.py --experiment=ddpm_fashion_mnist
 
-Not trained to its end yet: no figures.
+There is no complete training yet, and so there are no figures.
 """
 
-import dataclasses
+from ddpm_jax.diffusion.schedules import CosineBetas
+from ddpm_jax.experiment.types import Config, Dataset, Experiment
+from ddpm_jax.nn.dit import DiT
+from ddpm_jax.nn.unet import UNet
+from ddpm_jax.tasks.diffusion import Diffusion
+from ddpm_jax.tasks.image_sampler import Sampling
+from ddpm_jax.tasks.sample_figures import SampleEvaluation
+from ddpm_jax.training.ema import EMA
+from ddpm_jax.training.optimizer import Adam
+from ddpm_jax.training.settings import Train
 
-from experiments import classifier_fashion_mnist, ddpm_digits, ddpm_mnist
-
-DEBUG = ddpm_mnist.DEBUG
-prepare, pretrain, build = ddpm_digits.judged_by(classifier_fashion_mnist)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(ddpm_mnist.Config):
-    """See `python launch.py --experiment=ddpm_fashion_mnist --help`."""
-
-    data: str = "fashion_mnist"
+CONFIG = Config(
+    data=Dataset("fashion_mnist"),
+    task=Diffusion(
+        network=UNet(
+            space_to_depth=2,
+            channels=32,
+            multipliers=(1, 2),
+            blocks=2,
+            attention_sizes=(7,),
+            head_channels=0,
+            dropout=0.0,
+            scale_shift=False,
+        ),
+        schedule=CosineBetas(steps=1000),
+        prediction="v",
+        variance="beta",
+        times="stratified",
+        loss_weight="v",
+        conditional=True,
+        label_dropout=0.1,
+        flip=False,
+        sampling=Sampling(
+            "dpmpp_2m",
+            steps=20,
+            spacing="logsnr",
+            guidance=1.2,
+            x0_thresholding="clip",
+        ),
+        evaluation=SampleEvaluation(
+            batch_size=200,
+            times_per_image=4,
+            num_samples=2000,
+            num_samples_between=0,
+            features=("classifier_fashion_mnist",),
+        ),
+    ),
+    optimizer=Adam(
+        learning_rate=2e-3,
+        warmup_steps=100,
+        lr_schedule="cosine",
+        grad_clip_norm=1.0,
+    ),
+    ema=EMA(half_life_images=50_000.0),
+    train=Train(steps=5000, batch_size=64, eval_every=1000, checkpoint_every=500),
+)
+EXPERIMENT = Experiment(
+    CONFIG,
+    debug={
+        "train.steps": 6,
+        "train.eval_every": 4,
+        "train.checkpoint_every": 4,
+        "train.log_every": 2,
+        "train.batch_size": 16,
+        "task.network.channels": 8,
+        "task.network.blocks": 1,
+        "task.network.multipliers": (1,),
+        "task.sampling.steps": 4,
+        "task.evaluation.times_per_image": 2,
+        "task.evaluation.num_samples": 40,
+        "task.evaluation.features": (),
+        "task.network.attention_sizes": (),
+    },
+    alternatives={"task.network": (DiT(patch=2, width=128, depth=6, heads=4, dropout=0.0),)},
+)

@@ -1,14 +1,14 @@
-"""Why is noise added while sampling?  eta from 0 to 1, and the ancestral sampler without it.
+"""Why sampling adds noise: eta from 0 to 1, and the ancestral sampler without noise.
 
     python launch.py --experiment=noise_in_sampling
 
-Trains one `ddpm_digits` model and draws from it in several ways, as many steps each: DDIM
-with eta 0 (an ODE: no noise, and none needed, for its step keeps x_t's variance), with eta up
-to 1 (which is the ancestral sampler), the ancestral sampler with the larger variance beta,
-and the ancestral sampler with its noise left out or halved.  The last two take the mean of
-p(x_s | x_t) for a draw of it: every step loses variance that nothing gives back, and what
-comes out is smoother than any image.  (Of Gaussian data, whose exact denoiser is known, a
-test shows it: 200 such steps leave less than a fifth of the deviation.)
+It trains one model as `ddpm_digits` does and samples from it in several ways, with the same number
+of steps: DDIM with eta 0 (an ODE, which needs no noise, because its step keeps the variance of
+x_t), with eta up to 1 (which is the ancestral sampler), the ancestral sampler with the larger
+variance beta, and the ancestral sampler with no noise or half of it.  The last two use the mean of
+p(x_s | x_t), or a value near it, in the place of a sample: every step loses variance that no later
+step restores, and the samples are smoother than any image.  (A test shows this for Gaussian data,
+whose exact denoiser is known: 200 such steps leave less than a fifth of the standard deviation.)
 
 Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, 500 images each, 100 steps, no guidance,
 test split, in 10 minutes beside other work: Frechet distance (classifier_digits; 500 training
@@ -20,150 +20,260 @@ images 9.9 +- 3.6), share recognised (+- 0.7 to 1.1 %).
     ddim 0.75   7.6 +- 1.3   96.6          no noise          67.2 +- 3.1   100
     ddim 1      7.5 +- 1.3   97.2
 
-So eta hardly matters here (one model), and noise left out does: typical digits, all recognised, and
-little variety.
+So eta hardly matters here (one model), but missing noise does: all digits are typical and
+recognised, and there is little variety.
 """
 
 import dataclasses
 import pathlib
+import re
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import plots
-from ddpm_jax.config import marked
-from ddpm_jax.data.types import Loaded
+from ddpm_jax.data.types import info_of
+from ddpm_jax.diffusion.schedules import CosineBetas
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment.feature_networks import load_judge, with_judge
-from ddpm_jax.experiment.inputs import Options, from_data, load_data, record_of
-from ddpm_jax.experiment.load import load_state
-from ddpm_jax.experiment.preflight import check_parts, check_sizes
-from ddpm_jax.experiment.train import opened, train_experiment
-from ddpm_jax.fields import MAY_CHANGE, Length, SampleSteps
+from ddpm_jax.experiment.feature_networks import load_features
+from ddpm_jax.experiment.recorded import load_state
+from ddpm_jax.experiment.train import train_alone
+from ddpm_jax.experiment.types import (
+    Config,
+    Context,
+    Dataset,
+    Experiment,
+    Recipe,
+    Report,
+    bind,
+    build,
+)
+from ddpm_jax.fields import MAY_CHANGE, FieldError, NumSamples, SampleSteps, section
+from ddpm_jax.metrics.features import Judge
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.quality import WHOLE, quality
-from ddpm_jax.parallel.processes import is_main
+from ddpm_jax.nn.dit import DiT
+from ddpm_jax.nn.unet import UNet
 from ddpm_jax.parallel.sharding import fetch
-from ddpm_jax.progress import print_result
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
 from ddpm_jax.task import Request
+from ddpm_jax.tasks.diffusion import Diffusion
 from ddpm_jax.tasks.image_sampler import Sampling, check_sampling
-from ddpm_jax.training.ema import parameters_used
-from ddpm_jax.training.run_dir import can_write, write_json
+from ddpm_jax.tasks.sample_figures import SampleEvaluation
+from ddpm_jax.training.ema import EMA, parameters_used
+from ddpm_jax.training.optimizer import Adam
+from ddpm_jax.training.settings import Train
 from ddpm_jax.training.step import averaged
-from experiments import classifier_digits, ddpm_digits
-
-DEBUG = ddpm_digits.DEBUG | dict(steps=3, compare_steps=3, judge="auto", samplers=("ancestral:0",))
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(ddpm_digits.Config):
-    """See `--help`; the fields that are not these are those of the model that is trained."""
+class SamplerStudy:
+    """One model, sampled in several ways.
 
-    draw: Length = 500  # images of each way
-    compare_steps: SampleSteps = 100
-    samplers: tuple[str, ...] = (
-        "ddim", "ddim:0.25", "ddim:0.5", "ddim:0.75", "ddim:1",
-        "ancestral", "ancestral_beta", "ancestral:0.5", "ancestral:0",
-    )  # fmt: skip
+    Attributes:
+      data: The data set, with labels.
+      model: The diffusion model, which is conditional and evaluated by a classifier.
+      num_samples: Samples of each way.
+      steps: Steps of every sampler.
+      samplers: Names of the samplers, with their arguments.
+    """
+
+    data: Dataset
+    model: Recipe[Diffusion]
+    num_samples: NumSamples = 500
+    steps: Annotated[SampleSteps, MAY_CHANGE] = 100
+    samplers: tuple[str, ...] = ("ddim",)
+
+    def parts(self, workdir: pathlib.Path) -> dict[str, Config]:
+        """Return the model's config.
+
+        Raises:
+          FieldError: a sampler does not fit the model, or the model is not conditional or not
+            evaluated by a classifier.
+        """
+        del workdir
+        task = self.model.task
+        if not task.conditional:
+            raise FieldError("model.task.conditional=false: samples of every class are compared")
+        if not [name for name in task.evaluation.features if name != "inception"]:
+            raise FieldError(
+                "model.task.evaluation.features: samples are compared in a classifier's features; "
+                "give classifier_digits"
+            )
+        with section("model.task.schedule"):
+            steps = task.schedule.make().steps
+        for name in self.samplers:
+            try:
+                check_sampling(
+                    Sampling(
+                        name,
+                        self.steps,
+                    ),
+                    steps,
+                    task.variance == "learned",
+                )
+            except FieldError as error:
+                raise FieldError(re.sub(r"^sampler\b", "samplers", str(error))) from None
+        return {"model": self.model.on(self.data)}
+
+    def complete(self, part: str, configs: dict[str, Config]) -> Config:
+        """Return the model's bound config.
+
+        Raises:
+          UserError: the data set has no labels.
+        """
+        config = configs[part]
+        if not config.task.info.classes:
+            raise UserError(
+                f"data set {config.task.info.name} has no labels: samples of every class are "
+                "compared; give a data set with labels"
+            )
+        return config
 
 
-def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
-    """Train the model unless it is there, then draw in every way."""
-    loaded = load_data(ddpm_digits, config, workdir, options)
-    config = from_data(config, loaded.data)
-    if not loaded.data.classes or config.judge == "none" or not config.conditional:
-        raise UserError(
-            "noise_in_sampling draws every class and judges it by a classifier: give a data set "
-            "with labels, and neither --config.judge=none nor --config.conditional=false"
-        )
-    fields = {field.name for field in dataclasses.fields(ddpm_digits.Config)}
-    check_all(config, loaded, fields, workdir, options)
-    record = record_of("noise_in_sampling", config, loaded, options)
-    with opened(workdir, record, marked(config, MAY_CHANGE)):
-        judged = with_judge(classifier_digits, config, loaded, options)
-        if judged is None:
-            return
-        model = ddpm_digits.Config(**{name: getattr(judged, name) for name in fields})
-        place = workdir / "model"
-        if train_experiment(ddpm_digits, model, place, options, loaded) is not None:
-            compare(judged, model, place, workdir, options, loaded)
+CONFIG = SamplerStudy(
+    data=Dataset("digits"),
+    model=Recipe(
+        task=Diffusion(
+            network=UNet(
+                space_to_depth=1,
+                channels=32,
+                multipliers=(1, 2),
+                blocks=2,
+                attention_sizes=(4,),
+                head_channels=0,
+                dropout=0.1,
+                scale_shift=False,
+            ),
+            schedule=CosineBetas(steps=1000),
+            prediction="v",
+            variance="beta",
+            times="stratified",
+            loss_weight="simple",
+            conditional=True,
+            label_dropout=0.1,
+            flip=False,
+            sampling=Sampling(
+                "dpmpp_2m",
+                steps=20,
+                spacing="logsnr",
+                guidance=1.2,
+                x0_thresholding="clip",
+            ),
+            evaluation=SampleEvaluation(
+                batch_size=120,
+                times_per_image=16,
+                num_samples=500,
+                num_samples_between=0,
+                features=("classifier_digits",),
+            ),
+        ),
+        optimizer=Adam(
+            learning_rate=2e-3,
+            warmup_steps=100,
+            lr_schedule="cosine",
+            grad_clip_norm=1.0,
+        ),
+        ema=EMA(half_life_images=20_000.0),
+        train=Train(steps=800, batch_size=64, eval_every=400, checkpoint_every=250),
+    ),
+    num_samples=500,
+    steps=100,
+    samplers=(
+        "ddim",
+        "ddim:0.25",
+        "ddim:0.5",
+        "ddim:0.75",
+        "ddim:1",
+        "ancestral",
+        "ancestral_beta",
+        "ancestral:0.5",
+        "ancestral:0",
+    ),
+)
 
 
-def check_all(
-    config: Config, loaded: Loaded, fields: set[str], workdir: pathlib.Path, options: Options
-) -> None:
-    """Raises UserError, before anything is trained, unless the model and every sampler fit."""
-    model = ddpm_digits.Config(**{name: getattr(config, name) for name in fields})
-    model = ddpm_digits.prepare(model, loaded, options)
-    check_sizes(ddpm_digits.build(model), model, options.parallel)
-    steps, learned = ddpm_digits.noise_schedule(config).steps, config.variance == "learned"
-    for name in config.samplers:
-        way = Sampling(name, config.compare_steps)
-        check_sampling(way, "--config.samplers", "--config.compare_steps", steps, learned)
-    check_parts([(workdir / "model", "ddpm_digits")])
-
-
-def compare(
-    config: Config,
-    model: ddpm_digits.Config,
-    place: pathlib.Path,
-    workdir: pathlib.Path,
-    options: Options,
-    loaded: Loaded,
-) -> None:
-    """A row of figures and of pictures for every way of drawing."""
-    model = dataclasses.replace(model, guide="labels")  # and a scale of 1: no guidance
-    model, state = load_state(ddpm_digits, place, model)
-    task, params = ddpm_digits.build(model), averaged(state, model)
-    judge = load_judge(classifier_digits, config.judge)
-    each = max(1, config.draw // model.classes)
-    key = purpose_key(options.seed, SAMPLE)
+def sampled(config: SamplerStudy, context: Context, judge: Judge) -> Any:
+    """Return (metrics of every sampler by its name, ten samples of each)."""
+    run_config, state = load_state(context.workdir / "model")
+    task, params = build(run_config), averaged(state, run_config)
+    classes = run_config.task.info.classes
+    each = max(1, config.num_samples // classes)
+    key = purpose_key(context.options.seed, SAMPLE)
     found, shown = {}, []
     for name in config.samplers:
-        request = Request(sampler=name, steps=config.compare_steps, guidance=1.0)
+        request = Request(sampler=name, steps=config.steps, guidance=1.0)
         parts = []
-        for label in range(model.classes):
+        for label in range(classes):
             keys = example_keys(key, 0, jnp.arange(label * each, (label + 1) * each))
-            drawn = task.sample(params, state.fixed, keys, request._replace(label=label))
-            parts.append(fetch(drawn))
-        images, labels = np.concatenate(parts), np.repeat(np.arange(model.classes), each)
+            x = task.sample(params, state.fixed, keys, request._replace(label=label))
+            parts.append(fetch(x))
+        images, labels = np.concatenate(parts), np.repeat(np.arange(classes), each)
         shown.append(images[::each][:10])
-        found[name] = quality(judge, images, labels, loaded.data).metrics
+        found[name] = quality(judge, images, labels, context.loaded.data).metrics
         found[name]["deviation"] = float(images.std(0).mean())
-    title = f"{config.compare_steps} steps each, on {loaded.data.title}"
+    return found, shown
+
+
+def report(config: SamplerStudy, summaries: dict[str, dict[str, Any]], context: Context) -> Report:
+    """Return a row of metrics and of samples for every sampler."""
+    del summaries
+    data, model = context.loaded.data, config.model.on(config.data)
+    model = bind(model, info_of(data))
+    loaders = load_features(model, context.loaded, context.options, train_alone)
+    if not loaders:
+        raise UserError("the training of the classifier was stopped; the same command goes on")
+    judge = loaders[0]()
+    found, shown = sampled(config, context, judge)
+    title = f"{config.steps} steps each, on {data.title}"
     fd = f"fd_{judge.name}"
-    shown_metrics = (fd, "recognised", "nearest_ratio", "deviation")
-    rows = []
+    names = (fd, "recognised", "nearest_ratio", "deviation")
+    rows, texts = [], {}
     for name, metrics in found.items():
         texts = dict(plots.metric_rows(metrics))
-        rows.append((name, "  ".join(f"{m} {texts[m]}" for m in shown_metrics if m in texts)))
-    train = to_images(loaded.data.train.some(WHOLE).images, loaded.data.levels)
+        rows.append((name, "  ".join(f"{m} {texts[m]}" for m in names if m in texts)))
+    train = to_images(data.train.some(WHOLE).images, data.levels)
     of_data = float(train.std(0).mean())
     of_training = texts.get(f"{fd}_of_training", "left out")
     rows.append(("training set", f"{fd} {of_training}  deviation {of_data:.4g}"))
-    if not is_main():
-        return
-    print_result(plots.table(rows, title))
-    sheet = plots.grid(np.concatenate(shown), columns=min(10, model.classes))
-    with can_write(workdir):
-        plots.save_png(workdir / "images" / "a_row_each.png", sheet)
+    columns = min(10, model.task.info.classes)
+    figures = {"a_row_each": plots.grid(np.concatenate(shown), columns=columns)}
     ddim = {name: metrics for name, metrics in found.items() if name[:4] == "ddim"}
     etas = {float(n.partition(":")[2] or 0): m[fd] for n, m in ddim.items() if fd in m}
     if len(etas) > 1:
         points = np.array(sorted(etas))
         curve = {f"Frechet distance ({judge.name})": np.array([etas[eta] for eta in points])}
-        picture = plots.lines(points, curve, "eta of DDIM", title)
-        with can_write(workdir):
-            plots.save_png(workdir / "images" / "distance_against_eta.png", picture)
-    written = {
-        "experiment": "noise_in_sampling",
-        "data": loaded.data.title,
-        "steps": config.compare_steps,
-        "parameters": parameters_used(model),
+        figures["distance_against_eta"] = plots.lines(points, curve, "eta of DDIM", title)
+    record = {
+        "steps": config.steps,
+        "parameters": parameters_used(model.ema),
         "features": {judge.name: judge.about},
         "deviation_of_training_images": of_data,
         "samplers": found,
     }
-    write_json(workdir / "summary.json", written)
-    print_result(f"  pictures in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
+    return Report(title, rows, figures, record)
+
+
+EXPERIMENT = Experiment(
+    CONFIG,
+    debug={
+        "model.train.steps": 3,
+        "model.train.eval_every": 4,
+        "model.train.checkpoint_every": 4,
+        "model.train.log_every": 2,
+        "model.train.batch_size": 16,
+        "model.task.network.channels": 8,
+        "model.task.network.blocks": 1,
+        "model.task.network.multipliers": (1,),
+        "model.task.sampling.steps": 4,
+        "model.task.evaluation.times_per_image": 2,
+        "model.task.evaluation.num_samples": 40,
+        "model.task.network.attention_sizes": (),
+        "num_samples": 40,
+        "steps": 3,
+        "samplers": ("ancestral:0",),
+    },
+    alternatives={"model.task.network": (DiT(patch=2, width=128, depth=6, heads=4, dropout=0.1),)},
+    report=report,
+)

@@ -1,11 +1,11 @@
-"""Text to image, trained from nothing: text encoder, autoencoder, generation model.
+"""Text to image from three parts: text encoder, autoencoder, generation model.
 
     python launch.py --experiment=text_to_image_shapes
-    python launch.py --experiment=text_to_image_shapes --mode=sample --guidance=4 --num_samples=8
-        --prompt="two yellow triangles above a blue circle" --out=out.png
+    python launch.py --experiment=text_to_image_shapes --mode=sample --guidance=4 \\
+        --num_samples=8 --prompt="two yellow triangles above a blue circle" --out=out.png
 
-Each part is a run in a directory of its own (`text`, `autoencoder`, `generator`), resumes and, once
-finished, is not trained again; the last one draws.
+Each part is a run in a directory of its own (`text`, `autoencoder`, `generator`).  A part that was
+interrupted continues, and a finished part is not trained again.  The last part makes the images.
 
 Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, from a fresh clone: 96 min on one of the
 cores, with another training on the other one, of which the text encoder took 9 min 31 s, the
@@ -13,112 +13,188 @@ autoencoder 6 min 48 s and the generation model, with its evaluation at six guid
 58 s.  Alone on both cores, nothing compiled before, it took 40 min 44 s at commit 4aefa19.
 
 Of 128 prompts of the test split of each kind (guidance 2, chosen on validation prompts), one shape
-is drawn as its prompt says in 93 %, with a held-out pair of colour and kind in 84, two in their
+is as its prompt says in 93 %, with a held-out pair of colour and kind in 84, two in their
 relation in 81 and with a held-out pair in 66; of 256 test captions 69.  Of captions 88.1 +- 0.7 %
 find their image among 64, and 78.6 +- 0.9 % of images lie nearer to their caption than to an
-altered one; reconstructions have 32.02 +- 0.05 dB.  How the time was divided, and what else it
-gave, is in `generator_shapes`; each part's other figures are in `text_encoder_shapes` (800 steps)
-and `autoencoder_shapes` (6,000).
+altered one; reconstructions have 32.02 +- 0.05 dB.
+
+Other figures of the parts, and how the time was divided: docs/results/text_encoder_shapes.md,
+docs/results/autoencoder_shapes.md, docs/results/generator_shapes.md
 """
 
-import dataclasses
-import pathlib
 import shutil
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from ddpm_jax.config import marked
-from ddpm_jax.experiment.inputs import Options, from_data, load_data, own_config, record_of
-from ddpm_jax.experiment.preflight import check_parts
-from ddpm_jax.experiment.train import opened, train_experiment
-from ddpm_jax.fields import MAY_CHANGE, AtLeast, Count, Few, Length, MoreLayers, ValidationImages
-from ddpm_jax.parallel.processes import is_main
-from ddpm_jax.progress import print_result
-from ddpm_jax.training.run_dir import can_write, write_json
-from experiments import autoencoder_shapes, generator_shapes, text_encoder_shapes
-from experiments.text_encoder_shapes import TextSize
+from ddpm_jax import plots
+from ddpm_jax.diffusion.schedules import CosineBetas
+from ddpm_jax.experiment.chain import Chain
+from ddpm_jax.experiment.types import Context, Dataset, Experiment, Recipe, Report
+from ddpm_jax.nn.autoencoder import Autoencoder
+from ddpm_jax.nn.code_transformer import CodeTransformer
+from ddpm_jax.nn.dit import DiT
+from ddpm_jax.nn.dual_encoder import DualEncoder
+from ddpm_jax.nn.unet import UNet
+from ddpm_jax.tasks.autoencoder import LatentAutoencoder
+from ddpm_jax.tasks.autoregressive import Autoregressive
+from ddpm_jax.tasks.captioned import TextToImage
+from ddpm_jax.tasks.contrastive import Contrastive
+from ddpm_jax.tasks.image_sampler import Sampling
+from ddpm_jax.tasks.latent_diffusion import LatentDiffusion
+from ddpm_jax.tasks.text_to_image import TextToImageEvaluation
+from ddpm_jax.training.ema import EMA
+from ddpm_jax.training.optimizer import Adam, Muon
+from ddpm_jax.training.records import can_write
+from ddpm_jax.training.settings import Train
 
-DRAWS = "generator"  # the part that `--mode=sample` and `--mode=eval` are about
-DEBUG = dict(
-    text_steps=6,
-    autoencoder_steps=6,
-    steps=6,
-    log_every=2,
-    batch_size=16,
-    text_size="tiny",
-    channels=8,
+CONFIG = Chain(
+    data=Dataset("shapes"),
+    # Fewer steps than either takes alone: the generation model makes more of the minutes.
+    text=Recipe(
+        task=Contrastive(
+            network=DualEncoder(size="small", channels=(32, 64, 128), embedding_dim=64),
+            hard_negatives=1,
+        ),
+        optimizer=Muon(
+            learning_rate=1e-3,
+            warmup_steps=100,
+            lr_schedule="cosine",
+            grad_clip_norm=1.0,
+        ),
+        ema=EMA(half_life_images=10_000.0),
+        train=Train(steps=400, batch_size=128, eval_every=400, checkpoint_every=200),
+    ),
+    autoencoder=Recipe(
+        task=LatentAutoencoder(
+            network=Autoencoder(channels=(32, 128), latent_channels=4, blocks=1),
+            kl_weight=2e-2,
+            codes=0,
+            commitment_weight=0.25,
+            eval_batch_size=128,
+        ),
+        optimizer=Adam(
+            learning_rate=3e-3,
+            warmup_steps=100,
+            lr_schedule="cosine",
+            grad_clip_norm=1.0,
+        ),
+        ema=EMA(half_life_images=5_000.0),
+        train=Train(steps=4000, batch_size=16, eval_every=3000, checkpoint_every=1000),
+    ),
+    generator=Recipe(
+        task=TextToImage(
+            generator=LatentDiffusion(
+                network=UNet(
+                    space_to_depth=1,
+                    channels=48,
+                    multipliers=(1, 2),
+                    blocks=1,
+                    attention_sizes=(4, 8),
+                    head_channels=24,
+                    dropout=0.0,
+                    refiner_blocks=1,
+                ),
+                schedule=CosineBetas(steps=1000),
+                noise_shift=0.7,
+                prediction="v",
+                loss_weight="v",
+                times_per_image=2,
+                sampling=Sampling(
+                    "dpmpp_2m_sde",
+                    steps=20,
+                    spacing="trailing",
+                    guidance=2.0,
+                    x0_thresholding="none",
+                ),
+            ),
+            caption_dropout=0.1,
+            evaluation=TextToImageEvaluation(
+                batch_size=128,
+                num_samples=256,
+                num_prompts=128,
+                guidance_scales=(1.0, 1.5, 3.0, 4.0, 6.0),
+            ),
+        ),
+        optimizer=Muon(
+            learning_rate=1.5e-3,
+            warmup_steps=200,
+            lr_schedule="cosine",
+            grad_clip_norm=1.0,
+        ),
+        ema=EMA(half_life_images=20_000.0),
+        train=Train(steps=5300, batch_size=32, eval_every=1800, checkpoint_every=500),
+    ),
 )
+HEADLINES = {
+    "text": ("accuracy_among_64", "told_apart"),
+    "autoencoder": ("psnr", "ssim"),
+    "generator": ("aligned_single", "aligned_relation", "aligned", "clip_score"),
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """See `--help`; each part's other fields are of its own experiment."""
-
-    data: str = "shapes"
-    validation: ValidationImages = None
-    # Fewer than either takes alone: the generation model makes more of the minutes.
-    text_steps: Length = 400
-    autoencoder_steps: Length = 4000
-    steps: Length = generator_shapes.Config().steps  # of the generation model
-    text_size: TextSize = text_encoder_shapes.Config().text_size
-    codes: Annotated[int, AtLeast(0)] = 0  # of the autoencoder's codebook; 0: Gaussian latents
-    model: Literal["unet", "dit", "autoregressive"] = "unet"
-    batch_size: Count = generator_shapes.Config().batch_size  # of the generation model
-    draws: Few = generator_shapes.Config().draws  # of diffusion: times of each image
-    channels: Count = generator_shapes.Config().channels  # of the U-Net; half as many a head
-    refine: MoreLayers = generator_shapes.Config().refine  # blocks on captions
-    guidance: Annotated[float, MAY_CHANGE] = generator_shapes.Config().guidance
-    log_every: Annotated[int, AtLeast(1), MAY_CHANGE] = 100  # steps of each part
+def report(config: Chain, summaries: dict[str, dict[str, Any]], context: Context) -> Report:
+    """Return the headline metrics of the three parts; the generator's images are copied."""
+    del config
+    with can_write(context.workdir):
+        (context.workdir / "images").mkdir(exist_ok=True)
+        for picture in (context.workdir / "generator" / "images").glob("*[a-z].png"):
+            shutil.copy(picture, context.workdir / "images")
+    rows = []
+    for part, names in HEADLINES.items():
+        texts = dict(plots.metric_rows(summaries[part]["metrics"]))
+        shown = [f"{name} {texts[f'test/{name}']}" for name in names if f"test/{name}" in texts]
+        rows.append((part, "  ".join(shown)))
+    return Report("text to image", rows, {}, {"parts": summaries})
 
 
-def run(config: Config, workdir: pathlib.Path, options: Options = Options()) -> None:
-    """Train the three parts, one after another; what is finished is told and left alone."""
-    loaded = load_data(text_encoder_shapes, config, workdir, options)
-    config = from_data(config, loaded.data)
-    places = {part: str(workdir.absolute() / part) for part in ("text", "autoencoder")}
-    text: dict[str, Any] = dict(steps=config.text_steps, text_size=config.text_size)
-    autoencoder: dict[str, Any] = dict(
-        steps=config.autoencoder_steps, codes=config.codes, text=places["text"]
-    )
-    generator: dict[str, Any] = dict(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        draws=config.draws,
-        model=config.model,
-        channels=config.channels,
-        head_channels=config.channels // 2,
-        refine=config.refine,
-        guidance=config.guidance,
-        **places,
-    )
-    shared = {name: getattr(config, name) for name in ("data", "validation", "log_every")}
-    parts = [
-        (
-            part,
-            experiment,
-            own_config(experiment, options.debug, **shared, **fields),
-        )
-        for part, experiment, fields in (
-            ("text", text_encoder_shapes, text),
-            ("autoencoder", autoencoder_shapes, autoencoder),
-            ("generator", generator_shapes, generator),
-        )
-    ]
-    generator_shapes.check(loaded.data, *(own for _, _, own in parts))
-    names = {part: experiment.__name__.rpartition(".")[2] for part, experiment, _ in parts}
-    check_parts((workdir / part, name) for part, name in names.items())
-    record = record_of("text_to_image_shapes", config, loaded, options)
-    with opened(workdir, record, marked(config, MAY_CHANGE)):
-        found = {}
-        for part, experiment, own in parts:
-            summary = train_experiment(experiment, own, workdir / part, options, loaded)
-            if summary is None:  # asked to stop
-                return
-            found[part] = summary
-        if is_main():
-            with can_write(workdir):
-                (workdir / "images").mkdir(exist_ok=True)
-                for picture in (workdir / DRAWS / "images").glob("*[a-z].png"):
-                    shutil.copy(picture, workdir / "images")
-            path = workdir / "summary.json"
-            write_json(path, {"experiment": "text_to_image_shapes", "parts": found})
-            print_result(f"  the three parts in {workdir}, figures of all in {path}")
+EXPERIMENT = Experiment(
+    CONFIG,
+    debug={
+        "text.train.steps": 6,
+        "text.train.eval_every": 4,
+        "text.train.checkpoint_every": 4,
+        "text.train.log_every": 2,
+        "text.train.batch_size": 16,
+        "text.task.network.size": "tiny",
+        "text.task.network.channels": (8,),
+        "text.task.hard_negatives": 0,
+        "autoencoder.train.steps": 6,
+        "autoencoder.train.eval_every": 4,
+        "autoencoder.train.checkpoint_every": 4,
+        "autoencoder.train.log_every": 2,
+        "autoencoder.train.batch_size": 16,
+        "autoencoder.task.network.channels": (8, 8),
+        "autoencoder.task.network.blocks": 1,
+        "generator.train.steps": 6,
+        "generator.train.eval_every": 4,
+        "generator.train.checkpoint_every": 4,
+        "generator.train.log_every": 2,
+        "generator.train.batch_size": 16,
+        "generator.task.generator.network.channels": 8,
+        "generator.task.generator.network.multipliers": (1,),
+        "generator.task.generator.network.blocks": 1,
+        "generator.task.generator.network.attention_sizes": (),
+        "generator.task.generator.network.head_channels": 4,
+        "generator.task.generator.network.refiner_blocks": 1,
+        "generator.task.generator.network.width": 32,
+        "generator.task.generator.network.depth": 1,
+        "generator.task.generator.network.heads": 2,
+        "generator.task.generator.sampling.steps": 2,
+        "generator.task.evaluation.num_samples": 16,
+        "generator.task.evaluation.num_prompts": 4,
+        "generator.task.evaluation.guidance_scales": (2.0,),
+    },
+    alternatives={
+        "generator.task.generator": (
+            Autoregressive(
+                CodeTransformer(width=192, depth=6, heads=6, refiner_blocks=1),
+                guidance=2.0,
+                temperature=1.0,
+            ),
+        ),
+        "generator.task.generator.network": (
+            DiT(patch=1, width=192, depth=6, heads=6, refiner_blocks=1),
+        ),
+    },
+    report=report,
+    samples="generator",
+)

@@ -1,4 +1,4 @@
-"""A VAE with a two-dimensional latent on the 8x8 digits that scikit-learn carries: seconds.
+"""A VAE with a two-dimensional latent on the 8x8 digits of scikit-learn; it trains in seconds.
 
     python launch.py --experiment=vae_digits
 
@@ -12,28 +12,44 @@ after 300, 500, 750, 1,000, 1,500 and 2,000 steps, the last three +- 1.3, 2.1 an
 steps on it does not change by more than its error.
 """
 
-import dataclasses
-from typing import Literal
+from ddpm_jax.experiment.types import Config, Dataset, Experiment
+from ddpm_jax.nn.vae import VAENetwork
+from ddpm_jax.tasks.vae import VAE
+from ddpm_jax.training.ema import EMA
+from ddpm_jax.training.optimizer import Adam
+from ddpm_jax.training.settings import Train
+from ddpm_jax.variational.likelihoods import Gaussian
 
-from ddpm_jax.fields import Count, Interval, Length, NonNegative
-from experiments import vae_mnist
-
-DEBUG = vae_mnist.DEBUG
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(vae_mnist.Config):
-    """See `python launch.py --experiment=vae_digits --help`."""
-
-    data: str = "digits"
-    steps: Length = 1000
-    batch_size: Count = 128
-    ema_half_life: NonNegative = 20_000.0
-    eval_every: Interval = 250
-    checkpoint_every: Interval = 250
-    latents: Count = 2  # so that the plane can be drawn
-    hidden: tuple[Count, ...] = (256, 256)
-    likelihood: Literal["bernoulli", "gaussian", "gaussian_learned"] = "gaussian_learned"
-
-
-build = vae_mnist.build
+CONFIG = Config(
+    data=Dataset("digits"),
+    task=VAE(
+        network=VAENetwork(latents=2, hidden=(256, 256)),
+        likelihood=Gaussian(std=None),
+        beta=1.0,
+        eval_batch_size=500,
+        iwae_images=1000,
+    ),
+    optimizer=Adam(
+        learning_rate=3e-3,
+        warmup_steps=500,
+        lr_schedule="cosine",
+        beta2=0.99,
+        weight_decay=0.02,
+    ),
+    ema=EMA(half_life_images=20_000.0),
+    train=Train(
+        steps=1000, batch_size=128, eval_every=250, checkpoint_every=250, steps_per_call=50
+    ),
+)
+EXPERIMENT = Experiment(
+    CONFIG,
+    debug={
+        "train.steps": 20,
+        "train.eval_every": 10,
+        "train.checkpoint_every": 10,
+        "train.log_every": 5,
+        "train.steps_per_call": 5,
+        "task.network.hidden": (32,),
+        "task.iwae_images": 20,
+    },
+)

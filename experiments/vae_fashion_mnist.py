@@ -9,31 +9,41 @@ Measured on 2 CPU cores (AMD EPYC, jax 0.10.2) in 8 minutes beside other work, o
 blurred, as one variance for all pixels makes them.
 """
 
-import dataclasses
-from typing import Literal
+from ddpm_jax.experiment.types import Config, Dataset, Experiment
+from ddpm_jax.nn.vae import VAENetwork
+from ddpm_jax.tasks.vae import VAE
+from ddpm_jax.training.ema import EMA
+from ddpm_jax.training.optimizer import Adam
+from ddpm_jax.training.settings import Train
+from ddpm_jax.variational.likelihoods import Gaussian
 
-from ddpm_jax.fields import Count, Interval, Length, NonNegative, Positive
-from experiments import vae_mnist
-
-DEBUG = vae_mnist.DEBUG | {"hidden": (4, 4), "steps_per_call": 1}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(vae_mnist.Config):
-    """See `python launch.py --experiment=vae_fashion_mnist --help`."""
-
-    data: str = "fashion_mnist"
-    steps: Length = 2000
-    batch_size: Count = 128
-    learning_rate: Positive = 2e-3
-    ema_half_life: NonNegative = 20_000.0
-    eval_every: Interval = 500
-    steps_per_call: Count = 1
-    latents: Count = 50
-    iwae_images: Length = 100  # a convolutional decoder takes its time
-    hidden: tuple[Count, ...] = (32, 64)  # channels, each after a halving
-    network: Literal["mlp", "conv"] = "conv"
-    likelihood: Literal["bernoulli", "gaussian", "gaussian_learned"] = "gaussian_learned"
-
-
-build = vae_mnist.build
+CONFIG = Config(
+    data=Dataset("fashion_mnist"),
+    task=VAE(
+        network=VAENetwork(latents=50, hidden=(32, 64), conv=True),
+        likelihood=Gaussian(std=None),
+        beta=1.0,
+        eval_batch_size=500,
+        iwae_images=100,
+    ),
+    optimizer=Adam(
+        learning_rate=2e-3,
+        warmup_steps=500,
+        lr_schedule="cosine",
+        beta2=0.99,
+        weight_decay=0.02,
+    ),
+    ema=EMA(half_life_images=20_000.0),
+    train=Train(steps=2000, batch_size=128, eval_every=500, checkpoint_every=500),
+)
+EXPERIMENT = Experiment(
+    CONFIG,
+    debug={
+        "train.steps": 20,
+        "train.eval_every": 10,
+        "train.checkpoint_every": 10,
+        "train.log_every": 5,
+        "task.network.hidden": (4, 4),
+        "task.iwae_images": 20,
+    },
+)

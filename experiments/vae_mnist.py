@@ -1,4 +1,4 @@
-"""A VAE on binarised MNIST: one stochastic layer, an MLP on either side.
+"""A VAE on binarised MNIST: one stochastic layer, encoder and decoder are MLPs.
 
     python launch.py --experiment=vae_mnist
 
@@ -14,73 +14,54 @@ The default (7,500 steps) took 2 min 23 s from command to table on one day and 3
 another, with the same figures (the machine is shared).  The long run took 15 min 30 s on one of the
 cores, with another training on the other one:
 
-    python launch.py --experiment=vae_mnist --workdir=runs/vae_mnist_long --config.steps=40000
-        --config.hidden=400,400 --config.weight_decay=0.05 --config.ema_half_life=400000
+    python launch.py --experiment=vae_mnist --workdir=runs/vae_mnist_long \\
+        --config.train.steps=40000 --config.task.network.hidden=400,400 \\
+        --config.optimizer.weight_decay=0.05 --config.ema.half_life_images=400000
 
 For comparison, Burda et al. (2016) report a negative log-likelihood of 86.8 (k = 5,000) for
 a VAE with one stochastic layer, on the same dynamically binarised set.
 """
 
-import dataclasses
-from typing import Annotated, Literal
+from ddpm_jax.experiment.types import Config, Dataset, Experiment
+from ddpm_jax.nn.vae import VAENetwork
+from ddpm_jax.tasks.vae import VAE
+from ddpm_jax.training.ema import EMA
+from ddpm_jax.training.optimizer import Adam
+from ddpm_jax.training.settings import Train
+from ddpm_jax.variational.likelihoods import Bernoulli, Gaussian
 
-from ddpm_jax.config import Training, inside
-from ddpm_jax.fields import AtLeast, Count, Interval, Length, NonNegative, Positive, Share
-from ddpm_jax.nn.vae import VAE
-from ddpm_jax.task import Task
-from ddpm_jax.tasks.vae import vae_task
-from ddpm_jax.variational import likelihoods as likelihood
-
-FALLBACK = "digits:28"  # where MNIST cannot be had
-DEBUG = dict(
-    steps=20, eval_every=10, checkpoint_every=10, log_every=5, steps_per_call=5,
-    hidden=(32,), iwae_images=20,
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(Training):
-    """See `python launch.py --experiment=vae_mnist --help`."""
-
-    data: str = "mnist"
-    steps: Length = 7500
-    batch_size: Count = 256
-    learning_rate: Positive = 3e-3
-    warmup: Annotated[int, AtLeast(0)] = 500
-    decay: Literal["none", "cosine"] = "cosine"
-    beta2: Share = 0.99
-    weight_decay: NonNegative = 0.02
-    ema_half_life: NonNegative = 90_000.0
-    eval_every: Interval = 2500
-    checkpoint_every: Interval = 500
-    steps_per_call: Count = 50
-    latents: Count = 40
-    hidden: tuple[Count, ...] = (500, 500)
-    network: Literal["mlp", "conv"] = "mlp"
-    likelihood: Literal["bernoulli", "gaussian", "gaussian_learned"] = "bernoulli"
-    std: Positive = 0.5  # of likelihood=gaussian
-    beta: NonNegative = 1.0
-    eval_batch: Count = 500
-    iwae_images: Length = 1000
-
-
-def build(config: Config) -> Task:
-    """The task that this experiment trains."""
-    p_x = {
-        "bernoulli": lambda: likelihood.bernoulli(config.levels),
-        "gaussian": lambda: likelihood.gaussian(config.levels, config.std),
-        "gaussian_learned": lambda: likelihood.gaussian(config.levels, None),
-    }[config.likelihood]()
-    return vae_task(
-        VAE(
-            config.shape,
-            config.latents,
-            config.hidden,
-            conv=config.network == "conv",
-            dtype=inside(config.precision),
-        ),
-        p_x,
-        beta=config.beta,
-        eval_batch=config.eval_batch,
-        iwae_images=config.iwae_images,
-    )
+CONFIG = Config(
+    data=Dataset("mnist"),
+    task=VAE(
+        network=VAENetwork(latents=40, hidden=(500, 500)),
+        likelihood=Bernoulli(),
+        beta=1.0,
+        eval_batch_size=500,
+        iwae_images=1000,
+    ),
+    optimizer=Adam(
+        learning_rate=3e-3,
+        warmup_steps=500,
+        lr_schedule="cosine",
+        beta2=0.99,
+        weight_decay=0.02,
+    ),
+    ema=EMA(half_life_images=90_000.0),
+    train=Train(
+        steps=7500, batch_size=256, eval_every=2500, checkpoint_every=500, steps_per_call=50
+    ),
+)
+EXPERIMENT = Experiment(
+    CONFIG,
+    debug={
+        "train.steps": 20,
+        "train.eval_every": 10,
+        "train.checkpoint_every": 10,
+        "train.log_every": 5,
+        "train.steps_per_call": 5,
+        "task.network.hidden": (32,),
+        "task.iwae_images": 20,
+    },
+    alternatives={"task.likelihood": (Gaussian(std=0.5),)},
+    fallback="digits:28",  # where the data set cannot be had
+)

@@ -30,9 +30,16 @@ RECORD = ROOT / "tests" / "data" / "first_losses.json"
 STEPS, SAMPLES = 20, 4
 LOSS_TOLERANCE, SAMPLE_TOLERANCE = 1e-5, 1e-3
 PROMPT = "a red circle"
-ONCE = [f"--config.steps={STEPS}", "--config.log_every=1"]
+ONCE = [f"--config.train.steps={STEPS}", "--config.train.log_every=1"]
 MNIST = ["--config.data=digits:28"]
 PARTS = "text_to_image_shapes"
+
+
+def of_parts(*parts: str) -> list[str]:
+    """Return the flags `ONCE` of every part of an experiment of several runs."""
+    return [flag.replace("config.", f"config.{part}.") for part in parts for flag in ONCE]
+
+
 # The flags of each experiment, beside --debug; the name of each part's directory, "" for one run.
 EXPERIMENTS: dict[str, tuple[list[str], list[str]]] = {
     **{name: (ONCE, [""]) for name in ("vae_digits", "ddpm_digits", "vdm_digits")},
@@ -46,20 +53,30 @@ EXPERIMENTS: dict[str, tuple[list[str], list[str]]] = {
     "classifier_mnist": (ONCE + MNIST, [""]),
     "classifier_fashion_mnist": (ONCE + MNIST, [""]),
     "ddpm_cifar10": ([*ONCE, "--config.data=digits"], [""]),
-    "iddpm_cifar10": ([*ONCE, "--config.data=digits"], [""]),
+    "iddpm_cifar10": (
+        [*ONCE, "--config.data=digits", "--config.task.network.attention_sizes=none"],
+        [""],
+    ),
     "classifier_cifar10": ([*ONCE, "--config.data=digits"], [""]),
-    "beta_vae_mnist": (ONCE + MNIST, ["beta_0.25", "beta_4"]),
-    "noise_in_sampling": (ONCE, ["model"]),
+    "beta_vae_mnist": (
+        [*of_parts("base"), "--config.base.data=digits:28"],
+        ["beta_0.25", "beta_4"],
+    ),
+    "noise_in_sampling": (of_parts("model"), ["model"]),
     PARTS: (
-        [*ONCE, f"--config.text_steps={STEPS}", f"--config.autoencoder_steps={STEPS}"],
+        of_parts("text", "autoencoder", "generator"),
         ["text", "autoencoder", "generator"],
     ),
     "text_encoder_scaling": (
-        [*ONCE, f"--config.text_steps={STEPS}", f"--config.autoencoder_steps={STEPS}"],
+        of_parts("text", "autoencoder", "generator"),
         ["text_tiny", "autoencoder", "tiny_8", "tiny_12"],
     ),
     "generator_shapes": (
-        [*ONCE, *(f"--config.{part}=../{PARTS}/{part}" for part in ("text", "autoencoder"))],
+        [
+            *ONCE,
+            f"--config.task.text_encoder=../{PARTS}/text",
+            f"--config.task.autoencoder=../{PARTS}/autoencoder",
+        ],
         [""],
     ),
 }
@@ -100,24 +117,18 @@ def samples_of(workdir: pathlib.Path) -> np.ndarray | None:
     import jax.numpy as jnp
 
     from ddpm_jax.errors import UserError
-    from ddpm_jax.experiment.load import load_state
+    from ddpm_jax.experiment.recorded import load_state
+    from ddpm_jax.experiment.types import build
     from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
     from ddpm_jax.task import Request
-    from ddpm_jax.training import step as step_module
-    from ddpm_jax.training.run_dir import read_record
+    from ddpm_jax.training.step import averaged
 
-    sys.path.insert(0, str(ROOT))
-    import importlib
-
-    name = (read_record(workdir) or {})["experiment"]
-    experiment = importlib.import_module(f"experiments.{name}")
-    config, state = load_state(experiment, workdir)
-    request = Request(prompt=PROMPT) if name == "generator_shapes" else Request()
+    config, state = load_state(workdir)
+    captioned = config.task.provides == "text to image"
+    request = Request(prompt=PROMPT) if captioned else Request()
     keys = example_keys(purpose_key(0, SAMPLE), 0, jnp.arange(SAMPLES))
     try:
-        images = experiment.build(config).sample(
-            step_module.averaged(state, config), state.fixed, keys, request
-        )
+        images = build(config).sample(averaged(state, config), state.fixed, keys, request)
     except UserError:  # a classifier, an encoder or an autoencoder
         return None
     return np.asarray(images, np.float32)
@@ -233,7 +244,7 @@ def main() -> int:
             print(f"{name}: done", file=sys.stderr)
     if arguments.write:
         RECORD.parent.mkdir(exist_ok=True)
-        from ddpm_jax.training.run_dir import provenance
+        from ddpm_jax.training.records import provenance
 
         record |= {"git_commit": provenance()["git_commit"], "machine": machine()}
         RECORD.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,14 +1,24 @@
 """A config's fields are typed, checked, and named when they are wrong."""
 
+import ast
 import dataclasses
-import importlib
+import functools
+import json
+import types
+import typing
 from typing import Annotated, Literal
 
 import pytest
 
 from ddpm_jax import config as c
 from ddpm_jax import fields
+from ddpm_jax.data.types import DataInfo
 from ddpm_jax.errors import UserError
+from ddpm_jax.experiment import registry
+from ddpm_jax.experiment import types as experiments
+from ddpm_jax.experiment.registry import load_experiment, names
+from ddpm_jax.tasks.diffusion import Diffusion
+from ddpm_jax.tasks.vdm import VDM
 from helpers.launching import ROOT
 
 
@@ -22,7 +32,7 @@ class Config:
     widths: tuple[fields.Count, ...] = (1, 2)
     maybe: int | None = None
     share: Annotated[float, fields.AtLeast(0.0), fields.AtMost(1.0)] = 0.5
-    shape: fields.Shape = (1, 1, 1)
+    shape: Annotated[tuple[int, int, int], fields.BOUND] = (1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +81,6 @@ def test_a_wrong_value_is_one_line_that_says_what_to_do(field, text, says):
 
 
 def test_a_config_comes_back_from_its_record():
-    import json
-
     config = dataclasses.replace(Config(), widths=(3,), maybe=4)
     record = json.loads(json.dumps(c.to_record(config)))
     assert c.restore(Config, record, "runs/x") == config
@@ -86,29 +94,9 @@ def test_a_record_of_another_version_is_refused():
 
 def test_a_run_of_before_a_field_was_there_keeps_its_default_and_a_lost_field_is_told():
     recorded = {"steps": 7, "shape": [4, 4, 1]}
-    assert c.restore(c.Training, recorded, "runs/x") == c.Training(steps=7, shape=(4, 4, 1))
+    assert c.restore(Config, recorded, "runs/x") == Config(steps=7, shape=(4, 4, 1))
     with pytest.raises(UserError, match="unknown config fields: colour"):
-        c.restore(c.Training, {**recorded, "colour": 3}, "runs/x")
-
-
-EXPERIMENTS = sorted(path.stem for path in ROOT.glob("experiments/[a-z]*.py"))
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_field_that_an_experiment_defines_anew_keeps_its_marks(name):
-    cls = importlib.import_module(f"experiments.{name}").Config
-    for base in cls.__mro__[1:-1]:
-        for mark in (fields.MAY_CHANGE, fields.FROM_DATA):
-            assert c.marked(base, mark) <= c.marked(cls, mark), base
-
-
-def test_vdm_has_no_field_of_the_process_that_it_does_not_use():
-    vdm, ddpm = (importlib.import_module(f"experiments.{n}_digits").Config for n in ("vdm", "ddpm"))
-    process = {"noise", "noise_steps", "prediction", "variance", "times", "weight", "label_dropout"}
-    assert process <= c.hints_of(ddpm).keys()
-    assert not (process | {"bound_scale", "flip"}) & c.hints_of(vdm).keys()
-    with pytest.raises(UserError, match=r"unknown field .--config\.variance."):
-        c.override(vdm(), {"variance": "learned"})
+        c.restore(Config, {**recorded, "colour": 3}, "runs/x")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +187,6 @@ def test_an_empty_tuple_means_none_where_that_is_allowed():
 
 
 def test_sections_come_back_from_their_record_and_bound_fields_are_not_in_it():
-    import json
-
     config = Whole(network=Deep(3, Small(5, (), size=8)), extra=Deep())
     record = json.loads(json.dumps(c.to_record(config)))
     assert record["network"]["type"] == "deep"
@@ -237,3 +223,233 @@ def test_the_help_of_a_field_is_what_its_class_says_of_it():
     assert rows["network.width"] == ("int", "4", "of every layer, in units.")
     assert rows["network.names"][2] == "of its inputs, in order."
     assert "network.size" not in rows
+
+
+@pytest.mark.parametrize("name", ["data", "task"])
+def test_a_record_that_lacks_what_has_no_default_is_damaged(name):
+    config = load_experiment("vae_digits").config
+    record = c.to_record(config)
+    del record[name]
+    with pytest.raises(UserError, match=f"is damaged: its {name} is missing; give another run"):
+        c.restore(config, record, "runs/x")
+
+
+# The configs of experiments/.
+
+EXPERIMENTS = names()
+
+
+@functools.cache
+def variants(name, debug):
+    """An experiment's config, and with every alternative of every section in its place."""
+    experiment = load_experiment(name)
+    values = experiment.debug if debug else {}
+    found = [c.override(experiment.config, {}, values, experiment.alternatives)]
+    for path, section, hint in c.sections_of(experiment.config):
+        others = [c.choice_name(cls) for cls in c.alternatives_of(hint)]
+        if type(None) in typing.get_args(fields.bare_type(hint)):
+            others.append("none")
+        for choice in others if len(others) > 1 else ():
+            if choice != c.choice_name(section):
+                texts, tuned = {path: choice}, experiment.alternatives
+                found.append(c.override(experiment.config, texts, values, tuned))
+    return found
+
+
+def tree_of(name):
+    return ast.parse((ROOT / "experiments" / f"{name}.py").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_field_of_an_experiment_has_a_help_text(name):
+    for config in variants(name, False):
+        missing = [field.path for field in c.fields_of(config) if not field.help]
+        assert not missing
+        choices = {path for path, _, kind in c.sections_of(config) if c._has_choice(kind)}
+        rows = c.describe(config)
+        assert len(rows) > 10
+        assert [row[0] for row in rows if not row[3] and row[0] not in choices] == []
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_no_experiment_is_made_from_another(name):
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            assert (node.module or "").split(".")[0] != "experiments"
+        if isinstance(node, ast.Import):
+            assert all(alias.name.split(".")[0] != "experiments" for alias in node.names)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+            called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            assert called not in ("import_module", "__import__", "load_experiment", "run_path")
+
+
+def test_experiment_is_the_only_name_that_is_looked_up_in_an_experiments_file(monkeypatch):
+    """A file that has nothing else is an experiment, and no other code imports experiments/."""
+    experiment = load_experiment("vae_digits")
+    module = types.SimpleNamespace(EXPERIMENT=dataclasses.replace(experiment, name=""))
+    monkeypatch.setattr(registry.importlib, "import_module", lambda name: module)
+    load_experiment.cache_clear()
+    try:
+        assert load_experiment("vae_digits") == experiment
+    finally:
+        load_experiment.cache_clear()
+    own = [ROOT / "launch.py", *(ROOT / "ddpm_jax").rglob("*.py")]
+    looked_up = []
+    for path in own:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module = [getattr(node, "module", None), *(alias.name for alias in node.names)]
+                assert not [name for name in module if (name or "").startswith("experiments")]
+            if isinstance(node, ast.Attribute) and "experiments." in ast.unparse(node.value):
+                looked_up.append((path.name, node.attr))
+    assert looked_up == [("registry.py", "EXPERIMENT")]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiments_file_defines_its_config_and_its_experiment(name):
+    defined = []
+    for node in tree_of(name).body:
+        if isinstance(node, ast.Assign):
+            defined += [target.id for target in node.targets]
+    assert "CONFIG" in defined
+    assert defined[-1] == "EXPERIMENT"
+    assert not {"DEBUG", "Config", "build", "prepare", "network", "run"} & set(defined)
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["full", "debug"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_record_of_an_experiment_comes_back_equal_with_an_equal_hash(name, debug):
+    experiment = load_experiment(name)
+    for config in variants(name, debug):
+        record = json.loads(json.dumps(c.to_record(config)))
+        again = c.restore(experiment.config, record, "runs/x")
+        assert again == config
+        assert hash(again) == hash(config)
+        assert c.to_record(again) == c.to_record(config)
+        assert c.restore(config, record, "runs/x") == config
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_bound_config_has_the_record_that_it_had_before(name):
+    """What the program fills in from a data set, a batch size or a precision is not recorded."""
+    config = load_experiment(name).config
+    if not isinstance(config, experiments.Config):
+        config = next(iter(config.parts(ROOT / "runs").values()))
+    info = DataInfo("others", (16, 16, 3), 256, 3, 5)
+    bound = experiments.bind(config, info)
+    assert bound != config
+    assert hash(bound) != hash(config)
+    assert c.to_record(bound) == c.to_record(config)
+    again = c.restore(config, json.loads(json.dumps(c.to_record(bound))), "runs/x")
+    assert experiments.bind(again, info) == bound
+    assert hash(experiments.bind(again, info)) == hash(bound)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_debug_values_are_of_fields_that_the_config_or_an_alternative_has(name):
+    experiment = load_experiment(name)
+    known = {}
+    for config in variants(name, False):
+        known |= {field.path: field for field in c.fields_of(config)}
+    sections = {path: hint for path, _, hint in c.sections_of(experiment.config)}
+    assert experiment.debug
+    for path, value in experiment.debug.items():
+        if path in sections:
+            assert type(value) in c.alternatives_of(sections[path]), path
+            continue
+        assert path in known, path
+        field = known[path]
+        assert not {fields.BOUND, fields.FROM_PARTS} & field.marks, path
+        assert fields.from_record(value, field.hint) == value, path
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_alternatives_are_tuned_ones_of_sections_that_have_them(name):
+    experiment = load_experiment(name)
+    hints = {path: hint for path, _, hint in c.sections_of(experiment.config)}
+    for path, tuned in experiment.alternatives.items():
+        assert path in hints, path
+        for one in tuned:
+            assert type(one) in c.alternatives_of(hints[path]), path
+            assert type(one) is not type(c.get(experiment.config, path)), path
+            chosen = c.override(
+                experiment.config, {path: c.choice_name(one)}, None, experiment.alternatives
+            )
+            assert c.get(chosen, path) == one
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["full", "debug"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_default_values_are_in_the_range_of_their_fields(name, debug):
+    """A value of the config itself passes the check that a recorded one must."""
+    for config in variants(name, debug):
+        for field in c.fields_of(config):
+            if fields.BOUND not in field.marks:
+                found = fields.from_record(field.value, field.hint)
+                assert (found, type(found)) == (field.value, type(field.value)), field.path
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_default_values_are_read_from_the_text_that_help_shows(name):
+    """What `--help` shows as a default can be given on the command line and changes nothing."""
+    experiment = load_experiment(name)
+    rows = {path: default for path, _, default, _ in c.describe(experiment.config)}
+    texts = {path: text.strip("()").rstrip(",") or "none" for path, text in rows.items()}
+    texts = {path: text.replace("'", "") for path, text in texts.items() if texts[path]}
+    given = [field for field in c.fields_of(experiment.config) if field.value != ""]
+    texts = {field.path: texts[field.path] for field in given if field.path in texts}
+    assert len(texts) > 10
+    assert c.override(experiment.config, texts) == experiment.config
+
+
+def test_vdm_has_no_field_of_the_process_that_it_does_not_use():
+    process = {"schedule", "prediction", "variance", "times", "loss_weight", "label_dropout"}
+    process |= {"vlb_weight", "flip"}
+    assert process <= c.hints_of(Diffusion).keys()
+    assert not process & c.hints_of(VDM).keys()
+    experiment = load_experiment("vdm_digits")
+    for field in sorted(process):
+        with pytest.raises(UserError, match=rf"unknown field .--config\.task\.{field}."):
+            c.override(experiment.config, {f"task.{field}": "1"}, {}, experiment.alternatives)
+
+
+DATA = {
+    "digits": DataInfo("digits", (8, 8, 1), 17, 10),
+    "mnist": DataInfo("mnist", (28, 28, 1), 256, 10),
+    "fashion_mnist": DataInfo("fashion_mnist", (28, 28, 1), 256, 10),
+    "cifar10": DataInfo("cifar10", (32, 32, 3), 256, 10),
+    "folder:images": DataInfo("folder:images", (32, 32, 3), 256, 2),
+    "shapes": DataInfo("shapes", (32, 32, 3), 256, 0, 24),
+}
+
+
+# Alternatives that another choice of the experiment excludes, which its error names.
+EXCLUDED = {
+    "iddpm_cifar10": "variance=learned: needs a table of betas",
+    "text_to_image_shapes": "needs a quantised autoencoder",
+    "text_encoder_scaling": "differ in the channels of their U-Nets",
+}
+
+
+@pytest.mark.parametrize(
+    "debug", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "debug"]
+)
+@pytest.mark.parametrize("name", sorted(set(EXPERIMENTS) - {"generator_shapes"}))
+def test_every_variant_of_an_experiment_is_built_for_its_data_or_refused(name, debug):
+    """No default, debug value or tuned alternative contradicts another one."""
+    refused = []
+    for number, config in enumerate(variants(name, debug)):
+        try:
+            runs = {"": config}
+            if not isinstance(config, experiments.Config):
+                runs = experiments.parts_of(config, ROOT / "runs")
+            bound = {part: experiments.bind(run, DATA[run.data.name]) for part, run in runs.items()}
+            for part, run in bound.items():
+                if not isinstance(config, experiments.Config):
+                    run = config.complete(part, bound)
+                assert experiments.build(run).loss
+        except UserError as error:
+            refused.append((number, str(error)))
+    assert all(number > 0 and EXCLUDED.get(name, "none") in error for number, error in refused)
+    assert bool(refused) == (name in EXCLUDED)

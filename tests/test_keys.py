@@ -14,9 +14,9 @@ from ddpm_jax import rng
 from ddpm_jax.data.types import Batch, Data, Split
 from ddpm_jax.diffusion import losses as loss
 from ddpm_jax.diffusion.schedules import cosine, cosine_betas, from_betas
-from ddpm_jax.nn.classifier import Classifier
+from ddpm_jax.nn.classifier import ClassifierNetwork
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.nn.vae import VAE
+from ddpm_jax.nn.vae import VAENetwork
 from ddpm_jax.parallel.sharding import make
 from ddpm_jax.rng import SAMPLE, TRAIN, example_keys, purpose_key
 from ddpm_jax.task import Evaluation, Request
@@ -89,7 +89,15 @@ def record(monkeypatch):
 
 def small(outputs=1):
     """A U-Net: a draw within a DiT's scan over blocks cannot be watched in jax 0.12."""
-    return UNet(outputs=outputs, channels=8, multipliers=(1,), blocks=1, classes=3, dropout=0.1)
+    return UNet(
+        outputs=outputs,
+        channels=8,
+        multipliers=(1,),
+        blocks=1,
+        attention_sizes=(),
+        classes=3,
+        dropout=0.1,
+    )
 
 
 DRAWING = Sampling("ancestral_beta", 2)
@@ -108,14 +116,15 @@ TASKS = {
         eval_times=2,
     ),
     "classifier": lambda: classifier_task(
-        Classifier(3, (8,), 8), SHAPE, LEVELS, shift=1, eval_batch=8
+        ClassifierNetwork(3, (8,), 8), SHAPE, LEVELS, shift=1, eval_batch=8
     ),
     "noisy classifier": lambda: classifier_task(
-        Classifier(3, (8,), 8, noisy=True), SHAPE, LEVELS, shift=1, schedule=cosine(),
+        ClassifierNetwork(3, (8,), 8, noisy=True), SHAPE, LEVELS, shift=1, schedule=cosine(),
         eval_batch=8
     ),
     "vae": lambda: vae_task(
-        VAE(SHAPE, 2, (8,)), likelihood.bernoulli(LEVELS), beta=1.0, eval_batch=8, iwae_images=8
+        VAENetwork(SHAPE, 2, (8,)), likelihood.bernoulli(LEVELS), beta=1.0, eval_batch=8,
+        iwae_images=8,
     ),
 }  # fmt: skip
 

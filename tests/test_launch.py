@@ -69,7 +69,7 @@ def test_a_finished_run_goes_on_when_it_is_made_longer(launch, trained):
 
     longer = trained.parent / "longer"
     shutil.copytree(trained, longer)
-    result = launch(*DIGITS, f"--workdir={longer}", "--config.steps=25")
+    result = launch(*DIGITS, f"--workdir={longer}", "--config.train.steps=25")
     assert result.returncode == 0, result.stderr
     assert "resuming at step 20" in result.stderr
     assert json.loads((longer / "summary.json").read_text())["step"] == 25
@@ -98,7 +98,7 @@ def test_choices_are_made_on_validation_images(launch, trained):
 
 
 def test_a_final_run_trains_on_all_of_the_training_images(launch, tmp_path):
-    result = launch(*DIGITS, "--config.validation=0", "--workdir=run")
+    result = launch(*DIGITS, "--config.data.validation=0", "--workdir=run")
     assert result.returncode == 0, result.stderr
     assert "1437 images to train on, 128 to test on" in result.stderr
     assert "no validation split: nothing is evaluated before the end" in result.stderr
@@ -152,7 +152,7 @@ def test_a_run_on_four_devices_samples_and_evaluates_on_one(launch, tmp_path):
 
 def test_a_run_that_never_trained_leaves_its_directory_free(launch, tmp_path):
     devices = "--xla_force_host_platform_device_count=3"
-    result = launch(*DIGITS, "--workdir=run", "--config.batch_size=32", XLA_FLAGS=devices)
+    result = launch(*DIGITS, "--workdir=run", "--config.train.batch_size=32", XLA_FLAGS=devices)
     expect_one_line(result, "batch_size=32 does not divide over 3 devices")
     assert launch(*DIGITS, "--workdir=run").returncode == 0
 
@@ -167,7 +167,7 @@ def test_own_images_train_with_one_flag_and_by_another_name_are_the_same(launch,
     assert result.returncode == 0, result.stderr
     assert "folder own" in result.stdout
     same = f"--config.data=folder:{tmp_path}/own"
-    result = launch(*DIGITS, same, "--workdir=run", "--config.steps=25")
+    result = launch(*DIGITS, same, "--workdir=run", "--config.train.steps=25")
     assert result.returncode == 0, result.stderr
 
 
@@ -201,7 +201,7 @@ def test_help_lists_experiments_and_their_fields_at_once(launch):
     for path in ROOT.glob("experiments/[a-z]*.py"):
         assert path.stem in result.stdout
     result = launch("--experiment=vae_mnist", "--help")
-    assert "--config.latents=int" in result.stdout
+    assert "--config.task.network.latents=int" in result.stdout
 
 
 def test_profile_leaves_a_trace_of_five_steps(launch, tmp_path):

@@ -99,7 +99,10 @@ def test_the_colab_notebook_is_cut_off_goes_on_and_draws(experiment, execute, tm
     assert "resuming at step" in said(cells["train"])
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["experiment"] == experiment
-    assert summary["step"] == json.loads((workdir / "config.json").read_text())["config"]["steps"]
+    assert (
+        summary["step"]
+        == json.loads((workdir / "config.json").read_text())["config"]["train"]["steps"]
+    )
     for metric in summary["metrics"]:
         assert metric.endswith("_error") or metric in said(cells["results"])
     assert len(pictures(cells["results"])) == 3  # curves, samples and another

@@ -11,16 +11,23 @@ import typing
 
 import pytest
 
-import launch
-from ddpm_jax.config import hints_of as fields
+from ddpm_jax.config import (
+    SET_BY_PROGRAM,
+    alternatives_of,
+    choice_name,
+    fields_of,
+    override,
+    sections_of,
+)  # fmt: skip
 from ddpm_jax.errors import RunError
-from ddpm_jax.fields import FROM_DATA, FROM_PARTS
+from ddpm_jax.experiment.registry import load_experiment, names
+from ddpm_jax.fields import bare_type
 from ddpm_jax.training import loop as train
 from helpers.launching import ROOT, user_environment
 
 VALUES = ("1e12", "1e30", str(2**63), "1e308", "1e-320", "-1", "nan")
 FEW = ("1e30", "1e-320", "-1")  # one of each kind
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
+EXPERIMENTS = names()
 FAST = (  # one of each kind of task
     "vae_digits", "classifier_digits", "ddpm_digits", "vdm_digits", "text_encoder_shapes",
     "autoencoder_shapes",
@@ -29,26 +36,48 @@ SECONDS = 30.0  # in which each must end on a busy machine; most take a few mill
 STARTED = "the training starts here"
 
 
-def numeric_fields(cls):
-    """The fields that take a number, or several."""
+def takes_a_number(hint):
+    """Whether a field of this annotation takes a number, or several."""
+    bare = bare_type(hint)
+    if typing.get_origin(bare) in (tuple, typing.Union, types.UnionType):
+        return any(takes_a_number(inner) for inner in typing.get_args(bare))
+    return bare in (int, float)
 
-    def takes_a_number(hint):
-        if typing.get_origin(hint) is typing.Annotated:
-            marks = {mark for mark in hint.__metadata__ if isinstance(mark, str)}
-            return not marks & {FROM_DATA, FROM_PARTS} and takes_a_number(hint.__origin__)
-        if typing.get_origin(hint) in (tuple, typing.Union, types.UnionType):
-            return any(takes_a_number(inner) for inner in typing.get_args(hint))
-        return hint in (int, float)
 
-    return [name for name, hint in fields(cls).items() if takes_a_number(hint)]
+def numeric_fields(config):
+    """The paths of a config's fields that take a number, or several."""
+    fields = [field for field in fields_of(config) if not SET_BY_PROGRAM & field.marks]
+    return [field.path for field in fields if takes_a_number(field.hint)]
+
+
+def settings(name):
+    """Every (flags that choose a section's alternative, path of a numeric field) of an experiment.
+
+    The fields of an alternative are those that the config itself has not.
+    """
+    experiment = load_experiment(name)
+    known = numeric_fields(experiment.config)
+    found = [((), path) for path in known]
+    for section, value, hint in sections_of(experiment.config):
+        for cls in alternatives_of(hint):
+            choice = choice_name(cls)
+            if choice == choice_name(value):
+                continue
+            other = override(experiment.config, {section: choice}, {}, experiment.alternatives)
+            more = [path for path in numeric_fields(other) if path not in known]
+            found += [((f"--config.{section}={choice}",), path) for path in more]
+            known += more
+    return found
 
 
 def data_of(name):
     """Data that are at hand in the place of those that are not."""
-    own = launch.load_experiment(name).Config().data
+    config = load_experiment(name).config
+    own = config.data.name
     if own.partition(":")[0] in ("digits", "shapes"):
         return []
-    return ["--config.data=digits:32" if "cifar" in name else "--config.data=digits:28"]
+    path = "data" if "data.name" in {field.path for field in fields_of(config)} else "base.data"
+    return [f"--config.{path}=digits:{32 if 'cifar' in name else 28}"]
 
 
 @pytest.fixture
@@ -61,20 +90,25 @@ def stopped_at_the_start(monkeypatch):
 
 def sweep(run, name, *flags, values=VALUES):
     """What is wrong with the answers to all values of all fields."""
-    wrong = []
-    names = numeric_fields(launch.load_experiment(name).Config)
-    assert len(names) > 5
-    for field in names:
+    wrong, tried = [], []
+    swept = settings(name)
+    assert len(swept) > 5
+    for choice, path in swept:
         for value in values:
+            field = " ".join([*choice, path])
+            tried.append(field)
             begun = time.monotonic()
             try:
-                result = run(f"--experiment={name}", *flags, f"--config.{field}={value}")
+                workdir = f"--workdir={len(tried)}"  # nothing is there yet
+                arguments = [*flags, *choice, f"--config.{path}={value}", workdir]
+                result = run(f"--experiment={name}", *arguments)
             except Exception as error:
                 wrong.append(f"{field}={value}: {type(error).__name__}: {error}"[:300])
                 continue
             seconds = time.monotonic() - begun
             lines = result.stderr.splitlines()
             refused = result.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+            refused = refused and "unknown field" not in lines[0]
             started = result.returncode == 1 and lines[-1] == f"stopped: {STARTED}"
             if not (refused or started) or seconds > SECONDS:
                 wrong.append(f"{field}={value}: {seconds:.1f} s: {lines[-1:]}")
@@ -101,13 +135,14 @@ def test_no_number_ends_in_a_traceback_of_a_generation_model(
 ):
     parts = {}
     for part in ("text_encoder", "autoencoder"):
-        parts[part.partition("_")[0]] = tmp_path / part
+        parts[part] = tmp_path / part
         command = [f"--experiment={part}_shapes", "--debug", f"--workdir={tmp_path / part}"]
         subprocess.run(
             [sys.executable, ROOT / "launch.py", *command], env=user_environment(), check=True,
             capture_output=True, timeout=240,
         )  # fmt: skip
-    flags = [f"--config.{name}={place}" for name, place in parts.items()]
+    flags = [f"--config.task.{name}={place}" for name, place in parts.items()]
     result = launch_here("--experiment=generator_shapes", "--debug", *flags)
     assert STARTED in result.stderr, result.stderr
+    assert result.returncode == 1
     assert not sweep(launch_here, "generator_shapes", "--debug", *flags)

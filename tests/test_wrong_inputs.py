@@ -5,6 +5,7 @@ expression `text`, and `prepare(folder)` makes files in the working directory fi
 in this process, one after another; what needs a process of its own is at the end.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -18,8 +19,10 @@ import zipfile
 import numpy as np
 import pytest
 
+from ddpm_jax.config import to_record
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.feature_networks import INCEPTION
+from ddpm_jax.experiment.registry import load_experiment
 from ddpm_jax.parallel import cluster
 from helpers.data_sets import png, write
 from helpers.launching import ROOT, expect_one_line, user_environment
@@ -28,7 +31,7 @@ PNG = png()
 DIGITS = ("--experiment=vae_digits", "--debug")
 DDPM = ("--experiment=ddpm_digits", "--debug")
 NOISE = ("--experiment=noise_in_sampling", "--debug")
-BETAS = ("--experiment=beta_vae_mnist", "--debug", "--config.data=digits:28")
+BETAS = ("--experiment=beta_vae_mnist", "--debug", "--config.base.data=digits:28")
 GENERATOR = ("--experiment=generator_shapes", "--debug")
 CHAIN = ("--experiment=text_to_image_shapes", "--debug")
 TOGETHER = (*DIGITS, "--distributed")
@@ -72,27 +75,38 @@ FLAGS = [
     ([*DIGITS, "--seed=-1"], "--seed=-1"),
     ([*DIGITS, "--debug=perhaps"], "--debug=perhaps: must be true or false"),
     ([*DIGITS, "--workdir"], "workdir"),
-    ([*DIGITS, "--config.stepps=3"], 'unknown field "--config.stepps"; did you mean "steps"'),
-    ([*DIGITS, "--config.steps=three"], "--config.steps=three: must be a whole number"),
-    ([*DIGITS, "--config.steps=0"], "must be at least 1"),
-    ([*DIGITS, "--config.steps"], "needs a value"),
-    ([*DIGITS, "--config.batch_size=-4"], "must be at least 1"),
-    ([*DIGITS, "--config.learning_rate=nan"], "finite"),
-    ([*DIGITS, "--config.likelihood=poisson"], "must be one of bernoulli, gaussian"),
-    ([*DIGITS, "--config.hidden=32,x"], "must be a whole number"),
-    ([*DIGITS, "--config.hidden="], "one value or more"),
-    ([*DIGITS, "--config.beta2=2"], "must be at most"),
+    (
+        [*DIGITS, "--config.stepps=3"],
+        'unknown field "--config.stepps"; did you mean --config.train.steps',
+    ),
+    ([*DIGITS, "--config.train.steps=three"], "--config.train.steps=three: must be a whole number"),
+    ([*DIGITS, "--config.train.steps=0"], "--config.train.steps=0: must be at least 1"),
+    ([*DIGITS, "--config.train.steps"], "needs a value"),
+    ([*DIGITS, "--config.train.batch_size=-4"], "--config.train.batch_size=-4: must be at least 1"),
+    ([*DIGITS, "--config.optimizer.learning_rate=nan"], "learning_rate=nan: .*finite"),
+    (
+        [*DIGITS, "--config.task.likelihood=poisson"],
+        'likelihood: .*no "poisson".*bernoulli, gaussian',
+    ),
+    ([*DIGITS, "--config.task.network.hidden=32,x"], "must be a whole number"),
+    ([*DIGITS, "--config.task.network.hidden="], "one value or more"),
+    ([*DIGITS, "--config.optimizer.beta2=2"], "must be at most"),
     ([*DIGITS, "--config.data=prefetch"], 'no data set "prefetch"'),
     ([*DIGITS, "--seed=99999999999999999999"], "--seed="),
     ([*DIGITS, "--nodebug=1"], "nodebug"),
     ([*DIGITS, "--workdir="], "--workdir= is empty"),
-    ([*DIGITS, "--config.shape=9,9,1"], "follows from the data set"),
+    ([*DIGITS, "--config.task.info.shape=9,9,1"], "unknown field .*; --help lists the fields"),
+    ([*DIGITS, "--config.task.info=9,9,1"], "task.info follows from the data set"),
+    ([*DDPM, "--config.task.network.outputs=3"], "outputs follows from the data set"),
     ([*DIGITS, "--config.data=mnits"], 'no data set "mnits"; did you mean "mnist"'),
     ([*DIGITS, "--config.data=mnist"], "data set mnist is not prepared"),
     ([*DIGITS, "--config.data=kmnist"], "TFDS needs TensorFlow to prepare it"),
     ([*DIGITS, "--config.data=folder:/no/such"], 'no folder "/no/such"'),
     ([*DIGITS, "--config.data=digits:huge"], "size must be a number"),
-    ([*DIGITS, "--config.network=conv", "--config.hidden=4,4,4,4"], "does not divide by 16"),
+    (
+        [*DIGITS, "--config.task.network.conv=true", "--config.task.network.hidden=4,4,4,4"],
+        "does not divide by 16",
+    ),
     ([*DIGITS, "--workdir=/proc/nothing"], "cannot write to /proc/nothing"),
     (["--experiment=vae_fashion_mnist", "--debug"], "data set fashion_mnist is not prepared"),
     (["--mode=sample"], "needs --workdir=DIR or --experiment=NAME"),
@@ -100,33 +114,57 @@ FLAGS = [
     (["--mode=sample", "--workdir=nowhere"], "no run in nowhere"),
     ([*DIGITS, "--num_samples=3"], "--num_samples goes with --mode=sample"),
     ([*DIGITS, "--split=validation"], "--split goes with --mode=eval"),
-    ([*DIGITS, "--config.validation=1437"], "validation=1437: digits has 1437 training images"),
-    ([*DIGITS, "--config.validation=-1"], "must be at least 0"),
+    (
+        [*DIGITS, "--config.data.validation=1437"],
+        "data.validation=1437: digits has 1437 training images",
+    ),
+    ([*DIGITS, "--config.data.validation=-1"], "must be at least 0"),
     (["--mode=sample", "--workdir=x", "--num_samples=0"], "--num_samples=0"),
     # Numbers that no program counts with, and sizes that no memory holds.
-    ([*DIGITS, "--config.batch_size=1e12"], "batch_size=1e12: must be at most 2,147,483,647"),
-    ([*DIGITS, "--config.batch_size=2000000000"], "batch_size=2000000000.*GiB of memory"),
-    ([*DIGITS, "--config.hidden=1e9"], "parameters, optimizer and averages of .* GiB of memory"),
-    ([*DIGITS, "--config.hidden=1000000,1000000"], "the network is too large"),
-    ([*DIGITS, "--config.latents=2147483647"], "the network is too large"),
-    ([*DIGITS, "--config.warmup=1e30"], "must be at most 2,147,483,647"),
-    ([*DIGITS, "--config.steps=" + "9" * 5000], "must be at most 2,147,483,647"),
-    ([*DIGITS, "--config.log_every=9223372036854775808"], "must be at most 2,147,483,647"),
-    ([*DIGITS, "--config.steps_per_call=1e9"], "steps_per_call=1000000000: is too large"),
-    ([*DIGITS, "--config.eval_batch=2e9"], "eval_batch=2000000000: is too large"),
-    ([*DIGITS, "--config.learning_rate=1e308"], "that float32 holds"),
-    ([*DIGITS, "--config.ema_half_life=1e-320"], "that float32 holds"),
-    ([*DIGITS, "--config.ema_others=1,1e39"], "that float32 holds"),
-    ([*DDPM, "--config.draw=1e12"], "must be at most 2,147,483,647"),
-    ([*DDPM, "--config.draw=2e9"], "draw=2000000000: the images would need"),
-    ([*DDPM, "--config.draw_between=2e9"], "draw_between=2000000000: the images would need"),
-    ([*DDPM, "--config.channels=2000000000"], "the network is too large"),
-    ([*DDPM, "--config.depth=1e9"], "must be at most 1000"),
-    ([*DDPM, "--config.noise_steps=1e12"], "must be at most 1e.06"),
-    ([*DDPM, "--config.sample_steps=1e7"], "must be at most 1e.06"),
-    (["--experiment=text_encoder_shapes", "--debug", "--config.altered=1e9"], "at most 1000"),
-    ([*CHAIN, "--config.channels=2000000000"], "the network is too large"),
-    ([*CHAIN, "--config.batch_size=1e9", "--config.draws=1"], "batch_size=1000000000: is too"),
+    ([*DIGITS, "--config.train.batch_size=1e12"], "batch_size=1e12: must be at most 2,147,483,647"),
+    ([*DIGITS, "--config.train.batch_size=2000000000"], "batch_size=2000000000.*GiB of memory"),
+    (
+        [*DIGITS, "--config.task.network.hidden=1e9"],
+        "parameters, optimizer and averages of .* GiB of memory",
+    ),
+    ([*DIGITS, "--config.task.network.hidden=1000000,1000000"], "the network is too large"),
+    ([*DIGITS, "--config.task.network.latents=2147483647"], "the network is too large"),
+    ([*DIGITS, "--config.optimizer.warmup_steps=1e30"], "must be at most 2,147,483,647"),
+    ([*DIGITS, "--config.train.steps=" + "9" * 5000], "must be at most 2,147,483,647"),
+    ([*DIGITS, "--config.train.log_every=9223372036854775808"], "must be at most 2,147,483,647"),
+    ([*DIGITS, "--config.train.steps_per_call=1e9"], "steps_per_call=1000000000: is too large"),
+    ([*DIGITS, "--config.task.eval_batch_size=2e9"], "eval_batch_size=2000000000: is too large"),
+    ([*DIGITS, "--config.optimizer.learning_rate=1e308"], "that float32 holds"),
+    ([*DIGITS, "--config.ema.half_life_images=1e-320"], "that float32 holds"),
+    ([*DIGITS, "--config.ema.more_half_lives_images=1,1e39"], "that float32 holds"),
+    ([*DDPM, "--config.task.evaluation.num_samples=1e12"], "must be at most 2,147,483,647"),
+    (
+        [*DDPM, "--config.task.evaluation.num_samples=2e9"],
+        "num_samples=2000000000: the images would need",
+    ),
+    (
+        [*DDPM, "--config.task.evaluation.num_samples_between=2e9"],
+        "num_samples_between=2000000000: the images would need",
+    ),
+    ([*DDPM, "--config.task.network.channels=2000000000"], "the network is too large"),
+    (
+        [*DDPM, "--config.task.network=dit", "--config.task.network.depth=1e9"],
+        "must be at most 1000",
+    ),
+    ([*DDPM, "--config.task.schedule.steps=1e12"], "must be at most 1e.06"),
+    ([*DDPM, "--config.task.sampling.steps=1e7"], "must be at most 1e.06"),
+    (
+        ["--experiment=text_encoder_shapes", "--debug", "--config.task.hard_negatives=1e9"],
+        "at most 1000",
+    ),
+    (
+        [*CHAIN, "--config.generator.task.generator.network.channels=2000000000"],
+        "the network is too large",
+    ),
+    (
+        [*CHAIN, "--config.generator.train.batch_size=1e9"],
+        "--config.generator.train.batch_size=1000000000: is too",
+    ),
     (["--mode=sample", "--workdir=x", "--num_samples=99999999999"], "--num_samples=99999999999"),
     (["--mode=sample", "--workdir=x", "--steps=1000001"], "--steps=1000001"),
     (["--mode=sample", "--workdir=x", "--guidance=1e39"], r"--guidance=1e\+39: must be"),
@@ -135,25 +173,96 @@ FLAGS = [
     ([*NOISE, "--config.samplers=ddim,nonsense"], 'samplers: there is no "nonsense"'),
     ([*NOISE, "--config.samplers=ddim:2"], "samplers=ddim:2: DDIM's eta must be between 0 and 1"),
     ([*NOISE, "--config.samplers=ancestral_learned"], "has not learned a variance"),
-    ([*NOISE, "--config.compare_steps=1001"], "compare_steps=1001: this run's schedule has 1000"),
-    ([*NOISE, "--config.guide=nowhere"], "guide=.*nowhere: there is no run"),
-    ([*NOISE, "--config.judge=nowhere"], "judge=nowhere: there is no finished run"),
-    ([*BETAS, "--config.betas=1,1.00000001"], "two runs of this command would share .*beta_1"),
-    ([*BETAS, "--config.betas=2,1,2"], "would share .*beta_2"),
-    ([*BETAS, "--config.betas=1e39"], "that float32 holds"),
-    ([*DDPM, "--config.judge=/no/such"], "judge=/no/such: there is no finished run of a class"),
-    ([*DDPM, "--config.judge="], "there is no finished run of a classifier"),
-    ([*DDPM, "--config.fid=true"], "pt_inception.* is damaged or another file", truncated_weights),
-    ([*DDPM, "--config.fid=true"], "pt_inception.* is damaged or another file", other_weights),
-    ([*DDPM, "--config.fid=true"], "pt_inception.* cannot be read|another file", weights_folder),
+    (
+        [*NOISE, "--config.steps=1001"],
+        "--config.steps=1001: this run's schedule has 1000",
+    ),
+    (
+        [*NOISE, "--config.model.task.sampling.guidance_model=nowhere"],
+        "--config.model.task.sampling.guidance_model=.*nowhere: there is no run",
+    ),
+    (
+        [*NOISE, "--config.model.task.evaluation.features=./nowhere"],
+        "--config.model.task.evaluation.features=./nowhere: there is no finished run",
+    ),
+    (
+        [*BETAS, "--config.values=1,1.00000001"],
+        "values=1.0,1.00000001: two runs would share .*beta_1",
+    ),
+    ([*BETAS, "--config.values=2,1,2"], "two runs would share .*beta_2"),
+    (
+        [*BETAS, "--config.base.data.validation=2000"],
+        "--config.base.data.validation=2000: digits:28 has 1437 training images",
+    ),
+    (
+        [*BETAS, "--config.base.task.network.latents=2147483647"],
+        "the network is too large",
+    ),
+    (
+        [*CHAIN, "--config.autoencoder.train.batch_size=2e9"],
+        "--config.autoencoder.train.batch_size=2000000000: is too large",
+    ),
+    (
+        [*CHAIN, "--config.generator.task.evaluation.text_encoder=./nowhere"],
+        "--config.generator.task.evaluation.text_encoder=.*nowhere: there is no finished run",
+    ),
+    ([*BETAS, "--config.values=1,-2"], "--config.values=-2: must be at least 0, as task.beta"),
+    (
+        [*BETAS, "--config.field=train.steps"],
+        "--config.values=0.25: must be a whole number, as train.steps",
+    ),
+    ([*BETAS, "--config.field=nonsense"], "--config.field=nonsense: a run has no such field"),
+    ([*BETAS, "--config.field=task.network"], "field=task.network: a run has no such field"),
+    (
+        [*BETAS, "--config.base.task.beta=3"],
+        "--config.base.task.beta=3: each run takes it from --config.values; leave it out",
+    ),
+    ([*DIGITS, "--config.task=vae"], "several fields; .* as --config.task.network.latents=VALUE"),
+    ([*BETAS, "--config.values=1e39"], "that float32 holds"),
+    (
+        [*DDPM, "--config.task.evaluation.features=/no/such"],
+        "features=/no/such: there is no finished run of a class",
+    ),
+    (
+        [*DDPM, "--config.task.evaluation.features=classifier_digit"],
+        'no feature network "classifier_digit"; did you mean "classifier_digits"',
+    ),
+    ([*DDPM, "--config.task.evaluation.features=,"], "features=,: must be one value or more"),
+    (
+        [*DDPM, "--config.task.evaluation.features=inception"],
+        "pt_inception.* is damaged or another file",
+        truncated_weights,
+    ),
+    (
+        [*DDPM, "--config.task.evaluation.features=inception"],
+        "pt_inception.* is damaged or another file",
+        other_weights,
+    ),
+    (
+        [*DDPM, "--config.task.evaluation.features=inception"],
+        "pt_inception.* cannot be read|another file",
+        weights_folder,
+    ),
     # Paths.
     ([*DIGITS, "--workdir=~nosuchuser/runs"], "there is no home directory of ~nosuchuser"),
     ([*DIGITS, "--data_dir=~nosuchuser"], "there is no home directory of ~nosuchuser"),
     ([*DIGITS, "--config.data=folder:~nosuchuser"], "there is no home directory of ~nosuchuser"),
-    ([*DDPM, "--config.judge=~nosuchuser"], "there is no home directory of ~nosuchuser"),
-    ([*DDPM, "--config.guide=~nosuchuser"], "there is no home directory of ~nosuchuser"),
-    ([*GENERATOR, "--config.text=~nosuchuser"], "there is no home directory of ~nosuchuser"),
-    ([*GENERATOR, "--config.pretrained=~nosuchuser"], "there is no home directory of ~nosuchuser"),
+    (
+        [*DDPM, "--config.task.evaluation.features=~nosuchuser"],
+        "there is no home directory of ~nosuchuser",
+    ),
+    (
+        [*DDPM, "--config.task.sampling.guidance_model=~nosuchuser"],
+        "there is no home directory of ~nosuchuser",
+    ),
+    (
+        [*GENERATOR, "--config.task.text_encoder=~nosuchuser"],
+        "there is no home directory of ~nosuchuser",
+    ),
+    (
+        [*GENERATOR, "--config.task.pretrained=~nosuchuser"],
+        "there is no home directory of ~nosuchuser",
+    ),
     (["--mode=sample", "--workdir=~nosuchuser"], "there is no home directory of ~nosuchuser"),
     (["--mode=sample", "--workdir=x", "--out=~nosuchuser/a.png"], "no home directory"),
     (["--mode=sample", "--workdir=x", "--prompt_file=~nosuchuser"], "no home directory"),
@@ -161,8 +270,8 @@ FLAGS = [
     ([*DIGITS, f"--workdir={'a/' * 3000}"], "File name too long"),
     ([*DIGITS, f"--data_dir={LONG}"], "File name too long"),
     ([*DIGITS, f"--config.data=folder:{LONG}"], "File name too long"),
-    ([*DDPM, f"--config.judge={LONG}"], "File name too long"),
-    ([*DDPM, f"--config.guide={LONG}"], "File name too long"),
+    ([*DDPM, f"--config.task.evaluation.features={LONG}"], "File name too long"),
+    ([*DDPM, f"--config.task.sampling.guidance_model={LONG}"], "File name too long"),
     (["--mode=eval", f"--workdir={LONG}"], "File name too long"),
     (["--mode=sample", "--workdir=x", f"--out={LONG}.png"], "File name too long"),
     (["--mode=sample", "--workdir=x", f"--prompt_file={LONG}"], "File name too long"),
@@ -185,21 +294,29 @@ FLAGS = [
 # A run directory that is there: rows get its --workdir.
 RUNS = [
     (["--experiment=vae_mnist", "--debug"], "holds a run of vae_digits, not of vae_mnist"),
-    ([*DIGITS, "--config.latents=3"], "latents was 2, is 3"),
+    ([*DIGITS, "--config.task.network.latents=3"], "task.network.latents was 2, is 3"),
     ([*DIGITS, "--seed=5"], "seed was 0, is 5"),
     ([*DIGITS, "--config.data=digits:16"], "data name was digits, is digits:16"),
-    ([*DIGITS, "--config.steps=7"], "at step 20 already"),
+    ([*DIGITS, "--config.train.steps=7"], "at step 20 already"),
     (["--mode=sample", "--steps=10"], "--steps means nothing to this run"),
     (["--mode=sample", "--guidance=2"], "--guidance means nothing"),
     (["--mode=sample", "--out=x.jpg"], "must end in .png or .npz"),
     (["--mode=sample", "--out=no/x.png"], "there is no folder no"),
-    (["--mode=eval", "--config.latents=3"], "latents is what the run .* was trained with"),
+    (
+        ["--mode=eval", "--config.task.network.latents=3"],
+        "--config.task.network.latents is what the run .* was trained with",
+    ),
     (["--mode=eval", "--experiment=vae_mnist"], "holds a run of vae_digits"),
     (["--experiment=beta_vae_mnist", "--debug"], "holds a run of vae_digits, not of beta_vae"),
     (["--mode=sample", "--num_samples=2147483647"], "num_samples=2147483647: the images would"),
-    ([*DDPM, "--config.judge=auto"], "holds a run of vae_digits, not of ddpm_digits"),
+    (
+        [*DDPM, "--config.task.evaluation.features=classifier_digits"],
+        "holds a run of vae_digits, not of ddpm_digits",
+    ),
     ([*NOISE], "holds a run of vae_digits, not of noise_in_sampling"),
 ]
+
+DIGITS_DATA = {"name": "digits", "title": "x", "shape": [8, 8, 1], "levels": 17}
 
 # A run's config.json with one value changed, and its text changed: what the line says of it.
 DAMAGED = [
@@ -213,26 +330,51 @@ DAMAGED = [
     ({"data": {}}, "its data has no name"),
     ({"data": {"name": 3, "title": "x"}}, "its data name is of another type"),
     ({"data": {"name": "digits", "title": "x", "shape": 8}}, "its data shape is of another type"),
+    ({"data": {**DIGITS_DATA, "shape": [8, 8]}}, "its data shape must be three whole numbers"),
+    (
+        {"data": {**DIGITS_DATA, "shape": [0, 8, 1]}},
+        "its data shape must be three whole numbers from 1",
+    ),
+    (
+        {"data": {**DIGITS_DATA, "shape": [10**30, 8, 1]}},
+        "its data shape must be .* from 1 to 2,147,483,647",
+    ),
+    ({"data": {**DIGITS_DATA, "levels": 1}}, "its data levels must be at least 2"),
+    ({"data": {**DIGITS_DATA, "caption_length": -1}}, "its data caption_length must be at least 0"),
     ({"data": {"name": "digits", "title": "x", "classes": [1]}}, "classes are not texts"),
-    ({"config": {"steps": "20"}}, "its steps must be a whole number"),
-    ({"config": {"steps": True}}, "its steps must be a whole number"),
-    ({"config": {"steps": None}}, "its steps must be a whole number"),
-    ({"config": {"latents": -1}}, "its latents must be at least 1"),
-    ({"config": {"latents": 10**30}}, "its latents must be at most"),
-    ({"config": {"learning_rate": float("nan")}}, "its learning_rate must be a finite number"),
-    ({"config": {"learning_rate": [1]}}, "its learning_rate must be a number"),
-    ({"config": {"hidden": 32}}, "its hidden must be a list"),
-    ({"config": {"shape": [8, 8]}}, "its shape must be a list of 3 values"),
-    ({"config": {"shape": [0, 8, 1]}}, "its shape must be at least 1"),
-    ({"config": {"likelihood": "poisson"}}, "its likelihood must be one of"),
-    ({"config": {"likelihood": []}}, "its likelihood must be one of"),
-    ({"config": {"data": "a\nb"}}, "its data must be a text without control"),
+    ({"config": {"train.steps": "20"}}, "its train.steps must be a whole number"),
+    ({"config": {"train.steps": True}}, "its train.steps must be a whole number"),
+    ({"config": {"train.steps": None}}, "its train.steps must be a whole number"),
+    ({"config": {"task.network.latents": -1}}, "its task.network.latents must be at least 1"),
+    ({"config": {"task.network.latents": 10**30}}, "its task.network.latents must be at most"),
+    (
+        {"config": {"optimizer.learning_rate": float("nan")}},
+        "its optimizer.learning_rate must be a finite number",
+    ),
+    ({"config": {"optimizer.learning_rate": [1]}}, "its optimizer.learning_rate must be a number"),
+    ({"config": {"task.network.hidden": 32}}, "its task.network.hidden must be a list"),
+    ({"config": {"task.likelihood.type": "poisson"}}, "its task.likelihood must .* one of"),
+    ({"config": {"task.likelihood": []}}, "its task.likelihood must .* one of"),
+    ({"config": {"task.likelihood": {"std": None}}}, "its task.likelihood must .* one of"),
+    ({"config": {"task.network": 3}}, "its task.network must be a section"),
+    ({"config": {"train": None}}, "its train must be a section"),
+    ({"config": {"optimizer.lr_schedule": "linear"}}, "its optimizer.lr_schedule must be one of"),
+    ({"config": {"data.name": "a\nb"}}, "its data.name must be a text without control"),
     ({"config": {"nonsense": 1}}, "unknown config fields: nonsense"),
+    ({"config": {"task.network.nonsense": 1}}, "unknown config fields: task.network.nonsense"),
+    ({"config": {"task.likelihood.nonsense": 1}}, "unknown config .*: task.likelihood.nonsense"),
+    ({"format": 1}, "is of format 1, which commit .* train again in another --workdir"),
+    ({"format": 3}, "is of format 3, and this version reads format 2"),
+    ({"part": "beta_4"}, "has no such part|part was beta_4"),
+    ({"part": 3}, "its part is of another type"),
     ("", "config.json is damaged"),
     ("[]", "config.json is damaged"),
     ("[" * 100_000, "config.json is damaged"),
     ('{"seed": ' + "9" * 5000 + "}", "config.json is damaged"),
-    ('{"seed": 0, "seed": 1, "experiment": "vae_digits", "config": {}, "data": {}}', "twice"),
+    (
+        '{"format": 2, "seed": 0, "seed": 1, "experiment": "vae_digits", "config": {}, "data": {}}',
+        "twice",
+    ),
 ]
 
 # The same of its summary.json.
@@ -361,7 +503,7 @@ DATA = [
      files(["train/0.png", "train/1.png", "test/a/3.png"])),
     ([*OWN[:2], "--config.data=captions"], 'no data set "captions"'),
     ([*OWN[:2], "--config.data=tfds:mnist"], 'no data set "tfds:mnist"'),
-    ([*OWN[:2], "--config.data=../mnist"], 'no data set "../mnist"'),
+    ([*OWN[:2], "--config.data=../mnist"], "is a path; a folder of images is given as"),
     ([*OWN[:2], "--config.data=huggingface:mnist"], 'no data set "huggingface:mnist"'),
     ([*OWN[:2], "--config.data=mnist/a=1,b=2"], 'no data set "mnist/a=1,b=2"'),
     ([*OWN[:2], "--config.data=mnist",
@@ -523,7 +665,7 @@ def test_a_fault_of_a_run_directory_is_one_clear_line(launch_here, trained, tmp_
     for path in (tmp_path / "run" / word for word in says.split()[:1]):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     damage(tmp_path / "run")
-    mode = arguments or [*DIGITS, "--config.steps=25"]
+    mode = arguments or [*DIGITS, "--config.train.steps=25"]
     expect_one_line(launch_here(*mode, "--workdir=run"), says)
 
 
@@ -541,13 +683,15 @@ def test_a_damaged_config_is_one_clear_line(launch_here, tmp_path):
 
 
 def changed(path, change):
-    """Write a file of JSON anew: as a text, or with some values changed, those of "config" too."""
+    """Write a file of JSON anew: as a text, or with some values changed; "config": by paths."""
     if isinstance(change, dict):
         values = json.loads(path.read_text())
-        config = {**values.get("config", {}), **change.get("config", {})}
-        change = json.dumps(
-            {**values, **change, **({"config": config} if "config" in values else {})}
-        )
+        fields = change.get("config", {})
+        values |= {name: value for name, value in change.items() if name != "config"}
+        for field, value in fields.items():
+            *sections, name = field.split(".")
+            functools.reduce(dict.__getitem__, sections, values["config"])[name] = value
+        change = json.dumps(values)
     path.write_text(change)
 
 
@@ -571,24 +715,29 @@ def test_a_summary_with_odd_values_is_one_clear_line(launch_here, trained, tmp_p
 
 
 def test_a_feature_network_of_other_images_is_refused(launch_here, trained, tmp_path):
-    result = launch_here(*DDPM, f"--config.judge={trained}")
+    result = launch_here(*DDPM, f"--config.task.evaluation.features={trained}")
     expect_one_line(result, "a run of vae_digits, which is not a classifier")
     run = tmp_path / "classifier"
     shutil.copytree(trained, run)
-    for config, says in (
+    record = json.loads((run / "config.json").read_text())
+    config = to_record(load_experiment("classifier_digits").config)
+    for data, says in (
         ({"shape": [28, 28, 1]}, "of images of shape"),
-        ({"shape": [8, 8, 1], "classes": 3}, "knows 3 classes, and the data has 10"),
+        ({"classes": ["a", "b", "c"]}, "knows 3 classes, and the data has 10"),
     ):
-        changed(run / "config.json", {"experiment": "classifier_digits", "config": config})
-        expect_one_line(launch_here(*DDPM, f"--config.judge={run}"), says)
+        data = {**record["data"], **data}
+        other = {**record, "experiment": "classifier_digits", "config": config, "data": data}
+        changed(run / "config.json", json.dumps(other))
+        expect_one_line(launch_here(*DDPM, f"--config.task.evaluation.features={run}"), says)
 
 
 def test_no_classifier_is_trained_for_a_directory_of_another_run(
     launch_here, trained, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for experiment in (DDPM, NOISE):
-        result = launch_here(*experiment, "--config.judge=auto", f"--workdir={trained}")
+    for experiment, path in ((DDPM, "task"), (NOISE, "model.task")):
+        features = f"--config.{path}.evaluation.features=classifier_digits"
+        result = launch_here(*experiment, features, f"--workdir={trained}")
         expect_one_line(result, "holds a run of vae_digits")
     assert not list(tmp_path.glob("cache/ddpm_jax/judges/*"))
 
@@ -717,7 +866,8 @@ def wait_for(path, word, process, seconds=90):
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_ctrl_c_ends_the_program_while_it_compiles(tmp_path, first):
-    slow = ["--config.judge=none", "--config.blocks=8", "--config.multipliers=1,2"]
+    slow = ["--config.task.evaluation.features=none", "--config.task.network.blocks=8"]
+    slow += ["--config.task.network.multipliers=1,2"]
     arguments = ["--experiment=ddpm_digits", *slow]
     code, seconds, log = ctrl_c(
         tmp_path, arguments, "everything goes to", [first, signal.SIGINT],
@@ -743,6 +893,8 @@ def test_ctrl_c_ends_what_is_not_training_at_once(tmp_path, trained):
     assert (tmp_path / "log").read_text().splitlines()[-1] == "interrupted: by Ctrl-C"
 
 
-@pytest.mark.parametrize(("arguments", "says"), [FLAGS[1], ([*DIGITS, "--config.steps=0"], "1")])
+@pytest.mark.parametrize(
+    ("arguments", "says"), [FLAGS[1], ([*DIGITS, "--config.train.steps=0"], "1")]
+)
 def test_a_wrong_input_is_one_clear_line_of_the_command(launch, arguments, says):
     expect_one_line(launch(*arguments), says)

@@ -25,7 +25,7 @@ import numpy as np
 from ddpm_jax.data.cache import decoded_once, fingerprint
 from ddpm_jax.data.captions import TABLES, is_captions, read_captions, usable_captions
 from ddpm_jax.data.images import DARK_NOTE, ENDINGS, Decoded, decode, decoding, reason_of
-from ddpm_jax.data.splits import SPLIT_NAMES, split_folders
+from ddpm_jax.data.split_names import SPLIT_NAMES, split_folders
 from ddpm_jax.data.types import SPLITS, Data, Split
 from ddpm_jax.errors import UserError, printable
 

@@ -8,15 +8,18 @@ a new file.  Nothing here imports jax.
 import importlib
 import os
 import pathlib
+import re
 from typing import Any
 
 from ddpm_jax.data.splits import with_validation
 from ddpm_jax.data.types import Data
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import UserError, printable
 
+COMMON = ("mnist", "fashion_mnist", "cifar10")  # names of TFDS that are spelled in many ways
 # Files of this folder that are no data sets.
 NO_SOURCES = {
-    "__init__", "batches", "cache", "captions", "images", "loader", "prefetch", "splits", "tfds",
+    "__init__", "batches", "cache", "captions", "images", "loader", "prefetch", "split_names",
+    "splits", "tfds",
     "tokenizer", "types",
 }  # fmt: skip
 
@@ -39,6 +42,7 @@ def load(
       MissingData: it is neither prepared nor can be downloaded.
       UserError: the name or what it names is wrong.
     """
+    check_name(name)
     source, _, argument = name.partition(":")
     if not is_of_tfds(name):
         module = importlib.import_module(f"ddpm_jax.data.{source}")
@@ -51,6 +55,31 @@ def load(
         if not len(part.images):
             raise UserError(f"data set {name} has no {split} images")
     return with_validation(data, validation)
+
+
+def check_name(name: str) -> None:
+    """Check that the name of a data set is not a path, or a known name in another spelling.
+
+    Raises:
+      UserError: it is; the message gives the name to use.
+    """
+    source, colon, argument = name.partition(":")
+    files = {path.stem for path in pathlib.Path(__file__).parent.glob("*.py")} - NO_SOURCES
+    if source in files:
+        return
+    path = pathlib.Path(os.path.expanduser(name)) if name.startswith("~") else pathlib.Path(name)
+    if name.startswith((".", "/", "~")) or (os.sep in name and path.is_dir()):
+        raise UserError(
+            f"--config.data={printable(name)}: is a path; a folder of images is given as "
+            f"--config.data=folder:{printable(name)}"
+        )
+    plain = re.sub(r"[\W_]", "", source.lower())
+    for known in sorted({*files, *COMMON}):
+        if source != known and plain == known.replace("_", ""):
+            raise UserError(
+                f"--config.data={printable(name)}: is spelled {known}; give "
+                f"--config.data={known}{colon}{printable(argument)}"
+            )
 
 
 def is_of_tfds(name: str) -> bool:

@@ -1,7 +1,5 @@
 """The names of splits, and validation images where a data set has none."""
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from ddpm_jax.data.types import ENDLESS, Data
@@ -10,13 +8,6 @@ from ddpm_jax.errors import UserError
 VALIDATION_SHARE = 10  # one training image in so many becomes a validation image, and at most
 
 MAX_VALIDATION = 5_000  # so many
-
-# What folders and data sets call their splits, in any case; the first name is preferred.
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
-    "test": ("test", "testing", "holdout", "held_out"),
-}
 
 
 def with_validation(data: Data, count: int | None) -> Data:
@@ -37,37 +28,29 @@ def with_validation(data: Data, count: int | None) -> Data:
     if data.validation is not None:
         own = len(data.validation.images)
         if count is not None and count > own:
-            raise UserError(f"--config.validation={count}: {data.name} has {own} validation images")
+            raise UserError(
+                f"--config.data.validation={count}: {data.name} has {own} validation images"
+            )
         return data._replace(validation=data.validation.first(count or own))
     size = len(data.train.images)
     if size == ENDLESS:
         raise UserError(
             f"{data.name} is endless and has no validation images of its own; give "
-            "--config.validation=0"
+            "--config.data.validation=0"
         )
     if count is None and size < 2:
         raise UserError(
             f"{data.name} has one training image, and none can become a validation image; give "
-            "more images, or --config.validation=0"
+            "more images, or --config.data.validation=0"
         )
     if count is None:
         count = min(max(size // VALIDATION_SHARE, 1), MAX_VALIDATION)
     if count >= size:
         raise UserError(
-            f"--config.validation={count}: {data.name} has {size} training images, of which at "
-            "least one must remain; give a smaller number, or 0 for no validation split"
+            f"--config.data.validation={count}: {data.name} has {size} training images, of which "
+            "at least one must remain; give a smaller number, or 0 for no validation split"
         )
     order = np.random.Generator(np.random.Philox(key=[0, 2])).permutation(size)
     held_out, kept = np.sort(order[:count]), np.sort(order[count:])
     train, images = data.train, data.train.rows(held_out)
     return data._replace(train=train.subset(kept), validation=images)
-
-
-def split_folders(names: Iterable[str]) -> dict[str, list[str]]:
-    """Which of `names` mean each split, the preferred one first; only splits that have any."""
-    names = sorted(names)
-    found = {
-        split: [name for word in words for name in names if name.lower() == word]
-        for split, words in SPLIT_NAMES.items()
-    }
-    return {split: some for split, some in found.items() if some}

@@ -32,9 +32,9 @@ import numpy as np
 from ddpm_jax.data.cache import decoded_once, fingerprint
 from ddpm_jax.data.captions import usable_captions
 from ddpm_jax.data.images import DARK_NOTE, decode, decoding, reason_of
-from ddpm_jax.data.splits import split_folders
-from ddpm_jax.data.types import Data, MissingData, Split
-from ddpm_jax.errors import UserError, nearest, printable
+from ddpm_jax.data.split_names import split_folders
+from ddpm_jax.data.types import Data, Split
+from ddpm_jax.errors import MissingData, UserError, nearest, printable
 from ddpm_jax.system.terminal import print_error
 
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}

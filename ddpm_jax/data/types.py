@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_jax.errors import UserError
-
 ENDLESS = 2**31 - 1  # examples of a set that is drawn as it is asked for
 
 SPLITS = ("train", "validation", "test")
@@ -125,6 +123,7 @@ class Data(NamedTuple):
             "validation": 0 if self.validation is None else len(self.validation.images),
             "test": len(self.test.images),
             "classes": list(self.classes),
+            "caption_length": self.caption_length,
             "fingerprint": self.fingerprint,
         }
 
@@ -138,10 +137,6 @@ class Batch(NamedTuple):
     captions: Any = None
 
 
-class MissingData(UserError):
-    """The data set is not at hand and cannot be had; a fallback may take its place."""
-
-
 def take_rows(array: Any, rows: np.ndarray) -> Any:
     """Return some rows of an array: at once if it is in memory, else when they are asked for."""
     return array[rows] if type(array) is np.ndarray else Rows(array, rows)
@@ -153,3 +148,30 @@ class Loaded(NamedTuple):
     data: Data
     note: str = ""
     data_dir: str | None = None  # where it was read
+
+
+class DataInfo(NamedTuple):
+    """What a task must know of a data set.
+
+    Attributes:
+      name: The data set's name, such as `digits` or `folder:PATH`.
+      shape: (height, width, channels) of an image.
+      levels: Grey levels of a pixel.
+      classes: Number of classes; 0: there are no labels.
+      caption_length: Tokens of a caption; 0: there are no captions.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    levels: int
+    classes: int = 0
+    caption_length: int = 0
+
+
+UNBOUND = DataInfo("", (0, 0, 0), 2)  # of a task that no data set is known for yet
+
+
+def info_of(data: Data) -> DataInfo:
+    """Return what a task must know of `data`."""
+    shape: Any = tuple(data.shape)
+    return DataInfo(data.name, shape, data.levels, len(data.classes), data.caption_length)

@@ -5,15 +5,15 @@ Every loss here is a weight times the mean squared error of eps:
     |v - v_hat|^2 = |eps - eps_hat|^2 / alpha^2,  |x0 - x0_hat|^2 = |eps - eps_hat|^2 / SNR  (1)
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.diffusion.elbo import bits_per_dim, step_nats
+from ddpm_jax.diffusion.grids import within
 from ddpm_jax.diffusion.prediction import Prediction
-from ddpm_jax.diffusion.schedules import within
 
 Scalar = Float[Array, ""]
 
@@ -164,3 +164,13 @@ def record(
         ), None
 
     return jax.lax.scan(add, history, (times, losses))[0]
+
+
+WEIGHTS = {
+    "simple": one,
+    "v": v_weight,
+    "min_snr": min_snr,
+    "sigmoid": sigmoid_weight,
+    "edm": edm_weight,
+}
+Weight = Literal["simple", "v", "min_snr", "sigmoid", "edm"]

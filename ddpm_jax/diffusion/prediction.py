@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from ddpm_jax.diffusion.process import alpha_sigma, q_posterior, step_beta
 
-Kind = Literal["eps", "x0", "v"]
+PredictionType = Literal["eps", "x0", "v"]
 Variance = Literal["posterior", "beta", "learned"]
 
 
@@ -38,7 +38,7 @@ Denoiser = Callable[[Array, Array], Prediction]  # (xt, logsnr), parameters and 
 
 
 def read(
-    kind: Kind, out: Float[Array, "*event"], xt: Float[Array, "*event"], logsnr: Array
+    kind: PredictionType, out: Float[Array, "*event"], xt: Float[Array, "*event"], logsnr: Array
 ) -> Prediction:
     """A network's output as a `Prediction`.
 
@@ -55,7 +55,7 @@ def read(
     raise ValueError(f"a network predicts eps, x0 or v, not {kind}")
 
 
-def write(kind: Kind, prediction: Prediction, logsnr: Array) -> Float[Array, "..."]:
+def write(kind: PredictionType, prediction: Prediction, logsnr: Array) -> Float[Array, "..."]:
     """The network's output that would be read as `prediction`: the inverse of `read`.
 
     Raises:

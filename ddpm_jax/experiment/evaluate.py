@@ -1,48 +1,44 @@
 """Evaluate a trained run on a split."""
 
 import pathlib
-import types
 from typing import Any
 
 from ddpm_jax import errors, plots
 from ddpm_jax.data.types import Loaded
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.experiment.inputs import (
-    Options,
-    dress_data,
-    load_again,
-    prepare_config,
-    pretrain_config,
-)
-from ddpm_jax.experiment.load import load_state
-from ddpm_jax.parallel import processes
-from ddpm_jax.parallel import sharding as devices
+from ddpm_jax.experiment import resources
+from ddpm_jax.experiment.inputs import load_again
+from ddpm_jax.experiment.recorded import Recorded, load_state
+from ddpm_jax.experiment.train import train_alone
+from ddpm_jax.experiment.types import Options, build
+from ddpm_jax.parallel import processes, sharding
 from ddpm_jax.progress import print_result
 from ddpm_jax.system.files import check_writable
 from ddpm_jax.task import Evaluation
-from ddpm_jax.training import evaluation
-from ddpm_jax.training import step as step_module
-from ddpm_jax.training.evaluation import describe_evaluation
-from ddpm_jax.training.run_dir import (
-    check_entries,
-    check_same,
-    read_record,
-    write_json,
-)
+from ddpm_jax.training.evaluation import describe_evaluation, evaluated
+from ddpm_jax.training.records import check_entries, check_same, write_json
+from ddpm_jax.training.step import averaged
 
 
-def eval_experiment(
-    experiment: types.ModuleType, config: Any, workdir: pathlib.Path, options: Options
-) -> dict[str, float]:
-    """Evaluate the newest checkpoint in full on a split; writes eval.json and pictures.
+def evaluate(run: Recorded, options: Options) -> dict[str, float]:
+    """Evaluate the newest checkpoint in full on a split; write eval.json and images.
+
+    Args:
+      run: the run, with the config to evaluate it by.
+      options: what the command line says besides.
+
+    Returns:
+      The metrics by name; none if it was asked to stop.
 
     Raises:
-      UserError: the run has no validation split, and that is what is asked for.
+      UserError: the run has no validation split, and that is what is asked for; or its data are not
+        at hand.
     """
-    if options.split == "validation" and config.validation == 0:
+    workdir, config, record = run.workdir, run.config, run.record
+    if options.split == "validation" and config.data.validation == 0:
         raise UserError(
             f"--split=validation: the run in {workdir} was trained on all of the training images "
-            "(--config.validation=0); give --split=test"
+            "(--config.data.validation=0); give --split=test"
         )
 
     def check() -> None:
@@ -51,24 +47,20 @@ def eval_experiment(
             check_writable(folder, "--mode=eval")
 
     processes.from_main(check)
-    config, state = load_state(experiment, workdir, config, options.parallel)
-    record = read_record(workdir) or {}
-    moved = config.data if config.data != record["config"].get("data") else None
-    data = load_again(record, options, config.validation, moved)
+    config, state = load_state(workdir, config, options.parallel)
+    name = config.data.name
+    moved = name if name != get_recorded(record, "data", "name") else None
+    data = load_again(record, options, config.data.validation, moved)
     check_same(workdir, record, {**record, "data": data.describe()})
     loaded = Loaded(data, data_dir=options.data_dir or record.get("data_dir"))
     options = options._replace(debug=record.get("debug", False))
-    config = pretrain_config(
-        experiment, prepare_config(experiment, config, loaded, options), loaded, options
-    )
-    if config is None:
+    config = resources.prepare(config, loaded)
+    needed = resources.load(config, loaded, options, train_alone)
+    if needed is None:
         return {}
-    task, data = experiment.build(config), dress_data(experiment, config, data)
-    spread = devices.make(options.parallel)
-    params = step_module.averaged(state, config)
-    found = evaluation.evaluated(
-        task, params, state.fixed, data, options.split, record["seed"], True, spread
-    )
+    task, data = build(config, needed), config.task.adapt(data)
+    spread, params = sharding.make(options.parallel), averaged(state, config)
+    found = evaluated(task, params, state.fixed, data, options.split, record["seed"], True, spread)
     step = int(state.step)
     written = {
         "step": step,
@@ -77,12 +69,17 @@ def eval_experiment(
         "about": describe_evaluation(found, config),
         "metrics": found.metrics,
     }
-
     processes.from_main(lambda: _write_evaluation(workdir, found, written))
-    title = f"{record['experiment']} on {data.title}, checkpoint of step {step}"
+    title = f"{run.title} on {data.title}, checkpoint of step {step}"
     print_result(plots.table(plots.metric_rows(found.metrics), title))
     print_result(f"  pictures in {workdir / 'images'}, figures in {workdir / 'eval.json'}")
     return found.metrics
+
+
+def get_recorded(record: dict[str, Any], section: str, field: str) -> Any:
+    """Return a field of a recorded config, or None if it is not there."""
+    values = record["config"].get(section)
+    return values.get(field) if isinstance(values, dict) else None
 
 
 def _write_evaluation(workdir: pathlib.Path, found: Evaluation, written: dict) -> None:

@@ -1,6 +1,5 @@
 """Judges: classifiers trained once for a data set and kept, for every run that needs one."""
 
-import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -9,20 +8,20 @@ import os
 import pathlib
 import re
 import shutil
-import types
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
-from ddpm_jax.config import expanded
+from ddpm_jax.config import expanded, replace
 from ddpm_jax.data.cache import cache_dir
-from ddpm_jax.data.types import Loaded
-from ddpm_jax.errors import UserError, one_line
-from ddpm_jax.experiment.inputs import Options, from_data, load_for, own_config, record_of
-from ddpm_jax.experiment.load import load_state
+from ddpm_jax.data.types import Data, DataInfo, Loaded, info_of
+from ddpm_jax.errors import UserError, nearest, one_line
+from ddpm_jax.experiment.inputs import Options, config_for, load_for, record_of
 from ddpm_jax.experiment.preflight import read_run
-from ddpm_jax.experiment.train import train_experiment
+from ddpm_jax.experiment.recorded import load_state, read
+from ddpm_jax.experiment.registry import load_experiment, names
+from ddpm_jax.experiment.types import Config, Experiment, Run, bind
 from ddpm_jax.metrics.features import Judge, judge_of
 from ddpm_jax.metrics.pth import read_tensors
 from ddpm_jax.nn.inception import Inception, from_torch
@@ -30,73 +29,86 @@ from ddpm_jax.parallel.processes import from_main
 from ddpm_jax.parallel.sharding import make
 from ddpm_jax.progress import tell, tell_once
 from ddpm_jax.system.files import check_writable
-from ddpm_jax.training.run_dir import check_same, read_record
+from ddpm_jax.training.records import check_same, read_record
 from ddpm_jax.training.step import averaged
 
-KIND = "2"  # of what is kept: another where the same config makes another classifier
+FLAG = "--config.task.evaluation.features"
+KIND = "3"  # of what is kept: another where the same config makes another classifier
 UNUSABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
 
-def check_judge(experiment: types.ModuleType, config: Any, loaded: Loaded) -> Any:
-    """Check the classifier's run that `config.judge` names, and the file of FID's network.
+def check_features(config: Config, loaded: Loaded) -> Config:
+    """Check the networks in whose features samples are compared.
 
     Args:
-      experiment: the classifier's, such as `experiments.classifier_digits`.
-      config: whose `judge` says "auto" (train one, unless it is there), "none" or where one is.
+      config: bound to its data, with a section `task.evaluation` that names them.
+      loaded: the data.
 
     Returns:
-      `config`, with the absolute path of the run; "none" where the data has no labels.
+      The config with absolute paths; without classifiers where the data has no labels.
 
     Raises:
-      UserError: there is no classifier of such images where the config says, or the file of FID's
-        network is damaged.
+      UserError: there is no classifier of such images where the config says, no experiment of
+        that name, or the file of FID's network is damaged.
     """
-    if config.fid and not from_main(lambda: os.path.exists(inception_file())):
-        tell_once(
-            f"no FID: put {INCEPTION}, of pytorch-fid's releases, into {inception_file().parent}"
-        )
-    elif config.fid:
-        _check_inception(inception_file(), _stamp(inception_file()))
-    if config.judge not in ("auto", "none"):
-        flag = f"--config.judge={config.judge}"
-        place = expanded("--config.judge", config.judge).absolute()
-        if os.path.exists(place / "summary.json") or not _was_made_here(place):
-            check_classifier(flag, place, config)
-            return dataclasses.replace(config, judge=str(place))
-    if config.judge != "none" and not loaded.data.classes:
-        tell_once("no labels, so no classifier: no distances are told")
-        return dataclasses.replace(config, judge="none")
-    return config
+    found = []
+    for name in config.task.evaluation.features:
+        if name == "inception":
+            if not from_main(lambda: os.path.exists(inception_file())):
+                tell_once(
+                    f"no FID: put {INCEPTION}, of pytorch-fid's releases, into "
+                    f"{inception_file().parent}"
+                )
+            else:
+                _check_inception(inception_file(), _stamp(inception_file()))
+            found.append(name)
+        elif name in _classifiers():
+            if loaded.data.classes:
+                found.append(name)
+            else:
+                tell_once("no labels, so no classifier: distances in its features are left out")
+        elif os.sep in name or os.path.isdir(expanded(FLAG, name)):
+            place = expanded(FLAG, name).absolute()
+            check_classifier(f"{FLAG}={name}", place, config.task.info)
+            found.append(str(place))
+        else:
+            raise UserError(
+                f'{FLAG}: there is no feature network "{name}"'
+                f"{nearest(name, [*_classifiers(), 'inception'])}"
+            )
+    return replace(config, {"task.evaluation.features": tuple(found)})
 
 
-def check_classifier(flag: str, place: pathlib.Path, like: Any) -> None:
-    """Check that there is a trained classifier of images and classes as those of the config `like`.
+def _classifiers() -> list[str]:
+    return [name for name in names() if name.startswith("classifier_")]
+
+
+def check_classifier(flag: str, place: pathlib.Path, info: DataInfo) -> None:
+    """Check that there is a trained classifier of images and classes as those of `info`.
 
     Raises:
       UserError: there is none, or it is of other images or classes.
     """
-    if place.parent == judges_dir():  # made by `trained`, which makes it again if it is damaged
-        return
     record = read_run(place)
     if record is None or not os.path.exists(place / "summary.json"):
         raise UserError(
             f"{flag}: there is no finished run of a classifier in {place}; train one first, or "
-            "give --config.judge=auto or --config.judge=none"
+            f"give the name of its experiment, such as {FLAG}=classifier_digits"
         )
-    name, theirs = record["experiment"], record["config"]
-    if not name.startswith("classifier_"):
-        raise UserError(f"{flag}: a run of {name}, which is not a classifier")
-    if list(theirs.get("shape", like.shape)) != list(like.shape):
+    theirs = read(place)
+    if not isinstance(theirs.config, Config) or theirs.config.task.provides != "classifier":
+        raise UserError(f"{flag}: a run of {theirs.title}, which is not a classifier")
+    known = theirs.config.task.info
+    if known.shape != info.shape:
         raise UserError(
-            f"{flag}: of images of shape {theirs['shape']}, not {list(like.shape)}; give a run on "
-            "the same data"
+            f"{flag}: of images of shape {list(known.shape)}, not {list(info.shape)}; give a run "
+            "on the same data"
         )
-    classes = theirs.get("classes", like.classes)
-    if like.classes and classes != like.classes:
+    if info.classes and known.classes != info.classes:
         raise UserError(
-            f"{flag}: its network knows {classes} classes, and the data has {like.classes}; give a "
-            "run on the same data"
+            f"{flag}: its network knows {known.classes} classes, and the data has {info.classes}; "
+            "give a run on the same data"
         )
     if not any(place.glob("checkpoints/[0-9]*")):
         raise UserError(f"{flag}: there is no checkpoint in {place}")
@@ -109,8 +121,8 @@ def _check_inception(path: pathlib.Path, stamp: tuple[int, int]) -> None:
         from_torch(read_tensors(path))
     except UserError as error:
         raise UserError(
-            f"--config.fid: {path} is damaged or another file: {error}; download it again, or give "
-            "--config.fid=false"
+            f"{FLAG}=inception: {path} is damaged or another file: {error}; download it again, or "
+            "leave inception out"
         ) from None
 
 
@@ -118,84 +130,73 @@ def _stamp(path: pathlib.Path) -> tuple[int, int]:
     try:
         stat = path.stat()
     except OSError as error:
-        raise UserError(f"--config.fid: {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{FLAG}=inception: {path} cannot be read: {error.strerror}") from None
     return stat.st_size, stat.st_mtime_ns
 
 
-def _was_made_here(place: pathlib.Path) -> bool:
-    """Whether a path looks like one of `trained`, perhaps of another machine."""
-    return place.parent.name == "judges" and bool(
-        re.fullmatch(r"classifier_\w+-[0-9a-f]{12}", place.name)
-    )
-
-
-def with_judge(
-    experiment: types.ModuleType, config: Any, loaded: Loaded, options: Options
-) -> Any | None:
-    """`config` with the directory of a trained classifier in its field `judge`.
+def load_features(
+    config: Config, loaded: Loaded, options: Options, train: Callable[[Run, Data], Any]
+) -> tuple[Callable[[], Judge], ...] | None:
+    """Return what loads the networks of `task.evaluation.features`, trained now if need be.
 
     Args:
-      experiment: the classifier's, such as `experiments.classifier_digits`.
-      config: whose `judge` says "auto" (train one, unless it is there), "none" or where one is.
+      config: as `check_features` returns it.
+      loaded: the data.
+      options: of the command line.
+      train: trains a run on data; None: it was asked to stop.
 
     Returns:
-      None if the training of it was asked to stop.
-
-    Raises:
-      UserError: there is no classifier where the config says.
+      None if the training of a classifier was asked to stop.
     """
-    config = check_judge(experiment, config, loaded)
-    if config.judge == "none":
-        return config
-    if config.judge != "auto" and _at_hand(experiment, pathlib.Path(config.judge)):
-        return config
-    place = trained(experiment, loaded, options)
-    return place and dataclasses.replace(config, judge=str(place))
+    found: list[Callable[[], Judge]] = []
+    for name in config.task.evaluation.features:
+        if name == "inception":
+            if from_main(lambda: os.path.exists(inception_file())):
+                found.append(load_inception)
+            continue
+        place: pathlib.Path | None = pathlib.Path(name)
+        if name in _classifiers():
+            place = trained(load_experiment(name), loaded, options, train)
+        if place is None:
+            return None
+        found.append(functools.partial(load_judge, str(place)))
+    return tuple(found)
 
 
-def _at_hand(experiment: types.ModuleType, place: pathlib.Path) -> bool:
-    """Whether there is a trained classifier; one that `trained` made is read to see."""
-    if not from_main(lambda: os.path.exists(place / "summary.json")):
-        return False
-    if place.parent != judges_dir():
-        return True
-    try:
-        load_judge(experiment, str(place))
-    except UNUSABLE:
-        return False
-    return True
-
-
-def trained(experiment: types.ModuleType, loaded: Loaded, options: Options) -> pathlib.Path | None:
-    """Where a classifier of this data set is, trained now if it never was; None: stopped.
+def trained(
+    experiment: Experiment, loaded: Loaded, options: Options, train: Callable[[Run, Data], Any]
+) -> pathlib.Path | None:
+    """Return where a classifier of this data set is, trained now if it never was; None: stopped.
 
     It is kept by all that its run depends on: the config, the seed, and the data with the sizes of
-    its splits, which `--debug` cuts; of a folder by its images and not by its path.  What is there
+    its splits, which `--debug` cuts; of a folder by its images and not by its path. What is there
     and cannot be used is removed and made again.
     """
-    config = own_config(experiment, options.debug, data=loaded.data.name)
-    loaded = loaded._replace(data=load_for(config, loaded, options))
+    config = config_for(experiment, options.debug, {"data.name": loaded.data.name})
+    loaded = loaded._replace(data=load_for(config.data, loaded, options))
     options = options._replace(seed=0, profile=False, wandb=False)
-    name = experiment.__name__.rpartition(".")[2]
-    record = record_of(name, from_data(config, loaded.data), loaded, options)
+    config = bind(config, info_of(loaded.data))
+    record = record_of(experiment.name, config, config.data, loaded, options)
     decisive = {key: record[key] for key in ("experiment", "config", "seed", "debug", "data")}
     if loaded.data.name.startswith("folder:") and loaded.data.fingerprint:
-        decisive |= {"config": {**record["config"], "data": "folder"}}
+        dataset = {**record["config"]["data"], "name": "folder"}
+        decisive |= {"config": {**record["config"], "data": dataset}}
         decisive |= {"data": {**record["data"], "name": "folder", "title": "folder"}}
     known = json.dumps([KIND, decisive], sort_keys=True)
-    place = judges_dir() / f"{name}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
-    unusable = _unusable(experiment, place, record)
+    place = judges_dir() / f"{experiment.name}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+    unusable = _unusable(place, record)
     if unusable and from_main(lambda: _removed(place)):
         tell(f"{unusable}: it is made again")
     if not from_main((place / "summary.json").exists):
-        from_main(lambda: check_writable(place, "--config.judge=auto"))
-        tell(f"training {judge_name(loaded.data.name)} once, to judge drawn images with")
-        if train_experiment(experiment, config, place, options, loaded) is None:
+        from_main(lambda: check_writable(place, f"{FLAG}={experiment.name}"))
+        tell(f"training {judge_name(loaded.data.name)} once, to compare samples in its features")
+        run = Run(experiment.name, config, place, loaded, options)
+        if train(run, config.task.adapt(loaded.data)) is None:
             return None
     return place
 
 
-def _unusable(experiment: types.ModuleType, place: pathlib.Path, record: dict[str, Any]) -> str:
+def _unusable(place: pathlib.Path, record: dict[str, Any]) -> str:
     """Why what is in `place` is neither the run of `record` nor the beginning of it; "": it is."""
 
     def check() -> list[str]:
@@ -212,9 +213,9 @@ def _unusable(experiment: types.ModuleType, place: pathlib.Path, record: dict[st
     try:
         kept = from_main(check)
         if "summary.json" in kept:
-            load_judge(experiment, str(place))
+            load_judge(str(place))
         elif from_main(lambda: any(place.glob("checkpoints/[0-9]*"))):
-            load_state(experiment, place, whole=True)
+            load_state(place, whole=True)
     except UNUSABLE as error:
         return f"{place} cannot be used ({one_line(error)})"
     return ""
@@ -234,16 +235,6 @@ def _removed(place: pathlib.Path) -> bool:
 def judges_dir() -> pathlib.Path:
     """Where the judges are that `trained` makes."""
     return cache_dir() / "judges"
-
-
-def judges_of(experiment: types.ModuleType, config: Any) -> tuple[Callable[[], Judge], ...]:
-    """What loads the judges of a config: the classifier that `judge` names, Inception if `fid`."""
-    judges: list[Callable[[], Judge]] = []
-    if config.judge not in ("auto", "none"):
-        judges.append(functools.partial(load_judge, experiment, config.judge))
-    if config.fid and from_main(lambda: os.path.exists(inception_file())):
-        judges.append(load_inception)
-    return tuple(judges)
 
 
 def inception_file() -> pathlib.Path:
@@ -283,17 +274,18 @@ def judge_name(data: str) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def load_judge(experiment: types.ModuleType, place: str) -> Judge:
-    """The classifier in `place`, which `judge_name` names.
+def load_judge(place: str) -> Judge:
+    """Return the classifier in `place`, which `judge_name` names.
 
     Raises:
       UserError: there is none.
     """
-    if not os.path.exists(pathlib.Path(place) / "summary.json"):
-        raise UserError(f"--config.judge={place}: there is no trained classifier")
-    config, state = load_state(experiment, pathlib.Path(place))
-    record = read_record(pathlib.Path(place)) or {}
-    name = judge_name(record["data"]["name"])
-    about = f"{record['experiment']} on {record['data']['title']}, step {int(state.step)}, {place}"
-    judge = judge_of(name, experiment.network(config).apply, averaged(state, config))
+    workdir = pathlib.Path(place)
+    if not os.path.exists(workdir / "summary.json"):
+        raise UserError(f"{FLAG}={place}: there is no trained classifier")
+    theirs = read(workdir)
+    config, state = load_state(workdir, theirs.config)
+    data = theirs.record["data"]
+    about = f"{theirs.title} on {data['title']}, step {int(state.step)}, {place}"
+    judge = judge_of(judge_name(data["name"]), config.task.network.apply, averaged(state, config))
     return judge._replace(about=about)

@@ -1,42 +1,25 @@
 """The options of a run and its data."""
 
-import dataclasses
 import logging
 import os
 import pathlib
-import types
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
-from ddpm_jax.config import marked, to_record
+from ddpm_jax.config import get, override, replace, to_record
 from ddpm_jax.data.cache import cache_dir
 from ddpm_jax.data.loader import check_recorded_dir, is_of_tfds, load
-from ddpm_jax.data.types import Data, Loaded, MissingData
-from ddpm_jax.errors import UserError, printable
-from ddpm_jax.fields import FROM_DATA
+from ddpm_jax.data.types import Data, Loaded
+from ddpm_jax.errors import MissingData, UserError, printable
+from ddpm_jax.experiment.types import Config, Dataset, Experiment, Options
 from ddpm_jax.parallel import cluster as cluster_module
 from ddpm_jax.parallel import hardware, processes, xla_flags
 from ddpm_jax.system.files import is_writable
-from ddpm_jax.training.run_dir import (
-    provenance,
-    read_record,
-)
+from ddpm_jax.training.records import FORMAT, provenance, read_record
 
 DEBUG_IMAGES = 128  # test images that a --debug run looks at
-
-
-class Options(NamedTuple):
-    """What the command line says besides the config."""
-
-    seed: int = 0
-    parallel: str = "jit"
-    data_dir: str | None = None
-    strict_data: bool = False
-    debug: bool = False
-    profile: bool = False
-    wandb: bool = False
-    split: str = "test"  # that --mode=eval evaluates on
 
 
 def set_up_jax(
@@ -68,30 +51,30 @@ def set_up_jax(
 
 
 def load_data(
-    experiment: types.ModuleType, config: Any, workdir: pathlib.Path, options: Options
+    experiment: Experiment, dataset: Dataset, workdir: pathlib.Path, options: Options
 ) -> Loaded:
-    """The data set that `config` names, or the experiment's `FALLBACK` in its place.
+    """Load the data set that a config names, or the experiment's fallback in its place.
 
     A run that is there already goes on with the data it has, whatever is at hand today.
 
     Raises:
       UserError: it cannot be had, and there is no fallback or `--strict_data`.
     """
-    name, earlier = config.data, read_record(workdir)
+    name, earlier = dataset.name, read_record(workdir)
     if earlier is not None and earlier.get("data_asked_for") == name:
-        again = load_again(earlier, options, config.validation)
+        again = load_again(earlier, options, dataset.validation)
         recorded = earlier.get("data_dir")
         where = options.data_dir or (recorded if isinstance(recorded, str) else None)
         loaded = Loaded(again, earlier.get("data_note", ""), where)
     else:
-        fallback = getattr(experiment, "FALLBACK", None)
         try:
-            data = _load(name, options.data_dir, options.debug, config.validation)
+            data = _load(name, options.data_dir, options.debug, dataset.validation)
             loaded = Loaded(data, data_dir=options.data_dir)
         except MissingData as error:
-            if fallback is None or options.strict_data or name != experiment.Config().data:
+            fallback, default = experiment.fallback, get(experiment.config, "data.name")
+            if fallback is None or options.strict_data or name != default:
                 raise
-            data = _load(fallback, options.data_dir, options.debug, config.validation)
+            data = _load(fallback, options.data_dir, options.debug, dataset.validation)
             loaded = Loaded(
                 data,
                 f"NOT {name}, which is not at hand, but {data.title}: the figures are of these. "
@@ -150,62 +133,48 @@ def _load(
     return data._replace(test=data.test.first(DEBUG_IMAGES))
 
 
-def load_for(config: Any, like: Loaded, options: Options) -> Data:
-    """The same data set as `like`, with the validation split that another config asks for."""
-    return _load(like.data.name, like.data_dir, options.debug, config.validation)
+def load_for(dataset: Dataset, like: Loaded, options: Options) -> Data:
+    """Return the same data set as `like`, with the validation split of another config."""
+    return _load(like.data.name, like.data_dir, options.debug, dataset.validation)
 
 
-def from_data(config: Any, data: Data) -> Any:
-    """The config with the fields that the data set decides."""
-    known = {
-        "shape": data.shape,
-        "levels": data.levels,
-        "classes": len(data.classes),
-        "caption_length": data.caption_length,
-    }
-    names = marked(config, FROM_DATA)
-    return dataclasses.replace(config, **{name: known[name] for name in names})
+def config_for(experiment: Experiment, debug: bool, values: Mapping[str, Any]) -> Config:
+    """Return an experiment's config for one that trains it in passing; tiny to debug.
+
+    Args:
+      experiment: of one run.
+      debug: whether to take its debug values.
+      values: fields by their paths.
+    """
+    config: Config = override(experiment.config, {}, experiment.debug if debug else {})
+    return replace(config, values)
 
 
-def own_config(experiment: types.ModuleType, debug: bool, **fields: Any) -> Any:
-    """An experiment's config for one that trains it in passing, with `fields`; tiny to debug."""
-    return experiment.Config(**{**(experiment.DEBUG if debug else {}), **fields})
+def record_of(
+    name: str, config: Any, dataset: Dataset, loaded: Loaded, options: Options, part: str = ""
+) -> dict[str, Any]:
+    """Return what config.json says of a run.
 
-
-def record_of(name: str, config: Any, loaded: Loaded, options: Options) -> dict[str, Any]:
-    """What config.json says of a run."""
+    Args:
+      name: the experiment's.
+      config: of the run, or of several runs.
+      dataset: that was asked for.
+      loaded: the data.
+      options: of the command line.
+      part: of an experiment of several runs.
+    """
     return {
+        "format": FORMAT,
         "experiment": name,
+        **({"part": part} if part else {}),
         "config": to_record(config),
         "seed": options.seed,
         "debug": options.debug,
         "data": loaded.data.describe(),
-        "data_asked_for": config.data,
+        "data_asked_for": dataset.name,
         "data_note": loaded.note,
         "data_dir": loaded.data_dir and os.path.abspath(os.path.expanduser(loaded.data_dir)),
         "parallel": options.parallel,
         "devices": hardware.describe(),
         **provenance(),
     }
-
-
-def dress_data(experiment: types.ModuleType, config: Any, data: Data) -> Data:
-    return experiment.dress(config, data) if hasattr(experiment, "dress") else data
-
-
-def prepare_config(
-    experiment: types.ModuleType, config: Any, loaded: Loaded, options: Options
-) -> Any:
-    """The config, with what the experiment's `prepare` found."""
-    if not hasattr(experiment, "prepare"):
-        return config
-    return experiment.prepare(config, loaded, options)
-
-
-def pretrain_config(
-    experiment: types.ModuleType, config: Any, loaded: Loaded, options: Options
-) -> Any | None:
-    """The config, with what the experiment's `pretrain` trained; None: asked to stop."""
-    if not hasattr(experiment, "pretrain"):
-        return config
-    return experiment.pretrain(config, loaded, options)

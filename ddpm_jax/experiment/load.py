@@ -1,53 +1,38 @@
-"""Load the newest checkpoint of a run."""
+"""Load a trained run with its newest checkpoint."""
 
-import contextlib
+import os
 import pathlib
-import types
-from typing import Any
 
-from ddpm_jax.config import restore
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel import sharding as devices
-from ddpm_jax.training import ema
-from ddpm_jax.training import step as step_module
-from ddpm_jax.training.checkpoint import open_checkpoints
-from ddpm_jax.training.run_dir import (
-    read_record,
-)
+from ddpm_jax.experiment.recorded import Recorded, load_state, read
+from ddpm_jax.experiment.resources import for_sampling
+from ddpm_jax.experiment.trained import TrainedRun
+from ddpm_jax.experiment.types import build
+from ddpm_jax.task import Variables
+from ddpm_jax.training.step import averaged
 
 
-def load_state(
-    experiment: types.ModuleType,
-    workdir: pathlib.Path,
-    config: Any = None,
-    parallel: str = "jit",
-    whole: bool = False,
-) -> tuple[Any, step_module.TrainState]:
-    """The config and the newest state of a run directory, for evaluating and drawing.
-
-    None stands in the place of what only training reads, most of a checkpoint, unless `whole`.
+def load_run(workdir: str | os.PathLike, parallel: str = "jit") -> TrainedRun:
+    """Return the trained run in a directory, with its newest checkpoint.
 
     Args:
-      config: instead of the recorded one.
+      workdir: the directory.
+      parallel: how the variables are placed on the devices.
 
     Raises:
-      UserError: there is no run, or no checkpoint yet.
+      UserError: there is no run, no checkpoint, or the run is of several models.
     """
-    record = read_record(workdir)
-    if record is None:
-        raise UserError(f"there is no run in {workdir}; train one first, or give --workdir")
-    config = config or restore(experiment.Config, record["config"], workdir)
-    ema.check_ema(config)
-    folder = workdir / "checkpoints"
-    nothing = UserError(f"there is no checkpoint in {workdir} yet; train first")
-    if not any(folder.glob("[0-9]*")):
-        raise nothing
-    with contextlib.closing(open_checkpoints(folder, read_only=True)) as checkpoints:
-        shapes = step_module.state_shapes(experiment.build(config), config)
-        like = devices.make(parallel).like(shapes)
-        if not whole:
-            like = step_module.without_training(like, config, ...)
-        _, state, _ = checkpoints.restore_newest(like)
-        if state is None:
-            raise nothing
-        return config, state if whole else step_module.without_training(state, config, None)
+    run = read(pathlib.Path(workdir).expanduser())
+    if run.experiment.several and not run.part:
+        if not run.experiment.samples:
+            raise UserError(f"{workdir} holds several runs; give the directory of one")
+        run = read(run.workdir / run.experiment.samples)
+    return load_recorded(run, parallel)
+
+
+def load_recorded(run: Recorded, parallel: str = "jit") -> TrainedRun:
+    """Return a trained run with its newest checkpoint, by the config that is given with it."""
+    config, state = load_state(run.workdir, run.config, parallel)
+    variables = Variables(averaged(state, config), state.fixed)
+    functions = build(config, for_sampling(config))
+    return TrainedRun(config, variables, int(state.step), run.title, functions)

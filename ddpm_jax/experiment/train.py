@@ -1,130 +1,137 @@
-"""Train one experiment: open its directory, train, evaluate and summarise."""
+"""Train one run: open its directory, train, evaluate and summarise."""
 
 import contextlib
 import pathlib
 import time
-import types
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from ddpm_jax import plots
-from ddpm_jax.config import marked, to_record
-from ddpm_jax.data.types import Loaded
+from ddpm_jax.config import marked
+from ddpm_jax.data.types import Data
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment import preflight
+from ddpm_jax.experiment import preflight, sizes
 from ddpm_jax.experiment.announce import log_loudly, log_start
-from ddpm_jax.experiment.inputs import (
-    Options,
-    dress_data,
-    from_data,
-    load_data,
-    prepare_config,
-    pretrain_config,
-    record_of,
-)
+from ddpm_jax.experiment.inputs import record_of
+from ddpm_jax.experiment.recorded import check_average
+from ddpm_jax.experiment.types import Run, build
 from ddpm_jax.fields import MAY_CHANGE
 from ddpm_jax.parallel import processes
 from ddpm_jax.parallel import sharding as devices
 from ddpm_jax.progress import print_result, tell
-from ddpm_jax.training import ema, loop
+from ddpm_jax.task import Resources
+from ddpm_jax.training import loop
 from ddpm_jax.training.checkpoint import check_store, open_checkpoints
 from ddpm_jax.training.evaluation import describe_evaluation
-from ddpm_jax.training.run_dir import (
-    RunDir,
-    bystander,
-    open_run,
-)
+from ddpm_jax.training.run_dir import RunDir, bystander, open_run
 
 
-def train_experiment(
-    experiment: types.ModuleType,
-    config: Any,
-    workdir: pathlib.Path,
-    options: Options,
-    loaded: Loaded | None = None,
-) -> dict[str, Any] | None:
-    """Train to the end, evaluate, draw; returns the summary, or None if it was stopped.
+def check(run: Run) -> None:
+    """Check what can be known before a bound run is trained.
+
+    Raises:
+      UserError: the batch does not divide over the devices, fields contradict each other, or the
+        run cannot fit into memory.
+    """
+    train = run.config.train
+    devices.check_batch(train.batch_size, train.grad_accum_steps)
+    check_average(run.config)
+    sizes.check_sizes(build(run.config), run.config, run.options.parallel)
+
+
+def record(run: Run) -> dict[str, Any]:
+    """Return what config.json says of a run."""
+    config, loaded = run.config, run.loaded
+    return record_of(run.name, config, config.data, loaded, run.options, run.part)
+
+
+def open_directory(run: Run) -> RunDir:
+    """Open a run's directory, which is written by the first process alone."""
+    return open_run_dir(run.workdir, record(run), marked(run.config, MAY_CHANGE))
+
+
+def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> dict[str, Any] | None:
+    """Train to the end, evaluate and sample; return the summary, or None if it was stopped.
 
     Args:
-      loaded: the data, where the caller has them already.
+      run: bound.
+      data: what it is trained on, of `run.loaded`.
+      resources: what the task needs of other runs.
+      directory: the run's, open; it is closed at the end.
+
+    Raises:
+      UserError: the run's checkpoints are beyond its last step, or cannot be read.
     """
-    started = time.perf_counter()
-    name = experiment.__name__.rpartition(".")[2]
-    loaded = loaded or load_data(experiment, config, workdir, options)
-    data = loaded.data
-    devices.check_batch(config.batch_size, config.accumulate)
-    ema.check_ema(config)
-    config = prepare_config(experiment, from_data(config, data), loaded, options)
-    preflight.check_sizes(experiment.build(config), config, options.parallel)
-    record = record_of(name, config, loaded, options)
-    run = open_run_dir(workdir, record, marked(config, MAY_CHANGE))
-    checkpoints = None
-    try:
-        config = pretrain_config(experiment, config, loaded, options)
-        if config is None:
-            return None
-        run.record["config"] = to_record(config)
-        task, data = experiment.build(config), dress_data(experiment, config, data)
-        checkpoints = open_checkpoints(workdir / "checkpoints")
+    started, config, workdir = time.perf_counter(), run.config, run.workdir
+    options, steps = run.options, run.config.train.steps
+    with contextlib.ExitStack() as stack:
+        stack.callback(directory.close)
+        task = build(config, resources)
+        checkpoints = stack.enter_context(
+            contextlib.closing(open_checkpoints(workdir / "checkpoints"))
+        )
         step = checkpoints.newest() or 0
-        if step > config.steps:
+        if step > steps:
             raise UserError(
-                f"{workdir} is at step {step} already, beyond --config.steps={config.steps}"
+                f"{workdir} is at step {step} already, beyond --config.train.steps={steps}"
             )
         summary = processes.from_main(lambda: preflight.read_summary(workdir))
-        if summary is not None and step == summary.get("step") == config.steps:
+        if summary is not None and step == summary.get("step") == steps:
             log_finished(workdir, summary)
             return summary
         processes.from_main(lambda: check_store(workdir / "checkpoints"))
-        log_start(name, loaded, workdir)
-        processes.from_main(run.write_record)
+        log_start(run.title, run.loaded, workdir)
+        processes.from_main(directory.write_record)
         spread = devices.make(options.parallel)
         watch = loop.Watch(options.profile, options.wandb)
-        result = loop.fit(task, config, data, run, checkpoints, options.seed, spread, watch)
-        processes.from_main(run.check_there)
+        result = loop.fit(task, config, data, directory, checkpoints, options.seed, spread, watch)
+        processes.from_main(directory.check_there)
         if result.step:
             checkpoints.check_written(result.step)  # while the evaluation went on
         if result.final is None:
-            tell(f"stopped at step {result.step} of {config.steps}; the same command goes on")
+            tell(f"stopped at step {result.step} of {steps}; the same command goes on")
             return None
-        run.time(result.step, run_seconds=time.perf_counter() - started)
+        directory.time(result.step, run_seconds=time.perf_counter() - started)
         summary = {
-            "experiment": name,
+            "experiment": run.title,
             "step": result.step,
             "data": data.title,
-            "data_note": loaded.note,
+            "data_note": run.loaded.note,
             "parameters": _count(result.state.params),
             "about": describe_evaluation(result.final, config),
             "metrics": result.final.metrics,
         }
-        processes.from_main(lambda: run.finish(summary, f"{name} on {data.title}"))
+        processes.from_main(lambda: directory.finish(summary, f"{run.title} on {data.title}"))
         log_finished(workdir, summary)
         print_result(f"  {time.perf_counter() - started:.0f} s in all")
         return summary
-    finally:
-        if checkpoints is not None:
-            checkpoints.close()
-        run.close()
+
+
+def train_alone(run: Run, data: Data) -> dict[str, Any] | None:
+    """Train a bound run that needs no other; return its summary, or None if it was stopped."""
+    check(run)
+    return fit_run(run, data, Resources(), open_directory(run))
 
 
 @contextlib.contextmanager
 def opened(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]) -> Iterator[None]:
-    """A directory of several runs, this process's or the first one's while it is used."""
-    with contextlib.closing(open_run_dir(workdir, record, may_change)) as sweep:
-        processes.from_main(sweep.write_record)
+    """Hold the directory of several runs while it is used; the first process writes."""
+    with contextlib.closing(open_run_dir(workdir, record, may_change)) as directory:
+        processes.from_main(directory.write_record)
         yield
 
 
 def open_run_dir(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]) -> RunDir:
-    """The run directory, opened by the first process; the others write nothing."""
+    """Open a run directory in the first process; the others write nothing."""
     return processes.from_main_alone(
         lambda: open_run(workdir, record, may_change), bystander(workdir, record)
     )
 
 
-def log_finished(workdir: pathlib.Path, summary: dict) -> None:
+def log_finished(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
+    """Print the final metrics of a run."""
     title = f"{summary['experiment']} on {summary['data']}, step {summary['step']}"
     rows = plots.metric_rows(summary["metrics"])
     rows.append(("parameters", f"{summary['parameters']:,}"))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.parallel.sharding import fetch, placed
 
 
@@ -52,7 +51,7 @@ def judge_of(
     return Judge(name, see)
 
 
-def image_judge(name: str, net: DualEncoder, params: Any) -> Judge:
+def image_judge(name: str, net: Any, params: Any) -> Judge:
     """The judge in whose features, the image tower's, distances are told; it knows one class."""
 
     def network(params, x):

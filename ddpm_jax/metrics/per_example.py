@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.data.batches import evaluation_batches
 from ddpm_jax.data.types import Split
-from ddpm_jax.diffusion.schedules import within
+from ddpm_jax.diffusion.grids import within
 from ddpm_jax.parallel.sharding import Parallel, fetch
 from ddpm_jax.rng import EVALUATE, example_keys, purpose_key
 

@@ -7,14 +7,14 @@ and of flat images that is most.  With no norm at all, training on `shapes` brok
 rate of 3e-3; the root mean square of each place, before a block, keeps it on its way.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddpm_jax.errors import UserError
-from ddpm_jax.nn.layers import Conv, fold, unfold
+from ddpm_jax.fields import BOUND, Count, FieldError, Layers
+from ddpm_jax.nn.layers import Conv, depth_to_space, space_to_depth
 
 
 class Residual(nn.Module):
@@ -37,27 +37,27 @@ class Autoencoder(nn.Module):
     """x [B, H, W, C] -> (mean, logvar) of z [B, H / f, W / f, latent] -> x.
 
     Attributes:
-      shape: of an image.
-      channels: of each level, from the image on: f = 2^levels.
-      latent: channels of z.
-      blocks: residual blocks a level, either way.
-      dtype: of the computation, but for norms, z and the image.
+      shape: (height, width, channels) of an image.
+      channels: Channels of each level, from the image on; each halves the image, so f = 2^levels.
+      latent_channels: Channels of z.
+      blocks: Residual blocks of each level, either way.
+      dtype: Type of the computation, but for norms, z and the image.
     """
 
-    shape: tuple[int, int, int]
-    channels: tuple[int, ...] = (32, 64)
-    latent: int = 4
-    blocks: int = 1
-    dtype: Any = None
+    shape: Annotated[tuple[int, int, int], BOUND] = (0, 0, 0)
+    channels: tuple[Count, ...] = (32, 64)
+    latent_channels: Count = 4
+    blocks: Layers = 1
+    dtype: Annotated[Any, BOUND] = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(rows, columns, channels) of z."""
         factor = 2 ** len(self.channels)
-        return self.shape[0] // factor, self.shape[1] // factor, self.latent
+        return self.shape[0] // factor, self.shape[1] // factor, self.latent_channels
 
     def setup(self) -> None:
-        self.encoder = Encoder(self.channels, 2 * self.latent, self.blocks, self.dtype)
+        self.encoder = Encoder(self.channels, 2 * self.latent_channels, self.blocks, self.dtype)
         self.decoder = Decoder(self.channels, self.shape[2], self.blocks, self.dtype)
 
     def encode(
@@ -80,12 +80,13 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(x)[0])
 
     def check(self) -> None:
-        """Raises UserError unless the network can be built for images of this size."""
+        """Raises FieldError unless the network can be built for images of this size."""
         factor, (height, width, _) = 2 ** len(self.channels), self.shape
         if height % factor or width % factor:
-            raise UserError(
-                f"the autoencoder makes images {factor} times smaller, and {height}x{width} does "
-                "not divide; give fewer --config.ae_channels, or images of another size"
+            raise FieldError(
+                f"channels={','.join(map(str, self.channels))}: the autoencoder makes images "
+                f"{factor} times smaller, and {height}x{width} does not divide; give fewer "
+                "channels, or images of another size"
             )
 
 
@@ -99,7 +100,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch rows columns d"]:
-        x = fold(x, 2)
+        x = space_to_depth(x, 2)
         for level, width in enumerate(self.channels):
             strides = 2 if level else 1
             x = Conv(width, (3, 3), strides, dtype=self.dtype, name=f"conv_{level}")(x)
@@ -127,6 +128,6 @@ class Decoder(nn.Module):
             if level:
                 width = self.channels[level - 1]
                 x = Conv(4 * width, (3, 3), dtype=self.dtype, name=f"conv_{level}")(x)
-                x = unfold(x, 2)
+                x = depth_to_space(x, 2)
         x = nn.swish(x).astype(jnp.float32)
-        return unfold(Conv(4 * self.outputs, (3, 3), name="out")(x), 2)
+        return depth_to_space(Conv(4 * self.outputs, (3, 3), name="out")(x), 2)

@@ -1,35 +1,36 @@
 """A small convolutional classifier, whose last layer but one serves as features."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from ddpm_jax.fields import BOUND, Count, Share
 from ddpm_jax.nn.layers import Conv, Dropout, condition
 
 SMALLEST = 8  # a side that is not halved any more
 SINES = 64  # width of the time embedding
 
 
-class Classifier(nn.Module):
+class ClassifierNetwork(nn.Module):
     """Images [B, H, W, C] in [-1, 1] -> (logits [B, classes], features [B, features]).
 
     Attributes:
-      classes: how many.
-      channels: of the 3x3 convolutions, each of which halves a side longer than 8.
-      features: width of the layer before the logits.
-      dropout: rate on the features, in training.
-      noisy: images are x_t, and the network is told t, behind every convolution.
-      dtype: of the computation, but for the logits; None: the images'.
+      classes: Number of classes.
+      channels: Channels of the 3x3 convolutions, each of which halves a side longer than 8.
+      features: Width of the layer before the logits.
+      dropout: Dropout rate on the features, in training.
+      noisy: Images are x_t, and t is an input behind every convolution.
+      dtype: Type of the computation, but for the logits; None: the images'.
     """
 
-    classes: int
-    channels: tuple[int, ...] = (32, 64, 64)
-    features: int = 64
-    dropout: float = 0.3
-    noisy: bool = False
-    dtype: Any = None
+    classes: Annotated[int, BOUND] = 0
+    channels: tuple[Count, ...] = (32, 64, 64)
+    features: Count = 64
+    dropout: Share = 0.3
+    noisy: Annotated[bool, BOUND] = False
+    dtype: Annotated[Any, BOUND] = None
 
     @nn.compact
     def __call__(

@@ -1,11 +1,12 @@
 """The transformer of an autoregressive generation model: codes under a caption."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from ddpm_jax.fields import BOUND, Count, Layers, MoreLayers, Share
 from ddpm_jax.nn.layers import Context
 from ddpm_jax.nn.text_refiner import refined
 from ddpm_jax.nn.transformer import Block, check_width
@@ -15,20 +16,22 @@ class CodeTransformer(nn.Module):
     """Codes [B, N] -> logits [B, N, codes]: those at i are of code i, given the codes before it.
 
     Attributes:
-      codes: how many there are.
-      width, depth, heads: of the transformer.
-      refine: blocks of its own that read a caption's features (`nn.text_encoder.Refiner`); 0: none.
-      dropout: rate behind each branch, in training.
-      dtype: of the computation; norms, softmax and logits stay float32.
+      codes: Number of codes.
+      width: Width of a token.
+      depth: Number of blocks.
+      heads: Number of attention heads.
+      refiner_blocks: Blocks that read a caption's features anew (`nn.text_refiner`); 0: none.
+      dropout: Dropout rate behind each branch, in training.
+      dtype: Type of the computation; norms, softmax and logits stay float32.
     """
 
-    codes: int
-    width: int = 192
-    depth: int = 6
-    heads: int = 6
-    refine: int = 0
-    dropout: float = 0.0
-    dtype: Any = None
+    codes: Annotated[int, BOUND] = 0
+    width: Count = 192
+    depth: Layers = 6
+    heads: Count = 6
+    refiner_blocks: MoreLayers = 0
+    dropout: Share = 0.0
+    dtype: Annotated[Any, BOUND] = None
 
     @nn.compact
     def __call__(
@@ -38,7 +41,9 @@ class CodeTransformer(nn.Module):
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch places codes"]:
         """The logits; `keys` are the dropout's, None outside training."""
-        context = refined(context, len(codes), self.width, self.refine, self.heads, self.dtype)
+        context = refined(
+            context, len(codes), self.width, self.refiner_blocks, self.heads, self.dtype
+        )
         normal = nn.initializers.normal(0.02)
         # Number `codes` stands before the first.
         before = jnp.pad(codes[:, :-1], ((0, 0), (1, 0)), constant_values=self.codes)
@@ -53,5 +58,5 @@ class CodeTransformer(nn.Module):
         return nn.Dense(self.codes, kernel_init=nn.initializers.zeros, name="out")(x)
 
     def check(self) -> None:
-        """Raises UserError unless the network can be built."""
+        """Raises FieldError unless the network can be built."""
         check_width(self.width, self.heads)

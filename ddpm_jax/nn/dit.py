@@ -1,21 +1,21 @@
 """The diffusion transformer of Peebles & Xie 2023, with the U-Net's interface."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.fields import BOUND, Count, FieldError, Layers, MoreLayers, Share
 from ddpm_jax.nn.layers import (
     Context,
     CrossAttention,
     Dropout,
     attention,
     condition,
-    fold,
+    depth_to_space,
     layer_norm,
-    unfold,
+    space_to_depth,
 )
 from ddpm_jax.nn.text_refiner import refined
 from ddpm_jax.nn.transformer import check_width
@@ -27,27 +27,27 @@ class DiT(nn.Module):
     The blocks are one module scanned `depth` times, so that depth costs no compile time.
 
     Attributes:
-      outputs: channels of the output.
-      patch: side of a patch, one token each.
-      width: of a token.
-      depth: blocks.
-      heads: of the attention.
-      dropout: rate behind each block's two branches, in training.
-      classes: how many; label `classes` is "no class". 0: unconditional.
-      refine: blocks of its own that read a caption's features (`nn.text_encoder.Refiner`); 0: none.
-      dtype: of the computation; norms, softmax, time embedding and output stay float32.
-      remat: compute a block's inside again in the backward pass instead of keeping it.
+      outputs: Channels of the output.
+      patch: Side of a patch in pixels; a patch is a token.
+      width: Width of a token.
+      depth: Number of blocks.
+      heads: Number of attention heads.
+      dropout: Dropout rate behind each block's two branches, in training.
+      classes: Number of classes; label `classes` is "no class". 0: unconditional.
+      refiner_blocks: Blocks that read a caption's features anew (`nn.text_refiner`); 0: none.
+      dtype: Type of the computation; norms, softmax, time embedding and output stay float32.
+      remat: Compute a block again in the backward pass instead of keeping its activations.
     """
 
-    outputs: int = 3
-    patch: int = 2
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
-    dropout: float = 0.0
-    classes: int = 0
-    refine: int = 0
-    dtype: Any = jnp.float32
+    outputs: Annotated[int, BOUND] = 3
+    patch: Count = 2
+    width: Count = 384
+    depth: Layers = 12
+    heads: Count = 6
+    dropout: Share = 0.0
+    classes: Annotated[int, BOUND] = 0
+    refiner_blocks: MoreLayers = 0
+    dtype: Annotated[Any, BOUND] = jnp.float32
     remat: bool = False
 
     @nn.compact
@@ -63,11 +63,11 @@ class DiT(nn.Module):
         size, height, width, _ = xt.shape
         rows, columns = height // self.patch, width // self.patch
         default = nn.initializers.lecun_normal()
-        context = refined(context, size, self.width, self.refine, self.heads, self.dtype)
+        context = refined(context, size, self.width, self.refiner_blocks, self.heads, self.dtype)
         pooled = context and context.pooled
         emb = condition(time, labels, self.classes, 256, self.width, default, 0.02, pooled)
 
-        x = fold(xt, self.patch).reshape(size, rows * columns, -1)
+        x = space_to_depth(xt, self.patch).reshape(size, rows * columns, -1)
         x = nn.Dense(self.width, dtype=self.dtype, name="patches")(x)
         x += self.param("places", nn.initializers.normal(0.02), x.shape[1:]).astype(x.dtype)
 
@@ -85,14 +85,18 @@ class DiT(nn.Module):
         x = layer_norm(x) * (1 + scale) + shift
         zeros = nn.initializers.zeros
         x = nn.Dense(self.patch**2 * self.outputs, kernel_init=zeros, name="out")(x)
-        return unfold(x.reshape(size, rows, columns, -1), self.patch)
+        return depth_to_space(x.reshape(size, rows, columns, -1), self.patch)
 
     def check(self, shape: tuple[int, int, int]) -> None:
-        """Raises UserError unless the network can be built for images of this shape."""
+        """Check that the network can be built for images of `shape` [H, W, C].
+
+        Raises:
+          FieldError: it cannot.
+        """
         if shape[0] % self.patch or shape[1] % self.patch:
-            raise UserError(
-                f"the DiT cuts images into patches, and {shape[0]}x{shape[1]} does not divide by "
-                f"--config.patch={self.patch}"
+            raise FieldError(
+                f"patch={self.patch}: the DiT cuts images into patches, and {shape[0]}x{shape[1]} "
+                "does not divide by it"
             )
         check_width(self.width, self.heads)
 

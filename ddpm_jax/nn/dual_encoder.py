@@ -1,18 +1,18 @@
 """An image tower, and both towers of CLIP (Radford et al. 2021) with their temperature."""
 
 import math
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.fields import BOUND, Count, FieldError
 from ddpm_jax.nn.layers import (
     Context,
     Conv,
 )
-from ddpm_jax.nn.text_encoder import Size, TextEncoder
+from ddpm_jax.nn.text_encoder import SIZES, TextEncoder
 
 GROUPS = 8  # of the image tower's channels, for group norm
 
@@ -52,22 +52,23 @@ class DualEncoder(nn.Module):
     """Both towers, their projections to one space, and the temperature.
 
     Attributes:
-      size, length: of the text encoder.
-      channels: of the image tower.
-      joint: width of the space in which captions and images are compared.
-      dtype: of the computation.
+      size: Size of the text encoder: tiny, small or base (`text_encoder.SIZES`).
+      length: Tokens of the longest caption.
+      channels: Channels of the image tower's convolutions.
+      embedding_dim: Dimensions of the space in which captions and images are compared.
+      dtype: Type of the computation.
     """
 
-    size: Size
-    length: int
-    channels: tuple[int, ...] = (32, 64, 128)
-    joint: int = 64
-    dtype: Any = None
+    size: Literal["tiny", "small", "base"] = "small"
+    length: Annotated[int, BOUND] = 0
+    channels: tuple[Count, ...] = (32, 64, 128)
+    embedding_dim: Count = 64
+    dtype: Annotated[Any, BOUND] = None
 
     def setup(self) -> None:
-        self.text = TextEncoder(self.size, self.length, self.dtype)
-        self.text_out = nn.Dense(self.joint, use_bias=False)
-        self.image = ImageTower(self.channels, self.joint, self.dtype)
+        self.text = TextEncoder(SIZES[self.size], self.length, self.dtype)
+        self.text_out = nn.Dense(self.embedding_dim, use_bias=False)
+        self.image = ImageTower(self.channels, self.embedding_dim, self.dtype)
         start = nn.initializers.constant(-math.log(0.07))
         self.log_scale = self.param("log_scale", start, ())
 
@@ -77,7 +78,7 @@ class DualEncoder(nn.Module):
 
     def of_text(self, tokens: UInt8[Array, "batch length"]) -> Float[Array, "batch joint"]:
         """A caption's place in the joint space, of length 1."""
-        return _unit(self.text_out(self.text(tokens).pooled[:, self.size.width :]))
+        return _unit(self.text_out(self.text(tokens).pooled[:, SIZES[self.size].width :]))
 
     def of_image(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch joint"]:
         """An image's place in the joint space, of length 1."""
@@ -91,12 +92,12 @@ class DualEncoder(nn.Module):
         return self.of_text(tokens), self.of_image(x), self.scale()
 
     def check(self) -> None:
-        """Raises UserError unless the towers can be built."""
+        """Raises FieldError unless the towers can be built."""
         for channels in self.channels:
             if channels % GROUPS:
-                raise UserError(
-                    f"--config.tower_channels: {channels} does not divide into the {GROUPS} groups "
-                    "of group norm"
+                raise FieldError(
+                    f"channels={','.join(map(str, self.channels))}: {channels} does not divide "
+                    f"into the {GROUPS} groups of group norm"
                 )
 
 

@@ -280,15 +280,24 @@ def layer_norm(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens 
     return nn.LayerNorm(use_bias=False, use_scale=False, epsilon=1e-6)(x.astype(jnp.float32))
 
 
-def fold(x: Float[Array, "batch h w c"], side: int) -> Float[Array, "batch rows columns d"]:
+def space_to_depth(
+    x: Float[Array, "batch h w c"], side: int
+) -> Float[Array, "batch rows columns d"]:
     """side x side pixels -> the channels of one."""
     size, height, width, channels = x.shape
     x = x.reshape(size, height // side, side, width // side, side, channels).swapaxes(2, 3)
     return x.reshape(size, height // side, width // side, side * side * channels)
 
 
-def unfold(x: Float[Array, "batch rows columns d"], side: int) -> Float[Array, "batch h w c"]:
-    """The inverse of `fold`."""
+def depth_to_space(
+    x: Float[Array, "batch rows columns d"], side: int
+) -> Float[Array, "batch h w c"]:
+    """The inverse of `space_to_depth`."""
     size, rows, columns, features = x.shape
     x = x.reshape(size, rows, columns, side, side, features // side**2).swapaxes(2, 3)
     return x.reshape(size, rows * side, columns * side, features // side**2)
+
+
+def inner_dtype(precision: str) -> str | None:
+    """Return the type that a network computes in; None: that of its inputs."""
+    return None if precision == "float32" else precision

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.fields import FieldError
 from ddpm_jax.nn.layers import (
     Context,
     Conv,
@@ -73,11 +73,11 @@ class Block(nn.Module):
 
 
 def check_width(width: int, heads: int) -> None:
-    """Raises UserError unless a transformer, and its `Refiner`, can be so wide."""
+    """Raises FieldError unless a transformer, and its `Refiner`, can be so wide."""
     if width % heads:
-        raise UserError(f"--config.width={width}: must divide by {heads} heads")
+        raise FieldError(f"width={width}: must divide by heads={heads}", "heads")
     if width % 2:
-        raise UserError(f"--config.width={width}: must be even, for sines and cosines")
+        raise FieldError(f"width={width}: must be even, for sines and cosines")
 
 
 def masked_mean(

@@ -1,13 +1,22 @@
 """The U-Net of Ho et al. 2020, appendix B, with the options that came after it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.fields import (
+    BOUND,
+    OR_NONE,
+    AtLeast,
+    Count,
+    FieldError,
+    Layers,
+    MoreLayers,
+    Share,
+)  # fmt: skip
 from ddpm_jax.nn.layers import (
     Context,
     Conv,
@@ -15,10 +24,10 @@ from ddpm_jax.nn.layers import (
     Dropout,
     attention,
     condition,
-    fold,
+    depth_to_space,
     grid_embedding,
     group_norm,
-    unfold,
+    space_to_depth,
 )
 from ddpm_jax.nn.text_refiner import refined
 
@@ -34,36 +43,37 @@ class UNet(nn.Module):
     The defaults are CIFAR-10's of Ho et al.: 35,746,307 parameters.
 
     Attributes:
-      outputs: channels of the output.
-      fold: so many pixels either way become channels on the way in, and pixels again on the
-        way out: a network for small machines.
-      channels: of the first level.
-      multipliers: of the channels, a level each; every level but the last halves the image.
-      blocks: residual blocks a level on the way down (one more on the way up).
-      attention_sizes: image sides at which the blocks are followed by attention.
-      head_channels: channels of a head; 0: one head.
-      dropout: rate, in training.
-      classes: how many; label `classes` is "no class". 0: unconditional.
-      refine: blocks of its own that read a caption's features (`nn.text_encoder.Refiner`); 0: none.
-      scale_shift: time scales and shifts after the norm (Nichol & Dhariwal 2021) instead of
-        being added before it.
-      dtype: of the computation; norms' statistics, softmax, time embedding and output stay
+      outputs: Channels of the output.
+      space_to_depth: Side of the squares of pixels that become channels on the way in, and pixels
+        again on the way out: a network for small machines.
+      channels: Channels of the first level.
+      multipliers: Multiples of the channels, one for each level; every level but the last halves
+        the image.
+      blocks: Residual blocks of each level on the way down (one more on the way up).
+      attention_sizes: Sides of the feature maps at which the blocks are followed by attention.
+      head_channels: Channels of an attention head; 0: one head.
+      dropout: Dropout rate in training.
+      classes: Number of classes; label `classes` is "no class". 0: unconditional.
+      refiner_blocks: Blocks that read a caption's features anew (`nn.text_refiner`); 0: none.
+      scale_shift: Time scales and shifts after the norm (Nichol & Dhariwal 2021) instead of being
+        added before it.
+      dtype: Type of the computation; norms' statistics, softmax, time embedding and output stay
         float32.
-      remat: compute a block's inside again in the backward pass instead of keeping it.
+      remat: Compute a block again in the backward pass instead of keeping its activations.
     """
 
-    outputs: int = 3
-    fold: int = 1
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    blocks: int = 2
-    attention_sizes: tuple[int, ...] = (16,)
-    head_channels: int = 0
-    dropout: float = 0.1
-    classes: int = 0
-    refine: int = 0
+    outputs: Annotated[int, BOUND] = 3
+    space_to_depth: Count = 1
+    channels: Count = 128
+    multipliers: tuple[Count, ...] = (1, 2, 2, 2)
+    blocks: Layers = 2
+    attention_sizes: Annotated[tuple[Count, ...], OR_NONE] = (16,)
+    head_channels: Annotated[int, AtLeast(0)] = 0
+    dropout: Share = 0.1
+    classes: Annotated[int, BOUND] = 0
+    refiner_blocks: MoreLayers = 0
     scale_shift: bool = False
-    dtype: Any = jnp.float32
+    dtype: Annotated[Any, BOUND] = jnp.float32
     remat: bool = False
 
     @nn.compact
@@ -88,7 +98,7 @@ class UNet(nn.Module):
         width = 4 * self.channels
         deepest = self.channels * self.multipliers[-1]
         heads = deepest // self.head_channels if self.head_channels else 1
-        context = refined(context, len(xt), deepest, self.refine, heads, self.dtype)
+        context = refined(context, len(xt), deepest, self.refiner_blocks, heads, self.dtype)
         pooled = context and context.pooled
         emb = condition(time, labels, self.classes, self.channels, width, _init(1.0), 1.0, pooled)
 
@@ -103,7 +113,7 @@ class UNet(nn.Module):
             return made(x, context)
 
         x = Conv(self.channels, (3, 3), kernel_init=_init(1.0), dtype=self.dtype, name="conv_in")(
-            fold(xt, self.fold)
+            space_to_depth(xt, self.space_to_depth)
         )
         skips = [x]
         for level, multiplier in enumerate(self.multipliers):
@@ -142,28 +152,46 @@ class UNet(nn.Module):
                 )(x)
 
         x = nn.swish(group_norm(x, "norm_out"))
-        features = self.outputs * self.fold**2
+        features = self.outputs * self.space_to_depth**2
         out = Conv(features, (3, 3), kernel_init=_init(0.0), name="conv_out")
-        return unfold(out(x.astype(jnp.float32)), self.fold)
+        return depth_to_space(out(x.astype(jnp.float32)), self.space_to_depth)
 
     def check(self, shape: tuple[int, int, int]) -> None:
-        """Raises UserError unless the network can be built for images of this shape."""
-        halvings = len(self.multipliers) - 1
-        height, width, _ = shape
-        least = self.fold * 2**halvings
+        """Check that the network can be built for images of `shape` [H, W, C].
+
+        Raises:
+          FieldError: it cannot.
+        """
+        halvings, folded = len(self.multipliers) - 1, self.space_to_depth
+        (height, width, _), words = shape, ",".join(map(str, self.multipliers))
+        least = folded * 2**halvings
         if height % least or width % least:
-            folded = f"folds {self.fold}x{self.fold} pixels and " if self.fold > 1 else ""
-            raise UserError(
-                f"the U-Net {folded}halves images {halvings} times, and {height}x{width} does not "
-                f"divide by {least}; give fewer --config.multipliers, or images of another size"
+            first = f"takes squares of {folded}x{folded} pixels together and " * (folded > 1)
+            raise FieldError(
+                f"multipliers={words}: the U-Net {first}halves images {halvings} times, and "
+                f"{height}x{width} does not divide by {least}; give fewer multipliers, or images "
+                "of another size",
+                "space_to_depth",
             )
         if self.channels % 4:
-            raise UserError(f"--config.channels={self.channels}: must divide by 4")
+            raise FieldError(f"channels={self.channels}: must divide by 4")
         for multiplier in self.multipliers:
             if self.head_channels and self.channels * multiplier % self.head_channels:
-                raise UserError(
-                    f"{self.channels * multiplier} channels do not divide into heads of "
-                    f"--config.head_channels={self.head_channels}"
+                raise FieldError(
+                    f"head_channels={self.head_channels}: {self.channels * multiplier} channels do "
+                    "not divide into heads of that size",
+                    "channels",
+                    "multipliers",
+                )
+        sizes = [height // folded // 2**level for level in range(halvings + 1)]
+        for size in self.attention_sizes:
+            if size not in sizes:
+                raise FieldError(
+                    f"attention_sizes={','.join(map(str, self.attention_sizes))}: no feature map "
+                    f"has the side {size}; of images of {height}x{width} they have "
+                    f"{', '.join(map(str, sizes))}; give some of these, or none",
+                    "multipliers",
+                    "space_to_depth",
                 )
 
 

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.fields import BOUND, Count, FieldError
 from ddpm_jax.nn.layers import Conv
 
 
@@ -71,23 +71,23 @@ def _double(x: Float[Array, "batch h w four_c"]) -> Float[Array, "batch two_h tw
     return x.swapaxes(2, 3).reshape(batch, 2 * height, 2 * width, channels // 4)
 
 
-class VAE(nn.Module):
+class VAENetwork(nn.Module):
     """An encoder and a decoder of one kind, with a Gaussian's one variance beside them.
 
     Attributes:
-      shape: of an image.
-      latents: dimensions of z.
-      hidden: widths of the MLP's layers, from the image to z (reversed on the way back),
+      shape: (height, width, channels) of an image.
+      latents: Dimensions of z.
+      hidden: Widths of the MLP's layers, from the image to z (reversed on the way back),
         or, with `conv`, channels of the convolutions, each of which halves the image.
-      conv: convolutional networks instead of MLPs.
-      dtype: of the hidden layers' computation; None: the images'.
+      conv: Use convolutional networks instead of MLPs.
+      dtype: Type of the hidden layers' computation; None: the images'.
     """
 
-    shape: tuple[int, int, int]
-    latents: int
-    hidden: tuple[int, ...]
+    shape: Annotated[tuple[int, int, int], BOUND] = (0, 0, 0)
+    latents: Count = 40
+    hidden: tuple[Count, ...] = (500, 500)
     conv: bool = False
-    dtype: Any = None
+    dtype: Annotated[Any, BOUND] = None
 
     def setup(self) -> None:
         pixels = math.prod(self.shape)
@@ -120,14 +120,16 @@ class VAE(nn.Module):
         return self.decode(self.encode(x)[0])
 
 
-def check_shape(net: VAE) -> None:
-    """Raises UserError unless the networks can be built for the images' size."""
+def check_shape(net: VAENetwork) -> None:
+    """Raises FieldError unless the networks can be built for the images' size."""
     height, width, _ = net.shape
     scale = 2 ** len(net.hidden)
     if net.conv and (height % scale or width % scale):
-        raise UserError(
-            f"the convolutional VAE halves images {len(net.hidden)} times, and {height}x{width} "
-            f"does not divide by {scale}; give fewer --config.hidden, or a data set of another size"
+        raise FieldError(
+            f"hidden={','.join(map(str, net.hidden))}: the convolutional VAE halves images "
+            f"{len(net.hidden)} times, and {height}x{width} does not divide by {scale}; give fewer "
+            "hidden layers, or a data set of another size",
+            "conv",
         )
 
 

@@ -11,10 +11,9 @@ import time
 from typing import Any
 
 import jax
-from jax._src import distributed
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel.processes import is_main
+from ddpm_jax.parallel.processes import coordination_client, is_main
 from ddpm_jax.system import interrupts
 
 RESOLVE_SECONDS = 10.0  # in which the name of the coordinator's host must be known
@@ -141,7 +140,7 @@ def meet_before_leaving() -> None:
     jax aborts a process whose coordinator, the first process, is gone: so those that fail together
     wait for each other, for `LEAVE_SECONDS` at most, and the first one ends last.
     """
-    client: Any = distributed.global_state.client
+    client: Any = coordination_client()
     if client is None:
         return
     try:

@@ -17,6 +17,14 @@ from ddpm_jax.errors import RunError, UserError, one_line
 LONGEST = 256  # bytes of what a process says of itself to the others
 
 
+def coordination_client() -> Any:
+    """Return what the processes of a run talk through; None in a run of one process.
+
+    It is private to jax, which has no public barrier with a time limit.
+    """
+    return distributed.global_state.client
+
+
 def check_same_everywhere(what: str, value: str) -> None:
     """Raises UserError unless `value` is the first process's, too."""
     first = from_main(lambda: value)
@@ -106,7 +114,7 @@ class Meeting:
         """
         if alone() or self._over:
             return
-        client: Any = distributed.global_state.client
+        client: Any = coordination_client()
         before, here = (f"{self._place}/{self._count + i}/" for i in range(2))
         self._count += 1
         own = sys.exception()  # that ends what others go on with

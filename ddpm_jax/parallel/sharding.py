@@ -1,4 +1,4 @@
-"""How a run is spread over devices and processes: the only file that knows them.
+"""How arrays are placed and a step is spread over devices and processes.
 
 A step is a pure function of a state and a batch that asks three things of whoever spreads it:
 `reduce`, the mean over devices; `gather`, the devices' parts put together; `view`, how the loss
@@ -27,11 +27,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel.flops import flops
-from ddpm_jax.parallel.xla_flags import FRUGAL, FRUGAL_VERSIONS
 
 MODES = ("jit", "pmap", "fsdp")
 
 AXIS = "data"  # of `pmap`
+# Without these, XLA for CPUs gathers a sharded state as early as it can, and takes what is
+# gathered again for what it has already: a device would hold the whole after all.
+FRUGAL: dict[str, str | bool] = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+}
+
+FRUGAL_VERSIONS = ("0.10.2",)
 
 
 def identity(tree: Any) -> Any:
@@ -342,7 +349,7 @@ def check_batch(batch_size: int, accumulate: int = 1) -> None:
     if batch_size % parts:
         over = f"{jax.device_count()} devices" + f" x {accumulate} parts" * (accumulate > 1)
         raise UserError(
-            f"--config.batch_size={batch_size} does not divide over {over}; "
+            f"--config.train.batch_size={batch_size} does not divide over {over}; "
             f"give a multiple of {parts}"
         )
 

@@ -27,15 +27,6 @@ VERSIONS = {
     SPLIT_FLAG: ("0.10.2", "0.12.0.1"),
 }
 
-# Without these, XLA for CPUs gathers a sharded state as early as it can, and takes what is
-# gathered again for what it has already: a device would hold the whole after all.
-FRUGAL: dict[str, str | bool] = {
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    "xla_disable_hlo_passes": "cse_barrier_expander",
-}
-
-FRUGAL_VERSIONS = ("0.10.2",)
-
 
 def tune_cpu(debug: bool = False) -> None:
     """Set `CPU_FLAG`, and the others for runs of a few steps, where jaxlib knows them.

@@ -6,8 +6,10 @@ averages train. Either way the latents' mean and deviation, channel by channel, 
 the weights, so that what a generation model sees has unit variance.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +17,20 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ddpm_jax import plots
-from ddpm_jax.data.types import Batch, Data
+from ddpm_jax.data.types import UNBOUND, Batch, Data, DataInfo
 from ddpm_jax.errors import UserError
+from ddpm_jax.fields import BOUND, AtLeast, EvalBatch, NonNegative, RunPath, section
 from ddpm_jax.metrics.averages import averages, figures
 from ddpm_jax.metrics.distances import Grouped, frechet_distance
-from ddpm_jax.metrics.features import Judge
+from ddpm_jax.metrics.features import Judge, image_judge
 from ddpm_jax.metrics.per_example import per_example
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.reconstruction import SIDE, psnr, ssim
 from ddpm_jax.nn.autoencoder import Autoencoder
+from ddpm_jax.nn.layers import inner_dtype
 from ddpm_jax.parallel.sharding import fetch
 from ddpm_jax.progress import tell
-from ddpm_jax.task import Evaluation, Task
+from ddpm_jax.task import Evaluation, Needs, Resources, Task
 from ddpm_jax.variational import vae, vq
 
 QUICK_IMAGES = 512  # test images that an evaluation before the last looks at
@@ -70,10 +74,11 @@ def autoencoder_task(
       judge: loads that in whose features a Frechet distance is told; None: there is none.
 
     Raises:
-      UserError: the network cannot be built for images of this size.
+      FieldError: the network cannot be built for images of this size.
     """
-    net.check()
-    width = net.latent
+    with section("network"):
+        net.check()
+    width = net.latent_channels
 
     def init(key, batch: Batch):
         net_key, code_key = jax.random.split(key)
@@ -201,3 +206,71 @@ def latents(net: Autoencoder, codes: int) -> Latents:
         return standardise(frozen, frozen["fixed"]["book"].codes[numbers])
 
     return Latents(net.latent_shape, encode, decode, codes, read, lay)
+
+
+def _tower_of(load: Callable[[], Any] | None) -> Judge | None:
+    """The image tower of a dual encoder, in whose features images are compared."""
+    return image_judge("text_encoder", *load()) if load else None
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentAutoencoder:
+    """An autoencoder whose latents a generation model is trained on; see `autoencoder_task`.
+
+    Attributes:
+      network: Encoder and decoder.
+      kl_weight: Weight of KL(q(z|x) || N(0, I)), in nats per pixel and channel; of Gaussian
+        latents.
+      codes: Codes of the codebook; 0: Gaussian latents.
+      commitment_weight: Weight of the commitment loss (`variational.vq`, eq. 3); of codes.
+      eval_batch_size: Images of one batch of an evaluation.
+      text_encoder: Run directory of a text encoder in whose image tower's features reconstructions
+        are compared with images; none: no such metric.
+      info: The data set.
+    """
+
+    network: Autoencoder = Autoencoder()
+    kl_weight: NonNegative = 1e-4
+    codes: Annotated[int, AtLeast(0)] = 0
+    commitment_weight: NonNegative = 0.25
+    eval_batch_size: EvalBatch = 128
+    text_encoder: RunPath = "none"
+    info: Annotated[DataInfo, BOUND] = UNBOUND
+
+    provides: ClassVar[str] = "autoencoder"
+
+    def needs(self) -> Needs:
+        """Return the names of other runs: a text encoder that computes metrics."""
+        dual = "" if self.text_encoder == "none" else self.text_encoder
+        return Needs(dual_encoder=dual, dual_encoder_field="text_encoder")
+
+    def fit_to(self, data: Data) -> "LatentAutoencoder":
+        """Return the settings as they fit a data set: as they are."""
+        del data
+        return self
+
+    def adapt(self, data: Data) -> Data:
+        """Return the data as the task is trained on them: as they are."""
+        return data
+
+    def bind(self, info: DataInfo, precision: str, batch_size: int) -> "LatentAutoencoder":
+        """Return the task for a data set and a precision."""
+        del batch_size
+        network = self.network.clone(shape=info.shape, dtype=inner_dtype(precision), parent=None)
+        return dataclasses.replace(self, network=network, info=info)
+
+    def build(self, resources: Resources = Resources()) -> Task:
+        """Return the functions of the bound task.
+
+        Raises:
+          FieldError: the network cannot be built for images of this size.
+        """
+        return autoencoder_task(
+            self.network,
+            self.info.levels,
+            kl_weight=self.kl_weight,
+            codes=self.codes,
+            commitment=self.commitment_weight,
+            eval_batch=self.eval_batch_size,
+            judge=functools.partial(_tower_of, resources.dual_encoder),
+        )

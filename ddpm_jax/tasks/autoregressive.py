@@ -1,12 +1,14 @@
 """A generation model over the codes of a quantised autoencoder (Ramesh et al. 2021)."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.fields import MAY_CHANGE, AtLeast, FieldError, section
+from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.code_transformer import CodeTransformer
 from ddpm_jax.nn.layers import Context
 from ddpm_jax.parallel.sharding import Parallel
@@ -15,26 +17,28 @@ from ddpm_jax.tasks.autoencoder import Latents
 from ddpm_jax.tasks.generation import Generator
 
 
-class Autoregressive(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class CodeSampling:
     """How codes are drawn: the scale of guidance, 1: none; the temperature of the draws."""
 
     guidance: float = 1.0
     temperature: float = 1.0
 
 
-def autoregressive(net: CodeTransformer, latents: Latents, how: Autoregressive) -> Generator:
+def autoregressive(net: CodeTransformer, latents: Latents, how: CodeSampling) -> Generator:
     """p(codes | caption) = prod_i p(code_i | codes before it, caption), in rows from the top.
 
     The loss is -log p in nats a code.  Guidance extrapolates log p (Crowson 2021; Gafni et al.
     2022, sec. 3.4): l = l_nothing + scale (l_caption - l_nothing), before it is drawn from.
 
     Raises:
-      UserError: the autoencoder has no codes.
+      FieldError: the autoencoder has no codes.
     """
     rows, columns, _ = latents.shape
     if not latents.codes:
-        raise UserError(
-            "an autoregressive generation model needs a quantised autoencoder: give --config.codes"
+        raise FieldError(
+            "network.codes=0: the autoregressive generation model needs a quantised autoencoder, "
+            "trained with task.codes=256"
         )
 
     def init(key, context: Context):
@@ -48,7 +52,7 @@ def autoregressive(net: CodeTransformer, latents: Latents, how: Autoregressive) 
         right = (logits.argmax(-1) == codes).mean(-1, dtype=jnp.float32)
         return -logs.mean(-1), {"accuracy": right}
 
-    def draw(params, frozen, keys, context, instead, how: Autoregressive, spread: Parallel):
+    def draw(params, frozen, keys, context, instead, how: CodeSampling, spread: Parallel):
         scale = None if how.guidance == 1.0 else how.guidance
         arguments = (params, frozen, keys, context, instead, scale, how.temperature)
         return spread.compile(walk)(*arguments)
@@ -74,8 +78,42 @@ def autoregressive(net: CodeTransformer, latents: Latents, how: Autoregressive) 
         codes, _ = jax.lax.scan(one, codes, jnp.arange(rows * columns))
         return latents.decode(frozen, latents.lay(frozen, codes.reshape(size, rows, columns)))
 
-    def requested(request: Request) -> Autoregressive:
+    def requested(request: Request) -> CodeSampling:
         refuse(request, "sampler", "steps", "label")
-        return how if request.guidance is None else how._replace(guidance=request.guidance)
+        return (
+            how if request.guidance is None else dataclasses.replace(how, guidance=request.guidance)
+        )
 
-    return Generator(init, latents.read, loss_of, draw, requested, how._asdict())
+    return Generator(init, latents.read, loss_of, draw, requested, dataclasses.asdict(how))
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoregressive:
+    """A generation model over the codes of a quantised autoencoder; see `autoregressive`.
+
+    Attributes:
+      network: The transformer over codes.
+      guidance: Scale of guidance; 1: none.
+      temperature: Temperature of the sampled codes.
+    """
+
+    network: CodeTransformer = CodeTransformer()
+    guidance: Annotated[float, MAY_CHANGE] = 1.0
+    temperature: Annotated[float, AtLeast(1e-3), MAY_CHANGE] = 1.0
+
+    def bind(self, autoencoder: Autoencoder, codes: int, precision: str) -> "Autoregressive":
+        """Return the generation model for the codes of an autoencoder."""
+        del autoencoder
+        network = self.network.clone(codes=codes, dtype=jnp.dtype(precision), parent=None)
+        return dataclasses.replace(self, network=network)
+
+    def build(self, latents: Latents, batch_size: int) -> Generator:
+        """Return the functions of the bound generation model.
+
+        Raises:
+          FieldError: the network cannot be built, or the autoencoder has no codes.
+        """
+        del batch_size
+        with section("network"):
+            self.network.check()
+        return autoregressive(self.network, latents, CodeSampling(self.guidance, self.temperature))

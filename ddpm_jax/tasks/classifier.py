@@ -1,29 +1,32 @@
 """The classifier's task, and the judge that a trained one makes of other models' images."""
 
-from typing import Any
+import dataclasses
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import plots, task
-from ddpm_jax.data.types import Batch, Data
+from ddpm_jax.data.types import UNBOUND, Batch, Data, DataInfo
 from ddpm_jax.diffusion import guidance
 from ddpm_jax.diffusion.process import q_sample
-from ddpm_jax.diffusion.schedules import Schedule
+from ddpm_jax.diffusion.schedules import Cosine, Schedule
 from ddpm_jax.errors import UserError
+from ddpm_jax.fields import BOUND, AtLeast, AtMost, EvalBatch
 from ddpm_jax.metrics.averages import averages
 from ddpm_jax.metrics.per_example import per_example, spread_times
 from ddpm_jax.metrics.pixels import to_images
-from ddpm_jax.nn.classifier import Classifier
+from ddpm_jax.nn.classifier import ClassifierNetwork
+from ddpm_jax.nn.layers import inner_dtype
 from ddpm_jax.progress import tell
-from ddpm_jax.task import Evaluation, Task
+from ddpm_jax.task import Evaluation, Needs, Resources, Task
 
 NOISE_LEVELS = 10  # of the table of a noisy classifier's accuracies
 
 
 def classifier_task(
-    net: Classifier,
+    net: ClassifierNetwork,
     shape: tuple[int, int, int],
     levels: int,
     *,
@@ -158,3 +161,61 @@ def labelled(data: Data) -> Data:
     if skipped:
         tell(f"{data.title}: skipped {' and '.join(skipped)} images that have no class")
     return data._replace(**parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A classifier of images, clean or noisy; see `classifier_task`.
+
+    Attributes:
+      network: The network, whose last layer but one serves as features.
+      shift: Pixels that training images are moved by at most, either way.
+      schedule: Noise schedule of the images, of a classifier that guides diffusion models; none:
+        the images are clean.
+      eval_batch_size: Images of one batch of an evaluation.
+      info: The data set.
+    """
+
+    network: ClassifierNetwork = ClassifierNetwork()
+    shift: Annotated[int, AtLeast(0), AtMost(1000)] = 0
+    schedule: Cosine | None = None
+    eval_batch_size: EvalBatch = 500
+    info: Annotated[DataInfo, BOUND] = UNBOUND
+
+    provides: ClassVar[str] = "classifier"
+
+    def needs(self) -> Needs:
+        """Return the names of other runs: none."""
+        return Needs()
+
+    def fit_to(self, data: Data) -> "Classifier":
+        """Return the settings as they fit a data set: as they are."""
+        del data
+        return self
+
+    def adapt(self, data: Data) -> Data:
+        """Return the data without the images that have no class."""
+        return labelled(data)
+
+    def bind(self, info: DataInfo, precision: str, batch_size: int) -> "Classifier":
+        """Return the task for a data set and a precision."""
+        del batch_size
+        network = self.network.clone(
+            classes=info.classes,
+            noisy=self.schedule is not None,
+            dtype=inner_dtype(precision),
+            parent=None,
+        )
+        return dataclasses.replace(self, network=network, info=info)
+
+    def build(self, resources: Resources = Resources()) -> Task:
+        """Return the functions of the bound task."""
+        del resources
+        return classifier_task(
+            self.network,
+            self.info.shape,
+            self.info.levels,
+            shift=self.shift,
+            schedule=self.schedule.make() if self.schedule else None,
+            eval_batch=self.eval_batch_size,
+        )

@@ -10,7 +10,8 @@ one need not be read as more than a bag of words; so each image may be compared,
 with captions beside its own that say one thing wrong (Yuksekgonul et al. 2023).
 """
 
-from typing import Any
+import dataclasses
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,18 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ddpm_jax import plots
-from ddpm_jax.data.types import Batch, Data
+from ddpm_jax.data import shapes
+from ddpm_jax.data.types import UNBOUND, Batch, Data, DataInfo, info_of
 from ddpm_jax.errors import UserError
+from ddpm_jax.fields import BOUND, AtLeast, AtMost, section
 from ddpm_jax.metrics.averages import averages
 from ddpm_jax.metrics.per_example import per_example
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.dual_encoder import DualEncoder
+from ddpm_jax.nn.layers import inner_dtype
 from ddpm_jax.parallel.sharding import Parallel, fetch
 from ddpm_jax.progress import tell
-from ddpm_jax.task import Evaluation, Task
+from ddpm_jax.task import Evaluation, Needs, Resources, Task
 
 AMONG = 64  # images that a caption is to be found among, whatever the size of a batch
 
@@ -80,9 +84,10 @@ def contrastive_task(
       batch_size: of training: held-out pairs, too, are compared with as many.
 
     Raises:
-      UserError: the network cannot be built.
+      FieldError: the network cannot be built.
     """
-    net.check()
+    with section("network"):
+        net.check()
 
     def init(key, batch: Batch):
         tokens = jnp.zeros((1, net.length), jnp.uint8)
@@ -186,3 +191,71 @@ def contrastive_task(
 def _own(captions: Any) -> Any:
     """Tokens of images' own captions, whether altered ones are beside them or not."""
     return captions if captions.ndim == 2 else captions[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive:
+    """CLIP's loss of captions and images (Radford et al. 2021); see `contrastive_task`.
+
+    Attributes:
+      network: Text encoder and image tower.
+      hard_negatives: Captions with one thing wrong beside each image's own (shapes alone has them).
+      info: The data set.
+      batch_size: Training images of one step, which are compared with each other.
+    """
+
+    network: DualEncoder = DualEncoder()
+    hard_negatives: Annotated[int, AtLeast(0), AtMost(1000)] = 1
+    info: Annotated[DataInfo, BOUND] = UNBOUND
+    batch_size: Annotated[int, BOUND] = 0
+
+    provides: ClassVar[str] = "text encoder"
+
+    def needs(self) -> Needs:
+        """Return the names of other runs: none."""
+        return Needs()
+
+    def fit_to(self, data: Data) -> "Contrastive":
+        """Return the settings without hard negatives where the data set has none.
+
+        Raises:
+          UserError: the data set has no captions.
+        """
+        check_captions(info_of(data))
+        if not self.hard_negatives or shapes.is_named(data.name):
+            return self
+        tell(f"no hard negatives: data set {data.name} has none, shapes alone does")
+        return dataclasses.replace(self, hard_negatives=0)
+
+    def adapt(self, data: Data) -> Data:
+        """Return the data with hard negatives beside the captions."""
+        return shapes.with_altered(data, self.hard_negatives) if self.hard_negatives else data
+
+    def bind(self, info: DataInfo, precision: str, batch_size: int) -> "Contrastive":
+        """Return the task for a data set, a precision and a batch size."""
+        network = self.network.clone(
+            length=info.caption_length, dtype=inner_dtype(precision), parent=None
+        )
+        return dataclasses.replace(self, network=network, info=info, batch_size=batch_size)
+
+    def build(self, resources: Resources = Resources()) -> Task:
+        """Return the functions of the bound task.
+
+        Raises:
+          UserError: the data set has no captions.
+          FieldError: the network cannot be built.
+        """
+        del resources
+        check_captions(self.info)
+        return contrastive_task(
+            self.network, self.info.shape, self.info.levels, batch_size=self.batch_size
+        )
+
+
+def check_captions(info: DataInfo) -> None:
+    """Raises UserError unless the data set has captions."""
+    if not info.caption_length:
+        raise UserError(
+            f"data set {info.name} has no captions, or empty ones alone; text-to-image needs a "
+            "captioned one, such as shapes, or folder:PATH of images with captions"
+        )

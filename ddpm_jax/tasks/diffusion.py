@@ -1,8 +1,9 @@
 """The diffusion task: train epsilon_theta, sample with it, bound the likelihood."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +11,22 @@ import numpy as np
 from jaxtyping import Array
 
 from ddpm_jax import plots
-from ddpm_jax.data.types import Batch, Data
+from ddpm_jax.data.types import UNBOUND, Batch, Data, DataInfo
 from ddpm_jax.diffusion import elbo
 from ddpm_jax.diffusion import losses as loss
-from ddpm_jax.diffusion.prediction import Kind, Prediction, Variance, clip_x0, read
+from ddpm_jax.diffusion.grids import step_time
+from ddpm_jax.diffusion.prediction import Prediction, PredictionType, Variance, clip_x0, read
 from ddpm_jax.diffusion.process import q_posterior, q_sample
-from ddpm_jax.diffusion.schedules import Schedule, step_time
-from ddpm_jax.errors import UserError
+from ddpm_jax.diffusion.schedules import LinearBetas, NoiseSchedule, Schedule
+from ddpm_jax.fields import BOUND, MAY_CHANGE, AtLeast, AtMost, FieldError, NonNegative, section
 from ddpm_jax.metrics.averages import averages, figures, ratio_of_sums
 from ddpm_jax.metrics.per_example import per_example, spread_times
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.task import Guide, Task, class_labels
+from ddpm_jax.task import Guide, Needs, Resources, Task, class_labels
 from ddpm_jax.tasks.image_sampler import Sampling, check_start, drawing
-from ddpm_jax.tasks.sample_figures import QUICK_IMAGES, Judging, show
+from ddpm_jax.tasks.sample_figures import QUICK_IMAGES, Judging, SampleEvaluation, judging_of, show
 
 Times = Literal["uniform", "stratified", "importance"]
 
@@ -39,7 +41,7 @@ def diffusion_task(
     shape: tuple[int, int, int],
     levels: int,
     *,
-    kind: Kind = "eps",
+    kind: PredictionType = "eps",
     weight: Callable[[Array], Array] = loss.one,
     label_dropout: float = 0.1,
     flip: bool = False,
@@ -73,17 +75,19 @@ def diffusion_task(
       guide: loads what guides them; None: the labels do.
 
     Raises:
-      UserError: the network cannot be built for images of this shape, or what it predicts says
-        nothing of them where drawing starts.
+      FieldError: the network cannot be built for images of this shape, or its prediction determines
+        nothing of them where sampling starts.
     """
-    net.check(shape)
+    with section("network"):
+        net.check(shape)
     classes, steps, learned = net.classes, schedule.steps, variance == "learned"
     if net.outputs != shape[-1] * (2 if learned else 1):
         raise ValueError(f"{net.outputs} outputs for images of {shape} and a {variance} variance")
     if steps is None and (learned or times == "importance"):
-        raise UserError(
-            "a learned variance and importance-sampled times need a table of betas: give "
-            "--config.noise=linear_betas or cosine_betas"
+        field = "variance=learned" if learned else "times=importance"
+        raise FieldError(
+            f"{field}: needs a table of betas; give schedule=linear_betas or cosine_betas",
+            "schedule",
         )
     step_nats = jax.vmap(
         functools.partial(elbo.step_nats, variance=variance, levels=levels),
@@ -119,6 +123,7 @@ def diffusion_task(
         steps=steps,
         variance=learned,
         guide=guide,
+        untrained="" if label_dropout else "label_dropout=0",
     )
     check_start(kind, schedule, sampling)
 
@@ -236,7 +241,16 @@ def diffusion_task(
         shown = show(draw, params, seed, data, split, full, judging, spread)
         return shown._replace(metrics=metrics | shown.metrics, pictures=pictures | shown.pictures)
 
-    return Task(init, loss_of, update, evaluate, draw.sample, draw.guide, labels=draw.labels)
+    return Task(
+        init,
+        loss_of,
+        update,
+        evaluate,
+        draw.sample,
+        draw.guide,
+        labels=draw.labels,
+        denoiser=draw.denoiser,
+    )
 
 
 def noise_levels(
@@ -302,3 +316,93 @@ def rate_distortion(
         np.array([part.mean() for part in np.array_split(a, parts)]) for a in (rate, error)
     )
     return rate, 127.5 * np.sqrt(error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """Denoising diffusion of images (Ho et al. 2020); see `diffusion_task`.
+
+    Attributes:
+      network: The denoising network.
+      schedule: The noise schedule: a table of betas, or logsnr in continuous time.
+      prediction: What the network predicts.
+      variance: Variance of p(x_s | x_t) in the bound; a learned one is trained (Nichol & Dhariwal
+        2021).
+      vlb_weight: Weight of L_vlb beside L_simple, with a learned variance.
+      times: How training samples t.
+      loss_weight: Weight of the squared error of eps, a function of logsnr.
+      conditional: Condition the network on class labels, where the data set has them.
+      label_dropout: Share of labels that training replaces by "no class".
+      flip: Mirror half of the training images.
+      sampling: How images are sampled.
+      evaluation: What is evaluated.
+      info: The data set.
+      batch_size: Training images of one step.
+    """
+
+    network: UNet | DiT = UNet()
+    schedule: NoiseSchedule = LinearBetas()
+    prediction: PredictionType = "eps"
+    variance: Variance = "beta"
+    vlb_weight: NonNegative = 1e-3
+    times: Times = "stratified"
+    loss_weight: loss.Weight = "simple"
+    conditional: bool = True
+    label_dropout: Annotated[float, AtLeast(0.0), AtMost(1.0)] = 0.1
+    flip: bool = False
+    sampling: Annotated[Sampling, MAY_CHANGE] = Sampling()
+    evaluation: SampleEvaluation = SampleEvaluation()
+    info: Annotated[DataInfo, BOUND] = UNBOUND
+    batch_size: Annotated[int, BOUND] = 0
+
+    provides: ClassVar[str] = "diffusion"
+
+    def needs(self) -> Needs:
+        """Return the names of other runs: feature networks and a guidance model."""
+        return Needs(self.evaluation.features, self.sampling.guidance_model)
+
+    def fit_to(self, data: Data) -> "Diffusion":
+        """Return the settings as they fit a data set: as they are."""
+        del data
+        return self
+
+    def adapt(self, data: Data) -> Data:
+        """Return the data as the task is trained on them: as they are."""
+        return data
+
+    def bind(self, info: DataInfo, precision: str, batch_size: int) -> "Diffusion":
+        """Return the task for a data set, a precision and a batch size."""
+        outputs = info.shape[-1] * (2 if self.variance == "learned" else 1)
+        classes = info.classes if self.conditional else 0
+        network = self.network.clone(
+            outputs=outputs, classes=classes, dtype=jnp.dtype(precision), parent=None
+        )
+        return dataclasses.replace(self, network=network, info=info, batch_size=batch_size)
+
+    def build(self, resources: Resources = Resources()) -> Task:
+        """Return the functions of the bound task.
+
+        Raises:
+          FieldError: fields contradict each other or the data.
+        """
+        with section("schedule"):
+            schedule = self.schedule.make()
+        return diffusion_task(
+            self.network,
+            schedule,
+            self.info.shape,
+            self.info.levels,
+            kind=self.prediction,
+            weight=loss.WEIGHTS[self.loss_weight],
+            label_dropout=self.label_dropout,
+            flip=self.flip,
+            variance=self.variance,
+            bound_scale=self.vlb_weight,
+            times=self.times,
+            sampling=self.sampling,
+            batch_size=self.batch_size,
+            eval_batch=self.evaluation.batch_size,
+            eval_times=self.evaluation.times_per_image,
+            judging=judging_of(self.evaluation, resources),
+            guide=resources.guidance,
+        )

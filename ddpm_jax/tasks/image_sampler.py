@@ -1,7 +1,8 @@
 """How a trained denoiser draws: samplers, guidance and requests, whatever its task."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,20 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from ddpm_jax import task
-from ddpm_jax.diffusion import guidance
-from ddpm_jax.diffusion import samplers as sampler
-from ddpm_jax.diffusion.prediction import Denoiser, Kind, Prediction, clip_x0, inpaint, threshold_x0
+from ddpm_jax.diffusion import guidance, samplers
+from ddpm_jax.diffusion.grids import Spacing, grid, grid_from
+from ddpm_jax.diffusion.prediction import (
+    Denoiser,
+    Prediction,
+    PredictionType,
+    clip_x0,
+    inpaint,
+    threshold_x0,
+)
 from ddpm_jax.diffusion.process import q_sample
-from ddpm_jax.diffusion.schedules import NOISE, Schedule, Spacing, grid, grid_from
+from ddpm_jax.diffusion.schedules import NOISE, Schedule
 from ddpm_jax.errors import UserError, nearest
+from ddpm_jax.fields import PATH, AtLeast, AtMost, FieldError, SampleSteps, section
 from ddpm_jax.parallel.sharding import Parallel, fetch, placed
 from ddpm_jax.progress import tell_once
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
@@ -25,26 +34,39 @@ AT_ONCE = 100  # images in one call of a sampler, and on a sheet of samples
 NOTHING_LEFT = -15.0  # logsnr below which an error of eps is 1,800 times one of x0
 SHOWN = 10  # images whose trajectories are kept
 
-Limit = Literal["clip", "dynamic", "none"]
-LIMITS = {"clip": clip_x0, "dynamic": threshold_x0, "none": lambda denoise: denoise}
+Thresholding = Literal["clip", "dynamic", "none"]
+THRESHOLDINGS = {"clip": clip_x0, "dynamic": threshold_x0, "none": lambda denoise: denoise}
 
 
-class Sampling(NamedTuple):
-    """How images are drawn, unless the request says otherwise.
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How images are sampled, unless a request says otherwise.
 
-    sampler: a name that `samplers.named` knows; steps: of the grid; spacing: of it; guidance: its
-    scale, 1: none, or 0 where a classifier guides; interval: the logsnr between which it acts;
-    rescale: the share of x0's deviation that is set back to the unguided conditional one's;
-    limit: what keeps x0 within the range of images.
+    Attributes:
+      sampler: Name of a sampler (`diffusion.samplers.SAMPLERS`), with its argument: ddim:0.5.
+      steps: Steps of the sampler.
+      spacing: Where the steps lie (`diffusion.grids.grid`).
+      guidance: Scale of guidance; 1: none, or 0 where a classifier guides.
+      guidance_interval: LOW,HIGH: logSNR between which guidance acts; none: everywhere.
+      guidance_rescale: Share of the standard deviation of x0 that is set back to that of the
+        conditional prediction without guidance.
+      x0_thresholding: What keeps x0 within the range of images.
+      guidance_model: labels: classifier-free guidance. A run's directory: that of a classifier of
+        noisy images, or of a weaker diffusion model (autoguidance).
     """
 
     sampler: str = "ancestral"
-    steps: int = 250
+    steps: SampleSteps = 250
     spacing: Spacing = "trailing"
     guidance: float = 1.0
-    interval: tuple[float, float] = (-100.0, 100.0)
-    rescale: float = 0.0
-    limit: Limit = "clip"
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: Annotated[float, AtLeast(0.0), AtMost(1.0)] = 0.0
+    x0_thresholding: Thresholding = "clip"
+    guidance_model: Annotated[str, PATH] = "labels"
+
+    def about(self) -> dict[str, Any]:
+        """Return every field but the guidance model, for the record."""
+        return {name: v for name, v in dataclasses.asdict(self).items() if name != "guidance_model"}
 
 
 class Drawing(NamedTuple):
@@ -61,10 +83,11 @@ class Drawing(NamedTuple):
     told(params, keys, told, how, spread) -> images of whatever else a network is told
     requested(request) -> how the request has it drawn
     about() -> how `many` draws, for the record
+    denoiser(params, labels, request) -> the denoiser that sampling walks with, as a `Task`'s
     guide: how this denoiser guides a better one (autoguidance, Karras et al. 2024)
     """
 
-    many: Callable[..., tuple[np.ndarray, np.ndarray | None, sampler.Trace]]
+    many: Callable[..., tuple[np.ndarray, np.ndarray | None, samplers.Trace]]
     sample: Callable[..., Any]
     labels: Callable[..., Any]
     edit: Callable[..., Float[Array, "batch h w c"]]
@@ -72,6 +95,7 @@ class Drawing(NamedTuple):
     requested: Callable[[Request], Sampling]
     about: Callable[[], dict[str, Any]]
     guide: task.Guide
+    denoiser: Callable[..., Denoiser]
 
 
 def drawing(
@@ -85,6 +109,7 @@ def drawing(
     variance: bool = False,
     guide: Callable[[], task.Guide | None] = lambda: None,
     nothing: Callable[[Any], Any] | None = None,
+    untrained: str = "",
 ) -> Drawing:
     """Drawing with `predict(params, xt, logsnrs [B], labels) -> Prediction`.
 
@@ -94,13 +119,19 @@ def drawing(
       schedule_of: the parameters' schedule (which they may hold).
       steps: of its table, if it has one.
       variance: whether the network has learned one.
+      untrained: the field, with its value, by which the network was never trained without its
+        labels or captions, so that they cannot guide it; "": it was.
       guide: loads what guides; None: the labels do (classifier-free guidance).  Its parameters
         are an argument of what is compiled.
 
     Raises:
-      UserError: `sampling` makes no sense for this network.
+      FieldError: `sampling` does not fit this network.
     """
-    check_sampling(sampling, "--config.sampler", "--config.sample_steps", steps, variance)
+    with section("sampling"):
+        check_sampling(sampling, steps, variance)
+    conditional = bool(classes) or nothing is not None
+    if conditional and untrained and sampling.guidance_model == "labels":
+        check_guidance_is_trained(untrained, sampling.guidance)
 
     def first_noise(keys):
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, FIRST_NOISE), shape))(
@@ -110,15 +141,15 @@ def drawing(
     def told(params, keys, labels, how: Sampling, spread: Parallel, trace: int = 0):
         """One compiled sampler for all scales of guidance, one without, of half the work."""
         run = spread.compile(walk, static_argnums=(0, 1))
-        way = how._replace(guidance=1.0)
+        way = dataclasses.replace(how, guidance=1.0)
         return run(way, trace, params, guides_params(), scale_of(how), keys, labels)
 
     def walk(how: Sampling, trace: int, params, others, scale, keys, labels):
-        one = sampler.named(how.sampler, how.steps)
+        one = samplers.named(how.sampler, how.steps)
         logsnrs = grid(schedule_of(params), how.steps, how.spacing)
         xT = first_noise(keys)
-        denoise = LIMITS[how.limit](denoiser(params, others, labels, how, scale))
-        return sampler.sample(one, denoise, logsnrs, keys, xT, trace)
+        denoise = THRESHOLDINGS[how.x0_thresholding](denoiser(params, others, labels, how, scale))
+        return samplers.sample(one, denoise, logsnrs, keys, xT, trace)
 
     def edit(params, others, keys, labels, t, images, known, mask):
         schedule = schedule_of(params)
@@ -131,9 +162,9 @@ def drawing(
         logsnrs = grid(schedule, sampling.steps, sampling.spacing)
         logsnrs, first = grid_from(logsnrs, jnp.asarray(start, logsnrs.dtype))
         guided = denoiser(params, others, labels, sampling, scale_of(sampling))
-        denoise = inpaint(LIMITS[sampling.limit](guided), known, mask)
-        one = sampler.named(sampling.sampler, sampling.steps)
-        return sampler.sample(one, denoise, logsnrs, keys, xt, first=first)
+        denoise = inpaint(THRESHOLDINGS[sampling.x0_thresholding](guided), known, mask)
+        one = samplers.named(sampling.sampler, sampling.steps)
+        return samplers.sample(one, denoise, logsnrs, keys, xt, first=first)
 
     def guides_params():
         other = guide()
@@ -180,15 +211,15 @@ def drawing(
 
         def guided(xt, logsnr):
             conditional, found = by_other(xt, logsnr) if other else by_labels(xt, logsnr)
-            if how.rescale:
-                found = guidance.rescaled(found, conditional, xt, logsnr, how.rescale)
+            if how.guidance_rescale:
+                found = guidance.rescaled(found, conditional, xt, logsnr, how.guidance_rescale)
             return found
 
         if scale is None or (labels is None and not other):
             return plain
-        if how.interval == Sampling().interval:
+        if how.guidance_interval is None:
             return guided
-        return guidance.limited(guided, plain, *how.interval)
+        return guidance.limited(guided, plain, *how.guidance_interval)
 
     def many(params, seed: int, count: int, spread: Parallel):
         images, first, classes = [], None, choices()
@@ -232,29 +263,37 @@ def drawing(
             refuse(request, "prompt", "negative_prompt")
         how = sampling
         if request.sampler is not None:
-            how = how._replace(sampler=request.sampler)
+            how = dataclasses.replace(how, sampler=request.sampler)
         if request.steps is not None:
-            how = how._replace(steps=request.steps)
-        check_sampling(how, "--sampler", "--steps", steps, variance)
+            how = dataclasses.replace(how, steps=request.steps)
+        try:
+            check_sampling(how, steps, variance)
+        except FieldError as error:
+            raise UserError(f"--{error}") from None
         for flag, can in (
             ("guidance", choices() or guide() or nothing),
             ("label", choices()),
         ):
             if getattr(request, flag) is not None and not can:
                 raise UserError(
-                    f"--{flag} needs a class-conditional run, or --config.guide=DIR of a "
-                    "classifier; this one has no classes"
+                    f"--{flag} needs a class-conditional run, or a classifier as "
+                    "--config.task.sampling.guidance_model=DIR; this one has no classes"
                 )
         if request.label is not None and request.label >= choices():
             raise UserError(f"--label={request.label}: there are {choices()} classes, from 0 on")
         if request.guidance is not None:
-            how = how._replace(guidance=request.guidance)
+            how = dataclasses.replace(how, guidance=request.guidance)
+            if conditional and untrained and guide() is None:
+                try:
+                    check_guidance_is_trained(untrained, how.guidance)
+                except FieldError as error:
+                    raise UserError(f"--guidance={how.guidance:g}: {error}") from None
         return how
 
     def about():
         other = guide()
         by = other.about if other else "labels"
-        return {**sampling._asdict(), "guide": by}
+        return {**sampling.about(), "guide": by}
 
     def as_worse(params, denoise, labels, scale):
         def worse(xt, logsnr):
@@ -265,54 +304,88 @@ def drawing(
     def edit_with_guide(params, *rest, spread: Parallel | None = None):
         return (spread or placed(params)).compile(edit)(params, guides_params(), *rest)
 
+    def denoiser_of(params, labels, request: Request) -> Denoiser:
+        how = requested(request)
+        guided = denoiser(params, guides_params(), labels, how, scale_of(how))
+        return THRESHOLDINGS[how.x0_thresholding](guided)
+
     own = task.Guide("diffusion", as_worse, shape, classes)
-    return Drawing(many, sample, labels_of, edit_with_guide, told, requested, about, own)
+    return Drawing(
+        many, sample, labels_of, edit_with_guide, told, requested, about, own, denoiser_of
+    )
 
 
-def check_start(kind: Kind, schedule: Schedule, how: Sampling) -> None:
-    """Raises UserError where drawing starts at so much noise that eps says nothing of x0.
+def check_guidance_is_trained(untrained: str, scale: float) -> None:
+    """Check that a scale of classifier-free guidance is neutral where it was not trained.
 
-    A schedule that does not end in noise, from which drawing starts, is logged.
+    Raises:
+      FieldError: it is not; the message begins with `untrained`.
+    """
+    if scale != 1.0:
+        raise FieldError(
+            f"{untrained}: the network is never trained without labels or captions, so that they "
+            "cannot guide it; give sampling.guidance=1, or a dropout above 0",
+            "sampling.guidance",
+        )
 
-    x0 = (x_t - sigma eps) / alpha is then the network's error divided by next to nothing (Lin et
-    al. 2024, sec. 3.2); what keeps x0 within a range keeps that from mattering.
+
+def check_start(prediction: PredictionType, schedule: Schedule, how: Sampling) -> None:
+    """Check that the network's prediction means something where sampling starts.
+
+    x0 = (x_t - sigma eps) / alpha is the network's error divided by next to nothing where there is
+    nearly no signal (Lin et al. 2024, sec. 3.2); thresholding of x0 keeps that from mattering. A
+    schedule that does not end in noise, from which sampling starts, is logged.
+
+    Raises:
+      FieldError: sampling starts at so much noise that eps determines nothing of x0.
     """
     end = float(schedule.logsnr(jnp.asarray(1.0)))
     if end > NOISE:
         tell_once(
             f"the noise schedule ends at logsnr {end:.1f}, which is above {NOISE:g} and not pure "
-            "noise, but drawing starts with pure noise: images will be worse than the network's"
+            "noise, but sampling starts with pure noise: images will be worse than the network's"
         )
-    if kind != "eps" or how.limit != "none":
+    if prediction != "eps" or how.x0_thresholding != "none":
         return
     start = float(grid(schedule, how.steps, how.spacing)[0])
     if start < NOTHING_LEFT:
-        raise UserError(
-            f"--config.prediction=eps: this schedule starts at logsnr {start:.0f}, where eps says "
-            "nothing of the image; give --config.prediction=v, --config.noise=linear_betas or "
-            "--config.spacing=leading"
+        raise FieldError(
+            f"prediction=eps: sampling starts at logsnr {start:.0f}, where eps determines nothing "
+            "of the image; give prediction=v, schedule=linear_betas or sampling.spacing=leading",
+            "schedule",
+            "sampling.spacing",
+            "sampling.x0_thresholding",
         )
 
 
-def check_sampling(
-    how: Sampling, sampler_flag: str, steps_flag: str, steps: int | None, variance: bool
-) -> None:
-    """Raises UserError unless there is such a sampler, for such a network and schedule."""
+def check_sampling(how: Sampling, steps: int | None, learned_variance: bool) -> None:
+    """Check that there is such a sampler, for such a network and schedule.
+
+    Args:
+      how: sampler, steps and the interval of guidance.
+      steps: of the schedule's table; None: it is continuous.
+      learned_variance: whether the network predicts a variance.
+
+    Raises:
+      FieldError: there is not.
+    """
     name = how.sampler
     base = name.partition(":")[0]
-    if base not in sampler.SAMPLERS:
-        raise UserError(f'{sampler_flag}: there is no "{base}"{nearest(base, sampler.SAMPLERS)}')
+    if base not in samplers.SAMPLERS:
+        raise FieldError(f'sampler: there is no "{base}"{nearest(base, samplers.SAMPLERS)}')
     try:
-        sampler.named(name, how.steps)
+        samplers.named(name, how.steps)
     except ValueError as error:
-        raise UserError(f"{sampler_flag}={name}: {error}") from None
-    if base == "ancestral_learned" and not variance:
-        raise UserError(
-            f"{sampler_flag}={name}: this run's network has not learned a variance; use ancestral "
-            "or ancestral_beta"
+        raise FieldError(f"sampler={name}: {error}") from None
+    if base == "ancestral_learned" and not learned_variance:
+        raise FieldError(
+            f"sampler={name}: this run's network has not learned a variance; use ancestral or "
+            "ancestral_beta"
         )
-    if how.interval[0] > how.interval[1]:
-        low, high = how.interval
-        raise UserError(f"--config.guidance_interval={low:g},{high:g}: must rise; it is of logsnr")
+    if how.guidance_interval is not None and how.guidance_interval[0] > how.guidance_interval[1]:
+        low, high = how.guidance_interval
+        raise FieldError(
+            f"guidance_interval={low:g},{high:g}: must be LOW,HIGH with LOW <= HIGH, in logSNR"
+        )
     if steps is not None and how.steps > steps:
-        raise UserError(f"{steps_flag}={how.steps}: this run's schedule has {steps} steps")
+        raise FieldError(f"steps={how.steps}: this run's schedule has {steps} steps", "sampler")

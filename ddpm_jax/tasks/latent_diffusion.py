@@ -1,17 +1,21 @@
 """A generation model by diffusion in an autoencoder's latents (Rombach et al. 2022)."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from ddpm_jax.diffusion import losses as loss
-from ddpm_jax.diffusion.prediction import Kind, Prediction, read
+from ddpm_jax.diffusion.grids import step_time
+from ddpm_jax.diffusion.prediction import Prediction, PredictionType, read
 from ddpm_jax.diffusion.process import q_sample
-from ddpm_jax.diffusion.schedules import Schedule, step_time
+from ddpm_jax.diffusion.schedules import CosineBetas, NoiseSchedule, Schedule, shifted
+from ddpm_jax.fields import MAY_CHANGE, Few, Positive, section
+from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.layers import Context
 from ddpm_jax.nn.unet import UNet
@@ -26,7 +30,7 @@ def diffusion(
     schedule: Schedule,
     latents: Latents,
     *,
-    kind: Kind = "v",
+    kind: PredictionType = "v",
     weight: Callable[[Array], Array] = loss.one,
     sampling: Sampling,
     batch_size: int,
@@ -44,11 +48,12 @@ def diffusion(
         0.113 where an image's times are neighbours).
 
     Raises:
-      UserError: the network cannot be built for latents of this shape, or what it predicts says
+      FieldError: the network cannot be built for latents of this shape, or what it predicts says
         nothing of them where drawing starts.
     """
     shape = latents.shape
-    net.check(shape)
+    with section("network"):
+        net.check(shape)
 
     def init(key, context: Context):
         size = len(context.mask)
@@ -91,6 +96,54 @@ def diffusion(
         z = draw_latents.told(params, keys, (context, instead), how, spread)
         return spread.compile(latents.decode)(frozen, z)
 
-    return Generator(
-        init, latents.encode, loss_of, draw, draw_latents.requested, sampling._asdict()
-    )
+    return Generator(init, latents.encode, loss_of, draw, draw_latents.requested, sampling.about())
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentDiffusion:
+    """A generation model by diffusion in an autoencoder's latents; see `diffusion`.
+
+    Attributes:
+      network: The denoising network, conditioned on captions.
+      schedule: The noise schedule.
+      noise_shift: Factor of alpha / sigma at every t; below 1, more of the times are noisy.
+      prediction: What the network predicts.
+      loss_weight: Weight of the squared error of eps, a function of logsnr.
+      times_per_image: Times and noises at which training sees each image of a batch.
+      sampling: How latents are sampled.
+    """
+
+    network: UNet | DiT = UNet()
+    schedule: NoiseSchedule = CosineBetas()
+    noise_shift: Positive = 1.0
+    prediction: PredictionType = "v"
+    loss_weight: loss.Weight = "v"
+    times_per_image: Few = 1
+    sampling: Annotated[Sampling, MAY_CHANGE] = Sampling(x0_thresholding="none")
+
+    def bind(self, autoencoder: Autoencoder, codes: int, precision: str) -> "LatentDiffusion":
+        """Return the generation model for the latents of an autoencoder."""
+        del codes
+        network = self.network.clone(
+            outputs=autoencoder.latent_channels, dtype=jnp.dtype(precision), parent=None
+        )
+        return dataclasses.replace(self, network=network)
+
+    def build(self, latents: Latents, batch_size: int) -> Generator:
+        """Return the functions of the bound generation model.
+
+        Raises:
+          FieldError: fields contradict each other or the latents.
+        """
+        with section("schedule"):
+            schedule = self.schedule.make()
+        return diffusion(
+            self.network,
+            shifted(schedule, self.noise_shift),
+            latents,
+            kind=self.prediction,
+            weight=loss.WEIGHTS[self.loss_weight],
+            sampling=self.sampling,
+            batch_size=batch_size,
+            draws=self.times_per_image,
+        )

@@ -70,7 +70,7 @@ def load_encoder(name: str) -> tuple[Any, Any]:
     missing = [m for m in ("transformers", "torch") if importlib.util.find_spec(m) is None]
     if missing:
         raise UserError(
-            f"--config.pretrained={name} needs {' and '.join(missing)}: pip install "
+            f"--config.task.pretrained={name} needs {' and '.join(missing)}: pip install "
             "'ddpm_jax[pretrained]'"
         )
     offline = _check_name(name)
@@ -88,7 +88,7 @@ def load_encoder(name: str) -> tuple[Any, Any]:
         )
     except Exception as error:  # of many kinds, from the hub's to the file system's
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--config.pretrained={name} cannot be loaded: {reason}") from None
+        raise UserError(f"--config.task.pretrained={name} cannot be loaded: {reason}") from None
     if tokenizer.pad_token is None:  # padding is masked, whatever stands for it
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "is_encoder_decoder", False):
@@ -107,8 +107,8 @@ def _check_name(name: str) -> bool:
         return True
     if name[:1] in (".", "/", "~") or name.count("/") > 1:
         raise UserError(
-            f"--config.pretrained={name}: there is no such folder; give a folder, or a name of the "
-            "hub, such as google-t5/t5-small"
+            f"--config.task.pretrained={name}: there is no such folder; give a folder, or a name "
+            "of the hub, such as google-t5/t5-small"
         )
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.utils import HFValidationError
@@ -121,8 +121,8 @@ def _check_name(name: str) -> bool:
         cached = False
     if not cached:
         raise UserError(
-            f"--config.pretrained={name} is not in the cache, and the hub ({constants.ENDPOINT}) "
-            "does not answer; give the folder of an encoder"
+            f"--config.task.pretrained={name} is not in the cache, and the hub "
+            f"({constants.ENDPOINT}) does not answer; give the folder of an encoder"
         )
     return True
 
@@ -170,8 +170,8 @@ def encoded(name: str, data: Data) -> Data:
         raise UserError(f"data set {data.name} has no captions")
     if len(data.train.images) >= ENDLESS:
         raise UserError(
-            f"--config.pretrained={name} reads every caption once, and {data.name} has no end of "
-            "them; give a data set that has"
+            f"--config.task.pretrained={name} reads every caption once, and {data.name} has no end "
+            "of them; give a data set that has"
         )
 
     def of(split: Split) -> Split:

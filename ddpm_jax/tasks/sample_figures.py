@@ -1,7 +1,8 @@
 """Pictures of what a trained denoiser draws, and what judges say of it."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +11,13 @@ from jaxtyping import Float
 from ddpm_jax import errors, plots
 from ddpm_jax.data.types import Data, Split
 from ddpm_jax.diffusion import samplers
+from ddpm_jax.fields import MAY_CHANGE, OR_NONE, EvalBatch, EvalTimes, NumSamples, NumSamplesBetween
 from ddpm_jax.metrics.features import Judge
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.quality import quality
 from ddpm_jax.parallel.sharding import Parallel, fetch
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
-from ddpm_jax.task import Evaluation
+from ddpm_jax.task import Evaluation, Resources
 from ddpm_jax.tasks.image_sampler import AT_ONCE, SHOWN, Drawing
 
 EDIT_TIMES = (0.3, 0.5, 0.7)
@@ -142,3 +144,29 @@ def show(
 
 
 QUICK_IMAGES = 1000  # test images that an evaluation before the last looks at
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleEvaluation:
+    """How a denoiser and its samples are evaluated.
+
+    Attributes:
+      batch_size: Images of one batch of an evaluation.
+      times_per_image: Noise levels at which the loss and the bound of each image are averaged.
+      num_samples: Samples of the final evaluation, the classes in turn.
+      num_samples_between: The same of every evaluation before; 0: none.
+      features: Networks in whose features samples are compared with images: the name of a
+        classifier's experiment, which is trained once on the same data; a trained classifier's run
+        directory; inception, for FID, whose weights the user has. Empty: none.
+    """
+
+    batch_size: EvalBatch = 256
+    times_per_image: EvalTimes = 8
+    num_samples: NumSamples = 1000
+    num_samples_between: NumSamplesBetween = 0
+    features: Annotated[tuple[str, ...], OR_NONE, MAY_CHANGE] = ()
+
+
+def judging_of(evaluation: SampleEvaluation, resources: Resources) -> Judging:
+    """Return what evaluates samples, and how many."""
+    return Judging(resources.features, evaluation.num_samples, evaluation.num_samples_between)

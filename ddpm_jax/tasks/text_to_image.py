@@ -7,9 +7,10 @@ The three are trained one after another. This is the second's task: the other tw
 somebody else's.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from ddpm_jax import plots
 from ddpm_jax.data.tokenizer import PADDING, size, tokenize, untokenize
 from ddpm_jax.data.types import Batch, Data, Split
 from ddpm_jax.errors import UserError
+from ddpm_jax.fields import MAY_CHANGE, OR_NONE, EvalBatch, NumSamples, RunPath
 from ddpm_jax.metrics.averages import Average, average, averages, figures
 from ddpm_jax.metrics.distances import Grouped, frechet_distance
 from ddpm_jax.metrics.features import image_judge
@@ -213,7 +215,7 @@ def text_to_image_task(
             return Evaluation(metrics, pictures)
         judge = image_judge("text_encoder", *dual)
         distance = f"fd_{judge.name}"
-        tower = "another run's, --config.judge" if parts.judge else "this run's"
+        tower = "another run's" if parts.judge else "this run's"
         some = [held_out.some(len(captions)), data.train.some(len(captions))]
         truth, usual = (Grouped(judge.see(to_images(part.images, levels))[0]) for part in some)
         about = {
@@ -229,7 +231,7 @@ def text_to_image_task(
         sets = prompts.sets(split)
         curve: list[dict[str, float]] = []
         for scale in dict.fromkeys((how.guidance, *prompts.scales)):
-            at = how._replace(guidance=scale)
+            at = dataclasses.replace(how, guidance=scale)
             drawn, *others = images_of([captions, *sets.values()], how=at)
             for images in (drawn, *others):
                 plots.check_finite(images)
@@ -317,3 +319,24 @@ def _curves(curve: list[dict[str, float]]) -> dict[str, np.ndarray]:
     if names:
         found["fd_against_alignment"] = path(names, "share aligned")
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class TextToImageEvaluation:
+    """What is evaluated of a text-to-image system.
+
+    Attributes:
+      batch_size: Images of one batch of an evaluation.
+      num_samples: Samples of test captions.
+      num_prompts: Prompts of each kind whose samples the exact judge of shapes sees.
+      guidance_scales: Scales of guidance that the final evaluation tries.
+      text_encoder: Run directory of the text encoder that computes CLIP scores and Frechet
+        distances; none: the generator's own. With one encoder, generators on different text
+        encoders are comparable.
+    """
+
+    batch_size: EvalBatch = 128
+    num_samples: NumSamples = 256
+    num_prompts: NumSamples = 128
+    guidance_scales: Annotated[tuple[float, ...], OR_NONE, MAY_CHANGE] = ()
+    text_encoder: RunPath = "none"

@@ -1,21 +1,26 @@
 """The task of a variational autoencoder: training, evaluation and samples."""
 
+import dataclasses
+from typing import Annotated, ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from ddpm_jax import plots
-from ddpm_jax.data.types import Batch, Data
+from ddpm_jax.data.types import UNBOUND, Batch, Data, DataInfo
+from ddpm_jax.fields import BOUND, EvalBatch, Length, NonNegative, section
 from ddpm_jax.metrics.averages import averages
 from ddpm_jax.metrics.per_example import per_example
-from ddpm_jax.nn.vae import VAE, check_shape, with_data_moments
+from ddpm_jax.nn.layers import inner_dtype
+from ddpm_jax.nn.vae import VAENetwork, check_shape, with_data_moments
 from ddpm_jax.parallel.sharding import fetch, placed
 from ddpm_jax.progress import tell
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
-from ddpm_jax.task import Evaluation, Request, Task, refuse
+from ddpm_jax.task import Evaluation, Needs, Request, Resources, Task, refuse
 from ddpm_jax.variational import vae
-from ddpm_jax.variational.likelihoods import Likelihood
+from ddpm_jax.variational.likelihoods import Bernoulli, Gaussian, Likelihood
 
 SEEN = 1000  # images whose moments the first parameters are set by
 
@@ -25,7 +30,7 @@ ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, sec. 4.2
 
 
 def vae_task(
-    net: VAE, likelihood: Likelihood, *, beta: float, eval_batch: int, iwae_images: int
+    net: VAENetwork, likelihood: Likelihood, *, beta: float, eval_batch: int, iwae_images: int
 ) -> Task:
     """A VAE with a standard normal prior.
 
@@ -38,10 +43,11 @@ def vae_task(
         (1,000 samples each, which is most of an evaluation's time).
 
     Raises:
-      UserError: the network cannot be built for images of this size.
+      FieldError: the network cannot be built for images of this size.
     """
 
-    check_shape(net)
+    with section("network"):
+        check_shape(net)
 
     def init(key, batch: Batch):
         x = jax.vmap(likelihood.observe)(jax.random.split(key, len(batch.images)), batch.images)
@@ -166,3 +172,61 @@ def importance_weighted(log_weights: Float[np.ndarray, "images samples"]) -> dic
         metrics |= averages({f"neg_iwae_{k}": bounds[k]})
     metrics |= averages({"gap": bounds[IWAE_SAMPLES[0]] - bounds[IWAE_SAMPLES[-1]]})
     return metrics | {"iwae_images": float(len(log_weights))}
+
+
+@dataclasses.dataclass(frozen=True)
+class VAE:
+    """A variational autoencoder (Kingma & Welling 2014); see `vae_task`.
+
+    Attributes:
+      network: Encoder and decoder.
+      likelihood: What the decoder's output means.
+      beta: Weight of the KL; 1 is the variational bound.
+      eval_batch_size: Images of one batch of an evaluation.
+      iwae_images: Test images of which the importance-weighted bounds are estimated, with 1,000
+        samples each.
+      info: The data set.
+    """
+
+    network: VAENetwork = VAENetwork()
+    likelihood: Bernoulli | Gaussian = Bernoulli()
+    beta: NonNegative = 1.0
+    eval_batch_size: EvalBatch = 500
+    iwae_images: Length = 1000
+    info: Annotated[DataInfo, BOUND] = UNBOUND
+
+    provides: ClassVar[str] = "vae"
+
+    def needs(self) -> Needs:
+        """Return the names of other runs: none."""
+        return Needs()
+
+    def fit_to(self, data: Data) -> "VAE":
+        """Return the settings as they fit a data set: as they are."""
+        del data
+        return self
+
+    def adapt(self, data: Data) -> Data:
+        """Return the data as the task is trained on them: as they are."""
+        return data
+
+    def bind(self, info: DataInfo, precision: str, batch_size: int) -> "VAE":
+        """Return the task for a data set and a precision."""
+        del batch_size
+        network = self.network.clone(shape=info.shape, dtype=inner_dtype(precision), parent=None)
+        return dataclasses.replace(self, network=network, info=info)
+
+    def build(self, resources: Resources = Resources()) -> Task:
+        """Return the functions of the bound task.
+
+        Raises:
+          FieldError: fields contradict each other or the data.
+        """
+        del resources
+        return vae_task(
+            self.network,
+            self.likelihood.make(self.info.levels),
+            beta=self.beta,
+            eval_batch=self.eval_batch_size,
+            iwae_images=self.iwae_images,
+        )

@@ -12,29 +12,31 @@ and by the probability-flow ODE, with q(z_0 | x0) as its dequantisation,
     -log P(x0) <= E_q [log q(z_0 | x0) - log p(z_0)] + decoder                           (2)
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import plots
-from ddpm_jax.data.types import Batch, Data
-from ddpm_jax.diffusion import elbo, probability_flow, schedules
+from ddpm_jax.data.types import UNBOUND, Batch, Data, DataInfo
+from ddpm_jax.diffusion import elbo, grids, probability_flow, schedules
 from ddpm_jax.diffusion.losses import stratified_times
 from ddpm_jax.diffusion.prediction import Prediction, read
 from ddpm_jax.diffusion.process import alpha_sigma, q_sample
+from ddpm_jax.fields import BOUND, MAY_CHANGE, FieldError, Length, section
 from ddpm_jax.metrics.averages import averages
 from ddpm_jax.metrics.per_example import per_example, spread_times
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.parallel.sharding import fetch
-from ddpm_jax.task import Evaluation, Guide, Task, class_labels
+from ddpm_jax.task import Evaluation, Guide, Needs, Resources, Task, class_labels
 from ddpm_jax.tasks.image_sampler import Sampling, drawing
-from ddpm_jax.tasks.sample_figures import QUICK_IMAGES, Judging, show
+from ddpm_jax.tasks.sample_figures import QUICK_IMAGES, Judging, SampleEvaluation, judging_of, show
 
 ROUTES = ("continuous", "discrete", "ode")
 EVALUATION_PURPOSES = 4  # of an image's draws: z_0, times, noise, the ODE's probe
@@ -70,9 +72,10 @@ def vdm_task(
       guide: loads what guides them; None: the labels do.
 
     Raises:
-      UserError: the network cannot be built for images of this shape.
+      FieldError: the network cannot be built for images of this shape.
     """
-    net.check(shape)
+    with section("network"):
+        net.check(shape)
     highest, lowest = ends
     classes, dims = net.classes, int(np.prod(shape))
 
@@ -92,7 +95,15 @@ def vdm_task(
         out: Any = net.apply(params["net"], xt, time, labels, keys)
         return jax.vmap(functools.partial(read, "v"))(out, xt, logsnr)
 
-    draw = drawing(predict, schedule_of, shape, classes, sampling, guide=guide)
+    draw = drawing(
+        predict,
+        schedule_of,
+        shape,
+        classes,
+        sampling,
+        guide=guide,
+        untrained="sampling.guidance",
+    )
 
     def split(keys, purposes):
         """Each purpose's own keys [B]."""
@@ -143,7 +154,7 @@ def vdm_task(
             eps = normal(jax.vmap(lambda key: jax.random.fold_in(key, number))(eps_keys))
             t = times[:, number]
             continuous = diffusion(params, schedule, x0, eps, t, labels)
-            step = schedules.step_number(t, steps)
+            step = grids.step_number(t, steps)
             now, before = schedule.logsnr(step / steps), schedule.logsnr((step - 1) / steps)
             xt = jax.vmap(q_sample)(x0, eps, now)
             found = predict(params, xt, now, labels)
@@ -232,6 +243,7 @@ def vdm_task(
         draw.sample,
         draw.guide,
         labels=draw.labels,
+        denoiser=draw.denoiser,
     )
 
 
@@ -240,3 +252,80 @@ def rounding_nll(z0: Any, x0: Any, logsnr: Any, levels: int) -> Any:
     alpha, sigma = alpha_sigma(logsnr)
     seen = Prediction(z0 / alpha, jnp.zeros_like(z0))
     return elbo.decoder_nll(seen, x0, sigma / alpha, levels)
+
+
+@dataclasses.dataclass(frozen=True)
+class VDM:
+    """Variational diffusion in continuous time (Kingma et al. 2021); see `vdm_task`.
+
+    Attributes:
+      network: The denoising network, which predicts v.
+      logsnr_max: logSNR at t = 0 from which the learned schedule starts.
+      logsnr_min: logSNR at t = 1 from which the learned schedule starts.
+      conditional: Condition the network on class labels, where the data set has them.
+      ode_images: Test images whose likelihood the final evaluation computes by the ODE.
+      sampling: How images are sampled.
+      evaluation: What is evaluated.
+      info: The data set.
+      batch_size: Training images of one step.
+    """
+
+    network: UNet | DiT = UNet()
+    logsnr_max: float = 8.0
+    logsnr_min: float = -6.0
+    conditional: bool = False
+    ode_images: Length = 1000
+    sampling: Annotated[Sampling, MAY_CHANGE] = Sampling()
+    evaluation: SampleEvaluation = SampleEvaluation()
+    info: Annotated[DataInfo, BOUND] = UNBOUND
+    batch_size: Annotated[int, BOUND] = 0
+
+    provides: ClassVar[str] = "diffusion"
+
+    def needs(self) -> Needs:
+        """Return the names of other runs: feature networks and a guidance model."""
+        return Needs(self.evaluation.features, self.sampling.guidance_model)
+
+    def fit_to(self, data: Data) -> "VDM":
+        """Return the settings as they fit a data set: as they are."""
+        del data
+        return self
+
+    def adapt(self, data: Data) -> Data:
+        """Return the data as the task is trained on them: as they are."""
+        return data
+
+    def bind(self, info: DataInfo, precision: str, batch_size: int) -> "VDM":
+        """Return the task for a data set, a precision and a batch size."""
+        network = self.network.clone(
+            outputs=info.shape[-1],
+            classes=info.classes if self.conditional else 0,
+            dtype=jnp.dtype(precision),
+            parent=None,
+        )
+        return dataclasses.replace(self, network=network, info=info, batch_size=batch_size)
+
+    def build(self, resources: Resources = Resources()) -> Task:
+        """Return the functions of the bound task.
+
+        Raises:
+          FieldError: fields contradict each other or the data.
+        """
+        if not self.logsnr_min < self.logsnr_max:
+            raise FieldError(
+                f"logsnr_min={self.logsnr_min:g}: must be less than logsnr_max={self.logsnr_max:g}",
+                "logsnr_max",
+            )
+        return vdm_task(
+            self.network,
+            self.info.shape,
+            self.info.levels,
+            ends=(self.logsnr_max, self.logsnr_min),
+            sampling=self.sampling,
+            batch_size=self.batch_size,
+            eval_batch=self.evaluation.batch_size,
+            eval_times=self.evaluation.times_per_image,
+            ode_images=self.ode_images,
+            judging=judging_of(self.evaluation, resources),
+            guide=resources.guidance,
+        )

@@ -29,6 +29,7 @@ import numpy as np
 from ddpm_jax.errors import RunError, UserError, one_line
 from ddpm_jax.parallel.processes import Meeting, alone, complaint, from_main, is_main
 from ddpm_jax.progress import tell
+from ddpm_jax.training.records import FORMAT
 
 WRITE_SECONDS = 600  # after which a process that has not written its part is not waited for
 KEEP_NEWEST = 3
@@ -60,7 +61,7 @@ class Checkpoints(NamedTuple):
             return
         self.meeting.begin()
         host = copy.deepcopy(host)
-        host[SUMS] = check_sums(state, host)
+        host |= {SUMS: check_sums(state, host), "format": FORMAT}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)),
             host=ocp.args.JsonSave(host),
@@ -104,6 +105,7 @@ class Checkpoints(NamedTuple):
             with _quiet(), contextlib.closing(_reader()) as reader:
                 found = reader.restore(pathlib.Path(self.manager.directory) / str(step), args=args)
             state, host = found.state, dict(found.host)
+            _check_format(host.pop("format", 1))
             sums = host.pop(SUMS, None)  # a checkpoint of before there were any has none
             _check_record(host, sums)
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -347,6 +349,12 @@ def check_sums(state: Any, host: dict) -> dict[str, Any]:
     arrays = jax.tree.leaves(state)
     sums = [None if a is ... else int((_sum_here if _is_here(a) else _sum)(a)) for a in arrays]
     return {"arrays": sums, "host": zlib.crc32(text)}
+
+
+def _check_format(found: Any) -> None:
+    """Raises ValueError if a checkpoint is of another format than this version writes."""
+    if found != FORMAT:
+        raise ValueError(f"it is of format {found}, and this version reads format {FORMAT}")
 
 
 def _check_record(host: dict[str, Any], sums: Any) -> None:

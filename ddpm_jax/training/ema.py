@@ -1,14 +1,61 @@
 """Exponential and power-function moving averages of parameters."""
 
-from typing import Any
+import dataclasses
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.config import Training
-from ddpm_jax.errors import UserError
+from ddpm_jax.fields import MAY_CHANGE, OR_NONE, AtMost, MoreThan, NonNegative
 
 EMA_WARMUP = 0.05  # the half-life is at most this share of the images seen (Karras et al. 2024)
+# Beyond a width of 1 / sqrt(12) the weights of a power-function average would fall with time.
+Width = Annotated[float, MoreThan(0.0), AtMost(0.28)]
+
+
+@dataclasses.dataclass(frozen=True)
+class EMA:
+    """Moving averages of the parameters, one of which is evaluated and sampled from.
+
+    Attributes:
+      half_life_images: Half-life of the average, in training images; 0: no averaging.
+      more_half_lives_images: Half-lives of further averages, in training images.
+      power_widths: Relative widths of power-function averages (Karras et al. 2024), such as 0.05.
+      evaluated: The average that is evaluated and sampled from: "first", or the name of another
+        one, such as half_life=50000 or power=0.05.
+    """
+
+    half_life_images: NonNegative = 0.0
+    more_half_lives_images: Annotated[tuple[NonNegative, ...], OR_NONE] = ()
+    power_widths: Annotated[tuple[Width, ...], OR_NONE] = ()
+    evaluated: Annotated[str, MAY_CHANGE] = "first"
+
+    @property
+    def half_lives(self) -> tuple[float, ...]:
+        """All half-lives, in training images."""
+        return (self.half_life_images, *self.more_half_lives_images)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The averages' names, in the order in which a state holds them."""
+        lives = [f"half_life={life:.9g}" for life in self.half_lives]
+        return (*lives, *(f"power={width:.9g}" for width in self.power_widths))
+
+    @property
+    def index(self) -> int:
+        """The place of the average that is evaluated.
+
+        Raises:
+          ValueError: there is no average of that name.
+        """
+        if self.evaluated == "first":
+            return 0
+        if self.evaluated not in self.names:
+            raise ValueError(
+                f'evaluated: there is no average "{self.evaluated}"; there are: first, '
+                f"{', '.join(self.names)}"
+            )
+        return self.names.index(self.evaluated)
 
 
 def ema_decay(step: Any, batch_size: int, half_life: float) -> Any:
@@ -33,32 +80,21 @@ def power_decay(step: Any, width: float) -> Any:
     return (1 - 1 / jnp.maximum(jnp.asarray(step, jnp.float32), 1)) ** (power + 1)
 
 
-def ema_decays(config: Training, step: Any) -> list[Any]:
-    """What step `step` keeps of every average: `ema_half_life`'s, `ema_others`', `ema_power`'s.
+def ema_decays(ema: EMA, step: Any, batch_size: int) -> list[Any]:
+    """Return what step `step` keeps of every average, in the order of `EMA.names`.
 
-    None of one that is no average but the parameters themselves.
+    None stands for one that is no average but the parameters themselves.
     """
-    lives = (config.ema_half_life, *config.ema_others)
     return [
-        *(ema_decay(step, config.batch_size, life) if life else None for life in lives),
-        *(power_decay(step, width) for width in config.ema_power),
+        *(ema_decay(step, batch_size, life) if life else None for life in ema.half_lives),
+        *(power_decay(step, width) for width in ema.power_widths),
     ]
 
 
-def parameters_used(config: Training) -> str:
-    """Which parameters `averaged` chooses, for the record: as trained, or which average."""
-    lives = (config.ema_half_life, *config.ema_others)
-    if config.ema >= len(lives):
-        return f"power EMA, width {config.ema_power[config.ema - len(lives)]:g}"
-    life = lives[config.ema]
+def parameters_used(ema: EMA) -> str:
+    """Return which parameters are evaluated, for the record: as trained, or which average."""
+    number, lives = ema.index, ema.half_lives
+    if number >= len(lives):
+        return f"power EMA, width {ema.power_widths[number - len(lives)]:g}"
+    life = lives[number]
     return f"EMA, half-life {life:g} images" if life else "as trained"
-
-
-def check_ema(config: Training) -> None:
-    """Raises UserError unless there is the average that `config.ema` chooses."""
-    count = 1 + len(config.ema_others) + len(config.ema_power)
-    if config.ema >= count:
-        raise UserError(f"--config.ema={config.ema}: there are {count} averages, from 0 on")
-    for width in config.ema_power:
-        if width > 0.28:  # beyond 1 / sqrt(12) the weights would fall with time
-            raise UserError(f"--config.ema_power={width:g}: must be at most 0.28")

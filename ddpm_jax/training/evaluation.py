@@ -3,19 +3,19 @@
 import math
 from typing import Any
 
-from ddpm_jax.config import Training
 from ddpm_jax.data.types import Data
 from ddpm_jax.errors import RunError
 from ddpm_jax.parallel import sharding as devices
 from ddpm_jax.task import Evaluation, Task
-from ddpm_jax.training import ema
+from ddpm_jax.training.ema import parameters_used
 from ddpm_jax.training.run_dir import RunDir
+from ddpm_jax.training.settings import Settings
 from ddpm_jax.training.step import TrainState, averaged
 
 
 def evaluate(
     task: Task,
-    config: Training,
+    config: Settings,
     state: TrainState,
     data: Data,
     run: RunDir,
@@ -64,6 +64,10 @@ def check_figures(metrics: dict[str, float]) -> None:
             raise RunError(f"{name} is {value}: the parameters are no good")
 
 
-def describe_evaluation(found: Evaluation, config: Any) -> dict[str, Any]:
+def describe_evaluation(found: Evaluation, config: Settings) -> dict[str, Any]:
     """What the record says about an evaluation, with the parameters that it used."""
-    return {**found.about, "ema": config.ema, "parameters": ema.parameters_used(config)}
+    return {
+        **found.about,
+        "ema": config.ema.names[config.ema.index],
+        "parameters": parameters_used(config.ema),
+    }

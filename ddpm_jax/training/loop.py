@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax.config import Training
 from ddpm_jax.data.batches import batch_of, epoch_order, training_batches
 from ddpm_jax.data.prefetch import prefetch
 from ddpm_jax.data.types import Data
@@ -34,6 +33,7 @@ from ddpm_jax.task import Evaluation, Task
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.evaluation import evaluate
 from ddpm_jax.training.run_dir import RunDir
+from ddpm_jax.training.settings import Settings
 from ddpm_jax.training.signals import Interrupted, Signals
 from ddpm_jax.training.step import TrainState, initializer, train_step, train_steps
 
@@ -56,13 +56,13 @@ class Fit(NamedTuple):
     final: Evaluation | None
 
 
-def calls(first: int, config: Training, cuts: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
+def calls(first: int, config: Settings, cuts: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
     """(first, last) of each call: at most `steps_per_call` steps, none across a boundary or cut."""
-    intervals = (config.log_every, config.eval_every, config.checkpoint_every)
-    while first < config.steps:
+    intervals = (config.train.log_every, config.train.eval_every, config.train.checkpoint_every)
+    while first < config.train.steps:
         ends = [(first // every + 1) * every for every in intervals if every]
         ends += [cut for cut in cuts if cut > first]
-        last = min(first + config.steps_per_call, config.steps, *ends)
+        last = min(first + config.train.steps_per_call, config.train.steps, *ends)
         yield first, last
         first = last
 
@@ -72,7 +72,7 @@ class _Ledger:
 
     def __init__(
         self,
-        config: Training,
+        config: Settings,
         run: RunDir,
         clock: Clock,
         checkpoints: Checkpoints,
@@ -97,28 +97,28 @@ class _Ledger:
         first, last, found = self.pending
         self.pending = None
         values = {name: np.asarray(v) for name, v in devices.fetch(found).items()}
-        if self._config.steps_per_call == 1:
+        if self._config.train.steps_per_call == 1:
             values = {name: v[None] for name, v in values.items()}
         finite = values.pop("finite")
         for i in range(last - first):
             one = {name: float(v[i]) for name, v in values.items()}
             self._add(first + i + 1, one, finite[i])
-        if last % self._config.log_every == 0 or last == self._config.steps:
+        if last % self._config.train.log_every == 0 or last == self._config.train.steps:
             self._log(last)
         self._clock.show(last, float(values["loss"][last - first - 1]))
 
     def _add(self, step: int, values: dict[str, float], finite: np.ndarray) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         self._skipped = self._skipped + 1 if bad else 0
-        if self._skipped > self._config.skip_nonfinite:
+        if self._skipped > self._config.train.max_consecutive_nonfinite_steps:
             name = "loss" if "loss" in bad else bad[0]
-            size = self._config.batch_size
+            size = self._config.train.batch_size
             examples = self._order((step - 1) * size, step * size)[~finite]
             raise RunError(
                 _not_finite(name, values[name], step, examples)
                 + f"; the newest checkpoint is of step {self._checkpoints.newest() or 0}: try a "
-                "smaller --config.learning_rate, --config.clip=1 or --config.skip_nonfinite=10, "
-                "in another --workdir"
+                "smaller --config.optimizer.learning_rate, --config.optimizer.grad_clip_norm=1 or "
+                "--config.train.max_consecutive_nonfinite_steps=10, in another --workdir"
             )
         for name, value in {"skipped": 1.0}.items() if bad else {**values, "count": 1.0}.items():
             self._window[name] = self._window.get(name, 0.0) + value
@@ -126,7 +126,7 @@ class _Ledger:
     def _log(self, step: int) -> None:
         count, skipped = self._window.pop("count", 0), self._window.pop("skipped", 0)
         means = {f"train/{name}": total / count for name, total in self._window.items()}
-        if self._config.skip_nonfinite:
+        if self._config.train.max_consecutive_nonfinite_steps:
             means["train/skipped"] = skipped
         self._window = {}
         self._run.log(step, means)
@@ -136,7 +136,7 @@ class _Ledger:
 
 def fit(
     task: Task,
-    config: Training,
+    config: Settings,
     data: Data,
     run: RunDir,
     checkpoints: Checkpoints,
@@ -155,12 +155,12 @@ def fit(
         init = jax.jit(initializer(task, config, seed))  # so traced once, here
         shapes = jax.eval_shape(init, examples)
         like = spread.like(shapes)
-        stack = config.steps_per_call if config.steps_per_call > 1 else None
-        mine = spread.rows(config.batch_size)
+        stack = config.train.steps_per_call if config.train.steps_per_call > 1 else None
+        mine = spread.rows(config.train.batch_size)
         one_step = functools.partial(train_step, task, config, seed)
 
         def batches(plan):
-            return training_batches(data.train, seed, config.batch_size, plan, stack, mine)
+            return training_batches(data.train, seed, config.train.batch_size, plan, stack, mine)
 
         def place(batch):
             return spread.feed(batch, axis=1 if stack else 0)
@@ -171,7 +171,7 @@ def fit(
 
         # One program, compiled while the state is made: of the newest checkpoint, or new.
         with ThreadPoolExecutor(1) as background:
-            finished = checkpoints.newest() == config.steps
+            finished = checkpoints.newest() == config.train.steps
             program = None if finished else lowered()
             compiled = program and background.submit(program)
             step, state, host = checkpoints.restore_newest(like)
@@ -182,21 +182,21 @@ def fit(
             else:
                 tell(f"resuming at step {step}")
         call: Any = compiled and compiled.result()
-        processes.from_main(lambda: run.begin(step, step == config.steps, watch.wandb))
+        processes.from_main(lambda: run.begin(step, step == config.train.steps, watch.wandb))
         traced = [step + 10, step + 15] if watch.profile else [-1, -1]
         plan = [calls(step, config, traced) for _ in range(2)]
         # Made ahead of the calls that use them.
         placed = held.enter_context(contextlib.closing(prefetch(batches(plan[0]), place)))
         clock = held.enter_context(
-            contextlib.closing(Clock(step, config.steps, show=processes.is_main()))
+            contextlib.closing(Clock(step, config.train.steps, show=processes.is_main()))
         )
         order = epoch_order(seed, len(data.train.images))
         ledger = _Ledger(
             config, run, clock, checkpoints, order, program.flops if program else 0.0, host
         )
 
-        evaluate_every = config.eval_every if data.validation is not None else 0
-        if config.eval_every and not evaluate_every:
+        evaluate_every = config.train.eval_every if data.validation is not None else 0
+        if config.train.eval_every and not evaluate_every:
             tell("no validation split: nothing is evaluated before the end")
 
         tracing = False
@@ -213,8 +213,8 @@ def fit(
                     raise Interrupted
 
         breathing = spread._replace(breathe=breathe)
-        for first, last in itertools.chain(plan[1], [(config.steps, config.steps)]):
-            finished = first == config.steps
+        for first, last in itertools.chain(plan[1], [(config.train.steps, config.train.steps)]):
+            finished = first == config.train.steps
             metrics = None
             if _due(first, evaluate_every) and not (finished or stop()):
                 ledger.settle()
@@ -222,7 +222,7 @@ def fit(
                     with signals.interrupting(), clock.pause("evaluation"):
                         shown = evaluate(task, config, state, data, run, first, seed, breathing)
                         metrics = shown.metrics
-            if metrics or _due(first, config.checkpoint_every) or finished or stop():
+            if metrics or _due(first, config.train.checkpoint_every) or finished or stop():
                 ledger.settle()
                 if processes.from_main(functools.partial(_may_save, first, checkpoints, run)):
                     with clock.pause("checkpoint"):

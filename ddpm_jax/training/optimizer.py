@@ -1,26 +1,75 @@
 """The optimizer of a config: Adam, AdamW or Muon, with warm-up, decay and clipping."""
 
-from typing import Any
+import dataclasses
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import optax
 
-from ddpm_jax.config import Training
+from ddpm_jax.fields import AtLeast, NonNegative, Positive, Share
 from ddpm_jax.training.muon import muon
 
 
-def optimizer(config: Training) -> optax.GradientTransformation:
-    """Adam, AdamW or Muon with warm-up, decay and clipping, as the config says."""
-    rate: Any = config.learning_rate
-    if config.decay == "cosine":
-        rate = optax.cosine_decay_schedule(rate, config.steps)
-    peak = rate if callable(rate) else lambda count: config.learning_rate
+@dataclasses.dataclass(frozen=True)
+class Adam:
+    """Adam (Kingma & Ba 2015); AdamW (Loshchilov & Hutter 2019) with a weight decay.
+
+    Attributes:
+      learning_rate: Largest learning rate.
+      warmup_steps: Steps of linear warm-up.
+      lr_schedule: The learning rate after the warm-up: constant, or a cosine to 0 at the last step.
+      beta2: Decay of the second moment.
+      weight_decay: Decoupled weight decay, times the learning rate; 0 is Adam.
+      grad_clip_norm: Largest global norm of the gradient; 0: no clipping.
+    """
+
+    learning_rate: Positive = 1e-3
+    warmup_steps: Annotated[int, AtLeast(0)] = 0
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    beta2: Share = 0.999
+    weight_decay: NonNegative = 0.0
+    grad_clip_norm: NonNegative = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon:
+    """Muon (Jordan et al. 2024) of matrices, and Adam of all other parameters.
+
+    Attributes:
+      learning_rate: Largest learning rate.
+      warmup_steps: Steps of linear warm-up.
+      lr_schedule: The learning rate after the warm-up: constant, or a cosine to 0 at the last step.
+      beta2: Decay of Adam's second moment.
+      weight_decay: Decoupled weight decay, times the learning rate.
+      grad_clip_norm: Largest global norm of the gradient; 0: no clipping.
+    """
+
+    learning_rate: Positive = 1e-3
+    warmup_steps: Annotated[int, AtLeast(0)] = 0
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    beta2: Share = 0.999
+    weight_decay: NonNegative = 0.0
+    grad_clip_norm: NonNegative = 0.0
+
+
+def make_optimizer(optimizer: Adam | Muon, steps: int) -> optax.GradientTransformation:
+    """Return the optax transformation of a config's optimizer.
+
+    Args:
+      optimizer: the section of the config.
+      steps: of the training, at the end of which a cosine reaches 0.
+    """
+    rate: Any = optimizer.learning_rate
+    if optimizer.lr_schedule == "cosine":
+        rate = optax.cosine_decay_schedule(rate, steps)
+    peak = rate if callable(rate) else lambda count: optimizer.learning_rate
 
     def schedule(count):
-        return peak(count) * jnp.minimum(1.0, (count + 1) / max(config.warmup, 1))
+        return peak(count) * jnp.minimum(1.0, (count + 1) / max(optimizer.warmup_steps, 1))
 
-    if config.optimizer == "muon":
-        made = muon(schedule, config.beta2, config.weight_decay)
+    if isinstance(optimizer, Muon):
+        made = muon(schedule, optimizer.beta2, optimizer.weight_decay)
     else:
-        made = optax.adamw(schedule, b2=config.beta2, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip), made) if config.clip else made
+        made = optax.adamw(schedule, b2=optimizer.beta2, weight_decay=optimizer.weight_decay)
+    clip = optimizer.grad_clip_norm
+    return optax.chain(optax.clip_by_global_norm(clip), made) if clip else made

@@ -11,15 +11,11 @@ summary.json      the final figures
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
-import stat
-import subprocess
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,16 +23,19 @@ import numpy as np
 from ddpm_jax import errors, plots
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.progress import tell
-from ddpm_jax.system.files import append, draft_of
+from ddpm_jax.system.files import append
 from ddpm_jax.training.metric_writers import Board, tensorboard, weights_and_biases
+from ddpm_jax.training.records import (
+    check_entries,
+    check_same,
+    read_record,
+    replace_file,
+    write_json,
+)
 
-FILES = (
-    "config.json", "eval.json", "lock", "metrics.jsonl", "summary.json", "timing.jsonl", "wandb_id"
-)  # fmt: skip
-FOLDERS = ("checkpoints", "damaged", "images", "profile", "tensorboard", "wandb")
 TRAINED = ("checkpoints/[0-9]*", "damaged/[0-9]*", "*/config.json")
+
 OF_SYSTEMS = ("lost+found", "desktop.ini")  # what a new disk or a shared drive holds
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 
 class RunDir(NamedTuple):
@@ -147,7 +146,7 @@ class RunDir(NamedTuple):
                         kept.append(line)
                 except (ValueError, KeyError, TypeError, RecursionError):
                     pass
-            _replace(path, b"".join(kept))
+            replace_file(path, b"".join(kept))
         with self._telling("what TensorBoard shows"):
             self.boards.append(tensorboard(self.path / "tensorboard", step))
         if wandb:
@@ -189,34 +188,6 @@ class RunDir(NamedTuple):
                 board.close()
         if self.lock is not None:
             self.lock.close()
-
-
-def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """What config.json of a run directory says; None where there is none.
-
-    Raises:
-      UserError: there is one, and it cannot be read.
-    """
-    path = workdir / "config.json"
-    try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise UserError(f"{path} is not a file; give another --workdir")
-        text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path}: {reason}") from None
-    record = _parsed(text)
-    kinds = {"experiment": str, "config": dict, "data": dict, "seed": int}
-    if not isinstance(record, dict) or not all(
-        isinstance(record.get(name), kind) for name, kind in kinds.items()
-    ):
-        raise UserError(
-            f"{path} is damaged, or is another program's and not the record of a run; give "
-            "another --workdir"
-        )
-    return record
 
 
 def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]) -> RunDir:
@@ -273,50 +244,6 @@ def _locked(workdir: pathlib.Path) -> Any:
     return lock
 
 
-def check_entries(workdir: pathlib.Path) -> None:
-    """Check that nothing in a run directory leads out of it, or is of another kind than it must be.
-
-    It may be a stranger's. What begins with a dot is left out: no file of a run does.
-
-    Raises:
-      UserError: there is a link, a pipe, or a file in the place of a folder.
-    """
-    folders = [workdir]
-    while folders:
-        folder = folders.pop()
-        try:
-            with os.scandir(folder) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
-        except FileNotFoundError:  # removed meanwhile, by a process that trains there
-            continue
-        except OSError as error:
-            raise UserError(f"cannot read {folder}: {error.strerror}") from None
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            _check_entry(entry)
-            # Nothing is written into a checkpoint, nor by us into what Weights & Biases keeps.
-            within = folder != workdir and folder.name in ("checkpoints", "damaged")
-            sealed = within or entry.name == "wandb"
-            if entry.is_dir(follow_symlinks=False) and not sealed:
-                folders.append(folder / entry.name)
-
-
-def _check_entry(entry: os.DirEntry) -> None:
-    is_folder = entry.is_dir(follow_symlinks=False)
-    wrong = ""
-    if entry.is_symlink():
-        wrong = "is a link, which nothing is written through"
-    elif is_folder and entry.name in FILES:
-        wrong = "is a directory, where a run has a file"
-    elif not is_folder and entry.name in FOLDERS:
-        wrong = "is a file, where a run has a directory"
-    elif not is_folder and not entry.is_file(follow_symlinks=False):
-        wrong = "is neither a file nor a directory"
-    if wrong:
-        raise UserError(f"{entry.path} {wrong}; move it away, or give another --workdir")
-
-
 def _check_free(workdir: pathlib.Path) -> None:
     """Raises UserError if a directory without a record holds more than a run's very beginning."""
     inner = next(workdir.glob("*/config.json"), None)
@@ -344,95 +271,3 @@ def _has_entries(path: pathlib.Path) -> bool:
 def bystander(workdir: pathlib.Path, record: dict[str, Any]) -> RunDir:
     """The directory as a process sees it that leaves the writing to another one of its run."""
     return RunDir(workdir, record, None, [], {})
-
-
-def check_same(
-    workdir: pathlib.Path, earlier: dict, record: dict, may_change: Collection[str] = ()
-) -> None:
-    """Raises UserError, naming what differs, unless `record` goes on with `earlier`."""
-    if earlier["experiment"] != record["experiment"]:
-        raise UserError(
-            f"{workdir} holds a run of {earlier['experiment']}, not of {record['experiment']}; "
-            "give another --workdir"
-        )
-    old = {"seed": earlier.get("seed"), **earlier.get("config", {})}
-    new = {"seed": record["seed"], **record["config"]}
-    old |= {f"data {key}": value for key, value in earlier.get("data", {}).items()}
-    new |= {f"data {key}": value for key, value in record["data"].items()}
-    same = json.loads(_json(new))
-    if same.get("data fingerprint") and same["data fingerprint"] == old.get("data fingerprint"):
-        may_change = {*may_change, "data", "data name", "data title"}  # the same data by any name
-    differ = [
-        f"{name} was {old.get(name)}, is {same.get(name)}"
-        for name in [*same, *(name for name in old if name not in same)]
-        if old.get(name) != same.get(name) and name not in may_change
-    ]
-    if differ:
-        raise UserError(
-            f"{workdir} holds a run with another setting ({'; '.join(differ[:4])}); "
-            "give another --workdir, or the same setting"
-        )
-
-
-def provenance() -> dict[str, Any]:
-    """Versions and git commit; None of a package that is not installed, nor needed so far."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {"versions": versions, "git_commit": _git_commit()}
-
-
-def _git_commit() -> str | None:
-    here = pathlib.Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _parsed(text: bytes) -> Any:
-    """What a JSON text says; None if it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a record, whole or not at all.
-
-    Raises:
-      RunError: it cannot be written.
-    """
-    _replace(path, _json(value))
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    with can_write(path), draft_of(path, durable=True) as file:
-        file.write(content)
-
-
-@contextlib.contextmanager
-def can_write(path: pathlib.Path) -> Iterator[None]:
-    """Raises RunError, naming `path`, if something cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror}; make room, and the same command goes on"
-        ) from None

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddpm_jax.config import Training
 from ddpm_jax.data.types import Batch
 from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import sharding as devices
 from ddpm_jax.rng import INIT, TRAIN, example_keys, purpose_key
 from ddpm_jax.task import Task
 from ddpm_jax.training.ema import ema_decays
-from ddpm_jax.training.optimizer import optimizer
+from ddpm_jax.training.optimizer import make_optimizer
+from ddpm_jax.training.settings import Settings
 
 
 class TrainState(NamedTuple):
@@ -28,51 +28,50 @@ class TrainState(NamedTuple):
     ema: tuple[Any, ...]  # the parameters' averages, in the order of `ema_decays`
 
 
-def averaged(state: TrainState, config: Training) -> Any:
-    """The parameters that are evaluated and drawn from: the average that `config.ema` chooses."""
-    return state.ema[config.ema]
+def averaged(state: TrainState, config: Settings) -> Any:
+    """Return the parameters that are evaluated and sampled from, as `config.ema` chooses."""
+    return state.ema[config.ema.index]
 
 
-def without_training(state: TrainState, config: Training, nothing: Any) -> TrainState:
+def without_training(state: TrainState, config: Settings, nothing: Any) -> TrainState:
     """`state` with `nothing` for each array that only training reads: all but one average."""
 
     def blank(tree):
         return jax.tree.map(lambda _: nothing, tree)
 
-    ema = tuple(
-        tree if number == config.ema else blank(tree) for number, tree in enumerate(state.ema)
-    )
+    kept = config.ema.index
+    ema = tuple(tree if number == kept else blank(tree) for number, tree in enumerate(state.ema))
     return state._replace(params=blank(state.params), opt_state=blank(state.opt_state), ema=ema)
 
 
-def init_state(task: Task, config: Training, batch: Batch, seed: int) -> TrainState:
+def init_state(task: Task, config: Settings, batch: Batch, seed: int) -> TrainState:
     """The state before the first step; `batch` holds training examples for `Task.init`."""
     return jax.jit(initializer(task, config, seed))(batch)  # not a hundred small programs
 
 
-def initializer(task: Task, config: Training, seed: int) -> Callable[[Batch], TrainState]:
+def initializer(task: Task, config: Settings, seed: int) -> Callable[[Batch], TrainState]:
     """`init_state` of a batch, to be compiled."""
 
     def init(batch):
         params, fixed = task.init(purpose_key(seed, INIT), batch)
-        opt_state = optimizer(config).init(params)
+        opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
         # An average starts as a copy: a step donates both, and not one array twice.
-        ema = [jax.tree.map(jnp.copy, params) for _ in ema_decays(config, 0)]
+        ema = [jax.tree.map(jnp.copy, params) for _ in config.ema.names]
         return TrainState(jnp.zeros((), jnp.int32), params, fixed, opt_state, tuple(ema))
 
     return init
 
 
-def state_shapes(task: Task, config: Training) -> TrainState:
-    """What `init_state` would make, as shapes alone: for restoring into."""
-    images = np.zeros((2, *config.shape), np.uint8)
+def state_shapes(task: Task, config: Settings, shape: tuple[int, ...]) -> TrainState:
+    """Return what `init_state` would make of images of `shape`, as shapes alone."""
+    images = np.zeros((2, *shape), np.uint8)
     batch = Batch(images, np.zeros(2, np.int32), np.arange(2))
     return jax.eval_shape(initializer(task, config, 0), batch)
 
 
 def train_step(
     task: Task,
-    config: Training,
+    config: Settings,
     seed: int,
     state: TrainState,
     batch: Batch,
@@ -94,7 +93,7 @@ def train_step(
       The next state, and by name the step's means and `finite`, whether each example's loss is.
     """
     keys = example_keys(purpose_key(seed, TRAIN), state.step, batch.index)
-    compare = gather if config.accumulate == 1 else _refuse_to_compare
+    compare = gather if config.train.grad_accum_steps == 1 else _refuse_to_compare
 
     def mean_loss(params, fixed, batch, keys):
         losses, metrics, statistics = task.loss(
@@ -107,13 +106,17 @@ def train_step(
         def gradient_of(params, batch, keys):
             return jax.grad(whole(mean_loss), has_aux=True)(params, fixed, batch, keys)
 
-        gradient, means, each = _accumulated(gradient_of, params, batch, keys, config.accumulate)
+        parts = config.train.grad_accum_steps
+        gradient, means, each = _accumulated(gradient_of, params, batch, keys, parts)
         return *reduce((gradient, means)), gather(each)
 
     gradient, metrics, each = view(compute)(state.params, state.fixed, batch, keys)
-    updates, opt_state = optimizer(config).update(gradient, state.opt_state, state.params)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    decays = zip(state.ema, ema_decays(config, state.step + 1), strict=True)
+    decays = zip(
+        state.ema, ema_decays(config.ema, state.step + 1, config.train.batch_size), strict=True
+    )
     ema = tuple(
         params if decay is None else optax.incremental_update(params, old, 1 - decay)
         for old, decay in decays
@@ -121,7 +124,7 @@ def train_step(
     metrics["gradient_norm"] = _norm(gradient)
     fixed = task.update(state.fixed, each["statistics"])
     new = TrainState(state.step + 1, params, fixed, opt_state, ema)
-    if config.skip_nonfinite:
+    if config.train.max_consecutive_nonfinite_steps:
         good = jnp.all(jnp.array([jnp.isfinite(value) for value in metrics.values()]))
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
         new = new._replace(step=state.step + 1)
@@ -155,8 +158,9 @@ def _accumulated(gradient_of: Callable, params: Any, batch: Batch, keys: Any, pa
 
 def _refuse_to_compare(tree: Any) -> Any:
     raise UserError(
-        "--config.accumulate: this experiment's loss compares the examples of a batch with each "
-        "other, so a batch cannot be taken in parts; use a smaller --config.batch_size"
+        "--config.train.grad_accum_steps: this experiment's loss compares the examples of a batch "
+        "with each other, so a batch cannot be taken in parts; use a smaller "
+        "--config.train.batch_size"
     )
 
 

@@ -4,6 +4,7 @@ A `Likelihood` turns grey values into what is modelled, and a decoder's output i
 and into a picture.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
+from ddpm_jax.fields import Positive
 from ddpm_jax.variational import vae
 
 
@@ -64,7 +66,7 @@ def gaussian(levels: int, std: float | None) -> Likelihood:
     """Grey values on [-1, 1], dequantised by uniform noise of a bin's width.
 
     Args:
-      std: the fixed standard deviation (the notes' MSE, over 2 std^2); None: one variance
+      std: the fixed standard deviation (the squared error, over 2 std^2); None: one variance
         for all pixels is learned, which becomes the mean squared error itself (Rybkin et
         al. 2021).
     """
@@ -86,3 +88,27 @@ def gaussian(levels: int, std: float | None) -> Likelihood:
         bias=lambda mean: mean,
         bits_per_dim=lambda nats, dims: vae.density_to_bits_per_dim(nats, dims, levels),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Bernoulli:
+    """Dynamically binarised pixels; see `bernoulli`."""
+
+    def make(self, levels: int) -> Likelihood:
+        """Return the likelihood of images of so many grey levels."""
+        return bernoulli(levels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """Dequantised grey values; see `gaussian`.
+
+    Attributes:
+      std: Standard deviation of a pixel, of values in [-1, 1]; none: one is learned.
+    """
+
+    std: Positive | None = None
+
+    def make(self, levels: int) -> Likelihood:
+        """Return the likelihood of images of so many grey levels."""
+        return gaussian(levels, self.std)

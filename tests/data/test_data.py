@@ -172,7 +172,7 @@ def test_a_data_sets_own_validation_split_is_used_and_may_be_cut_or_given_up():
 
 @pytest.mark.parametrize(("own", "asked"), [(None, 100), (None, 101), (20, 21)])
 def test_more_validation_images_than_there_are_is_an_error(own, asked):
-    with pytest.raises(UserError, match=rf"--config\.validation={asked}: numbers has"):
+    with pytest.raises(UserError, match=rf"--config\.data\.validation={asked}: numbers has"):
         splits.with_validation(numbered(100, own), asked)
 
 

@@ -11,8 +11,13 @@ from ddpm_jax.data import loader
 from helpers.data_sets import png, write
 from helpers.launching import expect_one_line
 
-VAE = ("--experiment=vae_digits", "--debug", "--config.steps=2", "--config.hidden=8")
-CLASSIFIER = ("--experiment=classifier_digits", "--debug", "--config.steps=2")
+VAE = (
+    "--experiment=vae_digits",
+    "--debug",
+    "--config.train.steps=2",
+    "--config.task.network.hidden=8",
+)
+CLASSIFIER = ("--experiment=classifier_digits", "--debug", "--config.train.steps=2")
 
 
 def images(folder, count, first=0):
@@ -76,7 +81,7 @@ def test_an_evaluation_takes_a_folder_that_moved(own, launch_here):
 
 def test_a_run_goes_on_with_a_folder_that_moved(own, launch_here):
     result = launch_here(
-        *VAE, "--config.data=folder:moved", "--config.steps=4", "--workdir=run"
+        *VAE, "--config.data=folder:moved", "--config.train.steps=4", "--workdir=run"
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "resuming at step 2" in result.stderr

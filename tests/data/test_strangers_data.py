@@ -20,7 +20,7 @@ from tensorflow_datasets.core import features
 class Feature(features.Text):
     pass
 """
-COMMAND = ("--experiment=vae_digits", "--debug", "--config.steps=2")
+COMMAND = ("--experiment=vae_digits", "--debug", "--config.train.steps=2")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.diffusion import prediction, process, samplers, schedules
+from ddpm_jax.diffusion import grids, prediction, process, samplers, schedules
 from ddpm_jax.nn.unet import UNet
 
 torch = pytest.importorskip("torch")
@@ -112,7 +112,7 @@ def test_a_grid_visits_diffusers_steps(spacing, counts):
     made = schedules.from_betas(schedules.linear_betas())
     for steps in counts:
         scheduler.set_timesteps(steps)
-        found = made.time(schedules.grid(made, steps, spacing))
+        found = made.time(grids.grid(made, steps, spacing))
         np.testing.assert_allclose(found[:-1] * 1000 - 1, scheduler.timesteps, atol=1e-3)
 
 
@@ -136,7 +136,7 @@ def with_sigmas(scheduler, steps):
 def test_a_grid_of_a_solver_is_diffusers(spacing):
     scheduler = diffusers.DPMSolverMultistepScheduler(**LINEAR, **SIGMAS[spacing])
     _, expected = with_sigmas(scheduler, 12)
-    found = schedules.grid(schedules.from_betas(schedules.linear_betas()), 12, spacing)
+    found = grids.grid(schedules.from_betas(schedules.linear_betas()), 12, spacing)
     # Of a float32 table, whose 1 - alpha_bar is at least 1e-4, rounded to 6e-8.
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
@@ -233,9 +233,7 @@ def test_ancestral_sampling_is_diffusers(variance, theirs, spacing, give_noise):
         found = timed(made, "eps")(xt, logsnr)
         return found._replace(variance_fraction=(jnp.sin(5 * xt) + 1) / 2)
 
-    found = walk(
-        samplers.ancestral(variance), denoise, schedules.grid(made, 10, spacing), x, noises
-    )
+    found = walk(samplers.ancestral(variance), denoise, grids.grid(made, 10, spacing), x, noises)
     np.testing.assert_allclose(found, walk_theirs(scheduler, answer, x), **FLOAT64)
 
 
@@ -251,7 +249,7 @@ def test_ancestral_sampling_is_diffusers_whatever_the_network_predicts(kind, cli
     found = walk(
         samplers.ancestral(),
         timed(made, kind, clip),
-        schedules.grid(made, 10, "leading"),
+        grids.grid(made, 10, "leading"),
         x,
         noises,
     )
@@ -263,7 +261,7 @@ def test_all_1000_steps_are_diffusers(give_noise):
     x, noises = draw(4, *SHAPE), noises_until_the_end(1000)
     give_noise("scheduling_ddpm", noises)
     denoise = timed(made, "eps", clip=True)
-    found = walk(samplers.ancestral(), denoise, schedules.grid(made, 1000), x, noises)
+    found = walk(samplers.ancestral(), denoise, grids.grid(made, 1000), x, noises)
     np.testing.assert_allclose(found, walk_theirs(scheduler, told_the_time, x), **FLOAT64)
 
 
@@ -276,7 +274,7 @@ def test_ddim_is_diffusers(eta, clip, spacing, to_one):
     scheduler, made = in_float64(
         diffusers.DDIMScheduler(**LINEAR, timestep_spacing=spacing, clip_sample=clip)
     )
-    grid = schedules.grid(made, 10, spacing)
+    grid = grids.grid(made, 10, spacing)
     if not to_one:
         scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
         grid = grid.at[-1].set(made.logsnr(1 / 1000))

@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ddpm_jax.diffusion import elbo, guidance, losses, prediction, process, samplers, schedules
+from ddpm_jax.diffusion import (
+    elbo,
+    grids,
+    guidance,
+    losses,
+    prediction,
+    process,
+    samplers,
+    schedules,
+)
 from ddpm_jax.diffusion.prediction import Prediction
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -126,7 +135,7 @@ def test_edm_draws_log_sigma_from_its_normal():
 )
 def test_a_grid_of_ten_steps_visits_the_steps_of_the_paper(spacing, expected):
     made = schedules.from_betas(schedules.linear_betas())
-    found = schedules.grid(made, 10, spacing)
+    found = grids.grid(made, 10, spacing)
     assert found[-1] == jnp.inf
     np.testing.assert_allclose(found[:-1], made.logsnr(jnp.array(expected) / 1000))
 
@@ -140,9 +149,9 @@ def test_a_grid_rises_to_the_clean_data(name, spacing, steps):
     any_schedule = SCHEDULES[name]()
     if any_schedule.steps is not None and steps > any_schedule.steps:
         with pytest.raises(ValueError, match=f"has {any_schedule.steps} steps"):
-            schedules.grid(any_schedule, steps, spacing)
+            grids.grid(any_schedule, steps, spacing)
         return
-    found = schedules.grid(any_schedule, steps, spacing)
+    found = grids.grid(any_schedule, steps, spacing)
     assert found.shape == (steps + 1,)
     assert (jnp.diff(found) > 0).all()
     assert jnp.isfinite(found[:-1]).all()
@@ -151,7 +160,7 @@ def test_a_grid_rises_to_the_clean_data(name, spacing, steps):
 
 def test_a_grid_of_no_steps_is_refused():
     with pytest.raises(ValueError, match="at least 1 step"):
-        schedules.grid(schedules.linear(), 0)
+        grids.grid(schedules.linear(), 0)
 
 
 # The process and its posterior.
@@ -249,9 +258,7 @@ def test_inpainting_ends_at_what_is_known():
     denoise = prediction.inpaint(gaussian(0.2, 0.5), known, mask)
     xT = jax.random.normal(jax.random.key(4), (1, 6))
     keys = jax.random.split(jax.random.key(5), 1)
-    x = samplers.sample(
-        samplers.ancestral(), denoise, schedules.grid(schedules.cosine(), 20), keys, xT
-    )
+    x = samplers.sample(samplers.ancestral(), denoise, grids.grid(schedules.cosine(), 20), keys, xT)
     chex.assert_trees_all_close(x[0, :3], known[0, :3])
     assert jnp.abs(x[0, 3:] - known[0, 3:]).min() > 1e-3
 
@@ -319,7 +326,7 @@ STOCHASTIC = {
 def test_a_sampler_recovers_mean_and_variance(name):
     mean, std, count = 0.3, 0.5, 20_000
     make = STOCHASTIC.get(name) or DETERMINISTIC[name][0]
-    grid = schedules.grid(schedules.linear(-9.0, 9.0), 200, "logsnr")
+    grid = grids.grid(schedules.linear(-9.0, 9.0), 200, "logsnr")
     xT = jax.random.normal(jax.random.key(7), (count, 1))
     x = walk(make(), gaussian(mean, std), grid, xT)
     assert abs(x.mean() - mean) < 4 * std / count**0.5 + 0.003  # + discretisation
@@ -336,7 +343,7 @@ def test_a_point_mass_is_reached_exactly_without_noise_at_the_end(name):
         return Prediction(x0, (xt - alpha * x0) / sigma, jnp.full_like(xt, 0.5))
 
     for steps in (1, 2, 10):
-        grid = schedules.grid(schedules.from_betas(schedules.linear_betas()), steps)
+        grid = grids.grid(schedules.from_betas(schedules.linear_betas()), steps)
         xT = jax.random.normal(jax.random.key(8), (4, 3))
         x = walk(samplers.named(name, steps), denoise, grid, xT)
         chex.assert_trees_all_close(x, jnp.broadcast_to(point, x.shape), atol=1e-9)
@@ -350,7 +357,7 @@ def test_the_denoiser_is_never_called_at_clean_data_and_as_often_as_promised(nam
         jax.debug.callback(lambda value: called.append(float(value)), logsnr)
         return gaussian(0.0, 1.0)(xt, logsnr)._replace(variance_fraction=jnp.zeros_like(xt))
 
-    grid = schedules.grid(schedules.cosine(), 6)
+    grid = grids.grid(schedules.cosine(), 6)
     walk(samplers.named(name, 6), denoise, grid, jnp.ones((2, 1)))
     jax.effects_barrier()
     assert np.isfinite(called).all()
@@ -358,7 +365,7 @@ def test_the_denoiser_is_never_called_at_clean_data_and_as_often_as_promised(nam
 
 
 def test_ddim_with_eta_1_is_ancestral():
-    grid = schedules.grid(schedules.from_betas(schedules.linear_betas()), 50)
+    grid = grids.grid(schedules.from_betas(schedules.linear_betas()), 50)
     xT = jax.random.normal(jax.random.key(9), (3, 2))
     one = walk(samplers.ddim(1.0), gaussian(0.1, 0.4), grid, xT)
     other = walk(samplers.ancestral(), gaussian(0.1, 0.4), grid, xT)
@@ -366,7 +373,7 @@ def test_ddim_with_eta_1_is_ancestral():
 
 
 def test_image_7_of_64_is_image_7_of_8():
-    grid = schedules.grid(schedules.cosine(), 10)
+    grid = grids.grid(schedules.cosine(), 10)
     xT = jax.random.normal(jax.random.key(10), (64, 2))
     keys = jax.random.split(jax.random.key(11), 64)
     for make in (samplers.ancestral(), samplers.dpmpp_2m_sde(), samplers.edm(10)):
@@ -376,7 +383,7 @@ def test_image_7_of_64_is_image_7_of_8():
 
 
 def test_a_trace_starts_at_the_noise_and_ends_at_the_image():
-    grid = schedules.grid(schedules.cosine(), 10)
+    grid = grids.grid(schedules.cosine(), 10)
     xT = jax.random.normal(jax.random.key(12), (3, 2))
     x, seen = walk(samplers.ddim(), gaussian(0.1, 0.4), grid, xT, trace=True)
     chex.assert_shape(seen, (10, 3, 2))
@@ -385,7 +392,7 @@ def test_a_trace_starts_at_the_noise_and_ends_at_the_image():
 
 
 def test_inverting_ddim_and_walking_back_returns_the_image():
-    grid = schedules.grid(schedules.cosine(-9.0, 9.0), 500, "logsnr")
+    grid = grids.grid(schedules.cosine(-9.0, 9.0), 500, "logsnr")
     x0 = jnp.array([[0.3, -0.4]])
     noise = samplers.invert(gaussian(0.1, 0.4), grid, x0)
     again = walk(samplers.ddim(), gaussian(0.1, 0.4), grid, noise)
@@ -560,7 +567,7 @@ def test_losses_are_one_error_with_different_weights():
 
 
 def test_a_samplers_name_may_carry_its_number():
-    grid, xT = schedules.grid(SCHEDULES["cosine"](), 5), jnp.ones((2, 1))
+    grid, xT = grids.grid(SCHEDULES["cosine"](), 5), jnp.ones((2, 1))
     denoise = gaussian(0.3, 0.5)
     for name, same in (
         ("ddim:0.5", samplers.ddim(0.5)),
@@ -577,7 +584,7 @@ def test_a_samplers_name_may_carry_its_number():
 
 def test_leaving_the_noise_out_loses_variance_and_the_ode_does_not():
     # Data N(0, 0.5^2): the ancestral sampler's steps to their means shrink it towards 0.
-    grid = schedules.grid(SCHEDULES["cosine"](), 200)
+    grid = grids.grid(SCHEDULES["cosine"](), 200)
     xT = jax.random.normal(jax.random.key(5), (4000, 1))
     denoise = gaussian(0.0, 0.5)
     stds = {

@@ -9,16 +9,27 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from ddpm_jax.config import override
-from ddpm_jax.data.types import Batch
-from ddpm_jax.diffusion import elbo, guidance, losses, prediction, process, samplers, schedules
+from ddpm_jax.config import override, replace
+from ddpm_jax.data.types import Batch, DataInfo
+from ddpm_jax.diffusion import (
+    elbo,
+    grids,
+    guidance,
+    losses,
+    prediction,
+    process,
+    samplers,
+    schedules,
+)
 from ddpm_jax.diffusion.prediction import Prediction
 from ddpm_jax.errors import UserError
+from ddpm_jax.experiment.registry import load_experiment
+from ddpm_jax.experiment.types import bind, build
+from ddpm_jax.fields import FieldError
 from ddpm_jax.metrics.per_example import spread_times
 from ddpm_jax.task import Request
 from ddpm_jax.tasks.image_sampler import Sampling, check_start, drawing
 from ddpm_jax.training import step as step_module
-from experiments import ddpm_digits, iddpm_cifar10
 
 SPACINGS = ("leading", "trailing", "linspace", "quadratic", "logsnr", "rho7")
 SCHEDULES = {
@@ -168,12 +179,14 @@ def optimised():
 @pytest.mark.slow
 def test_the_first_200_gradients_of_iddpm_cifar10_are_finite(optimised):
     """The recipe's table, keys, batch and image shape; 32 channels, few blocks on folded pixels."""
-    cheap = dict(fold="4", blocks="1", judge="none", fid="false")
-    small = dict(channels="32", head_channels="32", **cheap)
-    config = override(iddpm_cifar10.Config(shape=(32, 32, 3), levels=256), small)
-    task = iddpm_cifar10.build(config)
+    cheap = dict(space_to_depth=4, blocks=1, attention_sizes=(8,), channels=32, head_channels=32)
+    small = {f"task.network.{name}": value for name, value in cheap.items()}
+    small["task.evaluation.features"] = ()
+    config = replace(load_experiment("iddpm_cifar10").config, small)
+    config = bind(config, DataInfo("cifar10", (32, 32, 3), 256, 10))
+    task = build(config)
     rng = np.random.default_rng(0)
-    size = config.batch_size
+    size = config.train.batch_size
 
     def batch():
         images = rng.integers(0, 256, (size, 32, 32, 3), np.uint8)
@@ -214,11 +227,11 @@ def test_a_drawn_time_is_below_1_and_its_step_at_most_the_last(monkeypatch, valu
         assert (times >= 0).all(), name
         assert (times < 1).all(), name
         for steps in (3, 50, 1000, 4000, 10_007):
-            number = schedules.step_number(times, steps)
+            number = grids.step_number(times, steps)
             assert (number >= 1).all()
             assert (number <= steps).all()
             made = schedules.Schedule(lambda t: t, lambda t: t, steps)
-            assert (schedules.step_time(made, times) <= 1).all()
+            assert (grids.step_time(made, times) <= 1).all()
     expected = (np.asarray(place) + np.float64(value)) / size
     np.testing.assert_allclose(drawn["stratified"], expected, rtol=2e-7)
 
@@ -227,9 +240,9 @@ def test_the_stratified_time_that_rounded_to_1_is_below_1():
     """127 + u is 128 in float32 from u = 1 - 2^-18 on."""
     share = jnp.float32([1 - 2.0**-18, 1 - 2.0**-20, 1 - 2.0**-24])
     assert (127 + share == 128).all()
-    times = schedules.within(jnp.int32([127] * 3), share, 128)
+    times = grids.within(jnp.int32([127] * 3), share, 128)
     assert (times < 1).all()
-    assert (schedules.step_number(times, 4000) == 4000).all()
+    assert (grids.step_number(times, 4000) == 4000).all()
 
 
 def test_the_times_of_a_million_places_are_uniform():
@@ -267,11 +280,13 @@ def test_linear_betas_end_at_nearly_the_same_noise_with_any_number_of_steps(step
 
 def test_linear_betas_of_too_few_steps_are_one_line():
     for steps in (1, 6, 20):
-        with pytest.raises(ValueError, match=r"noise_steps must be at least 21$"):
+        with pytest.raises(ValueError, match=r"steps must be at least 21$"):
             schedules.linear_betas(steps)
-    config = ddpm_digits.Config(shape=(8, 8, 1), levels=17, noise="linear_betas", noise_steps=20)
-    with pytest.raises(UserError, match=r"^--config.noise_steps=20: .* at least 21$"):
-        ddpm_digits.noise_schedule(config)
+    fields = {"task.schedule": "linear_betas", "task.schedule.steps": "20"}
+    config = override(load_experiment("ddpm_digits").config, fields)
+    config = bind(config, DataInfo("digits", (8, 8, 1), 17, 10))
+    with pytest.raises(UserError, match=r"^--config\.task\.schedule\.steps=20: .* at least 21$"):
+        build(config)
 
 
 def test_a_schedule_that_does_not_end_in_noise_is_logged_once(capsys):
@@ -288,7 +303,7 @@ def test_a_sampler_of_few_steps_starts_at_noise_and_its_grid_rises(spacing):
     for name, make in SCHEDULES.items():
         made = make()
         for steps in (1, 2, 3):
-            found = np.asarray(schedules.grid(made, steps, spacing))
+            found = np.asarray(grids.grid(made, steps, spacing))
             assert found.shape == (steps + 1,), name
             assert found[0] <= max(-5.0, made.logsnr(1.0)), (name, steps)
             assert np.isfinite(found[:-1]).all()
@@ -302,10 +317,10 @@ def test_a_grid_that_starts_at_noise_is_left_alone():
     expected = np.append(made.logsnr(jnp.asarray(times)), np.inf)
     assert expected[0] > -5
     expected[0] = made.logsnr(1.0)
-    np.testing.assert_array_equal(schedules.grid(made, 3, "leading"), expected)
+    np.testing.assert_array_equal(grids.grid(made, 3, "leading"), expected)
     times = np.array([751, 501, 251, 1]) / 1000
     expected = np.append(made.logsnr(jnp.asarray(times)), np.inf)
-    np.testing.assert_array_equal(schedules.grid(made, 4, "leading"), expected)
+    np.testing.assert_array_equal(grids.grid(made, 4, "leading"), expected)
 
 
 def test_edms_schedule_ends_at_its_noise_levels_in_float32_and_is_inverted():
@@ -344,11 +359,11 @@ EDIT_SCHEDULE = schedules.from_betas(schedules.cosine_betas())
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_the_grid_of_an_edit_rises_from_its_start(spacing):
-    rest = jax.jit(schedules.grid_from)
+    rest = jax.jit(grids.grid_from)
     for name in ("linear_betas", "cosine_betas", "cosine", "edm"):
         made = SCHEDULES[name]()
         for steps in (1, 2, 3, 4, 5, 20):
-            own = schedules.grid(made, steps, spacing)
+            own = grids.grid(made, steps, spacing)
             for t in (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
                 start = made.logsnr(jnp.asarray(t))
                 logsnrs, first = rest(own, start)
@@ -380,7 +395,7 @@ def test_an_edit_with_few_steps_visits_rising_logsnr_and_draws_what_the_denoiser
             lambda params: EDIT_SCHEDULE,
             (2, 2, 1),
             0,
-            Sampling(name, steps, spacing, limit="none"),
+            Sampling(name, steps, spacing, x0_thresholding="none"),
             steps=1000,
             variance=True,
         )
@@ -463,9 +478,9 @@ def test_a_number_that_a_sampler_cannot_take_is_one_line(name):
         how = Sampling(name, 5)
         return drawing(predict, lambda params: schedules.cosine(), (2, 2, 1), 0, how, variance=True)
 
-    with pytest.raises(UserError) as error:
+    with pytest.raises(FieldError) as error:
         make(name)
-    assert str(error.value).startswith(f"--config.sampler={name}: ")
+    assert str(error.value).startswith(f"sampling.sampler={name}: ")
     with pytest.raises(UserError) as error:
         make("ddim").requested(Request(sampler=name))
     assert str(error.value).startswith(f"--sampler={name}: ")

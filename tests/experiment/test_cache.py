@@ -15,19 +15,22 @@ from ddpm_jax.data import cache as cache_module
 from ddpm_jax.data import loader
 from ddpm_jax.data.types import Loaded
 from ddpm_jax.experiment import feature_networks as judges
-from ddpm_jax.experiment.inputs import Options, from_data, load_data, record_of
+from ddpm_jax.experiment.inputs import load_data, record_of
+from ddpm_jax.experiment.registry import load_experiment
+from ddpm_jax.experiment.train import train_alone
+from ddpm_jax.experiment.types import Options
 from ddpm_jax.tasks import pretrained_text
-from experiments import classifier_digits
 from helpers.data_sets import png, write
 from helpers.launching import ROOT, user_environment
 
 NOWHERE = pathlib.Path("/nowhere/at/all")
+CLASSIFIER = load_experiment("classifier_digits")
 
 
 def of(debug):
     """(loaded, options) of a run on digits."""
     options = Options(debug=debug)
-    return load_data(classifier_digits, classifier_digits.Config(), NOWHERE, options), options
+    return load_data(CLASSIFIER, CLASSIFIER.config.data, NOWHERE, options), options
 
 
 @pytest.fixture(scope="module")
@@ -35,39 +38,39 @@ def pristine(tmp_path_factory):
     """A cache with a judge of a debug run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return judges.trained(classifier_digits, *of(debug=True))
+        return judges.trained(CLASSIFIER, *of(debug=True), train_alone)
 
 
 @pytest.fixture
 def cached(pristine, tmp_path, monkeypatch):
-    """A copy of the judge, beside which nothing is trained but noted and copied again."""
+    """A copy of the judge, what trains none but notes it and copies, and what that noted."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     judges.load_judge.cache_clear()
     place = judges.judges_dir() / pristine.name
     shutil.copytree(pristine, place)
     made = []
 
-    def train(experiment, config, workdir, options, loaded):
-        assert not (workdir / "checkpoints").exists() or workdir in continued
-        made.append(workdir)
-        shutil.copytree(pristine, workdir, dirs_exist_ok=True)
+    def train(run, data):
+        assert not (run.workdir / "checkpoints").exists() or run.workdir in continued
+        assert len(data.train.images) == len(run.loaded.data.train.images)
+        made.append(run.workdir)
+        shutil.copytree(pristine, run.workdir, dirs_exist_ok=True)
         return {}
 
     continued = []
-    monkeypatch.setattr(judges, "train_experiment", train)
-    return place, made, continued
+    return place, train, made, continued
 
 
 def test_debug_and_full_runs_and_other_splits_keep_judges_apart(cached):
-    place, made, _ = cached
-    assert judges.trained(classifier_digits, *of(debug=True)) == place
+    place, train, made, _ = cached
+    assert judges.trained(CLASSIFIER, *of(debug=True), train) == place
     assert not made
-    full = judges.trained(classifier_digits, *of(debug=False))
+    full = judges.trained(CLASSIFIER, *of(debug=False), train)
     loaded, options = of(debug=True)
     cut = loaded.data._replace(test=loaded.data.test.first(100))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judges, "load_for", lambda *_: cut)
-        other = judges.trained(classifier_digits, Loaded(cut), options)
+        other = judges.trained(CLASSIFIER, Loaded(cut), options, train)
     assert len({place, full, other}) == 3
     assert made == [full, other]
 
@@ -75,20 +78,19 @@ def test_debug_and_full_runs_and_other_splits_keep_judges_apart(cached):
 def test_a_folder_that_moved_has_the_classifier_that_it_had(tmp_path, monkeypatch, capfd):
     made = []
 
-    def train(experiment, config, workdir, options, loaded):
-        made.append(workdir)
-        (workdir / "checkpoints").mkdir(parents=True)
-        record = record_of("classifier_digits", from_data(config, loaded.data), loaded, options)
-        (workdir / "config.json").write_text(json.dumps(record))
-        (workdir / "summary.json").write_text('{"metrics": {}}')
+    def train(run, data):
+        made.append(run.workdir)
+        (run.workdir / "checkpoints").mkdir(parents=True)
+        record = record_of(run.name, run.config, run.config.data, run.loaded, run.options)
+        (run.workdir / "config.json").write_text(json.dumps(record))
+        (run.workdir / "summary.json").write_text('{"metrics": {}}')
         return {}
 
     def trained(name):
         loaded = Loaded(loader.load(f"folder:{tmp_path / name}"))
-        return judges.trained(classifier_digits, loaded, Options(debug=True))
+        return judges.trained(CLASSIFIER, loaded, Options(debug=True), train)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(judges, "train_experiment", train)
     monkeypatch.setattr(judges, "load_judge", lambda *_: None)
     for number in range(20):
         write(tmp_path / "birds" / f"{number % 2}" / f"{number}.png", png(number))
@@ -122,7 +124,9 @@ def damage_checkpoints(place):
 
 
 UNUSABLE = {
-    "another config": lambda p: edit(p / "config.json", lambda r: r["config"].update(steps=7)),
+    "another config": lambda p: edit(
+        p / "config.json", lambda r: r["config"]["train"].update(steps=7)
+    ),
     "other data": lambda p: edit(p / "config.json", lambda r: r["data"].update(test=360)),
     "another experiment": lambda p: edit(p / "config.json", lambda r: r.update(experiment="a")),
     "a torn record": lambda p: tear(p / "config.json"),
@@ -145,21 +149,21 @@ OF_FINISHED = {"a torn summary", "a summary of another form", "no checkpoints"}
     ],
 )
 def test_a_judge_that_cannot_be_used_is_made_again_and_said_so(cached, capfd, what, finished):
-    place, made, _ = cached
+    place, train, made, _ = cached
     if not finished:
         (place / "summary.json").unlink()
     UNUSABLE[what](place)
-    assert judges.trained(classifier_digits, *of(debug=True)) == place
+    assert judges.trained(CLASSIFIER, *of(debug=True), train) == place
     assert made == [place]
     assert "it is made again" in capfd.readouterr().err
-    judges.load_judge(classifier_digits, str(place))
+    judges.load_judge(str(place))
 
 
 def test_a_judge_that_was_begun_in_the_same_setting_goes_on(cached, capfd):
-    place, made, continued = cached
+    place, train, made, continued = cached
     (place / "summary.json").unlink()
     continued.append(place)
-    assert judges.trained(classifier_digits, *of(debug=True)) == place
+    assert judges.trained(CLASSIFIER, *of(debug=True), train) == place
     assert made == [place]
     assert "again" not in capfd.readouterr().err
 
@@ -168,8 +172,9 @@ def test_a_judge_that_was_begun_in_the_same_setting_goes_on(cached, capfd):
 def test_a_run_killed_while_its_judge_is_trained_blocks_no_later_run(tmp_path):
     cache = tmp_path / "cache"
     command = [sys.executable, str(ROOT / "launch.py"), "--experiment=ddpm_digits",
-               "--config.judge=auto", "--config.steps=4", "--config.draw=20",
-               "--config.sample_steps=2", "--config.eval_times=2"]  # fmt: skip
+               "--config.task.evaluation.features=classifier_digits", "--config.train.steps=4",
+               "--config.task.evaluation.num_samples=20", "--config.task.sampling.steps=2",
+               "--config.task.evaluation.times_per_image=2"]  # fmt: skip
 
     def start(name, *flags):
         return subprocess.Popen(

@@ -1,16 +1,18 @@
 """A classifier that judges: its name, its one training, its data."""
 
-import dataclasses
-
 import numpy as np
+import pytest
 
+from ddpm_jax.config import replace
 from ddpm_jax.data.loader import load
-from ddpm_jax.data.types import Loaded
+from ddpm_jax.data.types import Loaded, info_of
+from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import feature_networks as judges
 from ddpm_jax.experiment import inputs
-from ddpm_jax.experiment.inputs import Options
+from ddpm_jax.experiment.registry import load_experiment
+from ddpm_jax.experiment.train import train_alone
+from ddpm_jax.experiment.types import Dataset, Options, bind
 from ddpm_jax.metrics.pixels import to_images
-from experiments import classifier_digits
 
 
 def test_a_judge_is_called_after_the_data_that_it_was_trained_on():
@@ -28,23 +30,46 @@ def test_a_classifier_is_trained_once_and_judges(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     loaded, options = Loaded(load("digits")), Options(debug=True)
 
-    @dataclasses.dataclass(frozen=True)
-    class Config:
-        judge: str = "auto"
-        fid: bool = False
+    config = bind(load_experiment("ddpm_digits").config, info_of(loaded.data))
+    assert config.task.evaluation.features == ("classifier_digits",)
 
-    config = judges.with_judge(classifier_digits, Config(), loaded, options)
+    def never(run, data):
+        raise AssertionError("a network is trained again")
+
+    assert judges.check_features(config, loaded) == config
+    (first,) = judges.load_features(config, loaded, options, train_alone)
     assert "training classifier_digits once" in capfd.readouterr().err
-    assert judges.with_judge(classifier_digits, Config(), loaded, options) == config
+    (again,) = judges.load_features(config, loaded, options, never)
     assert "training" not in capfd.readouterr().err
-    assert judges.with_judge(classifier_digits, config, loaded, options) == config
-    judge = judges.load_judge(classifier_digits, config.judge)
+    place = judges.trained(load_experiment("classifier_digits"), loaded, options, never)
+    by_place = replace(config, {"task.evaluation.features": (str(place),)})
+    assert judges.check_features(by_place, loaded) == by_place
+    (third,) = judges.load_features(by_place, loaded, options, never)
+    judge = judges.load_judge(str(place))
+    assert [load().about for load in (first, again, third)] == [judge.about] * 3
     features, logs = judge.see(to_images(loaded.data.test.images[:7], 17))
     assert judge.name == "classifier_digits"
     assert features.shape == (7, 64)
     np.testing.assert_allclose(np.exp(logs).sum(1), 1, rtol=1e-5)
-    none = Config("none")
-    assert judges.with_judge(classifier_digits, none, loaded, options) == none
+    none = replace(config, {"task.evaluation.features": ()})
+    assert judges.check_features(none, loaded) == none
+    assert judges.load_features(none, loaded, options, never) == ()
+
+
+def test_data_without_labels_have_no_classifier_and_an_unknown_one_is_named(capfd):
+    loaded = Loaded(load("digits"))
+    config = bind(load_experiment("ddpm_digits").config, info_of(loaded.data))
+    bare = Loaded(loaded.data._replace(classes=()))
+    assert judges.check_features(config, bare).task.evaluation.features == ()
+    assert "no labels, so no classifier" in capfd.readouterr().err
+    for name, says in (
+        ("classifier_digit", 'no feature network "classifier_digit"; did you mean "classifier_d'),
+        ("auto", 'no feature network "auto"'),
+        ("no/where", "no finished run of a classifier in .*no/where"),
+    ):
+        odd = replace(config, {"task.evaluation.features": (name,)})
+        with pytest.raises(UserError, match=says):
+            judges.check_features(odd, loaded)
 
 
 def test_a_judge_reads_its_data_where_the_run_read_them(monkeypatch):
@@ -54,5 +79,5 @@ def test_a_judge_reads_its_data_where_the_run_read_them(monkeypatch):
         inputs, "load", lambda *arguments: asked.append(arguments) or load("digits")
     )
     loaded = Loaded(load("digits"), data_dir="/where/the/run/read")
-    inputs.load_for(classifier_digits.Config(validation=7), loaded, Options())
+    inputs.load_for(Dataset("digits", validation=7), loaded, Options())
     assert asked == [("digits", "/where/the/run/read", 7, True)]

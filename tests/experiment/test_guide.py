@@ -1,6 +1,5 @@
 """Runs that guide what others draw, through the files of experiments/."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -10,27 +9,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax.config import override, replace, to_record
 from ddpm_jax.data.loader import load
-from ddpm_jax.data.types import Loaded
+from ddpm_jax.data.types import DataInfo, Loaded
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import guidance_models as guide
 from ddpm_jax.experiment import sample
-from ddpm_jax.experiment.inputs import Options
-from ddpm_jax.nn.classifier import Classifier
+from ddpm_jax.experiment.recorded import read
+from ddpm_jax.experiment.registry import load_experiment
+from ddpm_jax.experiment.types import Options, bind
+from ddpm_jax.nn.classifier import ClassifierNetwork
 from ddpm_jax.task import Request
-from experiments import classifier_digits, ddpm_digits
 from helpers.launching import ROOT, user_environment
 
 OPTIONS = Options(debug=True)
-CLASSIFIER = ("--experiment=classifier_digits", "--config.noise=cosine")
-TINY = dict(
-    steps=2, eval_every=0, network="dit", width=16, depth=1, draw=8, conditional=False,
-)  # fmt: skip
+CLASSIFIER = ("--experiment=classifier_digits", "--config.task.schedule=cosine")
+TINY = {
+    "train.steps": "2", "train.eval_every": "0", "task.network": "dit", "task.network.width": "16",
+    "task.network.depth": "1", "task.evaluation.num_samples": "8", "task.conditional": "false",
+}  # fmt: skip
+DIGITS = DataInfo("digits", (8, 8, 1), 17, 10)
 
 
-def config_of(**changes):
-    changes = ddpm_digits.DEBUG | TINY | changes
-    return dataclasses.replace(ddpm_digits.Config(), **changes)
+def config_of(guidance_model, classes=10):
+    """The config of the tiny unconditional run, guided by a run or by the labels."""
+    experiment = load_experiment("ddpm_digits")
+    config = override(experiment.config, TINY, experiment.debug, experiment.alternatives)
+    config = replace(config, {"task.sampling.guidance_model": guidance_model})
+    return bind(config, DIGITS._replace(classes=classes))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,8 @@ def runs(tmp_path_factory):
     """The runs of a noisy classifier and of an unconditional model that it guides and judges."""
     place = tmp_path_factory.mktemp("runs")
     tiny = [f"--config.{name}={value}" for name, value in TINY.items()]
-    its = ["--config.guide=classifier", "--config.judge=classifier", "--config.guidance=2"]
+    its = ["--config.task.sampling.guidance_model=classifier", "--config.task.sampling.guidance=2",
+           "--config.task.evaluation.features=./classifier"]  # fmt: skip
     for name, flags in (
         ("classifier", CLASSIFIER),
         ("guided", ["--experiment=ddpm_digits", *tiny, *its]),
@@ -65,7 +72,7 @@ def test_a_noisy_classifier_tells_its_accuracy_by_noise_level(runs):
 
 def test_a_clean_classifier_has_the_parameters_it_always_had():
     def names(**how):
-        net, image = Classifier(10, (8,), **how), jnp.zeros((1, 8, 8, 1))
+        net, image = ClassifierNetwork(10, (8,), **how), jnp.zeros((1, 8, 8, 1))
         return set(jax.eval_shape(net.init, jax.random.key(0), image)["params"])
 
     assert names() == {"conv_0", "features", "logits"}
@@ -83,9 +90,8 @@ def test_an_unconditional_run_is_drawn_with_the_labels_of_a_classifier(runs):
 @pytest.mark.slow
 def test_a_run_guided_by_itself_is_itself_and_a_classifier_changes_it(runs, tmp_path):
     def draw(guide, guidance, label=None):
-        config, out = config_of(guide=guide), tmp_path / "drawn.npz"
-        request = Request(label=label, guidance=guidance)
-        sample.sample_experiment(ddpm_digits, config, runs / "guided", OPTIONS, request, 4, out)
+        run, out = read(runs / "guided")._replace(config=config_of(guide)), tmp_path / "drawn.npz"
+        sample.sample(run, OPTIONS, Request(label=label, guidance=guidance), 4, out)
         return np.load(out)["images"].astype(int)
 
     alone = draw("labels", None)
@@ -95,7 +101,10 @@ def test_a_run_guided_by_itself_is_itself_and_a_classifier_changes_it(runs, tmp_
 
 @pytest.mark.slow
 def test_an_evaluation_is_guided_by_a_run(runs, launch):
-    flags = [f"--config.guide={runs / 'guided'}", "--config.guidance=2"]
+    flags = [
+        f"--config.task.sampling.guidance_model={runs / 'guided'}",
+        "--config.task.sampling.guidance=2",
+    ]
     result = launch("--mode=eval", f"--workdir={runs / 'guided'}", *flags)
     assert result.returncode == 0, result.stderr
     about = json.loads((runs / "guided" / "eval.json").read_text())["about"]
@@ -103,26 +112,40 @@ def test_an_evaluation_is_guided_by_a_run(runs, launch):
     assert about["guidance"] == 2.0
 
 
-def record(place, experiment="ddpm_digits", classes=10, **config):
+def record(place, experiment="ddpm_digits", known="", changes=None, shape=(8, 8, 1), **more):
+    """Write the record of a run of an experiment, `known`, under the name `experiment`."""
     place.mkdir(exist_ok=True)
-    data = {"classes": [str(i) for i in range(classes)], "title": "others"}
-    written = {"experiment": experiment, "config": config, "data": data, "seed": 0}
+    classes = [str(i) for i in range(10)]
+    data = {"name": "digits", "title": "others", "shape": shape, "levels": 17, "classes": classes}
+    like = known or (experiment if isinstance(experiment, str) else "ddpm_digits")
+    config = {**to_record(replace(load_experiment(like).config, changes or {})), **more}
+    written = {"format": 2, "experiment": experiment, "config": config, "data": data, "seed": 0}
     (place / "config.json").write_text(json.dumps(written))
 
 
 @pytest.mark.parametrize(
     ("written", "says"),
     [
-        (None, "there is no run; train the guide first, or give --config.guide=labels"),
-        (dict(experiment="os"), "a run of os, which experiments/ has no file of"),
-        (dict(experiment="../launch"), "a run of ../launch, which"),
+        (
+            None,
+            "there is no run; train the guidance model first, or give "
+            "--config.task.sampling.guidance_model=labels",
+        ),
+        (dict(experiment="os", known="ddpm_digits"), "a run of os, which experiments/ has no file"),
+        (dict(experiment="../launch", known="ddpm_digits"), "a run of ../launch, which"),
         (dict(experiment=["os"]), "config.json is damaged"),
         (dict(experiment="beta_vae_mnist"), "beta_vae_mnist trains several models"),
         (dict(experiment="vae_digits"), "this run of vae_digits guides nothing"),
-        (dict(experiment="classifier_digits"), "trained with --config.noise=cosine"),
-        (dict(gone=1), "fields that are no more: gone"),
-        (dict(shape=[28, 28, 1]), "of images of 28x28x1, not 8x8x1; give a run on the same data"),
-        (dict(conditional=False), "its network knows 0 classes and should know 10"),
+        (dict(experiment="classifier_digits"), "trained with --config.task.schedule=cosine"),
+        (dict(gone=1), "with unknown config fields: gone"),
+        (
+            dict(shape=(28, 28, 1), changes={"task.network.attention_sizes": ()}),
+            "of images of 28x28x1, not 8x8x1; give a run on the same data",
+        ),
+        (
+            dict(changes={"task.conditional": False}),
+            "its network knows 0 classes and should know 10",
+        ),
         (dict(), "there is no checkpoint"),
     ],
 )
@@ -130,32 +153,33 @@ def test_what_cannot_guide_is_one_line(tmp_path, written, says):
     place = tmp_path / "guide"
     if written is not None:
         record(place, **written)
-    config = dataclasses.replace(ddpm_digits.Config(), guide=str(place))
+    config = load_experiment("ddpm_digits").config
+    config = bind(replace(config, {"task.sampling.guidance_model": str(place)}), DIGITS)
     with pytest.raises(UserError) as error:
-        guide.guide_of(classifier_digits, config)()
+        guide.guidance_of(config)()
     assert says in str(error.value)
-    assert str(error.value).startswith(f"--config.guide={place}: ")
+    assert str(error.value).startswith(f"--config.task.sampling.guidance_model={place}: ")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
 def test_a_guide_of_other_classes_is_refused(runs, tmp_path):
     def refused(says, place=runs / "classifier", **changes):
-        config = config_of(guide=str(place), **changes)
         with pytest.raises(UserError, match=says):
-            guide.guide_of(classifier_digits, config)()
+            guide.guidance_of(config_of(str(place), **changes))()
 
     refused("knows 10 classes and should know 3", classes=3)
     record(tmp_path)
     refused("knows 10 classes and should know 0", place=tmp_path)
     clothes = load("digits")._replace(classes=tuple("abcdefghij"), title="clothes")
-    config = config_of(guide=str(runs / "classifier"))
     with pytest.raises(UserError, match="whose classes are not those of clothes"):
-        guide.with_guide(classifier_digits, config, Loaded(clothes))
+        guide.check_guidance(config_of(str(runs / "classifier")), Loaded(clothes))
 
 
 def test_a_wrong_guide_is_told_before_training(launch):
-    result = launch("--experiment=ddpm_digits", "--debug", "--config.guide=nowhere")
+    result = launch(
+        "--experiment=ddpm_digits", "--debug", "--config.task.sampling.guidance_model=nowhere"
+    )
     assert result.returncode == 2
     assert "nowhere: there is no run" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

@@ -4,6 +4,7 @@ A run directory may be a stranger's, the disk full, the directory gone.
 """
 
 import contextlib
+import copy
 import json
 import os
 import pathlib
@@ -20,10 +21,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_jax.config import to_record
 from ddpm_jax.errors import UserError, printable
 from ddpm_jax.experiment import sample_files
+from ddpm_jax.experiment.registry import load_experiment
 from ddpm_jax.training.checkpoint import check_store, open_checkpoints
-from ddpm_jax.training.run_dir import read_record
+from ddpm_jax.training.records import read_record
 from helpers.launching import ROOT, expect_one_line, user_environment
 
 DIGITS = ("--experiment=vae_digits", "--debug")
@@ -73,7 +76,7 @@ def test_no_file_outside_of_a_run_is_written_to(launch_here, run, tmp_path, mode
     victim = tmp_path / "victim"
     victim.write_text("precious")
     leads_to(run / place, victim)
-    how = {"train": [*DIGITS, "--config.steps=25", "--profile"]}.get(mode, [f"--mode={mode}"])
+    how = {"train": [*DIGITS, "--config.train.steps=25", "--profile"]}.get(mode, [f"--mode={mode}"])
     result = launch_here(*how, "--workdir=run")
     assert victim.read_text() == "precious"
     expect_one_line(result, "is a link, which nothing is written through")
@@ -85,7 +88,7 @@ def test_links_are_refused_whatever_a_run_directory_is_called(launch_here, run, 
     victim.mkdir()
     run.rename(tmp_path / name)
     leads_to(tmp_path / name / "profile" / "plugins", victim)
-    more = ["--config.steps=25", "--profile"]
+    more = ["--config.train.steps=25", "--profile"]
     result = launch_here(*DIGITS, *more, f"--workdir={name}")
     assert not list(victim.iterdir())
     expect_one_line(result, "is a link, which nothing is written through")
@@ -96,7 +99,7 @@ def test_what_systems_and_a_killed_start_leave_behind_is_no_obstacle(launch_here
         (tmp_path / "run" / name).mkdir(parents=True)
     for name in ("desktop.ini", ".DS_Store", "lock"):
         (tmp_path / "run" / name).touch()
-    result = launch_here(*DIGITS, "--workdir=run", "--config.steps=2")
+    result = launch_here(*DIGITS, "--workdir=run", "--config.train.steps=2")
     assert result.returncode == 0, result.stderr
 
 
@@ -107,7 +110,7 @@ def test_nothing_is_written_into_a_folder_outside_of_a_run(launch_here, run, tmp
     shutil.copytree(run / place, victim) if (run / place).exists() else victim.mkdir()
     before = sorted(victim.rglob("*"))
     leads_to(run / place, victim)
-    how = {"train": [*DIGITS, "--config.steps=25", "--profile"]}.get(mode, [f"--mode={mode}"])
+    how = {"train": [*DIGITS, "--config.train.steps=25", "--profile"]}.get(mode, [f"--mode={mode}"])
     result = launch_here(*how, "--workdir=run")
     assert sorted(victim.rglob("*")) == before
     expect_one_line(result, "is a link, which nothing is written through")
@@ -119,7 +122,8 @@ def test_a_part_of_a_run_that_lies_elsewhere_is_not_written_to(launch_here, run,
     whole = tmp_path / "whole"
     whole.mkdir()
     record = read_record(run)
-    record["experiment"] = "text_to_image_shapes"
+    experiment = load_experiment("text_to_image_shapes")
+    record |= {"experiment": experiment.name, "config": to_record(experiment.config)}
     (whole / "config.json").write_text(json.dumps(record))
     (whole / "generator").symlink_to(run)
     before = sorted(run.rglob("*"))
@@ -130,14 +134,19 @@ def test_a_part_of_a_run_that_lies_elsewhere_is_not_written_to(launch_here, run,
 
 @pytest.mark.slow
 def test_the_runs_that_a_record_names_are_read_alone(launch_here, ddpm, vae, tmp_path):
-    """A record's `judge` and `guide` are paths: nothing is trained, removed or written there."""
+    """A feature network and a guidance model of a record are paths: nothing is written there."""
     run, other = shutil.copytree(ddpm, tmp_path / "run"), shutil.copytree(vae, tmp_path / "other")
     before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
     record = json.loads((run / "config.json").read_text())
-    for field, value in (("judge", str(other)), ("guide", str(other))):
-        changed = {**record, "config": {**record["config"], field: value}}
+    for section, field, value in (
+        ("evaluation", "features", [str(other)]),
+        ("sampling", "guidance_model", str(other)),
+    ):
+        changed = copy.deepcopy(record)
+        assert field in changed["config"]["task"][section]
+        changed["config"]["task"][section][field] = value
         (run / "config.json").write_text(json.dumps(changed))
-        launch_here("--mode=eval", "--workdir=run", "--config.draw=20")
+        launch_here("--mode=eval", "--workdir=run", "--config.task.evaluation.num_samples=20")
         assert {p: p.read_bytes() for p in other.rglob("*") if p.is_file()} == before
 
 
@@ -164,7 +173,7 @@ def test_control_characters_of_a_record_reach_no_terminal(launch_here, run, mode
     value = {EVIL: 1} if field == "evil" else {field: EVIL}
     (record[section] if section else record).update(value)
     (run / "config.json").write_text(json.dumps(record))
-    how = [*DIGITS, "--config.steps=21"] if mode == "train" else [f"--mode={mode}"]
+    how = [*DIGITS, "--config.train.steps=21"] if mode == "train" else [f"--mode={mode}"]
     assert harmless(launch_here(*how, "--workdir=run"))
 
 
@@ -206,7 +215,9 @@ def test_a_directory_that_holds_nothing_of_anybodys_is_used(launch_here, tmp_pat
     for entry in entries:
         path = tmp_path / "run" / entry
         path.mkdir() if entry.endswith("/") else path.touch()
-    result = launch_here(*DIGITS, "--workdir=run", "--config.steps=1", "--config.eval_every=0")
+    result = launch_here(
+        *DIGITS, "--workdir=run", "--config.train.steps=1", "--config.train.eval_every=0"
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -262,7 +273,10 @@ def test_arrays_of_samples_hold_their_prompts(tmp_path):
 @pytest.mark.slow
 def test_images_that_are_not_finite_are_an_error_not_black(launch_here, ddpm, tmp_path):
     sample = ("--mode=sample", f"--workdir={ddpm}", "--out=a.png", "--num_samples=2")
-    diverging = ("--config.limit=none", "--config.guidance=3e38")
+    diverging = (
+        "--config.task.sampling.x0_thresholding=none",
+        "--config.task.sampling.guidance=3e38",
+    )
     result = launch_here(*sample, *diverging)
     assert result.returncode == 1, result.stdout
     assert "stopped: 128 of 128 values of the images are non-finite" in result.stderr
@@ -277,7 +291,10 @@ def test_images_that_are_not_finite_are_an_error_not_black(launch_here, ddpm, tm
 
 @pytest.mark.slow
 def test_training_goes_on_without_a_picture_that_is_not_finite(launch_here, tmp_path):
-    diverging = ("--config.limit=none", "--config.guidance=3e38")
+    diverging = (
+        "--config.task.sampling.x0_thresholding=none",
+        "--config.task.sampling.guidance=3e38",
+    )
     result = launch_here("--experiment=ddpm_digits", "--debug", *diverging, "--workdir=run")
     assert result.returncode == 0, result.stderr
     assert "no picture samples: " in result.stderr
@@ -379,8 +396,8 @@ def files_end_at(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-LONG = (*DIGITS, "--workdir=run", "--config.steps=30", "--config.eval_every=0",
-        "--config.checkpoint_every=0", "--config.log_every=1")  # fmt: skip
+LONG = (*DIGITS, "--workdir=run", "--config.train.steps=30", "--config.train.eval_every=0",
+        "--config.train.checkpoint_every=0", "--config.train.log_every=1")  # fmt: skip
 
 
 def test_a_run_whose_last_checkpoint_could_not_be_written_does_not_end_well(launch_here, tmp_path):
@@ -437,7 +454,7 @@ def replaced_by_a_file(run):
 def test_a_directory_that_vanishes_during_training_is_reported(launch_here, tmp_path, fault, says):
     run = tmp_path / "run"
     thread = during(run, lambda: fault(run))
-    result = launch_here(*LONG, "--config.steps=600", "--config.steps_per_call=1")
+    result = launch_here(*LONG, "--config.train.steps=600", "--config.train.steps_per_call=1")
     thread.join(10)
     assert result.returncode == 1, result.stderr
     lines = result.stderr.splitlines()
@@ -448,7 +465,7 @@ def test_a_directory_that_vanishes_during_training_is_reported(launch_here, tmp_
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_without_a_checkpoint_does_not_end_well(tmp_path):
-    flags = [*LONG, "--config.steps=1000000", "--config.log_every=1000"]
+    flags = [*LONG, "--config.train.steps=1000000", "--config.train.log_every=1000"]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "launch.py"), *flags],
         env=user_environment(XDG_CACHE_HOME=str(tmp_path)), cwd=tmp_path, stderr=subprocess.PIPE,
@@ -482,7 +499,7 @@ def test_a_damaged_checkpoint_that_cannot_be_moved_is_one_line(launch_here, run)
     largest.write_bytes(bytes(100))
     (run / "damaged").mkdir()
     (run / "damaged" / "20").write_text("a file")
-    result = launch_here(*DIGITS, "--workdir=run", "--config.steps=25")
+    result = launch_here(*DIGITS, "--workdir=run", "--config.train.steps=25")
     assert result.returncode == 1, result.stderr
     assert result.stderr.splitlines()[-1].startswith("stopped: cannot move the damaged checkpoint")
     assert (run / "damaged" / "20").read_text() == "a file"

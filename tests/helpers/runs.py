@@ -11,8 +11,9 @@ from helpers.launching import ROOT, user_environment
 
 COMMAND = [
     sys.executable, str(ROOT / "launch.py"), "--experiment=vae_digits", "--debug",
-    "--config.steps=400", "--config.checkpoint_every=20", "--config.eval_every=50",
-    "--config.log_every=10", "--config.eval_batch=180",
+    "--config.train.steps=400", "--config.train.checkpoint_every=20",
+    "--config.train.eval_every=50", "--config.train.log_every=10",
+    "--config.task.eval_batch_size=180",
 ]  # fmt: skip
 LIMITED = """
 import resource, sys

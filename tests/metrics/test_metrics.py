@@ -1,20 +1,20 @@
 """Distances of sets: closed forms and independent formulas."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
+from ddpm_jax.config import replace
 from ddpm_jax.data.loader import load
-from ddpm_jax.data.types import Data, Loaded, Split
+from ddpm_jax.data.types import Data, Loaded, Split, info_of
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import feature_networks as judges
-from ddpm_jax.experiment.inputs import Options
+from ddpm_jax.experiment.registry import load_experiment
+from ddpm_jax.experiment.train import train_alone
+from ddpm_jax.experiment.types import Options, bind
 from ddpm_jax.metrics import distances
 from ddpm_jax.metrics.features import Judge
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.quality import look, quality
-from experiments import classifier_digits, ddpm_digits
 
 
 def gaussian(size, mean, covariance, seed=0):
@@ -294,17 +294,21 @@ def test_a_distance_is_called_fid_in_inceptions_features_alone(tmp_path, monkeyp
     assert not [name for name in other if "fid" in name]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = dataclasses.replace(ddpm_digits.Config(), judge="none", fid=True)
-    assert judges.with_judge(classifier_digits, config, Loaded(data), Options()) == config
+    config = load_experiment("ddpm_digits").config
+    config = bind(replace(config, {"task.evaluation.features": ("inception",)}), info_of(data))
+    assert judges.check_features(config, Loaded(data)) == config
     said = capfd.readouterr().err
     assert "no FID: put pt_inception-2015-12-05-6726825d.pth" in said
     assert len(said.splitlines()) == 1
-    assert judges.judges_of(classifier_digits, config) == ()
+    wanted = (config, Loaded(data), Options(), train_alone)
+    assert judges.load_features(*wanted) == ()
     judges.inception_file().parent.mkdir()
     judges.inception_file().write_bytes(b"nothing of the kind")
-    (judge,) = judges.judges_of(classifier_digits, config)
+    (judge,) = judges.load_features(*wanted)
     with pytest.raises(UserError):
         judge()
+    with pytest.raises(UserError, match="is damaged or another file"):
+        judges.check_features(config, Loaded(data))
 
 
 def test_a_set_looked_at_in_parts_is_the_set_looked_at_whole():

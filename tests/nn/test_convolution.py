@@ -92,15 +92,18 @@ def test_every_convolution_in_a_cpu_loop_has_its_dimensions_in_the_order_of_the_
 @pytest.mark.slow
 def test_steps_in_a_loop_cost_at_most_half_as_much_again_as_single_steps(launch, tmp_path):
     """Gradient accumulation and several steps per call, through the command line."""
-    options = ("", "accumulate=2", "accumulate=4", "steps_per_call=10")
+    options = ("", "grad_accum_steps=2", "grad_accum_steps=4", "steps_per_call=10")
 
     def seconds_per_step(number, option):
         workdir = tmp_path / f"{number}{option}"
         result = launch(
-            "--experiment=ddpm_digits", f"--workdir={workdir}", "--config.judge=none",
-            "--config.steps=80", "--config.log_every=20", "--config.eval_every=0",
-            "--config.draw=100", "--config.eval_times=1", "--config.sample_steps=2",
-            "--config.warmup=10", *([f"--config.{option}"] if option else []), timeout=900,
+            "--experiment=ddpm_digits", f"--workdir={workdir}",
+            "--config.task.evaluation.features=none", "--config.train.steps=80",
+            "--config.train.log_every=20", "--config.train.eval_every=0",
+            "--config.task.evaluation.num_samples=100",
+            "--config.task.evaluation.times_per_image=1", "--config.task.sampling.steps=2",
+            "--config.optimizer.warmup_steps=10",
+            *([f"--config.train.{option}"] if option else []), timeout=900,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         lines = (workdir / "timing.jsonl").read_text().splitlines()

@@ -7,9 +7,16 @@ import numpy as np
 import pytest
 import scipy.special
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.fields import FieldError
 from ddpm_jax.nn.dit import DiT
-from ddpm_jax.nn.layers import Dropout, attention, fold, grid_embedding, time_embedding, unfold
+from ddpm_jax.nn.layers import (
+    Dropout,
+    attention,
+    depth_to_space,
+    grid_embedding,
+    space_to_depth,
+    time_embedding,
+)
 from ddpm_jax.nn.unet import UNet
 from helpers.text import drawn
 
@@ -69,9 +76,9 @@ def test_attention_is_flaxs():
 
 def test_folding_is_undone_and_keeps_a_patch_together():
     x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
-    folded = fold(x, 2)
+    folded = space_to_depth(x, 2)
     chex.assert_shape(folded, (2, 2, 3, 12))
-    chex.assert_trees_all_equal(unfold(folded, 2), x)
+    chex.assert_trees_all_equal(depth_to_space(folded, 2), x)
     chex.assert_trees_all_equal(folded[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
 
 
@@ -111,14 +118,21 @@ def test_a_dits_blocks_drop_differently():
 @pytest.mark.parametrize(
     ("net", "says"),
     [
-        (DiT(patch=3), "28x28 does not divide by --config.patch=3"),
-        (DiT(width=10, heads=4), "--config.width=10: must divide by 4 heads"),
-        (UNet(multipliers=(1, 2), channels=48, head_channels=32), "48 channels do not divide into"),
-        (UNet(fold=2, multipliers=(1, 2, 2)), "folds 2x2 pixels and halves images 2 times"),
+        (DiT(patch=3), "^patch=3: .* and 28x28 does not divide by it"),
+        (DiT(width=10, heads=4), "^width=10: must divide by heads=4"),
+        (
+            UNet(multipliers=(1, 2), channels=48, head_channels=32),
+            "^head_channels=32: 48 channels do not",
+        ),
+        (
+            UNet(space_to_depth=2, multipliers=(1, 2, 2)),
+            "^multipliers=1,2,2: .* 2x2 pixels together and halves images 2 times",
+        ),
+        (UNet(multipliers=(1, 2)), "^attention_sizes=16: .* the side 16; .* they have 28, 14;"),
     ],
 )
 def test_a_network_that_does_not_fit_the_images_is_one_line(net, says):
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(FieldError, match=says):
         net.check((28, 28, 1))
 
 

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.config import Training
 from ddpm_jax.data.types import Batch
+from ddpm_jax.experiment.types import Config, Dataset
 from ddpm_jax.nn.layers import Conv, attention
 from ddpm_jax.parallel import hardware, sharding
 from ddpm_jax.parallel.flops import flops
 from ddpm_jax.task import Evaluation, Task
+from ddpm_jax.tasks.vae import VAE
 from ddpm_jax.training import step as step_module
+from ddpm_jax.training.settings import Train
 
 
 def count(fn, *shapes):
@@ -73,7 +75,8 @@ def stack_task():
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize(("accumulate", "stack"), [(1, 0), (2, 0), (1, 3), (2, 3)])
 def test_a_step_is_counted_alike_in_every_mode(mode, devices, accumulate, stack):
-    config = Training(batch_size=16, accumulate=accumulate)
+    train = Train(batch_size=16, grad_accum_steps=accumulate)
+    config = Config(Dataset("digits"), VAE(), train=train)
     spread, task = sharding.make(mode, jax.devices()[:devices]), stack_task()
     shape = (stack or 1, 16)
     batch = Batch(np.zeros((*shape, 8, 8, 3), np.uint8), np.zeros(shape, np.int32),

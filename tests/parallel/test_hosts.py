@@ -19,8 +19,8 @@ STEPS = 24
 def command(workdir, *more, steps=STEPS):
     return [
         sys.executable, str(ROOT / "launch.py"), "--experiment=vae_digits", "--debug",
-        f"--config.steps={steps}", "--config.checkpoint_every=8", "--config.eval_every=12",
-        "--config.log_every=4", f"--workdir={workdir}", *more,
+        f"--config.train.steps={steps}", "--config.train.checkpoint_every=8",
+        "--config.train.eval_every=12", "--config.train.log_every=4", f"--workdir={workdir}", *more,
     ]  # fmt: skip
 
 
@@ -126,14 +126,14 @@ def test_asked_to_stop_both_write_one_checkpoint_and_exit_cleanly(tmp_path):
 
 
 def test_a_mistake_is_told_by_all_and_nobody_waits(tmp_path):
-    both = start_two(tmp_path / "run", "--config.batch_size=6")
+    both = start_two(tmp_path / "run", "--config.train.batch_size=6")
     assert [process.wait(timeout=120) for process in both] == [2, 2]
     assert "does not divide over 4 devices" in (tmp_path / "run0.log").read_text()
 
 
 @pytest.mark.slow
 def test_a_full_disk_at_one_of_two_is_told_of_and_the_run_goes_on(tmp_path):
-    workdir, more = tmp_path / "run", ("--parallel=fsdp", "--config.decay=none")
+    workdir, more = tmp_path / "run", ("--parallel=fsdp", "--config.optimizer.lr_schedule=constant")
     both = start_two(workdir, *more, steps=8)
     assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
     assert steps_kept(workdir) == [8]
@@ -187,8 +187,8 @@ def test_a_checkpoint_that_one_of_two_finds_damaged_is_used_by_none(alone, tmp_p
 
 @pytest.mark.slow
 def test_asked_to_stop_while_evaluating_both_break_it_off(tmp_path):
-    workdir, long = tmp_path / "run", ["--config.hidden=2048,2048", "--config.eval_batch=4"]
-    long += ["--config.iwae_images=360"]
+    workdir, long = tmp_path / "run", ["--config.task.network.hidden=2048,2048"]
+    long += ["--config.task.eval_batch_size=4", "--config.task.iwae_images=360"]
     both = start_two(workdir, *long, steps=8)
     wait_for(lambda: "evaluating" in (tmp_path / "run0.log").read_text(), both[0])
     time.sleep(3)

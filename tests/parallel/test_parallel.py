@@ -1,8 +1,6 @@
 """One run is the same run however it is spread: over devices, over modes, over parts of a batch."""
 
-import dataclasses
 import functools
-import importlib
 import importlib.metadata
 
 import chex
@@ -11,18 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.config import Training, marked, to_record
+from ddpm_jax.config import override, replace
 from ddpm_jax.data import loader, types
-from ddpm_jax.data.types import Batch
+from ddpm_jax.data.types import Batch, DataInfo, info_of
 from ddpm_jax.errors import UserError
-from ddpm_jax.fields import FROM_PARTS
+from ddpm_jax.experiment.registry import load_experiment
+from ddpm_jax.experiment.types import Config, Dataset, bind, build, with_parts
 from ddpm_jax.metrics.per_example import per_example
-from ddpm_jax.parallel import sharding, xla_flags
+from ddpm_jax.parallel import sharding
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
 from ddpm_jax.task import Evaluation, Request, Task
+from ddpm_jax.tasks.vae import VAE
 from ddpm_jax.training import step as step_module
 from ddpm_jax.training.checkpoint import open_checkpoints
-from experiments import ddpm_digits, vae_digits
+from ddpm_jax.training.ema import EMA
+from ddpm_jax.training.optimizer import Adam
+from ddpm_jax.training.settings import Train
 from helpers.launching import ROOT
 
 MODES = sharding.MODES
@@ -90,8 +92,12 @@ def batch_of(step, size=BATCH):
     return Batch(images()[rows], np.zeros(size, np.int32), np.arange(size, dtype=np.int32))
 
 
-CONFIG = Training(
-    batch_size=BATCH, learning_rate=3e-3, clip=1.0, ema_half_life=100.0, weight_decay=0.1
+CONFIG = Config(
+    Dataset("digits"),
+    VAE(),  # which these tests do not build
+    Adam(learning_rate=3e-3, grad_clip_norm=1.0, weight_decay=0.1),
+    EMA(half_life_images=100.0),
+    Train(batch_size=BATCH),
 )
 
 
@@ -111,7 +117,7 @@ def trained(task, config, mode, count, double=True, steps=STEPS):
         def step(state, batch, **hooks):
             return step_module.train_step(task, config, 0, state, batch, **hooks)
 
-        size = config.batch_size
+        size = config.train.batch_size
         call = spread.lower(step, spread.like(state), spread.feed(batch_of(0, size)))()
         losses = []
         for number in range(steps):
@@ -140,16 +146,25 @@ def test_losses_in_float32_are_the_same_on_eight_devices(mode):
     np.testing.assert_allclose(losses, on_one_device(False)[0], rtol=0, atol=1e-3)
 
 
+def tiny(name, **texts):
+    """The config of a --debug run of digits, with some fields of the command line's."""
+    experiment = load_experiment(name)
+    texts = {path.replace("__", "."): text for path, text in texts.items()}
+    texts |= {"train.batch_size": str(BATCH)}
+    config = override(experiment.config, texts, experiment.debug, experiment.alternatives)
+    return bind(config, info_of(loader.load("digits")))
+
+
 def tiny_ddpm(**changes):
-    config = dataclasses.replace(ddpm_digits.Config(), **ddpm_digits.DEBUG)
-    small = dict(network="dit", patch=4, width=16, depth=1, heads=2, dropout=0.2, noise_steps=10)
-    return dataclasses.replace(config, batch_size=BATCH, **small, **changes)
+    sizes = dict(patch="4", width="16", depth="1", heads="2", dropout="0.2")
+    small = {f"task__network__{name}": text for name, text in sizes.items()}
+    return tiny("ddpm_digits", task__network="dit", task__schedule__steps="10", **small, **changes)
 
 
 @functools.cache
 def diffusion(mode, count):
-    config = tiny_ddpm(times="importance", optimizer="muon")
-    return trained(ddpm_digits.build(config), config, mode, count)
+    config = tiny_ddpm(task__times="importance", optimizer="muon")
+    return trained(build(config), config, mode, count)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -164,7 +179,7 @@ def test_diffusion_with_dropout_and_importance_sampled_times_is_the_same_on_eigh
 def test_a_batch_taken_in_parts_is_the_large_batch(mode, count):
     task = alone_of_comparing(contrastive())
     expected, whole = trained(task, CONFIG, "jit", 1)
-    config = dataclasses.replace(CONFIG, accumulate=4)
+    config = replace(CONFIG, {"train.grad_accum_steps": 4})
     losses, state = trained(task, config, mode, count)
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-8)
     chex.assert_trees_all_close(state, whole, rtol=0, atol=1e-8)
@@ -174,17 +189,19 @@ BAND = 0.05  # of the float32 run's mean loss over the same 20 steps
 
 
 @pytest.mark.parametrize(
-    "experiment", [vae_digits, pytest.param(ddpm_digits, marks=pytest.mark.slow)]
+    "experiment", ["vae_digits", pytest.param("ddpm_digits", marks=pytest.mark.slow)]
 )
 def test_a_bfloat16_run_follows_the_float32_runs_loss(experiment):
     """Over 200 steps of the same draws; what is kept and told stays float32."""
     losses = {}
     for precision in ("float32", "bfloat16"):
-        config = dataclasses.replace(experiment.Config(), **experiment.DEBUG)
-        config = dataclasses.replace(config, precision=precision, batch_size=BATCH)
-        if experiment is ddpm_digits:
-            config = dataclasses.replace(config, network="dit", width=32, depth=2, heads=2)
-        found, state = trained(experiment.build(config), config, "jit", 1, False, steps=200)
+        changes = {}
+        if experiment == "ddpm_digits":
+            sizes = dict(patch="2", width="32", depth="2", heads="2")
+            changes = {f"task__network__{name}": text for name, text in sizes.items()}
+            changes["task__network"] = "dit"
+        config = tiny(experiment, train__precision=precision, **changes)
+        found, state = trained(build(config), config, "jit", 1, False, steps=200)
         assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} <= {"float32", "int32"}
         losses[precision] = found.reshape(10, 20).mean(1)
     assert (losses["float32"] != losses["bfloat16"]).any()
@@ -193,7 +210,7 @@ def test_a_bfloat16_run_follows_the_float32_runs_loss(experiment):
 
 def test_a_loss_that_compares_examples_is_not_taken_in_parts():
     with pytest.raises(UserError, match="compares the examples"):
-        trained(contrastive(), dataclasses.replace(CONFIG, accumulate=2), "jit", 1)
+        trained(contrastive(), replace(CONFIG, {"train.grad_accum_steps": 2}), "jit", 1)
 
 
 def test_a_batch_that_devices_or_parts_do_not_divide_is_refused():
@@ -209,22 +226,17 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.p
 
 
 def shapes_of(name):
-    module = importlib.import_module(f"experiments.{name}")
-    if not hasattr(module, "build"):
+    experiment, data = load_experiment(name), name.split("_")[-1]
+    if experiment.several:
         pytest.skip("trains others' tasks")
-    config = module.Config()
-    shape = {"cifar10": (32, 32, 3), "mnist": (28, 28, 1)}.get(name.split("_")[-1], (8, 8, 1))
-    config = dataclasses.replace(config, shape=shape)
-    if name.endswith("_shapes"):
-        given = {"shape": (32, 32, 3), "levels": 256, "caption_length": 96}
-        for part in ("text_encoder_shapes", "autoencoder_shapes"):
-            theirs = to_record(importlib.import_module(f"experiments.{part}").Config())
-            given |= {field: theirs[field] for field in marked(config, FROM_PARTS) & set(theirs)}
-        fields = {field.name for field in dataclasses.fields(config)}
-        config = dataclasses.replace(config, **{f: v for f, v in given.items() if f in fields})
-    if hasattr(config, "judge"):
-        config = dataclasses.replace(config, judge="none")
-    return step_module.state_shapes(module.build(config), config)
+    sides = {"cifar10": (32, 32, 3), "mnist": (28, 28, 1), "shapes": (32, 32, 3)}
+    length = 96 if data == "shapes" else 0
+    info = DataInfo(data, sides.get(data, (8, 8, 1)), 256, 0 if length else 10, length)
+    config = bind(experiment.config, info)
+    if experiment.config.task.needs().autoencoder:
+        parts = ("text_encoder_shapes", "autoencoder_shapes")
+        config = with_parts(config, *(bind(load_experiment(part).config, info) for part in parts))
+    return step_module.state_shapes(build(config), config, info.shape)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -255,14 +267,14 @@ def deep(dtype, layers=12, width=256) -> Task:
 
 
 @pytest.mark.skipif(
-    importlib.metadata.version("jaxlib") not in xla_flags.FRUGAL_VERSIONS,
+    importlib.metadata.version("jaxlib") not in sharding.FRUGAL_VERSIONS,
     reason="XLA for CPUs gathers early in other versions (parallel.py, FRUGAL)",
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_under_fsdp_a_step_never_holds_the_whole_model(dtype):
     """Beside its share, a device holds two layers and their gradient at a time, of 12."""
     task, spread = deep(dtype), sharding.make("fsdp")
-    shapes = step_module.state_shapes(task, CONFIG)
+    shapes = step_module.state_shapes(task, CONFIG, (8, 8, 1))
 
     def step(state, batch, **hooks):
         return step_module.train_step(task, CONFIG, 0, state, batch, **hooks)
@@ -338,7 +350,7 @@ def test_evaluation_counts_every_example_once_on_any_devices(mode):
 @pytest.mark.parametrize("mode", ["jit", "fsdp"])  # pmap is jit's but for the step
 def test_drawn_images_are_the_same_on_eight_devices(mode):
     config = tiny_ddpm()
-    task = ddpm_digits.build(config)
+    task = build(config)
     params = start_of(task, config, False).params
 
     def drawn(mode, count):
@@ -351,8 +363,8 @@ def test_drawn_images_are_the_same_on_eight_devices(mode):
 
 @pytest.mark.parametrize("mode", [pytest.param("jit", marks=pytest.mark.slow), "fsdp"])
 def test_a_whole_evaluation_is_the_same_on_eight_devices(mode):
-    config = dataclasses.replace(vae_digits.Config(), **vae_digits.DEBUG)
-    task = vae_digits.build(config)
+    config = tiny("vae_digits")
+    task = build(config)
     data = loader.load("digits")
     data = data._replace(test=data.test.first(40))
     params = start_of(task, config, False).params

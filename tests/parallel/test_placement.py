@@ -69,7 +69,7 @@ def picture(traces=None):
         x0 = alpha * xt + sigma**2 * mean
         return Prediction(x0, (xt - alpha * x0) / sigma)
 
-    how = Sampling("ancestral", 3, "logsnr", limit="none")
+    how = Sampling("ancestral", 3, "logsnr", x0_thresholding="none")
     return drawing(predict, lambda params: cosine(-5.0, 5.0), SHAPE, 2, how), traces
 
 
@@ -161,7 +161,7 @@ def succeeds(launch, count, *flags):
 def test_a_diffusion_run_evaluates_and_draws_on_four_devices_under_pmap(launch, tmp_path):
     succeeds(
         launch, 4, "--experiment=ddpm_digits", "--debug", "--parallel=pmap",
-        f"--workdir={tmp_path / 'run'}", "--config.sample_steps=2",
+        f"--workdir={tmp_path / 'run'}", "--config.task.sampling.steps=2",
     )  # fmt: skip
     assert (tmp_path / "run" / "images" / "trajectories.png").exists()
 
@@ -169,7 +169,7 @@ def test_a_diffusion_run_evaluates_and_draws_on_four_devices_under_pmap(launch, 
 DRAW = ("--mode=sample", "--num_samples=5")
 RUNS = {  # an experiment: flags of its training; (directory, flags) of what is done with it then
     "vae_digits": ((), [("", DRAW)]),
-    "ddpm_digits": (("--config.judge=auto",), [("", DRAW)]),
+    "ddpm_digits": (("--config.task.evaluation.features=classifier_digits",), [("", DRAW)]),
     "vdm_digits": ((), [("", DRAW)]),
     "classifier_digits": ((), []),
     "text_to_image_shapes": (

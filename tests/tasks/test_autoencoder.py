@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from ddpm_jax.data import loader, types
-from ddpm_jax.errors import UserError
+from ddpm_jax.fields import FieldError
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.tasks.autoencoder import autoencoder_task, latents
 
-NET = Autoencoder((16, 16, 3), (8, 8), latent=3)
+NET = Autoencoder((16, 16, 3), (8, 8), latent_channels=3)
 
 
 def state(task, batch):
@@ -67,5 +67,5 @@ def test_the_posterior_is_never_wider_than_the_prior_whatever_the_encoder_says()
 
 
 def test_an_image_that_does_not_divide_is_told_in_one_line():
-    with pytest.raises(UserError, match="30x30 does not divide"):
+    with pytest.raises(FieldError, match=r"^network\..* 30x30 does not divide"):
         autoencoder_task(Autoencoder((30, 30, 3), (8, 8, 8)), 256)

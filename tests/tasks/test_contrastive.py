@@ -9,11 +9,8 @@ import numpy as np
 from ddpm_jax.data import batches, loader, shapes
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.dual_encoder import DualEncoder
-from ddpm_jax.nn.text_encoder import SIZES
 from ddpm_jax.tasks.contrastive import contrastive_nll, contrastive_task
 from helpers.text import drawn
-
-SIZE = SIZES["tiny"]
 
 
 def nll(text, image, scale, same):
@@ -57,7 +54,7 @@ def test_altered_captions_stand_beside_the_others_of_an_image(x64):
 def test_a_part_of_a_batch_is_compared_with_all_of_it():
     data = shapes.with_altered(loader.load("shapes"), 2)
     whole = jax.tree.map(jnp.asarray, batches.batch_of(data.train, np.arange(8), np.arange(8)))
-    net = DualEncoder(SIZE, shapes.LENGTH, (8,), 16)
+    net = DualEncoder("tiny", shapes.LENGTH, (8,), 16)
     task = contrastive_task(net, data.shape, data.levels, batch_size=8)
     params = drawn(lambda *some: task.init(*some)[0], whole)
     mine = whole.captions[:, 0]

@@ -11,6 +11,7 @@ import pytest
 from ddpm_jax.data.types import Batch
 from ddpm_jax.diffusion.schedules import cosine, from_betas, linear_betas
 from ddpm_jax.errors import UserError
+from ddpm_jax.fields import FieldError
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.task import Request
@@ -91,7 +92,7 @@ def test_guidance_on_an_unconditional_network_is_refused():
 
 
 def test_an_image_that_the_network_cannot_halve_is_refused():
-    with pytest.raises(UserError, match="halves images 3 times, and 28x28 does not divide by 8"):
+    with pytest.raises(FieldError, match=r"^network\..* 3 times, and 28x28 does not divide by 8"):
         diffusion_task(UNet(), from_betas(linear_betas()), (28, 28, 1), 256, batch_size=8)
 
 
@@ -164,7 +165,7 @@ def test_a_learned_variance_and_importance_times_train_and_draw():
 
 def test_a_learned_variance_needs_a_table():
     net = DiT(outputs=2, patch=2, width=8, depth=1, heads=1)
-    with pytest.raises(UserError, match="need a table of betas"):
+    with pytest.raises(FieldError, match=r"^variance=learned: needs a table of betas"):
         diffusion_task(net, cosine(), (4, 4, 1), 17, variance="learned", batch_size=8)
 
 

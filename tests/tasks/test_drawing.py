@@ -13,6 +13,7 @@ from ddpm_jax.diffusion.prediction import Prediction
 from ddpm_jax.diffusion.process import alpha_sigma
 from ddpm_jax.diffusion.schedules import cosine, cosine_betas, from_betas, linear_betas
 from ddpm_jax.errors import UserError
+from ddpm_jax.fields import FieldError
 from ddpm_jax.parallel.sharding import make
 from ddpm_jax.task import Request
 from ddpm_jax.tasks.image_sampler import Sampling, check_start, drawing
@@ -79,25 +80,29 @@ def test_scales_of_guidance_share_one_program():
 
 def test_guidance_acts_within_its_interval_alone():
     guided = images(1, guidance=1.5)
-    np.testing.assert_allclose(images(1, guidance=1.5, interval=(90.0, 91.0)), images(1), atol=1e-6)
-    np.testing.assert_allclose(images(1, guidance=1.5, interval=(-99.0, 99.0)), guided, atol=1e-6)
-    between = images(1, guidance=1.5, interval=(-2.0, 2.0)).mean()
+    np.testing.assert_allclose(
+        images(1, guidance=1.5, guidance_interval=(90.0, 91.0)), images(1), atol=1e-6
+    )
+    np.testing.assert_allclose(
+        images(1, guidance=1.5, guidance_interval=(-99.0, 99.0)), guided, atol=1e-6
+    )
+    between = images(1, guidance=1.5, guidance_interval=(-2.0, 2.0)).mean()
     assert images(1).mean() + 0.02 < between < guided.mean() - 0.02
 
 
 def test_rescaling_takes_guidances_contrast_back():
-    strong = images(1, guidance=4.0, limit="none")
+    strong = images(1, guidance=4.0, x0_thresholding="none")
     assert strong.mean() == pytest.approx(2.0, abs=0.1)
     # x0's deviation over an image is the pattern's size, which is set back to 0.5, or half-way.
-    whole = images(1, guidance=4.0, limit="none", rescale=1.0)
+    whole = images(1, guidance=4.0, x0_thresholding="none", guidance_rescale=1.0)
     assert whole.mean() == pytest.approx(0.5, abs=0.1)
-    half = images(1, guidance=4.0, limit="none", rescale=0.5)
+    half = images(1, guidance=4.0, x0_thresholding="none", guidance_rescale=0.5)
     assert whole.mean() + 0.3 < half.mean() < strong.mean() - 0.3
 
 
 def test_dynamic_thresholding_keeps_strong_guidance_within_the_range_unsaturated():
     clipped = images(1, guidance=4.0)
-    dynamic = images(1, guidance=4.0, limit="dynamic")
+    dynamic = images(1, guidance=4.0, x0_thresholding="dynamic")
     assert np.abs(dynamic).max() <= 1 + 1e-5
     assert (np.abs(dynamic) > 0.999).mean() < (np.abs(clipped) > 0.999).mean()
 
@@ -264,18 +269,22 @@ def test_images_that_are_made_when_asked_for_are_edited_as_an_array_is(kind):
 
 
 def test_a_way_to_draw_that_makes_no_sense_is_one_line():
-    with pytest.raises(UserError, match='there is no "dimm"; did you mean "ddim"'):
+    with pytest.raises(
+        FieldError, match=r'^sampling\.sampler: there is no "dimm"; did you mean "ddim"'
+    ):
         drawing(predict, lambda params: cosine(), SHAPE, 2, Sampling("dimm"))
-    with pytest.raises(UserError, match="guidance_interval=3,1: must rise"):
-        draw(interval=(3.0, 1.0))
+    with pytest.raises(FieldError, match=r"^sampling\.guidance_interval=3,1: must be LOW,HIGH"):
+        draw(guidance_interval=(3.0, 1.0))
 
 
 def test_eps_that_says_nothing_of_the_image_is_not_divided_by_nothing():
     """At logsnr -20 an error of 1 % in eps is one of 200 in x0."""
     cut = from_betas(cosine_betas())
-    with pytest.raises(UserError, match="starts at logsnr -20, where eps says nothing"):
-        check_start("eps", cut, Sampling(limit="none"))
-    check_start("v", cut, Sampling(limit="none"))
-    check_start("eps", cut, Sampling(limit="clip"))
-    check_start("eps", cut, Sampling(limit="none", steps=20, spacing="leading"))
-    check_start("eps", from_betas(linear_betas()), Sampling(limit="none"))
+    with pytest.raises(
+        FieldError, match=r"^prediction=eps: .* at logsnr -20, where eps determines no"
+    ):
+        check_start("eps", cut, Sampling(x0_thresholding="none"))
+    check_start("v", cut, Sampling(x0_thresholding="none"))
+    check_start("eps", cut, Sampling(x0_thresholding="clip"))
+    check_start("eps", cut, Sampling(x0_thresholding="none", steps=20, spacing="leading"))
+    check_start("eps", from_betas(linear_betas()), Sampling(x0_thresholding="none"))

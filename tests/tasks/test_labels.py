@@ -10,7 +10,7 @@ import pytest
 from ddpm_jax.data.types import Batch, Data, Split
 from ddpm_jax.diffusion.schedules import cosine
 from ddpm_jax.errors import UserError
-from ddpm_jax.nn.classifier import Classifier
+from ddpm_jax.nn.classifier import ClassifierNetwork
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.parallel.sharding import make
 from ddpm_jax.tasks.classifier import classifier_task, labelled
@@ -27,7 +27,7 @@ def batch(labels):
 
 @pytest.fixture(scope="module")
 def classifier():
-    task = classifier_task(Classifier(3, (4,), 4, 0.0), (8, 8, 1), 256, eval_batch=4)
+    task = classifier_task(ClassifierNetwork(3, (4,), 4, 0.0), (8, 8, 1), 256, eval_batch=4)
     return task, task.init(jax.random.key(0), batch([0]))[0]
 
 

@@ -10,11 +10,10 @@ from ddpm_jax.data.types import Data, Split
 from ddpm_jax.diffusion import losses as loss
 from ddpm_jax.diffusion import schedules
 from ddpm_jax.nn.autoencoder import Autoencoder
-from ddpm_jax.nn.classifier import Classifier
+from ddpm_jax.nn.classifier import ClassifierNetwork
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.dual_encoder import DualEncoder
-from ddpm_jax.nn.text_encoder import Size
-from ddpm_jax.nn.vae import VAE
+from ddpm_jax.nn.vae import VAENetwork
 from ddpm_jax.parallel.sharding import make
 from ddpm_jax.task import Evaluation
 from ddpm_jax.tasks.autoencoder import autoencoder_task
@@ -50,8 +49,9 @@ def dit(outputs=1, classes=CLASSES):
 
 
 def vae():
-    return vae_task(VAE(SHAPE, 2, (8,)), gaussian(LEVELS, 0.5), beta=3.0, eval_batch=64,
-                    iwae_images=1)  # fmt: skip
+    return vae_task(
+        VAENetwork(SHAPE, 2, (8,)), gaussian(LEVELS, 0.5), beta=3.0, eval_batch=64, iwae_images=1
+    )
 
 
 def weighted():
@@ -76,16 +76,16 @@ def variational():
 
 
 def noisy():
-    net = Classifier(CLASSES, (4,), 4, 0.0, True)
+    net = ClassifierNetwork(CLASSES, (4,), 4, 0.0, True)
     return classifier_task(net, SHAPE, LEVELS, schedule=schedules.cosine(), eval_batch=64)
 
 
 def clean():
-    return classifier_task(Classifier(CLASSES, (4,), 4, 0.0), SHAPE, LEVELS, eval_batch=64)
+    return classifier_task(ClassifierNetwork(CLASSES, (4,), 4, 0.0), SHAPE, LEVELS, eval_batch=64)
 
 
 def contrastive():
-    net = DualEncoder(Size(8, 1, 1), shapes.LENGTH, (8,), 8)
+    net = DualEncoder("tiny", shapes.LENGTH, (8,), 8)
     return contrastive_task(net, (32, 32, 3), 256, batch_size=16)
 
 

@@ -83,9 +83,9 @@ def test_a_generation_model_is_trained_on_it(folder, launch, tmp_path):
         result = launch(f"--experiment={part}_shapes", "--debug", data)
         assert result.returncode == 0, result.stderr
     result = launch(
-        "--experiment=generator_shapes", "--debug", data, f"--config.pretrained={folder}",
-        f"--config.text={tmp_path}/runs/text_encoder_shapes-debug",
-        f"--config.autoencoder={tmp_path}/runs/autoencoder_shapes-debug",
+        "--experiment=generator_shapes", "--debug", data, f"--config.task.pretrained={folder}",
+        f"--config.task.text_encoder={tmp_path}/runs/text_encoder_shapes-debug",
+        f"--config.task.autoencoder={tmp_path}/runs/autoencoder_shapes-debug",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "captions with" in result.stderr

@@ -1,6 +1,5 @@
 """Text to image: guidance between two captions, two generation models, and the command line."""
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -10,8 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax.config import override, replace
 from ddpm_jax.data import batches, loader
+from ddpm_jax.data.types import info_of
 from ddpm_jax.errors import UserError
+from ddpm_jax.experiment import run
+from ddpm_jax.experiment.registry import load_experiment
+from ddpm_jax.experiment.types import Options, bind, build
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.nn.layers import Context
@@ -20,26 +24,39 @@ from ddpm_jax.parallel.sharding import make
 from ddpm_jax.task import Request
 from ddpm_jax.tasks.autoencoder import autoencoder_task, latents
 from ddpm_jax.tasks.text_to_image import Parts, Prompts, clip_scores, text_to_image_task
-from experiments import generator_shapes, text_encoder_scaling, text_to_image_shapes
 from helpers.text import drawn
 
 DATA = loader.load("shapes")
 CODES = 12
+EXPERIMENT = load_experiment("generator_shapes")
+MODELS = {
+    "unet": {},
+    "dit": {"task.generator.network": "dit"},
+    "autoregressive": {"task.generator": "autoregressive"},
+}
+NETWORK = dict(
+    channels=8, multipliers=(1,), blocks=1, attention_sizes=(8,), head_channels=0,
+    width=16, depth=1, heads=2,
+)  # fmt: skip
+
+
+def generator(model, net, codes=0, batch_size=32, times_per_image=1):
+    """A small generation model of the experiment on the autoencoder `net`."""
+    small = {f"task.generator.network.{name}": value for name, value in NETWORK.items()}
+    small |= {"task.generator.times_per_image": times_per_image, "task.generator.sampling.steps": 4}
+    config = override(EXPERIMENT.config, MODELS[model], small, EXPERIMENT.alternatives)
+    settings = config.task.generator.bind(net, codes, "float32")
+    return settings.build(latents(net, codes), batch_size)
 
 
 @functools.cache
-def system(model="unet", judged=False, **fields):
+def system(model="unet", judged=False):
     """(task, params, fixed) of a small system whose every parameter is drawn.
 
     If `judged`, another dual encoder tells its figures.
     """
     codes = CODES if model == "autoregressive" else 0
-    config = generator_shapes.Config(
-        model=model, channels=8, multipliers=(1,), blocks=1, attention_sizes=(8,), head_channels=0,
-        width=16, depth=1, heads=2, latent=2, codes=codes, sample_steps=4, shape=DATA.shape,
-        levels=DATA.levels, draws=1, **fields,
-    )  # fmt: skip
-    text = DualEncoder(SIZES["tiny"], DATA.caption_length, (8,), 16)
+    text = DualEncoder("tiny", DATA.caption_length, (8,), 16)
     net = Autoencoder(DATA.shape, (8, 8), 2)
 
     tokens, images = jnp.zeros((1, DATA.caption_length), jnp.uint8), jnp.zeros((1, *DATA.shape))
@@ -63,7 +80,7 @@ def system(model="unet", judged=False, **fields):
         SIZES["tiny"].features, judge=other if judged else None,
     )  # fmt: skip
     task = text_to_image_task(
-        generator_shapes.generator(config, parts), parts, DATA.shape, DATA.levels,
+        generator(model, net, codes), parts, DATA.shape, DATA.levels,
         caption_dropout=0.5,
         prompts=Prompts(lambda split: {"single": ["a red circle"] * 3}, align, (2.0,), 4),
     )  # fmt: skip
@@ -130,33 +147,23 @@ def test_training_drops_captions_and_evaluation_does_not():
 @pytest.mark.parametrize("model", ["unet", SLOW])
 def test_several_draws_of_an_image_are_as_many_images(model):
     """The loss of an image is the mean of those of copies of it and its caption, at times apart."""
-    parts = Parts(None, latents(Autoencoder(DATA.shape, (8, 8), 2), 0), None, None, 64)
-
-    def generator(batch_size, draws):
-        return generator_shapes.generator(
-            generator_shapes.Config(
-                model=model, channels=8, multipliers=(1,), attention_sizes=(8,), head_channels=0,
-                width=16, depth=1, heads=2, latent=2, batch_size=batch_size, draws=draws,
-            ),
-            parts,
-        )  # fmt: skip
-
+    of = functools.partial(generator, model, Autoencoder(DATA.shape, (8, 8), 2), 0)
     rng = np.random.default_rng(0)
     z, tokens, pooled = (rng.normal(size=size) for size in ((4, 8, 8, 2), (4, 5, 64), (4, 64)))
     mask = jnp.arange(5) < jnp.array([[5], [2], [0], [3]])
     z, told = jnp.float32(z), Context(jnp.float32(tokens), mask, jnp.float32(pooled))
-    several, params = generator(4, 2), drawn(generator(4, 2).init, told)
+    several, params = of(4, 2), drawn(of(4, 2).init, told)
     loss = jax.jit(several.loss, static_argnums=5)
     found, _ = loss(params, z, told, jnp.arange(4), KEYS, True)
     z_of_each, told_each = jax.tree.map(lambda a: a.repeat(2, 0), (z, told))
     keys = jax.vmap(lambda key: jax.random.split(key, 2))(KEYS).reshape(-1)
-    one = jax.jit(generator(8, 1).loss, static_argnums=5)
+    one = jax.jit(of(8, 1).loss, static_argnums=5)
     apart = jnp.array([0, 4, 1, 5, 2, 6, 3, 7])  # eighths of time
     each, _ = one(params, z_of_each, told_each, apart, keys, True)
     np.testing.assert_allclose(found, each.reshape(4, 2).mean(1), rtol=1e-4)
     assert np.ptp(each.reshape(4, 2), 1).min() > 1e-3
     # Evaluation sees an image once.
-    once = jax.jit(generator(4, 1).loss, static_argnums=5)
+    once = jax.jit(of(4, 1).loss, static_argnums=5)
     evaluated = (params, z, told, jnp.arange(4), KEYS, False)
     np.testing.assert_allclose(loss(*evaluated)[0], once(*evaluated)[0], rtol=1e-6)
 
@@ -199,27 +206,35 @@ def test_flags_that_mean_nothing_are_told():
 
 
 def test_a_model_that_its_latents_or_its_noise_do_not_suit_is_one_line():
-    config = generator_shapes.Config(model="autoregressive", latent=2, shape=DATA.shape)
-    parts = Parts(None, latents(Autoencoder(DATA.shape, (8, 8), 2), 0), None, None, 64)
-    with pytest.raises(UserError, match="quantised autoencoder"):
-        generator_shapes.generator(config, parts)
-    config = dataclasses.replace(config, model="unet", prediction="eps")
-    with pytest.raises(UserError, match="eps says nothing of the image"):
-        generator_shapes.generator(config, parts)
-    with pytest.raises(UserError, match="schedule has 1000 steps"):
-        generator_shapes.generator(dataclasses.replace(config, sample_steps=1001), parts)
+    parts = {"task.autoencoder_network": Autoencoder(channels=(8, 8), latent_channels=2)}
+    eps = {"task.generator.prediction": "eps"}
+    for fields, says in (
+        (MODELS["autoregressive"], r"network\.codes=0: .* quantised autoencoder"),
+        (eps, r"prediction=eps: .* eps determines nothing of the image"),
+        (
+            {**eps, "task.generator.sampling.steps": "1001"},
+            r"sampling\.steps=1001: .* schedule has 1000 steps",
+        ),
+    ):
+        config = override(EXPERIMENT.config, fields, parts, EXPERIMENT.alternatives)
+        with pytest.raises(UserError, match=rf"^--config\.task\.generator\.{says}"):
+            build(bind(config, info_of(DATA)))
 
 
 def test_a_model_that_cannot_be_built_is_told_before_its_parts_are_trained(tmp_path):
+    experiment = load_experiment("text_to_image_shapes")
     for fields, says in (
-        (dict(model="autoregressive"), "quantised autoencoder"),
-        (dict(channels=6), "must divide by 4"),
+        ({"generator.task.generator": "autoregressive"}, "quantised autoencoder"),
+        ({"generator.task.generator.network.channels": "6"}, "channels=6: must divide by 4"),
     ):
+        config = override(experiment.config, fields, {}, experiment.alternatives)
         with pytest.raises(UserError, match=says):
-            text_to_image_shapes.run(text_to_image_shapes.Config(**fields), tmp_path / "run")
+            run.train(experiment, config, tmp_path / "run", Options())
         assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="only of shapes"):
-        text_encoder_scaling.run(text_encoder_scaling.Config(data="digits"), tmp_path / "run")
+    scaling = load_experiment("text_encoder_scaling")
+    digits = replace(scaling.config, {"data.name": "digits"})
+    with pytest.raises(UserError, match=r"data=digits: .* is known of shapes alone"):
+        run.train(scaling, digits, tmp_path / "run", Options())
 
 
 @pytest.mark.slow

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ddpm_jax.config import restore
 from ddpm_jax.errors import UserError
+from ddpm_jax.experiment import recorded
+from ddpm_jax.experiment.types import build
 from ddpm_jax.parallel import sharding
 from ddpm_jax.training import step as step_module
 from ddpm_jax.training.checkpoint import (
@@ -26,7 +27,6 @@ from ddpm_jax.training.checkpoint import (
     check_sums,
     open_checkpoints,
 )
-from experiments import vae_digits
 from helpers.launching import ROOT, user_environment
 from helpers.runs import (
     COMMAND,
@@ -121,8 +121,9 @@ def test_sampling_from_a_damaged_checkpoint_takes_the_one_before_and_changes_not
     flip_all(newest(workdir))
     drawn = launch("--mode=sample", f"--workdir={workdir}", "--num_samples=4")
     assert drawn.returncode == 0, drawn.stderr
-    assert f"the checkpoint of step {last} is damaged" in drawn.stderr
-    assert len(drawn.stderr.strip().splitlines()) == 1
+    damaged, sampling = drawn.stderr.strip().splitlines()
+    assert damaged.startswith(f"the checkpoint of step {last} is damaged")
+    assert sampling.startswith("sampling 4 images in 1 batch")
     assert f"step {before}:" in drawn.stdout
     assert int(newest(workdir).name) == last
 
@@ -234,8 +235,8 @@ def test_a_data_directory_may_disappear_in_mid_run(tmp_path, launch):
             Image.fromarray(image).save(folder / label / f"{number}.png")
     command = [
         sys.executable, str(ROOT / "launch.py"), "--experiment=vae_fashion_mnist", "--debug",
-        f"--config.data=folder:{folder}", "--config.steps=60", "--config.eval_every=20",
-        "--config.log_every=1", "--config.checkpoint_every=10", f"--workdir={workdir}",
+        f"--config.data=folder:{folder}", "--config.train.steps=60", "--config.train.eval_every=20",
+        "--config.train.log_every=1", "--config.train.checkpoint_every=10", f"--workdir={workdir}",
     ]  # fmt: skip
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, env=user_environment(), stdout=log, stderr=log)
@@ -243,7 +244,7 @@ def test_a_data_directory_may_disappear_in_mid_run(tmp_path, launch):
         shutil.rmtree(folder)
         code = process.wait(timeout=180)
     assert code == 0, (tmp_path / "log").read_text()
-    again = launch(*command[2:-1], "--config.steps=80", f"--workdir={workdir}")
+    again = launch(*command[2:-1], "--config.train.steps=80", f"--workdir={workdir}")
     assert again.returncode == 2
     assert "Traceback" not in again.stderr
     assert str(folder) in again.stderr
@@ -256,9 +257,9 @@ EVIL = b"cos\nsystem\n(S'touch EVIL'\ntR."  # a pickle that runs a command
 
 def test_no_file_of_a_run_directory_is_unpickled(stopped, tmp_path, launch):
     """Every file of a checkpoint in turn is a pickle that would run a command."""
-    record = json.loads((stopped / "config.json").read_text())
-    config = restore(vae_digits.Config, record["config"], stopped)
-    like = sharding.make().like(step_module.state_shapes(vae_digits.build(config), config))
+    config = recorded.read(stopped).config
+    shapes = step_module.state_shapes(build(config), config, config.task.info.shape)
+    like = sharding.make().like(shapes)
     checkpoints = open_checkpoints(stopped / "checkpoints", read_only=True)
     checkpoints.restore(steps_kept(stopped)[-1], like)  # as it is, it is read
     checkpoints.close()

@@ -15,26 +15,27 @@ import optax
 import optax.contrib
 import pytest
 
-from ddpm_jax.config import Training, marked, to_record
+from ddpm_jax.config import marked, replace, to_record
 from ddpm_jax.data import batches, loader, types
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.experiment import inputs, load
-from ddpm_jax.experiment import train as train_module
+from ddpm_jax.experiment import recorded, run
+from ddpm_jax.experiment.inputs import config_for
+from ddpm_jax.experiment.registry import load_experiment
+from ddpm_jax.experiment.types import Options, bind, build
 from ddpm_jax.fields import MAY_CHANGE
-from ddpm_jax.nn.vae import VAE
+from ddpm_jax.nn.vae import VAENetwork
 from ddpm_jax.parallel import sharding
 from ddpm_jax.rng import TRAIN, example_keys, purpose_key
 from ddpm_jax.task import Evaluation, Request, Task
 from ddpm_jax.tasks.vae import vae_task
 from ddpm_jax.training import ema as ema_module
 from ddpm_jax.training import loop as train
-from ddpm_jax.training import muon, run_dir
+from ddpm_jax.training import muon, records
 from ddpm_jax.training import optimizer as optimizer_module
 from ddpm_jax.training import step as step_module
 from ddpm_jax.training.checkpoint import open_checkpoints
 from ddpm_jax.training.run_dir import open_run
 from ddpm_jax.variational import likelihoods as likelihood
-from experiments import vae_digits
 from helpers.runs import COMMAND, end_of, finish, start, steps_of, wait_for
 
 
@@ -43,9 +44,22 @@ def digits():
     return loader.load("digits")
 
 
-def small(**changes):
-    config = dataclasses.replace(vae_digits.Config(), **vae_digits.DEBUG)
-    return dataclasses.replace(config, batch_size=16, **changes)
+EXPERIMENT = load_experiment("vae_digits")
+INFO = types.DataInfo("digits", (8, 8, 1), 17, 10)
+# Adam's steps are of the size 1 under a constant gradient.
+CONSTANT = optimizer_module.Adam(learning_rate=1.0)
+
+
+def small(values=(), **train):
+    """The debug config with batches of 16; `values` by their paths, `train` of that section."""
+    train = {f"train.{name}": value for name, value in train.items()}
+    values = {"train.batch_size": 16, **train, **dict(values)}
+    return bind(config_for(EXPERIMENT, True, values), INFO)
+
+
+def ema(**fields):
+    """Moving averages, as `small` takes them."""
+    return {"ema": ema_module.EMA(**fields)}
 
 
 def batch_of(data, size, start=0):
@@ -53,12 +67,12 @@ def batch_of(data, size, start=0):
     return types.Batch(data.train.images[rows], data.train.labels[rows], np.arange(size))
 
 
-def bind(task, config, seed=0):
+def step_of(task, config, seed=0):
     return lambda state, batch: step_module.train_step(task, config, seed, state, batch)
 
 
 def fit(config, data, workdir, task=None, seed=0):
-    task = task or vae_digits.build(config)
+    task = task or build(config)
     record = {"experiment": "test", "config": to_record(config), "seed": seed, "data": {}}
     run = open_run(workdir, record, marked(config, MAY_CHANGE))
     checkpoints = open_checkpoints(workdir / "checkpoints")
@@ -76,7 +90,7 @@ def not_evaluated(*_, **__):
 
 def fit_alone(config, data, workdir, task=None):
     """`fit` without an evaluation at its end."""
-    task = task or vae_digits.build(config)
+    task = task or build(config)
     return fit(config, data, workdir, task._replace(evaluate=not_evaluated))
 
 
@@ -89,7 +103,7 @@ def test_training_looks_at_validation_images_and_only_the_end_at_test_images(dig
         return Evaluation({"loss": float([3.0, 1.0, 2.0, 0.5][len(asked) - 1])}, {})
 
     config = small(steps=8, eval_every=2, checkpoint_every=1, steps_per_call=1)
-    task = vae_digits.build(config)._replace(evaluate=evaluate)
+    task = build(config)._replace(evaluate=evaluate)
     result = fit(config, digits, tmp_path / "run", task)
     assert asked == [("validation", False)] * 3 + [("test", True)]
     assert result.final.metrics == {"test/loss": 0.5}
@@ -102,13 +116,13 @@ def test_training_looks_at_validation_images_and_only_the_end_at_test_images(dig
 
 @pytest.mark.parametrize("conv", [False, True])
 def test_one_batch_is_overfitted(digits, conv):
-    config = dataclasses.replace(small(), learning_rate=3e-3, ema_half_life=0.0, decay="none")
-    net = VAE((8, 8, 1), 16, (16, 32) if conv else (128,), conv=conv)
+    config = small({"optimizer.learning_rate": 3e-3, "optimizer.lr_schedule": "constant", **ema()})
+    net = VAENetwork((8, 8, 1), 16, (16, 32) if conv else (128,), conv=conv)
     p_x = likelihood.gaussian(17, std=0.1)
     task = vae_task(net, p_x, beta=0.0, eval_batch=16, iwae_images=1)
     batch = batch_of(digits, 16)
     state = step_module.init_state(task, config, batch, 0)
-    step = jax.jit(bind(task, config))
+    step = jax.jit(step_of(task, config))
     losses = []
     for _ in range(600):
         state, metrics = step(state, batch)
@@ -121,7 +135,7 @@ def test_one_batch_is_overfitted(digits, conv):
 def test_the_train_step_compiles_once(digits, tmp_path):
     traces = []
     config = small(steps=43, log_every=7, eval_every=0, checkpoint_every=10)
-    task = vae_digits.build(config)
+    task = build(config)
 
     def loss(*arguments, **named):
         traces.append(1)
@@ -190,21 +204,28 @@ def test_a_power_averages_weights_have_the_width_that_was_asked_for():
 
 
 def test_several_averages_are_kept_at_once_and_one_is_chosen(digits, tmp_path):
-    config = small(ema_half_life=1e6, ema_others=(0.0, 100.0), ema_power=(0.1,), ema=1)
+    averages = dict(more_half_lives_images=(0.0, 100.0), power_widths=(0.1,))
+    config = small(ema(half_life_images=1e6, evaluated="half_life=0", **averages))
     state = fit_alone(config, digits, tmp_path).state
     assert len(state.ema) == 4
     chex.assert_trees_all_equal(step_module.averaged(state, config), state.params)  # no averaging
-    alone = fit_alone(small(ema_half_life=100.0), digits, tmp_path / "alone").state
+    alone = fit_alone(small(ema(half_life_images=100.0)), digits, tmp_path / "alone").state
     # Two programs, which round a sum near 0 differently.
     chex.assert_trees_all_close(state.ema[2], alone.ema[0], rtol=1e-6, atol=1e-9)
-    with pytest.raises(UserError, match="there are 4 averages"):
-        ema_module.check_ema(dataclasses.replace(config, ema=4))
+    names = "first, half_life=1000000, half_life=0, half_life=100, power=0.1"
+    with pytest.raises(UserError, match=f'there is no average "power=0.2"; there are: {names}$'):
+        recorded.check_average(replace(config, {"ema.evaluated": "power=0.2"}))
 
 
 def test_the_record_says_which_parameters_were_used():
-    config = small(ema_half_life=20_000.0, ema_others=(0.0, 500.0), ema_power=(0.05,))
-    used = [ema_module.parameters_used(dataclasses.replace(config, ema=ema)) for ema in range(4)]
+    averages = ema_module.EMA(20_000.0, (0.0, 500.0), (0.05,))
+    assert averages.names == ("half_life=20000", "half_life=0", "half_life=500", "power=0.05")
+    used = [
+        ema_module.parameters_used(dataclasses.replace(averages, evaluated=name))
+        for name in ("first", *averages.names)
+    ]
     assert used == [
+        "EMA, half-life 20000 images",
         "EMA, half-life 20000 images",
         "as trained",
         "EMA, half-life 500 images",
@@ -213,9 +234,9 @@ def test_the_record_says_which_parameters_were_used():
 
 
 def test_the_learning_rate_warms_up_and_decays():
-    config = Training(learning_rate=0.5, warmup=10, decay="cosine", steps=100)
+    settings = optimizer_module.Adam(learning_rate=0.5, warmup_steps=10, lr_schedule="cosine")
     params = {"x": jnp.zeros(1)}
-    optimizer = optimizer_module.optimizer(config)
+    optimizer = optimizer_module.make_optimizer(settings, steps=100)
     state = optimizer.init(params)
     sizes = []
     for _ in range(100):  # Adam's step under a constant gradient is the learning rate
@@ -236,7 +257,7 @@ def test_muon_takes_kernels_as_matrices_and_adam_the_rest():
     inner = {"kernel": drawn(3, 3, 2, 16), "bias": drawn(16)}
     scanned = {"kernel": drawn(5, 12, 8)}
     params = {"params": {"conv_in": {"kernel": drawn(3, 3, 1, 8)}, "a": inner, "b": {"c": scanned}}}
-    made_of = optimizer_module.optimizer(Training(learning_rate=0.01, optimizer="muon"))
+    made_of = optimizer_module.make_optimizer(optimizer_module.Muon(learning_rate=0.01), 1000)
     adam = optax.adam(0.01, nesterov=True)  # in whose company Muon is
     gradient = jax.tree.map(lambda a: drawn(*a.shape), params)
     (usual, _), (found, _) = (
@@ -284,8 +305,8 @@ def test_newton_schulz_in_the_small_matrix_is_optax_s_in_the_whole(shape):
 
 
 def test_a_package_that_is_not_installed_is_recorded_as_none(monkeypatch):
-    monkeypatch.setattr(run_dir, "PACKAGES", ("jax", "no-such-package"))
-    versions = run_dir.provenance()["versions"]
+    monkeypatch.setattr(records, "PACKAGES", ("jax", "no-such-package"))
+    versions = records.provenance()["versions"]
     assert versions["jax"] == jax.__version__
     assert versions["no-such-package"] is None
 
@@ -305,9 +326,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(digits, tmp_
         evaluate=not_evaluated,
         sample=lambda params, fixed, keys, request: None,
     )
-    config = dataclasses.replace(
-        small(checkpoint_every=4), learning_rate=1.0, decay="none", warmup=0, weight_decay=0.0
-    )
+    config = small({"optimizer": CONSTANT}, checkpoint_every=4)
     says = r"loss is nan at step 14, of training examples .* of step 12"
     with pytest.raises(RunError, match=says):
         fit(config, digits, tmp_path, task)
@@ -342,9 +361,8 @@ def test_a_step_that_is_not_finite_names_its_training_examples(digits, tmp_path)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(digits, tmp_path):
-    flat = dict(learning_rate=1.0, decay="none", warmup=0, weight_decay=0.0)
     # A skipped step updates nothing, so the count of `bad_at` stands still: 3 in a row are bad.
-    config = dataclasses.replace(small(log_every=10, skip_nonfinite=3), **flat)
+    config = small({"optimizer": CONSTANT}, log_every=10, max_consecutive_nonfinite_steps=3)
     task = bad_at(6)
 
     def loss(params, fixed, batch, keys, *, train, gather):
@@ -362,12 +380,12 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(digits, tmp_path):
 
 def test_too_many_bad_steps_in_a_row_stop_the_run(digits, tmp_path):
     with pytest.raises(RunError, match="loss is nan at step 9, of training examples"):
-        fit(small(skip_nonfinite=2), digits, tmp_path, bad_at(6))
+        fit(small(max_consecutive_nonfinite_steps=2), digits, tmp_path, bad_at(6))
 
 
 def test_an_image_is_the_same_in_any_batch(digits):
     config = small()
-    task = vae_digits.build(config)
+    task = build(config)
     params = step_module.init_state(task, config, batch_of(digits, 100), 0).params
     keys = example_keys(purpose_key(0, TRAIN), 0, jnp.arange(64))
     many = task.sample(params, {}, keys, Request())
@@ -391,13 +409,14 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path):
 
 
 def test_what_only_training_reads_is_not_read_for_drawing(tmp_path):
-    config = small(steps=4, checkpoint_every=2, ema_others=(2.0,), ema=1)
-    train_module.train_experiment(vae_digits, config, tmp_path, inputs.Options())
-    shapes = step_module.state_shapes(vae_digits.build(config), config)
+    averages = ema(more_half_lives_images=(2.0,), evaluated="half_life=2")
+    config = small(averages, steps=4, checkpoint_every=2)
+    run.train(EXPERIMENT, config, tmp_path, Options())
+    shapes = step_module.state_shapes(build(config), config, INFO.shape)
     checkpoints = open_checkpoints(tmp_path / "checkpoints", read_only=True)
     whole, _ = checkpoints.restore(4, sharding.make().like(shapes))
     checkpoints.close()
-    _, state = load.load_state(vae_digits, tmp_path)
+    _, state = recorded.load_state(tmp_path)
     chex.assert_trees_all_equal(
         step_module.averaged(state, config), step_module.averaged(whole, config)
     )

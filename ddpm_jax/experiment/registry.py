@@ -1,0 +1,35 @@
+"""The experiments: the files of the folder `experiments`, each with one name, EXPERIMENT."""
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import pathlib
+import sys
+from typing import Any
+
+from ddpm_jax.errors import UserError, nearest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def names() -> list[str]:
+    """Return the names of all experiments."""
+    return sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
+
+
+@functools.cache
+def load_experiment(name: str) -> Any:
+    """Return the `Experiment` of experiments/NAME.py.
+
+    A run's record may be a stranger's: nothing but a file of that folder is imported.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    if name not in names():
+        raise UserError(f'there is no experiment "{name}"{nearest(name, names())}')
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+    return dataclasses.replace(experiment, name=name)

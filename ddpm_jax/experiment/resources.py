@@ -1,0 +1,75 @@
+"""What a run needs of other runs and of its data: checked, trained if need be, and loaded."""
+
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
+
+from ddpm_jax.config import replace
+from ddpm_jax.data.types import Data, Loaded
+from ddpm_jax.experiment.feature_networks import check_features, load_features
+from ddpm_jax.experiment.guidance_models import LABELS, check_guidance, guidance_of
+from ddpm_jax.experiment.parts import (
+    check_dual_encoder,
+    check_parts_of,
+    load_dual_encoder,
+    load_parts,
+)
+from ddpm_jax.experiment.types import Config, Options, Run
+from ddpm_jax.task import Resources
+
+
+def prepare(config: Config, loaded: Loaded, pending: Collection[str] = ()) -> Config:
+    """Check what a bound config names of other runs, and complete it; nothing is trained.
+
+    Args:
+      config: the config.
+      loaded: the data.
+      pending: directories of runs that the same command trains first: not checked yet.
+
+    Raises:
+      UserError: there is no such run, or it does not fit.
+    """
+    config = replace(config, {"task": config.task.fit_to(loaded.data)})
+    needs = config.task.needs()
+    if needs.guidance_model != LABELS:
+        config = check_guidance(config, loaded)
+    if needs.features:
+        config = check_features(config, loaded)
+    if needs.dual_encoder and needs.dual_encoder not in pending:
+        config = check_dual_encoder(config, f"task.{needs.dual_encoder_field}")
+    return check_parts_of(config) if needs.autoencoder else config
+
+
+def load(
+    config: Config, loaded: Loaded, options: Options, train: Callable[[Run, Data], Any]
+) -> Resources | None:
+    """Return what a prepared config needs of other runs, trained now if need be.
+
+    Args:
+      config: as `prepare` returns it.
+      loaded: the data.
+      options: of the command line.
+      train: trains a run on data; None: it was asked to stop.
+
+    Returns:
+      None if the training of a feature network was asked to stop.
+    """
+    found = for_sampling(config)
+    if not config.task.needs().features:
+        return found
+    features = load_features(config, loaded, options, train)
+    return None if features is None else found._replace(features=features)
+
+
+def for_sampling(config: Config) -> Resources:
+    """Return what a prepared config needs of other runs to sample."""
+    needs = config.task.needs()
+    found = Resources()
+    if needs.guidance_model != LABELS:
+        found = found._replace(guidance=guidance_of(config))
+    if needs.dual_encoder:
+        dual = functools.partial(load_dual_encoder, needs.dual_encoder)
+        found = found._replace(dual_encoder=dual)
+    if needs.autoencoder:
+        found = found._replace(parts=functools.partial(load_parts, config.task))
+    return found

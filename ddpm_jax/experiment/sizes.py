@@ -1,0 +1,110 @@
+"""Check that a run fits into memory before it starts."""
+
+import math
+import os
+
+import jax
+
+from ddpm_jax.config import fields_of
+from ddpm_jax.errors import UserError
+from ddpm_jax.experiment.types import Config
+from ddpm_jax.fields import EVAL_BATCH, HOST_IMAGES
+from ddpm_jax.progress import tell
+from ddpm_jax.task import Task
+from ddpm_jax.training import step
+
+TIMES_MEMORY = 4  # what needs more than so many times the memory is refused
+
+KEPT_TRAJECTORIES = 2 * 10  # images that are kept of each sampling step: x_t and x0 of ten
+
+
+def check_sizes(task: Task, config: Config, parallel: str = "jit") -> None:
+    """Check that a run can fit into memory: parameters, optimizer and averages, and one batch.
+
+    More than four times the memory is refused, more than half of it is logged. Nothing of that
+    size is allocated.
+
+    Args:
+      task: of the config.
+      config: bound to its data.
+      parallel: how the state is spread over devices.
+
+    Raises:
+      UserError: the run cannot fit.
+    """
+    info, train = config.task.info, config.train
+    pixels = math.prod(info.shape)
+    batch = (pixels + 4 + info.caption_length) * train.batch_size * train.steps_per_call
+    by = f"--config.train.batch_size={train.batch_size}"
+    if train.steps_per_call > 1:
+        by += f" x --config.train.steps_per_call={train.steps_per_call}"
+    per_device = max(1, jax.device_count() if _has_memory() else 1)
+    _check_bytes(batch // per_device, f"one batch ({by})", f"{by}: is too large")
+    for field in fields_of(config):
+        by = f"--config.{field.path}={field.value}"
+        if EVAL_BATCH in field.marks:
+            need = 4 * pixels * field.value // per_device
+            _check_bytes(need, f"one batch of evaluation ({by})", f"{by}: is too large")
+        if HOST_IMAGES in field.marks:
+            check_images(field.value, info.shape, f"--config.{field.path}")
+        if field.path.endswith("sampling.steps"):
+            count = KEPT_TRAJECTORIES * field.value
+            check_images(count, info.shape, f"--config.{field.path}", field.value)
+    try:
+        shapes = step.state_shapes(task, config, info.shape)
+        state = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+    except (OverflowError, MemoryError):
+        state = 2**63
+    held = state // per_device if parallel == "fsdp" else state
+    need = f"parameters, optimizer and averages of {_size(state)} and a batch of {_size(batch)}"
+    _check_bytes(held + batch // per_device, need, "the network is too large")
+
+
+def check_images(count: int, shape: tuple[int, ...], flag: str, value: int | None = None) -> None:
+    """Check that `count` images of float32 can be held in the host's memory.
+
+    Raises:
+      UserError: they need more than four times of it.
+    """
+    value = count if value is None else value
+    need = 4 * count * math.prod(shape)
+    if need > TIMES_MEMORY * _host_memory():
+        raise UserError(
+            f"{flag}={value}: the images would need {_size(need)}, and this machine has "
+            f"{_size(_host_memory())} of memory; give a smaller number"
+        )
+
+
+def _check_bytes(need: int, what: str, message: str) -> None:
+    memory = _memory()
+    if need > TIMES_MEMORY * memory:
+        raise UserError(
+            f"{message}: {what} would need {_size(need)}, and there are {_size(memory)} of memory; "
+            "give a smaller number"
+        )
+    if need > memory / 2:
+        tell(f"{what} need {_size(need)} of {_size(memory)} of memory: the run may not fit")
+
+
+def _has_memory() -> bool:
+    """Whether a device has memory of its own."""
+    return "bytes_limit" in (jax.local_devices()[0].memory_stats() or {})
+
+
+def _memory() -> int:
+    """Bytes of a device's memory; the host's, where the devices share it."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return int(stats.get("bytes_limit") or _host_memory())
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _size(count: int) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:,.0f} PiB"

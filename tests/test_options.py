@@ -1,0 +1,186 @@
+"""Options that a user mistypes, that contradict each other, or that have no effect."""
+
+import json
+import pathlib
+
+import pytest
+
+from ddpm_jax.data import loader
+from ddpm_jax.errors import ConfigError, UserError
+from ddpm_jax.experiment.effects import IDLE, named_by_user
+from ddpm_jax.fields import FieldError, section
+from helpers.launching import expect_one_line
+
+DIGITS, DDPM = "--experiment=vae_digits --debug", "--experiment=ddpm_digits --debug"
+WRONG = [
+    # The commonest mistakes name the path to use.
+    ("--batch_size=32", r"unknown flag .--batch_size.; give --config\.train\.batch_size=VALUE"),
+    (f"{DIGITS} --learning_rate=1e-4", r"give --config\.optimizer\.learning_rate=VALUE"),
+    (f"{DIGITS} --lr=1e-4", r"give --config\.optimizer\.learning_rate=VALUE"),
+    (f"{DIGITS} --epochs=3", r"give --config\.train\.steps=VALUE"),
+    (f"{DIGITS} --num_epochs=3", r"give --config\.train\.steps=VALUE"),
+    (f"{DIGITS} --data=mnist", r"give --config\.data=VALUE"),
+    (f"{DIGITS} --dataset=mnist", r"give --config\.data=VALUE"),
+    (f"{DIGITS} --latents=3", r"give --config\.task\.network\.latents=VALUE"),
+    (f"{DIGITS} --config steps=5", r"give --config\.train\.steps=5$"),
+    (f"{DIGITS} --config=steps=5", r"give --config\.train\.steps=5$"),
+    (f"{DIGITS} --config nonsense", r"give --config\.PATH=VALUE$"),
+    (f"{DIGITS} --config.steps=5", r"did you mean --config\.train\.steps\?"),
+    (f"{DIGITS} --config.train.setps=5", r"did you mean --config\.train\.steps\?"),
+    (f"{DIGITS} --config.hidden=5", r"did you mean --config\.task\.network\.hidden\?"),
+    (f"{DIGITS} --undefok=zzz --zzz=1", "--undefok: an unknown flag is always an error"),
+    # Names of data sets.
+    (f"{DIGITS} --config.data=/path/to/images", r"--config\.data=folder:/path/to/images$"),
+    (f"{DIGITS} --config.data=./folder", r"--config\.data=folder:\./folder$"),
+    (f"{DIGITS} --config.data=../x", r"--config\.data=folder:\.\./x$"),
+    (f"{DIGITS} --config.data=~/images", r"--config\.data=folder:~/images$"),
+    (f"{DIGITS} --config.data=Folder:x", r"--config\.data=folder:x$"),
+    (f"{DIGITS} --config.data=MNIST", r"--config\.data=mnist$"),
+    (f"{DIGITS} --config.data=Fashion-MNIST", r"--config\.data=fashion_mnist$"),
+    (f"{DIGITS} --config.data=CIFAR-10", r"--config\.data=cifar10$"),
+    (f"{DIGITS} --config.data=Digits", r"--config\.data=digits$"),
+    # Fields of an alternative that was not chosen, and alternatives that do not exist.
+    (f"{DDPM} --config.task.network.patch=2", r"give --config\.task\.network=dit, too"),
+    (f"{DDPM} --config.task.network=dit --config.task.network.channels=8", "network=unet, too"),
+    (f"{DDPM} --config.task.network=Unet", 'there is no "Unet"; did you mean "unet"'),
+    (f"{DDPM} --config.task.schedule=cosine --config.task.schedule.steps=9", "unknown field|too"),
+    (f"{DIGITS} --config.task=vae", "has several fields; set one of them"),
+    (f"{DIGITS} --config.optimizer=sgd", 'there is no "sgd"; there are: adam, muon'),
+    # Options without effect.
+    (f"{DDPM} --config.task.conditional=false --config.task.sampling.guidance=2", "no effect"),
+    (f"{DDPM} --config.task.sampling.guidance=1 --config.task.sampling.guidance_rescale=0.5",
+     "no effect: there is no guidance to rescale"),
+    (f"{DDPM} --config.task.conditional=false --config.task.label_dropout=0.2", "no effect"),
+    (f"{DDPM} --config.task.network.refiner_blocks=1", "no effect: the network reads no captions"),
+    (f"{DDPM} --config.task.vlb_weight=2", "no effect: the variance is not learned"),
+    ("--experiment=autoencoder_shapes --debug --config.task.commitment_weight=1", "no effect"),
+    ("--experiment=autoencoder_shapes --debug --config.task.codes=8 --config.task.kl_weight=1",
+     "no effect: codes have no KL"),
+    (f"{DDPM} --config.task.network.attention_sizes=5", "no feature map has the side 5"),
+    # Contradictions, named by the field that the user set.
+    (f"{DDPM} --config.task.label_dropout=0", r"--config\.task\.label_dropout=0: the network is n"),
+    (f"{DDPM} --config.task.network.head_channels=3", r"task\.network\.head_channels=3: 8"),
+    (f"{DDPM} --config.task.network.space_to_depth=3",
+     r"--config\.task\.network\.space_to_depth=3: .*multipliers"),
+    ("--experiment=vae_fashion_mnist --debug --config.data=digits --config.task.network.hidden="
+     "4,4,4,4", r"--config\.task\.network\.hidden=4,4,4,4: the convolutional VAE halves"),
+    (f"{DDPM} --config.task.schedule=cosine --config.task.variance=learned",
+     r"--config\.task\.variance=learned: needs a table of betas"),
+    (f"{DDPM} --config.task.times=importance --config.task.schedule=edm",
+     r"--config\.task\.times=importance: needs a table of betas"),
+    ("--experiment=vdm_digits --debug --config.task.logsnr_max=-9",
+     r"--config\.task\.logsnr_max=-9.*must be less than"),
+    ("--experiment=vdm_digits --debug --config.task.conditional=true "
+     "--config.task.sampling.guidance=2", r"--config\.task\.sampling\.guidance.*never trained"),
+    ("--experiment=generator_shapes --debug --config.task.caption_dropout=0", "no finished run"),
+    # Feature networks and guidance models that are not there.
+    (f"{DDPM} --config.task.evaluation.features=runs/none", "no finished run of a classifier"),
+    (f"{DDPM} --config.task.evaluation.features=classifier_digit", "did you mean .classifier_dig"),
+    (f"{DDPM} --config.task.sampling.guidance_model=runs/none", "there is no run"),
+    # Runs of one command that would share a directory.
+    ("--experiment=beta_vae_mnist --debug --config.base.data=digits --config.values=1,1.0",
+     r"--config\.values=1\.0,1\.0: two runs would share the directory beta_1"),
+    ("--experiment=text_encoder_scaling --debug --config.channels=8,8", "two runs would share"),
+    ("--experiment=text_encoder_scaling --debug --config.text_sizes=tiny,tiny", "would share"),
+    ("--experiment=text_encoder_scaling --debug --config.data=digits", "known of shapes alone"),
+    ("--experiment=text_to_image_shapes --debug --config.generator.task.text_encoder=runs/x",
+     "the chain trains it"),
+    # Fields of a part are named as the user gives them.
+    ("--experiment=text_to_image_shapes --debug --config.generator.task.generator=autoregressive",
+     r"--config\.generator\.task\.generator\.network\.codes=0"),
+    ("--experiment=beta_vae_mnist --debug --config.base.data=digits --config.base.train.batch_size="
+     "1000000000000", r"--config\.base\.train\.batch_size"),
+    ("--experiment=noise_in_sampling --debug --config.model.task.network.channels=6",
+     r"--config\.model\.task\.network\.channels=6: must divide by 4"),
+    ("--experiment=noise_in_sampling --debug --config.samplers=ddmi", 'there is no "ddmi"'),
+    ("--experiment=noise_in_sampling --debug --config.model.task.conditional=false", "every class"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "says"), WRONG, ids=[row[0] for row in WRONG])
+def test_a_wrong_option_is_one_line_that_says_what_to_do(launch_here, arguments, says):
+    result = launch_here(*arguments.split(" "))
+    expect_one_line(result, says)
+    assert not list(pathlib.Path("runs").glob("*/checkpoints/*"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of ddpm_digits of one step, conditional and without label dropout."""
+    import launch
+
+    workdir = tmp_path_factory.mktemp("options") / "run"
+    arguments = [
+        *DDPM.split(), f"--workdir={workdir}", "--config.train.steps=1",
+        "--config.task.label_dropout=0", "--config.task.sampling.guidance=1",
+    ]  # fmt: skip
+    assert launch.report(arguments) == 0
+    return workdir
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--mode=sample --guidance=2", "--guidance=2: .*never trained without labels"),
+        ("--mode=eval --seed=1", "--seed: an evaluation uses the seed of the run"),
+        ("--mode=sample --profile", "--profile goes with --mode=train"),
+        ("--mode=eval --wandb", "--wandb goes with --mode=train"),
+        ("--mode=sample --strict_data", "--strict_data goes with --mode=train"),
+        ("--mode=sample --data_dir=.", "sampling reads no data set"),
+        ("--mode=sample --prompt_file=", "is empty: give a path"),
+        ("--mode=eval --config.train.batch_size=3", "is what the run in .* was trained with"),
+        ("--mode=eval --config.task.network.channels=4", "is what the run in .* was trained with"),
+        ("--mode=sample --config.task.sampling.guidance_model=SELF", "is this run itself"),
+    ],
+)
+def test_an_option_without_effect_on_a_trained_run_is_refused(
+    launch_here, trained, arguments, says
+):
+    words = [word.replace("SELF", str(trained)) for word in arguments.split(" ")]
+    expect_one_line(launch_here(f"--workdir={trained}", *words), says)
+
+
+def test_a_run_of_an_older_format_is_named_with_the_commit_that_reads_it(launch_here, tmp_path):
+    old = {"experiment": "vae_digits", "config": {"steps": 3}, "seed": 0, "data": {}}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text(json.dumps(old))
+    for flags in (["--mode=sample"], ["--mode=eval"], DIGITS.split()):
+        result = launch_here(*flags, f"--workdir={tmp_path / 'old'}")
+        expect_one_line(result, "of format 1, which commit [0-9a-f]{7} of this project was")
+    (tmp_path / "old" / "config.json").write_text(json.dumps({**old, "format": 99}))
+    result = launch_here("--mode=sample", f"--workdir={tmp_path / 'old'}")
+    expect_one_line(result, "of format 99, and this version reads format 2")
+
+
+def test_a_contradiction_is_named_by_the_field_that_the_user_set():
+    with pytest.raises(FieldError) as caught, section("network"):
+        raise FieldError("heads=3: must divide the width", "width")
+    error = ConfigError(
+        f"--config.task.{caught.value}", *(f"task.{o}" for o in caught.value.others)
+    )
+    for set_by_user, begins in (
+        ({}, "--config.task.network.heads=3: must"),
+        ({"task.network.heads": "3"}, "--config.task.network.heads=3: must"),
+        ({"task.network.width": "4"}, "--config.task.network.width=4: --config.task.network.heads"),
+    ):
+        assert str(named_by_user(error, set_by_user)).startswith(begins)
+
+
+def test_every_field_that_may_be_idle_exists_in_an_experiment():
+    from ddpm_jax.config import fields_of
+    from ddpm_jax.experiment.registry import load_experiment, names
+
+    paths = {field.path for name in names() for field in fields_of(load_experiment(name).config)}
+    assert {idle.path for idle in IDLE} <= paths
+
+
+@pytest.mark.parametrize(
+    "name", ["digits", "digits:28", "folder:/a/b", "mnist", "shapes:64", "emoji"]
+)
+def test_a_right_name_of_a_data_set_is_left_alone(name):
+    loader.check_name(name)
+
+
+def test_a_name_that_nothing_is_near_is_left_to_tfds():
+    with pytest.raises(UserError, match="there is no data set"):
+        loader.load("zzzzzz")
