@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Ho et al.'s CIFAR-10 model on a machine with a GPU, for as long as it may be had.
+# Train Ho et al.'s CIFAR-10 model on a machine with a GPU for a limited time.
 #
-#   benchmarks/cifar10_gpu.sh pack DATA_DIR PIECES       the prepared data set in pieces of 40 MB
-#   benchmarks/cifar10_gpu.sh unpack PIECES DATA_DIR     and together again, over there
+#   benchmarks/cifar10_gpu.sh pack DATA_DIR PIECES       split the prepared data set into pieces of 40 MB
+#   benchmarks/cifar10_gpu.sh unpack PIECES DATA_DIR     join the pieces on that machine
 #   benchmarks/cifar10_gpu.sh train DATA_DIR WORKDIR MINUTES [--FLAG=VALUE ...]
 #
-# `train` goes on where WORKDIR stands, in bfloat16, is asked to stop after MINUTES (it writes a
-# checkpoint), then draws and measures with --mode=eval, and tells the images/s of the training.
-# Checkpoints stay in WORKDIR on that machine; its pictures and figures are what to take home.
+# `train` starts or continues the run in WORKDIR, in bfloat16.  After MINUTES it stops the training,
+# which writes a checkpoint, then samples and evaluates with --mode=eval, and prints the images/s of
+# the training.  Checkpoints stay in WORKDIR on that machine; copy its images and summaries.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python}
@@ -25,13 +25,13 @@ train)
   shift 4
   timeout --preserve-status -s TERM "${minutes}m" "$python" "$here/launch.py" \
     --experiment=ddpm_cifar10 --strict_data --data_dir="$data" --workdir="$workdir" \
-    --config.precision=bfloat16 "$@"
+    --config.train.precision=bfloat16 "$@"
   "$python" "$here/launch.py" --mode=eval --workdir="$workdir" --data_dir="$data"
   "$python" - "$workdir" <<'EOF'
 import json, pathlib, statistics, sys
 
 place = pathlib.Path(sys.argv[1])
-batch = json.loads((place / "config.json").read_text())["config"]["batch_size"]
+batch = json.loads((place / "config.json").read_text())["config"]["train"]["batch_size"]
 lines = map(json.loads, (place / "timing.jsonl").read_text().splitlines())
 rates = [line["steps_per_second"] for line in lines if line.get("steps_per_second")]
 if rates:

@@ -1,4 +1,4 @@
-"""Bytes that a training step sends over the wires, read from the compiled program.
+"""Bytes that a training step sends between devices, read from the compiled program.
 
     python benchmarks/communication.py --experiment=ddpm_cifar10 --devices=8,256
 
@@ -13,22 +13,23 @@ partitioned program are counted, each at what a ring of n devices sends per devi
 """
 
 import collections
-import dataclasses
-import importlib
 import math
 import os
 import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 from absl import app, flags
 
-EXPERIMENT = flags.DEFINE_string("experiment", "ddpm_cifar10", "Whose step.")
-DEVICES = flags.DEFINE_list("devices", ["8", "256"], "How many.")
+EXPERIMENT = flags.DEFINE_string("experiment", "ddpm_cifar10", "The experiment.")
+DEVICES = flags.DEFINE_list("devices", ["8", "256"], "Numbers of devices.")
 MODES = flags.DEFINE_list("modes", ["jit", "pmap", "fsdp"], "How the step is spread.")
 PER_DEVICE = flags.DEFINE_integer("per_device", 1, "Images of a step on a device.")
-ONE = flags.DEFINE_bool("one", False, "Of the devices that there are: what this starts itself.")
+ONE = flags.DEFINE_bool(
+    "one", False, "Measure on the devices of this process; the benchmark itself sets it."
+)
 
 SIZES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f64": 8, "pred": 1, "u8": 1, "s8": 1}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -37,7 +38,7 @@ SHAPES = {"cifar10": (32, 32, 3), "mnist": (28, 28, 1)}
 
 
 def sent(text: str, count: int) -> dict[str, float]:
-    """Bytes that each of `count` devices sends in a program, by kind of collective."""
+    """Return the bytes that each of `count` devices sends in a program, by kind of collective."""
     found: dict[str, float] = collections.Counter()
     for line in text.splitlines():
         match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
@@ -62,7 +63,7 @@ def sent(text: str, count: int) -> dict[str, float]:
 
 
 def group_size(line: str, count: int) -> int:
-    """How many devices a collective is over, of the ways in which XLA writes that."""
+    """Return the number of devices of a collective, which XLA writes in several ways."""
     if named := re.search(r"replica_groups=mesh\[(.*?)\].*?\{('.*?')\}", line):
         axes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
         return math.prod(int(axes[name]) for name in re.findall(r"'(\w+)'", named.group(2)))
@@ -74,24 +75,31 @@ def group_size(line: str, count: int) -> int:
 
 
 def measure(name: str, mode: str) -> None:
-    """Compile the step of an experiment for the devices that there are, and print a line."""
+    """Compile the step of an experiment for the devices of this process, and print a line."""
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
     import jax
     import numpy as np
 
-    from ddpm_jax.data.types import Batch
+    from ddpm_jax.config import fields_of, replace
+    from ddpm_jax.data.types import Batch, DataInfo
+    from ddpm_jax.experiment.registry import load_experiment
+    from ddpm_jax.experiment.types import bind, build
     from ddpm_jax.parallel import sharding
     from ddpm_jax.training import step as step_module
 
     jax.config.update("jax_disable_most_optimizations", True)  # they send nothing
-    module = importlib.import_module(f"experiments.{name}")
+    config = load_experiment(name).config
     shape = SHAPES.get(name.rpartition("_")[2], (8, 8, 1))
     count = jax.device_count()
     size = PER_DEVICE.value * count
-    config = dataclasses.replace(module.Config(), shape=shape, batch_size=size, judge="none")
-    task = module.build(config)
+    values: dict[str, Any] = {"train.batch_size": size}
+    if any(field.path == "task.evaluation.features" for field in fields_of(config)):
+        values["task.evaluation.features"] = ()
+    levels = 17 if shape == (8, 8, 1) else 256
+    config = bind(replace(config, values), DataInfo(config.data.name, shape, levels, 10))
+    task = build(config)
     spread = sharding.make(mode)
-    shapes = step_module.state_shapes(task, config)
+    shapes = step_module.state_shapes(task, config, shape)
     images = np.zeros((size, *shape), np.uint8)
     batch = Batch(images, np.zeros(size, np.int32), np.arange(size, dtype=np.int32))
 
@@ -112,7 +120,7 @@ def measure(name: str, mode: str) -> None:
 
 
 def main(_: list[str]) -> None:
-    """A process for each number of devices, which cannot change within one."""
+    """Start a process for each number of devices, which cannot change within a process."""
     if ONE.value:
         return measure(EXPERIMENT.value, MODES.value[0])
     for count in DEVICES.value:
