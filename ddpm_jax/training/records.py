@@ -16,7 +16,7 @@ from ddpm_jax.system.files import draft_of
 
 FORMAT = 2  # of config.json and of checkpoints; 1 had flat configs
 
-LAST_OF_FORMAT_1 = "2dd705d"  # the last commit that reads runs of format 1
+LAST_OF_FORMAT_1 = "97e069b"  # the last commit that reads runs of format 1
 
 FILES = (
     "config.json", "eval.json", "lock", "metrics.jsonl", "summary.json", "timing.jsonl", "wandb_id"
