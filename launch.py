@@ -167,6 +167,7 @@ CALLED = {
 
 def path_of(word: str, arguments: list[str]) -> str:
     """Return the path of the config field that a user means by one word; "": there is none."""
+    import_jax()
     from ddpm_jax.config import SET_BY_PROGRAM, fields_of, sections_of
 
     chosen = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("experiment=")]
@@ -177,12 +178,7 @@ def path_of(word: str, arguments: list[str]) -> str:
     word = word.removeprefix("config.")
     wanted = CALLED.get(word, word)
     same = [p for p in paths if p == wanted or p.endswith(f".{wanted}")]
-    first = {
-        "data": 0,
-        "train": 0,
-        "optimizer": 0,
-        "ema": 1,
-    }  # the section that is meant most often
+    first = {"data": 0, "train": 0, "optimizer": 0, "ema": 1}  # sections that are meant most often
     rank = {path: (first.get(path.split(".")[0], 2), path.count(".")) for path in same}
     return min(same, key=lambda path: rank[path]) if same else ""
 
@@ -226,6 +222,7 @@ def help_text(arguments: list[str]) -> str:
         lines.append(f"  {name:<22}{(ast.get_docstring(tree) or '').splitlines()[0]}")
     chosen = [word.partition("=")[2] for word in arguments if word.startswith("--experiment=")]
     if chosen and chosen[-1] in EXPERIMENTS:
+        import_jax()
         from ddpm_jax.config import describe
 
         lines += ["", f"fields of {chosen[-1]}:"]
