@@ -1,6 +1,8 @@
 """Runs that guide what others draw, through the files of experiments/."""
 
+import functools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ from ddpm_jax.data.types import DataInfo, Loaded
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import guidance_models as guide
 from ddpm_jax.experiment import sample
+from ddpm_jax.experiment.load import load_recorded
 from ddpm_jax.experiment.recorded import read
 from ddpm_jax.experiment.registry import load_experiment
 from ddpm_jax.experiment.types import Options, bind
@@ -91,7 +94,11 @@ def test_an_unconditional_run_is_drawn_with_the_labels_of_a_classifier(runs):
 def test_a_run_guided_by_itself_is_itself_and_a_classifier_changes_it(runs, tmp_path):
     def draw(guide, guidance, label=None):
         run, out = read(runs / "guided")._replace(config=config_of(guide)), tmp_path / "drawn.npz"
-        sample.sample(run, OPTIONS, Request(label=label, guidance=guidance), 4, out)
+        trained, request = (
+            functools.partial(load_recorded, run),
+            Request(label=label, guidance=guidance),
+        )
+        sample.sample(trained, run.workdir, OPTIONS, request, 4, out)
         return np.load(out)["images"].astype(int)
 
     alone = draw("labels", None)
@@ -100,9 +107,10 @@ def test_a_run_guided_by_itself_is_itself_and_a_classifier_changes_it(runs, tmp_
 
 
 @pytest.mark.slow
-def test_an_evaluation_is_guided_by_a_run(runs, launch):
+def test_an_evaluation_is_guided_by_a_run(runs, launch, tmp_path):
+    shutil.copytree(runs / "guided", tmp_path / "weaker")
     flags = [
-        f"--config.task.sampling.guidance_model={runs / 'guided'}",
+        f"--config.task.sampling.guidance_model={tmp_path / 'weaker'}",
         "--config.task.sampling.guidance=2",
     ]
     result = launch("--mode=eval", f"--workdir={runs / 'guided'}", *flags)
