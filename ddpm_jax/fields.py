@@ -88,14 +88,17 @@ ValidationImages = Annotated[int, AtLeast(0)] | None
 
 
 def notes(hint: Any) -> tuple:
+    """Return the marks and bounds of an annotation: what follows the type in `Annotated`."""
     return hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
 
 
 def bare_type(hint: Any) -> Any:
+    """Return the type of an annotation, without its marks and bounds."""
     return hint.__origin__ if typing.get_origin(hint) is Annotated else hint
 
 
 def type_name(hint: Any) -> str:
+    """Return how `--help` writes the type of a field, such as int,... or eps|x0|v."""
     bare = bare_type(hint)
     if typing.get_origin(bare) is Literal:
         return "|".join(str(value) for value in typing.get_args(bare))

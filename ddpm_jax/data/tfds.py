@@ -159,6 +159,7 @@ class _Examples(NamedTuple):
     notes: tuple[str, ...]
 
     def rows(self, rows: np.ndarray) -> "_Examples":
+        """Return the examples at some rows, without the notes of the whole."""
         captions = [self.captions[row] for row in rows] if self.captions else []
         return _Examples(self.images[rows], [self.labels[row] for row in rows], captions, ())
 

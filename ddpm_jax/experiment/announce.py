@@ -11,6 +11,13 @@ SHOWN_CLASSES = 20  # names at the start of a run
 
 
 def log_start(name: str, loaded: Loaded, workdir: pathlib.Path) -> None:
+    """Log what a run trains on and where it writes.
+
+    Args:
+      name: the run's title.
+      loaded: its data.
+      workdir: its directory.
+    """
     here, data = hardware.describe(), loaded.data
     height, width, channels = data.shape
     tell(
@@ -42,5 +49,6 @@ def _size(split: Split) -> str:
 
 
 def log_loudly(line: str) -> None:
+    """Log a line between two rules, so that nobody misses it; nothing if it is empty."""
     if line:
         tell(f"{'!' * 80}\n{printable(line)}\n{'!' * 80}")

@@ -195,12 +195,14 @@ class _Unpickler(pickle._Unpickler):
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module, name):
+        """Return what a name of the file stands for; UnpicklingError unless it is allowed."""
         if (module, name) not in ALLOWED:
             told = _short(f"{module}.{name}")
             raise pickle.UnpicklingError(f"it names {told}, which no tensor needs")
         return ALLOWED[module, name]
 
     def persistent_load(self, told):
+        """Return the storage that a tensor of the file names; UnpicklingError if it is odd."""
         if not isinstance(told, tuple) or len(told) < 5 or told[5:] not in ((), (None,)):
             raise pickle.UnpicklingError("a storage is not told as one")
         word, kind, key, _, count = told[:5]

@@ -57,6 +57,7 @@ class Autoencoder(nn.Module):
         return self.shape[0] // factor, self.shape[1] // factor, self.latent_channels
 
     def setup(self) -> None:
+        """Make the encoder and the decoder."""
         self.encoder = Encoder(self.channels, 2 * self.latent_channels, self.blocks, self.dtype)
         self.decoder = Decoder(self.channels, self.shape[2], self.blocks, self.dtype)
 

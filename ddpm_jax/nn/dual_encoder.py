@@ -66,6 +66,7 @@ class DualEncoder(nn.Module):
     dtype: Annotated[Any, BOUND] = None
 
     def setup(self) -> None:
+        """Make both towers, the projection of the text, and the temperature."""
         self.text = TextEncoder(SIZES[self.size], self.length, self.dtype)
         self.text_out = nn.Dense(self.embedding_dim, use_bias=False)
         self.image = ImageTower(self.channels, self.embedding_dim, self.dtype)

@@ -90,6 +90,7 @@ class VAENetwork(nn.Module):
     dtype: Annotated[Any, BOUND] = None
 
     def setup(self) -> None:
+        """Make the encoder, the decoder, and the one variance."""
         pixels = math.prod(self.shape)
         self.encoder: nn.Module = (
             ConvEncoder(self.hidden, 2 * self.latents, self.dtype)

@@ -41,10 +41,13 @@ class Settings(Protocol):
     """What training reads of a run's config."""
 
     @property
-    def optimizer(self) -> Adam | Muon: ...
+    def optimizer(self) -> Adam | Muon:
+        """The optimizer."""
 
     @property
-    def ema(self) -> EMA: ...
+    def ema(self) -> EMA:
+        """The averages of the parameters."""
 
     @property
-    def train(self) -> Train: ...
+    def train(self) -> Train:
+        """How long the run trains, and how often it reports."""
