@@ -168,16 +168,12 @@ CALLED = {
 def path_of(word: str, arguments: list[str]) -> str:
     """Return the path of the config field that a user means by one word; "": there is none."""
     import_jax()
-    from ddpm_jax.config import SET_BY_PROGRAM, fields_of, sections_of
+    from ddpm_jax.config import paths_named
 
     chosen = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("experiment=")]
     name = chosen[-1] if chosen and chosen[-1] in EXPERIMENTS else "ddpm_digits"
-    config = registry.load_experiment(name).config
-    paths = [field.path for field in fields_of(config) if not SET_BY_PROGRAM & field.marks]
-    paths += [path for path, _, _ in sections_of(config)]
     word = word.removeprefix("config.")
-    wanted = CALLED.get(word, word)
-    same = [p for p in paths if p == wanted or p.endswith(f".{wanted}")]
+    same = paths_named(registry.load_experiment(name).config, CALLED.get(word, word))
     first = {"data": 0, "train": 0, "optimizer": 0, "ema": 1}  # sections that are meant most often
     rank = {path: (first.get(path.split(".")[0], 2), path.count(".")) for path in same}
     return min(same, key=lambda path: rank[path]) if same else ""
@@ -284,27 +280,13 @@ def find_run() -> Any:
     Raises:
       UserError: there is none, or it is of another experiment.
     """
-    from ddpm_jax.experiment import recorded
-    from ddpm_jax.training.records import check_entries
+    from ddpm_jax.experiment.recorded import read_model
 
     name = FLAGS.experiment
     if name is None and FLAGS.workdir is None:
         raise UserError(f"--mode={FLAGS.mode} needs --workdir=DIR or --experiment=NAME")
     workdir = pathlib.Path(FLAGS.workdir).expanduser() if FLAGS.workdir else default_workdir(name)
-    run = recorded.read(workdir)
-    if name not in (None, run.experiment.name):
-        raise UserError(f"{workdir} holds a run of {run.experiment.name}, not of {name}")
-    if run.experiment.several and not run.part:
-        part = run.experiment.samples
-        if not part:
-            parts = sorted(path.parent for path in workdir.glob("*/config.json"))
-            raise UserError(
-                f"{run.experiment.name} trains several models; give the --workdir of one, such as "
-                f"{parts[0] if parts else workdir}"
-            )
-        check_entries(workdir)
-        run = recorded.read(workdir / part)
-    return run
+    return read_model(workdir, name)
 
 
 def changed(run: Any, overrides: dict[str, str]) -> Any:
@@ -340,8 +322,7 @@ def train(overrides: dict[str, str], options: Any, cluster: Any) -> None:
     """Train the experiment that the command line names."""
     from ddpm_jax.config import override, restore
     from ddpm_jax.experiment import inputs, preflight, run
-    from ddpm_jax.experiment.effects import named_by_user
-    from ddpm_jax.experiment.types import Sweep
+    from ddpm_jax.experiment.effects import check_sweep, named_by_user
     from ddpm_jax.training import metric_writers
 
     name = FLAGS.experiment
@@ -354,12 +335,7 @@ def train(overrides: dict[str, str], options: Any, cluster: Any) -> None:
         restore(experiment.config, earlier["config"], workdir)
     debug = experiment.debug if FLAGS.debug else {}
     config = override(experiment.config, overrides, debug, experiment.alternatives)
-    swept = f"base.{config.field}" if isinstance(config, Sweep) else None
-    if swept in overrides:
-        raise UserError(
-            f"--config.{swept}={overrides[swept]}: each run takes it from --config.values; leave "
-            "it out"
-        )
+    check_sweep(config, overrides)
     if FLAGS.wandb:
         metric_writers.check_wandb()
     inputs.set_up_jax(FLAGS.debug, cluster, FLAGS.deterministic)

@@ -34,7 +34,7 @@ from ddpm_jax.fields import (
     parse,
     shorten,
     type_name,
-)  # fmt: skip
+)
 
 SET_BY_PROGRAM = {BOUND, FROM_PARTS}
 OF_FLAX = {"parent", "name"}  # fields that Flax adds to every module
@@ -51,14 +51,19 @@ class Field(NamedTuple):
       value: what it is.
       hint: its annotation.
       marks: its marks, and those of the sections that it lies in.
-      help: what its class's docstring says of it under "Attributes:"; "" if nothing.
+      owner: the class of the section that has it.
     """
 
     path: str
     value: Any
     hint: Any
     marks: frozenset
-    help: str
+    owner: type
+
+    @property
+    def help(self) -> str:
+        """What its class's docstring says of it under "Attributes:"; "" if nothing."""
+        return _attributes(self.owner).get(self.path.rpartition(".")[2], "")
 
 
 def hints_of(cls: Any) -> dict[str, Any]:
@@ -105,14 +110,13 @@ def fields_of(config: Any, prefix: str = "", marks: frozenset = frozenset()) -> 
     """Yield every field of a config that is not a section, in order."""
     if config is None:
         return
-    text = _attributes(type(config))
     for name, hint in hints_of(type(config)).items():
         value, path = getattr(config, name), prefix + name
         own = marks | {note for note in notes(hint) if isinstance(note, str)}
         if _is_section(value, hint):
             yield from fields_of(value, f"{path}.", own)
         else:
-            yield Field(path, value, hint, frozenset(own), text.get(name, ""))
+            yield Field(path, value, hint, frozenset(own), type(config))
 
 
 def sections_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -213,7 +217,7 @@ def override(
         if path in choices:
             continue
         if path not in fields:
-            raise UserError(_unknown(config, path, fields))
+            raise UserError(_unknown(config, path))
         values[path] = _parse_field(fields[path], text)
     return replace(config, values)
 
@@ -267,10 +271,20 @@ def _parse_field(field: Field, text: str, flag: str | None = None) -> Any:
     return value
 
 
-def _unknown(config: Any, path: str, there: Mapping[str, Field]) -> str:
+def settable(config: Any) -> list[str]:
+    """Return the paths that the command line takes: of fields, then of sections."""
+    paths = [field.path for field in fields_of(config) if not SET_BY_PROGRAM & field.marks]
+    return paths + [path for path, _, _ in sections_of(config)]
+
+
+def paths_named(config: Any, name: str) -> list[str]:
+    """Return the paths that the command line takes and that end in `name`, such as `steps`."""
+    return [path for path in settable(config) if path == name or path.endswith(f".{name}")]
+
+
+def _unknown(config: Any, path: str) -> str:
     """The message of an unknown path: up to three paths that end in its word, or in the nearest."""
-    known = [p for p, field in there.items() if not SET_BY_PROGRAM & field.marks]
-    known += [p for p, section, _ in sections_of(config)]
+    known = settable(config)
     message = f'unknown field "--config.{path}"'
     for section, value, hint in sections_of(config):
         name = path.removeprefix(f"{section}.")
@@ -282,13 +296,13 @@ def _unknown(config: Any, path: str, there: Mapping[str, Field]) -> str:
                 f"{choice_name(value)}; give --config.{section}={choice_name(owner)}, too"
             )
     word = path.rpartition(".")[2]
-    same = [p for p in known if p.rpartition(".")[2] == word]
+    same = paths_named(config, word)
     if not same:
         words = {p.rpartition(".")[2]: p for p in reversed(known)}
         near = nearest(word, words)
         if "did you mean" in near:
             nearby = re.findall(r'"(\w+)"', near)[0]
-            same = [p for p in known if p.rpartition(".")[2] == nearby]
+            same = paths_named(config, nearby)
         elif all("." not in p for p in known):
             return message + near
     if not same:

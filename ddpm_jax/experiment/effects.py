@@ -1,11 +1,11 @@
 """Refuse fields that the user set and that have no effect, or that contradict each other."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from ddpm_jax.config import flat
 from ddpm_jax.errors import ConfigError, UserError
-from ddpm_jax.experiment.types import Config
+from ddpm_jax.experiment.types import Config, Sweep
 
 
 class Idle(NamedTuple):
@@ -75,6 +75,16 @@ def check_effects(config: Config, overrides: Collection[str]) -> None:
             raise UserError(
                 f"--config.{idle.path}={values[idle.path]}: has no effect: {idle.reason}"
             )
+
+
+def check_sweep(config: Any, overrides: Mapping[str, str]) -> None:
+    """Raises UserError if the user set the field that a sweep sets in every run."""
+    path = f"base.{config.field}" if isinstance(config, Sweep) else ""
+    if path in overrides:
+        raise UserError(
+            f"--config.{path}={overrides[path]}: each run takes it from --config.values; leave "
+            "it out"
+        )
 
 
 def named_by_user(error: ConfigError, overrides: dict[str, str]) -> UserError:

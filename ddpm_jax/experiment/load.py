@@ -3,8 +3,7 @@
 import os
 import pathlib
 
-from ddpm_jax.errors import UserError
-from ddpm_jax.experiment.recorded import Recorded, load_state, read
+from ddpm_jax.experiment.recorded import Recorded, load_state, read_model
 from ddpm_jax.experiment.resources import for_sampling
 from ddpm_jax.experiment.trained import TrainedRun
 from ddpm_jax.experiment.types import build
@@ -22,12 +21,7 @@ def load_run(workdir: str | os.PathLike, parallel: str = "jit") -> TrainedRun:
     Raises:
       UserError: there is no run, no checkpoint, or the run is of several models.
     """
-    run = read(pathlib.Path(workdir).expanduser())
-    if run.experiment.several and not run.part:
-        if not run.experiment.samples:
-            raise UserError(f"{workdir} holds several runs; give the directory of one")
-        run = read(run.workdir / run.experiment.samples)
-    return load_recorded(run, parallel)
+    return load_recorded(read_model(pathlib.Path(workdir).expanduser()), parallel)
 
 
 def load_recorded(run: Recorded, parallel: str = "jit") -> TrainedRun:

@@ -13,6 +13,7 @@ from ddpm_jax.experiment.registry import load_experiment, names
 from ddpm_jax.experiment.types import Config, Experiment, bind, build
 from ddpm_jax.parallel import sharding
 from ddpm_jax.training.checkpoint import open_checkpoints
+from ddpm_jax.training.records import check_entries
 from ddpm_jax.training.step import TrainState, state_shapes, without_training
 
 
@@ -62,6 +63,32 @@ def read(workdir: pathlib.Path) -> Recorded:
     if isinstance(config, Config):
         config = bind(config, info_from(record))
     return Recorded(workdir, experiment, part, record, config)
+
+
+def read_model(workdir: pathlib.Path, name: str | None = None) -> Recorded:
+    """Return what is recorded of one model: of several runs, of the part that samples.
+
+    Args:
+      workdir: the directory.
+      name: of the experiment that it must be of; None: of any.
+
+    Raises:
+      UserError: as `read`, it is of another experiment, or no part of several runs is the one that
+        samples.
+    """
+    run = read(workdir)
+    if name not in (None, run.experiment.name):
+        raise UserError(f"{workdir} holds a run of {run.experiment.name}, not of {name}")
+    if not run.experiment.several or run.part:
+        return run
+    if not run.experiment.samples:
+        parts = sorted(path.parent for path in workdir.glob("*/config.json"))
+        raise UserError(
+            f"{run.experiment.name} trains several models; give the --workdir of one, such as "
+            f"{parts[0] if parts else workdir}"
+        )
+    check_entries(workdir)
+    return read(workdir / run.experiment.samples)
 
 
 def _like_of(configs: Iterable[Config], values: dict[str, Any]) -> Config | None:

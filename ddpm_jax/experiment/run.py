@@ -92,8 +92,7 @@ def check_several(config: Any, runs: dict[str, Run]) -> None:
     """Check every run, and what it names of others, before the first is trained.
 
     Args:
-      config: that of all runs; its method `complete(part, configs)`, if it has one, returns a
-        part's bound config with what follows from the other parts.
+      config: that of all runs, a `SeveralRuns`.
       runs: by their directories.
 
     Raises:
