@@ -7,29 +7,35 @@ by the program.
 """
 
 import contextlib
+import dataclasses
 import math
 import types
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 
-class AtLeast(NamedTuple):
+# Bounds are dataclasses, which are equal only to their own kind: Python 3.11.2 gives equal
+# annotations one object, so that with tuples `at least 0` became `more than 0`.
+@dataclasses.dataclass(frozen=True)
+class AtLeast:
     """A lower bound of a number, itself allowed."""
 
-    low: float
+    low: float | int
 
 
-class MoreThan(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class MoreThan:
     """A lower bound of a number, itself not allowed."""
 
-    low: float
+    low: float | int
 
 
-class AtMost(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class AtMost:
     """An upper bound of a number, itself allowed."""
 
-    high: float
+    high: float | int
 
 
 class FieldError(ValueError):

@@ -453,3 +453,14 @@ def test_every_variant_of_an_experiment_is_built_for_its_data_or_refused(name, d
             refused.append((number, str(error)))
     assert all(number > 0 and EXCLUDED.get(name, "none") in error for number, error in refused)
     assert bool(refused) == (name in EXCLUDED)
+
+
+def test_bounds_of_different_kinds_are_different_whatever_python_keeps_of_annotations():
+    kinds = (fields.AtLeast, fields.MoreThan, fields.AtMost)
+    assert len({kind(0.0) for kind in kinds}) == len(kinds)
+    for first, kind in ((f, k) for f in kinds for k in kinds):
+        hints = Annotated[float, first(0.0)], Annotated[float, kind(0.0)]
+        assert [fields.notes(hint)[0] for hint in hints] == [first(0.0), kind(0.0)]
+    assert fields.parse("0", fields.NonNegative) == 0.0
+    with pytest.raises(ValueError, match="more than 0"):
+        fields.parse("0", fields.Positive)
