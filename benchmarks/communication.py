@@ -83,7 +83,7 @@ def measure(name: str, mode: str) -> None:
     from ddpm_jax.config import fields_of, replace
     from ddpm_jax.data.types import Batch, DataInfo
     from ddpm_jax.experiment.registry import load_experiment
-    from ddpm_jax.experiment.types import bind, build
+    from ddpm_jax.experiment.types import bind, checked_task
     from ddpm_jax.parallel import sharding
     from ddpm_jax.training import step as step_module
 
@@ -97,14 +97,14 @@ def measure(name: str, mode: str) -> None:
         values["task.evaluation.features"] = ()
     levels = 17 if shape == (8, 8, 1) else 256
     config = bind(replace(config, values), DataInfo(config.data.name, shape, levels, 10))
-    task = build(config)
+    task = checked_task(config)
     spread = sharding.make(mode)
     shapes = step_module.state_shapes(task, config, shape)
     images = np.zeros((size, *shape), np.uint8)
     batch = Batch(images, np.zeros(size, np.int32), np.arange(size, dtype=np.int32))
 
-    def step(state, batch, **hooks):
-        return step_module.train_step(task, config, 0, state, batch, **hooks)
+    def step(state, batch, collectives):
+        return step_module.train_step(task, config, 0, state, batch, collectives=collectives)
 
     program = spread.lower(step, spread.like(shapes), spread.feed(batch))()
     found = sent(program.as_text(), count)

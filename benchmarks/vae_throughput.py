@@ -28,15 +28,15 @@ from ddpm_jax.data.prefetch import prefetch
 from ddpm_jax.data.types import Batch, Data, info_of
 from ddpm_jax.errors import MissingData
 from ddpm_jax.experiment.registry import load_experiment
-from ddpm_jax.experiment.types import Config, bind, build
+from ddpm_jax.experiment.types import Config, bind, checked_task
 from ddpm_jax.parallel import sharding, xla_flags
-from ddpm_jax.training import loop
 from ddpm_jax.training import step as step_module
+from ddpm_jax.training.program import calls
 
 
 def jax_runner(config: Config, data: Data):
     """Return run(steps) -> seconds, as in `fit`: batches from the host, many steps in a call."""
-    task, train = build(config), config.train
+    task, train = checked_task(config), config.train
     spread = sharding.make("jit")
     some = data.train.rows(np.arange(1000))
     examples = Batch(some.images, some.labels, np.arange(1000))
@@ -47,7 +47,7 @@ def jax_runner(config: Config, data: Data):
 
     def run(steps: int) -> float:
         nonlocal state
-        plan = list(loop.calls(0, replace(config, {"train.steps": steps})))
+        plan = list(calls(0, replace(config, {"train.steps": steps})))
         batches = training_batches(data.train, 0, train.batch_size, plan, train.steps_per_call)
         start = time.perf_counter()
         for (first, last), batch in zip(

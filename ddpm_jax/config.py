@@ -21,19 +21,19 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from ddpm_jax.errors import UserError, nearest
 from ddpm_jax.fields import (
     BOUND,
     FROM_PARTS,
     PATH,
+    Hint,
+    Value,
     bare_type,
-    from_record,
     notes,
+    origin_of,
     parse,
-    shorten,
-    type_name,
 )
 
 SET_BY_PROGRAM = {BOUND, FROM_PARTS}
@@ -41,6 +41,8 @@ OF_FLAX = {"parent", "name"}  # fields that Flax adds to every module
 NAMES = {"DiT": "dit"}  # where snake case is another word
 SHOWN = 3  # paths that an error names
 T = TypeVar("T")
+Setting: TypeAlias = Any  # a section or the value of a field
+Alternatives: TypeAlias = Mapping[str, Sequence[Setting]]  # of sections, by their paths
 
 
 class Field(NamedTuple):
@@ -55,9 +57,9 @@ class Field(NamedTuple):
     """
 
     path: str
-    value: Any
-    hint: Any
-    marks: frozenset
+    value: Setting
+    hint: Hint
+    marks: frozenset[str]
     owner: type
 
     @property
@@ -66,20 +68,20 @@ class Field(NamedTuple):
         return _attributes(self.owner).get(self.path.rpartition(".")[2], "")
 
 
-def hints_of(cls: Any) -> dict[str, Any]:
+def hints_of(cls: type) -> dict[str, Hint]:
     """Return the annotation of every field of a section's class that is its own."""
     return _hints_of(cls)
 
 
 @functools.cache
-def _hints_of(cls: type) -> dict[str, Any]:
+def _hints_of(cls: type) -> dict[str, Hint]:
     hints = typing.get_type_hints(cls, include_extras=True)
     skipped = OF_FLAX if hasattr(cls, "setup") and hasattr(cls, "apply") else set()
     names = [field.name for field in dataclasses.fields(cls) if field.init]
     return {name: hints[name] for name in names if name not in skipped}
 
 
-def alternatives_of(hint: Any) -> tuple[type, ...]:
+def alternatives_of(hint: Hint) -> tuple[type, ...]:
     """Return the classes of a section's annotation; () of a field that is not a section."""
     bare = bare_type(hint)
     args = typing.get_args(bare) if _is_union(bare) else (bare,)
@@ -88,11 +90,11 @@ def alternatives_of(hint: Any) -> tuple[type, ...]:
     )
 
 
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+def _is_union(hint: Hint) -> bool:
+    return origin_of(hint) in (typing.Union, types.UnionType)
 
 
-def choice_name(section: Any) -> str:
+def choice_name(section: Setting) -> str:
     """Return how an alternative is called on the command line: `LinearBetas` -> linear_betas."""
     if section is None:
         return "none"
@@ -100,82 +102,88 @@ def choice_name(section: Any) -> str:
     return NAMES.get(name, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
 
 
-def _is_section(value: Any, hint: Any) -> bool:
+def is_section(value: Setting, hint: Hint) -> bool:
+    """Return whether a field is a section, by its value or its annotation."""
+    if BOUND in notes(hint):  # the program sets the whole of it
+        return False
     return (dataclasses.is_dataclass(value) and not isinstance(value, type)) or bool(
         alternatives_of(hint)
     )
 
 
-def fields_of(config: Any, prefix: str = "", marks: frozenset = frozenset()) -> Iterator[Field]:
+def fields_of(
+    config: Setting, prefix: str = "", marks: frozenset[str] = frozenset()
+) -> Iterator[Field]:
     """Yield every field of a config that is not a section, in order."""
     if config is None:
         return
     for name, hint in hints_of(type(config)).items():
         value, path = getattr(config, name), prefix + name
-        own = marks | {note for note in notes(hint) if isinstance(note, str)}
-        if _is_section(value, hint):
-            yield from fields_of(value, f"{path}.", own)
+        whole = marks | {note for note in notes(hint) if isinstance(note, str)}
+        if is_section(value, hint):
+            yield from fields_of(value, f"{path}.", whole)
         else:
-            yield Field(path, value, hint, frozenset(own), type(config))
+            yield Field(path, value, hint, whole, type(config))
 
 
-def sections_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def sections_of(config: Setting, prefix: str = "") -> Iterator[tuple[str, Setting, Hint]]:
     """Yield (path, section, annotation) of every section within a config."""
     if config is None:
         return
     for name, hint in hints_of(type(config)).items():
         value = getattr(config, name)
-        if _is_section(value, hint):
+        if is_section(value, hint):
             yield prefix + name, value, hint
             yield from sections_of(value, f"{prefix}{name}.")
 
 
-def _attributes(cls: Any) -> dict[str, str]:
+def _attributes(cls: type) -> dict[str, str]:
     """The entries under "Attributes:" in a class's docstring and those of its bases."""
-    found: dict[str, str] = {}
+    entries: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, text = (inspect.cleandoc(base.__dict__.get("__doc__") or "")).partition(
             "Attributes:\n"
         )
         for match in re.finditer(r"^  (\w[\w, ]*): ((?:.+\n?(?:^    .*\n?)*))", text, re.MULTILINE):
             for name in match[1].split(", "):
-                found[name] = " ".join(match[2].split())
-    return found
+                entries[name] = " ".join(match[2].split())
+    return entries
 
 
-def marked(config: Any, mark: str) -> set[str]:
+def marked(config: Setting, mark: str) -> set[str]:
     """Return the paths of the fields that carry `mark`, or lie in a section that does."""
     value = config() if isinstance(config, type) else config
     return {field.path for field in fields_of(value) if mark in field.marks}
 
 
-def flat(config: Any) -> dict[str, Any]:
+def flat(config: Setting) -> dict[str, Setting]:
     """Return every field's value by its path, and the choice of every section that has several."""
     values = {field.path: field.value for field in fields_of(config) if BOUND not in field.marks}
     for path, section, hint in sections_of(config):
-        if _has_choice(hint):
+        if has_choice(hint):
             values[path] = choice_name(section)
     return values
 
 
-def _has_choice(hint: Any) -> bool:
+def has_choice(hint: Hint) -> bool:
+    """Return whether a section has alternatives."""
     bare = bare_type(hint)
     return _is_union(bare) and len(typing.get_args(bare)) > 1
 
 
-def get(config: Any, path: str) -> Any:
+def get(config: Setting, path: str) -> Setting:
     """Return the field or section at `path`."""
     return functools.reduce(getattr, path.split("."), config)
 
 
-def replace(config: T, values: Mapping[str, Any]) -> T:
+def replace(config: T, values: Mapping[str, Setting]) -> T:
     """Return `config` with the fields or sections at some paths replaced; shorter paths first."""
     for path in sorted(values, key=lambda path: path.count(".")):
         config = _replace_one(config, path.split("."), values[path])
     return config
 
 
-def _replace_one(config: Any, names: list[str], value: Any) -> Any:
+def _replace_one(config: Setting, names: list[str], value: Setting) -> Setting:
     name, *rest = names
     if rest:
         value = _replace_one(getattr(config, name), rest, value)
@@ -185,8 +193,8 @@ def _replace_one(config: Any, names: list[str], value: Any) -> Any:
 def override(
     config: T,
     texts: Mapping[str, str],
-    debug: Mapping[str, Any] | None = None,
-    alternatives: Mapping[str, Sequence[Any]] | None = None,
+    debug: Mapping[str, Setting] | None = None,
+    alternatives: Alternatives | None = None,
 ) -> T:
     """Return `config` with what the user typed.
 
@@ -204,7 +212,7 @@ def override(
     sections = {path for path, _, _ in sections_of(config)}
     choices = {path: text for path, text in texts.items() if path in sections}
     for path in sorted(set(texts) - sections, key=lambda path: path.count(".")):
-        if _in_alternative(config, path, choices, alternatives):
+        if _in_alternative(config, path, choices, alternatives or {}):
             choices[path] = texts[path]
     for path in sorted(choices, key=lambda path: path.count(".")):
         config = _choose(config, path, choices[path], alternatives or {})
@@ -222,41 +230,44 @@ def override(
     return replace(config, values)
 
 
-def _in_alternative(config: Any, path: str, choices: Mapping[str, str], alternatives: Any) -> bool:
+def _in_alternative(
+    config: Setting, path: str, choices: Mapping[str, str], alternatives: Alternatives
+) -> bool:
     """Whether `path` is a section of an alternative that `choices` choose."""
     parent = path.rpartition(".")[0]
     if parent not in choices:
         return False
-    chosen = _choose(config, parent, choices[parent], alternatives or {})
+    chosen = _choose(config, parent, choices[parent], alternatives)
     return path in {path for path, _, _ in sections_of(chosen)}
 
 
-def _choose(config: Any, path: str, text: str, alternatives: Mapping[str, Sequence[Any]]) -> Any:
+def _choose(config: T, path: str, text: str, alternatives: Alternatives) -> T:
     """`config` with the section at `path` chosen, or its name set."""
     hint = {p: hint for p, _, hint in sections_of(config)}[path]
     section = get(config, path)
-    if not _has_choice(hint):
+    if not has_choice(hint):
         if section is not None and "name" in hints_of(type(section)):
             field = next(f for f in fields_of(section, f"{path}.") if f.path == f"{path}.name")
             return replace(config, {f"{path}.name": _parse_field(field, text, f"--config.{path}")})
-        own = fields_of(section, f"{path}.")
-        first = next(field.path for field in own if not SET_BY_PROGRAM & field.marks)
+        below = fields_of(section, f"{path}.")
+        first = next(field.path for field in below if not SET_BY_PROGRAM & field.marks)
         raise UserError(
             f"--config.{path} has several fields; set one of them, such as --config.{first}=VALUE"
         )
     if choice_name(section) == text:
         return config
-    known: dict[str, Any] = {choice_name(cls): cls for cls in alternatives_of(hint)}
+    known: dict[str, type | None] = {choice_name(cls): cls for cls in alternatives_of(hint)}
     if type(None) in typing.get_args(bare_type(hint)):
         known["none"] = None
     if text not in known:
         raise UserError(f'--config.{path}: there is no "{text}"{nearest(text, known)}')
-    tuned = [one for one in alternatives.get(path, ()) if choice_name(one) == text]
-    made = tuned[0] if tuned else known[text] and known[text]()
-    return replace(config, {path: made})
+    tuned = [section for section in alternatives.get(path, ()) if choice_name(section) == text]
+    cls = known[text]
+    default = None if cls is None else cls()
+    return replace(config, {path: tuned[0] if tuned else default})
 
 
-def _parse_field(field: Field, text: str, flag: str | None = None) -> Any:
+def _parse_field(field: Field, text: str, flag: str | None = None) -> Value:
     flag = flag or f"--config.{field.path}"
     if BOUND in field.marks:
         raise UserError(f"{flag} follows from the data set and cannot be set")
@@ -271,18 +282,18 @@ def _parse_field(field: Field, text: str, flag: str | None = None) -> Any:
     return value
 
 
-def settable(config: Any) -> list[str]:
+def settable(config: Setting) -> list[str]:
     """Return the paths that the command line takes: of fields, then of sections."""
     paths = [field.path for field in fields_of(config) if not SET_BY_PROGRAM & field.marks]
     return paths + [path for path, _, _ in sections_of(config)]
 
 
-def paths_named(config: Any, name: str) -> list[str]:
+def paths_named(config: Setting, name: str) -> list[str]:
     """Return the paths that the command line takes and that end in `name`, such as `steps`."""
     return [path for path in settable(config) if path == name or path.endswith(f".{name}")]
 
 
-def _unknown(config: Any, path: str) -> str:
+def _unknown(config: Setting, path: str) -> str:
     """The message of an unknown path: up to three paths that end in its word, or in the nearest."""
     known = settable(config)
     message = f'unknown field "--config.{path}"'
@@ -330,113 +341,3 @@ def expanded(flag: str, text: str) -> pathlib.Path:
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"{flag}={text}: is not a path: {reason}; give a shorter one") from None
     return path
-
-
-def describe(config: Any) -> list[tuple[str, str, str, str]]:
-    """Return (path, type, default, help) of everything that can be set, for `--help`."""
-    rows: list[tuple[str, str, str, str]] = []
-    choices = {p: (value, hint) for p, value, hint in sections_of(config) if _has_choice(hint)}
-    for path, (value, hint) in choices.items():
-        names = "|".join(map(choice_name, alternatives_of(hint)))
-        if type(None) in typing.get_args(bare_type(hint)):
-            names += "|none"
-        rows.append((path, names, choice_name(value), ""))
-    for field in fields_of(config):
-        if not SET_BY_PROGRAM & field.marks:
-            rows.append((field.path, type_name(field.hint), as_typed(field.value), field.help))
-    return rows
-
-
-def as_typed(value: Any) -> str:
-    """Return a field's value as the command line takes it."""
-    if isinstance(value, tuple):
-        return ",".join(map(as_typed, value)) or "none"
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) and value == float(f"{value:g}") else str(value)
-
-
-def to_record(config: Any) -> dict[str, Any]:
-    """Return a config as JSON holds it: every field but bound ones, and the type of choices."""
-    record: dict[str, Any] = {}
-    for name, hint in hints_of(type(config)).items():
-        value = getattr(config, name)
-        if BOUND in notes(hint):
-            continue
-        if _is_section(value, hint):
-            inner = None if value is None else to_record(value)
-            if inner is not None and _has_choice(hint):
-                inner = {"type": choice_name(value), **inner}
-            record[name] = inner
-        else:
-            record[name] = list(value) if isinstance(value, tuple) else value
-    return record
-
-
-def restore(like: Any, values: Any, where: Any) -> Any:
-    """Return the config that config.json recorded.
-
-    Args:
-      like: the experiment's config, or its class: the types of the sections.
-      values: what `to_record` returned, from JSON. A field that it lacks keeps its class's default.
-      where: the run's directory, for errors.
-
-    Raises:
-      UserError: the record has fields or sections that `like` lacks: it is of another version; or a
-        value that is not of its field's type or out of its range.
-    """
-    like = like() if isinstance(like, type) else like
-    return _restore(like, values, where, "")
-
-
-def _restore(like: Any, values: Any, where: Any, prefix: str) -> Any:
-    damaged = f"the config.json of the run in {where} is damaged"
-    if not isinstance(values, dict):
-        at = prefix.rstrip(".") or "config"
-        raise UserError(
-            f"{damaged}: its {at} must be a section, and is {shorten(values)}; give another run"
-        )
-    hints = hints_of(type(like))
-    odd = sorted(prefix + name for name in set(values) - set(hints))
-    if odd:
-        raise UserError(
-            f"the run in {where} was made by another version, with unknown config fields: "
-            f"{', '.join(odd)}"
-        )
-    known = {}
-    for name, value in values.items():
-        hint, here = hints[name], getattr(like, name)
-        if _is_section(here, hint):
-            known[name] = _restore_section(here, hint, value, where, prefix + name)
-            continue
-        try:
-            known[name] = from_record(value, hint)
-        except ValueError as error:
-            raise UserError(
-                f"{damaged}: its {prefix}{name} {error}, and is {shorten(value)}; give another run"
-            ) from None
-    for field in dataclasses.fields(like):
-        if field.name in hints and field.name not in known and _is_required(field):
-            raise UserError(f"{damaged}: its {prefix}{field.name} is missing; give another run")
-    return type(like)(**known)
-
-
-def _is_required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _restore_section(here: Any, hint: Any, value: Any, where: Any, path: str) -> Any:
-    if not _has_choice(hint):
-        return _restore(here, value, where, f"{path}.")
-    classes: dict[str, Any] = {choice_name(cls): cls for cls in alternatives_of(hint)}
-    if value is None and type(None) in typing.get_args(bare_type(hint)):
-        return None
-    chosen = value.get("type") if isinstance(value, dict) else None
-    if not isinstance(chosen, str) or chosen not in classes:
-        raise UserError(
-            f"the config.json of the run in {where} is damaged: its {path} must have a type, one "
-            f"of {', '.join(classes)}, and is {shorten(value)}; give another run"
-        )
-    inner = {name: item for name, item in value.items() if name != "type"}
-    like = here if choice_name(here) == chosen else classes[chosen]()
-    return _restore(like, inner, where, f"{path}.")

@@ -1,4 +1,4 @@
-"""The two ways in which a run can end badly, each told in one line."""
+"""The two ways in which a run can end badly, each reported in one line."""
 
 import difflib
 import re
@@ -42,7 +42,7 @@ def printable(text: str, lines: bool = False) -> str:
       lines: keep line breaks, of a text that the program itself laid out in lines.
     """
 
-    def visible(match: re.Match) -> str:
+    def visible(match: re.Match[str]) -> str:
         character = match[0]
         if lines and character == "\n":
             return character

@@ -12,7 +12,11 @@ import math
 import types
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
+
+Hint: TypeAlias = Any  # an annotation: a type, or what `typing` makes of several
+Json: TypeAlias = Any  # what `json` reads and writes
+Value: TypeAlias = int | float | bool | str | tuple[object, ...] | None  # of a field
 
 
 # Bounds are dataclasses, which are equal only to their own kind: Python 3.11.2 gives equal
@@ -38,6 +42,9 @@ class AtMost:
     high: float | int
 
 
+Mark: TypeAlias = str | AtLeast | MoreThan | AtMost
+
+
 class FieldError(ValueError):
     """Fields of a section contradict each other, or the data.
 
@@ -54,7 +61,11 @@ class FieldError(ValueError):
 
 @contextlib.contextmanager
 def section(name: str) -> Iterator[None]:
-    """Put the name of a section before the fields that a FieldError names."""
+    """Put the name of a section before the fields that a FieldError names.
+
+    Raises:
+      FieldError: the body raised one.
+    """
     try:
         yield
     except FieldError as error:
@@ -85,7 +96,7 @@ EvalBatch = Annotated[int, AtLeast(1), EVAL_BATCH]
 Positive = Annotated[float, MoreThan(0.0)]
 NonNegative = Annotated[float, AtLeast(0.0)]
 Share = Annotated[float, AtLeast(0.0), AtMost(0.99999)]  # as of dropout; never all
-Length = Annotated[int, AtLeast(1), MAY_CHANGE]  # a number of steps, or of images to tell of
+Length = Annotated[int, AtLeast(1), MAY_CHANGE]  # a number of steps, or of images to report on
 Interval = Annotated[int, AtLeast(0), MAY_CHANGE]  # 0: only at the end
 
 # Validation images; none: the data set's own, or else a tenth of the training images, at most
@@ -93,31 +104,41 @@ Interval = Annotated[int, AtLeast(0), MAY_CHANGE]  # 0: only at the end
 ValidationImages = Annotated[int, AtLeast(0)] | None
 
 
-def notes(hint: Any) -> tuple:
+def origin_of(hint: Hint) -> object:
+    """Return what an annotation is made of, such as Literal, Union or tuple; None of a class."""
+    origin: object = typing.get_origin(hint)
+    return origin
+
+
+def notes(hint: Hint) -> tuple[Mark, ...]:
     """Return the marks and bounds of an annotation: what follows the type in `Annotated`."""
-    return hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
+    return tuple(hint.__metadata__) if origin_of(hint) is Annotated else ()
 
 
-def bare_type(hint: Any) -> Any:
+def bare_type(hint: Hint) -> Hint:
     """Return the type of an annotation, without its marks and bounds."""
-    return hint.__origin__ if typing.get_origin(hint) is Annotated else hint
+    return hint.__origin__ if origin_of(hint) is Annotated else hint
 
 
-def type_name(hint: Any) -> str:
+def type_name(hint: Hint) -> str:
     """Return how `--help` writes the type of a field, such as int,... or eps|x0|v."""
     bare = bare_type(hint)
-    if typing.get_origin(bare) is Literal:
+    if origin_of(bare) is Literal:
         return "|".join(str(value) for value in typing.get_args(bare))
-    if typing.get_origin(bare) in (typing.Union, types.UnionType):
+    if origin_of(bare) in (typing.Union, types.UnionType):
         return "|".join(type_name(arg) for arg in typing.get_args(bare)).replace("NoneType", "none")
-    if typing.get_origin(bare) is tuple:
+    if origin_of(bare) is tuple:
         names = [type_name(arg) for arg in typing.get_args(bare) if arg is not Ellipsis]
         return ",".join(names + ["..."] * (Ellipsis in typing.get_args(bare)))
     return bare.__name__ if isinstance(bare, type) else str(bare)
 
 
-def parse(text: str, hint: Any) -> Any:
-    """Read `text` as a value of the annotated type `hint`; ValueError says what is wrong."""
+def parse(text: str, hint: Hint) -> Value:
+    """Read `text` as a value of the annotated type `hint`.
+
+    Raises:
+      ValueError: it is not one, or out of range; the message says what is allowed.
+    """
     if OR_NONE in notes(hint) and text.strip().lower() in ("", "()", "none"):
         return ()
     value = _read(text, bare_type(hint))
@@ -125,7 +146,7 @@ def parse(text: str, hint: Any) -> Any:
     return value
 
 
-def _check_range(value: Any, hint: Any) -> None:
+def _check_range(value: Value, hint: Hint) -> None:
     """Raises ValueError unless a number is in the range of its annotation, and of a program's."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
@@ -147,12 +168,12 @@ def _check_range(value: Any, hint: Any) -> None:
         )
 
 
-def _read(text: str, hint: Any) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+def _read(text: str, hint: Hint) -> Value:
+    origin, args = origin_of(hint), typing.get_args(hint)
     if origin is Literal:
-        for choice in args:
-            if text == str(choice):
-                return choice
+        choices: dict[str, Value] = {str(choice): choice for choice in args}
+        if text in choices:
+            return choices[text]
         raise ValueError(f"must be one of {', '.join(map(str, args))}")
     if origin in (typing.Union, types.UnionType):
         if text.lower() == "none":
@@ -192,10 +213,14 @@ def _read(text: str, hint: Any) -> Any:
     return text
 
 
-def from_record(value: Any, hint: Any) -> Any:
-    """A value of JSON as one of the annotated type `hint`; ValueError says what is wrong."""
+def from_record(value: Json, hint: Hint) -> Value:
+    """Return a value of JSON as one of the annotated type `hint`.
+
+    Raises:
+      ValueError: it is not one, or out of range; the message says what is allowed.
+    """
     bare = bare_type(hint)
-    origin, args = typing.get_origin(bare), typing.get_args(bare)
+    origin, args = origin_of(bare), typing.get_args(bare)
     if origin is Literal:
         if type(value) not in map(type, args) or value not in args:
             raise ValueError(f"must be one of {', '.join(map(str, args))}")
@@ -220,14 +245,15 @@ def from_record(value: Any, hint: Any) -> Any:
             value = float(value)
         if bare is str and any(ord(letter) < 32 for letter in value):
             raise ValueError("must be a text without control characters")
-    _check_range(value, hint)
-    return value
+    result: Value = value
+    _check_range(result, hint)
+    return result
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
-def shorten(value: Any, length: int = 60) -> str:
+def shorten(value: object, length: int = 60) -> str:
     """A value as a message shows it."""
     try:
         text = ascii(value)

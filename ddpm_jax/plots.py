@@ -5,15 +5,21 @@ import json
 import math
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, ParamSpec
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from ddpm_jax.errors import NonFinite, printable
+from ddpm_jax.fields import Json
 from ddpm_jax.system.files import SOFTWARE, write_with
 
+if TYPE_CHECKING:  # it takes long to import
+    import matplotlib.axes
+    import matplotlib.figure
+
+P = ParamSpec("P")
 warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box is drawn for it
 
 
@@ -32,11 +38,12 @@ def to_uint8(images: Float[np.ndarray, "*batch"]) -> UInt8[np.ndarray, "*batch"]
       NonFinite: a value is not finite: it would be black, as a real one may be.
     """
     check_finite(images)
-    return np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+    levels = np.round((np.clip(images, -1, 1) + 1) * 127.5)
+    return np.asarray(levels.astype(np.uint8))
 
 
 def attempt(
-    make: Callable[..., np.ndarray], *arguments: Any, **named: Any
+    make: Callable[P, np.ndarray], *arguments: P.args, **named: P.kwargs
 ) -> np.ndarray | NonFinite:
     """Return the picture that `make` makes, or in its place the error that there is none."""
     try:
@@ -142,8 +149,12 @@ def save_gif(path: pathlib.Path, frames: UInt8[np.ndarray, "f h w c"]) -> None:
         Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames
     ]
     times = [100] * (len(pictures) - 1) + [2000]
-    how: dict[str, Any] = dict(append_images=pictures[1:], duration=times, loop=0)
-    write_with(path, lambda file: pictures[0].save(file, "gif", save_all=True, **how))
+    first, *others = pictures
+
+    def save(file: IO[bytes]) -> None:
+        first.save(file, "gif", save_all=True, append_images=others, duration=times, loop=0)
+
+    write_with(path, save)
 
 
 def save_picture(stem: pathlib.Path, image: np.ndarray) -> pathlib.Path:
@@ -154,14 +165,14 @@ def save_picture(stem: pathlib.Path, image: np.ndarray) -> pathlib.Path:
     return path
 
 
-def read_lines(path: pathlib.Path) -> list[dict]:
+def read_lines(path: pathlib.Path) -> list[dict[str, Json]]:
     """The lines of a .jsonl file; none where there is no file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def curves(path: pathlib.Path, lines: Iterable[dict], title: str) -> None:
+def curves(path: pathlib.Path, lines: Iterable[dict[str, Json]], title: str) -> None:
     """One panel for each metric over steps, every split in the same."""
     from matplotlib.figure import Figure
 
@@ -201,8 +212,8 @@ def curves(path: pathlib.Path, lines: Iterable[dict], title: str) -> None:
     write_with(path, lambda file: figure.savefig(file, dpi=100, format="png"))
 
 
-def new_axis(wide: float, high: float) -> tuple[Any, Any]:
-    """A figure of so many inches, and its one axis."""
+def new_axis(wide: float, high: float) -> tuple["matplotlib.figure.Figure", "matplotlib.axes.Axes"]:
+    """Return a figure of so many inches, and its only axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(wide, high), dpi=100)
@@ -210,19 +221,27 @@ def new_axis(wide: float, high: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def figure_pixels(figure: Any) -> UInt8[np.ndarray, "h w c"]:
+def figure_pixels(figure: "matplotlib.figure.Figure") -> UInt8[np.ndarray, "h w c"]:
     """A figure as a picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    canvas.draw()  # type: ignore[no-untyped-call]
+    pixels = canvas.buffer_rgba()  # type: ignore[no-untyped-call]
+    return np.asarray(pixels)[..., :3].copy()
 
 
 def lines(
     x: Float[np.ndarray, "points"], ys: dict[str, np.ndarray], xlabel: str, title: str
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Curves over one axis, as a picture."""
+    """Return curves over one axis, as a picture.
+
+    Args:
+      x: of every point.
+      ys: the curves by their names.
+      xlabel: of the axis.
+      title: of the picture.
+    """
     figure, axis = new_axis(6.0, 4.0)
     for name, y in ys.items():
         axis.plot(x, y, ".-" if len(x) < 30 else "-", label=name)
@@ -282,4 +301,22 @@ def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
         else:
             text = f"{value:.4g}" if abs(value) < 100 else f"{value:.2f}"
         rows.append((name, text))
+    return rows
+
+
+def comparison_rows(
+    runs: Mapping[str, dict[str, float]], names: Sequence[str], prefix: str = ""
+) -> list[tuple[str, str]]:
+    """Return a row of chosen metrics for each run or setting that a table compares.
+
+    Args:
+      runs: metrics by the row's name.
+      names: of the metrics; those that a run does not have are left out.
+      prefix: of the metrics' names, such as "test/", which the table does not show.
+    """
+    rows = []
+    for run, metrics in runs.items():
+        texts = dict(metric_rows(metrics))
+        shown = [f"{name} {texts[prefix + name]}" for name in names if prefix + name in texts]
+        rows.append((run, "  ".join(shown)))
     return rows

@@ -22,3 +22,9 @@ def example_keys(
     In sampling the index is the image's number, so that image 7 is image 7 in any batch.
     """
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)
+
+
+def split_keys(keys: Key[Array, "batch"], count: int) -> tuple[Key[Array, "batch"], ...]:
+    """Return `count` arrays of keys, one for each use of random numbers of an example."""
+    split = jax.vmap(lambda key: jax.random.split(key, count))(keys)
+    return tuple(split[:, purpose] for purpose in range(count))

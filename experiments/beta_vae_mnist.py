@@ -19,12 +19,11 @@ One `vae_mnist` run for each beta, in a sub-directory of its own: each resumes, 
 `--mode=sample --workdir=runs/beta_vae_mnist/beta_4` samples from one.
 """
 
-from typing import Any
-
 import numpy as np
 
 from ddpm_jax import plots
 from ddpm_jax.experiment.types import Config, Context, Dataset, Experiment, Report, Sweep
+from ddpm_jax.fields import Json
 from ddpm_jax.nn.vae import VAENetwork
 from ddpm_jax.tasks.vae import VAE
 from ddpm_jax.training.ema import EMA
@@ -58,31 +57,27 @@ CONFIG = Sweep(
 )
 
 
-def report(config: Sweep, summaries: dict[str, dict[str, Any]], context: Context) -> Report:
+def report(config: Sweep, summaries: dict[str, dict[str, Json]], context: Context) -> Report:
     """Return a table and a plot of reconstruction and KL, for every beta."""
-    found = list(zip(config.values, summaries.values(), strict=True))
-    title = f"beta-VAE on {found[0][1]['data']}, {config.base.train.steps} steps each"
-    rows = []
-    for beta, summary in found:
-        texts = dict(plots.metric_rows(summary["metrics"]))
-        names = ("nll", "kl", "neg_elbo", "active_units")
-        shown = [f"{name} {texts[f'test/{name}']}" for name in names if f"test/{name}" in texts]
-        rows.append((f"beta {beta:g}", "  ".join(shown)))
+    runs = list(zip(config.values, summaries.values(), strict=True))
+    title = f"beta-VAE on {runs[0][1]['data']}, {config.base.train.steps} steps each"
+    metrics = {f"beta {beta:g}": summary["metrics"] for beta, summary in runs}
+    rows = plots.comparison_rows(metrics, ("nll", "kl", "neg_elbo", "active_units"), "test/")
     record = {
         "data_note": context.loaded.note,
         "steps": config.base.train.steps,
-        "betas": {f"{beta:g}": summary["metrics"] for beta, summary in found},
+        "betas": {f"{beta:g}": summary["metrics"] for beta, summary in runs},
     }
-    return Report(title, rows, {"reconstruction_against_kl": plot(found, title)}, record)
+    return Report(title, rows, {"reconstruction_against_kl": plot(runs, title)}, record)
 
 
-def plot(found: list[tuple[float, dict[str, Any]]], title: str) -> np.ndarray:
+def plot(runs: list[tuple[float, dict[str, Json]]], title: str) -> np.ndarray:
     """Return a plot of reconstruction over KL, a point for each beta, with a line of equal ELBO."""
     figure, axis = plots.new_axis(6.0, 4.5)
-    kl = [summary["metrics"]["test/kl"] for _, summary in found]
-    nll = [summary["metrics"]["test/nll"] for _, summary in found]
+    kl = [summary["metrics"]["test/kl"] for _, summary in runs]
+    nll = [summary["metrics"]["test/nll"] for _, summary in runs]
     axis.plot(kl, nll, "o-")
-    for (beta, _), x, y in zip(found, kl, nll, strict=True):
+    for (beta, _), x, y in zip(runs, kl, nll, strict=True):
         axis.annotate(f"$\\beta$ = {beta:g}", (x, y), xytext=(6, 6), textcoords="offset points")
     best = min(x + y for x, y in zip(kl, nll, strict=True))
     low, high = min(kl), max(kl)

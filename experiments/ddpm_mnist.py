@@ -27,8 +27,8 @@ from ddpm_jax.experiment.types import Config, Dataset, Experiment
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.tasks.diffusion import Diffusion
+from ddpm_jax.tasks.image_denoiser import SampleEvaluation
 from ddpm_jax.tasks.image_sampler import Sampling
-from ddpm_jax.tasks.sample_figures import SampleEvaluation
 from ddpm_jax.training.ema import EMA
 from ddpm_jax.training.optimizer import Adam
 from ddpm_jax.training.settings import Train

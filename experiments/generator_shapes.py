@@ -30,9 +30,9 @@ from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.tasks.autoregressive import Autoregressive
 from ddpm_jax.tasks.captioned import TextToImage
+from ddpm_jax.tasks.generation import TextToImageEvaluation
 from ddpm_jax.tasks.image_sampler import Sampling
 from ddpm_jax.tasks.latent_diffusion import LatentDiffusion
-from ddpm_jax.tasks.text_to_image import TextToImageEvaluation
 from ddpm_jax.training.ema import EMA
 from ddpm_jax.training.optimizer import Muon
 from ddpm_jax.training.settings import Train

@@ -27,7 +27,7 @@ recognised, and there is little variety.
 import dataclasses
 import pathlib
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +37,8 @@ from ddpm_jax.data.types import info_of
 from ddpm_jax.diffusion.schedules import CosineBetas
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.feature_networks import load_features
-from ddpm_jax.experiment.recorded import load_state
+from ddpm_jax.experiment.load import load_run
+from ddpm_jax.experiment.requests import Request
 from ddpm_jax.experiment.train import train_alone
 from ddpm_jax.experiment.types import (
     Config,
@@ -47,24 +48,22 @@ from ddpm_jax.experiment.types import (
     Recipe,
     Report,
     bind,
-    build,
 )
-from ddpm_jax.fields import MAY_CHANGE, FieldError, NumSamples, SampleSteps, section
+from ddpm_jax.fields import MAY_CHANGE, FieldError, Json, NumSamples, SampleSteps, section
 from ddpm_jax.metrics.features import Judge
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.quality import WHOLE, quality
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.parallel.sharding import fetch
+from ddpm_jax.parallel.sharding import fetch, placed
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
-from ddpm_jax.task import Request
+from ddpm_jax.task import Resources
 from ddpm_jax.tasks.diffusion import Diffusion
+from ddpm_jax.tasks.image_denoiser import SampleEvaluation
 from ddpm_jax.tasks.image_sampler import Sampling, check_sampling
-from ddpm_jax.tasks.sample_figures import SampleEvaluation
 from ddpm_jax.training.ema import EMA, parameters_used
 from ddpm_jax.training.optimizer import Adam
 from ddpm_jax.training.settings import Train
-from ddpm_jax.training.step import averaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,29 +193,33 @@ CONFIG = SamplerStudy(
 )
 
 
-def sampled(config: SamplerStudy, context: Context, judge: Judge) -> Any:
+def sampled(
+    config: SamplerStudy, context: Context, judge: Judge
+) -> tuple[dict[str, dict[str, float]], list[np.ndarray]]:
     """Return (metrics of every sampler by its name, ten samples of each)."""
-    run_config, state = load_state(context.workdir / "model")
-    task, params = build(run_config), averaged(state, run_config)
-    classes = run_config.task.info.classes
+    # Without the run's guidance model, which would guide at other neutral scales than 1.
+    trained = dataclasses.replace(load_run(context.workdir / "model"), resources=Resources())
+    classes = trained.task.info.classes
     each = max(1, config.num_samples // classes)
-    key = purpose_key(context.options.seed, SAMPLE)
-    found, shown = {}, []
+    key, compile = purpose_key(context.options.seed, SAMPLE), placed(trained.variables).compile
+    samplers: dict[str, dict[str, float]] = {}
+    shown: list[np.ndarray] = []
     for name in config.samplers:
-        request = Request(sampler=name, steps=config.steps, guidance=1.0)
+        resolved = trained.resolve(Request(sampler=name, steps=config.steps, guidance=1.0))
         parts = []
         for label in range(classes):
             keys = example_keys(key, 0, jnp.arange(label * each, (label + 1) * each))
-            x = task.sample(params, state.fixed, keys, request._replace(label=label))
+            asked = resolved.request._replace(labels=jnp.full(each, label))
+            x = resolved.task.sample(trained.variables, keys, asked, resolved.guidance, compile)
             parts.append(fetch(x))
         images, labels = np.concatenate(parts), np.repeat(np.arange(classes), each)
         shown.append(images[::each][:10])
-        found[name] = quality(judge, images, labels, context.loaded.data).metrics
-        found[name]["deviation"] = float(images.std(0).mean())
-    return found, shown
+        samplers[name] = quality(judge, images, labels, context.loaded.data).metrics
+        samplers[name]["deviation"] = float(images.std(0).mean())
+    return samplers, shown
 
 
-def report(config: SamplerStudy, summaries: dict[str, dict[str, Any]], context: Context) -> Report:
+def report(config: SamplerStudy, summaries: dict[str, dict[str, Json]], context: Context) -> Report:
     """Return a row of metrics and of samples for every sampler."""
     del summaries
     data, model = context.loaded.data, config.model.on(config.data)
@@ -225,21 +228,19 @@ def report(config: SamplerStudy, summaries: dict[str, dict[str, Any]], context: 
     if not loaders:
         raise UserError("the training of the classifier was stopped; the same command goes on")
     judge = loaders[0]()
-    found, shown = sampled(config, context, judge)
+    samplers, shown = sampled(config, context, judge)
     title = f"{config.steps} steps each, on {data.title}"
     fd = f"fd_{judge.name}"
     names = (fd, "recognised", "nearest_ratio", "deviation")
-    rows, texts = [], {}
-    for name, metrics in found.items():
-        texts = dict(plots.metric_rows(metrics))
-        rows.append((name, "  ".join(f"{m} {texts[m]}" for m in names if m in texts)))
+    rows = plots.comparison_rows(samplers, names)
+    texts = dict(plots.metric_rows(samplers[config.samplers[-1]]))
     train = to_images(data.train.some(WHOLE).images, data.levels)
     of_data = float(train.std(0).mean())
     of_training = texts.get(f"{fd}_of_training", "left out")
     rows.append(("training set", f"{fd} {of_training}  deviation {of_data:.4g}"))
     columns = min(10, model.task.info.classes)
     figures = {"a_row_each": plots.grid(np.concatenate(shown), columns=columns)}
-    ddim = {name: metrics for name, metrics in found.items() if name[:4] == "ddim"}
+    ddim = {name: metrics for name, metrics in samplers.items() if name[:4] == "ddim"}
     etas = {float(n.partition(":")[2] or 0): m[fd] for n, m in ddim.items() if fd in m}
     if len(etas) > 1:
         points = np.array(sorted(etas))
@@ -250,7 +251,7 @@ def report(config: SamplerStudy, summaries: dict[str, dict[str, Any]], context: 
         "parameters": parameters_used(model.ema),
         "features": {judge.name: judge.about},
         "deviation_of_training_images": of_data,
-        "samplers": found,
+        "samplers": samplers,
     }
     return Report(title, rows, figures, record)
 

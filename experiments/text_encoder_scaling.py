@@ -20,7 +20,7 @@ The tables, and what is different from Imagen: docs/results/text_encoder_scaling
 
 import dataclasses
 import pathlib
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from ddpm_jax import plots
 from ddpm_jax.config import get, replace
@@ -35,19 +35,21 @@ from ddpm_jax.experiment.types import (
     Report,
     with_parts,
 )
-from ddpm_jax.fields import Count, FieldError
+from ddpm_jax.fields import Count, FieldError, Json
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.tasks.autoencoder import LatentAutoencoder
 from ddpm_jax.tasks.captioned import TextToImage
 from ddpm_jax.tasks.contrastive import Contrastive
+from ddpm_jax.tasks.generation import TextToImageEvaluation
 from ddpm_jax.tasks.image_sampler import Sampling
 from ddpm_jax.tasks.latent_diffusion import LatentDiffusion
-from ddpm_jax.tasks.text_to_image import TextToImageEvaluation
 from ddpm_jax.training.ema import EMA
 from ddpm_jax.training.optimizer import Adam, Muon
 from ddpm_jax.training.settings import Train
+
+Run: TypeAlias = Config[Any]  # of any of the three tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Scaling:
     text_sizes: tuple[Literal["tiny", "small", "base"], ...] = ("tiny", "small")
     channels: tuple[Count, ...] = (16, 32, 48)
 
-    def parts(self, workdir: pathlib.Path) -> dict[str, Config]:
+    def parts(self, workdir: pathlib.Path) -> dict[str, Run]:
         """Return the config of every run by the name of its directory.
 
         Raises:
@@ -94,13 +96,13 @@ class Scaling:
                 "generator.task.generator: the generation models differ in the channels of their "
                 "U-Nets; leave it at latent_diffusion with network=unet"
             )
-        found: dict[str, Config] = {"autoencoder": self.autoencoder.on(self.data)}
+        found: dict[str, Run] = {"autoencoder": self.autoencoder.on(self.data)}
         for size in self.text_sizes:
             text = self.text.on(self.data)
             found[f"text_{size}"] = replace(text, {"task.network.size": size})
         for size in self.text_sizes:
             for channels in self.channels:
-                values: dict[str, Any] = {
+                values: dict[str, str | int] = {
                     "task.text_encoder": str(workdir / f"text_{size}"),
                     "task.autoencoder": str(workdir / "autoencoder"),
                     "task.evaluation.text_encoder": str(workdir / f"text_{self.text_sizes[-1]}"),
@@ -109,7 +111,7 @@ class Scaling:
                 found[f"{size}_{channels}"] = replace(self.generator.on(self.data), values)
         return found
 
-    def complete(self, part: str, configs: dict[str, Config]) -> Config:
+    def complete(self, part: str, configs: dict[str, Run]) -> Run:
         """Return a part's bound config with what follows from the other parts' configs."""
         size = part.partition("_")[0]
         if size not in self.text_sizes:
@@ -198,7 +200,7 @@ CONFIG = Scaling(
 )
 
 
-def report(config: Scaling, summaries: dict[str, dict[str, Any]], context: Context) -> Report:
+def report(config: Scaling, summaries: dict[str, dict[str, Json]], context: Context) -> Report:
     """Return one table of all pairs and the two families of curves."""
     del context
     found = {
@@ -233,7 +235,7 @@ def report(config: Scaling, summaries: dict[str, dict[str, Any]], context: Conte
     return Report(title, rows, figures, {"steps": config.generator.train.steps, "pairs": pairs})
 
 
-def curve(summary: dict) -> tuple[list[float], list[float], list[str]]:
+def curve(summary: dict[str, Json]) -> tuple[list[float], list[float], list[str]]:
     """(share aligned, Frechet distance, guidance scale) of every scale, in its order."""
     metrics = {name.removeprefix("test/"): value for name, value in summary["metrics"].items()}
     scales = sorted(

@@ -23,12 +23,12 @@ docs/results/autoencoder_shapes.md, docs/results/generator_shapes.md
 """
 
 import shutil
-from typing import Any
 
 from ddpm_jax import plots
 from ddpm_jax.diffusion.schedules import CosineBetas
 from ddpm_jax.experiment.chain import Chain
 from ddpm_jax.experiment.types import Context, Dataset, Experiment, Recipe, Report
+from ddpm_jax.fields import Json
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.code_transformer import CodeTransformer
 from ddpm_jax.nn.dit import DiT
@@ -38,9 +38,9 @@ from ddpm_jax.tasks.autoencoder import LatentAutoencoder
 from ddpm_jax.tasks.autoregressive import Autoregressive
 from ddpm_jax.tasks.captioned import TextToImage
 from ddpm_jax.tasks.contrastive import Contrastive
+from ddpm_jax.tasks.generation import TextToImageEvaluation
 from ddpm_jax.tasks.image_sampler import Sampling
 from ddpm_jax.tasks.latent_diffusion import LatentDiffusion
-from ddpm_jax.tasks.text_to_image import TextToImageEvaluation
 from ddpm_jax.training.ema import EMA
 from ddpm_jax.training.optimizer import Adam, Muon
 from ddpm_jax.training.records import can_write
@@ -131,7 +131,7 @@ HEADLINES = {
 }
 
 
-def report(config: Chain, summaries: dict[str, dict[str, Any]], context: Context) -> Report:
+def report(config: Chain, summaries: dict[str, dict[str, Json]], context: Context) -> Report:
     """Return the headline metrics of the three parts; the generator's images are copied."""
     del config
     with can_write(context.workdir):

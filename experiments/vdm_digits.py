@@ -21,8 +21,8 @@ distance (classifier_digits) is 20.1 +- 2.3, 3.6 +- 1.3 times that of training i
 from ddpm_jax.experiment.types import Config, Dataset, Experiment
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
+from ddpm_jax.tasks.image_denoiser import SampleEvaluation
 from ddpm_jax.tasks.image_sampler import Sampling
-from ddpm_jax.tasks.sample_figures import SampleEvaluation
 from ddpm_jax.tasks.vdm import VDM
 from ddpm_jax.training.ema import EMA
 from ddpm_jax.training.optimizer import Adam

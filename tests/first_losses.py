@@ -118,17 +118,20 @@ def samples_of(workdir: pathlib.Path) -> np.ndarray | None:
 
     from ddpm_jax.errors import UserError
     from ddpm_jax.experiment.recorded import load_state
-    from ddpm_jax.experiment.types import build
+    from ddpm_jax.experiment.requests import Request
+    from ddpm_jax.experiment.types import checked_task
     from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
-    from ddpm_jax.task import Request
+    from ddpm_jax.task import Variables
     from ddpm_jax.training.step import averaged
+    from helpers.sampling import sample
 
     config, state = load_state(workdir)
     captioned = config.task.provides == "text to image"
     request = Request(prompt=PROMPT) if captioned else Request()
     keys = example_keys(purpose_key(0, SAMPLE), 0, jnp.arange(SAMPLES))
+    variables = Variables(averaged(state, config), state.extra)
     try:
-        images = build(config).sample(averaged(state, config), state.fixed, keys, request)
+        images = sample(checked_task(config), variables, keys, request)
     except UserError:  # a classifier, an encoder or an autoencoder
         return None
     return np.asarray(images, np.float32)

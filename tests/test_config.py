@@ -12,10 +12,12 @@ import pytest
 
 from ddpm_jax import config as c
 from ddpm_jax import fields
+from ddpm_jax.config_records import restore, to_record
 from ddpm_jax.data.types import DataInfo
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import registry
 from ddpm_jax.experiment import types as experiments
+from ddpm_jax.experiment.command_line import describe
 from ddpm_jax.experiment.registry import load_experiment, names
 from ddpm_jax.tasks.diffusion import Diffusion
 from ddpm_jax.tasks.vdm import VDM
@@ -82,21 +84,21 @@ def test_a_wrong_value_is_one_line_that_says_what_to_do(field, text, says):
 
 def test_a_config_comes_back_from_its_record():
     config = dataclasses.replace(Config(), widths=(3,), maybe=4)
-    record = json.loads(json.dumps(c.to_record(config)))
-    assert c.restore(Config, record, "runs/x") == config
+    record = json.loads(json.dumps(to_record(config)))
+    assert restore(Config, record, "runs/x") == config
 
 
 def test_a_record_of_another_version_is_refused():
-    record = {**c.to_record(Config()), "gone": 1}
+    record = {**to_record(Config()), "gone": 1}
     with pytest.raises(UserError, match="gone"):
-        c.restore(Config, record, "runs/x")
+        restore(Config, record, "runs/x")
 
 
 def test_a_run_of_before_a_field_was_there_keeps_its_default_and_a_lost_field_is_told():
     recorded = {"steps": 7, "shape": [4, 4, 1]}
-    assert c.restore(Config, recorded, "runs/x") == Config(steps=7, shape=(4, 4, 1))
+    assert restore(Config, recorded, "runs/x") == Config(steps=7, shape=(4, 4, 1))
     with pytest.raises(UserError, match="unknown config fields: colour"):
-        c.restore(Config, {**recorded, "colour": 3}, "runs/x")
+        restore(Config, {**recorded, "colour": 3}, "runs/x")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,15 +190,15 @@ def test_an_empty_tuple_means_none_where_that_is_allowed():
 
 def test_sections_come_back_from_their_record_and_bound_fields_are_not_in_it():
     config = Whole(network=Deep(3, Small(5, (), size=8)), extra=Deep())
-    record = json.loads(json.dumps(c.to_record(config)))
+    record = json.loads(json.dumps(to_record(config)))
     assert record["network"]["type"] == "deep"
     assert "size" not in record["network"]["inner"]
-    again = c.restore(Whole(), record, "runs/x")
+    again = restore(Whole(), record, "runs/x")
     assert again == c.replace(config, {"network.inner.size": 0})
     assert hash(again) == hash(c.replace(config, {"network.inner.size": 0}))
-    assert c.restore(Whole(), {}, "runs/x") == Whole()
+    assert restore(Whole(), {}, "runs/x") == Whole()
     assert (
-        c.restore(Whole(network=Deep(3)), {"network": {"type": "deep"}}, "runs/x").network == Deep()
+        restore(Whole(network=Deep(3)), {"network": {"type": "deep"}}, "runs/x").network == Deep()
     )
     for wrong, says in (
         ({"network": {"type": "wide"}}, "must have a type"),
@@ -207,7 +209,7 @@ def test_sections_come_back_from_their_record_and_bound_fields_are_not_in_it():
         ({"data": {"name": 3}}, "its data.name must be a text"),
     ):
         with pytest.raises(UserError, match=says):
-            c.restore(Whole(), wrong, "runs/x")
+            restore(Whole(), wrong, "runs/x")
 
 
 def test_a_mark_on_a_section_holds_for_all_below_it():
@@ -217,7 +219,7 @@ def test_a_mark_on_a_section_holds_for_all_below_it():
 
 
 def test_the_help_of_a_field_is_what_its_class_says_of_it():
-    rows = {path: (kind, default, text) for path, kind, default, text in c.describe(Whole())}
+    rows = {path: (kind, default, text) for path, kind, default, text in describe(Whole())}
     assert rows["network"] == ("small|deep", "small", "")
     assert rows["extra"] == ("deep|none", "none", "")
     assert rows["network.width"] == ("int", "4", "of every layer, in units.")
@@ -228,10 +230,10 @@ def test_the_help_of_a_field_is_what_its_class_says_of_it():
 @pytest.mark.parametrize("name", ["data", "task"])
 def test_a_record_that_lacks_what_has_no_default_is_damaged(name):
     config = load_experiment("vae_digits").config
-    record = c.to_record(config)
+    record = to_record(config)
     del record[name]
     with pytest.raises(UserError, match=f"is damaged: its {name} is missing; give another run"):
-        c.restore(config, record, "runs/x")
+        restore(config, record, "runs/x")
 
 
 # The configs of experiments/.
@@ -265,8 +267,8 @@ def test_every_field_of_an_experiment_has_a_help_text(name):
     for config in variants(name, False):
         missing = [field.path for field in c.fields_of(config) if not field.help]
         assert not missing
-        choices = {path for path, _, kind in c.sections_of(config) if c._has_choice(kind)}
-        rows = c.describe(config)
+        choices = {path for path, _, kind in c.sections_of(config) if c.has_choice(kind)}
+        rows = describe(config)
         assert len(rows) > 10
         assert [row[0] for row in rows if not row[3] and row[0] not in choices] == []
 
@@ -322,12 +324,12 @@ def test_an_experiments_file_defines_its_config_and_its_experiment(name):
 def test_a_record_of_an_experiment_comes_back_equal_with_an_equal_hash(name, debug):
     experiment = load_experiment(name)
     for config in variants(name, debug):
-        record = json.loads(json.dumps(c.to_record(config)))
-        again = c.restore(experiment.config, record, "runs/x")
+        record = json.loads(json.dumps(to_record(config)))
+        again = restore(experiment.config, record, "runs/x")
         assert again == config
         assert hash(again) == hash(config)
-        assert c.to_record(again) == c.to_record(config)
-        assert c.restore(config, record, "runs/x") == config
+        assert to_record(again) == to_record(config)
+        assert restore(config, record, "runs/x") == config
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -340,8 +342,8 @@ def test_a_bound_config_has_the_record_that_it_had_before(name):
     bound = experiments.bind(config, info)
     assert bound != config
     assert hash(bound) != hash(config)
-    assert c.to_record(bound) == c.to_record(config)
-    again = c.restore(config, json.loads(json.dumps(c.to_record(bound))), "runs/x")
+    assert to_record(bound) == to_record(config)
+    again = restore(config, json.loads(json.dumps(to_record(bound))), "runs/x")
     assert experiments.bind(again, info) == bound
     assert hash(experiments.bind(again, info)) == hash(bound)
 
@@ -394,7 +396,7 @@ def test_default_values_are_in_the_range_of_their_fields(name, debug):
 def test_default_values_are_read_from_the_text_that_help_shows(name):
     """What `--help` shows as a default can be given on the command line and changes nothing."""
     experiment = load_experiment(name)
-    rows = {path: default for path, _, default, _ in c.describe(experiment.config)}
+    rows = {path: default for path, _, default, _ in describe(experiment.config)}
     texts = {path: text.strip("()").rstrip(",") or "none" for path, text in rows.items()}
     texts = {path: text.replace("'", "") for path, text in texts.items() if texts[path]}
     given = [field for field in c.fields_of(experiment.config) if field.value != ""]
@@ -448,7 +450,7 @@ def test_every_variant_of_an_experiment_is_built_for_its_data_or_refused(name, d
             for part, run in bound.items():
                 if not isinstance(config, experiments.Config):
                     run = config.complete(part, bound)
-                assert experiments.build(run).loss
+                assert experiments.checked_task(run).loss
         except UserError as error:
             refused.append((number, str(error)))
     assert all(number > 0 and EXCLUDED.get(name, "none") in error for number, error in refused)

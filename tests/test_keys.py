@@ -12,20 +12,21 @@ import pytest
 
 from ddpm_jax import rng
 from ddpm_jax.data.types import Batch, Data, Split
-from ddpm_jax.diffusion import losses as loss
-from ddpm_jax.diffusion.schedules import cosine, cosine_betas, from_betas
+from ddpm_jax.diffusion.schedules import Cosine, CosineBetas
+from ddpm_jax.diffusion.times import uniform_times
 from ddpm_jax.nn.classifier import ClassifierNetwork
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.nn.vae import VAENetwork
-from ddpm_jax.parallel.sharding import make
 from ddpm_jax.rng import SAMPLE, TRAIN, example_keys, purpose_key
-from ddpm_jax.task import Evaluation, Request
-from ddpm_jax.tasks.classifier import classifier_task
-from ddpm_jax.tasks.diffusion import diffusion_task
+from ddpm_jax.tasks.classifier import Classifier
+from ddpm_jax.tasks.diffusion import Diffusion
+from ddpm_jax.tasks.image_denoiser import SampleEvaluation
 from ddpm_jax.tasks.image_sampler import Sampling
-from ddpm_jax.tasks.vae import vae_task
-from ddpm_jax.tasks.vdm import vdm_task
-from ddpm_jax.variational import likelihoods as likelihood
+from ddpm_jax.tasks.vae import VAE
+from ddpm_jax.tasks.vdm import VDM
+from ddpm_jax.variational.likelihoods import Bernoulli
+from helpers.sampling import evaluated, sample
+from helpers.tasks import bound, first_variables, loss_of
 
 DRAWS = ("normal", "uniform", "bernoulli", "randint", "categorical", "bits", "rademacher")
 PACKAGE = str(pathlib.Path(rng.__file__).parent)
@@ -80,53 +81,34 @@ class Record:
 
 @pytest.fixture
 def record(monkeypatch):
-    found = Record()
-    found.watch(monkeypatch)
-    monkeypatch.setattr("ddpm_jax.tasks.diffusion.show", lambda *rest: Evaluation({}, {}))
-    monkeypatch.setattr("ddpm_jax.tasks.vdm.show", lambda *rest: Evaluation({}, {}))
-    return found
+    jax.clear_caches()  # a program that is compiled already holds no record of its draws
+    record = Record()
+    record.watch(monkeypatch)
+    for module in ("diffusion", "vdm"):
+        monkeypatch.setattr(f"ddpm_jax.tasks.{module}.SAMPLE_EVALUATIONS", ())
+    yield record
+    jax.clear_caches()
 
 
-def small(outputs=1):
-    """A U-Net: a draw within a DiT's scan over blocks cannot be watched in jax 0.12."""
-    return UNet(
-        outputs=outputs,
-        channels=8,
-        multipliers=(1,),
-        blocks=1,
-        attention_sizes=(),
-        classes=3,
-        dropout=0.1,
-    )
-
-
-DRAWING = Sampling("ancestral_beta", 2)
+# A U-Net: a draw within a DiT's scan over blocks cannot be watched in jax 0.12.
+NETWORK = UNet(channels=8, multipliers=(1,), blocks=1, attention_sizes=(), dropout=0.1)
+CLASSIFIER = ClassifierNetwork(channels=(8,), features=8)
+SHARED = dict(sampling=Sampling("ancestral_beta", 2), evaluation=SampleEvaluation(8, 2))
 TASKS = {
-    "diffusion": lambda: diffusion_task(
-        small(), cosine(), SHAPE, LEVELS, flip=True, sampling=DRAWING, batch_size=8, eval_batch=8,
-        eval_times=2
+    "diffusion": Diffusion(NETWORK, Cosine(), flip=True, **SHARED),
+    "learned variance, importance": Diffusion(
+        NETWORK, CosineBetas(50), variance="learned", times="importance", **SHARED
     ),
-    "learned variance, importance": lambda: diffusion_task(
-        small(2), from_betas(cosine_betas(50)), SHAPE, LEVELS, variance="learned",
-        times="importance", sampling=DRAWING, batch_size=8, eval_batch=8,
-        eval_times=2,
-    ),
-    "vdm": lambda: vdm_task(
-        small(), SHAPE, LEVELS, ends=(8.0, -8.0), sampling=DRAWING, batch_size=8, eval_batch=8,
-        eval_times=2,
-    ),
-    "classifier": lambda: classifier_task(
-        ClassifierNetwork(3, (8,), 8), SHAPE, LEVELS, shift=1, eval_batch=8
-    ),
-    "noisy classifier": lambda: classifier_task(
-        ClassifierNetwork(3, (8,), 8, noisy=True), SHAPE, LEVELS, shift=1, schedule=cosine(),
-        eval_batch=8
-    ),
-    "vae": lambda: vae_task(
-        VAENetwork(SHAPE, 2, (8,)), likelihood.bernoulli(LEVELS), beta=1.0, eval_batch=8,
-        iwae_images=8,
-    ),
-}  # fmt: skip
+    "vdm": VDM(NETWORK, 8.0, -8.0, conditional=True, **SHARED),
+    "classifier": Classifier(CLASSIFIER, 1, eval_batch_size=8),
+    "noisy classifier": Classifier(CLASSIFIER, 1, Cosine(), eval_batch_size=8),
+    "vae": VAE(VAENetwork(SHAPE, 2, (8,)), Bernoulli(), eval_batch_size=8, iwae_images=8),
+}
+
+
+def task_of(name):
+    """A task bound to three classes of tiny images."""
+    return bound(TASKS[name], SHAPE, LEVELS, classes=3)
 
 
 def data():
@@ -140,42 +122,42 @@ def data():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_tasks_loss_draws_from_each_key_for_one_purpose(name, monkeypatch):
-    task, (batch, _) = TASKS[name](), data()
-    made = jax.eval_shape(task.init, jax.random.key(0), batch)
-    params, fixed = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), made)
+    task, (batch, _) = task_of(name), data()
+    shapes = jax.eval_shape(task.init, jax.random.key(0), batch)
+    variables = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     record = Record()
     of_examples = example_keys(purpose_key(0, TRAIN), 0, batch.index)
     record.watch(monkeypatch)
 
     @jax.jit  # of no result, so that the draws alone are compiled
-    def losses(params, fixed, of_examples):
-        task.loss(params, fixed, batch, of_examples, train=True, gather=lambda tree: tree)
+    def losses(variables, of_examples):
+        loss_of(task, variables, batch, of_examples)
 
-    losses(params, fixed, of_examples)
+    losses(variables, of_examples)
     record.check()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "classifier"])
 def test_a_tasks_evaluation_draws_from_each_key_for_one_purpose(name, record):
-    task, (batch, whole) = TASKS[name](), data()
-    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
+    task, (batch, whole) = task_of(name), data()
+    variables = first_variables(task, batch)
     jax.effects_barrier()
     record.drawn.clear()
     record.parents.clear()
-    task.evaluate(params, fixed, whole, split="test", seed=0, full=False, spread=make())
+    evaluated(task, variables, whole, full=False)
     record.check(again=name == "vae")  # whose pictures are of the draws that its figures are of
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["diffusion", "vae"])
 def test_a_tasks_samples_draw_from_each_key_for_one_purpose(name, record):
-    task, (batch, _) = TASKS[name](), data()
-    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
+    task, (batch, _) = task_of(name), data()
+    variables = first_variables(task, batch)
     jax.effects_barrier()
     record.drawn.clear()
     record.parents.clear()
-    task.sample(params, fixed, example_keys(purpose_key(0, SAMPLE), 0, batch.index), Request())
+    sample(task, variables, example_keys(purpose_key(0, SAMPLE), 0, batch.index))
     record.check()
 
 
@@ -183,8 +165,8 @@ def test_a_key_that_is_used_twice_is_found(monkeypatch):
     record = Record()
     record.watch(monkeypatch)
     two = jax.random.split(jax.random.key(0), 2)
-    loss.uniform_times(two, jnp.arange(2), 2)
+    uniform_times(two, jnp.arange(2), 2)
     record.check()
-    loss.uniform_times(two, jnp.arange(2), 2)
+    uniform_times(two, jnp.arange(2), 2)
     with pytest.raises(AssertionError):
         record.check()

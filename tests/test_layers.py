@@ -10,7 +10,7 @@ from helpers.launching import ROOT
 TESTS = ROOT / "tests"
 FILES = sorted((ROOT / "ddpm_jax").rglob("*.py"))
 ORDER = (  # lowest first; a module imports from its own line or from a lower one
-    ("errors", "system", "fields", "config", "rng"),
+    ("errors", "system", "fields", "config", "config_records", "rng"),
     ("diffusion", "variational"),
     ("nn",),
     ("data", "parallel", "plots"),

@@ -19,7 +19,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from ddpm_jax.config import to_record
+from ddpm_jax.config_records import to_record
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.feature_networks import INCEPTION
 from ddpm_jax.experiment.registry import load_experiment

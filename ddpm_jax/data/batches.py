@@ -1,11 +1,10 @@
 """The batch of any step, a function of (seed, step)."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import numpy as np
 
-from ddpm_jax.data.types import ENDLESS, Batch, Split
+from ddpm_jax.data.types import ENDLESS, Batch, Leaf, Split
 
 ALL = slice(None)
 
@@ -56,12 +55,16 @@ def training_batches(
     stack: int | None,
     mine: slice = ALL,
 ) -> Iterator[Batch]:
-    """The batches of steps [first, last) for every (first, last) of `plan`.
+    """Yield the batches of steps [first, last) for every (first, last) of `plan`.
 
-    Of each batch the rows `mine` are read, and no others.
-
-    With `stack`, that many batches lie along a leading axis, [stack, batch_size, ...], those
-    from `last` on being only there to fill it; without, every call is one step.
+    Args:
+      split: The examples.
+      seed: The seed of the order.
+      batch_size: Examples of a batch.
+      plan: The steps of each call.
+      stack: Batches along a leading axis, [stack, batch_size, ...]; those from `last` on are only
+        there to fill it. None: every call is one step.
+      mine: The rows that are read of each batch.
     """
     rows = epoch_order(seed, len(split.images))
     index = np.arange(batch_size, dtype=np.int32)[mine]
@@ -75,11 +78,11 @@ def training_batches(
         yield batch
 
 
-def _stacked(some: Any, stack: int) -> Any:
+def _stacked(tree: Leaf, stack: int) -> Leaf:
     """Every array of a batch, within whatever tuples, with `stack` batches along a new axis."""
-    if isinstance(some, tuple):
-        return type(some)(*(_stacked(array, stack) for array in some))
-    return some if some is None else some.reshape(stack, -1, *some.shape[1:])
+    if isinstance(tree, tuple):
+        return type(tree)(*(_stacked(array, stack) for array in tree))
+    return tree if tree is None else tree.reshape(stack, -1, *tree.shape[1:])
 
 
 def evaluation_batches(
@@ -101,5 +104,5 @@ def evaluation_batches(
 
 def batch_of(split: Split, rows: np.ndarray, index: np.ndarray) -> Batch:
     """The examples at `rows` of a split."""
-    some = split.rows(rows)
-    return Batch(some.images, some.labels, index, some.captions)
+    images, labels, captions = split.rows(rows)
+    return Batch(images, labels, index, captions)

@@ -7,11 +7,11 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from ddpm_jax.data.types import SPLITS, Data, Split
+from ddpm_jax.data.types import SPLITS, Data, RowArray, Split
+from ddpm_jax.fields import Json
 
 # Decoded once: a folder with images.npy and labels.npy per split, and meta.json.
 
@@ -68,7 +68,7 @@ def _read_decoded(place: pathlib.Path, stamp: str) -> Data | None:
         if {split: _forms(part) for split, part in splits.items()} != forms:
             return None
         meta |= {"classes": tuple(meta["classes"]), "notes": tuple(meta["notes"])}
-        parts: dict[str, Any] = {"validation": None, **splits}
+        parts: dict[str, Json] = {"validation": None, **splits}
         data = Data(**parts, **meta)
         _check_decoded(data)
     except Exception:
@@ -92,9 +92,10 @@ def _check_decoded(data: Data) -> None:
         if part is None:
             continue
         count = len(part.images)
-        known: list[tuple[Any, Any, tuple]] = [
+        labels = np.asarray(part.labels)
+        known: list[tuple[RowArray, type[np.generic], tuple[int, ...]]] = [
             (part.images, np.uint8, (count, *data.shape)),
-            (part.labels, np.int32, (count,)),
+            (labels, np.int32, (count,)),
         ]
         if captions is not None:
             known.append((part.captions, np.uint8, (count, captions.shape[1])))
@@ -102,14 +103,14 @@ def _check_decoded(data: Data) -> None:
             array.dtype != kind or array.shape != shape for array, kind, shape in known
         ):
             raise ValueError("arrays that do not belong together")
-        if count and not -1 <= part.labels.min() <= part.labels.max() < max(len(data.classes), 1):
+        if count and not -1 <= labels.min() <= labels.max() < max(len(data.classes), 1):
             raise ValueError("labels that are no classes")
     texts = (data.name, data.title, data.fingerprint, *data.classes, *data.notes)
     if not all(isinstance(text, str) for text in texts) or data.levels != 256:
         raise ValueError("a description that is not text")
 
 
-def _forms(split: Split | None) -> list[list[Any]]:
+def _forms(split: Split | None) -> Json:
     """The shape and the type of each array, as JSON has them."""
     return [[list(a.shape), str(a.dtype)] for a in split or () if a is not None]
 

@@ -14,11 +14,13 @@ import pathlib
 import posixpath
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
 
 from ddpm_jax.data.tokenizer import fitting, tokenize
 from ddpm_jax.errors import UserError
+from ddpm_jax.fields import Json
 
 KEYS = ("text", "caption", "prompt")
 FILE = "file_name"
@@ -151,7 +153,9 @@ def _rows(root: pathlib.Path, file: str) -> Iterator[tuple[str, str, str]]:
     """(line, file name, caption) of each row of a table."""
     path = root / file
     text = _text(path)
-    rows = _csv_rows(path, text) if file.lower().endswith(".csv") else _json_rows(path, text)
+    rows: Iterator[tuple[int, Mapping[str, Json]]] = (
+        _csv_rows(path, text) if file.lower().endswith(".csv") else _json_rows(path, text)
+    )
     for number, row in rows:
         place = f"line {number}"
         key = next((key for key in KEYS if row.get(key)), None)
@@ -172,7 +176,7 @@ def _rows(root: pathlib.Path, file: str) -> Iterator[tuple[str, str, str]]:
         yield place, row[FILE], caption
 
 
-def _json_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, Json]]]:
     for number, line in enumerate(lines_of(text), 1):
         if not line.strip():
             continue
@@ -187,7 +191,7 @@ def _json_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, A
         yield number, row
 
 
-def _csv_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, str | None]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         names = [name.strip() for name in reader.fieldnames or ()]
@@ -195,7 +199,7 @@ def _csv_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, An
             raise UserError(f"{path}, line 1: two columns have one name: {', '.join(names)}")
         for row in reader:
             if None in row:
-                cells = len(names) + len(row[None])  # type: ignore[call-overload]
+                cells = len(names) + len(row[None])
                 raise UserError(
                     f"{path}, line {reader.line_num}: has {cells} cells, and the header "
                     f"{len(names)}; put captions that hold commas in quotes"
@@ -233,7 +237,9 @@ def _text(path: pathlib.Path) -> str:
         raise UserError(f"{path} cannot be read as text in UTF-8: {error}") from None
 
 
-def usable_captions(texts: dict[str, list[str]]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def usable_captions(
+    texts: dict[str, list[str]],
+) -> tuple[dict[str, np.ndarray | None], tuple[str, ...]]:
     """Captions of each split as tokens, all of one length, and notes about them.
 
     Args:
@@ -244,8 +250,8 @@ def usable_captions(texts: dict[str, list[str]]) -> tuple[dict[str, Any], tuple[
     """
     if not any(text.strip() for text in texts["train"]):
         note = "all captions of the training images are empty: it counts as a set without captions"
-        return dict.fromkeys(texts), (note,)
-    needed = max(fitting(some) for some in texts.values())
+        return dict.fromkeys(texts, None), (note,)
+    needed = max(map(fitting, texts.values()))
     same = len(set(texts["train"])) == 1 < len(texts["train"])
     notes = ("all training images have the same caption",) if same else ()
-    return {split: tokenize(some, needed) for split, some in texts.items()}, notes
+    return {split: tokenize(captions, needed) for split, captions in texts.items()}, notes

@@ -5,9 +5,10 @@ import io
 import pathlib
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ddpm_jax.errors import printable
 
@@ -50,8 +51,6 @@ def decode(file: bytes | pathlib.Path) -> Decoded:
       ValueError: its pixels have no known range.
       Exception: whatever Pillow's decoders raise of a damaged file.
     """
-    from PIL import Image
-
     # Always the content: from a path Pillow maps some files into memory, and turns them wrongly.
     content = file if isinstance(file, bytes) else file.read_bytes()
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -66,8 +65,6 @@ def decode(file: bytes | pathlib.Path) -> Decoded:
 @contextlib.contextmanager
 def decoding() -> Iterator[None]:
     """Make an image of too many pixels an error, and silence Pillow's other warnings."""
-    from PIL import Image
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -76,8 +73,6 @@ def decoding() -> Iterator[None]:
 
 def reason_of(error: Exception) -> str:
     """Why a file could not be decoded, in a few words."""
-    from PIL import Image, UnidentifiedImageError
-
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
@@ -88,7 +83,7 @@ def reason_of(error: Exception) -> str:
     return printable(lines[0])[:100] or type(error).__name__
 
 
-def _pixels(image: Any, raw: str) -> np.ndarray:
+def _pixels(image: Image.Image, raw: str) -> np.ndarray:
     """The pixels of a loaded Pillow image, as they are stored; `raw` is its file's raw mode."""
     mode, key = image.mode, image.info.get("transparency")
     if mode in GREY_16 or mode == "I":
@@ -122,7 +117,7 @@ def _eight_bits(grey: np.ndarray) -> np.ndarray:
     return (grey >> (8 if grey.max() < 2**16 else 24)).astype(np.uint8)
 
 
-def _alpha_of(values: np.ndarray, key: Any) -> np.ndarray | None:
+def _alpha_of(values: np.ndarray, key: object) -> np.ndarray | None:
     """Alpha of an image one of whose values, if `key` is not None, is transparent."""
     return None if key is None else np.where(values == key, 0, 255).astype(np.uint8)
 
@@ -136,14 +131,14 @@ def _on_white(pixels: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
     return ((pixels * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
 
 
-def _from_lab(image: Any) -> Any:
-    from PIL import ImageCms
-
+def _from_lab(image: Image.Image) -> Image.Image:
     lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    return ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+    converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+    assert converted is not None  # it would be None if the image had been changed in its place
+    return converted
 
 
-def _upright(pixels: np.ndarray, image: Any) -> np.ndarray:
+def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
     """Turn and mirror pixels as the file's EXIF says; Pillow has turned those of TIFF already."""
     if not image.info:  # as of most small images: no EXIF either
         return pixels

@@ -9,18 +9,18 @@ import importlib
 import os
 import pathlib
 import re
-from typing import Any
 
 from ddpm_jax.data.splits import with_validation
 from ddpm_jax.data.types import Data
 from ddpm_jax.errors import UserError, printable
+from ddpm_jax.fields import Json
 
 COMMON = ("mnist", "fashion_mnist", "cifar10")  # names of TFDS that are spelled in many ways
 # Files of this folder that are no data sets.
 NO_SOURCES = {
-    "__init__", "batches", "cache", "captions", "images", "loader", "prefetch", "split_names",
-    "splits", "tfds",
-    "tokenizer", "types",
+    "__init__", "batches", "cache", "captions", "folder_splits", "images", "loader", "prefetch",
+    "shape_negatives", "split_names", "splits", "tfds", "tfds_builders", "tokenizer",
+    "types",
 }  # fmt: skip
 
 
@@ -88,21 +88,21 @@ def is_of_tfds(name: str) -> bool:
     return name.partition(":")[0] not in files - NO_SOURCES
 
 
-def check_recorded_dir(name: str, data_dir: Any) -> None:
+def check_recorded_dir(name: str, data_dir: Json) -> None:
     """Check that the folder of TFDS data that a run's record names may be read, and is there.
 
     Raises:
       UserError: TFDS itself has no such data set, or it does not lie there.
     """
-    from ddpm_jax.data import tfds
+    from ddpm_jax.data import tfds_builders
 
-    if not tfds.is_known(name):
+    if not tfds_builders.is_known(name):
         raise UserError(
             f'the data set "{name}" of this run is not one that TFDS itself has; give '
             "--data_dir=DIR, the folder in which it lies"
         )
     folder = data_dir if isinstance(data_dir, str) else ""
-    if not os.path.isdir(os.path.join(folder, tfds.base_name(name))):
+    if not os.path.isdir(os.path.join(folder, tfds_builders.base_name(name))):
         raise UserError(
             f'"{data_dir}", where the data of this run were, holds no {name}; give --data_dir=DIR'
         )

@@ -1,23 +1,38 @@
 """Batches made one call ahead, in a thread, so that the device never waits for data."""
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Generic, NamedTuple, TypeVar
 
 AHEAD = 2
-_END = object()
+A = TypeVar("A")
+B = TypeVar("B")
 
 
-def prefetch(batches: Iterator[Any], place: Callable[[Any], Any]) -> Generator[Any, None, None]:
+@dataclasses.dataclass(frozen=True)
+class _Ready(Generic[B]):
+    """A batch that is ready."""
+
+    batch: B
+
+
+class _End(NamedTuple):
+    """After the last batch: `error` is what making the next one raised, if anything."""
+
+    error: BaseException | None = None
+
+
+def prefetch(batches: Iterator[A], place: Callable[[A], B]) -> Generator[B, None, None]:
     """`place(batch)` for every batch, up to two of them ready before they are asked for.
 
     What the making raises is raised where the batch is asked for; closing it ends the thread.
     """
-    ready: queue.Queue = queue.Queue(AHEAD)
+    ready: queue.Queue[_Ready[B] | _End] = queue.Queue(AHEAD)
     closed = threading.Event()
 
-    def put(item: Any) -> None:
+    def put(item: _Ready[B] | _End) -> None:
         while not closed.is_set():
             try:
                 return ready.put(item, timeout=0.1)
@@ -27,25 +42,26 @@ def prefetch(batches: Iterator[Any], place: Callable[[Any], Any]) -> Generator[A
     def make() -> None:
         try:
             for batch in batches:
-                put((place(batch), None))
+                put(_Ready(place(batch)))
                 if closed.is_set():
                     return
-            put((_END, None))
+            put(_End())
         except BaseException as error:
-            put((None, error))
+            put(_End(error))
 
     thread = threading.Thread(target=make, daemon=True, name="prefetch")
 
-    def take() -> Generator[Any, None, None]:
+    def take() -> Generator[B, None, None]:
         thread.start()
         try:
             while True:
-                batch, error = ready.get()
-                if error is not None:
-                    raise error
-                if batch is _END:
+                item = ready.get()
+                if isinstance(item, _Ready):
+                    yield item.batch
+                elif item.error is not None:
+                    raise item.error
+                else:
                     return
-                yield batch
         finally:
             closed.set()
             thread.join()

@@ -16,13 +16,14 @@ the test split's, which no validation example has.  Example i of a split is a pu
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from ddpm_jax.data.tokenizer import tokenize
-from ddpm_jax.data.types import ENDLESS, SPLITS, Data, Split
+from ddpm_jax.data.types import ENDLESS, SPLITS, Computed, Data, Split
 from ddpm_jax.errors import UserError
 
 SIDES = (32, 64)
@@ -120,7 +121,7 @@ def scene(split: str, index: int, only: str | None = None) -> Scene:
     """
     allowed = HELD_OUT.get(split.partition(" ")[0], frozenset())
     for attempt in range(1000):  # until the shapes fit
-        draw = _draws(f"{split} {only}", index * 1000 + attempt)
+        draw = stream(f"{split} {only}", index * 1000 + attempt)
         groups, relation = _groups(draw, only)
         unseen = ALL_HELD_OUT.intersection((group.colour, group.kind) for group in groups)
         mixed = bool(allowed) and index % 2 == 1
@@ -131,16 +132,16 @@ def scene(split: str, index: int, only: str | None = None) -> Scene:
         behind = free[draw.integers(len(free))]
         shapes = _place(draw, groups, relation)
         if shapes is not None:
-            told = behind if draw.random() < 0.6 else None
+            background = behind if draw.random() < 0.6 else None
             groups = tuple(
                 group._replace(size=None) if draw.random() < 0.3 else group for group in groups
             )
-            caption = _caption(draw, groups, relation, told)
-            return Scene(groups, relation, told, behind, shapes, caption)
+            caption = caption_of(draw, groups, relation, background)
+            return Scene(groups, relation, background, behind, shapes, caption)
     raise AssertionError(f"no scene for {split} {index}")
 
 
-def _draws(words: str, number: int) -> np.random.Generator:
+def stream(words: str, number: int) -> np.random.Generator:
     """Stream `number` of those that words name."""
     name = hashlib.blake2b(words.encode(), digest_size=8).digest()
     return np.random.Generator(np.random.Philox(key=[int.from_bytes(name, "little"), number]))
@@ -148,7 +149,7 @@ def _draws(words: str, number: int) -> np.random.Generator:
 
 def _group(draw: np.random.Generator, number: int) -> Group:
     colour, kind, size = (
-        some[draw.integers(len(some))] for some in (tuple(COLOURS), KINDS, ("small", "large"))
+        values[draw.integers(len(values))] for values in (tuple(COLOURS), KINDS, ("small", "large"))
     )
     return Group(number, size, colour, kind)
 
@@ -172,87 +173,9 @@ def _groups(draw: np.random.Generator, only: str | None) -> tuple[tuple[Group, .
     return groups, relation
 
 
-def altered(split: str, index: int, number: int = 0) -> str:
-    """A caption that says one thing wrong of example `index`: a negative (`contrastive.py`).
-
-    A number, size, colour, shape or background is another one, two groups have exchanged colours
-    or shapes, or the relation is turned round: more often what is harder to tell.  No held-out pair
-    is told but the example's own.
-    """
-    one = scene(split, index)
-    unseen = ALL_HELD_OUT - {(group.colour, group.kind) for group in one.groups}
-    draw = _draws(f"altered {split} {number}", index)
-    while True:
-        groups, relation, told = _altered(draw, one)
-        pairs = [(group.colour, group.kind) for group in groups]
-        ordered = relation is None or pairs == [(g.colour, g.kind) for g in one.groups]
-        right = _drawn(groups, one) and ordered
-        right &= (relation, told) == (one.relation, one.background)
-        usual = len(set(pairs)) == len(pairs) and told not in {group.colour for group in groups}
-        usual &= sum(group.number for group in groups) <= max(NUMBERS)
-        if usual and not right and not unseen.intersection(pairs):
-            return _caption(draw, groups, relation, told)
-
-
-def _drawn(groups: Sequence[Group], one: Scene) -> bool:
-    """Whether groups, in any order, are those of a picture, of the sizes that are told of them."""
-    looks, drawn = ({(g.number, g.colour, g.kind) for g in some} for some in (groups, one.groups))
-    sizes = {(s.colour, s.kind): "small" if s.width <= SMALL[1] else "large" for s in one.shapes}
-    return looks == drawn and all(g.size in (None, sizes[g.colour, g.kind]) for g in groups)
-
-
-def _altered(
-    draw: np.random.Generator, one: Scene
-) -> tuple[tuple[Group, ...], str | None, str | None]:
-    """One thing of a scene drawn anew, which may be what it was."""
-    groups, relation, told = list(one.groups), one.relation, one.background
-
-    def other(some: Any) -> Any:
-        some = list(some)
-        return some[draw.integers(len(some))]
-
-    which = draw.integers(len(groups))
-    group = groups[which]
-    kinds = ["colour", "number", "number", "kind", "kind", "kind"]
-    kinds += ["size"] if group.size else []
-    kinds += ["background"] if told else []
-    if len(groups) == 2:
-        kinds += ["colours", "kinds"] * 2 + (["relation"] * 4 if relation else [])
-    what = other(kinds)
-    if what == "background":
-        told = other(name for name in BACKGROUNDS if name not in {g.colour for g in groups})
-    elif what == "relation":
-        axis, smaller = RELATIONS[str(relation)]
-        relation = other(name for name in RELATIONS if RELATIONS[name] == (axis, not smaller))
-    elif what in ("colours", "kinds"):
-        field, back = what[:-1], groups[::-1]
-        groups = [
-            g._replace(**{field: getattr(b, field)}) for g, b in zip(groups, back, strict=True)
-        ]
-    else:
-        choice = {"colour": COLOURS, "kind": KINDS, "number": NUMBERS, "size": ("small", "large")}
-        groups[which] = group._replace(**{what: other(choice[what])})
-    return tuple(groups), relation, told
-
-
 def is_named(data: str) -> bool:
     """Whether `--config.data` names this set, of whatever size."""
     return data.partition(":")[0] == "shapes"
-
-
-def with_altered(data: Data, count: int) -> Data:
-    """`data` with captions [1 + count, LENGTH]: an image's own, and `count` altered ones."""
-
-    def of(name: str, split: Split) -> Split:
-        def make(index: int) -> np.ndarray:
-            texts = [altered(name, index, number) for number in range(count)]
-            return tokenize([scene(name, index).caption, *texts], LENGTH)
-
-        return split._replace(captions=Made(make, split.captions.numbers, (1 + count, LENGTH)))
-
-    validation = data.validation and of("validation", data.validation)
-    train, test = of("train", data.train), of("test", data.test)
-    return data._replace(train=train, validation=validation, test=test)
 
 
 def _place(
@@ -266,10 +189,10 @@ def _place(
     low = 1 + (30 - width[:, None]) * draw.random((TRIES, 2, len(owner)))
     high = low + width[:, None]
     good = np.ones(TRIES, bool)
-    for one in range(len(owner)):
-        for other in range(one):
-            before = high[:, :, one] + GAP <= low[:, :, other]
-            after = high[:, :, other] + GAP <= low[:, :, one]
+    for i in range(len(owner)):
+        for j in range(i):
+            before = high[:, :, i] + GAP <= low[:, :, j]
+            after = high[:, :, j] + GAP <= low[:, :, i]
             good &= (before | after).any(1)
     if relation is not None:
         axis, smaller = RELATIONS[relation]
@@ -279,8 +202,8 @@ def _place(
         return None
     first = int(good.argmax())
     return tuple(
-        Shape(groups[own].colour, groups[own].kind, *map(float, place))
-        for own, *place in zip(owner, *low[first], width[first], strict=True)
+        Shape(groups[group].colour, groups[group].kind, *map(float, place))
+        for group, *place in zip(owner, *low[first], width[first], strict=True)
     )
 
 
@@ -300,17 +223,30 @@ def _noun(draw: np.random.Generator, group: Group) -> str:
     return " ".join(word for word in words if word)
 
 
-def _caption(
-    draw: np.random.Generator, groups: tuple[Group, ...], relation: str | None, told: str | None
+def caption_of(
+    draw: np.random.Generator,
+    groups: tuple[Group, ...],
+    relation: str | None,
+    background: str | None,
 ) -> str:
+    """Return a caption of a scene in one of several forms.
+
+    Args:
+      draw: draws the form.
+      groups: of shapes.
+      relation: of the two groups; None: there is none, or it is left out.
+      background: its colour; None: it is left out.
+    """
     names = [_noun(draw, group) for group in groups]
     text = f" {relation} ".join(names) if relation else " and ".join(names)
-    if told is None:
+    if background is None:
         return text
     form = draw.integers(3)
     if form == 0:
-        return f"{text} on a {told} background"
-    return f"{text}, {told} background" if form == 1 else f"a {told} background with {text}"
+        return f"{text} on a {background} background"
+    if form == 1:
+        return f"{text}, {background} background"
+    return f"a {background} background with {text}"
 
 
 # Pictures.
@@ -318,8 +254,6 @@ def _caption(
 
 def render(scene: Scene, side: int = 32) -> np.ndarray:
     """The picture of a scene, uint8 [side, side, 3]: drawn larger, and averaged."""
-    from PIL import Image, ImageDraw
-
     scale = OVERSAMPLE * side / 32
     image = Image.new("RGB", (side * OVERSAMPLE,) * 2, BACKGROUNDS[scene.behind])
     pen = ImageDraw.Draw(image)
@@ -330,8 +264,20 @@ def render(scene: Scene, side: int = 32) -> np.ndarray:
     return np.asarray(image.reduce(OVERSAMPLE))
 
 
-def draw_shape(pen: Any, kind: str, box: tuple[Any, ...], colour: Any) -> None:
-    """One shape that fills a box (left, top, right, bottom), the last pixels within it."""
+def draw_shape(
+    pen: ImageDraw.ImageDraw,
+    kind: str,
+    box: tuple[int | float, ...],
+    colour: int | tuple[int, int, int],
+) -> None:
+    """Draw one shape that fills a box.
+
+    Args:
+      pen: draws into the picture.
+      kind: circle, square or triangle.
+      box: left, top, right, bottom; the last pixels lie within it.
+      colour: red, green and blue, or grey.
+    """
     left, top, right, bottom = box
     if kind == "circle":
         pen.ellipse(box, fill=colour)
@@ -341,32 +287,11 @@ def draw_shape(pen: Any, kind: str, box: tuple[Any, ...], colour: Any) -> None:
         pen.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill=colour)
 
 
-class Made:
-    """Rows [N, *shape] of `make(index)`, made when they are indexed, a slice or rows at a time."""
-
-    def __init__(
-        self, make: Callable[[int], Any], rows: range, shape: tuple[int, ...], dtype: Any = np.uint8
-    ) -> None:
-        self._make, self.numbers = make, rows
-        self.shape, self.dtype = (len(rows), *shape), np.dtype(dtype)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, rows: Any) -> Any:
-        if isinstance(rows, slice):
-            return Made(self._make, self.numbers[rows], self.shape[1:], self.dtype)
-        return np.array([self._make(self.numbers[int(row)]) for row in rows], self.dtype)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self[range(len(self))].astype(dtype or self.dtype)
-
-
-def made(split: str, rows: range, side: int) -> Split:
-    """A split's pictures and captions; no labels."""
-    images: Any = Made(lambda i: render(scene(split, i), side), rows, (side, side, 3))
-    labels: Any = Made(lambda i: -1, rows, (), np.int32)
-    captions = Made(lambda i: tokenize([scene(split, i).caption], LENGTH)[0], rows, (LENGTH,))
+def computed_split(split: str, rows: range, side: int) -> Split:
+    """Return a split's pictures and captions; there are no labels."""
+    images = Computed(lambda i: render(scene(split, i), side), rows, (side, side, 3))
+    labels = Computed(lambda i: -1, rows, (), np.int32)
+    captions = Computed(lambda i: tokenize([scene(split, i).caption], LENGTH)[0], rows, (LENGTH,))
     return Split(images, labels, captions)
 
 
@@ -379,9 +304,9 @@ def load(argument: str, data_dir: str | None) -> Data:
     return Data(
         name="shapes" + (f":{side}" if argument else ""),
         title=f"shapes {side}x{side} (drawn)",
-        train=made("train", range(ENDLESS), side),
-        validation=made("validation", range(HELD_OUT_EXAMPLES), side),
-        test=made("test", range(HELD_OUT_EXAMPLES), side),
+        train=computed_split("train", range(ENDLESS), side),
+        validation=computed_split("validation", range(HELD_OUT_EXAMPLES), side),
+        test=computed_split("test", range(HELD_OUT_EXAMPLES), side),
         levels=256,
         classes=(),
         fingerprint=_fingerprint(side),
@@ -393,6 +318,6 @@ def _fingerprint(side: int) -> str:
     digest = hashlib.sha256()
     for split in SPLITS:
         for index in range(32):
-            one = scene(split, index)
-            digest.update(one.caption.encode() + render(one, side).tobytes())
+            example = scene(split, index)
+            digest.update(example.caption.encode() + render(example, side).tobytes())
     return digest.hexdigest()[:16]

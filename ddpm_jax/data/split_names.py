@@ -13,8 +13,8 @@ SPLIT_NAMES = {
 def split_folders(names: Iterable[str]) -> dict[str, list[str]]:
     """Which of `names` mean each split, the preferred one first; only splits that have any."""
     names = sorted(names)
-    found = {
+    folders = {
         split: [name for word in words for name in names if name.lower() == word]
         for split, words in SPLIT_NAMES.items()
     }
-    return {split: some for split, some in found.items() if some}
+    return {split: folders[split] for split in folders if folders[split]}

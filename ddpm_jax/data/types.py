@@ -1,29 +1,51 @@
 """What a data set is: images, labels and captions of its splits, and a batch of them."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+from numpy.typing import DTypeLike
+
+Leaf: TypeAlias = Any  # a numpy or jax array, or what stands in its place in a tree of batches
 
 ENDLESS = 2**31 - 1  # examples of a set that is drawn as it is asked for
 
 SPLITS = ("train", "validation", "test")
 
 
+@runtime_checkable
+class RowArray(Protocol):
+    """An array, or what is indexed as one and computes its rows when it is asked for them."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole; its first axis is over rows."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of an element."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | np.ndarray, /) -> "RowArray": ...
+
+
 class Split(NamedTuple):
     """Images [N, H, W, C], uint8 in 0 ... levels - 1, and labels [N], int32 (-1: none).
 
-    captions: as tokens [N, L] (`ddpm_jax/data/tokenizer.py`), if there are any.
-    Arrays, or what is indexed as they are and makes its rows when it is asked for them.
+    captions: as tokens [N, L] (`ddpm_jax/data/tokenizer.py`), if there are any, or as a text
+      encoder takes them.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
-    captions: Any = None
+    images: RowArray
+    labels: RowArray
+    captions: Leaf = None
 
     def first(self, count: int) -> "Split":
         """The first examples alone."""
-        return self._each(lambda array: array[:count])
+        return self._map(lambda array: array[:count])
 
     def some(self, count: int) -> "Split":
         """So many, or all, always the same ones, as a sample of the whole."""
@@ -37,13 +59,13 @@ class Split(NamedTuple):
 
     def rows(self, rows: np.ndarray) -> "Split":
         """The examples at `rows`, made."""
-        return self._each(lambda array: array[rows])
+        return self._map(lambda array: array[rows])
 
     def subset(self, rows: np.ndarray) -> "Split":
         """The examples at `rows`, which are read when they are asked for."""
-        return self._each(lambda array: take_rows(array, rows))
+        return self._map(lambda array: take_rows(array, rows))
 
-    def _each(self, of: Callable[[Any], Any]) -> "Split":
+    def _map(self, of: Callable[[RowArray], RowArray]) -> "Split":
         captions = None if self.captions is None else of(self.captions)
         return Split(of(self.images), of(self.labels), captions)
 
@@ -56,20 +78,57 @@ class Rows:
       numbers: the rows, int64 [N].
     """
 
-    def __init__(self, array: Any, numbers: np.ndarray) -> None:
+    def __init__(self, array: RowArray, numbers: np.ndarray) -> None:
         self._array, self._numbers = array, numbers
-        self.shape, self.dtype = (len(numbers), *array.shape[1:]), array.dtype
+        self.shape: tuple[int, ...] = (len(numbers), *array.shape[1:])
+        self.dtype = array.dtype
 
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, rows: Any) -> Any:
+    def __getitem__(self, rows: slice | np.ndarray) -> RowArray:
         if isinstance(rows, slice):
             return Rows(self._array, self._numbers[rows])
         return self._array[self._numbers[rows]]
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self._array[self._numbers], dtype)
+
+
+class Computed:
+    """Rows [N, *shape] of `make(index)`, computed when they are indexed by a slice or by numbers.
+
+    Args:
+      make: computes the row of an example.
+      rows: the numbers of the examples.
+      shape: of a row.
+      dtype: of an element.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], np.ndarray | int],
+        rows: range,
+        shape: tuple[int, ...],
+        dtype: DTypeLike = np.uint8,
+    ) -> None:
+        self._make, self.numbers = make, rows
+        self.shape: tuple[int, ...] = (len(rows), *shape)
+        self.dtype = np.dtype(dtype)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> RowArray:
+        if isinstance(rows, slice):
+            return Computed(self._make, self.numbers[rows], self.shape[1:], self.dtype)
+        return self._compute(rows)
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        return self._compute(np.arange(len(self))).astype(dtype or self.dtype)
+
+    def _compute(self, rows: np.ndarray) -> np.ndarray:
+        return np.array([self._make(self.numbers[int(row)]) for row in rows], self.dtype)
 
 
 class Data(NamedTuple):
@@ -96,10 +155,10 @@ class Data(NamedTuple):
         Raises:
           ValueError: there is no validation split.
         """
-        found = getattr(self, split)
-        if found is None:
+        part = {"train": self.train, "validation": self.validation, "test": self.test}[split]
+        if part is None:
             raise ValueError(f"{self.name} has no {split} split")
-        return found
+        return part
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -112,7 +171,7 @@ class Data(NamedTuple):
         """Tokens of a caption, padding included; 0: there are no captions."""
         return 0 if self.train.captions is None else self.train.captions.shape[1]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, str | int | list[int] | list[str]]:
         """What `config.json` records: enough to know the same data again."""
         return {
             "name": self.name,
@@ -131,13 +190,13 @@ class Data(NamedTuple):
 class Batch(NamedTuple):
     """A batch of a step: images uint8, labels, each example's index in that batch, captions."""
 
-    images: Any
-    labels: Any
-    index: Any
-    captions: Any = None
+    images: Leaf
+    labels: Leaf
+    index: Leaf
+    captions: Leaf = None
 
 
-def take_rows(array: Any, rows: np.ndarray) -> Any:
+def take_rows(array: RowArray, rows: np.ndarray) -> RowArray:
     """Return some rows of an array: at once if it is in memory, else when they are asked for."""
     return array[rows] if type(array) is np.ndarray else Rows(array, rows)
 
@@ -173,5 +232,4 @@ UNBOUND = DataInfo("", (0, 0, 0), 2)  # of a task that no data set is known for 
 
 def info_of(data: Data) -> DataInfo:
     """Return what a task must know of `data`."""
-    shape: Any = tuple(data.shape)
-    return DataInfo(data.name, shape, data.levels, len(data.classes), data.caption_length)
+    return DataInfo(data.name, data.shape, data.levels, len(data.classes), data.caption_length)

@@ -34,6 +34,12 @@ def step_kl(
 ) -> Scalar:
     """L_{t-1} = KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of two Gaussians, in nats.
 
+    Args:
+      prediction: the denoiser's, of x_t.
+      x0, xt: the data and x_t.
+      logsnr_t, logsnr_s: of the noisier and the cleaner time; both finite.
+      variance: of p(x_s | x_t).
+
     Raises:
       ValueError: `variance` is "learned" and the prediction has none.
     """

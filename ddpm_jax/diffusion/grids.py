@@ -88,10 +88,10 @@ def grid_from(
       logsnrs with one more entry; the number of the entry that is `start`.  They rise from there
       on, and the entries before it are not part of the grid.
     """
-    own = logsnrs[:-1]
-    gaps = jnp.diff(own, prepend=own[:1])
-    kept = (own > start) & (own - start >= gaps / 10)
-    first = jnp.where(kept.any(), jnp.argmax(kept), len(own))
+    finite = logsnrs[:-1]
+    gaps = jnp.diff(finite, prepend=finite[:1])
+    kept = (finite > start) & (finite - start >= gaps / 10)
+    first = jnp.where(kept.any(), jnp.argmax(kept), len(finite))
     return jnp.concatenate([start[None], logsnrs]).at[first].set(start), first
 
 

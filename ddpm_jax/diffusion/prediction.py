@@ -40,7 +40,13 @@ Denoiser = Callable[[Array, Array], Prediction]  # (xt, logsnr), parameters and 
 def read(
     kind: PredictionType, out: Float[Array, "*event"], xt: Float[Array, "*event"], logsnr: Array
 ) -> Prediction:
-    """A network's output as a `Prediction`.
+    """Return a network's output as a `Prediction`.
+
+    Args:
+      kind: what the network predicts.
+      out: its output.
+      xt: its input x_t.
+      logsnr: of x_t.
 
     Raises:
       ValueError: an unknown kind.
@@ -74,7 +80,14 @@ def write(kind: PredictionType, prediction: Prediction, logsnr: Array) -> Float[
 def with_x0(
     prediction: Prediction, x0: Float[Array, "..."], xt: Float[Array, "..."], logsnr: Array
 ) -> Prediction:
-    """The prediction with another x0 and the eps that goes with it."""
+    """Return the prediction with another x0 and the eps that goes with it.
+
+    Args:
+      prediction: its learned variance, if any, is kept.
+      x0: the new x0.
+      xt: the input x_t of the denoiser.
+      logsnr: of x_t.
+    """
     alpha, sigma = alpha_sigma(logsnr)
     return prediction._replace(x0=x0, eps=(xt - alpha * x0) / sigma)
 
@@ -82,7 +95,7 @@ def with_x0(
 def clip_x0(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
     """`denoise` with x0 clipped and eps made consistent again."""
 
-    def clipped(xt, logsnr):
+    def clipped(xt: Array, logsnr: Array) -> Prediction:
         prediction = denoise(xt, logsnr)
         return with_x0(prediction, jnp.clip(prediction.x0, low, high), xt, logsnr)
 
@@ -95,13 +108,13 @@ def threshold_x0(denoise: Denoiser, percentile: float = 99.5, most: float = 1.0)
     x0 is clipped to its own percentile of |x0|, where that exceeds `most`, and divided by it.
     """
 
-    def one(x0):
+    def threshold(x0: Array) -> Array:
         limit = jnp.maximum(jnp.percentile(jnp.abs(x0), percentile), most)
         return jnp.clip(x0, -limit, limit) * (most / limit)
 
-    def thresholded(xt, logsnr):
+    def thresholded(xt: Array, logsnr: Array) -> Prediction:
         prediction = denoise(xt, logsnr)
-        return with_x0(prediction, jax.vmap(one)(prediction.x0), xt, logsnr)
+        return with_x0(prediction, jax.vmap(threshold)(prediction.x0), xt, logsnr)
 
     return thresholded
 
@@ -109,7 +122,7 @@ def threshold_x0(denoise: Denoiser, percentile: float = 99.5, most: float = 1.0)
 def inpaint(denoise: Denoiser, known: Float[Array, "..."], mask: Float[Array, "..."]) -> Denoiser:
     """`denoise` that knows the pixels where `mask` is 1: its x0 is `known` there."""
 
-    def informed(xt, logsnr):
+    def informed(xt: Array, logsnr: Array) -> Prediction:
         prediction = denoise(xt, logsnr)
         return with_x0(prediction, mask * known + (1 - mask) * prediction.x0, xt, logsnr)
 
@@ -119,7 +132,12 @@ def inpaint(denoise: Denoiser, known: Float[Array, "..."], mask: Float[Array, ".
 def reverse_log_variance(
     prediction: Prediction, variance: Variance, logsnr_t: Array, logsnr_s: Array
 ) -> Array:
-    """log of the variance of p(x_s | x_t): the posterior's, beta, or between them as learned.
+    """Return log of the variance of p(x_s | x_t): the posterior's, beta, or between as learned.
+
+    Args:
+      prediction: read where the variance is learned.
+      variance: "posterior", "beta" or "learned".
+      logsnr_t, logsnr_s: of the noisier and the cleaner time; both finite.
 
     Raises:
       ValueError: "learned", and the network has learned none; an unknown variance.

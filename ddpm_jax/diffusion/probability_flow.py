@@ -11,6 +11,7 @@ Hutchinson's: v^T (d f / d x) v with v = +-1, unbiased.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from ddpm_jax.diffusion.prediction import Denoiser
@@ -46,8 +47,8 @@ def log_density(
     """
     import diffrax
 
-    def field(logsnr, state, _):
-        x, _ = state
+    def field(now: ArrayLike, state: tuple[Array, Array], _: None) -> tuple[Array, Array]:
+        logsnr, x = jnp.asarray(now), state[0]
         velocity, pull = jax.vjp(lambda x: flow(denoise, x, logsnr), x)
         divergence = pull(probe)[0] * probe
         # The second component is log p itself, which falls by the divergence along the way.

@@ -14,8 +14,10 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key
 
+from ddpm_jax.diffusion.bisection import inverse_of_decreasing
 from ddpm_jax.fields import AtMost, FieldError, MoreThan, NoiseSteps
 
 Scalar = Float[Array, ""]
@@ -30,8 +32,8 @@ Beta = Annotated[float, MoreThan(0.0), AtMost(0.99)]
 class Schedule(NamedTuple):
     """logsnr: t in [0, 1] -> logsnr, decreasing; time: its inverse; steps: T of a table."""
 
-    logsnr: Callable[..., Array]
-    time: Callable[..., Array]
+    logsnr: Callable[[ArrayLike], Array]
+    time: Callable[[ArrayLike], Array]
     steps: int | None = None
 
 
@@ -65,7 +67,8 @@ def cosine_betas(steps: int = 1000, offset: float = 0.008, max_beta: float = 0.9
     """
     t = np.arange(steps + 1) / steps
     alpha_bars = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
-    return np.minimum(1 - alpha_bars[1:] / alpha_bars[:-1], max_beta)
+    betas: np.ndarray = np.minimum(1 - alpha_bars[1:] / alpha_bars[:-1], max_beta)
+    return betas
 
 
 def log_alpha_bars(betas: np.ndarray) -> np.ndarray:
@@ -90,11 +93,11 @@ def from_betas(betas: np.ndarray) -> Schedule:
         table = log_bars - np.log(-np.expm1(log_bars))  # 1 - alpha_bar cancels; this does not
     middles = (table[1:-1] + table[2:]) / 2  # between steps 1 and 2, 2 and 3, ...
 
-    def logsnr(t):
+    def logsnr(t: ArrayLike) -> Array:
         step = jnp.clip(jnp.round(jnp.asarray(t) * steps), 0, steps).astype(jnp.int32)
         return jnp.asarray(table)[step]
 
-    def time(logsnr):
+    def time(logsnr: ArrayLike) -> Array:
         logsnr = jnp.asarray(logsnr)
         # Decreasing, so searched with the sign turned; +inf alone is step 0.
         step = 1 + jnp.searchsorted(jnp.asarray(-middles), -logsnr)
@@ -106,8 +109,8 @@ def from_betas(betas: np.ndarray) -> Schedule:
 def linear(lowest: float = -15.0, highest: float = 15.0) -> Schedule:
     """logsnr falls linearly (Kingma et al. 2021, fig. 2's start)."""
     return Schedule(
-        lambda t: highest + t * (lowest - highest),
-        lambda logsnr: (logsnr - highest) / (lowest - highest),
+        lambda t: highest + jnp.asarray(t) * (lowest - highest),
+        lambda logsnr: (jnp.asarray(logsnr) - highest) / (lowest - highest),
     )
 
 
@@ -119,13 +122,15 @@ def cosine(lowest: float = -15.0, highest: float = 15.0) -> Schedule:
     a, b = np.arctan(np.exp(-0.5 * highest)), np.arctan(np.exp(-0.5 * lowest))
     c = np.arctan(np.exp(0.5 * lowest))  # pi / 2 - b, which would cancel
 
-    def logsnr(t):
+    def logsnr(t: ArrayLike) -> Array:
+        t = jnp.asarray(t)
         # tan(angle) from the nearer end, so that neither end cancels in float32.
         up, down = a + t * (b - a), c + (1 - t) * (b - a)
         near_noise = -jnp.log(jnp.tan(jnp.where(t > 0.5, down, 1.0)))
         return -2 * jnp.where(t > 0.5, near_noise, jnp.log(jnp.tan(jnp.where(t > 0.5, 1.0, up))))
 
-    def time(logsnr):
+    def time(logsnr: ArrayLike) -> Array:
+        logsnr = jnp.asarray(logsnr)
         near_data = logsnr > 0
         angle = jnp.arctan(jnp.exp(-0.5 * jnp.where(near_data, logsnr, -logsnr)))  # no overflow
         return jnp.where(near_data, (angle - a) / (b - a), 1 - (angle - c) / (b - a))
@@ -142,32 +147,38 @@ def sigmoid(
     alpha_bar(u) = (S(end) - S(u)) / (S(end) - S(start)), S(u) = 1 / (1 + exp(-u / tau)), so
     logsnr = log sinh(e) - log sinh(d) + constant with d = (u - start) / 2 tau and
     e = (end - u) / 2 tau, which cancels nowhere.
+
+    Args:
+      start, end: arguments u of the sigmoid at t = 0 and t = 1.
+      tau: temperature of the sigmoid.
+      lowest, highest: range of logsnr.
     """
     width = (end - start) / tau
     shift = float(np.log(np.cosh(0.5 * start / tau)) - np.log(np.cosh(0.5 * end / tau)))
 
-    def distance(log_ratio, xp):
-        """2 d of log_ratio = log(sinh(e) / sinh(d)), d + e = width / 2; 2 e of its negative."""
-        return 2 * xp.arctanh(np.sinh(width / 2) / (xp.exp(log_ratio) + np.cosh(width / 2)))
+    near, rest = (_distance(end, width) for end in (highest - shift, shift - lowest))
+    length = _distance(lowest - shift, width) - near
 
-    def near_distance(log_ratio):
-        """`distance` of log_ratio >= 0, where exp(-log_ratio) cannot overflow."""
-        small = jnp.exp(-log_ratio)
-        return 2 * jnp.arctanh(np.sinh(width / 2) * small / (1 + np.cosh(width / 2) * small))
-
-    near, rest = (float(distance(end, np)) for end in (highest - shift, shift - lowest))
-    length = float(distance(lowest - shift, np)) - near
-
-    def logsnr(t):
+    def logsnr(t: ArrayLike) -> Array:
+        t = jnp.asarray(t)
         d, e = near + t * length, rest + (1 - t) * length
         return jnp.log(jnp.sinh(0.5 * e)) - jnp.log(jnp.sinh(0.5 * d)) + shift
 
-    def time(logsnr):
+    def time(logsnr: ArrayLike) -> Array:
+        logsnr = jnp.asarray(logsnr)
         near_data = logsnr > shift
-        edge = near_distance(jnp.where(near_data, logsnr - shift, shift - logsnr))
+        # `_distance` of a log ratio that is not negative, whose exp(-...) cannot overflow.
+        small = jnp.exp(-jnp.where(near_data, logsnr - shift, shift - logsnr))
+        edge = 2 * jnp.arctanh(np.sinh(width / 2) * small / (1 + np.cosh(width / 2) * small))
         return jnp.where(near_data, (edge - near) / length, 1 - (edge - rest) / length)
 
     return Schedule(logsnr, time)
+
+
+def _distance(log_ratio: float, width: float) -> float:
+    """Return 2 d for log_ratio = log(sinh(e) / sinh(d)), d + e = width / 2; 2 e for -log_ratio."""
+    high = np.exp(log_ratio) + np.cosh(width / 2)
+    return float(2 * np.arctanh(np.sinh(width / 2) / high))
 
 
 def shifted(schedule: Schedule, factor: float) -> Schedule:
@@ -178,7 +189,7 @@ def shifted(schedule: Schedule, factor: float) -> Schedule:
     change = 2 * float(np.log(factor))
     return Schedule(
         lambda t: schedule.logsnr(t) + change,
-        lambda logsnr: schedule.time(logsnr - change),
+        lambda logsnr: schedule.time(jnp.asarray(logsnr) - change),
         schedule.steps,
     )
 
@@ -189,21 +200,26 @@ def edm(
     """EDM's training distribution: with t uniform, log(sigma / alpha) ~ N(mean, std^2).
 
     Cut to sigma / alpha between `lowest` and `highest` (Karras et al. 2022, table 1).
+
+    Args:
+      mean, std: of log(sigma / alpha).
+      lowest, highest: range of sigma / alpha.
     """
     # Probabilities of both tails in float64: those near 1 would cancel in float32.
     z_low, z_high = ((math.log(sigma) - mean) / std for sigma in (lowest, highest))
     below, above = (0.5 * math.erfc(z / math.sqrt(2)) for z in (-z_low, z_high))
     width = 0.5 * math.erfc(-z_high / math.sqrt(2)) - below
 
-    def logsnr(t):
+    def logsnr(t: ArrayLike) -> Array:
+        t = jnp.asarray(t)
         from_data = below + t * width
         near_data = from_data < 0.5
         tail = jnp.where(near_data, from_data, above + (1 - t) * width)
         z = jax.scipy.special.ndtri(tail)
         return -2 * (mean + std * jnp.where(near_data, z, -z))
 
-    def time(logsnr):
-        z = (-0.5 * logsnr - mean) / std
+    def time(logsnr: ArrayLike) -> Array:
+        z = (-0.5 * jnp.asarray(logsnr) - mean) / std
         near_data = z < 0
         tail = jax.scipy.special.ndtr(jnp.where(near_data, z, -z))
         return jnp.where(near_data, (tail - below) / width, 1 - (tail - above) / width)
@@ -212,9 +228,15 @@ def edm(
 
 
 def learned_init(
-    key: Array, width: int = 64, lowest: float = -5.0, highest: float = 13.3
+    key: Key[Array, ""], width: int = 64, lowest: float = -5.0, highest: float = 13.3
 ) -> dict[str, Array]:
-    """Parameters of a `learned` schedule that starts linear between the two ends."""
+    """Return parameters of a `learned` schedule that starts linear between the two ends.
+
+    Args:
+      key: of the network's random weights.
+      width: hidden units of the monotone network.
+      lowest, highest: logsnr at t = 1 and at t = 0.
+    """
     first, second = jax.random.split(key)
     return {
         "ends": jnp.array([highest, lowest]),
@@ -234,28 +256,18 @@ def learned(params: dict[str, Array]) -> Schedule:
     highest, lowest = params["ends"]
     rate, bias = jax.nn.softplus(params["inner"][0]), params["inner"][1]
 
-    def rise(t):
+    def rise(t: ArrayLike) -> Array:
         t = jnp.asarray(t)[..., None]
         steps = jax.nn.softplus(params["outer"]) * jax.nn.sigmoid(rate * t + bias)
-        return jax.nn.softplus(params["slope"]) * t[..., 0] + steps.sum(-1)
+        height: Array = jax.nn.softplus(params["slope"]) * t[..., 0] + steps.sum(-1)
+        return height
 
-    def logsnr(t):
+    def logsnr(t: ArrayLike) -> Array:
         share = (rise(t) - rise(0.0)) / (rise(1.0) - rise(0.0))
-        return highest + (lowest - highest) * share
+        value: Array = highest + (lowest - highest) * share
+        return value
 
-    def time(value):
-        def halve(_, ends):
-            low, high = ends
-            middle = (low + high) / 2
-            above = logsnr(middle) > value
-            return jnp.where(above, middle, low), jnp.where(above, high, middle)
-
-        value = jnp.asarray(value)
-        ends = jnp.zeros_like(value), jnp.ones_like(value)
-        low, high = jax.lax.fori_loop(0, 40, halve, ends)
-        return (low + high) / 2
-
-    return Schedule(logsnr, time)
+    return Schedule(logsnr, lambda value: inverse_of_decreasing(logsnr, jnp.asarray(value)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +285,11 @@ class LinearBetas:
     last: Beta = 0.02
 
     def make(self) -> Schedule:
-        """Return the schedule; FieldError if a beta is 1 or more."""
+        """Return the schedule.
+
+        Raises:
+          FieldError: a beta is 1 or more.
+        """
         try:
             return from_betas(linear_betas(self.steps, self.first, self.last))
         except ValueError as error:

@@ -39,17 +39,14 @@ class Chain:
                     f"generator.task.{name}={getattr(task, name)}: the chain trains it; leave it "
                     "out"
                 )
-        if self.autoencoder.task.text_encoder != "none":
+        if self.autoencoder.task.needs().dual_encoder:
             raise FieldError("autoencoder.task.text_encoder=DIR: the chain trains it; leave it out")
         text, autoencoder = str(workdir / "text"), str(workdir / "autoencoder")
-        found = {
-            "task.text_encoder": text,
-            "task.autoencoder": autoencoder,
-        }
+        places = {"task.text_encoder": text, "task.autoencoder": autoencoder}
         return {
             "text": self.text.on(self.data),
             "autoencoder": replace(self.autoencoder.on(self.data), {"task.text_encoder": text}),
-            "generator": replace(self.generator.on(self.data), found),
+            "generator": replace(self.generator.on(self.data), places),
         }
 
     def complete(self, part: str, configs: dict[str, Config]) -> Config:

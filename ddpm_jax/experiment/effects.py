@@ -1,11 +1,13 @@
 """Refuse fields that the user set and that have no effect, or that contradict each other."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from ddpm_jax.config import flat
+from ddpm_jax.config import Setting, flat
 from ddpm_jax.errors import ConfigError, UserError
-from ddpm_jax.experiment.types import Config, Sweep
+from ddpm_jax.experiment.types import AnyConfig, Config, Sweep
+
+Values: TypeAlias = dict[str, Setting]  # of the fields of a config, by their paths
 
 
 class Idle(NamedTuple):
@@ -18,16 +20,16 @@ class Idle(NamedTuple):
     """
 
     path: str
-    when: Callable[[dict[str, Any], int], bool]
+    when: Callable[[Values, int], bool]
     reason: str
 
 
-def _no_labels(values: dict[str, Any], classes: int) -> bool:
+def _no_labels(values: Values, classes: int) -> bool:
     guided = values.get("task.sampling.guidance_model", "labels") != "labels"
     return not guided and not (classes and values["task.conditional"])
 
 
-def _no_guidance(values: dict[str, Any], classes: int) -> bool:
+def _no_guidance(values: Values, classes: int) -> bool:
     model = values.get("task.sampling.guidance_model", "labels")
     return _no_labels(values, classes) or (
         model == "labels" and values["task.sampling.guidance"] == 1.0
@@ -44,6 +46,11 @@ IDLE = (
         "task.network.refiner_blocks",
         lambda v, c: True,
         "the network reads no captions; leave it out",
+    ),
+    Idle(
+        "task.generator.sampling.guidance_model",
+        lambda v, c: True,
+        "the captions guide the network; leave it out",
     ),
     Idle(
         "task.vlb_weight",
@@ -77,7 +84,7 @@ def check_effects(config: Config, overrides: Collection[str]) -> None:
             )
 
 
-def check_sweep(config: Any, overrides: Mapping[str, str]) -> None:
+def check_sweep(config: AnyConfig, overrides: Mapping[str, str]) -> None:
     """Raises UserError if the user set the field that a sweep sets in every run."""
     path = f"base.{config.field}" if isinstance(config, Sweep) else ""
     if path in overrides:

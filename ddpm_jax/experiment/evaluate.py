@@ -1,7 +1,6 @@
 """Evaluate a trained run on a split."""
 
 import pathlib
-from typing import Any
 
 from ddpm_jax import errors, plots
 from ddpm_jax.data.types import Loaded
@@ -10,12 +9,13 @@ from ddpm_jax.experiment import resources
 from ddpm_jax.experiment.inputs import load_again
 from ddpm_jax.experiment.recorded import Recorded, load_state
 from ddpm_jax.experiment.train import train_alone
-from ddpm_jax.experiment.types import Options, build
+from ddpm_jax.experiment.types import Options, checked_task
 from ddpm_jax.parallel import processes, sharding
 from ddpm_jax.progress import print_result
 from ddpm_jax.system.files import check_writable
-from ddpm_jax.task import Evaluation
-from ddpm_jax.training.evaluation import describe_evaluation, evaluated
+from ddpm_jax.system.record import Record
+from ddpm_jax.task import Evaluation, Variables
+from ddpm_jax.training import evaluation
 from ddpm_jax.training.records import check_entries, check_same, write_json
 from ddpm_jax.training.step import averaged
 
@@ -34,7 +34,7 @@ def evaluate(run: Recorded, options: Options) -> dict[str, float]:
       UserError: the run has no validation split, and that is what is asked for; or its data are not
         at hand.
     """
-    workdir, config, record = run.workdir, run.config, run.record
+    workdir, config, record = run.workdir, run.run_config, run.record
     if options.split == "validation" and config.data.validation == 0:
         raise UserError(
             f"--split=validation: the run in {workdir} was trained on all of the training images "
@@ -58,34 +58,43 @@ def evaluate(run: Recorded, options: Options) -> dict[str, float]:
     needed = resources.load(config, loaded, options, train_alone)
     if needed is None:
         return {}
-    task, data = build(config, needed), config.task.adapt(data)
-    spread, params = sharding.make(options.parallel), averaged(state, config)
-    found = evaluated(task, params, state.fixed, data, options.split, record["seed"], True, spread)
+    task, data = checked_task(config), config.task.adapt(data)
+    context = evaluation.EvaluationContext(
+        task,
+        Variables(averaged(state, config), state.extra),
+        data,
+        split=options.split,
+        seed=record["seed"],
+        full=True,
+        partitioner=sharding.make(options.parallel),
+        resources=needed,
+    )
+    result = evaluation.evaluate(context)
     step = int(state.step)
     written = {
         "step": step,
         "data": data.title,
         "split": options.split,
-        "about": describe_evaluation(found, config),
-        "metrics": found.metrics,
+        "about": evaluation.describe_evaluation(result, config),
+        "metrics": result.metrics,
     }
-    processes.from_main(lambda: _write_evaluation(workdir, found, written))
+    processes.from_main(lambda: _write_evaluation(workdir, result, written))
     title = f"{run.title} on {data.title}, checkpoint of step {step}"
-    print_result(plots.table(plots.metric_rows(found.metrics), title))
+    print_result(plots.table(plots.metric_rows(result.metrics), title))
     print_result(f"  pictures in {workdir / 'images'}, figures in {workdir / 'eval.json'}")
-    return found.metrics
+    return result.metrics
 
 
-def get_recorded(record: dict[str, Any], section: str, field: str) -> Any:
+def get_recorded(record: Record, section: str, field: str) -> object:
     """Return a field of a recorded config, or None if it is not there."""
     values = record["config"].get(section)
     return values.get(field) if isinstance(values, dict) else None
 
 
-def _write_evaluation(workdir: pathlib.Path, found: Evaluation, written: dict) -> None:
+def _write_evaluation(workdir: pathlib.Path, evaluated: Evaluation, written: Record) -> None:
     """Write eval.json and the pictures of an evaluation."""
     check_entries(workdir)
-    for name, picture in found.pictures.items():
+    for name, picture in evaluated.images.items():
         if isinstance(picture, errors.NonFinite):
             raise RunError(f"no picture {name}: {picture}")
         try:

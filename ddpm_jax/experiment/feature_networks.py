@@ -9,31 +9,41 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable
-from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
 
 from ddpm_jax.config import expanded, replace
 from ddpm_jax.data.cache import cache_dir
-from ddpm_jax.data.types import Data, DataInfo, Loaded, info_of
+from ddpm_jax.data.types import DataInfo, Loaded, info_of
 from ddpm_jax.errors import UserError, nearest, one_line
-from ddpm_jax.experiment.inputs import Options, config_for, load_for, record_of
-from ddpm_jax.experiment.preflight import read_run
-from ddpm_jax.experiment.recorded import load_state, read
+from ddpm_jax.experiment.inputs import config_for, load_for, record_of
+from ddpm_jax.experiment.recorded import load_state, read_named
 from ddpm_jax.experiment.registry import load_experiment, names
-from ddpm_jax.experiment.types import Config, Experiment, Run, bind
-from ddpm_jax.metrics.features import Judge, judge_of
+from ddpm_jax.experiment.types import (
+    Config,
+    Experiment,
+    Options,
+    Run,
+    TrainAlone,
+    WithNetwork,
+    bind,
+)
+from ddpm_jax.metrics.features import Judge
+from ddpm_jax.metrics.networks import judge_of
 from ddpm_jax.metrics.pth import read_tensors
 from ddpm_jax.nn.inception import Inception, from_torch
 from ddpm_jax.parallel.processes import from_main
 from ddpm_jax.parallel.sharding import make
 from ddpm_jax.progress import tell, tell_once
 from ddpm_jax.system.files import check_writable
+from ddpm_jax.system.record import Record
 from ddpm_jax.training.records import check_same, read_record
 from ddpm_jax.training.step import averaged
 
 FLAG = "--config.task.evaluation.features"
-KIND = "3"  # of what is kept: another where the same config makes another classifier
+KIND = "4"  # of what is kept: another where the same config makes another classifier
 UNUSABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
@@ -42,7 +52,7 @@ def check_features(config: Config, loaded: Loaded) -> Config:
     """Check the networks in whose features samples are compared.
 
     Args:
-      config: bound to its data, with a section `task.evaluation` that names them.
+      config: bound to its data, whose task names them.
       loaded: the data.
 
     Returns:
@@ -52,8 +62,8 @@ def check_features(config: Config, loaded: Loaded) -> Config:
       UserError: there is no classifier of such images where the config says, no experiment of
         that name, or the file of FID's network is damaged.
     """
-    found = []
-    for name in config.task.evaluation.features:
+    features = []
+    for name in config.task.needs().features:
         if name == "inception":
             if not from_main(lambda: os.path.exists(inception_file())):
                 tell_once(
@@ -62,22 +72,22 @@ def check_features(config: Config, loaded: Loaded) -> Config:
                 )
             else:
                 _check_inception(inception_file(), _stamp(inception_file()))
-            found.append(name)
+            features.append(name)
         elif name in _classifiers():
             if loaded.data.classes:
-                found.append(name)
+                features.append(name)
             else:
                 tell_once("no labels, so no classifier: distances in its features are left out")
         elif os.sep in name or os.path.isdir(expanded(FLAG, name)):
             place = expanded(FLAG, name).absolute()
             check_classifier(f"{FLAG}={name}", place, config.task.info)
-            found.append(str(place))
+            features.append(str(place))
         else:
             raise UserError(
                 f'{FLAG}: there is no feature network "{name}"'
                 f"{nearest(name, [*_classifiers(), 'inception'])}"
             )
-    return replace(config, {"task.evaluation.features": tuple(found)})
+    return replace(config, {"task.evaluation.features": tuple(features)})
 
 
 def _classifiers() -> list[str]:
@@ -90,16 +100,15 @@ def check_classifier(flag: str, place: pathlib.Path, info: DataInfo) -> None:
     Raises:
       UserError: there is none, or it is of other images or classes.
     """
-    record = read_run(place)
-    if record is None or not os.path.exists(place / "summary.json"):
-        raise UserError(
-            f"{flag}: there is no finished run of a classifier in {place}; train one first, or "
-            f"give the name of its experiment, such as {FLAG}=classifier_digits"
-        )
-    theirs = read(place)
-    if not isinstance(theirs.config, Config) or theirs.config.task.provides != "classifier":
+    theirs = read_named(
+        flag,
+        place,
+        f"there is no finished run of a classifier in {place}; train one first, or give the name "
+        f"of its experiment, such as {FLAG}=classifier_digits",
+    )
+    if theirs.run_config.task.provides != "classifier":
         raise UserError(f"{flag}: a run of {theirs.title}, which is not a classifier")
-    known = theirs.config.task.info
+    known = theirs.run_config.task.info
     if known.shape != info.shape:
         raise UserError(
             f"{flag}: of images of shape {list(known.shape)}, not {list(info.shape)}; give a run "
@@ -135,7 +144,7 @@ def _stamp(path: pathlib.Path) -> tuple[int, int]:
 
 
 def load_features(
-    config: Config, loaded: Loaded, options: Options, train: Callable[[Run, Data], Any]
+    config: Config, loaded: Loaded, options: Options, train: TrainAlone
 ) -> tuple[Callable[[], Judge], ...] | None:
     """Return what loads the networks of `task.evaluation.features`, trained now if need be.
 
@@ -148,29 +157,38 @@ def load_features(
     Returns:
       None if the training of a classifier was asked to stop.
     """
-    found: list[Callable[[], Judge]] = []
-    for name in config.task.evaluation.features:
+    loaders: list[Callable[[], Judge]] = []
+    for name in config.task.needs().features:
         if name == "inception":
             if from_main(lambda: os.path.exists(inception_file())):
-                found.append(load_inception)
+                loaders.append(functools.cache(load_inception))
             continue
         place: pathlib.Path | None = pathlib.Path(name)
         if name in _classifiers():
             place = trained(load_experiment(name), loaded, options, train)
         if place is None:
             return None
-        found.append(functools.partial(load_judge, str(place)))
-    return tuple(found)
+        loaders.append(functools.cache(functools.partial(load_judge, str(place))))
+    return tuple(loaders)
 
 
 def trained(
-    experiment: Experiment, loaded: Loaded, options: Options, train: Callable[[Run, Data], Any]
+    experiment: Experiment, loaded: Loaded, options: Options, train: TrainAlone
 ) -> pathlib.Path | None:
-    """Return where a classifier of this data set is, trained now if it never was; None: stopped.
+    """Return where a classifier of this data set is, trained now if it never was.
 
     It is kept by all that its run depends on: the config, the seed, and the data with the sizes of
     its splits, which `--debug` cuts; of a folder by its images and not by its path. What is there
     and cannot be used is removed and made again.
+
+    Args:
+      experiment: the classifier's.
+      loaded: the data set.
+      options: of the command line.
+      train: trains a run on data.
+
+    Returns:
+      None if its training was asked to stop.
     """
     config = config_for(experiment, options.debug, {"data.name": loaded.data.name})
     loaded = loaded._replace(data=load_for(config.data, loaded, options))
@@ -196,7 +214,7 @@ def trained(
     return place
 
 
-def _unusable(place: pathlib.Path, record: dict[str, Any]) -> str:
+def _unusable(place: pathlib.Path, record: Record) -> str:
     """Why what is in `place` is neither the run of `record` nor the beginning of it; "": it is."""
 
     def check() -> list[str]:
@@ -238,25 +256,28 @@ def judges_dir() -> pathlib.Path:
 
 
 def inception_file() -> pathlib.Path:
-    """Where the user puts the weights of the network in whose features FID is told."""
+    """Where the user puts the weights of the network in whose features FID is computed."""
     return cache_dir() / INCEPTION
 
 
-@functools.lru_cache(maxsize=1)
+def inception(params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
+    """Return the logits and the features of Inception of images in [-1, 1], as 8 bits."""
+    grey = jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5)
+    features, logits = Inception().apply(params, grey)
+    assert isinstance(features, jax.Array)
+    assert isinstance(logits, jax.Array)
+    return logits, features
+
+
 def load_inception() -> Judge:
-    """The judge "inception", of the weights in `inception_file()`; it sees 8-bit images.
+    """Return the judge "inception", of the weights in `inception_file()`; it sees 8-bit images.
 
     Raises:
       UserError: there are none, or not those.
     """
     params = from_torch(read_tensors(inception_file()))
 
-    def network(params, x):
-        grey = jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5)
-        features, logits = Inception().apply(params, grey)
-        return logits, features
-
-    return judge_of("inception", network, make().place(params), batch_size=50)._replace(
+    return judge_of("inception", inception, make().place(params), batch_size=50)._replace(
         about=INCEPTION
     )
 
@@ -273,7 +294,6 @@ def judge_name(data: str) -> str:
     return "_".join(["classifier", *re.findall(r"\w+", f"{source} {argument}")])
 
 
-@functools.lru_cache(maxsize=4)
 def load_judge(place: str) -> Judge:
     """Return the classifier in `place`, which `judge_name` names.
 
@@ -281,11 +301,18 @@ def load_judge(place: str) -> Judge:
       UserError: there is none.
     """
     workdir = pathlib.Path(place)
-    if not os.path.exists(workdir / "summary.json"):
-        raise UserError(f"{FLAG}={place}: there is no trained classifier")
-    theirs = read(workdir)
-    config, state = load_state(workdir, theirs.config)
+    theirs = read_named(f"{FLAG}={place}", workdir, "there is no trained classifier")
+    config, state = load_state(workdir, theirs.run_config)
+    task = config.task
+    assert isinstance(task, WithNetwork)
+
+    def network(params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
+        logits, features = task.network.apply(params, x)
+        assert isinstance(features, jax.Array)
+        assert isinstance(logits, jax.Array)
+        return logits, features
+
     data = theirs.record["data"]
     about = f"{theirs.title} on {data['title']}, step {int(state.step)}, {place}"
-    judge = judge_of(judge_name(data["name"]), config.task.network.apply, averaged(state, config))
+    judge = judge_of(judge_name(data["name"]), network, averaged(state, config))
     return judge._replace(about=about)

@@ -13,18 +13,16 @@ DIR     of a diffusion run, a weaker one, smaller or trained for a shorter time:
 The two runs may differ in schedule, prediction and network: all they share is logsnr.
 """
 
-import contextlib
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from ddpm_jax.config import expanded, replace
 from ddpm_jax.data.types import DataInfo, Loaded
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment.preflight import read_run
-from ddpm_jax.experiment.recorded import load_state, read
-from ddpm_jax.experiment.types import Config, build
-from ddpm_jax.task import Guide
+from ddpm_jax.experiment.recorded import Recorded, flagged, load_state, read_named, stamp_of
+from ddpm_jax.experiment.types import Config, checked_task
+from ddpm_jax.task import GuidanceModel
 from ddpm_jax.training.step import averaged
 
 LABELS = "labels"
@@ -35,7 +33,7 @@ def check_guidance(config: Config, loaded: Loaded) -> Config:
     """Check the guidance model of a config: it is loaded once to see that it fits.
 
     Args:
-      config: bound to its data, with a section `task.sampling`.
+      config: bound to its data.
       loaded: the data.
 
     Returns:
@@ -44,19 +42,30 @@ def check_guidance(config: Config, loaded: Loaded) -> Config:
     Raises:
       UserError: there is no such run, or it cannot guide this one.
     """
-    name = config.task.sampling.guidance_model
+    name = config.task.needs().guidance_model
     if name == LABELS:
         return config
     place = expanded(FLAG, name).absolute()
     config = replace(config, {"task.sampling.guidance_model": str(place)})
-    guidance_of(config)()
-    theirs = (read_run(place) or {}).get("data", {})
+    run = guiding_run(str(place), config.task.info, config.task.classes)
+    with flagged(f"{FLAG}={place}"):
+        _check_parameters(place, run.run_config, stamp_of(place))
+    theirs = run.record["data"]
     if theirs.get("classes") != list(loaded.data.classes):
         raise UserError(
-            f"{FLAG}={place}: trained on {theirs.get('title')}, whose classes are not those of "
+            f"{FLAG}={place}: trained on {theirs['title']}, whose classes are not those of "
             f"{loaded.data.title}; give a run on the same data"
         )
     return config
+
+
+@functools.lru_cache(maxsize=16)
+def _check_parameters(
+    place: pathlib.Path, config: Config, stamp: tuple[tuple[str, int], ...]
+) -> None:
+    """Raises UserError unless a run's parameters can be read; read once for each `stamp`."""
+    del stamp
+    load_state(place, config)
 
 
 def check_guides_another(config: Config, workdir: pathlib.Path) -> None:
@@ -68,62 +77,62 @@ def check_guides_another(config: Config, workdir: pathlib.Path) -> None:
         )
 
 
-def guidance_of(config: Config) -> Callable[[], Guide | None]:
+def guidance_of(config: Config) -> Callable[[], GuidanceModel | None]:
     """Return what loads the guidance model of a bound config; None of it: the labels guide."""
-    name = config.task.sampling.guidance_model
+    name = config.task.needs().guidance_model
     if name == LABELS:
         return lambda: None
-    return functools.partial(load_guide, name, config.task.info, config.task.conditional)
+    load = functools.partial(load_guidance_model, name, config.task.info, config.task.classes)
+    return functools.cache(load)  # for one run: a run may be trained again while a notebook is open
 
 
-@functools.lru_cache(maxsize=4)
-def load_guide(place: str, info: DataInfo, conditional: bool) -> Guide:
-    """Return the guidance model in `place`, with its averaged parameters.
+def load_guidance_model(place: str, info: DataInfo, classes: int) -> GuidanceModel:
+    """Return the guidance model in a directory, with its averaged parameters.
 
     Args:
       place: its run's directory.
       info: the data of the run that it is to guide.
-      conditional: whether that run is class-conditional.
+      classes: that the network of that run is conditioned on; 0: none.
 
     Raises:
-      UserError: there is no run there, no checkpoint, or one that cannot guide such a run.
+      UserError: as `guiding_run`, or there is no checkpoint.
+    """
+    run = guiding_run(place, info, classes)
+    with flagged(f"{FLAG}={place}"):
+        config, state = load_state(run.workdir, run.run_config)
+    task = config.task
+    about = f"{task.provides}: {run.title}, step {int(state.step)}, {run.workdir}"
+    return GuidanceModel(task, averaged(state, config), about)
+
+
+def guiding_run(place: str, info: DataInfo, classes: int) -> Recorded:
+    """Return what is recorded of the run of a guidance model.
+
+    Args:
+      place: its directory.
+      info: the data of the run that it is to guide.
+      classes: that the network of that run is conditioned on; 0: none.
+
+    Raises:
+      UserError: there is no run, or one that cannot guide such a run.
     """
     flag, workdir = f"{FLAG}={place}", expanded(FLAG, place)
-    with _flagged(flag):
-        record = read_run(workdir)
-    if record is None:
+    missing = f"there is no run; train the guidance model first, or give {FLAG}={LABELS}"
+    run = read_named(flag, workdir, missing, finished=False)
+    with flagged(flag):
+        task = checked_task(run.run_config)
+    if task.guide({}, 1.0) is None:
         raise UserError(
-            f"{flag}: there is no run; train the guidance model first, or give {FLAG}={LABELS}"
-        )
-    with _flagged(flag):
-        theirs = read(workdir)
-        if not isinstance(theirs.config, Config):
-            raise UserError(f"{theirs.title} trains several models; give the directory of one")
-        guide = build(theirs.config).guide
-    if guide is None:
-        raise UserError(
-            f"{flag}: this run of {theirs.title} guides nothing; give a diffusion run's directory, "
+            f"{flag}: this run of {run.title} guides nothing; give a diffusion run's directory, "
             "or that of a classifier which was trained with --config.task.schedule=cosine"
         )
-    if guide.shape != info.shape:
-        sizes, ours = ("x".join(map(str, sides)) for sides in (guide.shape, info.shape))
+    if task.info.shape != info.shape:
+        sizes, ours = ("x".join(map(str, sides)) for sides in (task.info.shape, info.shape))
         raise UserError(f"{flag}: of images of {sizes}, not {ours}; give a run on the same data")
-    known = info.classes if guide.kind == "classifier" or conditional else 0
-    if guide.classes != known:
+    known = info.classes if task.provides == "classifier" else classes
+    if task.classes != known:
         raise UserError(
-            f"{flag}: its network knows {guide.classes} classes and should know {known}; give a "
+            f"{flag}: its network knows {task.classes} classes and should know {known}; give a "
             "run on the same data, as conditional as this one"
         )
-    with _flagged(flag):
-        _, state = load_state(workdir, theirs.config)
-    about = f"{guide.kind}: {theirs.title}, step {int(state.step)}, {workdir}"
-    return guide._replace(params=averaged(state, theirs.config), about=about)
-
-
-@contextlib.contextmanager
-def _flagged(flag: str) -> Iterator[None]:
-    """Put the flag that named a run before what is wrong with it."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{flag}: {error}") from None
+    return run

@@ -4,19 +4,20 @@ import logging
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
-from ddpm_jax.config import get, override, replace, to_record
+from ddpm_jax.config import get, override, replace
+from ddpm_jax.config_records import to_record
 from ddpm_jax.data.cache import cache_dir
 from ddpm_jax.data.loader import check_recorded_dir, is_of_tfds, load
 from ddpm_jax.data.types import Data, Loaded
 from ddpm_jax.errors import MissingData, UserError, printable
-from ddpm_jax.experiment.types import Config, Dataset, Experiment, Options
+from ddpm_jax.experiment.types import AnyConfig, Config, Dataset, Experiment, Options
 from ddpm_jax.parallel import cluster as cluster_module
 from ddpm_jax.parallel import hardware, processes, xla_flags
 from ddpm_jax.system.files import is_writable
+from ddpm_jax.system.record import Record
 from ddpm_jax.training.records import FORMAT, provenance, read_record
 
 DEBUG_IMAGES = 128  # test images that a --debug run looks at
@@ -41,12 +42,13 @@ def set_up_jax(
         xla_flags.tune_gpu()
     if cluster is not None:
         cluster_module.initialize(*cluster)
-    xla_flags.check_platform()
+    hardware.check_platform()
     jax.config.update("jax_disable_most_optimizations", debug)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what is the user's business is told here
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the user's own choice
         kept = is_writable(cache_dir() / "xla")
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla") if kept else None)
+        place = str(cache_dir() / "xla") if kept else None
+        jax.config.update("jax_compilation_cache_dir", place)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 
 
@@ -56,6 +58,12 @@ def load_data(
     """Load the data set that a config names, or the experiment's fallback in its place.
 
     A run that is there already goes on with the data it has, whatever is at hand today.
+
+    Args:
+      experiment: which may name a fallback.
+      dataset: the section `data` of the config.
+      workdir: the directory of the run.
+      options: of the command line.
 
     Raises:
       UserError: it cannot be had, and there is no fallback or `--strict_data`.
@@ -86,7 +94,7 @@ def load_data(
 
 
 def load_again(
-    record: dict[str, Any], options: Options, validation: int | None, moved: str | None = None
+    record: Record, options: Options, validation: int | None, moved: str | None = None
 ) -> Data:
     """Load the data of an earlier run.
 
@@ -138,7 +146,7 @@ def load_for(dataset: Dataset, like: Loaded, options: Options) -> Data:
     return _load(like.data.name, like.data_dir, options.debug, dataset.validation)
 
 
-def config_for(experiment: Experiment, debug: bool, values: Mapping[str, Any]) -> Config:
+def config_for(experiment: Experiment, debug: bool, values: Mapping[str, object]) -> Config:
     """Return an experiment's config for one that trains it in passing; tiny to debug.
 
     Args:
@@ -146,13 +154,14 @@ def config_for(experiment: Experiment, debug: bool, values: Mapping[str, Any]) -
       debug: whether to take its debug values.
       values: fields by their paths.
     """
-    config: Config = override(experiment.config, {}, experiment.debug if debug else {})
+    config = override(experiment.config, {}, experiment.debug if debug else {})
+    assert isinstance(config, Config)
     return replace(config, values)
 
 
 def record_of(
-    name: str, config: Any, dataset: Dataset, loaded: Loaded, options: Options, part: str = ""
-) -> dict[str, Any]:
+    name: str, config: AnyConfig, dataset: Dataset, loaded: Loaded, options: Options, part: str = ""
+) -> Record:
     """Return what config.json says of a run.
 
     Args:

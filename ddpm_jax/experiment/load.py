@@ -6,12 +6,12 @@ import pathlib
 from ddpm_jax.experiment.recorded import Recorded, load_state, read_model
 from ddpm_jax.experiment.resources import for_sampling
 from ddpm_jax.experiment.trained import TrainedRun
-from ddpm_jax.experiment.types import build
+from ddpm_jax.experiment.types import checked_task
 from ddpm_jax.task import Variables
 from ddpm_jax.training.step import averaged
 
 
-def load_run(workdir: str | os.PathLike, parallel: str = "jit") -> TrainedRun:
+def load_run(workdir: str | os.PathLike[str], parallel: str = "jit") -> TrainedRun:
     """Return the trained run in a directory, with its newest checkpoint.
 
     Args:
@@ -26,7 +26,7 @@ def load_run(workdir: str | os.PathLike, parallel: str = "jit") -> TrainedRun:
 
 def load_recorded(run: Recorded, parallel: str = "jit") -> TrainedRun:
     """Return a trained run with its newest checkpoint, by the config that is given with it."""
-    config, state = load_state(run.workdir, run.config, parallel)
-    variables = Variables(averaged(state, config), state.fixed)
-    functions = build(config, for_sampling(config))
-    return TrainedRun(config, variables, int(state.step), run.title, functions)
+    config, state = load_state(run.workdir, run.run_config, parallel)
+    checked_task(config)
+    variables = Variables(averaged(state, config), state.extra)
+    return TrainedRun(config, variables, int(state.step), run.title, for_sampling(config))

@@ -1,17 +1,17 @@
 """The trained parts that a generation model is built on, found by their run directories."""
 
-import functools
-import os
 import pathlib
-from typing import Any
+
+import flax.linen as nn
+from jaxtyping import PyTree
 
 from ddpm_jax.config import expanded, replace
 from ddpm_jax.data.types import DataInfo
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment.preflight import read_run
-from ddpm_jax.experiment.recorded import Recorded, load_state, read
-from ddpm_jax.experiment.types import Config, with_parts
-from ddpm_jax.training.step import averaged
+from ddpm_jax.experiment.recorded import Recorded, load_state, read_named
+from ddpm_jax.experiment.types import BuiltOnParts, Config, WithNetwork, with_parts
+from ddpm_jax.task import Needs
+from ddpm_jax.training.step import TrainState, averaged
 
 EXPERIMENTS = {"text encoder": "text_encoder_shapes", "autoencoder": "autoencoder_shapes"}
 
@@ -38,16 +38,17 @@ def check_parts_of(config: Config) -> Config:
     Raises:
       UserError: as `finished`.
     """
-    task = config.task
+    task, info, needs = config.task, config.task.info, config.task.needs()
+    assert isinstance(task, BuiltOnParts)
     if task.parts_known:
         return config
-    text = finished("task.text_encoder", task.text_encoder, "text encoder", task.info)
-    autoencoder = finished("task.autoencoder", task.autoencoder, "autoencoder", task.info)
+    text = finished("task.text_encoder", needs.text_encoder, "text encoder", info)
+    autoencoder = finished("task.autoencoder", needs.autoencoder, "autoencoder", info)
     places = {
         "task.text_encoder": str(text.workdir),
         "task.autoencoder": str(autoencoder.workdir),
     }
-    return with_parts(replace(config, places), text.config, autoencoder.config)
+    return with_parts(replace(config, places), text.run_config, autoencoder.run_config)
 
 
 def finished(path: str, directory: str, provides: str, info: DataInfo) -> Recorded:
@@ -65,43 +66,40 @@ def finished(path: str, directory: str, provides: str, info: DataInfo) -> Record
     """
     flag = f"--config.{path}"
     place = expanded(flag, directory).absolute()
-    if read_run(place) is None or not os.path.exists(place / "summary.json"):
-        raise UserError(
-            f"{flag}={place}: there is no finished run; train one first: python launch.py "
-            f"--experiment={EXPERIMENTS[provides]}"
-        )
-    theirs = read(place)
-    if not isinstance(theirs.config, Config) or theirs.config.task.provides != provides:
-        raise UserError(f"{flag}={place}: a run of {theirs.title}, not of a trained {provides}")
-    known = theirs.config.task.info
+    flag = f"{flag}={place}"
+    advice = f"train one first: python launch.py --experiment={EXPERIMENTS[provides]}"
+    theirs = read_named(flag, place, f"there is no finished run; {advice}")
+    if theirs.run_config.task.provides != provides:
+        raise UserError(f"{flag}: a run of {theirs.title}, not of a trained {provides}")
+    known = theirs.run_config.task.info
     for name in ("shape", "levels", "caption_length"):
         if name == "caption_length" and provides == "autoencoder":
             continue
         if getattr(known, name) != getattr(info, name):
             raise UserError(
-                f"{flag}={place}: trained on data whose {name.replace('_', ' ')} is "
+                f"{flag}: trained on data whose {name.replace('_', ' ')} is "
                 f"{getattr(known, name)}, not {getattr(info, name)}; give a run on the same data"
             )
-    return theirs._replace(workdir=place)
+    return theirs
 
 
-@functools.lru_cache(maxsize=4)
-def load_part(place: str) -> tuple[Config, Any]:
+def load_part(place: str) -> tuple[Config, TrainState]:
     """Return the config and the newest state of a part."""
     return load_state(pathlib.Path(place))
 
 
-def load_parts(task: Any) -> Any:
-    """Return the parameters of a generation model's parts, as `Parts.load` does."""
-    text, state = load_part(task.text_encoder)
-    autoencoder, other = load_part(task.autoencoder)
+def load_parts(needs: Needs) -> PyTree:
+    """Return the parameters of a generation model's parts, as `Task.load_extra` takes them."""
+    text, text_state = load_part(needs.text_encoder)
+    autoencoder, state = load_part(needs.autoencoder)
     return {
-        "text": averaged(state, text),
-        "autoencoder": {"params": averaged(other, autoencoder), "fixed": other.fixed},
+        "text": averaged(text_state, text),
+        "autoencoder": {"params": averaged(state, autoencoder), "extra": state.extra},
     }
 
 
-def load_dual_encoder(place: str) -> tuple[Any, Any]:
+def load_dual_encoder(place: str) -> tuple[nn.Module, PyTree]:
     """Return a text encoder's run that computes metrics: both towers and their parameters."""
     theirs, state = load_part(place)
+    assert isinstance(theirs.task, WithNetwork)
     return theirs.task.network, averaged(state, theirs)

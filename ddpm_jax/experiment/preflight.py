@@ -6,10 +6,10 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from ddpm_jax.errors import UserError, printable
 from ddpm_jax.fields import LARGEST_INT
+from ddpm_jax.system.record import Record
 from ddpm_jax.training.records import FORMAT, LAST_OF_FORMAT_1, read_record
 
 RECORD_TYPES: dict[str, tuple[type, ...]] = {
@@ -48,7 +48,7 @@ SUMMARY_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def read_run(workdir: pathlib.Path, complete: bool = False) -> dict[str, Any] | None:
+def read_run(workdir: pathlib.Path, complete: bool = False) -> Record | None:
     """Return the record of a run directory, checked; None where there is none.
 
     Args:
@@ -74,22 +74,22 @@ def read_run(workdir: pathlib.Path, complete: bool = False) -> dict[str, Any] | 
     return record
 
 
-def check_format(workdir: pathlib.Path, record: dict[str, Any]) -> None:
+def check_format(workdir: pathlib.Path, record: Record) -> None:
     """Raises UserError if a run is of another format than this version writes."""
-    found = record.get("format", 1)
-    if found == 1:
+    version = record.get("format", 1)
+    if version == 1:
         raise UserError(
             f"the run in {workdir} is of format 1, which commit {LAST_OF_FORMAT_1} of this project "
             "was the last to read; use that commit, or train again in another --workdir"
         )
-    if found != FORMAT:
+    if version != FORMAT:
         raise UserError(
-            f"the run in {workdir} is of format {printable(str(found))[:40]}, and this version "
+            f"the run in {workdir} is of format {printable(str(version))[:40]}, and this version "
             f"reads format {FORMAT}; use the version that made it"
         )
 
 
-def _check_data(data: dict[str, Any]) -> None:
+def _check_data(data: Record) -> None:
     """Raises ValueError unless a record says enough of the data to build the task."""
     if not {"name", "title", "shape", "levels"} <= set(data):
         raise ValueError("its data has no name, title, shape or levels")
@@ -103,7 +103,7 @@ def _check_data(data: dict[str, Any]) -> None:
         raise ValueError("its data caption_length must be at least 0")
 
 
-def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
+def read_summary(workdir: pathlib.Path) -> Record | None:
     """Return the final metrics of a run directory, checked; None where the run is not finished.
 
     Raises:
@@ -127,7 +127,7 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
     return summary
 
 
-def check_types(values: dict[str, Any], types: dict[str, tuple[type, ...]], of: str = "") -> None:
+def check_types(values: Record, types: dict[str, tuple[type, ...]], of: str = "") -> None:
     """Raises ValueError if a value that is there is of another type; True is not a number."""
     for name, allowed in types.items():
         if name in values and type(values[name]) not in allowed:
@@ -150,7 +150,7 @@ def _readable(path: pathlib.Path, advice: str = "give another run's directory") 
         raise UserError(f"{path} is damaged ({reason}); {advice}") from None
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, object]]) -> Record:
     names = dict(pairs)
     if len(names) != len(pairs):
         raise ValueError("it names a value twice")
@@ -172,9 +172,9 @@ def check_parts(workdir: pathlib.Path, experiment: str, parts: Iterable[str]) ->
         record = read_run(workdir / part)
         if record is None:
             continue
-        found = (record["experiment"], record.get("part", ""))
-        if found != (experiment, part):
+        recorded = (record["experiment"], record.get("part", ""))
+        if recorded != (experiment, part):
             raise UserError(
-                f"{workdir / part} holds a run of {'/'.join(filter(None, found))}, not of "
+                f"{workdir / part} holds a run of {'/'.join(filter(None, recorded))}, not of "
                 f"{experiment}/{part}; give another --workdir"
             )

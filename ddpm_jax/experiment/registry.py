@@ -22,7 +22,8 @@ def names() -> list[str]:
 def load_experiment(name: str) -> Any:
     """Return the `Experiment` of experiments/NAME.py.
 
-    A run's record may be a stranger's: nothing but a file of that folder is imported.
+    A run's record may be a stranger's: nothing but a file of that folder is imported. The type is
+    not imported, since the command line imports this module before jax.
 
     Raises:
       UserError: there is no such file.

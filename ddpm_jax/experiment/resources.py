@@ -1,11 +1,10 @@
 """What a run needs of other runs and of its data: checked, trained if need be, and loaded."""
 
 import functools
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
 from ddpm_jax.config import replace
-from ddpm_jax.data.types import Data, Loaded
+from ddpm_jax.data.types import Loaded
 from ddpm_jax.experiment.feature_networks import check_features, load_features
 from ddpm_jax.experiment.guidance_models import LABELS, check_guidance, guidance_of
 from ddpm_jax.experiment.parts import (
@@ -14,7 +13,7 @@ from ddpm_jax.experiment.parts import (
     load_dual_encoder,
     load_parts,
 )
-from ddpm_jax.experiment.types import Config, Options, Run
+from ddpm_jax.experiment.types import Config, Options, TrainAlone
 from ddpm_jax.task import Resources
 
 
@@ -40,9 +39,7 @@ def prepare(config: Config, loaded: Loaded, pending: Collection[str] = ()) -> Co
     return check_parts_of(config) if needs.autoencoder else config
 
 
-def load(
-    config: Config, loaded: Loaded, options: Options, train: Callable[[Run, Data], Any]
-) -> Resources | None:
+def load(config: Config, loaded: Loaded, options: Options, train: TrainAlone) -> Resources | None:
     """Return what a prepared config needs of other runs, trained now if need be.
 
     Args:
@@ -54,22 +51,22 @@ def load(
     Returns:
       None if the training of a feature network was asked to stop.
     """
-    found = for_sampling(config)
+    resources = for_sampling(config)
     if not config.task.needs().features:
-        return found
+        return resources
     features = load_features(config, loaded, options, train)
-    return None if features is None else found._replace(features=features)
+    return None if features is None else resources._replace(features=features)
 
 
 def for_sampling(config: Config) -> Resources:
     """Return what a prepared config needs of other runs to sample."""
     needs = config.task.needs()
-    found = Resources()
+    resources = Resources()
     if needs.guidance_model != LABELS:
-        found = found._replace(guidance=guidance_of(config))
+        resources = resources._replace(guidance=guidance_of(config))
     if needs.dual_encoder:
-        dual = functools.partial(load_dual_encoder, needs.dual_encoder)
-        found = found._replace(dual_encoder=dual)
+        dual = functools.cache(functools.partial(load_dual_encoder, needs.dual_encoder))
+        resources = resources._replace(dual_encoder=dual)
     if needs.autoencoder:
-        found = found._replace(parts=functools.partial(load_parts, config.task))
-    return found
+        resources = resources._replace(parts=functools.partial(load_parts, needs))
+    return resources

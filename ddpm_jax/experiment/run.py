@@ -4,7 +4,6 @@ import contextlib
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from ddpm_jax import plots
 from ddpm_jax.config import hints_of, marked
@@ -16,16 +15,27 @@ from ddpm_jax.experiment.guidance_models import check_guides_another
 from ddpm_jax.experiment.inputs import load_data, record_of
 from ddpm_jax.experiment.preflight import check_parts
 from ddpm_jax.experiment.train import check, fit_run, open_directory, opened, train_alone
-from ddpm_jax.experiment.types import Config, Context, Experiment, Options, Recipe, Run, parts_of
+from ddpm_jax.experiment.types import (
+    AnyConfig,
+    Config,
+    Context,
+    Experiment,
+    Options,
+    Recipe,
+    Run,
+    SeveralRuns,
+    parts_of,
+)
 from ddpm_jax.fields import MAY_CHANGE
 from ddpm_jax.parallel.processes import is_main
 from ddpm_jax.progress import print_result
+from ddpm_jax.system.record import Record
 from ddpm_jax.training.records import can_write, write_json
 
 
 def train(
-    experiment: Experiment, config: Any, workdir: pathlib.Path, options: Options
-) -> dict[str, Any] | None:
+    experiment: Experiment, config: AnyConfig, workdir: pathlib.Path, options: Options
+) -> Record | None:
     """Train an experiment to its end; return its summary, or None if it was stopped.
 
     Args:
@@ -36,12 +46,12 @@ def train(
     """
     with full_paths(config):
         loaded = load_data(experiment, config.data, workdir, options)
-    if experiment.several:
-        return train_several(experiment, config, workdir, options, loaded)
-    return train_run(Run(experiment.name, config, workdir, loaded, options))
+    if isinstance(config, Config):
+        return train_run(Run(experiment.name, config, workdir, loaded, options))
+    return train_several(experiment, config, workdir, options, loaded)
 
 
-def train_run(run: Run) -> dict[str, Any] | None:
+def train_run(run: Run) -> Record | None:
     """Train one run to its end; return its summary, or None if it was stopped."""
     run = run.bound()
     check_effects(run.config, run.options.overrides)
@@ -60,11 +70,22 @@ def train_run(run: Run) -> dict[str, Any] | None:
 
 
 def train_several(
-    experiment: Experiment, config: Any, workdir: pathlib.Path, options: Options, loaded: Loaded
-) -> dict[str, Any] | None:
+    experiment: Experiment,
+    config: SeveralRuns,
+    workdir: pathlib.Path,
+    options: Options,
+    loaded: Loaded,
+) -> Record | None:
     """Train the runs of an experiment one after another, and report what they show.
 
     What is finished is logged and left alone.
+
+    Args:
+      experiment: the experiment.
+      config: its config, with what the command line changes.
+      workdir: the directory of all runs.
+      options: what the command line says besides the config.
+      loaded: the data set of all runs.
 
     Returns:
       The record of the report; None if it was asked to stop.
@@ -72,8 +93,8 @@ def train_several(
     workdir = workdir.absolute()
     parts = parts_of(config, workdir)
     runs = {
-        part: Run(experiment.name, own, workdir / part, loaded, options, part)
-        for part, own in parts.items()
+        part: Run(experiment.name, parts[part], workdir / part, loaded, options, part)
+        for part in parts
     }
     check_several(config, runs)
     check_parts(workdir, experiment.name, parts)
@@ -88,11 +109,11 @@ def train_several(
         return report(experiment, config, summaries, Context(workdir, options, loaded))
 
 
-def check_several(config: Any, runs: dict[str, Run]) -> None:
+def check_several(config: SeveralRuns, runs: dict[str, Run]) -> None:
     """Check every run, and what it names of others, before the first is trained.
 
     Args:
-      config: that of all runs, a `SeveralRuns`.
+      config: that of all runs.
       runs: by their directories.
 
     Raises:
@@ -109,12 +130,15 @@ def check_several(config: Any, runs: dict[str, Run]) -> None:
 
 
 @contextlib.contextmanager
-def full_paths(config: Any, part: Config | None = None) -> Iterator[None]:
+def full_paths(config: AnyConfig, part: Config | None = None) -> Iterator[None]:
     """Name fields in errors about one of several runs as the command line does.
 
     Args:
       config: of all runs.
       part: of the run; None: what is done holds for all of them.
+
+    Raises:
+      ConfigError: the body raised a UserError.
     """
     try:
         yield
@@ -127,22 +151,29 @@ def full_paths(config: Any, part: Config | None = None) -> Iterator[None]:
             ):
                 fields = "|".join(hints_of(type(section)))
                 message = re.sub(rf"--config\.({fields})\b", rf"--config.{name}.\1", message)
-                others = tuple(f"{name}.{other}" for other in others)
+                others = tuple(f"{name}.{path}" for path in others)
         raise ConfigError(message, *others) from None
 
 
 def report(
-    experiment: Experiment, config: Any, summaries: dict[str, dict[str, Any]], context: Context
-) -> dict[str, Any]:
-    """Print and write what the runs of an experiment show."""
+    experiment: Experiment, config: SeveralRuns, summaries: dict[str, Record], context: Context
+) -> Record:
+    """Print and write what the runs of an experiment show.
+
+    Args:
+      experiment: the experiment, of several runs.
+      config: its config.
+      summaries: of the runs, by their directories.
+      context: where they lie.
+    """
     assert experiment.report is not None
-    found = experiment.report(config, summaries, context)
-    written = {"experiment": experiment.name, "data": context.loaded.data.title, **found.record}
+    result = experiment.report(config, summaries, context)
+    written = {"experiment": experiment.name, "data": context.loaded.data.title, **result.record}
     if not is_main():
         return written
-    print_result(plots.table(found.rows, found.title))
+    print_result(plots.table(result.rows, result.title))
     images = context.workdir / "images"
-    for name, figure in found.figures.items():
+    for name, figure in result.figures.items():
         with can_write(context.workdir):
             plots.save_png(images / f"{name}.png", figure)
     path = context.workdir / "summary.json"

@@ -1,18 +1,16 @@
 """Sample images of a trained run into a file."""
 
-import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 from ddpm_jax import errors
 from ddpm_jax.errors import RunError
+from ddpm_jax.experiment.requests import Request
 from ddpm_jax.experiment.sample_files import SampleFile, check_out
 from ddpm_jax.experiment.trained import SAMPLE_BATCH, TrainedRun
 from ddpm_jax.experiment.types import Options
 from ddpm_jax.parallel import processes, sharding
 from ddpm_jax.progress import print_result, tell
-from ddpm_jax.task import Request
 from ddpm_jax.training.records import can_write, check_entries
 
 
@@ -54,17 +52,20 @@ def sample(
     trained, spread = load(), sharding.make(options.parallel)
     texts, size = prompts or (request.prompt,), spread.round_up(SAMPLE_BATCH)
     file = SampleFile(out, texts, count)
-    batches = len(texts) * -(-count // size)
-    spread = _logging_first(
-        spread,
-        f"sampling {file.total} images in {batches} batch{'es' * (batches > 1)} of {size}; the "
-        "program for it is compiled first",
+    number = len(texts) * -(-count // size)
+    for text in texts:
+        trained.resolve(request._replace(prompt=text))  # what is asked for can be done
+    tell(
+        f"sampling {file.total} images in {number} batch{'es' * (number > 1)} of {size}; the "
+        "program for it is compiled first"
     )
     try:
         with file.kept() as clock:
             for text in texts:
                 asked = request._replace(prompt=text)
-                for images, labels in trained.batches(count, asked, options.seed, spread):
+                for images, labels in trained.batches(
+                    count, asked, options.seed, partitioner=spread
+                ):
                     file.add(images, labels)
                     if file.total > size:
                         clock.show(file.size)
@@ -76,17 +77,3 @@ def sample(
         processes.from_main(file.write)
     print_result(f"{file.size} images of {trained.title}, step {trained.step}: {out}")
     return out
-
-
-def _logging_first(spread: sharding.Parallel, line: str) -> sharding.Parallel:
-    """The same, but it logs a line before the first program is compiled.
-
-    By then a task has checked what it was asked for.
-    """
-    log = functools.cache(tell)
-
-    def compile(*arguments: Any, **options: Any) -> Any:
-        log(line)
-        return spread.compile(*arguments, **options)
-
-    return spread._replace(compile=compile)

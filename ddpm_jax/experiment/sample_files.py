@@ -6,8 +6,8 @@ import pathlib
 import signal
 import stat
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 import numpy as np
 from jaxtyping import Float
@@ -51,8 +51,8 @@ def check_out(out: pathlib.Path, default: pathlib.Path, overwrite: bool) -> None
         raise UserError(f"{flag}: {getattr(error, 'strerror', None) or error}") from None
     if kind is not None and not stat.S_ISREG(kind):
         names = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe"}
-        found = names.get(stat.S_IFMT(kind), "a device")
-        raise UserError(f"{flag} is {found}, not a file; give another --out")
+        name = names.get(stat.S_IFMT(kind), "a device")
+        raise UserError(f"{flag} is {name}, not a file; give another --out")
     if kind is not None and out != default and not (overwrite or is_ours(out)):
         raise UserError(
             f"{flag} is there and was not written by this program; give another --out, or "
@@ -135,7 +135,7 @@ class SampleFile:
           KeyboardInterrupt: by Ctrl-C.
         """
 
-        def stop(number: int, frame: Any) -> None:
+        def stop(number: int, frame: FrameType | None) -> None:
             if self.size:  # or `notice` ends the process
                 raise RunError(STOPPED)
 
@@ -163,7 +163,7 @@ class SampleFile:
 
 
 @contextlib.contextmanager
-def _handled(number: int, handler: Any) -> Iterator[None]:
+def _handled(number: int, handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
     try:
         before = signal.signal(number, handler)
     except ValueError:  # not in the main thread, which alone is signalled

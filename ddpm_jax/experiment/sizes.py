@@ -63,6 +63,12 @@ def check_sizes(task: Task, config: Config, parallel: str = "jit") -> None:
 def check_images(count: int, shape: tuple[int, ...], flag: str, value: int | None = None) -> None:
     """Check that `count` images of float32 can be held in the host's memory.
 
+    Args:
+      count: of the images.
+      shape: of an image.
+      flag: that asks for them.
+      value: of the flag; None: `count`.
+
     Raises:
       UserError: they need more than four times of it.
     """

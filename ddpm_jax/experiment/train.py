@@ -4,9 +4,9 @@ import contextlib
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from ddpm_jax import plots
 from ddpm_jax.config import marked
@@ -16,11 +16,12 @@ from ddpm_jax.experiment import preflight, sizes
 from ddpm_jax.experiment.announce import log_loudly, log_start
 from ddpm_jax.experiment.inputs import record_of
 from ddpm_jax.experiment.recorded import check_average
-from ddpm_jax.experiment.types import Run, build
+from ddpm_jax.experiment.types import Run, checked_task
 from ddpm_jax.fields import MAY_CHANGE
 from ddpm_jax.parallel import processes
 from ddpm_jax.parallel import sharding as devices
 from ddpm_jax.progress import print_result, tell
+from ddpm_jax.system.record import Record
 from ddpm_jax.task import Resources
 from ddpm_jax.training import loop
 from ddpm_jax.training.checkpoint import check_store, open_checkpoints
@@ -38,10 +39,10 @@ def check(run: Run) -> None:
     train = run.config.train
     devices.check_batch(train.batch_size, train.grad_accum_steps)
     check_average(run.config)
-    sizes.check_sizes(build(run.config), run.config, run.options.parallel)
+    sizes.check_sizes(checked_task(run.config), run.config, run.options.parallel)
 
 
-def record(run: Run) -> dict[str, Any]:
+def record(run: Run) -> Record:
     """Return what config.json says of a run."""
     config, loaded = run.config, run.loaded
     return record_of(run.name, config, config.data, loaded, run.options, run.part)
@@ -52,7 +53,7 @@ def open_directory(run: Run) -> RunDir:
     return open_run_dir(run.workdir, record(run), marked(run.config, MAY_CHANGE))
 
 
-def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> dict[str, Any] | None:
+def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> Record | None:
     """Train to the end, evaluate and sample; return the summary, or None if it was stopped.
 
     Args:
@@ -68,7 +69,7 @@ def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> di
     options, steps = run.options, run.config.train.steps
     with contextlib.ExitStack() as stack:
         stack.callback(directory.close)
-        task = build(config, resources)
+        task = checked_task(config)
         checkpoints = stack.enter_context(
             contextlib.closing(open_checkpoints(workdir / "checkpoints"))
         )
@@ -77,7 +78,7 @@ def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> di
             raise UserError(
                 f"{workdir} is at step {step} already, beyond --config.train.steps={steps}"
             )
-        summary = processes.from_main(lambda: preflight.read_summary(workdir))
+        summary: Record | None = processes.from_main(lambda: preflight.read_summary(workdir))
         if summary is not None and step == summary.get("step") == steps:
             log_finished(workdir, summary)
             return summary
@@ -86,7 +87,9 @@ def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> di
         processes.from_main(directory.write_record)
         spread = devices.make(options.parallel)
         watch = loop.Watch(options.profile, options.wandb)
-        result = loop.fit(task, config, data, directory, checkpoints, options.seed, spread, watch)
+        result = loop.fit(
+            task, config, data, directory, checkpoints, options.seed, spread, watch, resources
+        )
         processes.from_main(directory.check_there)
         if result.step:
             checkpoints.check_written(result.step)  # while the evaluation went on
@@ -109,28 +112,29 @@ def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> di
         return summary
 
 
-def train_alone(run: Run, data: Data) -> dict[str, Any] | None:
+def train_alone(run: Run, data: Data) -> Record | None:
     """Train a bound run that needs no other; return its summary, or None if it was stopped."""
     check(run)
     return fit_run(run, data, Resources(), open_directory(run))
 
 
 @contextlib.contextmanager
-def opened(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]) -> Iterator[None]:
+def opened(workdir: pathlib.Path, record: Record, may_change: set[str]) -> Iterator[None]:
     """Hold the directory of several runs while it is used; the first process writes."""
     with contextlib.closing(open_run_dir(workdir, record, may_change)) as directory:
         processes.from_main(directory.write_record)
         yield
 
 
-def open_run_dir(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]) -> RunDir:
+def open_run_dir(workdir: pathlib.Path, record: Record, may_change: set[str]) -> RunDir:
     """Open a run directory in the first process; the others write nothing."""
-    return processes.from_main_alone(
+    directory: RunDir = processes.from_main_alone(
         lambda: open_run(workdir, record, may_change), bystander(workdir, record)
     )
+    return directory
 
 
-def log_finished(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
+def log_finished(workdir: pathlib.Path, summary: Record) -> None:
     """Print the final metrics of a run."""
     title = f"{summary['experiment']} on {summary['data']}, step {summary['step']}"
     rows = plots.metric_rows(summary["metrics"])
@@ -140,5 +144,5 @@ def log_finished(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
     log_loudly(summary["data_note"])
 
 
-def _count(params: Any) -> int:
+def _count(params: PyTree) -> int:
     return sum(array.size for array in jax.tree.leaves(params))

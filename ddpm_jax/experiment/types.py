@@ -3,60 +3,24 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import (
-    Annotated,
-    Any,
-    ClassVar,
-    Generic,
-    NamedTuple,
-    Protocol,
-    TypeVar,
-    runtime_checkable,
-)
+from typing import Annotated, Generic, NamedTuple, Protocol, runtime_checkable
 
+import flax.linen as nn
 import numpy as np
+from typing_extensions import TypeVar
 
 from ddpm_jax.config import fields_of, replace
 from ddpm_jax.data.types import Data, DataInfo, Loaded, info_of
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.fields import PATH, FieldError, ValidationImages, parse
-from ddpm_jax.task import Needs, Resources, Task
+from ddpm_jax.system.record import Record
+from ddpm_jax.task import Task
 from ddpm_jax.training.ema import EMA
 from ddpm_jax.training.optimizer import Adam, Muon
 from ddpm_jax.training.settings import Train
 
-
-@runtime_checkable
-class TaskSettings(Protocol):
-    """The section `task` of a config: a frozen dataclass with these methods.
-
-    Attributes:
-      provides: What a run of the task is, for other runs that name it: `classifier`, ...
-    """
-
-    provides: ClassVar[str]
-
-    @property
-    def info(self) -> DataInfo:
-        """The data set, once the section is bound."""
-
-    def needs(self) -> Needs:
-        """Return the names of other runs that the section holds."""
-
-    def fit_to(self, data: Data) -> Any:
-        """Return the section adjusted to a data set, after `bind`; UserError if it cannot be."""
-
-    def adapt(self, data: Data) -> Data:
-        """Return the data as the task is trained on them, such as without unlabelled images."""
-
-    def bind(self, info: DataInfo, precision: str, batch_size: int) -> Any:
-        """Return the section with its BOUND fields set."""
-
-    def build(self, resources: Resources = Resources()) -> Task:
-        """Return the functions of the bound task."""
-
-
-T = TypeVar("T", bound=TaskSettings)
+T = TypeVar("T", bound=Task)
+T_co = TypeVar("T_co", bound=Task, covariant=True, default=Task)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +39,7 @@ class Dataset:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe(Generic[T]):
+class Recipe(Generic[T_co]):
     """What is trained and how, without the data set, which several runs share.
 
     Attributes:
@@ -85,18 +49,18 @@ class Recipe(Generic[T]):
       train: How long a run trains, and how often it reports.
     """
 
-    task: T
+    task: T_co
     optimizer: Adam | Muon = Adam()
     ema: EMA = EMA()
     train: Train = Train()
 
-    def on(self, data: Dataset) -> "Config[T]":
+    def on(self, data: Dataset) -> "Config[T_co]":
         """Return the config of a run on a data set."""
         return Config(data, self.task, self.optimizer, self.ema, self.train)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Generic[T]):
+class Config(Generic[T_co]):
     """The config of one run.
 
     Attributes:
@@ -108,7 +72,7 @@ class Config(Generic[T]):
     """
 
     data: Dataset
-    task: T
+    task: T_co
     optimizer: Adam | Muon = Adam()
     ema: EMA = EMA()
     train: Train = Train()
@@ -116,7 +80,7 @@ class Config(Generic[T]):
 
 @runtime_checkable
 class SeveralRuns(Protocol):
-    """The config of an experiment of several runs: a frozen dataclass with this method."""
+    """The config of an experiment of several runs: a frozen dataclass with these methods."""
 
     @property
     def data(self) -> Dataset:
@@ -127,6 +91,10 @@ class SeveralRuns(Protocol):
 
     def complete(self, part: str, configs: dict[str, Config]) -> Config:
         """Return a part's bound config with what follows from the other parts' configs."""
+
+
+AnyConfig = Config | SeveralRuns
+C = TypeVar("C", bound=AnyConfig, default=AnyConfig)
 
 
 class Report(NamedTuple):
@@ -142,7 +110,7 @@ class Report(NamedTuple):
     title: str
     rows: list[tuple[str, str]]
     figures: dict[str, np.ndarray]
-    record: dict[str, Any]
+    record: Record
 
 
 class Options(NamedTuple):
@@ -217,22 +185,22 @@ class Sweep:
         """
         del workdir
         hint, name = self._swept(), self.field.rpartition(".")[2]
-        found: dict[str, Config] = {}
+        configs: dict[str, Config] = {}
         for value in self.values:
             directory = f"{name}_{value:g}"
-            if directory in found:
+            if directory in configs:
                 raise FieldError(
                     f"values={','.join(map(str, self.values))}: two runs would share the directory "
                     f"{directory}; give values that differ in their first six digits"
                 )
             text = str(value).removesuffix(".0")
             try:
-                found[directory] = replace(self.base, {self.field: parse(text, hint)})
+                configs[directory] = replace(self.base, {self.field: parse(text, hint)})
             except ValueError as error:
                 raise FieldError(f"values={text}: {error}, as {self.field}") from None
-        return found
+        return configs
 
-    def _swept(self) -> Any:
+    def _swept(self) -> object:
         """The annotation of the field; FieldError if a run does not have it."""
         hints = {field.path: field.hint for field in fields_of(self.base)}
         if self.field not in hints:
@@ -244,7 +212,7 @@ class Sweep:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Experiment(Generic[C]):
     """An experiment: the one name, EXPERIMENT, that is looked up in a file of experiments/.
 
     Attributes:
@@ -257,11 +225,11 @@ class Experiment:
       name: Its file's name, set by the registry.
     """
 
-    config: Any
-    debug: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    alternatives: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    config: C
+    debug: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    alternatives: Mapping[str, tuple[object, ...]] = dataclasses.field(default_factory=dict)
     fallback: str | None = None
-    report: Callable[[Any, dict[str, dict[str, Any]], Context], Report] | None = None
+    report: Callable[[C, dict[str, Record], Context], Report] | None = None
     samples: str = ""
     name: str = ""
 
@@ -277,6 +245,27 @@ def bind(config: Config[T], info: DataInfo) -> Config[T]:
     return dataclasses.replace(config, task=task)
 
 
+@runtime_checkable
+class BuiltOnParts(Protocol):
+    """A task on the networks of a text encoder and an autoencoder, which other runs train."""
+
+    @property
+    def parts_known(self) -> bool:
+        """Whether the fields that follow from the parts are set."""
+
+    def with_parts(self, text: Task, autoencoder: Task) -> Task:
+        """Return the task with what follows from a text encoder's task and an autoencoder's."""
+
+
+@runtime_checkable
+class WithNetwork(Protocol):
+    """A task of one network."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The network."""
+
+
 def with_parts(config: Config, text: Config, autoencoder: Config) -> Config:
     """Return a generation model's config with the networks of its parts, bound again.
 
@@ -285,21 +274,28 @@ def with_parts(config: Config, text: Config, autoencoder: Config) -> Config:
       text: of the text encoder.
       autoencoder: of the autoencoder.
     """
+    assert isinstance(config.task, BuiltOnParts)
     task = config.task.with_parts(text.task, autoencoder.task)
     return bind(dataclasses.replace(config, task=task), config.task.info)
 
 
-def build(config: Config, resources: Resources = Resources()) -> Task:
-    """Return the functions of the task of a bound config.
+def checked_task(config: Config[T]) -> T:
+    """Return the task of a bound config, once its fields are checked.
 
     Raises:
       ConfigError: fields contradict each other or the data.
     """
     try:
-        return config.task.build(resources)
+        config.task.check()
     except FieldError as error:
         others = [f"task.{field}" for field in error.others]
         raise ConfigError(f"--config.task.{error}", *others) from None
+    return config.task
+
+
+def title_of(experiment: str, part: str) -> str:
+    """Return what a run is called: its experiment's name, and the part's if it has one."""
+    return f"{experiment}/{part}" if part else experiment
 
 
 class Run(NamedTuple):
@@ -324,11 +320,15 @@ class Run(NamedTuple):
     @property
     def title(self) -> str:
         """The experiment's name, and the part's."""
-        return f"{self.name}/{self.part}" if self.part else self.name
+        return title_of(self.name, self.part)
 
     def bound(self) -> "Run":
         """Return the run with its config bound to the data."""
         return self._replace(config=bind(self.config, info_of(self.loaded.data)))
+
+
+# Trains a bound run that needs no other, and returns its summary; None: it was asked to stop.
+TrainAlone = Callable[[Run, Data], Record | None]
 
 
 def parts_of(config: SeveralRuns, workdir: pathlib.Path) -> dict[str, Config]:

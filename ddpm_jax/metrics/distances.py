@@ -1,7 +1,4 @@
-"""Distances between two sets of images, given as features [N, D]; numpy, float64.
-
-The name of a reported distance names the network that gives its features.
-"""
+"""Distances of sets of images in features [N, D]; a distance is named after their network."""
 
 import dataclasses
 import functools
@@ -204,27 +201,33 @@ def kernel_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) ->
     (xx, _, xx_square), (yy, _, yy_square) = _kernel_sums(a, a), _kernel_sums(b, b)
     xy, yx, xy_square = _kernel_sums(a, b)
 
-    def value(xx, yy, xy, n, m):
-        return xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m)
-
     sums = xx.sum(), yy.sum(), xy.sum()
-    found = float(value(*sums, n, m))
+    distance = float(_squared_mmd(*sums, n, m))
     if min(n, m) < 4:
-        return Estimate(found, None)
-    without_x = value(sums[0] - 2 * xx, sums[1], sums[2] - xy, n - 1, m)
-    without_y = value(sums[0], sums[1] - 2 * yy, sums[2] - yx, n, m - 1)
+        return Estimate(distance, None)
+    without_x = _squared_mmd(sums[0] - 2 * xx, sums[1], sums[2] - xy, n - 1, m)
+    without_y = _squared_mmd(sums[0], sums[1] - 2 * yy, sums[2] - yx, n, m - 1)
     variance = (n - 1) * without_x.var() + (m - 1) * without_y.var()
-
-    def within(sums, square, n):  # E of the squared kernel, doubly centred (Szekely & Rizzo 2014)
-        centred = square - 2 * (sums @ sums) / (n - 2) + sums.sum() ** 2 / ((n - 1) * (n - 2))
-        return max(centred, 0.0) / (n * (n - 3))
 
     between = xy_square - xy @ xy / m - yx @ yx / n + sums[2] ** 2 / (n * m)
     across = 4 * max(between, 0.0) / ((n - 1) * (m - 1) * n * m)
-    of_x, of_y = 2 * within(xx, xx_square, n), 2 * within(yy, yy_square, m)
+    of_x, of_y = 2 * _squared_kernel(xx, xx_square, n), 2 * _squared_kernel(yy, yy_square, m)
     quadratic = of_x / (n * (n - 1)) + of_y / (m * (m - 1)) + across
     variance -= of_x / ((n - 1) * (n - 2)) + of_y / ((m - 1) * (m - 2)) + across
-    return Estimate(found, math.sqrt(max(variance, quadratic)))
+    return Estimate(distance, math.sqrt(max(variance, quadratic)))
+
+
+def _squared_mmd(
+    xx: float | np.ndarray, yy: float | np.ndarray, xy: float | np.ndarray, n: int, m: int
+) -> np.ndarray:
+    """The squared MMD of n and m features from the kernel's sums over pairs."""
+    return np.asarray(xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m))
+
+
+def _squared_kernel(sums: Float[np.ndarray, "n"], square: float, n: int) -> float:
+    """E of the squared kernel, doubly centred, without bias (Szekely & Rizzo 2014)."""
+    centred = square - 2 * (sums @ sums) / (n - 2) + sums.sum() ** 2 / ((n - 1) * (n - 2))
+    return float(max(centred, 0.0)) / (n * (n - 3))
 
 
 def _kernel_sums(
@@ -262,7 +265,7 @@ def inception_score_error(probabilities: Float[np.ndarray, "n classes"]) -> floa
 
 def _divergences(probabilities: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n"]:
     p = np.maximum(np.asarray(probabilities, np.float64), 1e-300)
-    return (p * (np.log(p) - np.log(p.mean(0)))).sum(1)
+    return np.asarray((p * (np.log(p) - np.log(p.mean(0)))).sum(1))
 
 
 def share_error(share: float, count: int) -> float | None:
@@ -323,7 +326,7 @@ def precision_recall(
     if min(len(real), len(drawn)) <= rank:
         raise ValueError(f"needs more than {rank} images of each, not {len(real)}, {len(drawn)}")
 
-    def share(of, among):
+    def share(of: np.ndarray, among: np.ndarray) -> float:
         # Of each row the nearest is the row itself, so its rank-th neighbour has place `rank`.
         radius = np.concatenate(
             [np.partition(_distances(part, among), rank, 1)[:, rank] for part in _chunks(among)]
@@ -342,4 +345,4 @@ def _chunks(a: np.ndarray) -> list[np.ndarray]:
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """[n, m] Euclidean distances; exactly 0 between equal rows is not promised, near 0 is."""
     squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * (a @ b.T)
-    return np.sqrt(np.maximum(squares, 0.0))
+    return np.asarray(np.sqrt(np.maximum(squares, 0.0)))

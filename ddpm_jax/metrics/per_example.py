@@ -1,7 +1,7 @@
 """Compute a function of every example of a split."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVarTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,38 +9,44 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.data.batches import evaluation_batches
-from ddpm_jax.data.types import Split
+from ddpm_jax.data.types import Batch, Split
 from ddpm_jax.diffusion.grids import within
-from ddpm_jax.parallel.sharding import Parallel, fetch
+from ddpm_jax.parallel.partitioner import Partitioner, fetch
 from ddpm_jax.rng import EVALUATE, example_keys, purpose_key
+
+Ts = TypeVarTuple("Ts")
 
 
 def per_example(
-    fn: Callable[..., dict[str, Any]],
+    compute: Callable[[*Ts, Batch, Key[Array, "batch"]], dict[str, Array]],
     split: Split,
     batch_size: int,
     seed: int,
-    spread: Parallel,
-    *arguments: Any,
+    partitioner: Partitioner,
+    *arguments: *Ts,
+    check: Callable[[], None] = lambda: None,
+    static_argnums: int | tuple[int, ...] = (),
 ) -> dict[str, np.ndarray]:
-    """`fn` of every example of a split, in its order.
+    """Return what a function computes of every example of a split, in its order.
 
     Args:
-      fn: (*arguments, batch, keys) -> {name: [B, ...]}; compiled here, once for each function.
+      compute: (*arguments, batch, keys) -> {name: [B, ...]}; compiled here, once for each function
+        and its static arguments.
       split: the examples.
-      batch_size: how many at a time, rounded up to what the devices divide; it changes no
-        result.
-      seed: with an example's place in the split, keys its draws: the same at every
+      batch_size: examples at a time, rounded up to what the devices divide; it changes no result.
+      seed: with an example's place in the split, keys its random numbers: the same at every
         evaluation, so that two of them differ by the parameters alone.
-      spread: the devices.
-      arguments: what the function reads besides, such as parameters.
+      partitioner: the devices.
+      arguments: what the function needs besides, such as parameters.
+      check: called before every batch; may end the evaluation.
+      static_argnums: arguments that are static.
     """
     key = purpose_key(seed, EVALUATE)
     rows: dict[str, list[np.ndarray]] = {}
-    size, compiled = spread.round_up(batch_size), spread.compile(fn)
-    for batch, count in evaluation_batches(split, size, spread.rows(size)):
-        spread.breathe()
-        batch = spread.shard(batch)
+    size, compiled = partitioner.round_up(batch_size), partitioner.compile(compute, static_argnums)
+    for batch, count in evaluation_batches(split, size, partitioner.rows(size)):
+        check()
+        batch = partitioner.shard(batch)
         keys = example_keys(key, 0, batch.index)
         for name, values in fetch(compiled(*arguments, batch, keys)).items():
             rows.setdefault(name, []).append(np.asarray(values, np.float64)[:count])

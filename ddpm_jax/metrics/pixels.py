@@ -1,12 +1,12 @@
 """Pixel values: from the levels of a data set to [-1, 1]."""
 
-from typing import Any
-
 import jax
 import numpy as np
 
+from ddpm_jax.data.types import Leaf
 
-def to_images(images: Any, levels: int) -> Any:
+
+def to_images(images: Leaf, levels: int) -> Leaf:
     """Grey values 0 ... levels - 1 -> float32 in [-1, 1]; of jax or of what numpy reads."""
     if not isinstance(images, jax.Array):
         images = np.asarray(images)  # rows that a file or a drawing makes when they are asked for

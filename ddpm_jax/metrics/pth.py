@@ -7,7 +7,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +29,9 @@ DTYPES = {
 }
 
 
+Stated: TypeAlias = Any  # what a file states: of whatever type, until it is checked
+
+
 class _Storage(NamedTuple):
     """Bytes that tensors share: `length` elements of a type named as in `DTYPES`."""
 
@@ -38,12 +41,12 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """A view of a storage, in elements, as the file tells it: nothing is checked yet."""
+    """A view of a storage, in elements, as the file states it: nothing is checked yet."""
 
-    storage: Any
-    offset: Any
-    size: Any
-    stride: Any
+    storage: Stated
+    offset: Stated
+    size: Stated
+    stride: Stated
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -65,23 +68,25 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        found, data = (_zip if content.startswith(b"PK\3\4") else _stream)(content)
-        if not isinstance(found, dict):
-            raise pickle.UnpicklingError(f"it holds {_short(type(found).__name__)}, not a dict")
+        state_dict, data = (_zip if content.startswith(b"PK\3\4") else _stream)(content)
+        if not isinstance(state_dict, dict):
+            raise pickle.UnpicklingError(
+                f"it holds {_short(type(state_dict).__name__)}, not a dict"
+            )
         tensors = {}
-        for name, tensor in found.items():
+        for name, tensor in state_dict.items():
             if not isinstance(name, str) or not isinstance(tensor, _Tensor):
                 raise pickle.UnpicklingError(f"its {_short(name)} is no tensor")
             tensors[name] = _view(name, tensor, data)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is no PyTorch state dict: {error}") from None
     except Exception as error:  # a pickle of random bytes raises anything
-        told = _short(f"{type(error).__name__}: {error}")
-        raise UserError(f"{path} is no PyTorch state dict, or not a whole one: {told}") from None
+        reason = _short(f"{type(error).__name__}: {error}")
+        raise UserError(f"{path} is no PyTorch state dict, or not a whole one: {reason}") from None
     return tensors
 
 
-def _zip(content: bytes) -> tuple[Any, dict[str, bytes]]:
+def _zip(content: bytes) -> tuple[Stated, dict[str, bytes]]:
     """What data.pkl describes, and the bytes of the storages that it names."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = archive.infolist()
@@ -97,11 +102,11 @@ def _zip(content: bytes) -> tuple[Any, dict[str, bytes]]:
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
             raise pickle.UnpicklingError("its byte order is not little-endian")
         reader = _Unpickler(io.BytesIO(archive.read(pickles[0])))
-        found = reader.load()
-        return found, {key: archive.read(f"{root}data/{key}") for key in reader.storages}
+        described = reader.load()
+        return described, {key: archive.read(f"{root}data/{key}") for key in reader.storages}
 
 
-def _stream(content: bytes) -> tuple[Any, dict[str, bytes]]:
+def _stream(content: bytes) -> tuple[Stated, dict[str, bytes]]:
     """The same of the older format.
 
     Pickles of a magic number, a version, the system, the object and the storages' keys; then,
@@ -112,7 +117,7 @@ def _stream(content: bytes) -> tuple[Any, dict[str, bytes]]:
         raise pickle.UnpicklingError("it does not start as one")
     _Unpickler(stream).load()
     reader = _Unpickler(stream)
-    found = reader.load()
+    described = reader.load()
     data = {}
     for key in _Unpickler(stream).load():
         storage = reader.storages[key]
@@ -120,7 +125,7 @@ def _stream(content: bytes) -> tuple[Any, dict[str, bytes]]:
         if count != storage.length:
             raise pickle.UnpicklingError(f"its storage {_short(key)} has {count} elements")
         data[key] = stream.read(count * DTYPES[storage.kind].itemsize)
-    return found, data
+    return described, data
 
 
 def _view(name: str, tensor: _Tensor, data: dict[str, bytes]) -> np.ndarray:
@@ -143,12 +148,12 @@ def _view(name: str, tensor: _Tensor, data: dict[str, bytes]) -> np.ndarray:
     return np.ndarray(size, dtype, content, offset * dtype.itemsize, strides)
 
 
-class _Ordered(dict):
+class _Ordered(dict[Stated, Stated]):
     """Stands in for an OrderedDict, and forgets the `_metadata` that a module sets on it."""
 
     __slots__ = ()
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Stated) -> None:
         pass
 
 
@@ -157,25 +162,33 @@ class _Call:
 
     __slots__ = ("_function",)
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, function: Callable[..., Stated]) -> None:
         self._function = function
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments: Stated) -> Stated:
         return self._function(*arguments)
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Stated) -> NoReturn:
         raise pickle.UnpicklingError("it sets the state of a function")
 
 
-def _rebuild_tensor(storage, offset, size, stride, requires_grad, hooks, metadata=None):
+def _rebuild_tensor(
+    storage: Stated,
+    offset: Stated,
+    size: Stated,
+    stride: Stated,
+    requires_grad: Stated,
+    hooks: Stated,
+    metadata: Stated = None,
+) -> _Tensor:
     return _Tensor(storage, offset, size, stride)
 
 
-def _rebuild_parameter(tensor, requires_grad, hooks):
+def _rebuild_parameter(tensor: Stated, requires_grad: Stated, hooks: Stated) -> Stated:
     return tensor
 
 
-ALLOWED = {
+ALLOWED: dict[tuple[str, str], _Call | str] = {
     ("collections", "OrderedDict"): _Call(_Ordered),
     ("torch._utils", "_rebuild_tensor_v2"): _Call(_rebuild_tensor),
     ("torch._utils", "_rebuild_parameter"): _Call(_rebuild_parameter),
@@ -190,22 +203,30 @@ class _Unpickler(pickle._Unpickler):
     one written in Python, since the other's memo takes as much memory as a file asks for.
     """
 
-    def __init__(self, file: io.BytesIO):
+    def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, _Storage] = {}
 
-    def find_class(self, module, name):
-        """Return what a name of the file stands for; UnpicklingError unless it is allowed."""
+    def find_class(self, module: Stated, name: Stated) -> _Call | str:
+        """Return what a name of the file stands for.
+
+        Raises:
+          UnpicklingError: it is not allowed.
+        """
         if (module, name) not in ALLOWED:
-            told = _short(f"{module}.{name}")
-            raise pickle.UnpicklingError(f"it names {told}, which no tensor needs")
+            full = _short(f"{module}.{name}")
+            raise pickle.UnpicklingError(f"it names {full}, which no tensor needs")
         return ALLOWED[module, name]
 
-    def persistent_load(self, told):
-        """Return the storage that a tensor of the file names; UnpicklingError if it is odd."""
-        if not isinstance(told, tuple) or len(told) < 5 or told[5:] not in ((), (None,)):
+    def persistent_load(self, stated: Stated) -> _Storage:
+        """Return the storage that a tensor of the file names.
+
+        Raises:
+          UnpicklingError: it is not one, or differs from an earlier one of the same key.
+        """
+        if not isinstance(stated, tuple) or len(stated) < 5 or stated[5:] not in ((), (None,)):
             raise pickle.UnpicklingError("a storage is not told as one")
-        word, kind, key, _, count = told[:5]
+        word, kind, key, _, count = stated[:5]
         right = isinstance(kind, str) and kind in DTYPES and isinstance(key, str)
         if word != "storage" or not right or type(count) is not int or count < 0:
             raise pickle.UnpicklingError("a storage is not told as one")
@@ -215,6 +236,6 @@ class _Unpickler(pickle._Unpickler):
         return storage
 
 
-def _short(told: Any) -> str:
+def _short(stated: Stated) -> str:
     """At most 100 printable characters of a file's own words, so that they fill one line."""
-    return ascii(told if isinstance(told, str | int) else type(told).__name__)[:100]
+    return ascii(stated if isinstance(stated, str | int) else type(stated).__name__)[:100]

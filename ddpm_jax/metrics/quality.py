@@ -1,6 +1,8 @@
 """How good a set of drawn images is, judged in a network's features and in pixels."""
 
-from collections.abc import Iterator
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +70,186 @@ def look(judge: Judge, parts: Iterator[np.ndarray], before: Seen | None = None) 
     return Seen(grouped, np.concatenate(kept), np.concatenate(logs))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Comparison:
+    """Drawn images beside held-out and training ones, as a feature network sees them.
+
+    Attributes:
+      judge: The feature network.
+      drawn: Images in [-1, 1].
+      labels: The class that each was drawn for; None: no class.
+      order: In which `ours` has the drawn images.
+      data: The data set.
+      split: Whose images are the held-out ones.
+      size: Images of both sides of a ratio.
+      equal: `size` of the drawn images.
+      ours: All drawn images.
+      theirs: `size` training images.
+      held_out: All held-out images.
+    """
+
+    judge: Judge
+    drawn: Float[np.ndarray, "n h w c"]
+    labels: np.ndarray | None
+    order: np.ndarray
+    data: Data
+    split: str
+    size: int
+    equal: Seen
+    ours: Seen
+    theirs: Seen
+    held_out: Seen
+
+    @property
+    def distance_name(self) -> str:
+        """What the Frechet distance is called: Inception's is FID."""
+        return "fid" if self.judge.name == "inception" else f"fd_{self.judge.name}"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many images each set has."""
+        return {
+            "generated": len(self.drawn),
+            "held-out": self.held_out.moments.size,
+            "training": len(self.data.train.images),
+        }
+
+    @functools.cached_property
+    def distance(self) -> Jackknife:
+        """The Frechet distance of drawn images to held-out ones."""
+        return frechet_distance(self.ours.grouped, self.held_out.grouped)
+
+    def has(self, least: int, *sets: str) -> bool:
+        """Return whether each of some sets, by their names in `counts`, has `least` images."""
+        return min(self.counts[name] for name in sets) >= least
+
+
+class Measured(NamedTuple):
+    """Metrics by name, the names of those that there are too few images for, and a picture."""
+
+    metrics: dict[str, float]
+    missing: tuple[str, ...] = ()
+    picture: np.ndarray | errors.NonFinite | None = None
+
+
+def compare(
+    judge: Judge,
+    drawn: Float[np.ndarray, "n h w c"],
+    labels: np.ndarray | None,
+    data: Data,
+    split: str = "test",
+) -> Comparison:
+    """Return what all metrics of `quality` are computed from; the arguments are its own.
+
+    Args:
+      judge: the feature network.
+      drawn: in [-1, 1].
+      labels: the class that each was drawn for; None: no class.
+      data: the data set.
+      split: whose images are the held-out ones.
+    """
+    train = data.train.some(len(drawn))
+    size = len(train.images)
+    order = np.arange(len(drawn))
+    if size < len(drawn):  # a part of them, which need not be drawn in a random order
+        order = np.random.Generator(np.random.Philox(key=[0, 4])).permutation(len(drawn))
+    equal = look(judge, _chunks(drawn, order[:size]))
+    ours = look(judge, _chunks(drawn, order[size:]), equal) if size < len(drawn) else equal
+    theirs = look(judge, _parts(train, data.levels))
+    held_out = look(judge, _parts(data.part(split), data.levels))
+    return Comparison(judge, drawn, labels, order, data, split, size, equal, ours, theirs, held_out)
+
+
+def frechet_of_drawn(sets: Comparison) -> Measured:
+    """Measure the Frechet distance of drawn images to held-out ones."""
+    if not sets.has(2, "generated", "held-out"):
+        return Measured({}, (sets.distance_name,))
+    return Measured(_of(sets.distance_name, sets.distance))
+
+
+def frechet_ratio(sets: Comparison) -> Measured:
+    """Measure the Frechet distance of training images, and the ratio of equally many drawn ones."""
+    name = sets.distance_name
+    if not sets.has(2, *sets.counts):
+        return Measured({}, (f"{name}_ratio",))
+    apart, usual = sets.distance, frechet_distance(sets.theirs.grouped, sets.held_out.grouped)
+    if sets.equal is not sets.ours:
+        apart = frechet_distance(sets.equal.grouped, sets.held_out.grouped)
+    metrics, ratio = _of(f"{name}_of_training", usual), apart.over(usual)
+    if ratio is None:
+        return Measured(metrics, (f"{name}_ratio",))
+    metrics |= _of(f"{name}_ratio", ratio)
+    return Measured({**metrics, f"{name}_ratio_images": float(sets.size)})
+
+
+def kernel_of_drawn(sets: Comparison) -> Measured:
+    """Measure the kernel distance (KID) of drawn images to held-out ones."""
+    name = f"kid_{sets.judge.name}"
+    if not sets.has(2, "generated", "held-out"):
+        return Measured({}, (name,))
+    return Measured(figures(name, kernel_distance(sets.ours.features, sets.held_out.features)))
+
+
+def score(sets: Comparison) -> Measured:
+    """Measure the Inception score of drawn images."""
+    name = f"score_{sets.judge.name}"
+    if not sets.has(2, "generated"):
+        return Measured({}, (name,))
+    p = np.exp(sets.ours.logs)
+    return Measured(figures(name, (inception_score(p), inception_score_error(p))))
+
+
+def precision_and_recall(sets: Comparison) -> Measured:
+    """Measure how many drawn images lie near held-out ones, and the other way round."""
+    names = f"precision_{sets.judge.name}", f"recall_{sets.judge.name}"
+    if not sets.has(RANK + 1, "generated", "held-out"):
+        return Measured({}, (", ".join(names),))
+    metrics: dict[str, float] = {}
+    shares = precision_recall(sets.held_out.features, sets.ours.features)
+    counts = len(sets.ours.features), len(sets.held_out.features)
+    for name, share, count in zip(names, shares, counts, strict=True):
+        metrics |= figures(name, (share, share_error(share, count)))
+    return Measured(metrics)
+
+
+def fid_to_training(sets: Comparison) -> Measured:
+    """Measure FID against the whole training set, as papers report it: of Inception alone."""
+    if sets.judge.name != "inception":
+        return Measured({})
+    if not sets.has(2, "generated", "training"):
+        return Measured({}, ("fid_to_training",))
+    whole = look(sets.judge, _parts(sets.data.train.some(WHOLE), sets.data.levels))
+    return Measured(_of("fid_to_training", frechet_distance(sets.ours.grouped, whole.grouped)))
+
+
+def classifier_shares(sets: Comparison) -> Measured:
+    """Measure how many drawn images a classifier is sure of, and how many have their class."""
+    if sets.judge.name == "inception":
+        return Measured({})
+    right = {"sure": np.exp(sets.ours.logs).max(1) > 0.9}
+    if sets.labels is not None:
+        right["recognised"] = sets.ours.logs.argmax(1) == np.asarray(sets.labels)[sets.order]
+    return Measured(averages(right))
+
+
+def nearest_training_images(sets: Comparison) -> Measured:
+    """Measure how far drawn images are, in pixels, from the nearest training ones."""
+    metrics, picture = neighbours(sets.drawn[:KEPT], sets.data, sets.split)
+    missing = () if "nearest_ratio" in metrics else ("nearest_ratio",)
+    return Measured(metrics, missing, picture)
+
+
+METRICS: tuple[Callable[[Comparison], Measured], ...] = (
+    frechet_of_drawn,
+    frechet_ratio,
+    kernel_of_drawn,
+    score,
+    precision_and_recall,
+    fid_to_training,
+    classifier_shares,
+)
+
+
 def quality(
     judge: Judge,
     drawn: Float[np.ndarray, "n h w c"],
@@ -86,79 +268,24 @@ def quality(
     is left out, and a line says so.
 
     Args:
+      judge: the feature network.
       drawn: in [-1, 1].
       labels: the class that each was drawn for; None: no class.
+      data: the data set.
       split: whose images are the held-out ones.
       pixels: compare with the nearest training images, too.
     """
-    train = data.train.some(len(drawn))
-    size = len(train.images)  # of both sides of the ratio
-    order = np.arange(len(drawn))
-    if size < len(drawn):  # some of them, which need not be drawn in a random order
-        order = np.random.Generator(np.random.Philox(key=[0, 4])).permutation(len(drawn))
-    equal = look(judge, _chunks(drawn, order[:size]))
-    ours = look(judge, _chunks(drawn, order[size:]), equal) if size < len(drawn) else equal
-    theirs = look(judge, _parts(train, data.levels))
-    held_out = look(judge, _parts(data.part(split), data.levels))
-    counts = {
-        "generated": len(drawn),
-        "held-out": held_out.moments.size,
-        "training": len(data.train.images),
-    }
-    inception = judge.name == "inception"
-    name = judge.name
-    distance = "fid" if inception else f"fd_{name}"
+    sets = compare(judge, drawn, labels, data, split)
     metrics: dict[str, float] = {"drawn": float(len(drawn))}
     missing: list[str] = []
-
-    def enough(what: str, least: int, *sets: str) -> bool:
-        if min(counts[of] for of in sets) >= least:
-            return True
-        missing.append(what)
-        return False
-
-    if enough(distance, 2, "generated", "held-out"):
-        apart = frechet_distance(ours.grouped, held_out.grouped)
-        metrics |= _of(distance, apart)
-    if enough(f"{distance}_ratio", 2, *counts):
-        usual = frechet_distance(theirs.grouped, held_out.grouped)
-        if equal is not ours:
-            apart = frechet_distance(equal.grouped, held_out.grouped)
-        ratio = apart.over(usual)
-        metrics |= _of(f"{distance}_of_training", usual)
-        if ratio is None:
-            missing.append(f"{distance}_ratio")
-        else:
-            metrics |= _of(f"{distance}_ratio", ratio)
-            metrics[f"{distance}_ratio_images"] = float(size)
-    if enough(f"kid_{name}", 2, "generated", "held-out"):
-        kid = kernel_distance(ours.features, held_out.features)
-        metrics |= figures(f"kid_{name}", kid)
-    if enough(f"score_{name}", 2, "generated"):
-        p = np.exp(ours.logs)
-        metrics |= figures(f"score_{name}", (inception_score(p), inception_score_error(p)))
-    if enough(f"precision_{name}, recall_{name}", RANK + 1, "generated", "held-out"):
-        sets = ours.features, held_out.features
-        shares = precision_recall(held_out.features, ours.features)
-        for word, share, of in zip(("precision", "recall"), shares, sets, strict=True):
-            metrics |= figures(f"{word}_{name}", (share, share_error(share, len(of))))
-    if inception:
-        whole = look(judge, _parts(data.train.some(WHOLE), data.levels))
-        if enough("fid_to_training", 2, "generated", "training"):
-            metrics |= _of("fid_to_training", frechet_distance(ours.grouped, whole.grouped))
-    else:
-        right = {"sure": np.exp(ours.logs).max(1) > 0.9}
-        if labels is not None:
-            right["recognised"] = ours.logs.argmax(1) == np.asarray(labels)[order]
-        metrics |= averages(right)
     picture = None
-    if pixels:
-        near, picture = neighbours(drawn[:KEPT], data, split)
-        metrics |= near
-        if "nearest_ratio" not in near:
-            missing.append("nearest_ratio")
+    for measure in (*METRICS, nearest_training_images) if pixels else METRICS:
+        measured = measure(sets)
+        metrics |= measured.metrics
+        missing += measured.missing
+        picture = measured.picture if measured.picture is not None else picture
     if missing:
-        sizes = ", ".join(f"{count} {of}" for of, count in counts.items())
+        sizes = ", ".join(f"{count} {name}" for name, count in sets.counts.items())
         tell(f"metrics that {sizes} images do not give are left out: {', '.join(missing)}")
     return Quality(metrics, picture)
 

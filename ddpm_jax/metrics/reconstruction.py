@@ -13,7 +13,7 @@ def psnr(
 ) -> Float[np.ndarray, "n"]:
     """10 log10(range^2 / mean squared error) of each pair, in dB; `MOST` of equal ones."""
     error = np.square(np.asarray(a, np.float64) - b).reshape(len(a), -1).mean(1)
-    return 10 * np.log10(RANGE**2 / np.maximum(error, RANGE**2 * 10 ** (-MOST / 10)))
+    return np.asarray(10 * np.log10(RANGE**2 / np.maximum(error, RANGE**2 * 10 ** (-MOST / 10))))
 
 
 def ssim(
@@ -29,7 +29,7 @@ def ssim(
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     margin = SIDE // 2
 
-    def blur(x):
+    def blur(x: np.ndarray) -> np.ndarray:
         truncate = margin / SIGMA
         for axis in (1, 2):
             x = ndimage.gaussian_filter1d(x, SIGMA, axis, truncate=truncate)
@@ -39,6 +39,6 @@ def ssim(
     var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
     c1, c2 = (K1 * RANGE) ** 2, (K2 * RANGE) ** 2
-    found = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-    found /= (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
-    return found.reshape(len(a), -1).mean(1)
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    similarity /= (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    return np.asarray(similarity.reshape(len(a), -1).mean(1))

@@ -7,10 +7,12 @@ and of flat images that is most.  With no norm at all, training on `shapes` brok
 rate of 3e-3; the root mean square of each place, before a block, keeps it on its way.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ddpm_jax.fields import BOUND, Count, FieldError, Layers
@@ -20,13 +22,13 @@ from ddpm_jax.nn.layers import Conv, depth_to_space, space_to_depth
 class Residual(nn.Module):
     """x + two 3x3 convolutions, each behind a swish, of x over its size; at first x."""
 
-    dtype: Any
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
-        def conv(h: Array, name: str, init: Any) -> Array:
-            made = Conv(x.shape[-1], (3, 3), kernel_init=init, dtype=self.dtype, name=name)
-            return made(nn.swish(h))
+        def conv(h: Array, name: str, init: Initializer) -> Array:
+            layer = Conv(x.shape[-1], (3, 3), kernel_init=init, dtype=self.dtype, name=name)
+            return layer(nn.swish(h))
 
         h = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name="norm")(x).astype(x.dtype)
         h = conv(h, "conv_1", nn.initializers.lecun_normal())
@@ -48,7 +50,7 @@ class Autoencoder(nn.Module):
     channels: tuple[Count, ...] = (32, 64)
     latent_channels: Count = 4
     blocks: Layers = 1
-    dtype: Annotated[Any, BOUND] = None
+    dtype: Annotated[DTypeLike | None, BOUND] = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -97,7 +99,7 @@ class Encoder(nn.Module):
     channels: tuple[int, ...]
     outputs: int
     blocks: int
-    dtype: Any
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch rows columns d"]:
@@ -117,7 +119,7 @@ class Decoder(nn.Module):
     channels: tuple[int, ...]
     outputs: int
     blocks: int
-    dtype: Any
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, z: Float[Array, "batch rows columns d"]) -> Float[Array, "batch h w c"]:

@@ -1,9 +1,10 @@
 """A small convolutional classifier, whose last layer but one serves as features."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from ddpm_jax.fields import BOUND, Count, Share
@@ -30,7 +31,7 @@ class ClassifierNetwork(nn.Module):
     features: Count = 64
     dropout: Share = 0.3
     noisy: Annotated[bool, BOUND] = False
-    dtype: Annotated[Any, BOUND] = None
+    dtype: Annotated[DTypeLike | None, BOUND] = None
 
     @nn.compact
     def __call__(
@@ -39,7 +40,7 @@ class ClassifierNetwork(nn.Module):
         keys: Key[Array, "batch"] | None = None,
         time: Float[Array, "batch"] | None = None,
     ) -> tuple[Float[Array, "batch classes"], Float[Array, "batch features"]]:
-        """`time` in [0, 1], 1 pure noise, is told to a noisy classifier; None: 0, clean images."""
+        """A noisy classifier is conditioned on `time` in [0, 1] (1 is pure noise; None: 0)."""
         emb = None
         if self.noisy:
             time = jnp.zeros(len(x)) if time is None else time
@@ -49,8 +50,8 @@ class ClassifierNetwork(nn.Module):
             strides = 2 if x.shape[1] > SMALLEST else 1
             x = Conv(width, (3, 3), strides, dtype=self.dtype, name=f"conv_{number}")(x)
             if emb is not None:
-                told = nn.Dense(width, dtype=self.dtype, name=f"told_{number}")(emb)
-                x += told[:, None, None]
+                shift = nn.Dense(width, dtype=self.dtype, name=f"told_{number}")(emb)
+                x += shift[:, None, None]
             x = nn.gelu(x)
         x = x.reshape(x.shape[0], -1)
         x = nn.gelu(nn.Dense(self.features, dtype=self.dtype, name="features")(x))

@@ -1,9 +1,10 @@
 """The transformer of an autoregressive generation model: codes under a caption."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.fields import BOUND, Count, Layers, MoreLayers, Share
@@ -31,7 +32,7 @@ class CodeTransformer(nn.Module):
     heads: Count = 6
     refiner_blocks: MoreLayers = 0
     dropout: Share = 0.0
-    dtype: Annotated[Any, BOUND] = None
+    dtype: Annotated[DTypeLike | None, BOUND] = None
 
     @nn.compact
     def __call__(

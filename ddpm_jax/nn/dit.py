@@ -1,9 +1,10 @@
 """The diffusion transformer of Peebles & Xie 2023, with the U-Net's interface."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.fields import BOUND, Count, FieldError, Layers, MoreLayers, Share
@@ -47,7 +48,7 @@ class DiT(nn.Module):
     dropout: Share = 0.0
     classes: Annotated[int, BOUND] = 0
     refiner_blocks: MoreLayers = 0
-    dtype: Annotated[Any, BOUND] = jnp.float32
+    dtype: Annotated[DTypeLike, BOUND] = jnp.float32
     remat: bool = False
 
     @nn.compact
@@ -63,7 +64,10 @@ class DiT(nn.Module):
         size, height, width, _ = xt.shape
         rows, columns = height // self.patch, width // self.patch
         default = nn.initializers.lecun_normal()
-        context = refined(context, size, self.width, self.refiner_blocks, self.heads, self.dtype)
+        if context is not None:
+            context = refined(
+                context, size, self.width, self.refiner_blocks, self.heads, self.dtype
+            )
         pooled = context and context.pooled
         emb = condition(time, labels, self.classes, 256, self.width, default, 0.02, pooled)
 
@@ -109,7 +113,7 @@ class DiTBlock(nn.Module):
 
     heads: int
     dropout: float
-    dtype: Any
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(

@@ -1,10 +1,11 @@
 """An image tower, and both towers of CLIP (Radford et al. 2021) with their temperature."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from ddpm_jax.fields import BOUND, Count, FieldError
@@ -30,7 +31,7 @@ class ImageTower(nn.Module):
 
     channels: tuple[int, ...]
     width: int
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch width"]:
@@ -63,7 +64,7 @@ class DualEncoder(nn.Module):
     length: Annotated[int, BOUND] = 0
     channels: tuple[Count, ...] = (32, 64, 128)
     embedding_dim: Count = 64
-    dtype: Annotated[Any, BOUND] = None
+    dtype: Annotated[DTypeLike | None, BOUND] = None
 
     def setup(self) -> None:
         """Make both towers, the projection of the text, and the temperature."""
@@ -74,7 +75,7 @@ class DualEncoder(nn.Module):
         self.log_scale = self.param("log_scale", start, ())
 
     def read(self, tokens: UInt8[Array, "batch length"]) -> Context:
-        """A caption's features, what a generation model is told."""
+        """A caption's features, which a generation model is conditioned on."""
         return self.text(tokens)
 
     def of_text(self, tokens: UInt8[Array, "batch length"]) -> Float[Array, "batch joint"]:
@@ -89,7 +90,9 @@ class DualEncoder(nn.Module):
         """1 / temperature, at most 100 (Radford et al. 2021, sec. 2.5)."""
         return jnp.exp(jnp.minimum(self.log_scale, jnp.log(100.0)))
 
-    def __call__(self, tokens: UInt8[Array, "batch length"], x: Float[Array, "batch h w c"]) -> Any:
+    def __call__(
+        self, tokens: UInt8[Array, "batch length"], x: Float[Array, "batch h w c"]
+    ) -> tuple[Float[Array, "batch joint"], Float[Array, "batch joint"], Float[Array, ""]]:
         return self.of_text(tokens), self.of_image(x), self.scale()
 
     def check(self) -> None:

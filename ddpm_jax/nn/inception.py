@@ -1,4 +1,4 @@
-"""The Inception network of 2015, in whose features FID, KID and IS are told (Szegedy et al. 2015).
+"""The Inception network of 2015, whose features FID, KID and IS use (Szegedy et al. 2015).
 
 The TensorFlow graph of 2015-12-05 as pytorch-fid and torch-fidelity carry it over: average
 pools that leave padding out of the mean, and a max-pool in the last block.  Convolutions are
@@ -6,7 +6,7 @@ called as theirs, `Mixed_5b.branch5x5_1`, and hold their batch normalisation fol
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -75,8 +75,8 @@ def resize(x: Float[Array, "batch h w c"], side: int = SIDE) -> Float[Array, "ba
     return x
 
 
-def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The variables of `Inception`, of the state dict of torch-fidelity or pytorch-fid.
+def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """The variables of `Inception`, from the state dict of torch-fidelity or pytorch-fid.
 
     kernel = weight gamma / sqrt(variance + 1e-3), bias = beta - mean gamma / sqrt(...); float64
     until the end.  Keys that are not needed, as `fc.bias` is not, are not looked at.
@@ -85,17 +85,19 @@ def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
       UserError: a key is missing, or an array has another shape.
     """
     image = jnp.zeros((1, 8, 8, 3), jnp.float32)
-    expected: Any = jax.eval_shape(Inception().init, jax.random.key(0), image)
+    expected = jax.eval_shape(Inception().init, jax.random.key(0), image)
 
     def read(key: str, *shape: int) -> np.ndarray:
         if key not in state:
             raise UserError(f'these are no weights of Inception: there is no "{key}"')
         if state[key].shape != shape:
-            found = state[key].shape
-            raise UserError(f'these are no weights of Inception: "{key}" is {found}, not {shape}')
+            actual = state[key].shape
+            raise UserError(f'these are no weights of Inception: "{key}" is {actual}, not {shape}')
         return np.asarray(state[key], np.float64)
 
-    def convolution(name: str, high: int, wide: int, inputs: int, outputs: int):
+    def convolution(
+        name: str, high: int, wide: int, inputs: int, outputs: int
+    ) -> dict[str, np.ndarray]:
         weight = read(f"{name}.conv.weight", outputs, inputs, high, wide)
         gamma, beta, mean, variance = (
             read(f"{name}.bn.{part}", outputs)
@@ -114,69 +116,87 @@ def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {"params": jax.tree.map(lambda a: np.ascontiguousarray(a, np.float32), params)}
 
 
-def _conv(x, name, width, size=(1, 1), padding="SAME", strides=1):
+Size = tuple[int, int]
+
+
+class _Layer(NamedTuple):
+    """A convolution's settings, the arguments of `_conv`."""
+
+    width: int
+    size: Size = (1, 1)
+    padding: str = "SAME"
+    strides: int = 1
+
+
+def _conv(
+    x: Array, name: str, width: int, size: Size = (1, 1), padding: str = "SAME", strides: int = 1
+) -> Array:
     layer = Conv(width, size, strides, padding, precision=PRECISION, name=name)
     return nn.relu(layer(x))
 
 
-def _row(x, name, *convolutions):
+def _row(x: Array, name: str, *layers: _Layer) -> Array:
     """Convolutions one after the other, numbered from 1."""
-    for number, arguments in enumerate(convolutions, 1):
-        x = _conv(x, f"{name}_{number}", *arguments)
+    for number, layer in enumerate(layers, 1):
+        x = _conv(x, f"{name}_{number}", *layer)
     return x
 
 
-def _average(x):
-    return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
+def _average(x: Array) -> Array:
+    out: Array = nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
+    return out
 
 
-def _joined(*branches):
+def _joined(*branches: Array) -> Array:
     return jnp.concatenate(branches, -1)
 
 
-def _block_a(x, name, pool):
+def _block_a(x: Array, name: str, pool: int) -> Array:
     return _joined(
         _conv(x, f"{name}.branch1x1", 64),
-        _row(x, f"{name}.branch5x5", (48,), (64, (5, 5))),
-        _row(x, f"{name}.branch3x3dbl", (64,), (96, (3, 3)), (96, (3, 3))),
+        _row(x, f"{name}.branch5x5", _Layer(48), _Layer(64, (5, 5))),
+        _row(x, f"{name}.branch3x3dbl", _Layer(64), _Layer(96, (3, 3)), _Layer(96, (3, 3))),
         _conv(_average(x), f"{name}.branch_pool", pool),
     )
 
 
-def _block_b(x, name):
+def _block_b(x: Array, name: str) -> Array:
+    long = (_Layer(64), _Layer(96, (3, 3)), _Layer(96, (3, 3), "VALID", 2))
     return _joined(
         _conv(x, f"{name}.branch3x3", 384, (3, 3), "VALID", 2),
-        _row(x, f"{name}.branch3x3dbl", (64,), (96, (3, 3)), (96, (3, 3), "VALID", 2)),
+        _row(x, f"{name}.branch3x3dbl", *long),
         nn.max_pool(x, (3, 3), (2, 2)),
     )
 
 
-def _block_c(x, name, width):
+def _block_c(x: Array, name: str, width: int) -> Array:
     across, down = (1, 7), (7, 1)
-    long = ((width, down), (width, across), (width, down), (192, across))
+    long = (
+        _Layer(width, down), _Layer(width, across), _Layer(width, down), _Layer(192, across),
+    )  # fmt: skip
     return _joined(
         _conv(x, f"{name}.branch1x1", 192),
-        _row(x, f"{name}.branch7x7", (width,), (width, across), (192, down)),
-        _row(x, f"{name}.branch7x7dbl", (width,), *long),
+        _row(x, f"{name}.branch7x7", _Layer(width), _Layer(width, across), _Layer(192, down)),
+        _row(x, f"{name}.branch7x7dbl", _Layer(width), *long),
         _conv(_average(x), f"{name}.branch_pool", 192),
     )
 
 
-def _block_d(x, name):
-    last = ((3, 3), "VALID", 2)
+def _block_d(x: Array, name: str) -> Array:
+    last = _Layer(192, (3, 3), "VALID", 2)
     return _joined(
-        _row(x, f"{name}.branch3x3", (192,), (320, *last)),
-        _row(x, f"{name}.branch7x7x3", (192,), (192, (1, 7)), (192, (7, 1)), (192, *last)),
+        _row(x, f"{name}.branch3x3", _Layer(192), last._replace(width=320)),
+        _row(x, f"{name}.branch7x7x3", _Layer(192), _Layer(192, (1, 7)), _Layer(192, (7, 1)), last),
         nn.max_pool(x, (3, 3), (2, 2)),
     )
 
 
-def _block_e(x, name, pooled):
-    def forked(x, name):
+def _block_e(x: Array, name: str, pooled: Array) -> Array:
+    def forked(x: Array, name: str) -> Array:
         return _joined(_conv(x, f"{name}a", 384, (1, 3)), _conv(x, f"{name}b", 384, (3, 1)))
 
-    short = _row(x, f"{name}.branch3x3", (384,))
-    long = _row(x, f"{name}.branch3x3dbl", (448,), (384, (3, 3)))
+    short = _row(x, f"{name}.branch3x3", _Layer(384))
+    long = _row(x, f"{name}.branch3x3dbl", _Layer(448), _Layer(384, (3, 3)))
     return _joined(
         _conv(x, f"{name}.branch1x1", 320),
         forked(short, f"{name}.branch3x3_2"),

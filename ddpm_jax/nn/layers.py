@@ -2,17 +2,19 @@
 
 import functools
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class Context(NamedTuple):
-    """What a network is told by a caption: features of its tokens, which are text, and pooled."""
+    """A caption's features, to condition on: of its tokens, which of them are text, and pooled."""
 
     tokens: Float[Array, "batch length width"]
     mask: Bool[Array, "batch length"]
@@ -23,13 +25,13 @@ def convolution(
     x: Float[Array, "batch *places inputs"],
     kernel: Float[Array, "*window fan outputs"],
     strides: Sequence[int],
-    padding: Any,
+    padding: str | Sequence[tuple[int, int]],
     *,
     lhs_dilation: Sequence[int] | None = None,
     rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: Any = None,
+    dimension_numbers: jax.lax.ConvDimensionNumbers | None = None,
     feature_group_count: int = 1,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "batch *sides outputs"]:
     """`jax.lax.conv_general_dilated` of channels-last arrays, with fast gradients in CPU loops.
 
@@ -71,14 +73,14 @@ def convolution(
 
 
 class _Window(NamedTuple):
-    """How a convolution's window moves: the arguments of `convolution` that are no arrays."""
+    """How a convolution's window moves: the arguments of `convolution` other than arrays."""
 
     strides: tuple[int, ...]
     pads: tuple[tuple[int, int], ...]
     lhs_dilation: tuple[int, ...]
     rhs_dilation: tuple[int, ...]
-    numbers: Any
-    precision: Any
+    numbers: jax.lax.ConvDimensionNumbers
+    precision: jax.lax.PrecisionLike
 
 
 def _convolved(x: Array, kernel: Array, window: _Window, groups: int = 1) -> Array:
@@ -90,16 +92,21 @@ def _convolution(window: _Window, x: Array, kernel: Array) -> Array:
     return _convolved(x, kernel, window)
 
 
-def _convolution_forward(window: _Window, x: Array, kernel: Array) -> tuple[Array, Any]:
+def _convolution_forward(
+    window: _Window, x: Array, kernel: Array
+) -> tuple[Array, tuple[Array, Array]]:
     return _convolved(x, kernel, window), (x, kernel)
 
 
-def _convolution_backward(window: _Window, kept: Any, dy: Array) -> tuple[Array, Array]:
-    def native(x, kernel, dy):
-        of_x = jax.linear_transpose(lambda x: _convolved(x, kernel, window), x)(dy)
-        return *of_x, *jax.linear_transpose(lambda k: _convolved(x, k, window), kernel)(dy)
+def _convolution_backward(
+    window: _Window, kept: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    def native(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+        (dx,) = jax.linear_transpose(lambda x: _convolved(x, kernel, window), x)(dy)
+        (dkernel,) = jax.linear_transpose(lambda k: _convolved(x, k, window), kernel)(dy)
+        return dx, dkernel
 
-    def ordered(x, kernel, dy):
+    def ordered(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
         """Both gradients as convolutions of batch, space and channels in that order."""
         low = [pad[0] for pad in window.pads]
         sizes = (x.shape[1:-1], kernel.shape[:-2], dy.shape[1:-1])
@@ -126,7 +133,8 @@ def _convolution_backward(window: _Window, kept: Any, dy: Array) -> tuple[Array,
         dkernel = _convolved(x.swapaxes(0, -1), jnp.moveaxis(dy, 0, -2), of_kernel)
         return _convolved(dy, reverse, of_input), jnp.moveaxis(dkernel, 0, -2)
 
-    return jax.lax.platform_dependent(*kept, dy, cpu=ordered, default=native)
+    dx, dkernel = jax.lax.platform_dependent(*kept, dy, cpu=ordered, default=native)
+    return dx, dkernel
 
 
 _convolution.defvjp(_convolution_forward, _convolution_backward)
@@ -149,17 +157,18 @@ class Dropout(nn.Module):
         keys: Key[Array, "batch"] | None,
         number: Int[Array, ""] | int = 0,
     ) -> Float[Array, "batch *event"]:
-        """`number` tells apart the calls of one layer, as those of a scan."""
+        """`number` distinguishes the calls of one layer, as those of a scan."""
         if keys is None or self.rate == 0.0:
             return x
         path = zlib.crc32("/".join(self.path).encode())
 
-        def one(key, x):
+        def drop(key: Key[Array, ""], x: Array) -> Array:
             key = jax.random.fold_in(jax.random.fold_in(key, path), number)
             keep = jax.random.bernoulli(key, 1 - self.rate, x.shape)
             return jnp.where(keep, x / (1 - self.rate), 0)
 
-        return jax.vmap(one)(keys, x)
+        dropped: Array = jax.vmap(drop)(keys, x)
+        return dropped
 
 
 def time_embedding(time: Float[Array, "batch"], width: int) -> Float[Array, "batch width"]:
@@ -187,11 +196,11 @@ def condition(
     classes: int,
     sines: int,
     width: int,
-    kernel_init: Callable[..., Any],
+    kernel_init: Initializer,
     label_std: float,
     pooled: Float[Array, "batch d"] | None = None,
 ) -> Float[Array, "batch width"]:
-    """What a network is told beside x_t: an MLP of the time, the label's vector, a caption's.
+    """What a network is conditioned on: an MLP of the time, the label's vector, a caption's.
 
     Called within a module's compact method, whose parameters time_1, time_2, label and pooled it
     makes.
@@ -223,7 +232,9 @@ def attention(
 ) -> Float[Array, "batch q heads d"]:
     """softmax(q k^T / sqrt(d)) v; logits, softmax and sums in float32, whatever the inputs' type.
 
-    `seen` (broadcast to [batch, heads, q, k]): which key a query may look at; it must see one.
+    Args:
+      query, key, value: of every head.
+      seen: which key a query may look at, broadcast to [batch, heads, q, k]; at least one key each.
     """
     scale = query.shape[-1] ** -0.5
     float32 = jnp.promote_types(query.dtype, jnp.float32)
@@ -241,29 +252,29 @@ class CrossAttention(nn.Module):
     """
 
     heads: int
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch length width"], context: Context
     ) -> Float[Array, "batch length width"]:
         size, _, width = x.shape
-        told = context.tokens
+        tokens = context.tokens
         normal = nn.initializers.normal(0.02)
-        nothing = self.param("nothing", normal, (told.shape[-1],)).astype(told.dtype)
-        told = jnp.concatenate([told, jnp.broadcast_to(nothing, (size, 1, len(nothing)))], 1)
+        nothing = self.param("nothing", normal, (tokens.shape[-1],)).astype(tokens.dtype)
+        tokens = jnp.concatenate([tokens, jnp.broadcast_to(nothing, (size, 1, len(nothing)))], 1)
         seen = jnp.pad(context.mask, ((0, 0), (0, 1)), constant_values=True)
 
         def heads(a: Array, name: str) -> Array:
-            made = nn.Dense(width, dtype=self.dtype, name=name)(a)
-            return made.reshape(size, a.shape[1], self.heads, width // self.heads)
+            projected = nn.Dense(width, dtype=self.dtype, name=name)(a)
+            return projected.reshape(size, a.shape[1], self.heads, width // self.heads)
 
-        found = attention(
-            heads(x, "query"), heads(told, "key"), heads(told, "value"), seen[:, None, None]
+        attended = attention(
+            heads(x, "query"), heads(tokens, "key"), heads(tokens, "value"), seen[:, None, None]
         )
         zeros = nn.initializers.zeros
         out = nn.Dense(width, kernel_init=zeros, dtype=self.dtype, name="out")
-        return out(found.reshape(x.shape))
+        return out(attended.reshape(x.shape))
 
 
 def group_norm(x: Float[Array, "batch h w c"], name: str) -> Float[Array, "batch h w c"]:
@@ -271,13 +282,15 @@ def group_norm(x: Float[Array, "batch h w c"], name: str) -> Float[Array, "batch
     groups = min(32, x.shape[-1] // 4)
     while x.shape[-1] % groups:
         groups -= 1
-    made = nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.float32, name=name)
-    return made(x).astype(x.dtype)
+    out: Array = nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.float32, name=name)(x)
+    return out.astype(x.dtype)
 
 
 def layer_norm(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens d"]:
     """Layer norm without parameters, in float32."""
-    return nn.LayerNorm(use_bias=False, use_scale=False, epsilon=1e-6)(x.astype(jnp.float32))
+    norm = nn.LayerNorm(use_bias=False, use_scale=False, epsilon=1e-6)
+    out: Array = norm(x.astype(jnp.float32))
+    return out
 
 
 def space_to_depth(

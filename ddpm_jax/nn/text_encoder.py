@@ -5,11 +5,12 @@ its words, for a generation model's cross-attention, and one vector of the whole
 with an image's.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int, UInt8
 
 from ddpm_jax.nn.layers import (
@@ -28,7 +29,7 @@ class Size(NamedTuple):
 
     @property
     def features(self) -> int:
-        """Of a caption's token: the word's own, and those behind the blocks."""
+        """Features of a caption's token: the word's own, and those behind the blocks."""
         return 2 * self.width
 
 
@@ -51,8 +52,8 @@ class TextEncoder(nn.Module):
     caption has no tokens, and its pooled features are 0.
 
     A token's features are the word's own, of standard norm, and those behind the blocks.  The last
-    ones alone would do for telling images apart, not for drawing: blocks trained for the pooled
-    features need not keep a word where it stands.
+    ones alone would do for distinguishing images, not for generating them: blocks trained for the
+    pooled features need not keep a word where it stands.
 
     Attributes:
       size: of the transformer.
@@ -62,7 +63,7 @@ class TextEncoder(nn.Module):
 
     size: Size
     length: int
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, tokens: UInt8[Array, "batch length"]) -> Context:
@@ -79,12 +80,12 @@ class TextEncoder(nn.Module):
         member = jax.nn.one_hot(jnp.where(tokens > SPACE, word, -1), count, dtype=x.dtype)
         mask = member.any(1)
         x = nn.Dense(width, dtype=self.dtype, name="word")(jnp.einsum("blw,bld->bwd", member, x))
-        own = layer_norm(x).astype(x.dtype)
+        word_features = layer_norm(x).astype(x.dtype)
         places = self.param("places", normal, (_room(self.length), width))
         x += places[:count].astype(x.dtype)
         for number in range(depth):
             x = Block(self.size.heads, near=NEAR, dtype=self.dtype, name=f"block_{number}")(x, mask)
-        x = jnp.concatenate([own, norm_float32(x, "norm_out")], -1)
+        x = jnp.concatenate([word_features, norm_float32(x, "norm_out")], -1)
         return Context(x, mask, masked_mean(x, mask))
 
 

@@ -1,10 +1,8 @@
 """Blocks that a generation model reads a caption's features with."""
 
-from typing import Any
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ddpm_jax.nn.layers import (
     Context,
@@ -16,10 +14,10 @@ from ddpm_jax.nn.transformer import NEAR, Block, masked_mean, norm_float32
 class Refiner(nn.Module):
     """A caption's features [B, L, any], read again: -> [B, L, width].
 
-    A text encoder that was trained to tell images apart need not have kept what a drawing needs,
+    A text encoder that was trained to distinguish images need not have kept what generation needs,
     and is frozen.  So a generation model reads its features with blocks of its own, which are
-    trained with it (the token refiner of Kong et al. 2024, sec. 4.2, that is not told the time),
-    and which are told tokens' places anew, by sines.
+    trained with it (the token refiner of Kong et al. 2024, sec. 4.2, without its input of the
+    time), and which get the tokens' places again, as sines.
 
     Attributes:
       width, depth, heads: of the blocks.
@@ -29,7 +27,7 @@ class Refiner(nn.Module):
     width: int
     depth: int
     heads: int
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, context: Context) -> Context:
@@ -44,18 +42,20 @@ class Refiner(nn.Module):
 
 
 def refined(
-    context: Context | None, size: int, width: int, depth: int, heads: int, dtype: Any
-) -> Any:
-    """`context` as a generation model's `Refiner` reads it; as it is without one, or none at all.
+    context: Context, size: int, width: int, depth: int, heads: int, dtype: DTypeLike | None
+) -> Context:
+    """Return `context` as a generation model's `Refiner` reads it, repeated for every image.
 
-    Of fewer captions than the `size` images of a batch, each is read once and told to as many
-    images, side by side, as there are to it.
+    It is called within the model's compact method, whose submodule `refiner` it makes.
 
-    Called within the model's compact method, whose submodule `refiner` it makes.
+    Args:
+      context: of as many captions as images, or of fewer; each is read once, and belongs to as many
+        images, side by side, as there are for each caption.
+      size: images of the batch.
+      width, depth, heads: of the refiner's blocks; depth 0: there is no refiner.
+      dtype: of the computation.
     """
-    if context is None:
-        return None
     if depth:
         context = Refiner(width, depth, heads, dtype, name="refiner")(context)
     each = size // len(context.mask)
-    return jax.tree.map(lambda a: a.repeat(each, 0), context) if each > 1 else context
+    return Context(*(a.repeat(each, 0) for a in context)) if each > 1 else context

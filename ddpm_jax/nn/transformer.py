@@ -1,9 +1,8 @@
 """Transformer blocks, which text encoders and models over codes are built of."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from ddpm_jax.fields import FieldError
@@ -35,7 +34,7 @@ class Block(nn.Module):
     heads: int
     causal: bool = False
     dropout: float = 0.0
-    dtype: Any = None
+    dtype: DTypeLike | None = None
     near: int = 0
 
     @nn.compact
@@ -91,4 +90,5 @@ def norm_float32(
     x: Float[Array, "batch length width"], name: str
 ) -> Float[Array, "batch length width"]:
     """Layer norm, in float32."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=name)(x).astype(x.dtype)
+    out: Array = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=name)(x)
+    return out.astype(x.dtype)

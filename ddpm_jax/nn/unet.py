@@ -1,10 +1,11 @@
 """The U-Net of Ho et al. 2020, appendix B, with the options that came after it."""
 
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.fields import (
@@ -32,9 +33,17 @@ from ddpm_jax.nn.layers import (
 from ddpm_jax.nn.text_refiner import refined
 
 
-def _init(scale: float) -> Callable[..., Any]:
+def _init(scale: float) -> Initializer:
     """DDPM's: variance scaling over the mean fan, uniform; `scale` 0 is (almost) zero."""
     return nn.initializers.variance_scaling(max(scale, 1e-10), "fan_avg", "uniform")
+
+
+class Conditioning(NamedTuple):
+    """What blocks get beside the image: embedding of time and class, dropout keys, caption."""
+
+    emb: Float[Array, "batch e"]
+    keys: Key[Array, "batch"] | None
+    context: Context | None
 
 
 class UNet(nn.Module):
@@ -73,7 +82,7 @@ class UNet(nn.Module):
     classes: Annotated[int, BOUND] = 0
     refiner_blocks: MoreLayers = 0
     scale_shift: bool = False
-    dtype: Annotated[Any, BOUND] = jnp.float32
+    dtype: Annotated[DTypeLike, BOUND] = jnp.float32
     remat: bool = False
 
     @nn.compact
@@ -95,66 +104,69 @@ class UNet(nn.Module):
             and what is pooled of them is added to the time.  Of B / n captions, each belongs to n
             images side by side.
         """
-        width = 4 * self.channels
         deepest = self.channels * self.multipliers[-1]
         heads = deepest // self.head_channels if self.head_channels else 1
-        context = refined(context, len(xt), deepest, self.refiner_blocks, heads, self.dtype)
-        pooled = context and context.pooled
-        emb = condition(time, labels, self.classes, self.channels, width, _init(1.0), 1.0, pooled)
+        if context is not None:
+            context = refined(context, len(xt), deepest, self.refiner_blocks, heads, self.dtype)
+        emb = condition(
+            time, labels, self.classes, self.channels, 4 * self.channels, _init(1.0), 1.0,
+            context and context.pooled,
+        )  # fmt: skip
+        given = Conditioning(emb, keys, context)
 
-        block_class = nn.remat(ResBlock) if self.remat else ResBlock
-
-        def block(x: Array, features: int, name: str) -> Array:
-            made = block_class(features, self.dropout, self.scale_shift, self.dtype, name=name)
-            return made(x, emb, keys)
-
-        def attend(x: Array, name: str) -> Array:
-            made = AttentionBlock(self.head_channels, self.dtype, name=f"{name}_attention")
-            return made(x, context)
-
-        x = Conv(self.channels, (3, 3), kernel_init=_init(1.0), dtype=self.dtype, name="conv_in")(
-            space_to_depth(xt, self.space_to_depth)
-        )
-        skips = [x]
-        for level, multiplier in enumerate(self.multipliers):
-            for number in range(self.blocks):
-                name = f"down_{level}_{number}"
-                x = block(x, self.channels * multiplier, name)
-                if x.shape[1] in self.attention_sizes:
-                    x = attend(x, name)
-                skips.append(x)
-            if level < len(self.multipliers) - 1:
-                down = Conv(
-                    x.shape[-1], (3, 3), strides=2, kernel_init=_init(1.0), dtype=self.dtype,
-                    name=f"down_{level}",
-                )  # fmt: skip
-                x = down(x)
-                skips.append(x)
-
-        x = block(x, x.shape[-1], "middle_0")
-        x = attend(x, "middle")
-        x = block(x, x.shape[-1], "middle_1")
-
-        for level, multiplier in reversed(list(enumerate(self.multipliers))):
-            for number in range(self.blocks + 1):
-                name = f"up_{level}_{number}"
-                x = block(jnp.concatenate([x, skips.pop()], -1), self.channels * multiplier, name)
-                if x.shape[1] in self.attention_sizes:
-                    x = attend(x, name)
-            if level > 0:
-                x = x.repeat(2, 1).repeat(2, 2)
-                x = Conv(
-                    x.shape[-1],
-                    (3, 3),
-                    kernel_init=_init(1.0),
-                    dtype=self.dtype,
-                    name=f"up_{level}",
-                )(x)
+        x = self._conv(space_to_depth(xt, self.space_to_depth), self.channels, "conv_in")
+        x, skips = self._down(x, given)
+        x = self._block(x, x.shape[-1], "middle_0", given)
+        x = self._attend(x, "middle", given)
+        x = self._block(x, x.shape[-1], "middle_1", given)
+        x = self._up(x, skips, given)
 
         x = nn.swish(group_norm(x, "norm_out"))
         features = self.outputs * self.space_to_depth**2
         out = Conv(features, (3, 3), kernel_init=_init(0.0), name="conv_out")
         return depth_to_space(out(x.astype(jnp.float32)), self.space_to_depth)
+
+    # The parts of `__call__`, which is the compact method that their submodules belong to.
+
+    def _down(self, x: Array, given: Conditioning) -> tuple[Array, list[Array]]:
+        """Return (the smallest feature map, the maps for the way up in the order they arise)."""
+        skips = [x]
+        for level, multiplier in enumerate(self.multipliers):
+            for number in range(self.blocks):
+                x = self._level(x, self.channels * multiplier, f"down_{level}_{number}", given)
+                skips.append(x)
+            if level < len(self.multipliers) - 1:
+                x = self._conv(x, x.shape[-1], f"down_{level}", strides=2)
+                skips.append(x)
+        return x, skips
+
+    def _up(self, x: Array, skips: list[Array], given: Conditioning) -> Array:
+        for level, multiplier in reversed(list(enumerate(self.multipliers))):
+            for number in range(self.blocks + 1):
+                x = jnp.concatenate([x, skips.pop()], -1)
+                x = self._level(x, self.channels * multiplier, f"up_{level}_{number}", given)
+            if level > 0:
+                x = self._conv(x.repeat(2, 1).repeat(2, 2), x.shape[-1], f"up_{level}")
+        return x
+
+    def _level(self, x: Array, features: int, name: str, given: Conditioning) -> Array:
+        """A residual block, and attention where the map's side is one of `attention_sizes`."""
+        x = self._block(x, features, name, given)
+        return self._attend(x, name, given) if x.shape[1] in self.attention_sizes else x
+
+    def _block(self, x: Array, features: int, name: str, given: Conditioning) -> Array:
+        block = nn.remat(ResBlock) if self.remat else ResBlock
+        layer = block(features, self.dropout, self.scale_shift, self.dtype, name=name)
+        out: Array = layer(x, given.emb, given.keys)
+        return out
+
+    def _attend(self, x: Array, name: str, given: Conditioning) -> Array:
+        layer = AttentionBlock(self.head_channels, self.dtype, name=f"{name}_attention")
+        return layer(x, given.context)
+
+    def _conv(self, x: Array, features: int, name: str, strides: int = 1) -> Array:
+        layer = Conv(features, (3, 3), strides, kernel_init=_init(1.0), dtype=self.dtype, name=name)
+        return layer(x)
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Check that the network can be built for images of `shape` [H, W, C].
@@ -201,7 +213,7 @@ class ResBlock(nn.Module):
     features: int
     dropout: float
     scale_shift: bool
-    dtype: Any
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(
@@ -231,11 +243,11 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Norm, self-attention over all places, residual; and the same over a caption's tokens.
 
-    Where a pixel is, is told to what asks a caption's tokens: "left" means nothing without it.
+    The queries to a caption's tokens hold a pixel's place: "left" means nothing without it.
     """
 
     head_channels: int
-    dtype: Any
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(

@@ -1,12 +1,13 @@
 """The VAE's two networks: q(z|x)'s (mean, logvar) and p(x|z)'s parameters."""
 
 import math
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree
 
 from ddpm_jax.fields import BOUND, Count, FieldError
 from ddpm_jax.nn.layers import Conv
@@ -17,8 +18,8 @@ class MLP(nn.Module):
 
     hidden: tuple[int, ...]
     outputs: int
-    bias_init: Callable[..., Any] = nn.initializers.zeros
-    dtype: Any = None
+    bias_init: Initializer = nn.initializers.zeros
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *event"]) -> Float[Array, "batch outputs"]:
@@ -33,7 +34,7 @@ class ConvEncoder(nn.Module):
 
     channels: tuple[int, ...]
     outputs: int
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch outputs"]:
@@ -51,7 +52,7 @@ class ConvDecoder(nn.Module):
 
     channels: tuple[int, ...]
     shape: tuple[int, int, int]
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, z: Float[Array, "batch latent"]) -> Float[Array, "batch h w c"]:
@@ -87,7 +88,7 @@ class VAENetwork(nn.Module):
     latents: Count = 40
     hidden: tuple[Count, ...] = (500, 500)
     conv: bool = False
-    dtype: Annotated[Any, BOUND] = None
+    dtype: Annotated[DTypeLike | None, BOUND] = None
 
     def setup(self) -> None:
         """Make the encoder, the decoder, and the one variance."""
@@ -117,7 +118,9 @@ class VAENetwork(nn.Module):
         """p(x|z): (logits or mean, the one learned logvar, which only a Gaussian reads)."""
         return self.decoder(z).reshape(z.shape[0], *self.shape), self.logvar
 
-    def __call__(self, x: Float[Array, "batch h w c"]) -> Any:
+    def __call__(
+        self, x: Float[Array, "batch h w c"]
+    ) -> tuple[Float[Array, "batch h w c"], Float[Array, ""]]:
         return self.decode(self.encode(x)[0])
 
 
@@ -134,7 +137,9 @@ def check_shape(net: VAENetwork) -> None:
         )
 
 
-def with_data_moments(params: Any, bias: Float[Array, "h w c"], logvar: Float[Array, ""]) -> Any:
+def with_data_moments(
+    params: PyTree, bias: Float[Array, "h w c"], logvar: Float[Array, ""]
+) -> PyTree:
     """The parameters of a decoder that knows nothing but the data's mean and variance yet.
 
     Args:

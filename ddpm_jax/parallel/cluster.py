@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any
 
 import jax
 
@@ -114,7 +113,7 @@ if not sys.stdin.read():
           "checkpoint", file=sys.stderr)
 """
 
-_mourners: list[subprocess.Popen] = []
+_mourners: list[subprocess.Popen[bytes]] = []
 
 
 def _leave_a_mourner() -> None:
@@ -140,7 +139,7 @@ def meet_before_leaving() -> None:
     jax aborts a process whose coordinator, the first process, is gone: so those that fail together
     wait for each other, for `LEAVE_SECONDS` at most, and the first one ends last.
     """
-    client: Any = coordination_client()
+    client = coordination_client()
     if client is None:
         return
     try:

@@ -6,10 +6,9 @@ cuDNN.  The count here is the same on every platform.
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.interpreters import partial_eval
 
 
@@ -53,7 +52,7 @@ def _flops(jaxpr: Jaxpr) -> float:
     return total
 
 
-def _bodies(params: dict[str, Any]) -> Iterator[Jaxpr]:
+def _bodies(params: dict[str, object]) -> Iterator[Jaxpr]:
     """The programs within an equation."""
     for value in params.values():
         for body in value if isinstance(value, tuple | list) else (value,):
@@ -63,20 +62,26 @@ def _bodies(params: dict[str, Any]) -> Iterator[Jaxpr]:
                 yield body
 
 
-def _of_product(equation: Any) -> float:
+def _of_product(equation: JaxprEqn) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
-    size = math.prod(equation.outvars[0].aval.shape)
-    return 2.0 * size * math.prod(left[axis] for axis in contracted)
+    left = _shape(equation.invars[0])
+    size = math.prod(_shape(equation.outvars[0]))
+    products: int = math.prod(left[axis] for axis in contracted)
+    return 2.0 * size * products
 
 
-def _of_convolution(equation: Any) -> float:
+def _shape(variable: Var | Literal) -> tuple[int, ...]:
+    return tuple(variable.aval.shape)  # type: ignore[attr-defined]
+
+
+def _of_convolution(equation: JaxprEqn) -> float:
     params = equation.params
-    x, kernel = (variable.aval.shape for variable in equation.invars)
-    out = equation.outvars[0].aval.shape
+    x, kernel = map(_shape, equation.invars)
+    out = _shape(equation.outvars[0])
     numbers = params["dimension_numbers"]
     # A kernel's inputs are those of a group; a group of the batch has its own outputs.
-    total = 2.0 * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * kernel[numbers.rhs_spec[1]]
+    channels = kernel[numbers.rhs_spec[1]]
+    total: float = 2.0 * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * channels
     for number, (low, _) in enumerate(params["padding"]):
         side = x[numbers.lhs_spec[2 + number]]
         places = np.arange(out[numbers.out_spec[2 + number]]) * params["window_strides"][number]

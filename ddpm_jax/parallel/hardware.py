@@ -1,15 +1,19 @@
 """What the devices are, how much memory they use and how busy they are."""
 
 import math
-from typing import Any
+import os
 
 import jax
+
+from ddpm_jax.errors import UserError, one_line
+from ddpm_jax.system.environment import check_device
+from ddpm_jax.system.record import Record
 
 
 def memory() -> dict[str, float]:
     """The most that this process's devices have held, where they tell it."""
-    told = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [stats["peak_bytes_in_use"] for stats in told if "peak_bytes_in_use" in stats]
+    stats_of_all = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] for stats in stats_of_all if "peak_bytes_in_use" in stats]
     return {"peak_memory_bytes": float(max(peaks))} if peaks else {}
 
 
@@ -32,7 +36,7 @@ def utilisation(per_step: float, lap: dict[str, float]) -> dict[str, float]:
     return {"flops_per_second_per_device": rate, **share}
 
 
-def describe() -> dict[str, Any]:
+def describe() -> Record:
     """The devices, for `config.json`."""
     devices = jax.devices()
     return {
@@ -41,3 +45,23 @@ def describe() -> dict[str, Any]:
         "count": len(devices),
         "processes": jax.process_count(),
     }
+
+
+def check_platform() -> None:
+    """Check that jax has devices, as `JAX_PLATFORMS` asks for.
+
+    Raises:
+      UserError: there are none of that platform.
+    """
+    names = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
+    name = next((name for name in names if os.environ.get(name)), names[0])
+    asked = os.environ.get(name, "")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = one_line(error, 150) or "there are no such devices"
+        raise UserError(
+            f"{name}={asked}: jax has no devices of it here: {reason}; unset {name}, or set it to "
+            "cpu"
+        ) from None
+    check_device()

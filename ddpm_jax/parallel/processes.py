@@ -5,24 +5,58 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import numpy as np
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from ddpm_jax.errors import RunError, UserError, one_line
 
+T = TypeVar("T")
 LONGEST = 256  # bytes of what a process says of itself to the others
 
 
-def coordination_client() -> Any:
+@runtime_checkable
+class Coordinator(Protocol):
+    """What the processes of a run talk through: barriers with a time limit, and keys."""
+
+    def wait_at_barrier(self, barrier_id: str, timeout_in_ms: int) -> None:
+        """Wait until all processes have come, or raise JaxRuntimeError."""
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        """Store a value."""
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+        """Return the keys below a key, and their values."""
+
+    def key_value_delete(self, key: str) -> None:
+        """Delete what is below a key."""
+
+
+def coordination_client() -> Coordinator | None:
     """Return what the processes of a run talk through; None in a run of one process.
 
-    It is private to jax, which has no public barrier with a time limit.
+    It is private to jax, which has no public barrier with a time limit.  Where a version of jax
+    has it elsewhere, None is returned in a run of several processes, too (`without_client`).
     """
-    return distributed.global_state.client
+    try:
+        from jax._src import distributed
+
+        client: Coordinator | None = distributed.global_state.client
+        return client
+    except (ImportError, AttributeError):
+        return None
+
+
+def without_client() -> str:
+    """Return what a run of several processes lacks in this version of jax; "": nothing."""
+    if alone() or coordination_client() is not None:
+        return ""
+    return (
+        f"jax {jax.__version__} is not known: the processes wait for each other's checkpoints as "
+        "orbax does, and which of them failed to write one is not logged"
+    )
 
 
 def check_same_everywhere(what: str, value: str) -> None:
@@ -34,32 +68,32 @@ def check_same_everywhere(what: str, value: str) -> None:
 
 def is_main() -> bool:
     """Whether this process writes what is for people."""
-    return jax.process_index() == 0
+    return bool(jax.process_index() == 0)
 
 
-def from_main(fn: Callable[[], Any]) -> Any:
+def from_main(fn: Callable[[], T]) -> T:
     """What `fn` (JSON's types) returns in the first process, in all of them; UserErrors, too."""
     if jax.process_count() == 1:
         return fn()
-    found: dict[str, Any] = {}
-    own: Exception | None = None
+    message: dict[str, object] = {}
+    failure: Exception | None = None
     if is_main():
         try:
-            found = {"value": fn()}
+            message = {"value": fn()}
         except Exception as error:  # whatever it is, the others wait for word of it
-            found, own = {"error": str(error)}, error
-    text = json.dumps(found).encode()
+            message, failure = {"error": str(error)}, error
+    text = json.dumps(message).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     padded = np.zeros(math.ceil(size / 1024) * 1024, np.uint8)
     padded[: len(text) if is_main() else 0] = np.frombuffer(text if is_main() else b"", np.uint8)
     sent = multihost_utils.broadcast_one_to_all(padded)
-    found = json.loads(np.asarray(sent, np.uint8).tobytes()[:size])
-    if "error" in found:
-        raise own or RunError(f"the first process ended: {found['error']}")
-    return found["value"]
+    message = json.loads(np.asarray(sent, np.uint8).tobytes()[:size])
+    if "error" in message:
+        raise failure or RunError(f"the first process ended: {message['error']}")
+    return cast(T, message["value"])
 
 
-def from_main_alone(fn: Callable[[], Any], otherwise: Any) -> Any:
+def from_main_alone(fn: Callable[[], T], otherwise: T) -> T:
     """`fn()` in the first process, once done `otherwise` in the others; UserErrors in all."""
     kept = otherwise
 
@@ -73,23 +107,31 @@ def from_main_alone(fn: Callable[[], Any], otherwise: Any) -> Any:
 
 def alone() -> bool:
     """Whether there is one process."""
-    return jax.process_count() == 1
+    return bool(jax.process_count() == 1)
 
 
-def complaint(own: str) -> str:
+def complaint(text: str) -> str:
     """What a process complains of, in its words and the same in all of them; "" if none does."""
     if alone():
-        return own
+        return text
     padded = np.zeros(LONGEST, np.uint8)
-    text = own.encode()[:LONGEST]
-    padded[: len(text)] = np.frombuffer(text, np.uint8)
-    told = np.asarray(multihost_utils.process_allgather(padded))
-    words = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in told]
+    content = text.encode()[:LONGEST]
+    padded[: len(content)] = np.frombuffer(content, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    words = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
     number, first = next(((i, text) for i, text in enumerate(words) if text), (0, ""))
     return first if all(words) or not first else f"process {number}: {first}"
 
 
 _meetings = itertools.count()
+
+
+@runtime_checkable
+class Barrier(Protocol):
+    """A barrier, as orbax takes it."""
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None:
+        """Wait for the other processes."""
 
 
 class Meeting:
@@ -106,6 +148,10 @@ class Meeting:
         """All main threads call it before their background threads meet for something new."""
         self._place, self._count, self._over = f"ddpm_jax/{next(_meetings)}", 0, False
 
+    def barrier(self) -> Barrier | None:
+        """Return `wait`; None where there is nothing to wait through, and orbax uses its own."""
+        return None if without_client() else self.wait
+
     def wait(self, *, key: str, timeout_ms: int) -> None:
         """Wait for the others, who come for `key`, too.
 
@@ -114,11 +160,12 @@ class Meeting:
         """
         if alone() or self._over:
             return
-        client: Any = coordination_client()
+        client = coordination_client()
+        assert client is not None
         before, here = (f"{self._place}/{self._count + i}/" for i in range(2))
         self._count += 1
-        own = sys.exception()  # that ends what others go on with
-        reason = f"process {jax.process_index()}: {one_line(own, 150)}" if own else ""
+        failure = sys.exception()  # that ends what others go on with
+        reason = f"process {jax.process_index()}: {one_line(failure, 150)}" if failure else ""
         try:
             client.key_value_set(here + key, reason, allow_overwrite=True)
             client.wait_at_barrier(here, timeout_ms)

@@ -5,39 +5,83 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
-import jax
+from ddpm_jax.errors import UserError
 
-from ddpm_jax.errors import UserError, one_line
-from ddpm_jax.system.environment import check_device
 
-# A flag that jaxlib does not know aborts the process, so each is set for the versions it was
-# tried with alone.  The first makes a convolution's gradients 2 to 3 times faster on a CPU; the
-# second makes compiling a third faster and the program slower; the third cuts a program for the
-# half of the cores that another, compiled beside it, leaves it, and not into 32 parts.
-CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+class Flag(NamedTuple):
+    """A flag of XLA for CPUs, and the versions of jaxlib that it was tried with.
 
-EMITTERS_FLAG = "--xla_cpu_use_fusion_emitters=false"
+    Attributes:
+      name: The flag, without dashes.
+      value: Its value.
+      versions: Of jaxlib; one that does not know a flag aborts the process.
+      lost: What a run lacks without it; "": nothing that a person would notice.
+    """
 
-SPLIT_FLAG = f"--xla_cpu_parallel_codegen_split_count={max(1, (os.cpu_count() or 1) // 2)}"
+    name: str
+    value: str | bool
+    versions: tuple[str, ...]
+    lost: str = ""
 
-VERSIONS = {
-    CPU_FLAG: ("0.10.2", "0.12.0.1"),
-    EMITTERS_FLAG: ("0.10.2",),
-    SPLIT_FLAG: ("0.10.2", "0.12.0.1"),
-}
+    @property
+    def is_known(self) -> bool:
+        """Whether the installed jaxlib is one of `versions`."""
+        return importlib.metadata.version("jaxlib") in self.versions
+
+
+# Of the environment.  The first makes a convolution's gradients 2 to 3 times faster; the second
+# makes compiling a third faster and the program slower; the third cuts a program for the half of
+# the cores that another, compiled beside it, leaves it, and not into 32 parts.
+FAST_CONVOLUTIONS = Flag(
+    "xla_cpu_experimental_ynn_fusion_type",
+    "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    ("0.10.2", "0.12.0.1"),
+    "convolutions' gradients on CPUs may be 2 to 3 times slower",
+)
+FAST_COMPILATION = (
+    Flag("xla_cpu_use_fusion_emitters", "false", ("0.10.2",), "--debug runs compile more slowly"),
+    Flag(
+        "xla_cpu_parallel_codegen_split_count",
+        str(max(1, (os.cpu_count() or 1) // 2)),
+        ("0.10.2", "0.12.0.1"),
+    ),
+)
+# Of the compiler, for a sharded state.  Without them XLA gathers as early as it can, and takes what
+# is gathered again for what it has already: a device would hold the whole after all.
+LATE_GATHERS = (
+    Flag(
+        "xla_cpu_scheduler_type",
+        "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+        ("0.10.2",),
+        "fsdp on CPUs may hold all parameters at once",
+    ),
+    Flag("xla_disable_hlo_passes", "cse_barrier_expander", ("0.10.2",)),
+)
+
+
+def compiler_options(flags: tuple[Flag, ...]) -> dict[str, str | bool] | None:
+    """Return flags as options of the compiler; None where jaxlib does not know all of them."""
+    return {flag.name: flag.value for flag in flags} if all(f.is_known for f in flags) else None
+
+
+def lost(*flags: Flag) -> str:
+    """Return what a run lacks without the flags that jaxlib is not known for; "": nothing."""
+    texts = [flag.lost for flag in flags if flag.lost and not flag.is_known]
+    version = importlib.metadata.version("jaxlib")
+    return f"jaxlib {version} is not known: {'; '.join(texts)}" if texts else ""
 
 
 def tune_cpu(debug: bool = False) -> None:
-    """Set `CPU_FLAG`, and the others for runs of a few steps, where jaxlib knows them.
+    """Set `FAST_CONVOLUTIONS`, and `FAST_COMPILATION` for runs of a few steps, where known.
 
     Before the first computation, or it does nothing.
     """
-    version = importlib.metadata.version("jaxlib")
-    for flag in VERSIONS if debug else (CPU_FLAG,):
+    for flag in (FAST_CONVOLUTIONS, *(FAST_COMPILATION if debug else ())):
         flags = os.environ.get("XLA_FLAGS", "")
-        if version in VERSIONS[flag] and flag.partition("=")[0] not in flags:
-            os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+        if flag.is_known and f"--{flag.name}" not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} --{flag.name}={flag.value}".strip()
 
 
 def tune_gpu() -> None:
@@ -49,26 +93,6 @@ def tune_gpu() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     wanted = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
     os.environ["XLA_FLAGS"] = f"{flags} {wanted}".strip()
-
-
-def check_platform() -> None:
-    """Check that jax has devices, as `JAX_PLATFORMS` asks for.
-
-    Raises:
-      UserError: there are none of that platform.
-    """
-    names = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
-    name = next((name for name in names if os.environ.get(name)), names[0])
-    asked = os.environ.get(name, "")
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = one_line(error, 150) or "there are no such devices"
-        raise UserError(
-            f"{name}={asked}: jax has no devices of it here: {reason}; unset {name}, or set it to "
-            "cpu"
-        ) from None
-    check_device()
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from ddpm_jax.errors import UserError
 
 MOST_CPU_DEVICES = 1024  # more of them take minutes to start
 # Options of jax, for debugging it, under which no step of this program can be compiled or run.
-REFUSED: dict[str, tuple] = {
+REFUSED: dict[str, tuple[bool | str, ...]] = {
     "jax_disable_jit": (True,),
     "jax_no_execution": (True,),
     "jax_debug_key_reuse": (True,),

@@ -75,7 +75,7 @@ def write_npz(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez_compressed(file, **entries)
 
 
-def write_with(path: pathlib.Path, save: Callable[[IO[bytes]], Any]) -> None:
+def write_with(path: pathlib.Path, save: Callable[[IO[bytes]], object]) -> None:
     """Write a file by `save`, which writes to an open one, in a folder that is made if needed.
 
     Raises:

@@ -1,221 +1,121 @@
-"""The decoder's task: an autoencoder whose latents a generation model is trained on.
+"""The task of an autoencoder whose latents a generation model is trained on.
 
-Two kinds. Gaussian (Rombach et al. 2022, sec. 3.1): a KL of tiny weight keeps the latents from
-growing. Quantised (van den Oord et al. 2017): the latents are codes of a codebook, which moving
-averages train. Either way the latents' mean and deviation, channel by channel, are carried beside
-the weights, so that what a generation model sees has unit variance.
+There are two kinds. Gaussian (Rombach et al. 2022, sec. 3.1): a KL of tiny weight keeps the latents
+from growing. Quantised (van den Oord et al. 2017): the latents are codes of a codebook, which
+moving averages train. Either way the latents' mean and standard deviation, channel by channel, are
+carried beside the parameters, so that a generation model is trained on latents of unit variance.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ddpm_jax import plots
-from ddpm_jax.data.types import UNBOUND, Batch, Data, DataInfo
-from ddpm_jax.errors import UserError
+from ddpm_jax.data.types import UNBOUND, Batch, DataInfo
 from ddpm_jax.fields import BOUND, AtLeast, EvalBatch, NonNegative, RunPath, section
 from ddpm_jax.metrics.averages import averages, figures
 from ddpm_jax.metrics.distances import Grouped, frechet_distance
-from ddpm_jax.metrics.features import Judge, image_judge
-from ddpm_jax.metrics.per_example import per_example
+from ddpm_jax.metrics.networks import image_judge
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.reconstruction import SIDE, psnr, ssim
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.layers import inner_dtype
-from ddpm_jax.parallel.sharding import fetch
 from ddpm_jax.progress import tell
-from ddpm_jax.task import Evaluation, Needs, Resources, Task
+from ddpm_jax.task import (
+    AllGather,
+    Context,
+    Evaluate,
+    Evaluation,
+    LossOutput,
+    Needs,
+    Task,
+    Variables,
+)
 from ddpm_jax.variational import vae, vq
 
-QUICK_IMAGES = 512  # test images that an evaluation before the last looks at
-KEEP = 0.99  # of the latents' moving moments
+QUICK_IMAGES = 512  # test images of an evaluation that is not full
 
+KEEP = 0.99  # share of the latents' moving moments that a step keeps
 
-class Latents(NamedTuple):
-    """A trained autoencoder, for what is trained on its latents; `frozen` is its parameters.
-
-    encode(frozen, images in [-1, 1]) -> z [B, *shape], of unit variance
-    decode(frozen, z) -> images in [-1, 1]
-    codes: of its codebook; 0: its latents are no codes.  Of codes:
-    read(frozen, images) -> codes [B, rows, columns];  lay(frozen, codes) -> z
-    """
-
-    shape: tuple[int, int, int]
-    encode: Callable[[Any, Any], Float[Array, "batch rows columns d"]]
-    decode: Callable[[Any, Any], Float[Array, "batch h w c"]]
-    codes: int
-    read: Callable[[Any, Any], Int[Array, "batch rows columns"]]
-    lay: Callable[[Any, Any], Float[Array, "batch rows columns d"]]
-
-
-def autoencoder_task(
-    net: Autoencoder,
-    levels: int,
-    *,
-    kl_weight: float = 1e-4,
-    codes: int = 0,
-    commitment: float = 0.25,
-    eval_batch: int = 128,
-    judge: Callable[[], Judge | None] = lambda: None,
-) -> Task:
-    """Mean absolute and squared error of pixels, and what keeps the latents in bounds.
-
-    Args:
-      levels: of grey in the images.
-      kl_weight: of KL(q(z|x) || N(0, I)), in nats a pixel and channel.
-      codes: of the codebook; 0: Gaussian latents.
-      commitment: of eq. (3) of `vq.py`.
-      judge: loads that in whose features a Frechet distance is told; None: there is none.
-
-    Raises:
-      FieldError: the network cannot be built for images of this size.
-    """
-    with section("network"):
-        net.check()
-    width = net.latent_channels
-
-    def init(key, batch: Batch):
-        net_key, code_key = jax.random.split(key)
-        params = net.init(net_key, jnp.zeros((1, *net.shape)))
-        fixed: Any = {"mean": jnp.zeros(width), "square": jnp.zeros(width), "weight": jnp.zeros(())}
-        if codes:
-            fixed["book"] = vq.codebook(jax.random.normal(code_key, (codes, width)))
-        return params, fixed
-
-    def latent(params, fixed, x, keys):
-        """(z that is decoded, z as it is encoded, {name: nats or error of each image})."""
-        mean, logvar = net.apply(params, x, method="encode")
-        if codes:
-            book = fixed["book"].codes
-            quantised = book[vq.nearest(mean, book)]
-            told = {"commitment": jax.vmap(vq.commitment)(mean, quantised)}
-            return vq.straight_through(mean, quantised), mean, told
-        eps = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
-        told = {"kl": jax.vmap(vae.kl_to_standard_normal)(mean, logvar)}
-        return jax.vmap(vae.reparameterize)(mean, logvar, eps), mean, told
-
-    def loss(params, fixed, batch, keys, *, train, gather):
-        del train, gather
-        x = to_images(batch.images, levels)
-        z, encoded, told = latent(params, fixed, x, keys)
-        off = (net.apply(params, z, method="decode") - x).reshape(len(x), -1)
-        told["absolute_error"] = jnp.abs(off).mean(1)
-        apart = told["absolute_error"] + jnp.square(off).mean(1)
-        if codes:
-            apart += commitment * told["commitment"]
-        else:
-            apart += kl_weight * told["kl"] / np.prod(net.shape)
-        places = encoded.reshape(len(x), -1, width)
-        return apart, told, {"z": places}
-
-    def update(fixed, statistics):
-        z = statistics["z"].reshape(-1, width)
-        seen = {"mean": z.mean(0), "square": jnp.square(z).mean(0), "weight": jnp.ones(())}
-        moved = {name: KEEP * fixed[name] + (1 - KEEP) * value for name, value in seen.items()}
-        return {**moved, "book": vq.update(fixed["book"], z)} if codes else moved
-
-    def again(params, fixed, batch, keys):
-        """The loss, its parts, and the image of what a generation model is trained on."""
-        x = to_images(batch.images, levels)
-        apart, told, _ = loss(params, fixed, batch, keys, train=False, gather=None)
-        z, _ = net.apply(params, x, method="encode")  # of Gaussian latents the mean
-        seen = {"loss": apart, **told}
-        if codes:
-            numbers = vq.nearest(z, fixed["book"].codes)
-            z = fixed["book"].codes[numbers]
-            seen["codes"] = numbers.reshape(len(x), -1)
-        return {"again": jnp.clip(net.apply(params, z, method="decode"), -1, 1), "z": z, **seen}
-
-    def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
-        held_out = data.part(split) if full else data.part(split).first(QUICK_IMAGES)
-        found = per_example(again, held_out, eval_batch, seed, spread, params, fixed)
-        x, drawn = to_images(held_out.images, levels), found["again"]
-        names = ("loss", "absolute_error", "commitment" if codes else "kl")
-        values = {name: found[name] for name in names} | {"psnr": psnr(drawn, x)}
-        if min(x.shape[1:3]) >= SIDE:
-            values["ssim"] = ssim(drawn, x)
-        metrics = averages(values)
-        if codes:
-            used = np.bincount(found["codes"].astype(int).ravel(), minlength=codes)
-            metrics["codes_used"] = float((used > 0).mean())
-            metrics["perplexity"] = float(vq.perplexity(jnp.asarray(used, jnp.float32)))
-        shift, scale = fetch(spread.compile(_standard)(fixed))
-        metrics["latent_deviation"] = float(((found["z"] - shift) / scale).std())
-        about = {"images": f"{split} split"}
-        judging = judge() if full else None
-        if judging is not None:
-            name = f"fd_{judging.name}"
-            about["fd"] = f"of reconstructions to their originals, in {judging.name}'s features"
-            if len(x) < 2:
-                tell(f"left out, since it needs at least 2 images: {name}")
-            else:
-                plots.check_finite(drawn)
-                redrawn, originals = (Grouped(judging.see(images)[0]) for images in (drawn, x))
-                distance = frechet_distance(redrawn, originals, paired=True)
-                metrics |= figures(name, (distance.value, distance.error))
-        rows = [part[at : at + 10] for at in range(0, min(len(x), 40), 10) for part in (x, drawn)]
-        sheet = plots.attempt(plots.grid, np.concatenate(rows), columns=10)
-        return Evaluation(metrics, {"reconstructions": sheet}, about)
-
-    def sample(params, fixed, keys, request, spread=None):
-        raise UserError(
-            "an autoencoder for latents draws nothing by itself; train a generation model on it"
-        )
-
-    return Task(init, loss, update, evaluate, sample)
-
-
-def _standard(fixed: Any) -> tuple[Array, Array]:
-    """The latents' mean and deviation, channel by channel."""
-    weight = jnp.maximum(fixed["weight"], 1e-6)  # of all batches so far
-    mean = fixed["mean"] / weight
-    return mean, jnp.sqrt(jnp.maximum(fixed["square"] / weight - jnp.square(mean), 1e-8))
-
-
-def latents(net: Autoencoder, codes: int) -> Latents:
-    """What a trained autoencoder offers; its `frozen` is {"params": ..., "fixed": ...}."""
-
-    def standardise(frozen, z):
-        mean, deviation = _standard(frozen["fixed"])
-        return (z - mean) / deviation
-
-    def mean_of(frozen, x):
-        return net.apply(frozen["params"], x, method="encode")[0]
-
-    def encode(frozen, x):
-        return lay(frozen, read(frozen, x)) if codes else standardise(frozen, mean_of(frozen, x))
-
-    def decode(frozen, z):
-        mean, deviation = _standard(frozen["fixed"])
-        z = z * deviation + mean
-        if codes:  # the nearest code's image, whatever was drawn
-            book = frozen["fixed"]["book"].codes
-            z = book[vq.nearest(z, book)]
-        return jnp.clip(net.apply(frozen["params"], z, method="decode"), -1, 1)
-
-    def read(frozen, x):
-        return vq.nearest(mean_of(frozen, x), frozen["fixed"]["book"].codes)
-
-    def lay(frozen, numbers):
-        return standardise(frozen, frozen["fixed"]["book"].codes[numbers])
-
-    return Latents(net.latent_shape, encode, decode, codes, read, lay)
-
-
-def _tower_of(load: Callable[[], Any] | None) -> Judge | None:
-    """The image tower of a dual encoder, in whose features images are compared."""
-    return image_judge("text_encoder", *load()) if load else None
+Latent = Float[Array, "batch rows columns d"]
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentAutoencoder:
-    """An autoencoder whose latents a generation model is trained on; see `autoencoder_task`.
+class Latents:
+    """What a trained autoencoder does for a model that is trained on its latents.
+
+    The argument `frozen` of its methods is {"params": ..., "extra": ...}, the variables of the
+    trained autoencoder.
+
+    Attributes:
+      network: The autoencoder.
+      codes: Codes of its codebook; 0: its latents are not codes.
+    """
+
+    network: Autoencoder
+    codes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(rows, columns, channels) of the latents of an image."""
+        return self.network.latent_shape
+
+    def encode(self, frozen: PyTree, images: Float[Array, "batch h w c"]) -> Latent:
+        """Return latents of unit variance of images in [-1, 1]."""
+        if self.codes:
+            return self.embed_codes(frozen, self.code_indices(frozen, images))
+        return self._standardize(frozen, self._encoded_mean(frozen, images))
+
+    def decode(self, frozen: PyTree, z: Latent) -> Float[Array, "batch h w c"]:
+        """Return the images in [-1, 1] of latents; each is first moved to its nearest code."""
+        mean, std = latent_moments(frozen["extra"])
+        z = z * std + mean
+        if self.codes:
+            codes = frozen["extra"]["book"].codes
+            z = codes[vq.nearest(z, codes)]
+        decoded: PyTree = self.network.apply(frozen["params"], z, method="decode")
+        return jnp.clip(decoded, -1, 1)
+
+    def code_indices(
+        self, frozen: PyTree, images: Float[Array, "batch h w c"]
+    ) -> Int[Array, "batch rows columns"]:
+        """Return the indices of the codes of images in [-1, 1]."""
+        return vq.nearest(self._encoded_mean(frozen, images), frozen["extra"]["book"].codes)
+
+    def embed_codes(
+        self, frozen: PyTree, indices: Int[Array, "*places"]
+    ) -> Float[Array, "*places d"]:
+        """Return the latents of codes."""
+        return self._standardize(frozen, frozen["extra"]["book"].codes[indices])
+
+    def _encoded_mean(self, frozen: PyTree, images: Float[Array, "batch h w c"]) -> Latent:
+        moments: PyTree = self.network.apply(frozen["params"], images, method="encode")
+        mean: Array = moments[0]
+        return mean
+
+    def _standardize(
+        self, frozen: PyTree, z: Float[Array, "*places d"]
+    ) -> Float[Array, "*places d"]:
+        mean, std = latent_moments(frozen["extra"])
+        return (z - mean) / std
+
+
+def latent_moments(extra: PyTree) -> tuple[Float[Array, "d"], Float[Array, "d"]]:
+    """Return the mean and the standard deviation of the latents, channel by channel."""
+    weight = jnp.maximum(extra["weight"], 1e-6)  # of all batches so far
+    mean = extra["mean"] / weight
+    return mean, jnp.sqrt(jnp.maximum(extra["square"] / weight - jnp.square(mean), 1e-8))
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentAutoencoder(Task):
+    """An autoencoder whose latents a generation model is trained on.
+
+    The loss is the mean absolute and squared error of pixels, and a term that bounds the latents.
 
     Attributes:
       network: Encoder and decoder.
@@ -244,33 +144,188 @@ class LatentAutoencoder:
         dual = "" if self.text_encoder == "none" else self.text_encoder
         return Needs(dual_encoder=dual, dual_encoder_field="text_encoder")
 
-    def fit_to(self, data: Data) -> "LatentAutoencoder":
-        """Return the settings as they fit a data set: as they are."""
-        del data
-        return self
-
-    def adapt(self, data: Data) -> Data:
-        """Return the data as the task is trained on them: as they are."""
-        return data
-
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "LatentAutoencoder":
         """Return the task for a data set and a precision."""
         del batch_size
         network = self.network.clone(shape=info.shape, dtype=inner_dtype(precision), parent=None)
         return dataclasses.replace(self, network=network, info=info)
 
-    def build(self, resources: Resources = Resources()) -> Task:
-        """Return the functions of the bound task.
+    def check(self) -> None:
+        """Check that the network can be built for images of this size.
 
         Raises:
-          FieldError: the network cannot be built for images of this size.
+          FieldError: it cannot.
         """
-        return autoencoder_task(
-            self.network,
-            self.info.levels,
-            kl_weight=self.kl_weight,
-            codes=self.codes,
-            commitment=self.commitment_weight,
-            eval_batch=self.eval_batch_size,
-            judge=functools.partial(_tower_of, resources.dual_encoder),
-        )
+        with section("network"):
+            self.network.check()
+
+    def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
+        """Return the first variables; they do not depend on the batch."""
+        del batch
+        width = self.network.latent_channels
+        net_key, code_key = jax.random.split(key)
+        params = self.network.init(net_key, jnp.zeros((1, *self.network.shape)))
+        extra: PyTree = {"mean": jnp.zeros(width), "square": jnp.zeros(width)}
+        extra["weight"] = jnp.zeros(())
+        if self.codes:
+            extra["book"] = vq.codebook(jax.random.normal(code_key, (self.codes, width)))
+        return Variables(params, extra)
+
+    def latent(
+        self, variables: Variables, x: Float[Array, "batch h w c"], keys: Key[Array, "batch"]
+    ) -> tuple[Latent, Latent, dict[str, Float[Array, "batch"]]]:
+        """Return the latents that are decoded, those that are encoded, and the term of the loss.
+
+        The term is the KL of every image in nats, or the commitment loss, by name.
+        """
+        moments: PyTree = self.network.apply(variables.params, x, method="encode")
+        mean, logvar = moments
+        if self.codes:
+            codes = variables.extra["book"].codes
+            quantised = codes[vq.nearest(mean, codes)]
+            commitment = jax.vmap(vq.commitment)(mean, quantised)
+            return vq.straight_through(mean, quantised), mean, {"commitment": commitment}
+        eps = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+        kl = jax.vmap(vae.kl_to_standard_normal)(mean, logvar)
+        return jax.vmap(vae.reparameterize)(mean, logvar, eps), mean, {"kl": kl}
+
+    def loss(
+        self,
+        variables: Variables,
+        batch: Batch,
+        keys: Key[Array, "batch"],
+        *,
+        train: bool,
+        all_gather: AllGather,
+    ) -> LossOutput:
+        """Return the error of every reconstruction and what bounds its latents."""
+        del train, all_gather
+        x = to_images(batch.images, self.info.levels)
+        z, encoded, metrics = self.latent(variables, x, keys)
+        decoded: PyTree = self.network.apply(variables.params, z, method="decode")
+        error = (decoded - x).reshape(len(x), -1)
+        metrics["absolute_error"] = jnp.abs(error).mean(1)
+        losses = metrics["absolute_error"] + jnp.square(error).mean(1)
+        if self.codes:
+            losses += self.commitment_weight * metrics["commitment"]
+        else:
+            losses += self.kl_weight * metrics["kl"] / np.prod(self.network.shape)
+        latents = encoded.reshape(len(x), -1, self.network.latent_channels)
+        return LossOutput(losses, metrics, {"z": latents})
+
+    def update_extra(self, extra: PyTree, statistics: PyTree) -> PyTree:
+        """Return the moving moments of the latents, and the codebook, after a step."""
+        z = statistics["z"].reshape(-1, self.network.latent_channels)
+        batch = {"mean": z.mean(0), "square": jnp.square(z).mean(0), "weight": jnp.ones(())}
+        moved = {name: KEEP * extra[name] + (1 - KEEP) * value for name, value in batch.items()}
+        return {**moved, "book": vq.update(extra["book"], z)} if self.codes else moved
+
+    def evaluations(self) -> "tuple[Evaluate[LatentAutoencoder], ...]":
+        """Return the functions that evaluate the task."""
+        codes = (evaluate_codes,) if self.codes else ()
+        metrics = (evaluate_reconstructions, *codes, evaluate_latents, evaluate_frechet_distance)
+        return *metrics, reconstruction_sheet
+
+
+class Reconstructions(NamedTuple):
+    """What the evaluation computes of every image.
+
+    Attributes:
+      originals: [N, H, W, C] in [-1, 1].
+      images: Their reconstructions.
+      values: Losses and latents by name, as `reconstruct` returns them.
+    """
+
+    originals: Float[np.ndarray, "n h w c"]
+    images: Float[np.ndarray, "n h w c"]
+    values: dict[str, np.ndarray]
+
+
+def reconstruct(
+    task: LatentAutoencoder, variables: Variables, batch: Batch, keys: Key[Array, "batch"]
+) -> dict[str, Array]:
+    """Return the loss, its terms, and the reconstruction and latents of every image.
+
+    The image is that of the latents which a generation model is trained on.
+    """
+    losses, metrics, _ = task.loss(
+        variables, batch, keys, train=False, all_gather=lambda tree: tree
+    )
+    x = to_images(batch.images, task.info.levels)
+    moments: PyTree = task.network.apply(variables.params, x, method="encode")
+    z, values = moments[0], {"loss": losses, **metrics}
+    if task.codes:
+        codes = variables.extra["book"].codes
+        indices = vq.nearest(z, codes)
+        z = codes[indices]
+        values["codes"] = indices.reshape(len(x), -1)
+    decoded: PyTree = task.network.apply(variables.params, z, method="decode")
+    return {"reconstruction": jnp.clip(decoded, -1, 1), "z": z, **values}
+
+
+def reconstructed(context: Context) -> Reconstructions:
+    """Return what `reconstruct` does of the split that is evaluated, or of its first images."""
+    task = context.task
+    assert isinstance(task, LatentAutoencoder)
+    split = context.held_out if context.full else context.held_out.first(QUICK_IMAGES)
+    values = context.per_example(reconstruct, split, task.eval_batch_size, context.variables)
+    images = values.pop("reconstruction")
+    return Reconstructions(to_images(split.images, task.info.levels), images, values)
+
+
+def evaluate_reconstructions(task: LatentAutoencoder, context: Context) -> Evaluation:
+    """Return the loss and its terms, PSNR, and the SSIM of images that are large enough."""
+    originals, images, values = context.shared(reconstructed)
+    names = ("loss", "absolute_error", "commitment" if task.codes else "kl")
+    metrics = {name: values[name] for name in names} | {"psnr": psnr(images, originals)}
+    if min(originals.shape[1:3]) >= SIDE:
+        metrics["ssim"] = ssim(images, originals)
+    return Evaluation(averages(metrics), about={"images": f"{context.split} split"})
+
+
+def evaluate_codes(task: LatentAutoencoder, context: Context) -> Evaluation:
+    """Return the share of the codes that are used, and their perplexity."""
+    indices = context.shared(reconstructed).values["codes"].astype(int).ravel()
+    used = np.bincount(indices, minlength=task.codes)
+    perplexity = float(vq.perplexity(jnp.asarray(used, jnp.float32)))
+    return Evaluation({"codes_used": float((used > 0).mean()), "perplexity": perplexity})
+
+
+def evaluate_latents(task: LatentAutoencoder, context: Context) -> Evaluation:
+    """Return the standard deviation of the latents that a generation model is trained on."""
+    del task
+    z = context.shared(reconstructed).values["z"]
+    mean, std = jax.tree.map(np.asarray, context.compile(latent_moments)(context.variables.extra))
+    return Evaluation({"latent_deviation": float(((z - mean) / std).std())})
+
+
+def evaluate_frechet_distance(task: LatentAutoencoder, context: Context) -> Evaluation:
+    """Return the Frechet distance of reconstructions to their originals, in a full evaluation.
+
+    The features are those of the image tower of `Resources.dual_encoder`, if there is one.
+    """
+    del task
+    load = context.resources.dual_encoder
+    if not context.full or load is None:
+        return Evaluation()
+    tower = image_judge("text_encoder", *load())
+    name = f"fd_{tower.name}"
+    about = {"fd": f"of reconstructions to their originals, in {tower.name}'s features"}
+    originals, images, _ = context.shared(reconstructed)
+    if len(images) < 2:
+        tell(f"left out, since it needs at least 2 images: {name}")
+        return Evaluation(about=about)
+    plots.check_finite(images)
+    sets = [Grouped(tower.see(part)[0]) for part in (images, originals)]
+    distance = frechet_distance(sets[0], sets[1], paired=True)
+    return Evaluation(figures(name, (distance.value, distance.error)), about=about)
+
+
+def reconstruction_sheet(task: LatentAutoencoder, context: Context) -> Evaluation:
+    """Return a sheet of the first images, each row above their reconstructions."""
+    del task
+    pair = context.shared(reconstructed)[:2]
+    starts = range(0, min(len(pair[0]), 40), 10)
+    rows = [part[start : start + 10] for start in starts for part in pair]
+    sheet = plots.attempt(plots.grid, np.concatenate(rows), columns=10)
+    return Evaluation(images={"reconstructions": sheet})

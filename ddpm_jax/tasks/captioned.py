@@ -1,31 +1,60 @@
-"""The task `TextToImage`: a generation model on a trained text encoder and autoencoder."""
+"""The task `TextToImage`: a generation model on a trained text encoder and autoencoder.
+
+    caption -> text encoder -> features -> generation model -> latents -> decoder -> image
+
+The three are trained one after another. In this task the text encoder and the autoencoder are
+frozen. They are in `Variables.extra`, and so in every checkpoint, which is enough to sample from,
+except for a pretrained text encoder.
+"""
 
 import dataclasses
-import functools
-import pathlib
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ddpm_jax.data.types import UNBOUND, Batch, Data, DataInfo, info_of
+from ddpm_jax.diffusion.guidance import Guidance
 from ddpm_jax.fields import BOUND, FROM_PARTS, PATH, AtLeast, AtMost, FieldError, RunPath, section
+from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.dual_encoder import DualEncoder
-from ddpm_jax.nn.layers import inner_dtype
-from ddpm_jax.nn.text_encoder import SIZES
-from ddpm_jax.task import Needs, Resources, Task
-from ddpm_jax.tasks.autoencoder import LatentAutoencoder, latents
+from ddpm_jax.nn.layers import Context, inner_dtype
+from ddpm_jax.parallel.partitioner import fetch
+from ddpm_jax.task import (
+    AllGather,
+    Compile,
+    Evaluate,
+    GuidanceModel,
+    LossOutput,
+    Needs,
+    SampleRequest,
+    SamplingTask,
+    Variables,
+)
+from ddpm_jax.task import Context as EvaluationContext
+from ddpm_jax.tasks.autoencoder import LatentAutoencoder, Latents
 from ddpm_jax.tasks.autoregressive import Autoregressive
 from ddpm_jax.tasks.contrastive import Contrastive, check_captions
+from ddpm_jax.tasks.generation import TextToImageEvaluation
 from ddpm_jax.tasks.latent_diffusion import LatentDiffusion
-from ddpm_jax.tasks.pretrained_text import encode, encoded, width_of
-from ddpm_jax.tasks.shape_prompts import prompts_of
-from ddpm_jax.tasks.text_to_image import Parts, TextToImageEvaluation, text_to_image_task
+from ddpm_jax.tasks.pretrained_text import absolute_name, width_of
+from ddpm_jax.tasks.shape_prompts import Prompts, prompts_of
+from ddpm_jax.tasks.text_encoders import (
+    BytesEncoder,
+    PretrainedEncoder,
+    TextEncoder,
+    encode_captions,
+    repeat,
+)
+from ddpm_jax.tasks.text_to_image import EVALUATIONS, held_out_captions
 
 
 @dataclasses.dataclass(frozen=True)
-class TextToImage:
+class TextToImage(SamplingTask):
     """Text to image: a generation model under the captions of a frozen text encoder.
 
     Attributes:
@@ -83,8 +112,7 @@ class TextToImage:
 
     def with_parts(self, text: Contrastive, autoencoder: LatentAutoencoder) -> "TextToImage":
         """Return the settings with what follows from the tasks of the parts."""
-        folder = pathlib.Path(self.pretrained).expanduser()
-        name = str(folder.absolute()) if self.pretrained and folder.is_dir() else self.pretrained
+        name = absolute_name(self.pretrained)
         return dataclasses.replace(
             self,
             pretrained=name,
@@ -97,7 +125,7 @@ class TextToImage:
 
     def adapt(self, data: Data) -> Data:
         """Return the data, with a pretrained encoder's features for captions if there is one."""
-        return encoded(self.pretrained, data) if self.pretrained else data
+        return self.encoder.adapt(data)
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "TextToImage":
         """Return the task for a data set, a precision and a batch size."""
@@ -106,84 +134,218 @@ class TextToImage:
         text = self.text_network.clone(length=info.caption_length, dtype=inner, parent=None)
         return dataclasses.replace(
             self,
-            generator=self.generator.bind(autoencoder, self.codes, precision),
+            generator=self.generator.bind(Latents(autoencoder, self.codes), precision, batch_size),
             text_network=text,
             autoencoder_network=autoencoder,
             info=info,
             batch_size=batch_size,
         )
 
-    def build(self, resources: Resources = Resources()) -> Task:
-        """Return the functions of the bound task.
+    def check(self) -> None:
+        """Check that the fields of the bound task fit each other and the data.
 
         Raises:
           UserError: the data set has no captions.
           FieldError: fields contradict each other or the latents.
         """
         check_captions(self.info)
-        if not self.caption_dropout and self._guidance() != 1.0:
+        self._check_guidance(self.generator.guidance_scale)
+        with section("generator"):
+            self.generator.check()
+
+    def _check_guidance(self, scale: float) -> None:
+        """Raises FieldError if captions cannot guide the network at a scale."""
+        if not self.caption_dropout and scale != 1.0:
             raise FieldError(
                 "caption_dropout=0: the network is never trained without captions, so that they "
                 "cannot guide it; give guidance 1, or a dropout above 0",
                 "generator.sampling.guidance",
                 "generator.guidance",
             )
-        parts = self.parts(resources)
-        with section("generator"):
-            generator = self.generator.build(parts.latents, self.batch_size)
-        evaluation = self.evaluation
-        return text_to_image_task(
-            generator,
-            parts,
-            self.info.shape,
-            self.info.levels,
-            caption_dropout=self.caption_dropout,
-            eval_batch=evaluation.batch_size,
-            prompts=prompts_of(
-                self.info.name,
-                evaluation.num_prompts,
-                evaluation.guidance_scales,
-                evaluation.num_samples,
-            ),
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The text encoder that conditions the generation model."""
+        if self.pretrained:
+            return PretrainedEncoder(self.pretrained, self.feature_width)
+        return BytesEncoder(self.text_network)
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts of the final evaluation."""
+        return prompts_of(self.info.name, self.evaluation.num_prompts)
+
+    def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
+        """Return first parameters, and zeros for {"text", "autoencoder": {"params", "extra"}}."""
+        del batch
+        length, width = self.text_network.length, self.encoder.width
+        mask = jnp.zeros((1, length), bool)
+        context = Context(jnp.zeros((1, length, width)), mask, jnp.zeros((1, width)))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self._shapes_of_parts())
+        return Variables(self.generator.init(key, context), zeros)
+
+    def _shapes_of_parts(self) -> PyTree:
+        key, shape = jax.random.key(0), self.info.shape
+        tokens = jnp.zeros((1, self.text_network.length), jnp.uint8)
+        text = jax.eval_shape(self.text_network.init, key, tokens, jnp.zeros((1, *shape)))
+        batch = Batch(jnp.zeros((2, *shape), jnp.uint8), jnp.zeros(2, jnp.int32), jnp.arange(2))
+        task = LatentAutoencoder(self.autoencoder_network, codes=self.codes, info=self.info)
+        params, extra = jax.eval_shape(task.init, key, batch)
+        return {"text": text, "autoencoder": {"params": params, "extra": extra}}
+
+    def load_extra(self, extra: PyTree, load: Callable[[], PyTree] | None) -> PyTree:
+        """Return the frozen parts of a new run, of the types that `init` returns; see `Task`."""
+        if load is None:
+            raise RuntimeError("a new run of a generation model needs the parameters of its parts")
+        return jax.tree.map(lambda old, new: np.asarray(new, old.dtype), extra, load())
+
+    def loss(
+        self,
+        variables: Variables,
+        batch: Batch,
+        keys: Key[Array, "batch"],
+        *,
+        train: bool,
+        all_gather: AllGather,
+    ) -> LossOutput:
+        """Return the generation model's loss of every example under its caption.
+
+        Args:
+          variables: parameters of the generation model, and the frozen parts.
+          batch: examples.
+          keys: one for every example.
+          train: whether captions are dropped, and the generation model uses dropout.
+          all_gather: not used.
+        """
+        del all_gather
+        split, captions = jax.vmap(jax.random.split)(keys), batch.captions
+        if train:
+            dropped = jax.vmap(jax.random.bernoulli, (0, None))(split[:, 0], self.caption_dropout)
+            captions = self.encoder.drop(captions, dropped)
+        images = to_images(batch.images, self.info.levels)
+        target = self.generator.target(variables.extra["autoencoder"], images)
+        context = self.encoder.encode(variables.extra["text"], captions)
+        losses, metrics = self.generator.loss(
+            variables.params, target, context, batch.index, split[:, 1], train=train
         )
+        return LossOutput(losses, metrics, {})
 
-    def _guidance(self) -> float:
-        """The scale of guidance that samples are made with."""
-        generator = self.generator
-        if isinstance(generator, LatentDiffusion):
-            return generator.sampling.guidance
-        return generator.guidance
+    def evaluations(self) -> tuple[Evaluate["TextToImage"], ...]:
+        """Return the functions that evaluate the task."""
+        return EVALUATIONS
 
-    def parts(self, resources: Resources) -> Parts:
-        """Return what the generation model is built on."""
-        reader = functools.partial(encode, self.pretrained) if self.pretrained else None
-        width = self.feature_width or SIZES[self.text_network.size].features
-        return Parts(
-            self.text_network,
-            latents(self.autoencoder_network, self.codes),
-            self._shapes_of_parts,
-            resources.parts or _no_parts,
-            width,
-            reader,
-            resources.dual_encoder,
+    @property
+    def request_fields(self) -> tuple[str, ...]:
+        """Names of what can be asked for."""
+        return (*self.generator.request_fields, "prompt", "negative_prompt")
+
+    def check_request(self, request: SampleRequest) -> None:
+        """Check that there is a prompt, and that images can be sampled as a request says.
+
+        Raises:
+          FieldError: there is not, or they cannot.
+        """
+        self.generator.check_request(request)
+        if request.prompt is None:
+            raise FieldError(
+                'prompt="..." is missing: this run samples images that show what a text says'
+            )
+
+    def guidance(self, scale: float | None, model: GuidanceModel | None) -> Guidance:
+        """Return the guidance by captions.
+
+        Args:
+          scale: its scale; None: that of the settings.
+          model: None: another network does not guide this one.
+
+        Raises:
+          FieldError: the network was never trained without captions.
+        """
+        del model
+        if scale is not None:
+            self._check_guidance(scale)
+        return self.generator.make_guidance(scale)
+
+    def sample(
+        self,
+        variables: Variables,
+        keys: Key[Array, "batch"],
+        request: SampleRequest,
+        guidance: Guidance,
+        compile: Compile,
+    ) -> Float[Array, "batch h w c"]:
+        """Return images in [-1, 1] of the prompt of a request, one for every key.
+
+        Args:
+          variables: of the trained task.
+          keys: one for every image.
+          request: how images are sampled.
+          guidance: as `guidance` returns it.
+          compile: compiles functions.
+
+        Raises:
+          FieldError: there is no prompt, or images cannot be sampled as the request says.
+        """
+        self.check_request(request)
+        prompt, negative = request.prompt or "", request.negative_prompt or ""
+        self.encoder.report_length(prompt)
+        captions, null = (
+            repeat(self.encoder.prepare([text]), len(keys)) for text in (prompt, negative)
         )
+        return self.sample_captions(variables, keys, captions, null, request, guidance, compile)
 
-    def _shapes_of_parts(self) -> Any:
-        """The shapes of the parts' parameters, as `Parts.blank` returns them."""
-        info = self.info
-        text = jax.eval_shape(
-            self.text_network.init,
-            jax.random.key(0),
-            jnp.zeros((1, self.text_network.length), jnp.uint8),
-            jnp.zeros((1, *info.shape)),
+    def sample_in_turn(
+        self,
+        keys: Key[Array, "batch"],
+        place: Int[Array, "batch"],
+        context: EvaluationContext,
+    ) -> tuple[Float[Array, "batch h w c"], None]:
+        """Return images of held-out captions in turn, and no trace.
+
+        Args:
+          keys: one for every image.
+          place: the number of every image, which chooses its caption.
+          context: of the evaluation.
+        """
+        texts = context.shared(held_out_captions)
+        prepared = self.encoder.prepare([texts[row] for row in fetch(place) % len(texts)])
+        empty = repeat(self.encoder.prepare([""]), len(keys))
+        captions, null = context.place((prepared, empty))
+        images = self.sample_captions(
+            context.variables,
+            keys,
+            captions,
+            null,
+            SampleRequest(),
+            context.guidance,
+            context.compile,
         )
-        task = LatentAutoencoder(self.autoencoder_network, codes=self.codes, info=info).build()
-        batch = Batch(
-            jnp.zeros((2, *info.shape), jnp.uint8), jnp.zeros(2, jnp.int32), jnp.arange(2)
+        return images, None
+
+    def sample_captions(
+        self,
+        variables: Variables,
+        keys: Key[Array, "batch"],
+        captions: PyTree,
+        null: PyTree,
+        request: SampleRequest,
+        guidance: Guidance,
+        compile: Compile,
+    ) -> Float[Array, "batch h w c"]:
+        """Return images in [-1, 1] of prepared captions, one for every key.
+
+        Args:
+          variables: of the trained task.
+          keys: one for every image.
+          captions: as the text encoder prepares them, one for every key.
+          null: what guidance leads away from, likewise.
+          request: how images are sampled; its prompts are not used.
+          guidance: as `guidance` returns it.
+          compile: compiles functions.
+        """
+        text, frozen = variables.extra["text"], variables.extra["autoencoder"]
+        encode = compile(encode_captions, static_argnums=0)
+        context, null_context = (encode(self.encoder, text, part) for part in (captions, null))
+        return self.generator.sample(
+            variables.params, frozen, keys, context, null_context, guidance, request, compile
         )
-        params, fixed = jax.eval_shape(task.init, jax.random.key(0), batch)
-        return {"text": text, "autoencoder": {"params": params, "fixed": fixed}}
-
-
-def _no_parts() -> Any:
-    raise RuntimeError("a new run of a generation model needs the parameters of its parts")

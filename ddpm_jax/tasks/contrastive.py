@@ -1,201 +1,47 @@
-"""The text encoder's task: captions and images that belong together are to lie together.
+"""The task of a text encoder: embeddings of captions and of their images are to be similar.
 
 CLIP's loss (Radford et al. 2021, fig. 3), for unit vectors u_i of captions and v_i of images and
 the inverse temperature s, which is learned:
 
     L_i = 1/2 [ -log softmax_j(s u_i.v_j)_i - log softmax_j(s v_i.u_j)_i ]                (1)
 
-Captions that are the same are no negatives of each other.  To be told from other images' captions,
-one need not be read as more than a bag of words; so each image may be compared, in the second term,
-with captions beside its own that say one thing wrong (Yuksekgonul et al. 2023).
+Captions that are the same are not negatives of each other. To distinguish a caption from those of
+other images, a network need not read more than a bag of words; so each image may be compared, in
+the second term, with hard negatives: captions with one thing wrong (Yuksekgonul et al. 2023).
 """
 
 import dataclasses
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 from ddpm_jax import plots
 from ddpm_jax.data import shapes
+from ddpm_jax.data.shape_negatives import with_hard_negatives
 from ddpm_jax.data.types import UNBOUND, Batch, Data, DataInfo, info_of
 from ddpm_jax.errors import UserError
 from ddpm_jax.fields import BOUND, AtLeast, AtMost, section
 from ddpm_jax.metrics.averages import averages
-from ddpm_jax.metrics.per_example import per_example
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.nn.layers import inner_dtype
-from ddpm_jax.parallel.sharding import Parallel, fetch
 from ddpm_jax.progress import tell
-from ddpm_jax.task import Evaluation, Needs, Resources, Task
+from ddpm_jax.task import AllGather, Context, Evaluate, Evaluation, LossOutput, Task, Variables
 
-AMONG = 64  # images that a caption is to be found among, whatever the size of a batch
+AMONG = 64  # images among which that of a caption is searched, whatever the size of a batch
 
-
-def contrastive_nll(
-    text: Float[Array, "batch d"],
-    image: Float[Array, "batch d"],
-    all_text: Float[Array, "all d"],
-    all_image: Float[Array, "all d"],
-    scale: Float[Array, ""],
-    own: Int[Array, "batch"],
-    same: Bool[Array, "batch all"],
-    altered: Float[Array, "batch more d"] | None = None,
-) -> tuple[Float[Array, "batch"], Bool[Array, "batch"]]:
-    """Eq. (1) in nats of each pair, and whether its image is the nearest to its caption.
-
-    Args:
-      text, image: unit vectors of the pairs; all_text, all_image: of all that they are compared
-        with, where pair i is number own[i].
-      same: which captions of all are equal to a pair's.
-      altered: unit vectors of captions that do not fit the pair's image, if there are any.
-    """
-    mine = jnp.arange(len(all_text)) == own[:, None]
-    beside = jnp.zeros((len(text), 0, text.shape[1])) if altered is None else altered
-
-    def nll(a, b, more):
-        logits = jnp.where(same & ~mine, -jnp.inf, scale * a @ b.T)
-        more = scale * jnp.einsum("bd,bmd->bm", a, more)
-        every = jax.nn.logsumexp(jnp.concatenate([logits, more], 1), axis=1)
-        return every - jnp.where(mine, logits, 0.0).sum(1), logits.argmax(1) == own
-
-    of_text, right = nll(text, all_image, beside[:, :0])
-    of_image, _ = nll(image, all_text, beside)
-    return 0.5 * (of_text + of_image), right
-
-
-def contrastive_task(
-    net: DualEncoder,
-    shape: tuple[int, int, int],
-    levels: int,
-    *,
-    batch_size: int,
-    eval_batch: int = 256,
-) -> Task:
-    """Eq. (1) over a batch, on all devices; the parts of an accumulated batch would not do.
-
-    Captions are tokens [B, L] or [B, 1 + more, L], the first an image's own, the others altered.
-
-    Args:
-      shape, levels: of the images.
-      batch_size: of training: held-out pairs, too, are compared with as many.
-
-    Raises:
-      FieldError: the network cannot be built.
-    """
-    with section("network"):
-        net.check()
-
-    def init(key, batch: Batch):
-        tokens = jnp.zeros((1, net.length), jnp.uint8)
-        return net.init(key, tokens, jnp.zeros((1, *shape))), {}
-
-    def loss(params, fixed, batch, keys, *, train, gather):
-        del fixed, keys, train
-        mine, altered = _own(batch.captions), places_of_altered(params, batch.captions)
-        text, image, scale = net.apply(params, mine, to_images(batch.images, levels))
-        all_text, all_image, captions = gather((text, image, mine))
-        same = (mine[:, None] == captions).all(-1)
-        nll, right = contrastive_nll(
-            text, image, all_text, all_image, scale, batch.index % len(all_text), same, altered
-        )
-        told = {"accuracy": right.astype(nll.dtype), "scale": jnp.full_like(nll, scale)}
-        if altered is not None:
-            told["told_apart"] = apart(text, image, altered)
-        return nll, told, {}
-
-    def places_of_altered(params, captions):
-        if captions.ndim == 2:
-            return None
-        others = captions[:, 1:]
-        found = net.apply(params, others.reshape(-1, others.shape[-1]), method="of_text")
-        return found.reshape(*others.shape[:2], -1)
-
-    def apart(text, image, altered):
-        """Whether an image is nearer to its caption than to every altered one."""
-        further = jnp.einsum("bd,bmd->bm", image, altered).max(1)
-        return ((text * image).sum(1) > further).astype(jnp.float32)
-
-    def place(params, batch, keys):
-        del keys
-        altered = places_of_altered(params, batch.captions)
-        text, image, _ = net.apply(params, _own(batch.captions), to_images(batch.images, levels))
-        found = {"text": text, "image": image}
-        if altered is None:
-            return found
-        return {**found, "altered": altered, "told_apart": apart(text, image, altered)}
-
-    def compared(found, captions, scale):
-        """(nll, right) of pairs that are compared with each other."""
-        text, image = found["text"], found["image"]
-        same = (captions[:, None] == captions).all(-1)
-        numbers = jnp.arange(len(text))
-        return contrastive_nll(text, image, text, image, scale, numbers, same, found.get("altered"))
-
-    def among(found, captions, scale, size: int, spread: Parallel) -> tuple[np.ndarray, np.ndarray]:
-        """(nll, right) of every pair, compared with `size` pairs in the order of the split.
-
-        The last pairs are compared with the first ones, too; fewer than `size` pairs are repeated,
-        as they are in a batch of so small a training set.
-        """
-        count, parts, compiled = len(captions), [], spread.compile(compared)
-        for start in range(0, count, size):
-            rows = np.arange(start, start + size) % count
-            some = {name: values[rows].astype(np.float32) for name, values in found.items()}
-            part = fetch(compiled(some, captions[rows], scale))
-            parts.append([values[: count - start] for values in part])
-        nll, right = (np.concatenate(values) for values in zip(*parts, strict=True))
-        return nll, right
-
-    def scale_of(params):
-        scale: Any = net.apply(params, method="scale")
-        return scale
-
-    def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
-        del fixed
-        held_out = data.part(split)
-        found = per_example(place, held_out, eval_batch, seed, spread, params)
-        scale = fetch(spread.compile(scale_of)(params))
-        captions = _own(held_out.rows(np.arange(len(held_out.images))).captions)
-        told_apart = {name: found.pop(name) for name in ("told_apart",) if name in found}
-        nll, right = among(found, captions, scale, batch_size, spread)
-        metrics = averages({"loss": nll, **told_apart}) | {"scale": float(scale)}
-        fewer = min(AMONG, len(captions))
-        if fewer > 1:
-            few = among(found, captions, scale, fewer, spread)[1]
-            metrics |= averages({"accuracy": right, f"accuracy_among_{fewer}": few})
-        else:
-            tell("accuracy is left out: a caption needs at least 2 images to be found among")
-        about = {"loss": f"among {batch_size} pairs of {len(captions)} held-out ones"}
-        return Evaluation(metrics, {"found": _found(found, held_out, data.levels)}, about)
-
-    def _found(found, held_out, levels):
-        """A row for each of some captions: its image, and the nearest ones among the first."""
-        some = held_out.first(500)
-        images = to_images(np.asarray(some.images), levels)
-        nearest = np.argsort(-found["text"][:10] @ found["image"][: len(images)].T, 1)[:, :8]
-        rows = [
-            np.concatenate([images[i : i + 1], images[nearest[i]]]) for i in range(len(nearest))
-        ]
-        return plots.grid(np.concatenate(rows), columns=1 + nearest.shape[1])
-
-    def sample(params, fixed, keys, request, spread=None):
-        raise UserError("a text encoder draws no images; --mode=eval evaluates it")
-
-    return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample)
-
-
-def _own(captions: Any) -> Any:
-    """Tokens of images' own captions, whether altered ones are beside them or not."""
-    return captions if captions.ndim == 2 else captions[:, 0]
+EVAL_BATCH_SIZE = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrastive:
-    """CLIP's loss of captions and images (Radford et al. 2021); see `contrastive_task`.
+class Contrastive(Task):
+    """CLIP's loss of captions and images (Radford et al. 2021), eq. (1) over a whole batch.
+
+    The batch is that of all devices; the parts of an accumulated batch would not do. Captions are
+    tokens [B, L], or [B, 1 + n, L]: an image's caption, then its n hard negatives.
 
     Attributes:
       network: Text encoder and image tower.
@@ -211,10 +57,6 @@ class Contrastive:
 
     provides: ClassVar[str] = "text encoder"
 
-    def needs(self) -> Needs:
-        """Return the names of other runs: none."""
-        return Needs()
-
     def fit_to(self, data: Data) -> "Contrastive":
         """Return the settings without hard negatives where the data set has none.
 
@@ -229,7 +71,7 @@ class Contrastive:
 
     def adapt(self, data: Data) -> Data:
         """Return the data with hard negatives beside the captions."""
-        return shapes.with_altered(data, self.hard_negatives) if self.hard_negatives else data
+        return with_hard_negatives(data, self.hard_negatives) if self.hard_negatives else data
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "Contrastive":
         """Return the task for a data set, a precision and a batch size."""
@@ -238,22 +80,234 @@ class Contrastive:
         )
         return dataclasses.replace(self, network=network, info=info, batch_size=batch_size)
 
-    def build(self, resources: Resources = Resources()) -> Task:
-        """Return the functions of the bound task.
+    def check(self) -> None:
+        """Check that there are captions and that the network can be built.
 
         Raises:
           UserError: the data set has no captions.
           FieldError: the network cannot be built.
         """
-        del resources
         check_captions(self.info)
-        return contrastive_task(
-            self.network, self.info.shape, self.info.levels, batch_size=self.batch_size
+        with section("network"):
+            self.network.check()
+
+    def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
+        """Return the first parameters; they do not depend on the batch."""
+        del batch
+        tokens = jnp.zeros((1, self.network.length), jnp.uint8)
+        return Variables(self.network.init(key, tokens, jnp.zeros((1, *self.info.shape))), {})
+
+    def embed(
+        self, params: PyTree, batch: Batch
+    ) -> tuple[
+        Float[Array, "batch d"],
+        Float[Array, "batch d"],
+        Float[Array, "batch n d"] | None,
+        Float[Array, ""],
+    ]:
+        """Return unit vectors of captions, images and hard negatives, and the scale s of eq. (1).
+
+        Without hard negatives there is None in their place.
+        """
+        images = to_images(batch.images, self.info.levels)
+        applied: PyTree = self.network.apply(params, captions_alone(batch.captions), images)
+        text, image, scale = applied
+        if batch.captions.ndim == 2:
+            return text, image, None, scale
+        negatives = batch.captions[:, 1:]
+        flat = negatives.reshape(-1, negatives.shape[-1])
+        vectors: PyTree = self.network.apply(params, flat, method="of_text")
+        return text, image, vectors.reshape(*negatives.shape[:2], -1), scale
+
+    def loss(
+        self,
+        variables: Variables,
+        batch: Batch,
+        keys: Key[Array, "batch"],
+        *,
+        train: bool,
+        all_gather: AllGather,
+    ) -> LossOutput:
+        """Return eq. (1) of every pair, which is compared with those of all devices."""
+        del keys, train
+        text, image, negatives, scale = self.embed(variables.params, batch)
+        captions = captions_alone(batch.captions)
+        all_text, all_image, all_captions = all_gather((text, image, captions))
+        same = (captions[:, None] == all_captions).all(-1)
+        positions = batch.index % len(all_text)
+        nll, correct = contrastive_nll(
+            text, image, all_text, all_image, scale, positions, same, negatives
         )
+        metrics = {"accuracy": correct.astype(nll.dtype), "scale": jnp.full_like(nll, scale)}
+        if negatives is not None:
+            metrics["told_apart"] = beats_negatives(text, image, negatives)
+        return LossOutput(nll, metrics, {})
+
+    def evaluations(self) -> "tuple[Evaluate[Contrastive], ...]":
+        """Return the functions that evaluate the task."""
+        return evaluate_pairs, nearest_images
+
+
+def contrastive_nll(
+    text: Float[Array, "batch d"],
+    image: Float[Array, "batch d"],
+    all_text: Float[Array, "all d"],
+    all_image: Float[Array, "all d"],
+    scale: Float[Array, ""],
+    positions: Int[Array, "batch"],
+    same: Bool[Array, "batch all"],
+    negatives: Float[Array, "batch n d"] | None = None,
+) -> tuple[Float[Array, "batch"], Bool[Array, "batch"]]:
+    """Return eq. (1) in nats of each pair, and whether its image is the nearest to its caption.
+
+    Args:
+      text: unit vectors of the captions.
+      image: unit vectors of their images.
+      all_text: unit vectors of all captions that the images are compared with.
+      all_image: unit vectors of all images that the captions are compared with.
+      scale: inverse temperature s.
+      positions: pair i is number positions[i] of all.
+      same: which captions of all are equal to a pair's.
+      negatives: unit vectors of captions that do not fit the pair's image; None: there are none.
+    """
+    positive = jnp.arange(len(all_text)) == positions[:, None]
+    if negatives is None:
+        negatives = jnp.zeros((len(text), 0, text.shape[1]))
+
+    def nll(a: Array, b: Array, hard: Array) -> tuple[Array, Array]:
+        logits = jnp.where(same & ~positive, -jnp.inf, scale * a @ b.T)
+        hard_logits = scale * jnp.einsum("bd,bmd->bm", a, hard)
+        total = jax.nn.logsumexp(jnp.concatenate([logits, hard_logits], 1), axis=1)
+        return total - jnp.where(positive, logits, 0.0).sum(1), logits.argmax(1) == positions
+
+    text_nll, correct = nll(text, all_image, negatives[:, :0])
+    image_nll, _ = nll(image, all_text, negatives)
+    return 0.5 * (text_nll + image_nll), correct
+
+
+def beats_negatives(
+    text: Float[Array, "batch d"],
+    image: Float[Array, "batch d"],
+    negatives: Float[Array, "batch n d"],
+) -> Float[Array, "batch"]:
+    """Return 1 where an image is nearer to its caption than to every hard negative, else 0."""
+    nearest = jnp.einsum("bd,bmd->bm", image, negatives).max(1)
+    return ((text * image).sum(1) > nearest).astype(jnp.float32)
+
+
+def captions_alone(captions: PyTree) -> PyTree:
+    """Return the tokens [B, L] of images' captions, without the hard negatives beside them."""
+    return captions if captions.ndim == 2 else captions[:, 0]
+
+
+def embed(
+    task: Contrastive, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
+) -> dict[str, Array]:
+    """Return the unit vectors of every pair, with hard negatives if there are any."""
+    del keys
+    text, image, negatives, _ = task.embed(params, batch)
+    pairs = {"text": text, "image": image}
+    if negatives is None:
+        return pairs
+    told_apart = beats_negatives(text, image, negatives)
+    return {**pairs, "negatives": negatives, "told_apart": told_apart}
+
+
+def embeddings(context: Context) -> dict[str, np.ndarray]:
+    """Return what `embed` returns of the split that is evaluated."""
+    return context.per_example(embed, context.held_out, EVAL_BATCH_SIZE, context.variables.params)
+
+
+def temperature_scale(task: Contrastive, params: PyTree) -> Float[Array, ""]:
+    """Return the inverse temperature s of eq. (1)."""
+    applied: PyTree = task.network.apply(params, method="scale")
+    scale: Array = applied
+    return scale
+
+
+def compare(
+    pairs: dict[str, Float[Array, "batch ..."]],
+    captions: UInt8[Array, "batch length"],
+    scale: Float[Array, ""],
+) -> tuple[Float[Array, "batch"], Bool[Array, "batch"]]:
+    """Return what `contrastive_nll` does of pairs that are compared with each other.
+
+    Args:
+      pairs: unit vectors by name, as `embed` returns them.
+      captions: tokens.
+      scale: inverse temperature.
+    """
+    text, image = pairs["text"], pairs["image"]
+    same = (captions[:, None] == captions).all(-1)
+    positions = jnp.arange(len(text))
+    negatives = pairs.get("negatives")
+    return contrastive_nll(text, image, text, image, scale, positions, same, negatives)
+
+
+def compare_among(
+    captions: UInt8[np.ndarray, "n length"],
+    scale: Float[np.ndarray, ""],
+    size: int,
+    context: Context,
+) -> tuple[Float[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
+    """Return what `compare` does of every pair, among `size` pairs in the order of the split.
+
+    The last pairs are compared with the first ones, too; fewer than `size` pairs are repeated,
+    as they are in a batch of so small a training set.
+
+    Args:
+      captions: tokens of the split.
+      scale: inverse temperature.
+      size: pairs that are compared with each other.
+      context: of the evaluation.
+    """
+    vectors = {k: v for k, v in context.shared(embeddings).items() if k != "told_apart"}
+    count, parts, compiled = len(captions), [], context.compile(compare)
+    for start in range(0, count, size):
+        rows = np.arange(start, start + size) % count
+        pairs = {name: values[rows].astype(np.float32) for name, values in vectors.items()}
+        arguments: PyTree = (pairs, captions[rows], scale)
+        nll, correct = jax.tree.map(np.asarray, compiled(*arguments))
+        parts.append((nll[: count - start], correct[: count - start]))
+    return np.concatenate([nll for nll, _ in parts]), np.concatenate([right for _, right in parts])
+
+
+def evaluate_pairs(task: Contrastive, context: Context) -> Evaluation:
+    """Return the loss, the scale, and how often the right image is the nearest to its caption."""
+    held_out, values = context.held_out, context.shared(embeddings)
+    compiled = context.compile(temperature_scale, static_argnums=0)
+    scale = np.asarray(compiled(task, context.variables.params))
+    captions = captions_alone(held_out.rows(np.arange(len(held_out.images))).captions)
+    nll, correct = compare_among(captions, scale, task.batch_size, context)
+    told_apart = {name: values[name] for name in ("told_apart",) if name in values}
+    metrics = averages({"loss": nll, **told_apart}) | {"scale": float(scale)}
+    fewer = min(AMONG, len(captions))
+    if fewer > 1:
+        among = compare_among(captions, scale, fewer, context)[1]
+        metrics |= averages({"accuracy": correct, f"accuracy_among_{fewer}": among})
+    else:
+        tell("accuracy is left out: a caption needs at least 2 images to be found among")
+    about = {"loss": f"among {task.batch_size} pairs of {len(captions)} held-out ones"}
+    return Evaluation(metrics, about=about)
+
+
+def nearest_images(task: Contrastive, context: Context) -> Evaluation:
+    """Return a row for each of ten captions: its image, then the nearest ones of the first 500."""
+    images = to_images(np.asarray(context.held_out.first(500).images), task.info.levels)
+    values = context.shared(embeddings)
+    similarity = values["text"][:10] @ values["image"][: len(images)].T
+    nearest = np.argsort(-similarity, 1)[:, :8]
+    rows = [np.concatenate([images[i : i + 1], images[nearest[i]]]) for i in range(len(nearest))]
+    sheet = plots.grid(np.concatenate(rows), columns=1 + nearest.shape[1])
+    return Evaluation(images={"found": sheet})
 
 
 def check_captions(info: DataInfo) -> None:
-    """Raises UserError unless the data set has captions."""
+    """Check that the data set has captions.
+
+    Raises:
+      UserError: it has none.
+    """
     if not info.caption_length:
         raise UserError(
             f"data set {info.name} has no captions, or empty ones alone; text-to-image needs a "

@@ -2,325 +2,41 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int, Key, PyTree
 
-from ddpm_jax import plots
-from ddpm_jax.data.types import UNBOUND, Batch, Data, DataInfo
+from ddpm_jax.data.types import UNBOUND, Batch, DataInfo
 from ddpm_jax.diffusion import elbo
 from ddpm_jax.diffusion import losses as loss
 from ddpm_jax.diffusion.grids import step_time
-from ddpm_jax.diffusion.prediction import Prediction, PredictionType, Variance, clip_x0, read
-from ddpm_jax.diffusion.process import q_posterior, q_sample
+from ddpm_jax.diffusion.prediction import Prediction, PredictionType, Variance, clip_x0
+from ddpm_jax.diffusion.process import q_posterior
 from ddpm_jax.diffusion.schedules import LinearBetas, NoiseSchedule, Schedule
+from ddpm_jax.diffusion.times import TIMES, Times
 from ddpm_jax.fields import BOUND, MAY_CHANGE, AtLeast, AtMost, FieldError, NonNegative, section
-from ddpm_jax.metrics.averages import averages, figures, ratio_of_sums
-from ddpm_jax.metrics.per_example import per_example, spread_times
+from ddpm_jax.metrics.averages import averages
+from ddpm_jax.metrics.noise_levels import noise_levels
+from ddpm_jax.metrics.per_example import spread_times
 from ddpm_jax.metrics.pixels import to_images
-from ddpm_jax.nn.dit import DiT
+from ddpm_jax.nn.denoising_networks import DenoisingNetwork
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.task import Guide, Needs, Resources, Task, class_labels
-from ddpm_jax.tasks.image_sampler import Sampling, check_start, drawing
-from ddpm_jax.tasks.sample_figures import QUICK_IMAGES, Judging, SampleEvaluation, judging_of, show
+from ddpm_jax.rng import split_keys
+from ddpm_jax.task import AllGather, Context, Evaluate, Evaluation, LossOutput, Variables
+from ddpm_jax.tasks.denoising import Corrupted, corrupt, predict, weighted_error
+from ddpm_jax.tasks.image_denoiser import ImageDenoiser, SampleEvaluation, bound_network
+from ddpm_jax.tasks.image_sampler import Sampling, check_start
+from ddpm_jax.tasks.sample_figures import SAMPLE_EVALUATIONS
 
-Times = Literal["uniform", "stratified", "importance"]
-
-NOISE_LEVELS = 10  # of the table of errors
-
-RATES = 50  # points at most of the rate-distortion curve
-
-
-def diffusion_task(
-    net: UNet | DiT,
-    schedule: Schedule,
-    shape: tuple[int, int, int],
-    levels: int,
-    *,
-    kind: PredictionType = "eps",
-    weight: Callable[[Array], Array] = loss.one,
-    label_dropout: float = 0.1,
-    flip: bool = False,
-    variance: Variance = "beta",
-    bound_scale: float = 1e-3,
-    times: Times = "stratified",
-    sampling: Sampling = Sampling(),
-    batch_size: int,
-    eval_batch: int = 256,
-    eval_times: int = 8,
-    judging: Judging = Judging(),
-    guide: Callable[[], Guide | None] = lambda: None,
-) -> Task:
-    """Denoising diffusion of images (Ho et al. 2020, alg. 1-2).
-
-    Args:
-      net: network; its `classes`, if any, make it class-conditional.
-      schedule: logsnr of t.
-      shape, levels: of the images.
-      kind: what the network predicts.
-      weight: of the squared error of eps, by logsnr.
-      label_dropout: share of labels replaced by "no class" in training.
-      flip: mirror half of the training images.
-      variance: of p(x_s | x_t) in the bound; "learned": the network has twice the outputs,
-        and is trained on L_simple + bound_scale L_vlb (Nichol & Dhariwal 2021).
-      times: how training draws t: "uniform", "stratified" or by the loss's "importance".
-      sampling: how images are drawn by default.
-      batch_size: of training, over which times are spread evenly.
-      eval_times: noise levels of each test image that the test figures average over.
-      judging: what judges drawn images, the classes in turn.
-      guide: loads what guides them; None: the labels do.
-
-    Raises:
-      FieldError: the network cannot be built for images of this shape, or its prediction determines
-        nothing of them where sampling starts.
-    """
-    with section("network"):
-        net.check(shape)
-    classes, steps, learned = net.classes, schedule.steps, variance == "learned"
-    if net.outputs != shape[-1] * (2 if learned else 1):
-        raise ValueError(f"{net.outputs} outputs for images of {shape} and a {variance} variance")
-    if steps is None and (learned or times == "importance"):
-        field = "variance=learned" if learned else "times=importance"
-        raise FieldError(
-            f"{field}: needs a table of betas; give schedule=linear_betas or cosine_betas",
-            "schedule",
-        )
-    step_nats = jax.vmap(
-        functools.partial(elbo.step_nats, variance=variance, levels=levels),
-        (0, 0, 0, 0, 0, None),
-    )
-
-    def least():
-        """log of the posterior's variance in the table's second step."""
-        first, second = (schedule.logsnr(jnp.asarray(i / steps)) for i in (1, 2))
-        return jnp.log(q_posterior(jnp.zeros(()), jnp.zeros(()), second, first)[1])
-
-    def init(key, batch: Batch):
-        zeros = jnp.zeros((1, *shape))
-        labels = jnp.zeros(1, jnp.int32) if classes else None
-        fixed = {"history": loss.empty_history(steps)} if steps and times == "importance" else {}
-        return net.init(key, zeros, jnp.zeros(1), labels), fixed
-
-    def predict(params, xt, logsnr, labels, keys=None) -> Prediction:
-        """A batch, each image with its own logsnr."""
-        out: Any = net.apply(params, xt, schedule.time(logsnr), labels, keys)
-        if not learned:
-            return jax.vmap(functools.partial(read, kind))(out, xt, logsnr)
-        out, between = jnp.split(out, 2, -1)
-        found = jax.vmap(functools.partial(read, kind))(out, xt, logsnr)
-        return found._replace(variance_fraction=(between + 1) / 2)
-
-    draw = drawing(
-        predict,
-        lambda params: schedule,
-        shape,
-        classes,
-        sampling,
-        steps=steps,
-        variance=learned,
-        guide=guide,
-        untrained="" if label_dropout else "label_dropout=0",
-    )
-    check_start(kind, schedule, sampling)
-
-    def noisy(batch, keys, t):
-        """x0, eps, x_t and logsnr of each example."""
-        x0 = to_images(batch.images, levels)
-        logsnr = schedule.logsnr(step_time(schedule, t))
-        eps = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-        return x0, eps, jax.vmap(q_sample)(x0, eps, logsnr), logsnr
-
-    def before(t):
-        """logsnr a step of the table earlier: +inf, the clean data, before the first."""
-        return schedule.logsnr(step_time(schedule, t) - 1 / steps)
-
-    def objective(found, x0, eps, xt, logsnr, t):
-        """The loss of each image and its parts, at one time each, for training and evaluation."""
-        mse = jax.vmap(loss.simple)(found, eps)
-        losses, parts = jax.vmap(weight)(logsnr) * mse, {"mse": mse}
-        if learned:
-            bound = functools.partial(loss.variance_bound, steps=steps, levels=levels)
-            parts["vlb"] = jax.vmap(bound, (0, 0, 0, 0, 0, None))(
-                found, x0, xt, logsnr, before(t), least()
-            )
-            losses += bound_scale * parts["vlb"]
-        return losses, parts
-
-    def loss_of(params, fixed, batch, keys, *, train, gather):
-        del gather
-        split = jax.vmap(lambda key: jax.random.split(key, 5))(keys)
-        t_keys, eps_keys, label_keys, flip_keys, drop_keys = (split[:, i] for i in range(5))
-        if flip and train:
-            mirrored = jax.vmap(jax.random.bernoulli)(flip_keys)[:, None, None, None]
-            images = jnp.where(mirrored, batch.images[:, :, ::-1], batch.images)
-            batch = batch._replace(images=images)
-        share = jnp.ones(len(keys))
-        if times == "importance":
-            t, share = loss.importance_times(fixed["history"], t_keys)
-        elif times == "stratified":
-            t = loss.stratified_times(t_keys, batch.index % batch_size, batch_size)
-        else:
-            t = loss.uniform_times(t_keys, batch.index, batch_size)
-        x0, eps, xt, logsnr = noisy(batch, eps_keys, t)
-        labels = None
-        if classes:
-            dropout = label_dropout if train else 0.0
-            dropped = jax.vmap(lambda key: jax.random.bernoulli(key, dropout))(label_keys)
-            labels = jnp.where(dropped, classes, class_labels(batch.labels, classes))
-        found = predict(params, xt, logsnr, labels, drop_keys if train else None)
-        losses, metrics = objective(found, x0, eps, xt, logsnr, t)
-        statistics = {"t": t, "losses": losses} if times == "importance" else {}
-        # Weighted by their share, means over a batch are unbiased however t was drawn.
-        return share * losses, {name: share * v for name, v in metrics.items()}, statistics
-
-    def update(fixed, statistics):
-        if times != "importance":
-            return fixed
-        return {"history": loss.record(fixed["history"], statistics["t"], statistics["losses"])}
-
-    # Evaluation: the loss and its parts at evenly spread times, and the bound.
-
-    def test_terms(params, batch, keys):
-        labels = class_labels(batch.labels, classes) if classes else None
-        split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
-        t_keys, noise_keys, decoder_keys = (split[:, i] for i in range(3))
-        times = spread_times(batch.index, t_keys, eval_times)
-
-        def at(number):
-            t = times[:, number]
-            eps_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(noise_keys)
-            x0, eps, xt, logsnr = noisy(batch, eps_keys, t)
-            found = predict(params, xt, logsnr, labels)
-            losses, parts = objective(found, x0, eps, xt, logsnr, t)
-            terms = {"loss": losses, **parts, "t": t}
-            if steps:
-                found = clipped(found, xt, logsnr)
-                terms["distortion"] = jnp.square(found.x0 - x0).reshape(len(x0), -1).mean(-1)
-                cleaner = before(t)
-                nats = step_nats(found, x0, xt, logsnr, cleaner, least())
-                # The first step is the decoder's, which is taken of every image below.
-                terms["kl"] = jnp.where(jnp.isposinf(cleaner), 0.0, nats) * steps
-            return terms
-
-        found = jax.lax.map(at, jnp.arange(eval_times))
-        found = {name: jnp.moveaxis(values, 0, 1) for name, values in found.items()}
-        if steps:
-            x0 = to_images(batch.images, levels)
-            found["prior"] = jax.vmap(lambda x0: elbo.prior_kl(x0, schedule.logsnr(1.0)))(x0)
-            found["decoder"] = decoder(params, batch, decoder_keys, labels)
-        return found
-
-    def clipped(found, xt, logsnr):
-        return jax.vmap(lambda p, x, s: clip_x0(lambda *_: p)(x, s))(found, xt, logsnr)
-
-    def decoder(params, batch, keys, labels):
-        """L_0, of the first step."""
-        t = jnp.zeros(len(batch.images))
-        x0, _, xt, logsnr = noisy(batch, keys, t)
-        found = clipped(predict(params, xt, logsnr, labels), xt, logsnr)
-        return step_nats(found, x0, xt, logsnr, before(t), least())
-
-    def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
-        held_out = data.part(split) if full else data.part(split).first(QUICK_IMAGES)
-        found = per_example(test_terms, held_out, eval_batch, seed, spread, params)
-        names = ("loss", "mse", "vlb") if learned else ("loss", "mse")
-        metrics = averages({name: found[name] for name in names})
-        dims = int(np.prod(shape))
-        if steps:
-            ends = {f"bits_per_dim_{name}": found[name] for name in ("decoder", "prior")}
-            bound = found["kl"].mean(1) + found["prior"] + found["decoder"]
-            metrics |= averages({"bits_per_dim": bound, **ends}, 1 / (dims * np.log(2)))
-        pictures: dict[str, Any] = {}
-        if full:
-            by_level, pictures = noise_levels(found, dims)
-            metrics |= by_level
-        shown = show(draw, params, seed, data, split, full, judging, spread)
-        return shown._replace(metrics=metrics | shown.metrics, pictures=pictures | shown.pictures)
-
-    return Task(
-        init,
-        loss_of,
-        update,
-        evaluate,
-        draw.sample,
-        draw.guide,
-        labels=draw.labels,
-        denoiser=draw.denoiser,
-    )
-
-
-def noise_levels(
-    found: dict[str, np.ndarray], dims: int
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """The error of eps and the bits per dimension of each tenth of t, and their pictures.
-
-    A standard error is over images, each with all of its times (`ratio_of_sums`).
-
-    Progressive coding (Ho et al. 2020, sec. 4.3): sent from noise to data, after the bits of
-    all times above t, the predicted x0 differs from the image by its root mean squared error.
-
-    Args:
-      found: [images, times] t, mse and, of a table, kl (nats, times T) and distortion.
-    """
-    rows = np.minimum((found["t"] * NOISE_LEVELS).astype(int), NOISE_LEVELS - 1)
-    seen = np.unique(rows)  # all of them, but for a handful of images
-    levels = seen / NOISE_LEVELS
-    metrics: dict[str, float] = {}
-
-    def of(name: str, metric: str = "", scale: float = 1.0) -> np.ndarray:
-        means = []
-        for row in seen:
-            mean, error = ratio_of_sums(found[name], rows == row)
-            means.append(mean * scale)
-            if metric:
-                metrics.update(
-                    figures(f"{metric}_t_{row / NOISE_LEVELS:.1f}", (mean, error), scale)
-                )
-        return np.array(means)
-
-    curves: dict[str, np.ndarray] = {"error of eps": of("mse", "mse")}
-    pictures = {}
-    if "kl" in found:
-        bits = of("kl", "bits", 1 / (NOISE_LEVELS * dims * np.log(2)))
-        curves["bits/dim"] = bits
-        rate, rmse = rate_distortion(found["t"], found["kl"], found["distortion"], dims)
-        pictures["rate_distortion"] = plots.lines(
-            rate, {"RMSE of 255": rmse}, "bits/dim sent", "Progressive coding"
-        )
-    pictures["levels"] = plots.lines(levels, curves, "t", "By noise level")
-    return metrics, pictures
-
-
-def rate_distortion(
-    t: np.ndarray, kl: np.ndarray, distortion: np.ndarray, dims: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(bits per dimension sent, root mean squared error of 255) where t falls, at equal times.
-
-    rate(t) = integral of kl from t to 1: over draws of t, sorted, the sum of all above it and of
-    half its own.  Both are averaged over the same neighbouring draws (Ho et al. 2020, sec. 4.3).
-
-    Args:
-      t: uniform times [...].
-      kl: nats times T at each of them.
-      distortion: mean squared error of the predicted x0, of values in [-1, 1], at each of them.
-    """
-    order = np.argsort(-t.ravel(), kind="stable")
-    nats, error = kl.ravel()[order], distortion.ravel()[order]
-    rate = (np.cumsum(nats) - nats / 2) / len(nats) / (dims * np.log(2))
-    parts = min(len(nats), max(NOISE_LEVELS, min(RATES, len(nats) // 20)))
-    rate, error = (
-        np.array([part.mean() for part in np.array_split(a, parts)]) for a in (rate, error)
-    )
-    return rate, 127.5 * np.sqrt(error)
+QUICK_IMAGES = 1000  # held-out images of an evaluation before the last
 
 
 @dataclasses.dataclass(frozen=True)
-class Diffusion:
-    """Denoising diffusion of images (Ho et al. 2020); see `diffusion_task`.
+class Diffusion(ImageDenoiser):
+    """Denoising diffusion of images (Ho et al. 2020, alg. 1 and 2).
 
     Attributes:
       network: The denoising network.
@@ -340,7 +56,7 @@ class Diffusion:
       batch_size: Training images of one step.
     """
 
-    network: UNet | DiT = UNet()
+    network: DenoisingNetwork = UNet()
     schedule: NoiseSchedule = LinearBetas()
     prediction: PredictionType = "eps"
     variance: Variance = "beta"
@@ -355,54 +71,258 @@ class Diffusion:
     info: Annotated[DataInfo, BOUND] = UNBOUND
     batch_size: Annotated[int, BOUND] = 0
 
-    provides: ClassVar[str] = "diffusion"
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network has learned the variance of a step."""
+        return self.variance == "learned"
 
-    def needs(self) -> Needs:
-        """Return the names of other runs: feature networks and a guidance model."""
-        return Needs(self.evaluation.features, self.sampling.guidance_model)
+    @property
+    def only_conditional(self) -> str:
+        """The field by which the network is never trained without its labels; "": it is."""
+        return "" if self.label_dropout else "label_dropout=0"
 
-    def fit_to(self, data: Data) -> "Diffusion":
-        """Return the settings as they fit a data set: as they are."""
-        del data
-        return self
-
-    def adapt(self, data: Data) -> Data:
-        """Return the data as the task is trained on them: as they are."""
-        return data
+    @property
+    def table_steps(self) -> int | None:
+        """Steps of the schedule's table; None: it is continuous."""
+        return self.schedule.make().steps
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "Diffusion":
         """Return the task for a data set, a precision and a batch size."""
-        outputs = info.shape[-1] * (2 if self.variance == "learned" else 1)
-        classes = info.classes if self.conditional else 0
-        network = self.network.clone(
-            outputs=outputs, classes=classes, dtype=jnp.dtype(precision), parent=None
+        network = bound_network(
+            self.network,
+            info,
+            precision,
+            conditional=self.conditional,
+            learned=self.learned_variance,
         )
         return dataclasses.replace(self, network=network, info=info, batch_size=batch_size)
 
-    def build(self, resources: Resources = Resources()) -> Task:
-        """Return the functions of the bound task.
+    def check(self) -> None:
+        """Check that the fields fit each other and the data.
 
         Raises:
-          FieldError: fields contradict each other or the data.
+          FieldError: they do not.
         """
         with section("schedule"):
             schedule = self.schedule.make()
-        return diffusion_task(
-            self.network,
-            schedule,
-            self.info.shape,
-            self.info.levels,
-            kind=self.prediction,
-            weight=loss.WEIGHTS[self.loss_weight],
-            label_dropout=self.label_dropout,
-            flip=self.flip,
-            variance=self.variance,
-            bound_scale=self.vlb_weight,
-            times=self.times,
-            sampling=self.sampling,
-            batch_size=self.batch_size,
-            eval_batch=self.evaluation.batch_size,
-            eval_times=self.evaluation.times_per_image,
-            judging=judging_of(self.evaluation, resources),
-            guide=resources.guidance,
+        with section("network"):
+            self.network.check(self.info.shape)
+        if schedule.steps is None and (self.learned_variance or self.times == "importance"):
+            field = "variance=learned" if self.learned_variance else "times=importance"
+            raise FieldError(
+                f"{field}: needs a table of betas; give schedule=linear_betas or cosine_betas",
+                "schedule",
+            )
+        self.check_denoiser(schedule.steps)
+        check_start(self.prediction, schedule, self.sampling)
+
+    def noise_schedule(self, params: PyTree = None) -> Schedule:
+        """Return the schedule, of which the parameters hold nothing."""
+        del params
+        return self.schedule.make()
+
+    def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
+        """Return the first variables."""
+        del batch
+        labels = jnp.zeros(1, jnp.int32) if self.classes else None
+        images = jnp.zeros((1, *self.info.shape))
+        params = self.network.init(key, images, jnp.zeros(1), labels)
+        return Variables(params, TIMES[self.times].init(self.table_steps))
+
+    def predict(
+        self,
+        params: PyTree,
+        xt: Float[Array, "batch h w c"],
+        logsnr: Float[Array, "batch"],
+        conditioning: Int[Array, "batch"] | None,
+        keys: Key[Array, "batch"] | None = None,
+    ) -> Prediction:
+        """Return the prediction for noisy images, each with its own logsnr.
+
+        Args:
+          params: of the network.
+          xt: noisy images.
+          logsnr: of every image.
+          conditioning: labels; None: the network has no classes.
+          keys: of dropout; None: there is none.
+        """
+        time = self.noise_schedule().time(logsnr)
+        return predict(
+            self.network, self.prediction, params, xt, logsnr, time, labels=conditioning, keys=keys
         )
+
+    def loss(
+        self,
+        variables: Variables,
+        batch: Batch,
+        keys: Key[Array, "batch"],
+        *,
+        train: bool,
+        all_gather: AllGather,
+    ) -> LossOutput:
+        """Return the loss of every example at one time each; see `Task.loss`."""
+        del all_gather
+        t_keys, eps_keys, label_keys, flip_keys, drop_keys = split_keys(keys, 5)
+        if self.flip and train:
+            batch = mirrored(batch, flip_keys)
+        times = TIMES[self.times]
+        t, weight = times.sample(variables.extra, t_keys, batch.index, self.batch_size)
+        labels = self.conditioning(batch.labels)
+        if labels is not None:
+            dropout = self.label_dropout if train else 0.0
+            dropped = jax.vmap(lambda key: jax.random.bernoulli(key, dropout))(label_keys)
+            labels = jnp.where(dropped, self.classes, labels)
+        noisy = self.corrupted(batch, eps_keys, t)
+        prediction = self.predict(
+            variables.params, noisy.xt, noisy.logsnr, labels, drop_keys if train else None
+        )
+        losses, metrics = self.objective(prediction, noisy, t)
+        metrics = {name: weight * values for name, values in metrics.items()}
+        return LossOutput(weight * losses, metrics, times.statistics(t, losses))
+
+    def update_extra(self, extra: PyTree, statistics: PyTree) -> PyTree:
+        """Return what the sampler of times remembers after a step."""
+        return TIMES[self.times].update(extra, statistics)
+
+    def corrupted(
+        self, batch: Batch, keys: Key[Array, "batch"], t: Float[Array, "batch"]
+    ) -> Corrupted:
+        """Return the images of a batch, noised to their times."""
+        schedule = self.noise_schedule()
+        images = to_images(batch.images, self.info.levels)
+        return corrupt(images, keys, schedule.logsnr(step_time(schedule, t)))
+
+    def objective(
+        self, prediction: Prediction, noisy: Corrupted, t: Float[Array, "batch"]
+    ) -> tuple[Float[Array, "batch"], dict[str, Float[Array, "batch"]]]:
+        """Return L_simple, weighted, or L_hybrid of every image, and its parts by name."""
+        losses, mse = weighted_error(prediction, noisy, loss.WEIGHTS[self.loss_weight])
+        if not self.learned_variance:
+            return losses, {"mse": mse}
+        assert self.table_steps is not None
+        bound = functools.partial(
+            loss.variance_bound, steps=self.table_steps, levels=self.info.levels
+        )
+        vlb = jax.vmap(bound, (0, 0, 0, 0, 0, None))(prediction, *self._step(noisy, t))
+        return loss.hybrid(losses, vlb, self.vlb_weight), {"mse": mse, "vlb": vlb}
+
+    def logsnr_before(self, t: Float[Array, "batch"]) -> Float[Array, "batch"]:
+        """Return logsnr a step of the table earlier: +inf, the clean data, before the first."""
+        schedule = self.noise_schedule()
+        assert schedule.steps is not None
+        return schedule.logsnr(step_time(schedule, t) - 1 / schedule.steps)
+
+    def least_log_variance(self) -> Float[Array, ""]:
+        """Return the log of the posterior's variance in the table's second step."""
+        schedule = self.noise_schedule()
+        assert schedule.steps is not None
+        first, second = (schedule.logsnr(jnp.asarray(i / schedule.steps)) for i in (1, 2))
+        return jnp.log(q_posterior(jnp.zeros(()), jnp.zeros(()), second, first)[1])
+
+    def step_nats(
+        self, prediction: Prediction, noisy: Corrupted, t: Float[Array, "batch"]
+    ) -> Float[Array, "batch"]:
+        """Return the part of the bound of every image's step, in nats."""
+        nats = functools.partial(elbo.step_nats, variance=self.variance, levels=self.info.levels)
+        return jax.vmap(nats, (0, 0, 0, 0, 0, None))(prediction, *self._step(noisy, t))
+
+    def _step(self, noisy: Corrupted, t: Float[Array, "batch"]) -> tuple[Array, ...]:
+        """(x0, x_t, logsnr_t, logsnr_s, least log variance) of every image's step of the table."""
+        before, least = self.logsnr_before(t), self.least_log_variance()
+        return noisy.x0, noisy.xt, noisy.logsnr, before, least
+
+    def evaluations(self) -> "tuple[Evaluate[Diffusion], ...]":
+        """Return the functions that evaluate the task."""
+        return evaluate_loss, evaluate_bound, evaluate_noise_levels, *SAMPLE_EVALUATIONS
+
+
+def mirrored(batch: Batch, keys: Key[Array, "batch"]) -> Batch:
+    """Return a batch with half of its images mirrored."""
+    flipped = jax.vmap(jax.random.bernoulli)(keys)[:, None, None, None]
+    return batch._replace(images=jnp.where(flipped, batch.images[:, :, ::-1], batch.images))
+
+
+def held_out_terms(
+    task: Diffusion, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
+) -> dict[str, Array]:
+    """Return the loss and its parts at evenly spread times [B, times], and the bound's ends [B].
+
+    Of a schedule with a table: kl (nats, times T) and distortion, the squared error of x0, of every
+    time; prior and decoder, L_T and L_0 of the bound (Ho et al. 2020, eq. 5).
+    """
+    labels = task.conditioning(batch.labels)
+    t_keys, noise_keys, decoder_keys = split_keys(keys, 3)
+    count, steps = task.evaluation.times_per_image, task.table_steps
+    times = spread_times(batch.index, t_keys, count)
+
+    def at_time(number: Int[Array, ""]) -> dict[str, Array]:
+        t = times[:, number]
+        eps_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(noise_keys)
+        noisy = task.corrupted(batch, eps_keys, t)
+        prediction = task.predict(params, noisy.xt, noisy.logsnr, labels)
+        losses, parts = task.objective(prediction, noisy, t)
+        terms = {"loss": losses, **parts, "t": t}
+        if steps:
+            clipped = clip(prediction, noisy)
+            error = jnp.square(clipped.x0 - noisy.x0)
+            terms["distortion"] = error.reshape(len(t), -1).mean(-1)
+            nats = task.step_nats(clipped, noisy, t)
+            # The first step is the decoder's, which is computed of every image below.
+            terms["kl"] = jnp.where(jnp.isposinf(task.logsnr_before(t)), 0.0, nats) * steps
+        return terms
+
+    terms = jax.lax.map(at_time, jnp.arange(count))
+    terms = {name: jnp.moveaxis(values, 0, 1) for name, values in terms.items()}
+    if steps:
+        noisiest = task.noise_schedule().logsnr(1.0)
+        x0 = to_images(batch.images, task.info.levels)
+        terms["prior"] = jax.vmap(lambda x0: elbo.prior_kl(x0, noisiest))(x0)
+        first = jnp.zeros(len(batch.images))
+        noisy = task.corrupted(batch, decoder_keys, first)
+        prediction = clip(task.predict(params, noisy.xt, noisy.logsnr, labels), noisy)
+        terms["decoder"] = task.step_nats(prediction, noisy, first)
+    return terms
+
+
+def clip(prediction: Prediction, noisy: Corrupted) -> Prediction:
+    """Return the prediction with x0 within the range of images, each at its own logsnr."""
+
+    def clip_one(prediction: Prediction, xt: Array, logsnr: Array) -> Prediction:
+        return clip_x0(lambda *_: prediction)(xt, logsnr)
+
+    return jax.vmap(clip_one)(prediction, noisy.xt, noisy.logsnr)
+
+
+def terms_of(context: Context) -> dict[str, np.ndarray]:
+    """Return `held_out_terms` of the split, or of its first images before the end."""
+    task = context.task
+    assert isinstance(task, Diffusion)
+    split = context.held_out if context.full else context.held_out.first(QUICK_IMAGES)
+    size = task.evaluation.batch_size
+    return context.per_example(held_out_terms, split, size, context.variables.params)
+
+
+def evaluate_loss(task: Diffusion, context: Context) -> Evaluation:
+    """Return the loss and its parts, at evenly spread times."""
+    terms = context.shared(terms_of)
+    names = ("loss", "mse", "vlb") if task.learned_variance else ("loss", "mse")
+    return Evaluation(averages({name: terms[name] for name in names}))
+
+
+def evaluate_bound(task: Diffusion, context: Context) -> Evaluation:
+    """Return the variational bound in bits per dimension, where the schedule is a table."""
+    if not task.table_steps:
+        return Evaluation()
+    terms = context.shared(terms_of)
+    bound = terms["kl"].mean(1) + terms["prior"] + terms["decoder"]
+    ends = {f"bits_per_dim_{name}": terms[name] for name in ("decoder", "prior")}
+    scale = 1 / (int(np.prod(task.info.shape)) * np.log(2))
+    return Evaluation(averages({"bits_per_dim": bound, **ends}, scale))
+
+
+def evaluate_noise_levels(task: Diffusion, context: Context) -> Evaluation:
+    """Return errors and rates by noise level, at the end of a training."""
+    if not context.full:
+        return Evaluation()
+    metrics, images = noise_levels(context.shared(terms_of), int(np.prod(task.info.shape)))
+    return Evaluation(metrics, {**images})

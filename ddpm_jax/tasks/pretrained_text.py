@@ -1,7 +1,7 @@
-"""A frozen text encoder of somebody else's, by name: `pip install 'ddpm_jax[pretrained]'`.
+"""A frozen text encoder of `transformers`, by name: `pip install 'ddpm_jax[pretrained]'`.
 
 T5, CLIP, MiniLM and whatever else `transformers` loads by name, or from a folder, as an encoder of
-text.  It runs once for each caption of a data set; what it says is kept in the user's cache.
+text. It runs once for each caption of a data set; the features are kept in the user's cache.
 """
 
 import functools
@@ -9,42 +9,52 @@ import hashlib
 import importlib.util
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
+from jaxtyping import Array
 
 from ddpm_jax.data.cache import cache_dir
-from ddpm_jax.data.tfds import reachable
+from ddpm_jax.data.tfds_builders import reachable
 from ddpm_jax.data.tokenizer import untokenize
 from ddpm_jax.data.types import ENDLESS, Data, Split
 from ddpm_jax.errors import UserError
 from ddpm_jax.progress import tell
 
-LENGTH = 64  # tokens of a caption, in the encoder's own kind of token
+LENGTH = 64  # tokens of a caption, as the encoder's tokenizer counts them
 HUB_SECONDS = 2.0  # in which the hub must answer
-AT_ONCE = 64  # captions in one call
-PART = 4096  # captions that are kept in memory
-KIND = "2"  # of what is kept: another where `encode` says something else of the same text
+BATCH = 64  # captions in one call
+PART = 4096  # captions whose features are in memory at a time
+VERSION = "2"  # of the features: another one where `encode` returns others for the same text
 
 
 class Features(NamedTuple):
-    """Of captions: of every token [N, LENGTH, D], which are text [N, LENGTH], pooled [N, D].
+    """Features of captions.
 
-    Indexed by rows or a slice, as an array is.
+    Attributes:
+      tokens: Of every token [N, LENGTH, D].
+      mask: Which tokens are text [N, LENGTH].
+      pooled: Mean over the tokens that are text [N, D].
     """
 
-    tokens: Any
-    mask: Any
-    pooled: Any
+    tokens: np.ndarray | Array
+    mask: np.ndarray | Array
+    pooled: np.ndarray | Array
 
-    def at(self, rows: Any) -> "Features":
-        """Those of `rows`, in float32."""
+    def at(self, rows: np.ndarray) -> "Features":
+        """Return those of some rows, in float32."""
         tokens, mask, pooled = (array[rows] for array in self)
         return Features(tokens.astype(np.float32), mask, pooled.astype(np.float32))
 
 
 class Encoded:
-    """A split's captions as an encoder's features, made when they are indexed."""
+    """The captions of a split as an encoder's features, which are made when they are indexed.
+
+    Args:
+      texts: the captions.
+      features: of every different caption.
+      rows: where among them the features of each caption are [N].
+    """
 
     def __init__(self, texts: Sequence[str], features: Features, rows: np.ndarray) -> None:
         self.texts, self._features, self._rows = texts, features, rows
@@ -52,21 +62,34 @@ class Encoded:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, rows: Any) -> Any:
+    @overload
+    def __getitem__(self, rows: slice) -> "Encoded": ...
+
+    @overload
+    def __getitem__(self, rows: np.ndarray) -> Features: ...
+
+    def __getitem__(self, rows: slice | np.ndarray) -> "Encoded | Features":
         if isinstance(rows, slice):
             return Encoded(self.texts[rows], self._features, self._rows[rows])
         return self._features.at(self._rows[rows])
 
 
-@functools.lru_cache(maxsize=2)
 def load_encoder(name: str) -> tuple[Any, Any]:
-    """(tokenizer, encoder) of a name or a folder, which may be those of a stranger's run record.
+    """Return (tokenizer, encoder) of a name or a folder, from memory unless its files changed.
 
-    Nothing in it is executed: no classes of its own, no pickles, no kernels.
+    The name may be that of a stranger's run record. Nothing in the folder is executed: no classes
+    of its own, no pickles, no kernels.
 
     Raises:
-      UserError: `transformers` or PyTorch is not installed, or the encoder cannot be had.
+      UserError: `transformers` or PyTorch is not installed, or the encoder cannot be loaded.
     """
+    return _load_encoder(name, _files_of(name))
+
+
+@functools.lru_cache(maxsize=2)
+def _load_encoder(name: str, files: str) -> tuple[Any, Any]:
+    """`load_encoder`, once for a name and its files' sizes and times."""
+    del files
     missing = [m for m in ("transformers", "torch") if importlib.util.find_spec(m) is None]
     if missing:
         raise UserError(
@@ -127,41 +150,44 @@ def _check_name(name: str) -> bool:
     return True
 
 
+def absolute_name(name: str) -> str:
+    """Return the name of an encoder, or the absolute path of its folder."""
+    folder = pathlib.Path(name).expanduser()
+    return str(folder.absolute()) if name and folder.is_dir() else name
+
+
 def width_of(name: str) -> int:
-    """How many features a token has."""
+    """Return the number of features of a token."""
     return int(load_encoder(name)[1].config.hidden_size)
 
 
 def encode(name: str, texts: Sequence[str]) -> Features:
-    """What the encoder says of `texts`; pooled is the mean over tokens.  Float16, on the host.
+    """Return the features of texts in float16, on the host; pooled is the mean over tokens.
 
-    Of an empty text it says nothing: no token counts, and what is pooled is 0.
+    An empty text has no tokens that count, and its pooled features are 0.
     """
     import torch
 
     tokenizer, model = load_encoder(name)
     longest = min(LENGTH, getattr(tokenizer, "model_max_length", LENGTH))
-    found = []
-    for start in range(0, len(texts), AT_ONCE):
-        part = tokenizer(
-            list(texts[start : start + AT_ONCE]),
-            padding="max_length",
-            truncation=True,
-            max_length=longest,
-            return_tensors="pt",
+    parts = []
+    for start in range(0, len(texts), BATCH):
+        batch = list(texts[start : start + BATCH])
+        tokens = tokenizer(
+            batch, padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
         )
         with torch.no_grad():
-            told = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
-        hidden, mask = told.last_hidden_state.numpy(), part["attention_mask"].numpy() > 0
-        mask &= np.array([bool(text) for text in texts[start : start + AT_ONCE]])[:, None]
+            out = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        hidden, mask = out.last_hidden_state.numpy(), tokens["attention_mask"].numpy() > 0
+        mask &= np.array([bool(text) for text in batch])[:, None]
         shares = mask / np.maximum(mask.sum(1, keepdims=True), 1)
         pooled = np.einsum("bl,bld->bd", shares, hidden)
-        found.append((hidden.astype(np.float16), mask, pooled.astype(np.float16)))
-    return Features(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+        parts.append((hidden.astype(np.float16), mask, pooled.astype(np.float16)))
+    return Features(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def encoded(name: str, data: Data) -> Data:
-    """`data` with features in the place of captions, computed once and kept.
+    """Return a data set with features in the place of captions, computed once and kept.
 
     Raises:
       UserError: there are no captions, or too many of them.
@@ -174,65 +200,77 @@ def encoded(name: str, data: Data) -> Data:
             "of them; give a data set that has"
         )
 
-    def of(split: Split) -> Split:
+    def encode_split(split: Split) -> Split:
         texts = untokenize(split.captions[np.arange(len(split.images))])
         different = sorted(set(texts))
         place = {text: row for row, text in enumerate(different)}
         rows = np.array([place[text] for text in texts])
         return split._replace(captions=Encoded(texts, _kept(name, different), rows))
 
-    validation = None if data.validation is None else of(data.validation)
-    return data._replace(train=of(data.train), test=of(data.test), validation=validation)
+    validation = None if data.validation is None else encode_split(data.validation)
+    return data._replace(
+        train=encode_split(data.train), test=encode_split(data.test), validation=validation
+    )
 
 
 def _kept(name: str, texts: list[str]) -> Features:
-    """`encode`, from the cache if it is there; into it, a part at a time, if not."""
-    known = hashlib.sha256(
-        "\n".join([name, _version(name), KIND, str(LENGTH), *texts]).encode()
-    ).hexdigest()[:24]
-    place = cache_dir() / "features" / known
-    names = [place.with_name(f"{known}_{field}.npy") for field in Features._fields]
-    kept = _read(names, len(texts))
+    """Return the features of texts from the cache, into which they are written if they lack."""
+    words = [name, _version(name), VERSION, str(LENGTH), *texts]
+    key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:24]
+    place = cache_dir() / "features" / key
+    paths = [place.with_name(f"{key}_{field}.npy") for field in Features._fields]
+    kept = _read(paths, len(texts))
     if kept is None:
-        if any(path.exists() for path in names):
+        if any(path.exists() for path in paths):
             tell(f"{place} is damaged: it is made again")
         tell(f"reading {len(texts)} captions with {name}, once")
         place.parent.mkdir(parents=True, exist_ok=True)
-        drafts = [path.with_suffix(".tmp.npy") for path in names]
-        files: list[np.memmap] = []
-        for start in range(0, len(texts), PART):
-            part = encode(name, texts[start : start + PART])
-            files = files or [
-                np.lib.format.open_memmap(draft, "w+", array.dtype, (len(texts), *array.shape[1:]))
-                for draft, array in zip(drafts, part, strict=True)
-            ]
-            for file, array in zip(files, part, strict=True):
-                file[start : start + len(array)] = array
-        for file, draft, path in zip(files, drafts, names, strict=True):
-            file.flush()
-            draft.rename(path)  # whole or not at all
-        kept = _read(names, len(texts))
+        _write(name, texts, paths)
+        kept = _read(paths, len(texts))
     assert kept is not None
     return kept
 
 
+def _write(name: str, texts: list[str], paths: list[pathlib.Path]) -> None:
+    """Write the features of texts, a part at a time."""
+    drafts = [path.with_suffix(".tmp.npy") for path in paths]
+    files: list[np.memmap] = []
+    for start in range(0, len(texts), PART):
+        part = encode(name, texts[start : start + PART])
+        files = files or [
+            np.lib.format.open_memmap(draft, "w+", array.dtype, (len(texts), *array.shape[1:]))
+            for draft, array in zip(drafts, part, strict=True)
+        ]
+        for file, array in zip(files, part, strict=True):
+            file[start : start + len(array)] = array
+    for file, draft, path in zip(files, drafts, paths, strict=True):
+        file.flush()
+        draft.rename(path)  # whole or not at all
+
+
 def _version(name: str) -> str:
-    """What changes when the encoder does: its commit, or its folder's files."""
+    """Return what changes when the encoder does: its commit, or its folder's files."""
+    if pathlib.Path(name).is_dir():
+        return _files_of(name)
+    try:
+        return str(getattr(load_encoder(name)[1].config, "_commit_hash", None))
+    except UserError:  # which `encode` raises again, where the features are not kept
+        return ""
+
+
+def _files_of(name: str) -> str:
+    """Return the files of a folder with their sizes and times; "" of a name of the hub."""
     folder = pathlib.Path(name)
     if not folder.is_dir():
-        try:
-            return str(getattr(load_encoder(name)[1].config, "_commit_hash", None))
-        except UserError:  # which `encode` raises again, where the features are not kept
-            return ""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    stats = [(path, path.stat()) for path in files]
+        return ""
+    stats = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
     return "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
 
 
-def _read(names: list[pathlib.Path], count: int) -> Features | None:
-    """The features of `count` texts, unless they are absent, torn or of another form."""
+def _read(paths: list[pathlib.Path], count: int) -> Features | None:
+    """Return the features of `count` texts, unless they are absent, torn or of another form."""
     try:
-        kept = Features(*(np.load(path, mmap_mode="r", allow_pickle=False) for path in names))
+        kept = Features(*(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths))
     except (OSError, EOFError, ValueError):
         return None
     size, length, width = (*kept.tokens.shape, 0, 0, 0)[:3]

@@ -1,52 +1,87 @@
-"""Prompts of the set `shapes`, and whether images show what they say, by the exact judge."""
+"""The prompts of an evaluation, and whether images show what they say."""
 
-import functools
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from ddpm_jax.data import shapes
 from ddpm_jax.metrics.alignment import judge
-from ddpm_jax.tasks.text_to_image import Prompts
 
 KINDS = ("single", "single held out", "relation", "relation held out")  # of `shapes.scene`
 
 
-def aligned(images: Any, captions: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return whether each image shows what its caption says, and but for size and background.
+@runtime_checkable
+class Prompts(Protocol):
+    """Sets of prompts, and what says whether images show them: a hashable value."""
 
-    Args:
-      images: [N, H, W, C] in [-1, 1].
-      captions: N captions.
+    def sets(self, split: str) -> dict[str, list[str]]:
+        """Return the prompts of a split by the names of their sets."""
 
-    Returns:
-      By the name of the criterion, a verdict [N] of bool.
+    def align(
+        self, images: Float[np.ndarray, "n h w c"], texts: Sequence[str]
+    ) -> dict[str, Bool[np.ndarray, "n"]]:
+        """Return whether each image shows what its text says, by the names of the criteria.
+
+        Args:
+          images: in [-1, 1].
+          texts: one for every image.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class NoPrompts:
+    """No prompts, of a data set whose images no criterion compares with a text."""
+
+    def sets(self, split: str) -> dict[str, list[str]]:
+        """Return no sets."""
+        del split
+        return {}
+
+    def align(
+        self, images: Float[np.ndarray, "n h w c"], texts: Sequence[str]
+    ) -> dict[str, Bool[np.ndarray, "n"]]:
+        """Return no criteria."""
+        del images, texts
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapePrompts:
+    """Prompts of the data set `shapes`, whose images are read exactly (`metrics.alignment`).
+
+    Attributes:
+      count: Prompts of each kind.
     """
-    verdicts = [judge(x, text) for x, text in zip(images, captions, strict=True)]
-    names = ("aligned", "aligned_except_size_and_background")
-    return {name: np.array([getattr(v, name) for v in verdicts]) for name in names}
+
+    count: int
+
+    def sets(self, split: str) -> dict[str, list[str]]:
+        """Return prompts of each kind for a split."""
+        return {
+            kind.replace(" ", "_"): [
+                shapes.scene(f"{split} prompts", number, kind).caption
+                for number in range(self.count)
+            ]
+            for kind in KINDS
+        }
+
+    def align(
+        self, images: Float[np.ndarray, "n h w c"], texts: Sequence[str]
+    ) -> dict[str, Bool[np.ndarray, "n"]]:
+        """Return whether each image shows what its caption says, and but for size and background.
+
+        Args:
+          images: in [-1, 1].
+          texts: captions of the data set, one for every image.
+        """
+        verdicts = [judge(x, text) for x, text in zip(images, texts, strict=True)]
+        names = ("aligned", "aligned_except_size_and_background")
+        return {name: np.array([getattr(v, name) for v in verdicts], bool) for name in names}
 
 
-def prompt_sets(count: int, split: str) -> dict[str, list[str]]:
-    """Return `count` prompts of each kind for a split."""
-    return {
-        kind.replace(" ", "_"): [
-            shapes.scene(f"{split} prompts", i, kind).caption for i in range(count)
-        ]
-        for kind in KINDS
-    }
-
-
-def prompts_of(data: str, num_prompts: int, scales: tuple[float, ...], num_samples: int) -> Prompts:
-    """Return the prompts of an evaluation; those of `shapes` alone have an exact judge.
-
-    Args:
-      data: name of the data set.
-      num_prompts: prompts of each kind.
-      scales: of guidance, all of which are tried.
-      num_samples: samples of the test split's captions.
-    """
-    if not shapes.is_named(data):
-        return Prompts(scales=scales, draw=num_samples)
-    return Prompts(functools.partial(prompt_sets, num_prompts), aligned, scales, num_samples)
+def prompts_of(data: str, count: int) -> Prompts:
+    """Return the prompts of a data set by its name, `count` of each kind."""
+    return ShapePrompts(count) if shapes.is_named(data) else NoPrompts()

@@ -1,296 +1,196 @@
-"""Text to image: a text encoder, a generation model in an autoencoder's latents, a decoder.
+"""How a text-to-image system is evaluated: its loss, and samples of captions and prompts.
 
-    caption -> text encoder -> features -> generation model -> latents -> decoder -> image
-
-The three are trained one after another. This is the second's task: the other two are frozen, in
-`fixed`, and so in every checkpoint of it, which draws by itself, but for a text encoder of
-somebody else's.
+Each function of `EVALUATIONS` is one part of it. A further metric of samples is one function in
+`SAMPLE_METRICS`, which is computed at every scale of guidance.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from ddpm_jax import plots
-from ddpm_jax.data.tokenizer import PADDING, size, tokenize, untokenize
-from ddpm_jax.data.types import Batch, Data, Split
-from ddpm_jax.errors import UserError
-from ddpm_jax.fields import MAY_CHANGE, OR_NONE, EvalBatch, NumSamples, RunPath
+from ddpm_jax.data.tokenizer import tokenize
+from ddpm_jax.data.types import Batch
 from ddpm_jax.metrics.averages import Average, average, averages, figures
+from ddpm_jax.metrics.clip_score import clip_scores, cosines
 from ddpm_jax.metrics.distances import Grouped, frechet_distance
-from ddpm_jax.metrics.features import image_judge
-from ddpm_jax.metrics.per_example import per_example
+from ddpm_jax.metrics.features import Judge
+from ddpm_jax.metrics.networks import image_judge
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.dual_encoder import DualEncoder
-from ddpm_jax.nn.layers import Context
-from ddpm_jax.parallel.sharding import Parallel, fetch, placed
+from ddpm_jax.parallel.partitioner import fetch
 from ddpm_jax.progress import tell_once
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
-from ddpm_jax.task import Evaluation, Request, Task, refuse
-from ddpm_jax.tasks.autoencoder import Latents
-from ddpm_jax.tasks.generation import Generator
-from ddpm_jax.tasks.pretrained_text import Encoded, Features
+from ddpm_jax.task import Context, Evaluation, SampleRequest, Variables
+from ddpm_jax.tasks.generation import CaptionTask
+from ddpm_jax.tasks.guidance_plots import guidance_plots
 
-AT_ONCE = 64  # images in one call
-QUICK = 64  # images that an evaluation before the last draws at most
-SHOWN = (8, 8)  # prompts on a sheet, images of each
-CHUNK = 1000
+BATCH = 64  # images that are sampled in one call
+QUICK_SAMPLES = 64  # samples of captions in an evaluation before the final one, at most
+SHEET = (8, 8)  # captions on the sheet of samples, images of each
+CHUNK = 1000  # captions and images that are compared in one call
+FEATURES = "text_encoder"  # what metrics call the image tower beside the text encoder
 
 
-class Parts(NamedTuple):
-    """What a generation model stands on.
+class TextSamples(NamedTuple):
+    """Samples at one scale of guidance, in [-1, 1].
 
-    text, latents: the networks.
-    width: of the features that it is told: the text encoder's, or those of `reader`
-    reader(texts) -> features of a frozen encoder of somebody else's in the place of the text
-        encoder's, which then only tells figures; None: there is none.  A batch's captions are
-        such features then.
-    blank() -> their parameters' shapes, {"text": ..., "autoencoder": {"params", "fixed"}}
-    load() -> the parameters
-    judge() -> (dual encoder, its parameters) that tells CLIP scores and Frechet distances; None:
-        the text encoder and its image tower do
+    Attributes:
+      captions: Held-out captions.
+      images: One for every caption.
+      prompts: Texts and their images, by the names of sets of prompts.
     """
 
-    text: DualEncoder
-    latents: Latents
-    blank: Callable[[], Any]
-    load: Callable[[], Any]
-    width: int
-    reader: Callable[[Sequence[str]], Features] | None = None
-    judge: Callable[[], tuple[DualEncoder, Any]] | None = None
+    captions: list[str]
+    images: Float[np.ndarray, "n h w c"]
+    prompts: dict[str, tuple[list[str], Float[np.ndarray, "m h w c"]]]
 
 
-class Prompts(NamedTuple):
-    """What the final evaluation draws, and how it is judged.
+# What the parts of an evaluation share: functions for `Context.shared`.
 
-    sets(split) -> prompts by name.
-    align(images in [-1, 1], prompts) -> by the name of each criterion, whether each image shows
-        what its prompt says; None: there is no criterion for this data set.
-    scales: of guidance, all of which are tried.
-    draw: images of the test split's captions, whose Frechet distance and CLIP score are told.
+
+def _task(context: Context) -> CaptionTask:
+    return cast(CaptionTask, context.task)
+
+
+def held_out_captions(context: Context) -> list[str]:
+    """Return the captions that are sampled: fewer before the final evaluation."""
+    task = _task(context)
+    count = task.evaluation.num_samples
+    return task.encoder.texts(
+        context.held_out, count if context.full else min(QUICK_SAMPLES, count)
+    )
+
+
+def dual_encoder(context: Context) -> tuple[DualEncoder, PyTree]:
+    """Return the dual encoder that computes metrics, with its parameters."""
+    load = context.resources.dual_encoder
+    if load is None:
+        return _task(context).text_network, context.variables.extra["text"]
+    network, params = load()
+    assert isinstance(network, DualEncoder)
+    return network, params
+
+
+def image_features(context: Context) -> Judge:
+    """Return the image tower of the dual encoder, in whose features images are compared."""
+    return image_judge(FEATURES, *context.shared(dual_encoder))
+
+
+def reference(context: Context) -> Grouped:
+    """Return the features of held-out images, as many as there are samples."""
+    images = context.held_out.some(len(context.shared(held_out_captions))).images
+    judge, levels = context.shared(image_features), context.data.levels
+    return Grouped(judge.see(to_images(images, levels))[0])
+
+
+def own_samples(context: Context) -> TextSamples:
+    """Return the samples at the scale of guidance of the settings."""
+    return sample_at(_task(context).generator.guidance_scale, context)
+
+
+def own_metrics(context: Context) -> dict[str, float]:
+    """Return the metrics of the samples at the scale of the settings."""
+    return metrics_of(context.shared(own_samples), context)
+
+
+# Sampling.
+
+
+def sample_texts(
+    context: Context, sets: Sequence[Sequence[str]], guidance: PyTree
+) -> list[Float[np.ndarray, "n h w c"]]:
+    """Return an image of each text of every set, the n-th of a set from the n-th key.
+
+    All of them are sampled in calls of one shape, compiled once.
     """
-
-    sets: Callable[[str], dict[str, list[str]]] = lambda split: {}
-    align: Callable[[Any, Sequence[str]], dict[str, np.ndarray]] | None = None
-    scales: tuple[float, ...] = ()
-    draw: int = 512
-
-
-def text_to_image_task(
-    generator: Generator,
-    parts: Parts,
-    shape: tuple[int, int, int],
-    levels: int,
-    *,
-    caption_dropout: float = 0.1,
-    eval_batch: int = 128,
-    prompts: Prompts = Prompts(),
-) -> Task:
-    """Training, evaluation and drawing of a generation model under captions.
-
-    Args:
-      shape, levels: of the images.
-      caption_dropout: share of captions that training replaces by the empty one.
-    """
-    text = parts.text
-
-    def init(key, batch: Batch):
-        length, width = text.length, parts.width
-        mask = jnp.zeros((1, length), bool)
-        context = Context(jnp.zeros((1, length, width)), mask, jnp.zeros((1, width)))
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), parts.blank())
-        return generator.init(key, context), zeros
-
-    def load(fixed):
-        found = parts.load()
-        return jax.tree.map(lambda old, new: np.asarray(new, old.dtype), fixed, found)
-
-    def read(fixed, told) -> Context:
-        """Features of tokens; features of somebody else's are that already."""
-        if isinstance(told, Features):
-            return Context(*told)
-        found: Any = text.apply(fixed["text"], told, method="read")
-        return found
-
-    def dropped_where(dropped, told):
-        """The empty caption's tokens or features in the place of some."""
-        if isinstance(told, Features):
-            mask = told.mask & ~dropped[:, None]
-            return told._replace(mask=mask, pooled=jnp.where(dropped[:, None], 0, told.pooled))
-        return jnp.where(dropped[:, None], PADDING, told).astype(told.dtype)
-
-    def prepared(texts: Sequence[str]):
-        """What `read` reads of texts."""
-        return tokenize(texts, text.length) if parts.reader is None else parts.reader(texts)
-
-    def loss(params, fixed, batch, keys, *, train, gather):
-        del gather
-        split = jax.vmap(jax.random.split)(keys)
-        tokens = batch.captions
-        if train:
-            dropped = jax.vmap(lambda key: jax.random.bernoulli(key, caption_dropout))(split[:, 0])
-            tokens = dropped_where(dropped, tokens)
-        target = generator.target(fixed["autoencoder"], to_images(batch.images, levels))
-        found = generator.loss(params, target, read(fixed, tokens), batch.index, split[:, 1], train)
-        return *found, {}
-
-    def losses(params, fixed, batch, keys):
-        losses, parts, _ = loss(params, fixed, batch, keys, train=False, gather=None)
-        return {"loss": losses, **parts}
-
-    def draw(params, fixed, keys, tokens, instead, how, spread: Parallel):
-        read_once = spread.compile(read)
-        context, other = read_once(fixed, tokens), read_once(fixed, instead)
-        return generator.draw(params, fixed["autoencoder"], keys, context, other, how, spread)
-
-    def many(params, fixed, sets: Sequence[Sequence[str]], seed, how, spread: Parallel):
-        """An image of each text, for each set [N, H, W, C]: the n-th from the n-th key.
-
-        All of them are drawn in calls of one shape, compiled once.
-        """
-        texts = [text for some in sets for text in some]
-        numbers = np.concatenate([np.arange(len(some), dtype=np.int32) for some in sets])
-        at_once, found = spread.round_up(AT_ONCE), []
-        mine, fill = spread.rows(at_once), -len(texts) % at_once
-        texts, numbers = [*texts, *[""] * fill], np.pad(numbers, (0, fill))
-        empty = spread.shard(jax.tree.map(lambda a: a[mine], prepared([""] * at_once)))
-        for start in range(0, len(texts), at_once):
-            spread.breathe()
-            some = slice(start, start + at_once)
-            told = jax.tree.map(lambda a: a[mine], prepared(texts[some]))
-            told, index = spread.shard((told, numbers[some][mine]))
-            keys = example_keys(purpose_key(seed, SAMPLE), 0, index)
-            found.append(fetch(draw(params, fixed, keys, told, empty, how, spread)))
-        ends = np.cumsum([len(some) for some in sets])
-        return np.split(np.concatenate(found), ends)[:-1]
-
-    def similarity(net: DualEncoder, read, tokens, images):
-        of_text, of_image, _ = cast(Any, net.apply(read, tokens, images))
-        return (of_text * of_image).sum(-1)
-
-    def clip_score(dual, texts: Sequence[str], images: np.ndarray, spread: Parallel) -> Average:
-        """The mean of `clip_scores` of captions and images, in a dual encoder."""
-        tokens, found = tokenize(texts, dual[0].length), []
-        cosine = spread.compile(similarity, static_argnums=0)
-        for at in range(0, len(texts), CHUNK):
-            part = slice(at, at + CHUNK)
-            found.append(fetch(cosine(*dual, tokens[part], images[part])))
-        return average(clip_scores(np.concatenate(found)))
-
-    def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
-        held_out = data.part(split)
-        found = per_example(
-            losses,
-            held_out if full else held_out.first(4 * eval_batch),
-            eval_batch,
-            seed,
-            spread,
-            params,
-            fixed,
+    task, encoder = _task(context), _task(context).encoder
+    texts = [text for texts in sets for text in texts]
+    numbers = np.concatenate([np.arange(len(texts), dtype=np.int32) for texts in sets])
+    size = context.round_up(BATCH)
+    fill = -len(texts) % size
+    texts, numbers = [*texts, *[""] * fill], np.pad(numbers, (0, fill))
+    null = context.place(encoder.prepare([""] * size))
+    images = []
+    for start in range(0, len(texts), size):
+        context.check_preemption()
+        rows = slice(start, start + size)
+        captions, index = context.place((encoder.prepare(texts[rows]), numbers[rows]))
+        keys = example_keys(purpose_key(context.seed, SAMPLE), 0, index)
+        samples = task.sample_captions(
+            context.variables, keys, captions, null, SampleRequest(), guidance, context.compile
         )
-        metrics = averages(found)
-        captions = _texts(held_out, prompts.draw if full else min(QUICK, prompts.draw))
-        dual = parts.judge() if parts.judge else (text, fixed["text"])
-        images_of = functools.partial(many, params, fixed, seed=seed, spread=spread)
-        how = generator.requested(Request())
-        rows, each = SHOWN
-        asked = _texts(held_out, rows)
-        sheet = [caption for caption in asked for _ in range(each)]
-        (shown,) = images_of([sheet], how=how)
-        parts_of = [shown[at : at + each] for at in range(0, len(shown), each)]
-        pictures: dict[str, Any] = {
-            "samples": plots.attempt(plots.captioned, list(zip(asked, parts_of, strict=True)))
-        }
-        if not full:
-            (drawn,) = images_of([captions], how=how)
-            plots.check_finite(drawn)  # of which there are no figures
-            metrics |= aligned(drawn, captions)
-            metrics |= figures("clip_score", clip_score(dual, captions, drawn, spread))
-            return Evaluation(metrics, pictures)
-        judge = image_judge("text_encoder", *dual)
-        distance = f"fd_{judge.name}"
-        tower = "another run's" if parts.judge else "this run's"
-        some = [held_out.some(len(captions)), data.train.some(len(captions))]
-        truth, usual = (Grouped(judge.see(to_images(part.images, levels))[0]) for part in some)
-        about = {
-            "generation": generator.about,
-            "drawn": len(captions),
-            "reference": f"{split} split",
-            "features": {judge.name: f"image tower beside {tower} text encoder"},
-        }
-        metrics |= distance_to(truth, usual, f"{distance}_of_training")
-        metrics[f"{distance}_of_training_images"] = float(usual.moments.size)
-        real = to_images(held_out.first(len(captions)).images, levels)
-        metrics |= figures("clip_score_of_images", clip_score(dual, captions, real, spread))
-        sets = prompts.sets(split)
-        curve: list[dict[str, float]] = []
-        for scale in dict.fromkeys((how.guidance, *prompts.scales)):
-            at = dataclasses.replace(how, guidance=scale)
-            drawn, *others = images_of([captions, *sets.values()], how=at)
-            for images in (drawn, *others):
-                plots.check_finite(images)
-            point = distance_to(truth, Grouped(judge.see(drawn)[0]), distance)
-            point |= figures("clip_score", clip_score(dual, captions, drawn, spread))
-            point |= aligned(drawn, captions)
-            for (name, texts), images in zip(sets.items(), others, strict=True):
-                point |= aligned(images, texts, f"_{name}")
-            if scale == how.guidance:
-                metrics |= point
-            metrics |= {f"guidance_{scale:g}/{name}": value for name, value in point.items()}
-            curve.append({"scale": scale, **point})
-        if len(curve) > 1:
-            curve.sort(key=lambda point: point["scale"])
-            pictures |= _curves(curve)
-        return Evaluation(metrics, pictures, about)
-
-    def aligned(images, texts, suffix="") -> dict[str, float]:
-        verdicts = prompts.align(images, texts) if prompts.align else {}
-        return averages({f"{name}{suffix}": np.asarray(of) for name, of in verdicts.items()})
-
-    def sample(
-        params,
-        fixed,
-        keys: Key[Array, "batch"],
-        request: Request,
-        spread: Parallel | None = None,
-    ) -> Float[Array, "batch h w c"]:
-        refuse(request, "label")
-        how = generator.requested(request)
-        if request.prompt is None:
-            raise UserError('this run draws what a text says: give --prompt="..."')
-        told, instead = (
-            jax.tree.map(lambda a: np.repeat(a, len(keys), 0), prepared([words or ""]))
-            for words in (request.prompt, request.negative_prompt)
-        )
-        if parts.reader is None and size(request.prompt) > text.length:
-            tell_once(
-                f"a prompt of {size(request.prompt)} bytes: only the first {text.length} are read"
-            )
-        return draw(params, fixed, keys, told, instead, how, spread or placed(params))
-
-    return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample, load=load)
+        images.append(fetch(samples))
+    ends = np.cumsum([len(texts) for texts in sets])
+    return np.split(np.concatenate(images), ends)[:-1]
 
 
-def clip_scores(cosines: Float[np.ndarray, "pairs"]) -> Float[np.ndarray, "pairs"]:
-    """max(0, 100 cos) of each caption and its image (Hessel et al. 2021, eq. 1, for w = 100)."""
-    return np.maximum(100 * np.asarray(cosines, np.float64), 0.0)
+def sample_at(scale: float, context: Context) -> TextSamples:
+    """Return samples at a scale of guidance: of captions, and in the end of prompts.
+
+    Raises:
+      NonFinite: a value of an image is not finite.
+    """
+    task, captions = _task(context), context.shared(held_out_captions)
+    sets = task.prompts.sets(context.split) if context.full else {}
+    guidance = task.generator.make_guidance(scale)
+    images, *of_prompts = sample_texts(context, [captions, *sets.values()], guidance)
+    for part in (images, *of_prompts):
+        plots.check_finite(part)
+    pairs = zip(sets.items(), of_prompts, strict=True)
+    return TextSamples(captions, images, {name: (texts, x) for (name, texts), x in pairs})
 
 
-def _texts(split: Split, count: int) -> list[str]:
-    some = split.first(count)
-    if isinstance(some.captions, Encoded):
-        return list(some.captions.texts)
-    return untokenize(some.rows(np.arange(len(some.images))).captions)
+# Metrics of samples, at any scale of guidance.
+
+
+@runtime_checkable
+class SampleMetric(Protocol):
+    """A function that computes metrics of samples."""
+
+    def __call__(self, samples: TextSamples, context: Context) -> dict[str, float]:
+        """Return metrics by name."""
+
+
+def distance_metrics(samples: TextSamples, context: Context) -> dict[str, float]:
+    """Return the Frechet distance of samples to held-out images, in the final evaluation."""
+    if not context.full:
+        return {}
+    judge = context.shared(image_features)
+    images = Grouped(judge.see(samples.images)[0])
+    return distance_to(context.shared(reference), images, f"fd_{judge.name}")
+
+
+def clip_metrics(samples: TextSamples, context: Context) -> dict[str, float]:
+    """Return the CLIP score of captions and their samples."""
+    return figures("clip_score", clip_score(samples.captions, samples.images, context))
+
+
+def alignment_metrics(samples: TextSamples, context: Context) -> dict[str, float]:
+    """Return the shares of images that show their captions, and their prompts."""
+    align = _task(context).prompts.align
+    metrics = averages(align(samples.images, samples.captions))
+    for name, (texts, images) in samples.prompts.items():
+        verdicts = align(images, texts)
+        metrics |= averages({f"{criterion}_{name}": of for criterion, of in verdicts.items()})
+    return metrics
+
+
+SAMPLE_METRICS: tuple[SampleMetric, ...] = (distance_metrics, clip_metrics, alignment_metrics)
+
+
+def metrics_of(samples: TextSamples, context: Context) -> dict[str, float]:
+    """Return every metric of samples."""
+    metrics: dict[str, float] = {}
+    for compute in SAMPLE_METRICS:
+        metrics |= compute(samples, context)
+    return metrics
 
 
 def distance_to(truth: Grouped, images: Grouped, name: str) -> dict[str, float]:
-    """The Frechet distance as the metric `name`, with its error; nothing of a single image."""
+    """Return the Frechet distance as the metric `name`, with its error; none of one image."""
     if min(truth.moments.size, images.moments.size) < 2:
         tell_once(f"left out, since it needs at least 2 images: {name}")
         return {}
@@ -298,45 +198,102 @@ def distance_to(truth: Grouped, images: Grouped, name: str) -> dict[str, float]:
     return figures(name, (distance.value, distance.error))
 
 
-def _curves(curve: list[dict[str, float]]) -> dict[str, np.ndarray]:
-    """The Frechet distance against what is gained by guidance, a point for each scale."""
-    if "fd_text_encoder" not in curve[0]:
-        return {}
-    words = [f"{point['scale']:g}" for point in curve]
-    distance = [point["fd_text_encoder"] for point in curve]
-    label, title = "Frechet distance (text_encoder)", "By guidance scale"
-
-    def path(names: list[str], x: str) -> np.ndarray:
-        lines = {name: ([p[name] for p in curve], distance, words) for name in names}
-        return plots.paths(lines, (x, label), title)
-
-    found = {"fd_against_clip_score": path(["clip_score"], "CLIP score")}
-    names = sorted(
-        n
-        for n in curve[0]
-        if n.startswith("aligned") and "_except_" not in n and n[-6:] != "_error"
-    )
-    if names:
-        found["fd_against_alignment"] = path(names, "share aligned")
-    return found
+def clip_score(
+    texts: Sequence[str], images: Float[np.ndarray, "n h w c"], context: Context
+) -> Average:
+    """Return the mean of `clip_scores` of captions and images, in [-1, 1]."""
+    network, params = context.shared(dual_encoder)
+    tokens, parts = tokenize(texts, network.length), []
+    compiled = context.compile(cosines, static_argnums=0)
+    for start in range(0, len(texts), CHUNK):
+        rows = slice(start, start + CHUNK)
+        parts.append(fetch(compiled(network, params, tokens[rows], images[rows])))
+    return average(clip_scores(np.concatenate(parts)))
 
 
-@dataclasses.dataclass(frozen=True)
-class TextToImageEvaluation:
-    """What is evaluated of a text-to-image system.
+def example_losses(
+    task: CaptionTask, variables: Variables, batch: Batch, keys: Key[Array, "batch"]
+) -> dict[str, Array]:
+    """Return the loss of every example and its other quantities, without dropout.
 
-    Attributes:
-      batch_size: Images of one batch of an evaluation.
-      num_samples: Samples of test captions.
-      num_prompts: Prompts of each kind whose samples the exact judge of shapes sees.
-      guidance_scales: Scales of guidance that the final evaluation tries.
-      text_encoder: Run directory of the text encoder that computes CLIP scores and Frechet
-        distances; none: the generator's own. With one encoder, generators on different text
-        encoders are comparable.
+    Args:
+      task: the task.
+      variables: of the trained task.
+      batch: examples.
+      keys: one for every example.
     """
+    losses, metrics, _ = task.loss(variables, batch, keys, train=False, all_gather=lambda x: x)
+    return {"loss": losses, **metrics}
 
-    batch_size: EvalBatch = 128
-    num_samples: NumSamples = 256
-    num_prompts: NumSamples = 128
-    guidance_scales: Annotated[tuple[float, ...], OR_NONE, MAY_CHANGE] = ()
-    text_encoder: RunPath = "none"
+
+# The parts of an evaluation.
+
+
+def caption_loss(task: CaptionTask, context: Context) -> Evaluation:
+    """Return the loss under held-out captions, of fewer examples before the final evaluation."""
+    size, held_out = task.evaluation.batch_size, context.held_out
+    examples = held_out if context.full else held_out.first(4 * size)
+    return Evaluation(
+        averages(context.per_example(example_losses, examples, size, context.variables))
+    )
+
+
+def sample_sheet(task: CaptionTask, context: Context) -> Evaluation:
+    """Return a sheet of samples, several of each caption."""
+    rows, columns = SHEET
+    captions = task.encoder.texts(context.held_out, rows)
+    repeated = [caption for caption in captions for _ in range(columns)]
+    (images,) = sample_texts(context, [repeated], context.guidance)
+    parts = [images[start : start + columns] for start in range(0, len(images), columns)]
+    sheet = plots.attempt(plots.captioned, list(zip(captions, parts, strict=True)))
+    return Evaluation(images={"samples": sheet})
+
+
+def reference_metrics(task: CaptionTask, context: Context) -> Evaluation:
+    """Return what the metrics of samples are to be compared with: the same of training images.
+
+    The CLIP score is that of held-out images. All of it is of the final evaluation.
+    """
+    if not context.full:
+        return Evaluation()
+    captions, judge = context.shared(held_out_captions), context.shared(image_features)
+    name = f"fd_{judge.name}_of_training"
+    training = to_images(context.data.train.some(len(captions)).images, context.data.levels)
+    usual = Grouped(judge.see(training)[0])
+    metrics = distance_to(context.shared(reference), usual, name)
+    metrics[f"{name}_images"] = float(usual.moments.size)
+    real = to_images(context.held_out.first(len(captions)).images, context.data.levels)
+    metrics |= figures("clip_score_of_images", clip_score(captions, real, context))
+    tower = "this run's" if context.resources.dual_encoder is None else "another run's"
+    about = {
+        "generation": task.generator.about(),
+        "drawn": len(captions),
+        "reference": f"{context.split} split",
+        "features": {judge.name: f"image tower beside {tower} text encoder"},
+    }
+    return Evaluation(metrics, about=about)
+
+
+def sample_metrics(task: CaptionTask, context: Context) -> Evaluation:
+    """Return the metrics of samples at the scale of guidance of the settings."""
+    del task
+    return Evaluation(dict(context.shared(own_metrics)))
+
+
+def guidance_sweep(task: CaptionTask, context: Context) -> Evaluation:
+    """Return the metrics of samples at every scale, and plots, in the final evaluation."""
+    if not context.full:
+        return Evaluation()
+    curve = {task.generator.guidance_scale: context.shared(own_metrics)}
+    for scale in task.evaluation.guidance_scales:
+        if scale not in curve:
+            curve[scale] = metrics_of(sample_at(scale, context), context)
+    metrics = {
+        f"guidance_{scale:g}/{name}": value
+        for scale, point in curve.items()
+        for name, value in point.items()
+    }
+    return Evaluation(metrics, dict(guidance_plots(curve, FEATURES)) if len(curve) > 1 else {})
+
+
+EVALUATIONS = (caption_loss, sample_sheet, reference_metrics, sample_metrics, guidance_sweep)

@@ -1,182 +1,59 @@
 """The task of a variational autoencoder: training, evaluation and samples."""
 
 import dataclasses
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ddpm_jax import plots
-from ddpm_jax.data.types import UNBOUND, Batch, Data, DataInfo
+from ddpm_jax.data.types import UNBOUND, Batch, DataInfo
 from ddpm_jax.fields import BOUND, EvalBatch, Length, NonNegative, section
 from ddpm_jax.metrics.averages import averages
-from ddpm_jax.metrics.per_example import per_example
 from ddpm_jax.nn.layers import inner_dtype
 from ddpm_jax.nn.vae import VAENetwork, check_shape, with_data_moments
-from ddpm_jax.parallel.sharding import fetch, placed
 from ddpm_jax.progress import tell
-from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
-from ddpm_jax.task import Evaluation, Needs, Request, Resources, Task, refuse
+from ddpm_jax.rng import split_keys
+from ddpm_jax.task import (
+    AllGather,
+    Compile,
+    Context,
+    Evaluate,
+    Evaluation,
+    LossOutput,
+    SampleRequest,
+    SamplingTask,
+    Variables,
+)
 from ddpm_jax.variational import vae
 from ddpm_jax.variational.likelihoods import Bernoulli, Gaussian, Likelihood
-
-SEEN = 1000  # images whose moments the first parameters are set by
 
 IWAE_SAMPLES = (1, 64, 1000)
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, sec. 4.2
 
 
-def vae_task(
-    net: VAENetwork, likelihood: Likelihood, *, beta: float, eval_batch: int, iwae_images: int
-) -> Task:
-    """A VAE with a standard normal prior.
+class Posterior(NamedTuple):
+    """The approximate posterior q(z|x) of a batch.
 
-    Args:
-      net: encoder and decoder.
-      likelihood: what the decoder's output means.
-      beta: weight of the KL; 1 is the variational bound.
-      eval_batch: examples at a time in evaluation.
-      iwae_images: of how many test images the importance-weighted bounds are estimated
-        (1,000 samples each, which is most of an evaluation's time).
-
-    Raises:
-      FieldError: the network cannot be built for images of this size.
+    Attributes:
+      x: What is modelled: the images, binarised or dequantised.
+      mean: Mean of q(z|x).
+      logvar: Logarithm of the variance of q(z|x).
+      z: A sample of q(z|x).
     """
 
-    with section("network"):
-        check_shape(net)
-
-    def init(key, batch: Batch):
-        x = jax.vmap(likelihood.observe)(jax.random.split(key, len(batch.images)), batch.images)
-        params = net.init(key, x[:1])
-        mean = x.mean(0)
-        logvar = jnp.log(jnp.mean(jnp.square(x - mean)))
-        return with_data_moments(params, likelihood.bias(mean), logvar), {}
-
-    def posterior(params, batch, keys):
-        """x, q(z|x) and a draw of it."""
-        observe_keys, z_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        x = jax.vmap(likelihood.observe)(observe_keys, batch.images)
-        mean, logvar = net.apply(params, x, method="encode")
-        eps = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(z_keys)
-        return x, mean, logvar, jax.vmap(vae.reparameterize)(mean, logvar, eps)
-
-    def nll_of(params, z, x):
-        out, logvar = net.apply(params, z, method="decode")
-        return jax.vmap(lambda out, x: likelihood.nll((out, logvar), x))(out, x)
-
-    def loss(params, fixed, batch, keys, *, train, gather):
-        del fixed, train, gather  # nothing is carried, dropped out or compared
-        x, mean, logvar, z = posterior(params, batch, keys)
-        nll = nll_of(params, z, x)
-        kl = jax.vmap(vae.kl_to_standard_normal)(mean, logvar)
-        return -vae.elbo(nll, kl, beta), {"nll": nll, "kl": kl, "neg_elbo": nll + kl}, {}
-
-    def bound(params, batch, keys):
-        x, mean, logvar, z = posterior(params, batch, keys)
-        nll = nll_of(params, z, x)
-        kl = jax.vmap(vae.kl_to_standard_normal)(mean, logvar)
-        return {"nll": nll, "kl": kl, "mean": mean}
-
-    def importance_weights(params, batch, keys):
-        """[B, 1000] log weights of each image; x is the x of `bound`."""
-        x, mean, logvar, _ = posterior(params, batch, keys)
-
-        def draw(_, number):
-            key = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
-            eps = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(key)
-            z = jax.vmap(vae.reparameterize)(mean, logvar, eps)
-            return None, jax.vmap(vae.log_weight)(nll_of(params, z, x), z, mean, logvar)
-
-        _, weights = jax.lax.scan(draw, None, 1000 + jnp.arange(max(IWAE_SAMPLES)))
-        return {"log_weights": weights.T}
-
-    def reconstruct(params, batch, keys):
-        x, mean, *_ = posterior(params, batch, keys)
-        again = likelihood.picture(net.apply(params, mean, method="decode"))
-        return {"x": likelihood.show(x), "again": again}
-
-    def decode(params, z):
-        return likelihood.picture(net.apply(params, z, method="decode"))
-
-    def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
-        held_out = data.part(split)
-        found = per_example(bound, held_out, eval_batch, seed, spread, params)
-        nll, kl = found["nll"], found["kl"]
-        metrics = averages({"loss": nll + beta * kl, "neg_elbo": nll + kl, "nll": nll, "kl": kl})
-        if len(nll) > 1:  # a variance over images
-            metrics["active_units"] = float((found["mean"].var(0) > ACTIVE_VARIANCE).sum())
-        else:
-            tell("active_units is left out: it needs at least 2 images")
-        if likelihood.bits_per_dim is not None:
-            bits = likelihood.bits_per_dim(jnp.asarray(nll + kl), int(np.prod(data.shape)))
-            metrics |= averages({"bits_per_dim": np.asarray(bits)})
-        if full:
-            some = held_out.first(iwae_images)
-            weights = per_example(
-                importance_weights,
-                some,
-                min(eval_batch, iwae_images, 100),
-                seed,
-                spread,
-                params,
-            )["log_weights"]
-            metrics |= importance_weighted(weights)
-        return Evaluation(metrics, pictures(params, fixed, held_out, seed, spread))
-
-    def pictures(params, fixed, held_out, seed, spread):
-        some = held_out.first(40)
-        shown = per_example(reconstruct, some, 40, seed, spread, params)
-        rows = []
-        for start in range(0, len(shown["x"]), 10):  # originals above their reconstructions
-            rows += [shown["x"][start : start + 10], shown["again"][start : start + 10]]
-        found = {"reconstructions": plots.attempt(plots.grid, np.concatenate(rows), columns=10)}
-        keys = example_keys(purpose_key(seed, SAMPLE), 0, jnp.arange(100))
-        samples = fetch(sample(params, fixed, keys, Request(), spread))
-        found["samples"] = plots.attempt(plots.grid, samples)
-        if net.latents == 2:
-            # The unit square through the inverse normal CDF: equal shares of the prior.
-            axis = jax.scipy.stats.norm.ppf(jnp.linspace(0.02, 0.98, 20))
-            plane = jnp.stack(jnp.meshgrid(axis, -axis), -1).reshape(-1, 2)
-            plane = fetch(spread.compile(decode)(params, plane))
-            found["latent_plane"] = plots.attempt(plots.grid, plane, columns=20)
-        return found
-
-    def draw(params, keys):
-        return decode(params, jax.vmap(lambda key: jax.random.normal(key, (net.latents,)))(keys))
-
-    def sample(params, fixed, keys, request, spread=None):
-        del fixed
-        refuse(request, *Request._fields)
-        return (spread or placed(params)).compile(draw)(params, keys)
-
-    return Task(init, loss, lambda fixed, statistics: fixed, evaluate, sample, sees=SEEN)
-
-
-def importance_weighted(log_weights: Float[np.ndarray, "images samples"]) -> dict[str, float]:
-    """-IWAE bounds for k = 1, 64 and all samples, and the gap between the first and last.
-
-    Each k uses every sample it can: the bound of k is the mean over disjoint groups of k.
-    """
-    metrics: dict[str, float] = {}
-    bounds = {}
-    for k in IWAE_SAMPLES:
-        groups = log_weights.shape[1] // k
-        grouped = log_weights[:, : groups * k].reshape(len(log_weights), groups, k)
-        peak = grouped.max(-1)  # log-mean-exp in float64
-        means = peak + np.log(np.exp(grouped - peak[..., None]).mean(-1))
-        bounds[k] = -means.mean(1)
-        metrics |= averages({f"neg_iwae_{k}": bounds[k]})
-    metrics |= averages({"gap": bounds[IWAE_SAMPLES[0]] - bounds[IWAE_SAMPLES[-1]]})
-    return metrics | {"iwae_images": float(len(log_weights))}
+    x: Float[Array, "batch h w c"]
+    mean: Float[Array, "batch latent"]
+    logvar: Float[Array, "batch latent"]
+    z: Float[Array, "batch latent"]
 
 
 @dataclasses.dataclass(frozen=True)
-class VAE:
-    """A variational autoencoder (Kingma & Welling 2014); see `vae_task`.
+class VAE(SamplingTask):
+    """A variational autoencoder with a standard normal prior (Kingma & Welling 2014).
 
     Attributes:
       network: Encoder and decoder.
@@ -196,19 +73,7 @@ class VAE:
     info: Annotated[DataInfo, BOUND] = UNBOUND
 
     provides: ClassVar[str] = "vae"
-
-    def needs(self) -> Needs:
-        """Return the names of other runs: none."""
-        return Needs()
-
-    def fit_to(self, data: Data) -> "VAE":
-        """Return the settings as they fit a data set: as they are."""
-        del data
-        return self
-
-    def adapt(self, data: Data) -> Data:
-        """Return the data as the task is trained on them: as they are."""
-        return data
+    init_examples: ClassVar[int] = 1000  # images whose moments the first parameters are set by
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "VAE":
         """Return the task for a data set and a precision."""
@@ -216,17 +81,236 @@ class VAE:
         network = self.network.clone(shape=info.shape, dtype=inner_dtype(precision), parent=None)
         return dataclasses.replace(self, network=network, info=info)
 
-    def build(self, resources: Resources = Resources()) -> Task:
-        """Return the functions of the bound task.
+    def check(self) -> None:
+        """Check that the network can be built for images of this size.
 
         Raises:
-          FieldError: fields contradict each other or the data.
+          FieldError: it cannot.
         """
-        del resources
-        return vae_task(
-            self.network,
-            self.likelihood.make(self.info.levels),
-            beta=self.beta,
-            eval_batch=self.eval_batch_size,
-            iwae_images=self.iwae_images,
-        )
+        with section("network"):
+            check_shape(self.network)
+
+    @property
+    def pixels(self) -> Likelihood:
+        """The likelihood of the data set's grey levels."""
+        return self.likelihood.make(self.info.levels)
+
+    def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
+        """Return parameters whose decoder knows the mean and the variance of the batch."""
+        x = jax.vmap(self.pixels.observe)(jax.random.split(key, len(batch.images)), batch.images)
+        params = self.network.init(key, x[:1])
+        mean = x.mean(0)
+        logvar = jnp.log(jnp.mean(jnp.square(x - mean)))
+        return Variables(with_data_moments(params, self.pixels.bias(mean), logvar), {})
+
+    def posterior(self, params: PyTree, batch: Batch, keys: Key[Array, "batch"]) -> Posterior:
+        """Return q(z|x) of every image, and a sample of it."""
+        observe_keys, z_keys = split_keys(keys, 2)
+        x = jax.vmap(self.pixels.observe)(observe_keys, batch.images)
+        moments: PyTree = self.network.apply(params, x, method="encode")
+        mean, logvar = moments
+        eps = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(z_keys)
+        return Posterior(x, mean, logvar, jax.vmap(vae.reparameterize)(mean, logvar, eps))
+
+    def nll(
+        self,
+        params: PyTree,
+        z: Float[Array, "batch latent"],
+        x: Float[Array, "batch h w c"],
+    ) -> Float[Array, "batch"]:
+        """Return -log p(x|z) of every image, in nats."""
+        decoded: PyTree = self.network.apply(params, z, method="decode")
+        out, logvar = decoded
+        nll = self.pixels.nll
+        return jax.vmap(lambda out, x: nll((out, logvar), x))(out, x)
+
+    def decode(
+        self, params: PyTree, z: Float[Array, "batch latent"]
+    ) -> Float[Array, "batch h w c"]:
+        """Return the mean of p(x|z) in [-1, 1]."""
+        decoded: PyTree = self.network.apply(params, z, method="decode")
+        return self.pixels.picture(decoded)
+
+    def loss(
+        self,
+        variables: Variables,
+        batch: Batch,
+        keys: Key[Array, "batch"],
+        *,
+        train: bool,
+        all_gather: AllGather,
+    ) -> LossOutput:
+        """Return the negative ELBO of every image, with the KL weighted by beta."""
+        del train, all_gather  # nothing is dropped out or compared
+        posterior = self.posterior(variables.params, batch, keys)
+        nll = self.nll(variables.params, posterior.z, posterior.x)
+        kl = jax.vmap(vae.kl_to_standard_normal)(posterior.mean, posterior.logvar)
+        metrics = {"nll": nll, "kl": kl, "neg_elbo": nll + kl}
+        return LossOutput(-vae.elbo(nll, kl, self.beta), metrics, {})
+
+    def evaluations(self) -> "tuple[Evaluate[VAE], ...]":
+        """Return the functions that evaluate the task."""
+        plane = (latent_plane,) if self.network.latents == 2 else ()
+        return evaluate_bound, evaluate_importance_weighted, reconstructions, sample_sheet, *plane
+
+    def sample(
+        self,
+        variables: Variables,
+        keys: Key[Array, "batch"],
+        request: SampleRequest,
+        guidance: PyTree,
+        compile: Compile,
+    ) -> Float[Array, "batch h w c"]:
+        """Return the mean images of samples of the prior, in [-1, 1].
+
+        Args:
+          variables: of the trained task.
+          keys: one for every image.
+          request: not used: there is nothing to ask for.
+          guidance: not used.
+          compile: compiles functions of the task.
+        """
+        del request, guidance
+        return compile(sample_prior, static_argnums=0)(self, variables.params, keys)
+
+    def sample_in_turn(
+        self,
+        keys: Key[Array, "batch"],
+        place: Int[Array, "batch"],
+        context: Context,
+    ) -> tuple[Float[Array, "batch h w c"], None]:
+        """Return the images of an evaluation, as `sample` does; there is no trace.
+
+        Args:
+          keys: one for every image.
+          place: not used: images have no classes.
+          context: of the evaluation.
+        """
+        del place
+        return self.sample(context.variables, keys, SampleRequest(), None, context.compile), None
+
+
+def sample_prior(
+    task: VAE, params: PyTree, keys: Key[Array, "batch"]
+) -> Float[Array, "batch h w c"]:
+    """Return the mean images of z ~ N(0, I), in [-1, 1]."""
+    z = jax.vmap(lambda key: jax.random.normal(key, (task.network.latents,)))(keys)
+    return task.decode(params, z)
+
+
+def decode(
+    task: VAE, params: PyTree, z: Float[Array, "batch latent"]
+) -> Float[Array, "batch h w c"]:
+    """Return the mean of p(x|z) in [-1, 1]: `VAE.decode` as a function that can be compiled."""
+    return task.decode(params, z)
+
+
+def bound_terms(
+    task: VAE, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
+) -> dict[str, Array]:
+    """Return the two terms of the ELBO in nats, and the mean of q(z|x), of every image."""
+    posterior = task.posterior(params, batch, keys)
+    nll = task.nll(params, posterior.z, posterior.x)
+    kl = jax.vmap(vae.kl_to_standard_normal)(posterior.mean, posterior.logvar)
+    return {"nll": nll, "kl": kl, "mean": posterior.mean}
+
+
+def evaluate_bound(task: VAE, context: Context) -> Evaluation:
+    """Return the loss, the ELBO with its terms, and how many dimensions of z are active."""
+    values = context.per_example(
+        bound_terms, context.held_out, task.eval_batch_size, context.variables.params
+    )
+    nll, kl = values["nll"], values["kl"]
+    metrics = averages({"loss": nll + task.beta * kl, "neg_elbo": nll + kl, "nll": nll, "kl": kl})
+    if len(nll) > 1:  # a variance over images
+        metrics["active_units"] = float((values["mean"].var(0) > ACTIVE_VARIANCE).sum())
+    else:
+        tell("active_units is left out: it needs at least 2 images")
+    bits_per_dim = task.pixels.bits_per_dim
+    if bits_per_dim is not None:
+        bits = bits_per_dim(jnp.asarray(nll + kl), int(np.prod(context.data.shape)))
+        metrics |= averages({"bits_per_dim": np.asarray(bits)})
+    return Evaluation(metrics)
+
+
+def importance_weights(
+    task: VAE, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
+) -> dict[str, Array]:
+    """Return 1,000 log weights of each image; x is the x of `bound_terms`."""
+    x, mean, logvar, _ = task.posterior(params, batch, keys)
+
+    def weight(carry: None, number: Array) -> tuple[None, Array]:
+        sample_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+        eps = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(sample_keys)
+        z = jax.vmap(vae.reparameterize)(mean, logvar, eps)
+        return carry, jax.vmap(vae.log_weight)(task.nll(params, z, x), z, mean, logvar)
+
+    _, weights = jax.lax.scan(weight, None, 1000 + jnp.arange(max(IWAE_SAMPLES)))
+    return {"log_weights": weights.T}
+
+
+def evaluate_importance_weighted(task: VAE, context: Context) -> Evaluation:
+    """Return the importance-weighted bounds of the first images, in a full evaluation."""
+    if not context.full:
+        return Evaluation()
+    first, size = context.held_out.first(task.iwae_images), task.eval_batch_size
+    size = min(size, task.iwae_images, 100)
+    values = context.per_example(importance_weights, first, size, context.variables.params)
+    return Evaluation(importance_weighted(values["log_weights"]))
+
+
+def importance_weighted(log_weights: Float[np.ndarray, "images samples"]) -> dict[str, float]:
+    """Return -IWAE bounds for k = 1, 64 and all samples, and the gap between the first and last.
+
+    Each k uses every sample it can: the bound of k is the mean over disjoint groups of k.
+    """
+    metrics: dict[str, float] = {}
+    bounds = {}
+    for k in IWAE_SAMPLES:
+        groups = log_weights.shape[1] // k
+        grouped = log_weights[:, : groups * k].reshape(len(log_weights), groups, k)
+        peak = grouped.max(-1)  # log-mean-exp in float64
+        means = peak + np.log(np.exp(grouped - peak[..., None]).mean(-1))
+        bounds[k] = -means.mean(1)
+        metrics |= averages({f"neg_iwae_{k}": bounds[k]})
+    metrics |= averages({"gap": bounds[IWAE_SAMPLES[0]] - bounds[IWAE_SAMPLES[-1]]})
+    return metrics | {"iwae_images": float(len(log_weights))}
+
+
+def reconstruct(
+    task: VAE, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
+) -> dict[str, Array]:
+    """Return x and its reconstruction from the mean of q(z|x), in [-1, 1], of every image."""
+    posterior = task.posterior(params, batch, keys)
+    shown = task.pixels.show(posterior.x)
+    return {"x": shown, "reconstruction": task.decode(params, posterior.mean)}
+
+
+def reconstructions(task: VAE, context: Context) -> Evaluation:
+    """Return a sheet of the first images, each row above their reconstructions."""
+    del task
+    values = context.per_example(
+        reconstruct, context.held_out.first(40), 40, context.variables.params
+    )
+    rows = []
+    for start in range(0, len(values["x"]), 10):
+        rows += [values[name][start : start + 10] for name in ("x", "reconstruction")]
+    sheet = plots.attempt(plots.grid, np.concatenate(rows), columns=10)
+    return Evaluation(images={"reconstructions": sheet})
+
+
+def sample_sheet(task: VAE, context: Context) -> Evaluation:
+    """Return a sheet of 100 samples."""
+    del task
+    return Evaluation(images={"samples": plots.attempt(plots.grid, context.samples(100).images)})
+
+
+def latent_plane(task: VAE, context: Context) -> Evaluation:
+    """Return a sheet of the images of a grid of z, of two dimensions."""
+    # The unit square through the inverse normal CDF: equal shares of the prior.
+    axis = jax.scipy.stats.norm.ppf(jnp.linspace(0.02, 0.98, 20))
+    plane = jnp.stack(jnp.meshgrid(axis, -axis), -1).reshape(-1, 2)
+    images = np.asarray(
+        context.compile(decode, static_argnums=0)(task, context.variables.params, plane)
+    )
+    return Evaluation(images={"latent_plane": plots.attempt(plots.grid, images, columns=20)})

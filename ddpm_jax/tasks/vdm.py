@@ -13,250 +13,45 @@ and by the probability-flow ODE, with q(z_0 | x0) as its dequantisation,
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ddpm_jax import plots
-from ddpm_jax.data.types import UNBOUND, Batch, Data, DataInfo
+from ddpm_jax.data.types import UNBOUND, Batch, DataInfo
 from ddpm_jax.diffusion import elbo, grids, probability_flow, schedules
-from ddpm_jax.diffusion.losses import stratified_times
-from ddpm_jax.diffusion.prediction import Prediction, read
+from ddpm_jax.diffusion.prediction import Prediction
 from ddpm_jax.diffusion.process import alpha_sigma, q_sample
+from ddpm_jax.diffusion.times import StratifiedTimes
 from ddpm_jax.fields import BOUND, MAY_CHANGE, FieldError, Length, section
 from ddpm_jax.metrics.averages import averages
-from ddpm_jax.metrics.per_example import per_example, spread_times
+from ddpm_jax.metrics.per_example import spread_times
 from ddpm_jax.metrics.pixels import to_images
-from ddpm_jax.nn.dit import DiT
+from ddpm_jax.nn.denoising_networks import DenoisingNetwork
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.parallel.sharding import fetch
-from ddpm_jax.task import Evaluation, Guide, Needs, Resources, Task, class_labels
-from ddpm_jax.tasks.image_sampler import Sampling, drawing
-from ddpm_jax.tasks.sample_figures import QUICK_IMAGES, Judging, SampleEvaluation, judging_of, show
+from ddpm_jax.parallel.partitioner import fetch
+from ddpm_jax.rng import split_keys
+from ddpm_jax.task import AllGather, Context, Evaluate, Evaluation, LossOutput, Variables
+from ddpm_jax.tasks.denoising import add_noise, normal, predict
+from ddpm_jax.tasks.image_denoiser import ImageDenoiser, SampleEvaluation, bound_network
+from ddpm_jax.tasks.image_sampler import Sampling
+from ddpm_jax.tasks.sample_figures import SAMPLE_EVALUATIONS
 
-ROUTES = ("continuous", "discrete", "ode")
-EVALUATION_PURPOSES = 4  # of an image's draws: z_0, times, noise, the ODE's probe
-
-
-def vdm_task(
-    net: UNet | DiT,
-    shape: tuple[int, int, int],
-    levels: int,
-    *,
-    ends: tuple[float, float],
-    sampling: Sampling,
-    batch_size: int,
-    eval_batch: int,
-    eval_times: int,
-    steps: int = 1000,
-    ode_images: int = 1000,
-    judging: Judging = Judging(),
-    guide: Callable[[], Guide | None] = lambda: None,
-) -> Task:
-    """A diffusion model of v trained on the continuous bound, its schedule with it.
-
-    Args:
-      net: network, of v; conditional if it has classes (then the bound is of log P(x0 | y)).
-      shape, levels: of the images.
-      ends: logsnr at t = 0 and 1 that the schedule starts from.
-      sampling: how images are drawn by default.
-      batch_size: of training, over which times are spread evenly.
-      eval_times: times of each test image, in the bounds.
-      steps: T of the discrete bound.
-      ode_images: of how many test images the ODE's likelihood is taken, in full evaluations.
-      judging: what judges drawn images, the classes in turn.
-      guide: loads what guides them; None: the labels do.
-
-    Raises:
-      FieldError: the network cannot be built for images of this shape.
-    """
-    with section("network"):
-        net.check(shape)
-    highest, lowest = ends
-    classes, dims = net.classes, int(np.prod(shape))
-
-    def init(key, batch: Batch):
-        net_key, schedule_key = jax.random.split(key)
-        labels = jnp.zeros(1, jnp.int32) if classes else None
-        params = net.init(net_key, jnp.zeros((1, *shape)), jnp.zeros(1), labels)
-        schedule = schedules.learned_init(schedule_key, lowest=lowest, highest=highest)
-        return {"net": params, "schedule": schedule}, {}
-
-    def schedule_of(params):
-        return schedules.learned(params["schedule"])
-
-    def predict(params, xt, logsnr, labels, keys=None) -> Prediction:
-        """A batch, each image with its own logsnr, which is the network's time."""
-        time = (highest - logsnr) / (highest - lowest)
-        out: Any = net.apply(params["net"], xt, time, labels, keys)
-        return jax.vmap(functools.partial(read, "v"))(out, xt, logsnr)
-
-    draw = drawing(
-        predict,
-        schedule_of,
-        shape,
-        classes,
-        sampling,
-        guide=guide,
-        untrained="sampling.guidance",
-    )
-
-    def split(keys, purposes):
-        """Each purpose's own keys [B]."""
-        apart = jax.vmap(lambda key: jax.random.split(key, purposes))(keys)
-        return (apart[:, purpose] for purpose in range(purposes))
-
-    def normal(keys):
-        return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
-    def ends_terms(schedule, x0, eps):
-        """(prior, decoder, z_0): eq. (1)'s first and last terms."""
-        prior = jax.vmap(lambda x0: elbo.prior_kl(x0, schedule.logsnr(jnp.ones(()))))(x0)
-        logsnr = schedule.logsnr(jnp.zeros(()))
-        z0 = jax.vmap(q_sample, (0, 0, None))(x0, eps, logsnr)
-        decoder = jax.vmap(lambda z, x: rounding_nll(z, x, logsnr, levels))(z0, x0)
-        return prior, decoder, z0
-
-    def diffusion(params, schedule, x0, eps, t, labels, keys=None):
-        """Eq. (1)'s middle term, of one time for each image."""
-        logsnr, slope = jax.vmap(lambda t: jax.jvp(schedule.logsnr, (t,), (jnp.ones(()),)))(t)
-        xt = jax.vmap(q_sample)(x0, eps, logsnr)
-        found = predict(params, xt, logsnr, labels, keys)
-        return jax.vmap(elbo.continuous_kl)(found, eps, slope)
-
-    def loss(params, fixed, batch, keys, *, train, gather):
-        del fixed, gather
-        schedule, x0 = schedule_of(params), to_images(batch.images, levels)
-        t_keys, drop_keys, end_keys, eps_keys = split(keys, 4)
-        t = stratified_times(t_keys, batch.index % batch_size, batch_size)
-        labels = class_labels(batch.labels, classes) if classes else None
-        prior, decoder, _ = ends_terms(schedule, x0, normal(end_keys))
-        drop = drop_keys if train else None
-        inner = diffusion(params, schedule, x0, normal(eps_keys), t, labels, drop)
-        parts = {"prior": prior, "diffusion": inner, "decoder": decoder}
-        bits = {name: elbo.bits_per_dim(nats, dims) for name, nats in parts.items()}
-        total = bits["prior"] + bits["diffusion"] + bits["decoder"]
-        return total, {f"bits_{name}": value for name, value in bits.items()}, {}
-
-    def bounds(params, batch, keys):
-        """Nats of each image: what both bounds share, and each one's middle term."""
-        schedule, x0 = schedule_of(params), to_images(batch.images, levels)
-        labels = class_labels(batch.labels, classes) if classes else None
-        end_keys, t_keys, eps_keys, _ = split(keys, EVALUATION_PURPOSES)
-        prior, decoder, _ = ends_terms(schedule, x0, normal(end_keys))
-        times = spread_times(batch.index, t_keys, eval_times)
-
-        def at(number):
-            eps = normal(jax.vmap(lambda key: jax.random.fold_in(key, number))(eps_keys))
-            t = times[:, number]
-            continuous = diffusion(params, schedule, x0, eps, t, labels)
-            step = grids.step_number(t, steps)
-            now, before = schedule.logsnr(step / steps), schedule.logsnr((step - 1) / steps)
-            xt = jax.vmap(q_sample)(x0, eps, now)
-            found = predict(params, xt, now, labels)
-            discrete = steps * jax.vmap(elbo.step_kl)(found, x0, xt, now, before)
-            return continuous, discrete
-
-        continuous, discrete = jax.lax.map(at, jnp.arange(eval_times))
-        ends = {"prior": prior, "decoder": decoder}
-        return {**ends, "continuous": continuous.mean(0), "discrete": discrete.mean(0)}
-
-    def by_ode(params, tolerance, batch, keys):
-        """Nats of each image, eq. (2)."""
-        schedule, x0 = schedule_of(params), to_images(batch.images, levels)
-        labels = class_labels(batch.labels, classes) if classes else None
-        end_keys, _, _, probe_keys = split(keys, EVALUATION_PURPOSES)
-        eps = normal(end_keys)  # z_0 is that of the bounds
-        probe = jax.vmap(lambda key: jax.random.rademacher(key, shape, eps.dtype))(probe_keys)
-        _, decoder, z0 = ends_terms(schedule, x0, eps)
-        clean, noisy = schedule.logsnr(jnp.zeros(())), schedule.logsnr(jnp.ones(()))
-
-        def denoise(xt, logsnr):
-            return predict(params, xt, jnp.full(len(xt), logsnr), labels)
-
-        log_p, evaluations = probability_flow.log_density(
-            denoise, z0, probe, clean, noisy, tolerance
-        )
-        _, sigma = alpha_sigma(clean)
-        log_q = -0.5 * (jnp.square(eps) + jnp.log(2 * jnp.pi)).reshape(len(eps), -1).sum(-1)
-        log_q -= dims * jnp.log(sigma)
-        return {"ode": log_q - log_p + decoder, "calls": jnp.full(len(eps), evaluations)}
-
-    def curve(params):
-        return schedule_of(params).logsnr(jnp.linspace(0, 1, 101))
-
-    def evaluate(params, fixed, data: Data, *, split, seed, full, spread):
-        held_out = data.part(split) if full else data.part(split).first(QUICK_IMAGES)
-        found = per_example(bounds, held_out, eval_batch, seed, spread, params)
-        ends = found["prior"] + found["decoder"]
-        nats = {name: ends + found[name] for name in ROUTES[:2]}
-        metrics, scale = {}, 1 / (dims * np.log(2))
-        if full:
-
-            def solved(count, tolerance):
-                images = held_out.first(count)
-                return per_example(by_ode, images, eval_batch, seed, spread, params, tolerance)
-
-            exact, checked = (
-                solved(ode_images, probability_flow.TOLERANCE),
-                min(ode_images, eval_batch),
-            )
-            nats["ode"] = exact["ode"]
-            metrics["ode_calls"] = float(exact["calls"].mean())
-            metrics["ode_images"] = float(len(exact["calls"]))
-            # The solver's error is below its change from ten times the tolerance.
-            change = (
-                exact["ode"][:checked] - solved(checked, 10 * probability_flow.TOLERANCE)["ode"]
-            )
-            metrics["bits_per_dim_ode_numerical_error"] = float(np.abs(change * scale).mean())
-        parts = {
-            "prior": found["prior"],
-            "diffusion": found["continuous"],
-            "decoder": found["decoder"],
-        }
-        values = {"loss": nats["continuous"]}
-        values |= {f"bits_per_dim_{name}": of_route for name, of_route in nats.items()}
-        values |= {f"bits_{name}": of_part for name, of_part in parts.items()}
-        metrics |= averages(values, scale)
-        highest, lowest = (float(end) for end in fetch(params["schedule"]["ends"]))
-        metrics |= {"logsnr_highest": highest, "logsnr_lowest": lowest}
-        shown = show(draw, params, seed, data, split, full, judging, spread)
-        pictures = dict(shown.pictures)
-        if full:
-            pictures["schedule"] = plots.lines(
-                np.linspace(0, 1, 101),
-                {"logsnr": fetch(spread.compile(curve)(params))},
-                "t",
-                "The learned schedule",
-            )
-        return Evaluation(metrics | shown.metrics, pictures, shown.about)
-
-    return Task(
-        init,
-        loss,
-        lambda fixed, statistics: fixed,
-        evaluate,
-        draw.sample,
-        draw.guide,
-        labels=draw.labels,
-        denoiser=draw.denoiser,
-    )
-
-
-def rounding_nll(z0: Any, x0: Any, logsnr: Any, levels: int) -> Any:
-    """-log P(x0 | z_0) in nats, eq. (1): z_0 / alpha rounded to a grey value, of one image."""
-    alpha, sigma = alpha_sigma(logsnr)
-    seen = Prediction(z0 / alpha, jnp.zeros_like(z0))
-    return elbo.decoder_nll(seen, x0, sigma / alpha, levels)
+QUICK_IMAGES = 1000  # held-out images of an evaluation before the last
+STEPS = 1000  # T of the discrete bound
+EVALUATION_PURPOSES = 4  # of an image's random numbers: z_0, times, noise, the ODE's probe
+CURVE_POINTS = 101  # of the plot of the schedule
 
 
 @dataclasses.dataclass(frozen=True)
-class VDM:
-    """Variational diffusion in continuous time (Kingma et al. 2021); see `vdm_task`.
+class VDM(ImageDenoiser):
+    """Variational diffusion in continuous time (Kingma et al. 2021).
+
+    The network predicts v and is trained on the continuous bound, the schedule with it; with
+    classes the bound is of log P(x0 | y).
 
     Attributes:
       network: The denoising network, which predicts v.
@@ -270,7 +65,7 @@ class VDM:
       batch_size: Training images of one step.
     """
 
-    network: UNet | DiT = UNet()
+    network: DenoisingNetwork = UNet()
     logsnr_max: float = 8.0
     logsnr_min: float = -6.0
     conditional: bool = False
@@ -280,52 +75,264 @@ class VDM:
     info: Annotated[DataInfo, BOUND] = UNBOUND
     batch_size: Annotated[int, BOUND] = 0
 
-    provides: ClassVar[str] = "diffusion"
-
-    def needs(self) -> Needs:
-        """Return the names of other runs: feature networks and a guidance model."""
-        return Needs(self.evaluation.features, self.sampling.guidance_model)
-
-    def fit_to(self, data: Data) -> "VDM":
-        """Return the settings as they fit a data set: as they are."""
-        del data
-        return self
-
-    def adapt(self, data: Data) -> Data:
-        """Return the data as the task is trained on them: as they are."""
-        return data
+    @property
+    def only_conditional(self) -> str:
+        """The field that guidance by labels contradicts: no label is ever dropped."""
+        return "sampling.guidance"
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "VDM":
         """Return the task for a data set, a precision and a batch size."""
-        network = self.network.clone(
-            outputs=info.shape[-1],
-            classes=info.classes if self.conditional else 0,
-            dtype=jnp.dtype(precision),
-            parent=None,
-        )
+        network = bound_network(self.network, info, precision, conditional=self.conditional)
         return dataclasses.replace(self, network=network, info=info, batch_size=batch_size)
 
-    def build(self, resources: Resources = Resources()) -> Task:
-        """Return the functions of the bound task.
+    def check(self) -> None:
+        """Check that the fields fit each other and the data.
 
         Raises:
-          FieldError: fields contradict each other or the data.
+          FieldError: they do not.
         """
         if not self.logsnr_min < self.logsnr_max:
             raise FieldError(
                 f"logsnr_min={self.logsnr_min:g}: must be less than logsnr_max={self.logsnr_max:g}",
                 "logsnr_max",
             )
-        return vdm_task(
-            self.network,
-            self.info.shape,
-            self.info.levels,
-            ends=(self.logsnr_max, self.logsnr_min),
-            sampling=self.sampling,
-            batch_size=self.batch_size,
-            eval_batch=self.evaluation.batch_size,
-            eval_times=self.evaluation.times_per_image,
-            ode_images=self.ode_images,
-            judging=judging_of(self.evaluation, resources),
-            guide=resources.guidance,
+        with section("network"):
+            self.network.check(self.info.shape)
+        self.check_denoiser(None)
+
+    def noise_schedule(self, params: PyTree) -> schedules.Schedule:
+        """Return the learned schedule, which the parameters hold."""
+        return schedules.learned(params["schedule"])
+
+    def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
+        """Return the first variables."""
+        del batch
+        net_key, schedule_key = jax.random.split(key)
+        labels = jnp.zeros(1, jnp.int32) if self.classes else None
+        images = jnp.zeros((1, *self.info.shape))
+        params = self.network.init(net_key, images, jnp.zeros(1), labels)
+        schedule = schedules.learned_init(
+            schedule_key, lowest=self.logsnr_min, highest=self.logsnr_max
         )
+        return Variables({"net": params, "schedule": schedule}, {})
+
+    def predict(
+        self,
+        params: PyTree,
+        xt: Float[Array, "batch h w c"],
+        logsnr: Float[Array, "batch"],
+        conditioning: Int[Array, "batch"] | None,
+        keys: Key[Array, "batch"] | None = None,
+    ) -> Prediction:
+        """Return the prediction for noisy images, each with its own logsnr.
+
+        Args:
+          params: of the network and of the schedule.
+          xt: noisy images.
+          logsnr: of every image, which is the network's time.
+          conditioning: labels; None: the network has no classes.
+          keys: of dropout; None: there is none.
+        """
+        time = (self.logsnr_max - logsnr) / (self.logsnr_max - self.logsnr_min)
+        return predict(
+            self.network, "v", params["net"], xt, logsnr, time, labels=conditioning, keys=keys
+        )
+
+    def loss(
+        self,
+        variables: Variables,
+        batch: Batch,
+        keys: Key[Array, "batch"],
+        *,
+        train: bool,
+        all_gather: AllGather,
+    ) -> LossOutput:
+        """Return the bound in bits per dimension of every example; see `Task.loss`."""
+        del all_gather
+        params, x0 = variables.params, to_images(batch.images, self.info.levels)
+        t_keys, drop_keys, end_keys, eps_keys = split_keys(keys, 4)
+        t, _ = StratifiedTimes().sample({}, t_keys, batch.index, self.batch_size)
+        prior, decoder, _ = self.ends(params, x0, normal(end_keys, self.info.shape))
+        labels = self.conditioning(batch.labels)
+        eps = normal(eps_keys, self.info.shape)
+        diffusion = self.diffusion(params, x0, eps, t, labels, drop_keys if train else None)
+        parts = {"prior": prior, "diffusion": diffusion, "decoder": decoder}
+        dims = int(np.prod(self.info.shape))
+        bits = {f"bits_{name}": elbo.bits_per_dim(nats, dims) for name, nats in parts.items()}
+        total = bits["bits_prior"] + bits["bits_diffusion"] + bits["bits_decoder"]
+        return LossOutput(total, bits, {})
+
+    def ends(
+        self, params: PyTree, x0: Float[Array, "batch h w c"], eps: Float[Array, "batch h w c"]
+    ) -> tuple[Float[Array, "batch"], Float[Array, "batch"], Float[Array, "batch h w c"]]:
+        """Return (prior, decoder, z_0): eq. (1)'s first and last terms, in nats.
+
+        Args:
+          params: which hold the schedule.
+          x0: images.
+          eps: noise of z_0.
+        """
+        schedule = self.noise_schedule(params)
+        prior = jax.vmap(lambda x0: elbo.prior_kl(x0, schedule.logsnr(jnp.ones(()))))(x0)
+        logsnr = schedule.logsnr(jnp.zeros(()))
+        z0 = jax.vmap(q_sample, (0, 0, None))(x0, eps, logsnr)
+        decoder = jax.vmap(lambda z, x: rounding_nll(z, x, logsnr, self.info.levels))(z0, x0)
+        return prior, decoder, z0
+
+    def diffusion(
+        self,
+        params: PyTree,
+        x0: Float[Array, "batch h w c"],
+        eps: Float[Array, "batch h w c"],
+        t: Float[Array, "batch"],
+        labels: Int[Array, "batch"] | None,
+        keys: Key[Array, "batch"] | None = None,
+    ) -> Float[Array, "batch"]:
+        """Return eq. (1)'s middle term at one time of every image, in nats.
+
+        Args:
+          params: of the network and of the schedule.
+          x0: images.
+          eps: their noise.
+          t: time of every image.
+          labels: classes; None: the network has none.
+          keys: of dropout; None: there is none.
+        """
+        schedule = self.noise_schedule(params)
+        logsnr, slope = jax.vmap(lambda t: jax.jvp(schedule.logsnr, (t,), (jnp.ones(()),)))(t)
+        noisy = add_noise(x0, eps, logsnr)
+        prediction = self.predict(params, noisy.xt, logsnr, labels, keys)
+        return jax.vmap(elbo.continuous_kl)(prediction, noisy.eps, slope)
+
+    def evaluations(self) -> "tuple[Evaluate[VDM], ...]":
+        """Return the functions that evaluate the task."""
+        return evaluate_bounds, evaluate_ode, evaluate_schedule, *SAMPLE_EVALUATIONS
+
+
+def bounds(task: VDM, params: PyTree, batch: Batch, keys: Key[Array, "batch"]) -> dict[str, Array]:
+    """Return in nats of each image what both bounds share, and each one's middle term."""
+    x0, labels = to_images(batch.images, task.info.levels), task.conditioning(batch.labels)
+    schedule, count = task.noise_schedule(params), task.evaluation.times_per_image
+    end_keys, t_keys, eps_keys, _ = split_keys(keys, EVALUATION_PURPOSES)
+    prior, decoder, _ = task.ends(params, x0, normal(end_keys, task.info.shape))
+    times = spread_times(batch.index, t_keys, count)
+
+    def at_time(number: Int[Array, ""]) -> tuple[Array, Array]:
+        noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(eps_keys)
+        eps, t = normal(noise_keys, task.info.shape), times[:, number]
+        continuous = task.diffusion(params, x0, eps, t, labels)
+        step = grids.step_number(t, STEPS)
+        now, before = schedule.logsnr(step / STEPS), schedule.logsnr((step - 1) / STEPS)
+        noisy = add_noise(x0, eps, now)
+        prediction = task.predict(params, noisy.xt, now, labels)
+        discrete = STEPS * jax.vmap(elbo.step_kl)(prediction, x0, noisy.xt, now, before)
+        return continuous, discrete
+
+    continuous, discrete = jax.lax.map(at_time, jnp.arange(count))
+    ends = {"prior": prior, "decoder": decoder}
+    return {**ends, "continuous": continuous.mean(0), "discrete": discrete.mean(0)}
+
+
+def ode_nll(
+    task: VDM,
+    params: PyTree,
+    tolerance: Float[Array, ""] | float,
+    batch: Batch,
+    keys: Key[Array, "batch"],
+) -> dict[str, Array]:
+    """Return nats of each image by the ODE, eq. (2), and the network's calls.
+
+    Args:
+      task: the task.
+      params: of the network and of the schedule.
+      tolerance: of the ODE's solver.
+      batch: images.
+      keys: one for every image.
+    """
+    shape, schedule = task.info.shape, task.noise_schedule(params)
+    x0, labels = to_images(batch.images, task.info.levels), task.conditioning(batch.labels)
+    end_keys, _, _, probe_keys = split_keys(keys, EVALUATION_PURPOSES)
+    eps = normal(end_keys, shape)  # z_0 is that of the bounds
+    probe = jax.vmap(lambda key: jax.random.rademacher(key, shape, eps.dtype))(probe_keys)
+    _, decoder, z0 = task.ends(params, x0, eps)
+    clean, noisy = schedule.logsnr(jnp.zeros(())), schedule.logsnr(jnp.ones(()))
+
+    def denoise(xt: Array, logsnr: Array) -> Prediction:
+        return task.predict(params, xt, jnp.full(len(xt), logsnr), labels)
+
+    log_p, calls = probability_flow.log_density(denoise, z0, probe, clean, noisy, tolerance)
+    _, sigma = alpha_sigma(clean)
+    log_q = -0.5 * (jnp.square(eps) + jnp.log(2 * jnp.pi)).reshape(len(eps), -1).sum(-1)
+    log_q -= int(np.prod(shape)) * jnp.log(sigma)
+    return {"ode": log_q - log_p + decoder, "calls": jnp.full(len(eps), calls)}
+
+
+def schedule_curve(task: VDM, params: PyTree) -> Float[Array, "points"]:
+    """Return the learned schedule's logsnr at evenly spaced times."""
+    return task.noise_schedule(params).logsnr(jnp.linspace(0, 1, CURVE_POINTS))
+
+
+def bounds_of(context: Context) -> dict[str, np.ndarray]:
+    """Return `bounds` of the split, or of its first images before the end."""
+    task = context.task
+    assert isinstance(task, VDM)
+    split = context.held_out if context.full else context.held_out.first(QUICK_IMAGES)
+    size = task.evaluation.batch_size
+    return context.per_example(bounds, split, size, context.variables.params)
+
+
+def bits_scale(task: VDM) -> float:
+    """Return what nats are multiplied by for bits per dimension."""
+    return float(1 / (int(np.prod(task.info.shape)) * np.log(2)))
+
+
+def evaluate_bounds(task: VDM, context: Context) -> Evaluation:
+    """Return the continuous and the discrete bound in bits per dimension, and their parts."""
+    nats = context.shared(bounds_of)
+    ends = nats["prior"] + nats["decoder"]
+    values = {"loss": ends + nats["continuous"]}
+    values |= {f"bits_per_dim_{name}": ends + nats[name] for name in ("continuous", "discrete")}
+    parts = {"prior": "prior", "diffusion": "continuous", "decoder": "decoder"}
+    values |= {f"bits_{name}": nats[part] for name, part in parts.items()}
+    return Evaluation(averages(values, bits_scale(task)))
+
+
+def evaluate_ode(task: VDM, context: Context) -> Evaluation:
+    """Return the likelihood by the ODE and its numerical error, at the end of a training."""
+    if not context.full:
+        return Evaluation()
+
+    def solve(count: int, tolerance: float) -> dict[str, np.ndarray]:
+        images, size = context.held_out.first(count), task.evaluation.batch_size
+        return context.per_example(ode_nll, images, size, context.variables.params, tolerance)
+
+    exact = solve(task.ode_images, probability_flow.TOLERANCE)
+    checked = min(task.ode_images, task.evaluation.batch_size)
+    # The solver's error is below its change from ten times the tolerance.
+    change = exact["ode"][:checked] - solve(checked, 10 * probability_flow.TOLERANCE)["ode"]
+    metrics = averages({"bits_per_dim_ode": exact["ode"]}, bits_scale(task))
+    metrics["ode_calls"] = float(exact["calls"].mean())
+    metrics["ode_images"] = float(len(exact["calls"]))
+    metrics["bits_per_dim_ode_numerical_error"] = float(np.abs(change * bits_scale(task)).mean())
+    return Evaluation(metrics)
+
+
+def evaluate_schedule(task: VDM, context: Context) -> Evaluation:
+    """Return the ends of the learned schedule, and its plot at the end of a training."""
+    highest, lowest = (float(end) for end in fetch(context.variables.params["schedule"]["ends"]))
+    metrics = {"logsnr_highest": highest, "logsnr_lowest": lowest}
+    if not context.full:
+        return Evaluation(metrics)
+    curve = fetch(context.compile(schedule_curve, static_argnums=0)(task, context.variables.params))
+    t = np.linspace(0, 1, CURVE_POINTS)
+    plot = plots.lines(t, {"logsnr": curve}, "t", "The learned schedule")
+    return Evaluation(metrics, {"schedule": plot})
+
+
+def rounding_nll(
+    z0: Float[Array, "*event"], x0: Float[Array, "*event"], logsnr: Float[Array, ""], levels: int
+) -> Float[Array, ""]:
+    """Return -log P(x0 | z_0) of one image in nats, eq. (1): z_0 / alpha in x0's bin."""
+    alpha, sigma = alpha_sigma(logsnr)
+    seen = Prediction(z0 / alpha, jnp.zeros_like(z0))
+    return elbo.decoder_nll(seen, x0, sigma / alpha, levels)

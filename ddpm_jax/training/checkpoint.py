@@ -12,24 +12,34 @@ each other what they have read.
 import contextlib
 import copy
 import errno
-import json
 import os
 import pathlib
 import shutil
-import sys
 import tempfile
-import zlib
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from ddpm_jax.errors import RunError, UserError, one_line
-from ddpm_jax.parallel.processes import Meeting, alone, complaint, from_main, is_main
-from ddpm_jax.progress import tell
+from ddpm_jax.parallel.processes import (
+    Meeting,
+    alone,
+    complaint,
+    from_main,
+    is_main,
+    without_client,
+)
+from ddpm_jax.progress import tell, tell_once
+from ddpm_jax.system.unraisable import quiet_event_loop
+from ddpm_jax.training.check_sums import agree, check_record, check_sums
 from ddpm_jax.training.records import FORMAT
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 WRITE_SECONDS = 600  # after which a process that has not written its part is not waited for
 KEEP_NEWEST = 3
@@ -38,15 +48,23 @@ BEST = "validation/loss"  # lower is better
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, or what a user may use of it
 SUMS = "check_sums"  # in the host's record
 
+STRUCTURE = "tree structures do not match"  # of a checkpoint and a state, as orbax says it
+
 
 class Checkpoints(NamedTuple):
     """The checkpoints of one run directory."""
 
-    manager: Any
+    manager: "ocp.CheckpointManager"
     meeting: Meeting
     read_only: bool = False
 
-    def save(self, step: int, state: Any, host: dict, metrics: dict | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        host: Mapping[str, object],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Start writing `state` and the host's record; returns before they are on disk.
 
         Both are copied first: a training step donates, and so overwrites, its state, and the
@@ -60,11 +78,11 @@ class Checkpoints(NamedTuple):
             tell(f"cannot write the checkpoint of step {step}: {why}; the run goes on without it")
             return
         self.meeting.begin()
-        host = copy.deepcopy(host)
-        host |= {SUMS: check_sums(state, host), "format": FORMAT}
+        record = copy.deepcopy(dict(host))
+        record |= {SUMS: check_sums(state, record), "format": FORMAT}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)),
-            host=ocp.args.JsonSave(host),
+            host=ocp.args.JsonSave(record),
         )
         best = {BEST: metrics[BEST]} if metrics else None
         with self._telling():
@@ -84,9 +102,9 @@ class Checkpoints(NamedTuple):
 
     def newest(self) -> int | None:
         """The step of the newest checkpoint, if there is one."""
-        return self.manager.latest_step()
+        return cast(int | None, self.manager.latest_step())
 
-    def restore(self, step: int, like: Any) -> tuple[Any, dict]:
+    def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, object]]:
         """(state, host record) of a step; `like` has the state's shapes and placement.
 
         What is `...` in it is not read, and is `...` in the state.
@@ -96,31 +114,36 @@ class Checkpoints(NamedTuple):
         """
         import orbax.checkpoint as ocp
 
-        state, host, sums, why = None, {}, None, ""
+        state: PyTree = None
+        host: dict[str, object] = {}
+        sums, why = None, ""
         how = ocp.checkpoint_utils.construct_restore_args(like)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(like, how), host=ocp.args.JsonRestore()
         )
         try:
-            with _quiet(), contextlib.closing(_reader()) as reader:
-                found = reader.restore(pathlib.Path(self.manager.directory) / str(step), args=args)
-            state, host = found.state, dict(found.host)
-            _check_format(host.pop("format", 1))
-            sums = host.pop(SUMS, None)  # a checkpoint of before there were any has none
-            _check_record(host, sums)
+            with quiet_event_loop(), contextlib.closing(_reader()) as reader:
+                read = reader.restore(pathlib.Path(self.manager.directory) / str(step), args=args)
+            state, host = read.state, dict(read.host)
+            version = host.pop("format", 1)
+            if version != FORMAT:
+                raise ValueError(f"it is of format {version}; this version reads {FORMAT}")
+            # A checkpoint of before there were any has none.
+            sums = check_record(host, host.pop(SUMS, None))
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # of the machine, not of the file
         except Exception as error:  # of many kinds, from orbax's own to the JSON reader's
             why = " ".join(str(error).split())[:200] or repr(error)
         why = complaint(why)
         if not why:  # all have their part, of which the sums are taken together
-            same = sums is None or _agree(sums, check_sums(state, host))
+            same = sums is None or agree(sums, check_sums(state, host))
             why = complaint("" if same else "its check sums differ")
         if why:
-            raise UserError(f"the checkpoint of step {step} is damaged: {why}")
+            kind = "of another version of the code" if STRUCTURE in why else "damaged"
+            raise UserError(f"the checkpoint of step {step} is {kind}: {why}")
         return state, host
 
-    def restore_newest(self, like: Any) -> tuple[int, Any | None, dict]:
+    def restore_newest(self, like: PyTree) -> tuple[int, PyTree | None, dict[str, object]]:
         """(step, state, host record) of the newest that is not damaged; (0, None, {}) of none.
 
         Damaged ones are told of and, where this may write and there is a good one, set aside.
@@ -137,8 +160,8 @@ class Checkpoints(NamedTuple):
                 tell(f"{error}; trying the one before")
                 damaged.append(step)
                 continue
-            for other in [] if self.read_only else damaged:
-                self._set_aside(other)
+            for bad_step in [] if self.read_only else damaged:
+                self._set_aside(bad_step)
             return step, state, host
         if steps:
             raise UserError(
@@ -177,10 +200,10 @@ class Checkpoints(NamedTuple):
             steps = pathlib.Path(self.manager.directory).glob("[0-9]*")
             return max((int(path.name) for path in steps if path.name.isdigit()), default=None)
 
-        found = from_main(newest)
-        if found == step:
+        written = from_main(newest)
+        if written == step:
             return
-        left = "there is none" if found is None else f"the newest is of step {found}"
+        left = "there is none" if written is None else f"the newest is of step {written}"
         raise RunError(
             f"the checkpoint of step {step}, the last one, could not be written to "
             f"{self.manager.directory}: {left}; see to it that there is room and that the "
@@ -231,10 +254,12 @@ def open_checkpoints(folder: pathlib.Path, read_only: bool = False) -> Checkpoin
         ]
     )
     folder, meeting = folder.resolve(), Meeting()
+    if without_client():
+        tell_once(without_client())
     if not (alone() or read_only):
         from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     options = ocp.CheckpointManagerOptions(
-        async_options=ocp.AsyncOptions(WRITE_SECONDS, barrier_sync_fn=meeting.wait),
+        async_options=ocp.AsyncOptions(WRITE_SECONDS, barrier_sync_fn=meeting.barrier()),
         preservation_policy=None if read_only else policy,
         cleanup_tmp_directories=not read_only,
         create=alone() and not read_only,
@@ -275,10 +300,10 @@ def check_store(folder: pathlib.Path) -> None:
         (place / "file").write_bytes(bytes(4096))
         if not alone():
             return
-        with _quiet(), contextlib.closing(_reader()) as store:
+        with quiet_event_loop(), contextlib.closing(_reader()) as store:
             store.save(place / "0", args=ocp.args.Composite(**args))
-            found = store.restore(place / "0", args=ocp.args.Composite(**like))
-        if found.state["probe"].tolist() != [0, 1, 2] or found.host != host:
+            read = store.restore(place / "0", args=ocp.args.Composite(**like))
+        if read.state["probe"].tolist() != [0, 1, 2] or read.host != host:
             raise ValueError("what was written is not what is read")
     except Exception as error:  # of many kinds, from the store's to Python's own
         text = str(error)
@@ -312,91 +337,9 @@ def _processes(numbers: Iterable[int]) -> Any:
     return ocp.options.MultiprocessingOptions(primary_host=min(active), active_processes=active)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Of a failed read the first error alone is told.
-
-    Those of the arrays that are read beside it find asyncio's loop closed, some of them later: so
-    where one has failed they are kept quiet from then on.
-    """
-    before = sys.unraisablehook
-
-    def hook(found: Any) -> None:
-        if str(found.exc_value) != "Event loop is closed":
-            before(found)
-
-    sys.unraisablehook = hook
-    yield
-    sys.unraisablehook = before
-
-
 def _reader() -> Any:
     """Reads without waiting for other processes, which may have failed to."""
     import orbax.checkpoint as ocp
 
-    own = _processes([jax.process_index()])
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=own)
-
-
-def check_sums(state: Any, host: dict) -> dict[str, Any]:
-    """A number for every array, the same however it lies on devices, and one for the record.
-
-    sum of (2 i + 1) word_i modulo 2^32: any one word changed changes it.  None of what is `...`.
-    """
-    text = json.dumps(host, sort_keys=True).encode()
-    # One is waited for before the next begins: processes that sum their shards of several arrays at
-    # once wait for each other forever where collectives are not ordered (gloo's, on CPUs).
-    arrays = jax.tree.leaves(state)
-    sums = [None if a is ... else int((_sum_here if _is_here(a) else _sum)(a)) for a in arrays]
-    return {"arrays": sums, "host": zlib.crc32(text)}
-
-
-def _check_format(found: Any) -> None:
-    """Raises ValueError if a checkpoint is of another format than this version writes."""
-    if found != FORMAT:
-        raise ValueError(f"it is of format {found}, and this version reads format {FORMAT}")
-
-
-def _check_record(host: dict[str, Any], sums: Any) -> None:
-    """Raises ValueError unless the host's record and the check sums are of the form written."""
-    window, skipped = host.get("window", {}), host.get("skipped", 0)
-    good = isinstance(window, dict) and all(type(v) in (int, float) for v in window.values())
-    if sums is not None:
-        arrays = sums.get("arrays") if isinstance(sums, dict) else None
-        good = good and isinstance(arrays, list) and "host" in sums
-    if not good or type(skipped) is not int:
-        raise ValueError("its record is of another form")
-
-
-def _agree(known: dict[str, Any], found: dict[str, Any]) -> bool:
-    """Whether the check sums of what was read are those that were written."""
-    ours, theirs = found["arrays"], known["arrays"]
-    if len(ours) != len(theirs) or found["host"] != known["host"]:
-        return False
-    return all(a is None or a == b for a, b in zip(ours, theirs, strict=True))
-
-
-def _is_here(array: jax.Array) -> bool:
-    """Whether numpy can read it where it lies."""
-    return array.is_fully_addressable and all(d.platform == "cpu" for d in array.devices())
-
-
-def _sum_here(array: jax.Array) -> np.uint32:
-    """`_sum` by numpy, for which nothing is compiled."""
-    words: Any = np.asarray(array).reshape(-1)
-    words = words.view(f"u{min(words.dtype.itemsize, 4)}").astype(np.uint32)
-    return words @ np.arange(1, 2 * words.size, 2, dtype=np.uint32)
-
-
-@jax.jit  # so compiled once for each shape, of which a state has few
-def _sum(array: jax.Array) -> jax.Array:
-    words: Any = array
-    if array.dtype == bool:
-        words = array.astype(jnp.uint8)
-    else:  # numbers of 8 bytes become two words of 4
-        sizes = {1: jnp.uint8, 2: jnp.uint16}
-        words = jax.lax.bitcast_convert_type(array, sizes.get(array.dtype.itemsize, jnp.uint32))
-    place = jnp.zeros((), jnp.uint32)
-    for axis, length in enumerate(words.shape):
-        place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return jnp.sum(words.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+    options = _processes([jax.process_index()])
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=options)

@@ -1,10 +1,12 @@
 """Exponential and power-function moving averages of parameters."""
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from ddpm_jax.fields import MAY_CHANGE, OR_NONE, AtMost, MoreThan, NonNegative
 
@@ -42,6 +44,11 @@ class EMA:
         return (*lives, *(f"power={width:.9g}" for width in self.power_widths))
 
     @property
+    def is_average(self) -> tuple[bool, ...]:
+        """Of each name, whether it is an average, and not the parameters themselves."""
+        return (*(life > 0 for life in self.half_lives), *(True for _ in self.power_widths))
+
+    @property
     def index(self) -> int:
         """The place of the average that is evaluated.
 
@@ -58,7 +65,7 @@ class EMA:
         return self.names.index(self.evaluated)
 
 
-def ema_decay(step: Any, batch_size: int, half_life: float) -> Any:
+def ema_decay(step: Int[Array, ""] | int, batch_size: int, half_life: float) -> Float[Array, ""]:
     """The share of the old average that a step keeps: 2^(-batch / half-life).
 
     The half-life, in images, is cut to 5 % of the images seen, so that the average is
@@ -69,7 +76,7 @@ def ema_decay(step: Any, batch_size: int, half_life: float) -> Any:
     return 0.5 ** (batch_size / images)
 
 
-def power_decay(step: Any, width: float) -> Any:
+def power_decay(step: Int[ArrayLike, "*steps"], width: float) -> Float[Array, "*steps"]:
     """The share that a power-function average keeps: (1 - 1 / step)^(g + 1).
 
     Its weights grow as time^g; their standard deviation is `width` of the time that has passed,
@@ -80,7 +87,9 @@ def power_decay(step: Any, width: float) -> Any:
     return (1 - 1 / jnp.maximum(jnp.asarray(step, jnp.float32), 1)) ** (power + 1)
 
 
-def ema_decays(ema: EMA, step: Any, batch_size: int) -> list[Any]:
+def ema_decays(
+    ema: EMA, step: Int[Array, ""] | int, batch_size: int
+) -> list[Float[Array, ""] | None]:
     """Return what step `step` keeps of every average, in the order of `EMA.names`.
 
     None stands for one that is no average but the parameters themselves.
@@ -89,6 +98,28 @@ def ema_decays(ema: EMA, step: Any, batch_size: int) -> list[Any]:
         *(ema_decay(step, batch_size, life) if life else None for life in ema.half_lives),
         *(power_decay(step, width) for width in ema.power_widths),
     ]
+
+
+def update_averages(
+    ema: EMA,
+    averages: tuple[PyTree | None, ...],
+    params: PyTree,
+    step: Int[Array, ""] | int,
+    batch_size: int,
+) -> tuple[PyTree | None, ...]:
+    """Return the averages after a step, in the order of `EMA.names`.
+
+    Args:
+      ema: which averages are kept.
+      averages: before the step; None: no average but the parameters themselves.
+      params: after the step.
+      step: the number of the step, from 1.
+      batch_size: on all devices.
+    """
+    return tuple(
+        None if decay is None else optax.incremental_update(params, old, 1 - decay)
+        for old, decay in zip(averages, ema_decays(ema, step, batch_size), strict=True)
+    )
 
 
 def parameters_used(ema: EMA) -> str:

@@ -3,39 +3,39 @@
 The loop's order is fixed, so that a run cut off at any moment and started again ends as
 if it had never been:
 
-    evaluate, if due -> checkpoint, if due -> next call of some steps -> log what the call
-    before it found
+    evaluate, if due -> checkpoint, if due -> next call of some steps -> log the metrics of
+    the call before it
 
-What is told of a step is told once the next call is on its way, so the device never waits
-for the host; before an evaluation or a checkpoint everything is told first.
+A step is logged once the next call is on its way, so the device never waits for the host; before an
+evaluation or a checkpoint everything is logged first.
 """
 
 import contextlib
 import functools
 import itertools
-import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
 
-from ddpm_jax.data.batches import batch_of, epoch_order, training_batches
+from ddpm_jax.data.batches import batch_of, epoch_order
 from ddpm_jax.data.prefetch import prefetch
 from ddpm_jax.data.types import Data
-from ddpm_jax.errors import RunError
-from ddpm_jax.parallel import hardware, processes
-from ddpm_jax.parallel import sharding as devices
-from ddpm_jax.progress import Clock, tell
-from ddpm_jax.task import Evaluation, Task
+from ddpm_jax.parallel import processes
+from ddpm_jax.parallel.partitioner import Partitioner, Program
+from ddpm_jax.progress import Clock, tell, tell_once
+from ddpm_jax.task import Evaluation, Resources, Task, Variables
 from ddpm_jax.training.checkpoint import Checkpoints
-from ddpm_jax.training.evaluation import evaluate
+from ddpm_jax.training.evaluation import EvaluationContext, evaluate
+from ddpm_jax.training.ledger import Call, Ledger
+from ddpm_jax.training.preemption import Preemption
+from ddpm_jax.training.program import StepProgram, calls
 from ddpm_jax.training.run_dir import RunDir
 from ddpm_jax.training.settings import Settings
-from ddpm_jax.training.signals import Interrupted, Signals
-from ddpm_jax.training.step import TrainState, initializer, train_step, train_steps
+from ddpm_jax.training.step import TrainState, averaged, initializer
 
 
 class Watch(NamedTuple):
@@ -56,84 +56,6 @@ class Fit(NamedTuple):
     final: Evaluation | None
 
 
-def calls(first: int, config: Settings, cuts: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
-    """(first, last) of each call: at most `steps_per_call` steps, none across a boundary or cut."""
-    intervals = (config.train.log_every, config.train.eval_every, config.train.checkpoint_every)
-    while first < config.train.steps:
-        ends = [(first // every + 1) * every for every in intervals if every]
-        ends += [cut for cut in cuts if cut > first]
-        last = min(first + config.train.steps_per_call, config.train.steps, *ends)
-        yield first, last
-        first = last
-
-
-class _Ledger:
-    """What calls found, told once the next call is on its way: checked, added up and logged."""
-
-    def __init__(
-        self,
-        config: Settings,
-        run: RunDir,
-        clock: Clock,
-        checkpoints: Checkpoints,
-        order: Callable[[int, int], np.ndarray],
-        flops: float,
-        host: dict[str, Any],
-    ) -> None:
-        self._config, self._run, self._clock = config, run, clock
-        self._checkpoints, self._order, self._flops = checkpoints, order, flops
-        self._window: dict[str, float] = host.get("window", {})  # sums since the last line
-        self._skipped: int = host.get("skipped", 0)  # steps in a row
-        self.pending: tuple[int, int, Any] | None = None  # (first, last, metrics), not told yet
-
-    def host(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
-        return {"window": self._window, "skipped": self._skipped}
-
-    def settle(self) -> None:
-        """Fetch what the last call found; check it, add it up, log it."""
-        if self.pending is None:
-            return
-        first, last, found = self.pending
-        self.pending = None
-        values = {name: np.asarray(v) for name, v in devices.fetch(found).items()}
-        if self._config.train.steps_per_call == 1:
-            values = {name: v[None] for name, v in values.items()}
-        finite = values.pop("finite")
-        for i in range(last - first):
-            one = {name: float(v[i]) for name, v in values.items()}
-            self._add(first + i + 1, one, finite[i])
-        if last % self._config.train.log_every == 0 or last == self._config.train.steps:
-            self._log(last)
-        self._clock.show(last, float(values["loss"][last - first - 1]))
-
-    def _add(self, step: int, values: dict[str, float], finite: np.ndarray) -> None:
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        self._skipped = self._skipped + 1 if bad else 0
-        if self._skipped > self._config.train.max_consecutive_nonfinite_steps:
-            name = "loss" if "loss" in bad else bad[0]
-            size = self._config.train.batch_size
-            examples = self._order((step - 1) * size, step * size)[~finite]
-            raise RunError(
-                _not_finite(name, values[name], step, examples)
-                + f"; the newest checkpoint is of step {self._checkpoints.newest() or 0}: try a "
-                "smaller --config.optimizer.learning_rate, --config.optimizer.grad_clip_norm=1 or "
-                "--config.train.max_consecutive_nonfinite_steps=10, in another --workdir"
-            )
-        for name, value in {"skipped": 1.0}.items() if bad else {**values, "count": 1.0}.items():
-            self._window[name] = self._window.get(name, 0.0) + value
-
-    def _log(self, step: int) -> None:
-        count, skipped = self._window.pop("count", 0), self._window.pop("skipped", 0)
-        means = {f"train/{name}": total / count for name, total in self._window.items()}
-        if self._config.train.max_consecutive_nonfinite_steps:
-            means["train/skipped"] = skipped
-        self._window = {}
-        self._run.log(step, means)
-        lap = self._clock.lap(step)
-        self._run.time(step, **lap, **hardware.memory(), **hardware.utilisation(self._flops, lap))
-
-
 def fit(
     task: Task,
     config: Settings,
@@ -141,140 +63,221 @@ def fit(
     run: RunDir,
     checkpoints: Checkpoints,
     seed: int,
-    spread: devices.Parallel,
+    partitioner: Partitioner,
     watch: Watch = UNWATCHED,
+    resources: Resources = Resources(),
 ) -> Fit:
     """Train to the last step, from the newest checkpoint where there is one, and evaluate.
+
+    Args:
+      task: what is trained.
+      config: of the run.
+      data: the run's data set.
+      run: the run's directory.
+      checkpoints: of the run.
+      seed: of the run.
+      partitioner: the devices.
+      watch: what is watched of the run.
+      resources: what the task needs of other runs.
 
     Raises:
       RunError: a loss is not finite; the last checkpoint is older and good.
     """
-    with Signals(alone=processes.alone()) as signals, contextlib.ExitStack() as held:
-        size = min(task.sees, len(data.train.images))
-        examples = batch_of(data.train, np.arange(size), np.arange(size))
-        init = jax.jit(initializer(task, config, seed))  # so traced once, here
-        shapes = jax.eval_shape(init, examples)
-        like = spread.like(shapes)
-        stack = config.train.steps_per_call if config.train.steps_per_call > 1 else None
-        mine = spread.rows(config.train.batch_size)
-        one_step = functools.partial(train_step, task, config, seed)
-
-        def batches(plan):
-            return training_batches(data.train, seed, config.train.batch_size, plan, stack, mine)
-
-        def place(batch):
-            return spread.feed(batch, axis=1 if stack else 0)
-
-        def lowered():
-            arguments = (like, place(next(batches([(0, 1)]))), *((1,) if stack else ()))
-            return spread.lower(train_steps(one_step) if stack else one_step, *arguments)
-
-        # One program, compiled while the state is made: of the newest checkpoint, or new.
-        with ThreadPoolExecutor(1) as background:
-            finished = checkpoints.newest() == config.train.steps
-            program = None if finished else lowered()
-            compiled = program and background.submit(program)
-            step, state, host = checkpoints.restore_newest(like)
-            if state is None:
-                state = jax.jit(init, out_shardings=spread.shardings(shapes))(examples)
-                if task.load is not None:
-                    state = state._replace(fixed=spread.place(task.load(state.fixed)))
-            else:
-                tell(f"resuming at step {step}")
-        call: Any = compiled and compiled.result()
-        processes.from_main(lambda: run.begin(step, step == config.train.steps, watch.wandb))
-        traced = [step + 10, step + 15] if watch.profile else [-1, -1]
-        plan = [calls(step, config, traced) for _ in range(2)]
-        # Made ahead of the calls that use them.
-        placed = held.enter_context(contextlib.closing(prefetch(batches(plan[0]), place)))
-        clock = held.enter_context(
-            contextlib.closing(Clock(step, config.train.steps, show=processes.is_main()))
-        )
+    total = config.train.steps
+    with Preemption(partitioner) as preemption, contextlib.ExitStack() as stack:
+        steps = StepProgram(task, config, data.train, seed, partitioner)
+        start = _restore_or_initialise(steps, checkpoints, resources)  # and compile
+        state = start.state
+        processes.from_main(lambda: run.begin(start.step, start.step == total, watch.wandb))
+        profiler = _Profiler(run.path / "profile", start.step, watch.profile)
+        plan = functools.partial(calls, start.step, config, profiler.cuts)
+        batches = prefetch(steps.batches(plan()), steps.place)  # made ahead of the calls
+        stack.enter_context(contextlib.closing(batches))
+        clock = Clock(start.step, total, show=processes.is_main())
+        stack.enter_context(contextlib.closing(clock))
         order = epoch_order(seed, len(data.train.images))
-        ledger = _Ledger(
-            config, run, clock, checkpoints, order, program.flops if program else 0.0, host
-        )
-
-        evaluate_every = config.train.eval_every if data.validation is not None else 0
-        if config.train.eval_every and not evaluate_every:
+        ledger = Ledger(config.train, run, clock, checkpoints, order, start.flops, start.host)
+        if config.train.eval_every and data.validation is None:
             tell("no validation split: nothing is evaluated before the end")
-
-        tracing = False
-        asked = devices.raised(spread, False)
-
-        def stop() -> bool:
-            return signals.stop if processes.alone() else devices.anyone(asked)
-
-        def breathe() -> None:  # one process is interrupted at once
-            nonlocal asked
-            if not processes.alone():
-                asked = devices.raised(spread, signals.stop)
-                if stop():
-                    raise Interrupted
-
-        breathing = spread._replace(breathe=breathe)
-        for first, last in itertools.chain(plan[1], [(config.train.steps, config.train.steps)]):
-            finished = first == config.train.steps
-            metrics = None
-            if _due(first, evaluate_every) and not (finished or stop()):
-                ledger.settle()
-                if not processes.from_main(functools.partial(run.evaluated, first)):
-                    with signals.interrupting(), clock.pause("evaluation"):
-                        shown = evaluate(task, config, state, data, run, first, seed, breathing)
-                        metrics = shown.metrics
-            if metrics or _due(first, config.train.checkpoint_every) or finished or stop():
-                ledger.settle()
-                if processes.from_main(functools.partial(_may_save, first, checkpoints, run)):
-                    with clock.pause("checkpoint"):
-                        checkpoints.save(first, state, ledger.host(), metrics)
-            if finished or stop():
+        side = _Side(steps, data, run, checkpoints, preemption, clock, ledger, resources)
+        for first, last in itertools.chain(plan(), [(total, total)]):
+            evaluated = side.evaluate(first, state) if side.evaluation_due(first) else None
+            if evaluated or side.checkpoint_due(first):
+                side.checkpoint(first, state, evaluated)
+            if first == total or preemption.requested():
                 break
-            if first in traced:
-                ledger.settle()
-                tracing = first == traced[0]
-                if tracing:
-                    jax.profiler.start_trace(str(run.path / "profile"))
-                else:
-                    _stop_trace(run.path / "profile")
+            profiler.reach(first, ledger)
             with clock.waiting():
-                batch = next(placed)
-            asked = devices.raised(spread, signals.stop)
-            call = call or lowered()()
-            state, found = call(state, batch, last - first) if stack else call(state, batch)
-            ledger.settle()
-            ledger.pending = first, last, found
-        if tracing:
-            _stop_trace(run.path / "profile")
-        elif watch.profile and first <= traced[0]:
-            tell("nothing profiled: a trace is of steps 10 to 15 after the first")
-        final = None
-        if finished and not stop():
-            tell("evaluating")
-            with signals.interrupting():
-                final = evaluate(task, config, state, data, run, first, seed, breathing, full=True)
+                batch = next(batches)
+            preemption.announce()
+            assert start.program is not None
+            state, metrics = steps.run(start.program, state, batch, last - first)
+            ledger.add(Call(first, last, metrics))
+        profiler.finish(first)
+        final = side.evaluate_finally(state) if first == total else None
         return Fit(state, first, final)
 
 
-def _may_save(step: int, checkpoints: Checkpoints, run: RunDir) -> bool:
-    """Whether a checkpoint is wanted, and all that was said before it is on disk."""
-    if step == 0 or checkpoints.newest() == step:
+class _Start(NamedTuple):
+    """Where a training starts.
+
+    Attributes:
+      step: Steps taken.
+      state: The newest checkpoint's, or a new one.
+      host: The host's record in the checkpoint; empty: a new run.
+      program: The compiled steps; None: there are no more.
+      flops: Operations of one step on one device; 0: unknown.
+    """
+
+    step: int
+    state: TrainState
+    host: dict[str, object]
+    program: Program | None
+    flops: float
+
+
+def _restore_or_initialise(
+    steps: StepProgram, checkpoints: Checkpoints, resources: Resources
+) -> _Start:
+    """Restore the newest checkpoint, or make a new state, while the program is compiled."""
+    partitioner, total = steps.partitioner, steps.config.train.steps
+    if partitioner.warning():
+        tell_once(partitioner.warning())
+    size = min(steps.task.init_examples, len(steps.split.images))
+    examples = batch_of(steps.split, np.arange(size), np.arange(size))
+    init = jax.jit(initializer(steps.task, steps.config, steps.seed))  # so traced once, here
+    shapes = jax.eval_shape(init, examples)
+    like = partitioner.like(shapes)
+    with ThreadPoolExecutor(1) as background:
+        lowered = None if checkpoints.newest() == total else steps.lower(like)
+        compiled = background.submit(lowered.compile) if lowered else None
+        step, state, host = checkpoints.restore_newest(like)
+        if state is None:
+            state = jax.jit(init, out_shardings=partitioner.shardings(shapes))(examples)
+            extra = steps.task.load_extra(state.extra, resources.parts)
+            state = state._replace(extra=partitioner.place(extra))
+        else:
+            tell(f"resuming at step {step}")
+    if step < total and lowered is None:  # the newest checkpoint is damaged
+        lowered = steps.lower(like)
+    program = compiled.result() if compiled else lowered and lowered()
+    return _Start(step, cast(TrainState, state), host, program, lowered.flops if lowered else 0.0)
+
+
+class _Side(NamedTuple):
+    """What a loop does between the calls of its program: evaluate, and write checkpoints."""
+
+    steps: StepProgram
+    data: Data
+    run: RunDir
+    checkpoints: Checkpoints
+    preemption: Preemption
+    clock: Clock
+    ledger: Ledger
+    resources: Resources
+
+    def ends(self, step: int) -> bool:
+        """Whether no step follows, for now."""
+        return step == self.steps.config.train.steps or self.preemption.requested()
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether the validation split is evaluated before the next call."""
+        every = self.steps.config.train.eval_every if self.data.validation is not None else 0
+        return _due(step, every) and not self.ends(step)
+
+    def evaluate(self, step: int, state: TrainState) -> Mapping[str, float] | None:
+        """Evaluate the validation split; None if it was done before, or is interrupted."""
+        self.ledger.settle()
+        if processes.from_main(functools.partial(self.run.evaluated, step)):
+            return None
+        with self.preemption.interrupting(), self.clock.pause("evaluation"):
+            return self._evaluated(step, state, full=False).metrics
+        return None
+
+    def evaluate_finally(self, state: TrainState) -> Evaluation | None:
+        """Evaluate the test split; None if the training is asked to stop."""
+        if self.preemption.requested():
+            return None
+        tell("evaluating")
+        with self.preemption.interrupting():
+            return self._evaluated(self.steps.config.train.steps, state, full=True)
+        return None
+
+    def _evaluated(self, step: int, state: TrainState, full: bool) -> Evaluation:
+        """Evaluate the chosen average of the parameters; write its metrics and images."""
+        steps = self.steps
+        context = EvaluationContext(
+            steps.task,
+            Variables(averaged(state, steps.config), state.extra),
+            self.data,
+            split="test" if full else "validation",
+            seed=steps.seed,
+            full=full,
+            partitioner=steps.partitioner,
+            resources=self.resources,
+            check_preemption=self.preemption.check,
+        )
+        evaluation = evaluate(context)
+        for name, image in evaluation.images.items():
+            self.run.picture(name, image, step, last=full)
+        self.run.log(step, evaluation.metrics)
+        return evaluation
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether a checkpoint is written before the next call."""
+        return _due(step, self.steps.config.train.checkpoint_every) or self.ends(step)
+
+    def checkpoint(self, step: int, state: TrainState, metrics: Mapping[str, float] | None) -> None:
+        """Write a checkpoint, unless there is one of this step."""
+        self.ledger.settle()
+        if processes.from_main(functools.partial(self._may_save, step)):
+            with self.clock.pause("checkpoint"):
+                self.checkpoints.save(step, state, self.ledger.host(), metrics)
+
+    def _may_save(self, step: int) -> bool:
+        """Whether a checkpoint is wanted, and all lines of the log before it are on disk."""
+        if step == 0 or self.checkpoints.newest() == step:
+            return False
+        if self.run.flush():
+            return True
+        tell(f"no checkpoint of step {step}: the figures before it could not be written")
         return False
-    if run.flush():
-        return True
-    tell(f"no checkpoint of step {step}: the figures before it could not be written")
-    return False
 
 
-def _stop_trace(folder: pathlib.Path) -> None:
-    jax.profiler.stop_trace()
-    tell(f"profiled: tensorboard --logdir={folder}, or ui.perfetto.dev")
+class _Profiler:
+    """A trace of steps 10 to 15 after the first.
 
+    Args:
+      folder: where the trace is written.
+      first: the step that the run starts at.
+      wanted: whether there is to be one.
+    """
 
-def _not_finite(name: str, value: float, step: int, examples: np.ndarray) -> str:
-    """What is wrong with a step, and with which training examples, by their place in the split."""
-    some = ", ".join(map(str, examples[:5])) + ", ..." * (len(examples) > 5)
-    which = f"of training examples {some}" if len(examples) else "though every example's loss is"
-    return f"{name} is {value} at step {step}, {which}"
+    def __init__(self, folder: pathlib.Path, first: int, wanted: bool) -> None:
+        self._folder, self._tracing = folder, False
+        self.cuts: Sequence[int] = (first + 10, first + 15) if wanted else ()
+
+    def reach(self, step: int, ledger: Ledger) -> None:
+        """Start or stop the trace, if it is time to; all steps before are settled then."""
+        if step in self.cuts:
+            ledger.settle()
+            if step == self.cuts[0]:
+                self._tracing = True
+                jax.profiler.start_trace(str(self._folder))
+            else:
+                self._stop()
+
+    def finish(self, step: int) -> None:
+        """Stop the trace where the steps end."""
+        if self._tracing:
+            self._stop()
+        elif self.cuts and step <= self.cuts[0]:
+            tell("nothing profiled: a trace is of steps 10 to 15 after the first")
+
+    def _stop(self) -> None:
+        self._tracing = False
+        jax.profiler.stop_trace()
+        tell(f"profiled: tensorboard --logdir={self._folder}, or ui.perfetto.dev")
 
 
 def _due(step: int, every: int) -> bool:

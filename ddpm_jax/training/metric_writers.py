@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.system.record import Record
 
 
 class Board(NamedTuple):
@@ -46,7 +47,7 @@ def tensorboard(folder: pathlib.Path, step: int) -> Board:
     return Board(log, picture, writer.flush, writer.close)
 
 
-def weights_and_biases(workdir: pathlib.Path, record: dict[str, Any]) -> Board:
+def weights_and_biases(workdir: pathlib.Path, record: Record) -> Board:
     """A run of Weights & Biases, named as `workdir` and resumed with it.
 
     Raises:

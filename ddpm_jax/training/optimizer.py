@@ -1,10 +1,11 @@
 """The optimizer of a config: Adam, AdamW or Muon, with warm-up, decay and clipping."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from ddpm_jax.fields import AtLeast, NonNegative, Positive, Share
 from ddpm_jax.training.muon import muon
@@ -59,17 +60,20 @@ def make_optimizer(optimizer: Adam | Muon, steps: int) -> optax.GradientTransfor
       optimizer: the section of the config.
       steps: of the training, at the end of which a cosine reaches 0.
     """
-    rate: Any = optimizer.learning_rate
+    peak = optax.constant_schedule(optimizer.learning_rate)
     if optimizer.lr_schedule == "cosine":
-        rate = optax.cosine_decay_schedule(rate, steps)
-    peak = rate if callable(rate) else lambda count: optimizer.learning_rate
+        peak = optax.cosine_decay_schedule(optimizer.learning_rate, steps)
 
-    def schedule(count):
-        return peak(count) * jnp.minimum(1.0, (count + 1) / max(optimizer.warmup_steps, 1))
+    def schedule(count: Array | int) -> Array:
+        warmup: Array = jnp.minimum(1.0, (count + 1) / max(optimizer.warmup_steps, 1))
+        rate: Array = peak(count) * warmup
+        return rate
 
     if isinstance(optimizer, Muon):
-        made = muon(schedule, optimizer.beta2, optimizer.weight_decay)
+        transformation = muon(schedule, optimizer.beta2, optimizer.weight_decay)
     else:
-        made = optax.adamw(schedule, b2=optimizer.beta2, weight_decay=optimizer.weight_decay)
+        transformation = optax.adamw(
+            schedule, b2=optimizer.beta2, weight_decay=optimizer.weight_decay
+        )
     clip = optimizer.grad_clip_norm
-    return optax.chain(optax.clip_by_global_norm(clip), made) if clip else made
+    return optax.chain(optax.clip_by_global_norm(clip), transformation) if clip else transformation

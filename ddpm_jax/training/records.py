@@ -13,6 +13,7 @@ from typing import Any
 
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.system.files import draft_of
+from ddpm_jax.system.record import Record
 
 FORMAT = 2  # of config.json and of checkpoints; 1 had flat configs
 
@@ -27,7 +28,7 @@ FOLDERS = ("checkpoints", "damaged", "images", "profile", "tensorboard", "wandb"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 
-def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
+def read_record(workdir: pathlib.Path) -> Record | None:
     """What config.json of a run directory says; None where there is none.
 
     Raises:
@@ -84,7 +85,7 @@ def check_entries(workdir: pathlib.Path) -> None:
                 folders.append(folder / entry.name)
 
 
-def _check_entry(entry: os.DirEntry) -> None:
+def _check_entry(entry: os.DirEntry[str]) -> None:
     is_folder = entry.is_dir(follow_symlinks=False)
     wrong = ""
     if entry.is_symlink():
@@ -100,7 +101,10 @@ def _check_entry(entry: os.DirEntry) -> None:
 
 
 def check_same(
-    workdir: pathlib.Path, earlier: dict, record: dict, may_change: Collection[str] = ()
+    workdir: pathlib.Path,
+    earlier: Record,
+    record: Record,
+    may_change: Collection[str] = (),
 ) -> None:
     """Raises UserError, naming what differs, unless `record` goes on with `earlier`."""
     if earlier["experiment"] != record["experiment"]:
@@ -134,9 +138,9 @@ def check_same(
         )
 
 
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Record, prefix: str = "") -> Record:
     """Return the values of a recorded config by their paths, such as `train.steps`."""
-    values: dict[str, Any] = {}
+    values: Record = {}
     for name, value in config.items():
         if isinstance(value, dict):
             values |= flatten(value, f"{prefix}{name}.")
@@ -145,7 +149,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def provenance() -> dict[str, Any]:
+def provenance() -> Record:
     """Versions and git commit; None of a package that is not installed, nor needed so far."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:

@@ -16,7 +16,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from ddpm_jax import errors, plots
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.progress import tell
 from ddpm_jax.system.files import append
+from ddpm_jax.system.record import Record
 from ddpm_jax.training.metric_writers import Board, tensorboard, weights_and_biases
 from ddpm_jax.training.records import (
     check_entries,
@@ -32,6 +33,8 @@ from ddpm_jax.training.records import (
     replace_file,
     write_json,
 )
+
+Line = Record  # of JSON: a step, and figures by name
 
 TRAINED = ("checkpoints/[0-9]*", "damaged/[0-9]*", "*/config.json")
 
@@ -46,10 +49,10 @@ class RunDir(NamedTuple):
     """
 
     path: pathlib.Path
-    record: dict[str, Any]  # what config.json says
-    lock: Any  # None: another process of this run writes
+    record: Record  # what config.json says
+    lock: IO[str] | None  # None: another process of this run writes
     boards: list[Board]  # that follow, once training has begun
-    late: dict[str, list[dict]]  # by file, lines not written yet
+    late: dict[str, list[Line]]  # by file, lines not written yet
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append a line of figures."""
@@ -97,7 +100,7 @@ class RunDir(NamedTuple):
             "more can be written; rename it back, and the same command goes on"
         )
 
-    def _append(self, name: str, line: dict) -> None:
+    def _append(self, name: str, line: Line) -> None:
         if self.lock is None:
             return
         self.check_there()
@@ -115,7 +118,7 @@ class RunDir(NamedTuple):
         lines.clear()
         return True
 
-    def lines(self) -> list[dict]:
+    def lines(self) -> list[Line]:
         """The lines of metrics.jsonl."""
         return plots.read_lines(self.path / "metrics.jsonl")
 
@@ -129,10 +132,10 @@ class RunDir(NamedTuple):
         With `last`, the final evaluation at `step` is dropped, too: it may be incomplete.
         """
 
-        def final(line: dict) -> bool:
+        def final(line: Line) -> bool:
             return "run_seconds" in line or any(name.startswith("test/") for name in line)
 
-        def kept_line(line: dict) -> bool:
+        def kept_line(line: Line) -> bool:
             return line["step"] < step or (line["step"] == step and not (last and final(line)))
 
         for name in ("metrics.jsonl", "timing.jsonl"):
@@ -152,7 +155,7 @@ class RunDir(NamedTuple):
         if wandb:
             self.boards.append(weights_and_biases(self.path, self.record))
 
-    def finish(self, summary: dict, title: str) -> None:
+    def finish(self, summary: dict[str, object], title: str) -> None:
         """Write the final figures, and the curves of all of them.
 
         Raises:
@@ -190,7 +193,7 @@ class RunDir(NamedTuple):
             self.lock.close()
 
 
-def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]) -> RunDir:
+def open_run(workdir: pathlib.Path, record: Record, may_change: set[str]) -> RunDir:
     """Open a run directory for training, new or to go on with; writes nothing but the lock.
 
     A directory that nothing was trained in yet may become another run's.
@@ -225,7 +228,7 @@ def open_run(workdir: pathlib.Path, record: dict[str, Any], may_change: set[str]
     return RunDir(workdir, record, lock, [], {})
 
 
-def _locked(workdir: pathlib.Path) -> Any:
+def _locked(workdir: pathlib.Path) -> IO[str]:
     """The open lock of a directory, held until it is closed."""
     handle = os.open(workdir / "lock", os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
     lock = os.fdopen(handle, "w")
@@ -268,6 +271,6 @@ def _has_entries(path: pathlib.Path) -> bool:
     return not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())
 
 
-def bystander(workdir: pathlib.Path, record: dict[str, Any]) -> RunDir:
+def bystander(workdir: pathlib.Path, record: Record) -> RunDir:
     """The directory as a process sees it that leaves the writing to another one of its run."""
     return RunDir(workdir, record, None, [], {})

@@ -76,9 +76,14 @@ def gaussian_kl(
     """KL(q || p) of two Gaussians with full covariances, in nats.
 
     1/2 (tr(P^-1 Q) + (m_p - m_q)^T P^-1 (m_p - m_q) - d + log det P - log det Q)
+
+    Args:
+      mean_q, covariance_q: moments of q.
+      mean_p, covariance_p: moments of p; the covariance must be invertible.
     """
     shift = mean_p - mean_q
     trace = jnp.trace(jnp.linalg.solve(covariance_p, covariance_q))
     quadratic = shift @ jnp.linalg.solve(covariance_p, shift)
     log_dets = jnp.linalg.slogdet(covariance_p)[1] - jnp.linalg.slogdet(covariance_q)[1]
-    return 0.5 * (trace + quadratic - mean_q.shape[0] + log_dets)
+    kl: Array = 0.5 * (trace + quadratic - mean_q.shape[0] + log_dets)
+    return kl

@@ -6,7 +6,7 @@ and into a picture.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from ddpm_jax.fields import Positive
 from ddpm_jax.variational import vae
+
+# A decoder's output of one image, or of a batch: (logits or mean, one logvar for all pixels).
+Output = tuple[Float[Array, "..."], Float[Array, ""]]
 
 
 class Likelihood(NamedTuple):
@@ -28,11 +31,11 @@ class Likelihood(NamedTuple):
     """
 
     observe: Callable[[Key[Array, ""], UInt8[Array, "h w c"]], Float[Array, "h w c"]]
-    nll: Callable[[Any, Float[Array, "h w c"]], Float[Array, ""]]
-    picture: Callable[[Any], Float[Array, "..."]]
+    nll: Callable[[Output, Float[Array, "h w c"]], Float[Array, ""]]
+    picture: Callable[[Output], Float[Array, "..."]]
     show: Callable[[Float[Array, "..."]], Float[Array, "..."]]
     bias: Callable[[Float[Array, "h w c"]], Float[Array, "h w c"]]
-    bits_per_dim: Callable[[Any, int], Any] | None
+    bits_per_dim: Callable[[Float[Array, "*batch"], int], Float[Array, "*batch"]] | None
 
 
 def bernoulli(levels: int) -> Likelihood:
@@ -42,13 +45,13 @@ def bernoulli(levels: int) -> Likelihood:
     draw has 16 bits, two to a word, which is twice as fast; black and white are never wrong.
     """
 
-    def observe(key, image):
+    def observe(key: Key[Array, ""], image: UInt8[Array, "h w c"]) -> Float[Array, "h w c"]:
         words = jax.random.bits(key, ((image.size + 1) // 2,), jnp.uint32)
         draws = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[: image.size]
         draws = draws.reshape(image.shape).astype(jnp.uint32)
         return (draws * (levels - 1) < image.astype(jnp.uint32) * 2**16).astype(jnp.float32)
 
-    def bias(mean):
+    def bias(mean: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
         mean = jnp.clip(mean, 1e-3, 1 - 1e-3)
         return jnp.log(mean) - jnp.log1p(-mean)
 
@@ -71,11 +74,11 @@ def gaussian(levels: int, std: float | None) -> Likelihood:
         al. 2021).
     """
 
-    def observe(key, image):
+    def observe(key: Key[Array, ""], image: UInt8[Array, "h w c"]) -> Float[Array, "h w c"]:
         noisy = image.astype(jnp.float32) + jax.random.uniform(key, image.shape)
         return 2 * noisy / levels - 1
 
-    def nll(out, x):
+    def nll(out: Output, x: Float[Array, "h w c"]) -> Float[Array, ""]:
         mean, logvar = out
         logvar = logvar if std is None else 2 * jnp.log(jnp.float32(std))
         return vae.gaussian_nll(mean, logvar, x)

@@ -332,13 +332,13 @@ def test_a_pickled_array_in_the_cache_is_not_loaded(tmp_path):
 @pytest.fixture(scope="session")
 def prepared(original_files, tmp_path_factory):
     """MNIST and Fashion-MNIST, prepared from the original files, without TensorFlow."""
-    from ddpm_jax.data import tfds
+    from ddpm_jax.data.tfds import prepare
+    from ddpm_jax.data.tfds_builders import library
 
     root = tmp_path_factory.mktemp("tfds")
-    library = tfds._import()
     for name in ("mnist", "fashion_mnist"):
-        builder = library.builder(name, data_dir=root)
-        tfds.prepare(name, builder, root, manual_dir=str(original_files / name))
+        builder = library().builder(name, data_dir=root)
+        prepare(name, builder, root, manual_dir=str(original_files / name))
     return root
 
 
@@ -378,7 +378,8 @@ def test_what_is_read_is_what_tfds_data_source_gives(prepared):
 def test_a_file_with_a_wrong_checksum_is_refused(original_files, tmp_path):
     import shutil
 
-    from ddpm_jax.data import tfds
+    from ddpm_jax.data.tfds import prepare
+    from ddpm_jax.data.tfds_builders import library
 
     files = tmp_path / "files"
     shutil.copytree(original_files / "mnist", files)
@@ -387,14 +388,14 @@ def test_a_file_with_a_wrong_checksum_is_refused(original_files, tmp_path):
     content = bytearray(path.read_bytes())
     content[1000] ^= 1
     path.write_bytes(content)
-    builder = tfds._import().builder("mnist", data_dir=tmp_path / "tfds")
+    builder = library().builder("mnist", data_dir=tmp_path / "tfds")
     with pytest.raises(UserError, match="wrong checksum"):
-        tfds.prepare("mnist", builder, tmp_path / "tfds", manual_dir=str(files))
+        prepare("mnist", builder, tmp_path / "tfds", manual_dir=str(files))
 
 
 def test_cifar10s_binary_records_become_images(original_files, tmp_path):
     """The archive's format, rebuilt from real images: label, then channels first."""
-    from ddpm_jax.data import tfds
+    from ddpm_jax.data import tfds_builders
 
     sheet = np.asarray(Image.open(original_files / "cifar10" / "test_00.webp").convert("RGB"))
     tiles = sheet.reshape(25, 32, 40, 32, 3).swapaxes(1, 2).reshape(1000, 32, 32, 3)
@@ -404,7 +405,7 @@ def test_cifar10s_binary_records_become_images(original_files, tmp_path):
     member.write_bytes(records.astype(np.uint8).tobytes())
     with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as archive:
         archive.add(member, "cifar-10-batches-bin/test_batch.bin")
-    found = dict(tfds._cifar10(tmp_path / "cifar.tar.gz", "test"))
+    found = dict(tfds_builders._cifar10(tmp_path / "cifar.tar.gz", "test"))
     assert len(found) == 1000
     for row, example in found.items():
         assert np.array_equal(np.asarray(example["image"]), tiles[row])
@@ -414,8 +415,8 @@ def test_cifar10s_binary_records_become_images(original_files, tmp_path):
 def test_an_unreachable_host_is_found_out_within_seconds(tmp_path):
     import time
 
-    from ddpm_jax.data import tfds
+    from ddpm_jax.data.tfds_builders import reachable
 
     start = time.perf_counter()
-    assert not tfds.reachable("http://192.0.2.1/file.gz")  # an address that never answers
+    assert not reachable("http://192.0.2.1/file.gz")  # an address that never answers
     assert time.perf_counter() - start < 3.5

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.data import batches as batches_module
-from ddpm_jax.data import loader, shapes, types
+from ddpm_jax.data import loader, shape_negatives, shapes, types
 from ddpm_jax.data.tokenizer import tokenize, untokenize
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics import alignment
@@ -126,8 +126,8 @@ def test_an_altered_caption_is_wrong_of_its_picture_and_tells_nothing_held_out()
     kinds = set()
     for index in range(300):
         image, one = picture(index)
-        text = shapes.altered("train", index)
-        assert text == shapes.altered("train", index)
+        text = shape_negatives.hard_negative("train", index)
+        assert text == shape_negatives.hard_negative("train", index)
         assert not alignment.judge(image, text).aligned
         groups, relation, background = alignment.parse(text)
         assert not {(g.colour, g.kind) for g in groups} & shapes.ALL_HELD_OUT
@@ -141,7 +141,7 @@ def test_an_altered_caption_is_wrong_of_its_picture_and_tells_nothing_held_out()
             if getattr(a, field) != getattr(b, field)
         }
     assert kinds == {"number", "size", "colour", "kind", "relation", "background"}
-    assert shapes.altered("train", 0, 1) != shapes.altered("train", 0)
+    assert shape_negatives.hard_negative("train", 0, 1) != shape_negatives.hard_negative("train", 0)
 
 
 def test_altered_captions_of_held_out_pictures_are_wrong_too():
@@ -150,7 +150,7 @@ def test_altered_captions_of_held_out_pictures_are_wrong_too():
         image, one = picture(index, "test")
         pairs = {(group.colour, group.kind) for group in one.groups}
         both += len(pairs & shapes.ALL_HELD_OUT) == 2
-        text = shapes.altered("test", index)
+        text = shape_negatives.hard_negative("test", index)
         assert not alignment.judge(image, text).aligned
         groups = alignment.parse(text)[0]
         assert {(g.colour, g.kind) for g in groups} & shapes.ALL_HELD_OUT <= pairs

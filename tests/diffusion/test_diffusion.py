@@ -17,11 +17,13 @@ from ddpm_jax.diffusion import (
     elbo,
     grids,
     guidance,
+    inversion,
     losses,
     prediction,
     process,
     samplers,
     schedules,
+    times,
 )
 from ddpm_jax.diffusion.prediction import Prediction
 
@@ -273,9 +275,9 @@ DETERMINISTIC = {
 }
 
 
-def walk(one, denoise, grid, xT, seed=0, **named):
+def walk(one, denoise, grid, xT, seed=0, sample=samplers.sample):
     keys = jax.random.split(jax.random.key(seed), len(xT))
-    return samplers.sample(one, denoise, grid, keys, xT, **named)
+    return sample(one, denoise, grid, keys, xT)
 
 
 def ode_solution(mean, std, x, logsnr_t, logsnr_s):
@@ -385,7 +387,7 @@ def test_image_7_of_64_is_image_7_of_8():
 def test_a_trace_starts_at_the_noise_and_ends_at_the_image():
     grid = grids.grid(schedules.cosine(), 10)
     xT = jax.random.normal(jax.random.key(12), (3, 2))
-    x, seen = walk(samplers.ddim(), gaussian(0.1, 0.4), grid, xT, trace=True)
+    x, seen = walk(samplers.ddim(), gaussian(0.1, 0.4), grid, xT, sample=samplers.sample_and_trace)
     chex.assert_shape(seen, (10, 3, 2))
     chex.assert_trees_all_close(seen.xt[0], xT)
     chex.assert_trees_all_close(seen.x0[-1], x)
@@ -394,16 +396,16 @@ def test_a_trace_starts_at_the_noise_and_ends_at_the_image():
 def test_inverting_ddim_and_walking_back_returns_the_image():
     grid = grids.grid(schedules.cosine(-9.0, 9.0), 500, "logsnr")
     x0 = jnp.array([[0.3, -0.4]])
-    noise = samplers.invert(gaussian(0.1, 0.4), grid, x0)
+    noise = inversion.invert(gaussian(0.1, 0.4), grid, x0)
     again = walk(samplers.ddim(), gaussian(0.1, 0.4), grid, noise)
     chex.assert_trees_all_close(again, x0, atol=0.02)
 
 
 def test_slerp_of_two_noises_is_noise():
     a, b = jax.random.normal(jax.random.key(13), (2, 10_000))
-    middle = samplers.slerp(a, b, 0.5)
+    middle = inversion.slerp(a, b, 0.5)
     assert middle.std() == pytest.approx(1.0, abs=0.03)
-    chex.assert_trees_all_close(samplers.slerp(a, b, 0.0), a)
+    chex.assert_trees_all_close(inversion.slerp(a, b, 0.0), a)
 
 
 # Guidance.
@@ -605,7 +607,9 @@ def test_the_hybrid_trains_the_variance_alone_through_its_bound(logsnr_s):
 
     def value(out, fraction, scale):
         found = prediction.read("eps", out, xt, logsnr_t)._replace(variance_fraction=fraction)
-        return losses.hybrid(found, x0, eps, xt, logsnr_t, logsnr_s, least, 1000, 9, scale)
+        mse = losses.simple(found, eps)
+        vlb = losses.variance_bound(found, x0, xt, logsnr_t, logsnr_s, least, 1000, 9)
+        return losses.hybrid(mse, vlb, scale)
 
     fraction = jnp.full(9, 0.3)
     gradient = jax.jit(jax.grad(value, (0, 1)), static_argnums=2)
@@ -626,18 +630,18 @@ def test_the_hybrid_trains_the_variance_alone_through_its_bound(logsnr_s):
 
 def test_stratified_times_are_uniform_and_even():
     keys = jax.random.split(jax.random.key(16), 64)
-    times = losses.stratified_times(keys, jnp.arange(64), 64)
-    assert (jnp.floor(times * 64) == jnp.arange(64)).all()
+    t = times.stratified_times(keys, jnp.arange(64), 64)
+    assert (jnp.floor(t * 64) == jnp.arange(64)).all()
 
 
 def test_importance_sampled_times_follow_the_losses_and_stay_unbiased():
-    history = losses.empty_history(4)
+    history = times.empty_history(4)
     size = np.array([1.0, 2.0, 3.0, 4.0])
     for _ in range(10):
-        history = jax.jit(losses.record)(history, (np.arange(4) + 0.5) / 4, size)
+        history = jax.jit(times.record)(history, (np.arange(4) + 0.5) / 4, size)
     keys = jax.random.split(jax.random.key(17), 50_000)
-    times, weights = map(np.asarray, jax.jit(losses.importance_times)(history, keys))
-    rows = np.floor(times * 4).astype(int)
+    t, weights = map(np.asarray, jax.jit(times.importance_times)(history, keys))
+    rows = np.floor(t * 4).astype(int)
     counts = np.bincount(rows, minlength=4) / len(rows)
     np.testing.assert_allclose(counts, size / size.sum(), atol=0.01)
     values = weights * size[rows]
@@ -645,7 +649,7 @@ def test_importance_sampled_times_follow_the_losses_and_stay_unbiased():
 
 
 def test_an_importance_history_is_uniform_until_it_is_full_and_forgets_the_oldest():
-    history = losses.record(losses.empty_history(2, 3), jnp.full(5, 0.1), jnp.arange(5.0))
+    history = times.record(times.empty_history(2, 3), jnp.full(5, 0.1), jnp.arange(5.0))
     assert sorted(np.asarray(history.losses[0])) == [2, 3, 4]
-    _, weights = losses.importance_times(history, jax.random.split(jax.random.key(0), 9))
+    _, weights = times.importance_times(history, jax.random.split(jax.random.key(0), 9))
     chex.assert_trees_all_close(weights, jnp.ones(9))

@@ -15,6 +15,7 @@ from ddpm_jax.diffusion import (
     elbo,
     grids,
     guidance,
+    inversion,
     losses,
     prediction,
     process,
@@ -22,14 +23,22 @@ from ddpm_jax.diffusion import (
     schedules,
 )
 from ddpm_jax.diffusion.prediction import Prediction
+from ddpm_jax.diffusion.times import (
+    empty_history,
+    importance_times,
+    stratified_times,
+    uniform_times,
+)
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.registry import load_experiment
-from ddpm_jax.experiment.types import bind, build
+from ddpm_jax.experiment.requests import Request, resolve
+from ddpm_jax.experiment.types import bind, checked_task
 from ddpm_jax.fields import FieldError
 from ddpm_jax.metrics.per_example import spread_times
-from ddpm_jax.task import Request
-from ddpm_jax.tasks.image_sampler import Sampling, check_start, drawing
+from ddpm_jax.tasks.image_sampler import Sampling, check_start
 from ddpm_jax.training import step as step_module
+from helpers.sampling import NOTHING, edited
+from helpers.tasks import ExactDenoiser
 
 SPACINGS = ("leading", "trailing", "linspace", "quadratic", "logsnr", "rho7")
 SCHEDULES = {
@@ -184,7 +193,7 @@ def test_the_first_200_gradients_of_iddpm_cifar10_are_finite(optimised):
     small["task.evaluation.features"] = ()
     config = replace(load_experiment("iddpm_cifar10").config, small)
     config = bind(config, DataInfo("cifar10", (32, 32, 3), 256, 10))
-    task = build(config)
+    task = checked_task(config)
     rng = np.random.default_rng(0)
     size = config.train.batch_size
 
@@ -216,11 +225,11 @@ def test_a_drawn_time_is_below_1_and_its_step_at_most_the_last(monkeypatch, valu
     ends_of_uniform(monkeypatch, value)
     place = jnp.array([0, size // 2, size - 1], jnp.int32)
     keys = jax.random.split(jax.random.key(0), 3)
-    history = losses.empty_history(4000)
+    history = empty_history(4000)
     drawn = {
-        "stratified": losses.stratified_times(keys, place, size),
-        "uniform": losses.uniform_times(keys, place, size),
-        "importance": losses.importance_times(history, keys)[0],
+        "stratified": stratified_times(keys, place, size),
+        "uniform": uniform_times(keys, place, size),
+        "importance": importance_times(history, keys)[0],
         "spread": spread_times(place, keys, min(size, 100)).ravel(),
     }
     for name, times in drawn.items():
@@ -286,7 +295,7 @@ def test_linear_betas_of_too_few_steps_are_one_line():
     config = override(load_experiment("ddpm_digits").config, fields)
     config = bind(config, DataInfo("digits", (8, 8, 1), 17, 10))
     with pytest.raises(UserError, match=r"^--config\.task\.schedule\.steps=20: .* at least 21$"):
-        build(config)
+        checked_task(config)
 
 
 def test_a_schedule_that_does_not_end_in_noise_is_logged_once(capsys):
@@ -390,20 +399,20 @@ def test_an_edit_with_few_steps_visits_rising_logsnr_and_draws_what_the_denoiser
     keys = jax.random.split(jax.random.key(0), 2)
     images, free = jnp.full((2, 2, 2, 1), 0.7), jnp.zeros((2, 2, 2, 1))
     for steps, spacing in ((1, "leading"), (2, "trailing"), (3, "trailing"), (5, "quadratic")):
-        one = drawing(
+        task = ExactDenoiser(
             predict,
-            lambda params: EDIT_SCHEDULE,
-            (2, 2, 1),
-            0,
+            EDIT_SCHEDULE,
             Sampling(name, steps, spacing, x0_thresholding="none"),
-            steps=1000,
-            variance=True,
+            learned_variance=True,
+            table_steps=1000,
+            info=DataInfo("x", (2, 2, 1), 256),
         )
+        task.check()
         for t in (0.1, 0.3, 0.6, 1.0):
             visited.clear()
-            found = one.edit({}, keys, None, t, images, images, free)
+            edit = edited(task, NOTHING, keys, None, t, images, images, free)
             jax.effects_barrier()
-            np.testing.assert_allclose(found, jnp.broadcast_to(POINT, found.shape), atol=1e-3)
+            np.testing.assert_allclose(edit, jnp.broadcast_to(POINT, edit.shape), atol=1e-3)
             start = float(EDIT_SCHEDULE.logsnr(jnp.asarray(t)))
             churned = 2 * np.log(2**0.5) + 1e-3 if name == "edm" else 1e-3
             assert visited[0] == pytest.approx(start, abs=churned)
@@ -431,8 +440,8 @@ def test_slerp_between_any_two_vectors_is_finite_with_its_gradients():
         "tiny": (1e-15 * a, 1e-15 * b),
         "ordinary": (a, b),
     }
-    value = jax.jit(samplers.slerp)
-    slopes = jax.jit(jax.grad(lambda a, b, s: samplers.slerp(a, b, s).sum(), (0, 1, 2)))
+    value = jax.jit(inversion.slerp)
+    slopes = jax.jit(jax.grad(lambda a, b, s: inversion.slerp(a, b, s).sum(), (0, 1, 2)))
     for name, (first, second) in pairs.items():
         for share in (0.0, 0.3, 1.0):
             found = value(first, second, share)
@@ -474,15 +483,15 @@ def test_a_number_that_a_sampler_cannot_take_is_one_line(name):
     def predict(params, xt, logsnr, labels):
         return Prediction(xt, xt, xt)
 
-    def make(name):
-        how = Sampling(name, 5)
-        return drawing(predict, lambda params: schedules.cosine(), (2, 2, 1), 0, how, variance=True)
+    def task(name):
+        sampling = Sampling(name, 5)
+        return ExactDenoiser(predict, schedules.cosine(), sampling, learned_variance=True)
 
     with pytest.raises(FieldError) as error:
-        make(name)
+        task(name).check()
     assert str(error.value).startswith(f"sampling.sampler={name}: ")
     with pytest.raises(UserError) as error:
-        make("ddim").requested(Request(sampler=name))
+        resolve(task("ddim"), Request(sampler=name))
     assert str(error.value).startswith(f"--sampler={name}: ")
 
 

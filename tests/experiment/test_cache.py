@@ -45,7 +45,6 @@ def pristine(tmp_path_factory):
 def cached(pristine, tmp_path, monkeypatch):
     """A copy of the judge, what trains none but notes it and copies, and what that noted."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    judges.load_judge.cache_clear()
     place = judges.judges_dir() / pristine.name
     shutil.copytree(pristine, place)
     made = []

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.config import override, replace, to_record
+from ddpm_jax.config import override, replace
+from ddpm_jax.config_records import to_record
 from ddpm_jax.data.loader import load
 from ddpm_jax.data.types import DataInfo, Loaded
 from ddpm_jax.errors import UserError
@@ -20,9 +21,9 @@ from ddpm_jax.experiment import sample
 from ddpm_jax.experiment.load import load_recorded
 from ddpm_jax.experiment.recorded import read
 from ddpm_jax.experiment.registry import load_experiment
+from ddpm_jax.experiment.requests import Request
 from ddpm_jax.experiment.types import Options, bind
 from ddpm_jax.nn.classifier import ClassifierNetwork
-from ddpm_jax.task import Request
 from helpers.launching import ROOT, user_environment
 
 OPTIONS = Options(debug=True)

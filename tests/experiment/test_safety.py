@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax.config import to_record
+from ddpm_jax.config_records import to_record
 from ddpm_jax.errors import UserError, printable
 from ddpm_jax.experiment import sample_files
 from ddpm_jax.experiment.registry import load_experiment
@@ -307,8 +307,8 @@ def test_training_goes_on_without_a_picture_that_is_not_finite(launch_here, tmp_
 COMPILES = f"""
 import hashlib, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-from ddpm_jax.parallel import sharding
-sharding._compiled = lambda *_, **__: hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**8)
+from ddpm_jax.parallel import partitioner
+partitioner.compiled = lambda *_, **__: hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**8)
 runpy.run_path({str(ROOT / "launch.py")!r}, run_name="__main__")
 """
 

@@ -40,9 +40,9 @@ def picture(index, split="train", only=None, side=32):
 
 def store(out, features, splits, name="strange", version="1.0.0"):
     """Write {split: examples} as a data set in TFDS format; images are bytes of files."""
-    from ddpm_jax.data import tfds as ours
+    from ddpm_jax.data.tfds_builders import library
 
-    tfds = ours._import()
+    tfds = library()
     with tfds.core.registered.skip_registration():
 
         class Local(tfds.core.GeneratorBasedBuilder):

@@ -15,14 +15,37 @@ from ddpm_jax.parallel.sharding import make
 def test_every_example_is_counted_once_with_the_same_draws_in_any_batch(batch_size):
     split = Split(np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1), np.zeros(10, np.int32))
 
-    def fn(batch, keys):
+    def compute(batch, keys):
         noise = jax.vmap(jax.random.uniform)(keys)
         return {"value": batch.images[:, 0, 0, 0].astype(jnp.float32), "noise": noise}
 
-    found = per_example(fn, split, batch_size, 0, make())
-    assert list(found["value"]) == list(range(10))
-    np.testing.assert_array_equal(found["noise"], per_example(fn, split, 7, 0, make())["noise"])
-    assert len(np.unique(found["noise"])) == 10
+    values = per_example(compute, split, batch_size, 0, make())
+    assert list(values["value"]) == list(range(10))
+    again = per_example(compute, split, 7, 0, make())
+    np.testing.assert_array_equal(values["noise"], again["noise"])
+    assert len(np.unique(values["noise"])) == 10
+
+
+def test_a_static_argument_an_array_and_a_check_reach_every_batch():
+    split = Split(np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1), np.zeros(10, np.int32))
+    traced, checked = [], []
+
+    def compute(power, shift, batch, keys):
+        traced.append(power)
+        return {"value": batch.images[:, 0, 0, 0].astype(jnp.float32) ** power + shift}
+
+    def of(power, shift):
+        check = lambda: checked.append(power)  # noqa: E731
+        return per_example(
+            compute, split, 4, 0, make(), power, shift, check=check, static_argnums=0
+        )["value"]
+
+    np.testing.assert_array_equal(of(2, 0.5), np.arange(10.0) ** 2 + 0.5)
+    np.testing.assert_array_equal(of(2, 1.5), np.arange(10.0) ** 2 + 1.5)
+    assert traced == [2]  # one program
+    assert checked == [2, 2, 2, 2]  # 8 devices take batches of 8, so that there are two
+    of(3, 0.5)
+    assert traced == [2, 3]
 
 
 def test_an_average_tells_its_standard_error():

@@ -13,10 +13,11 @@ from ddpm_jax.experiment.types import Config, Dataset
 from ddpm_jax.nn.layers import Conv, attention
 from ddpm_jax.parallel import hardware, sharding
 from ddpm_jax.parallel.flops import flops
-from ddpm_jax.task import Evaluation, Task
+from ddpm_jax.task import LossOutput, Variables
 from ddpm_jax.tasks.vae import VAE
 from ddpm_jax.training import step as step_module
 from ddpm_jax.training.settings import Train
+from helpers.tasks import SmallTask
 
 
 def count(fn, *shapes):
@@ -61,14 +62,13 @@ def test_a_network_forward_is_its_layers_products():
     assert flops(jax.make_jaxpr(jax.grad(loss))(params, x)) == 5 * (FORWARD + BACKWARD - 2 * 256)
 
 
-def stack_task():
-    def init(key, batch):
-        return Stack().init(key, jnp.zeros((1, 8, 8, 3))), {}
+class StackTask(SmallTask):
+    def init(self, key, batch):
+        return Variables(Stack().init(key, jnp.zeros((1, 8, 8, 3))), {})
 
-    def loss(params, fixed, batch, keys, *, train, gather):
-        return Stack().apply(params, batch.images.astype(jnp.float32)), {}, {}
-
-    return Task(init, loss, lambda f, s: f, lambda *_, **__: Evaluation({}, {}), lambda *_: None)
+    def loss(self, variables, batch, keys, *, train, all_gather):
+        images = batch.images.astype(jnp.float32)
+        return LossOutput(Stack().apply(variables.params, images), {}, {})
 
 
 @pytest.mark.parametrize("mode", sharding.MODES)
@@ -77,7 +77,7 @@ def stack_task():
 def test_a_step_is_counted_alike_in_every_mode(mode, devices, accumulate, stack):
     train = Train(batch_size=16, grad_accum_steps=accumulate)
     config = Config(Dataset("digits"), VAE(), train=train)
-    spread, task = sharding.make(mode, jax.devices()[:devices]), stack_task()
+    spread, task = sharding.make(mode, jax.devices()[:devices]), StackTask()
     shape = (stack or 1, 16)
     batch = Batch(np.zeros((*shape, 8, 8, 3), np.uint8), np.zeros(shape, np.int32),
                   np.tile(np.arange(16, dtype=np.int32), (shape[0], 1)))  # fmt: skip

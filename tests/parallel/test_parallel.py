@@ -1,7 +1,7 @@
 """One run is the same run however it is spread: over devices, over modes, over parts of a batch."""
 
+import dataclasses
 import functools
-import importlib.metadata
 
 import chex
 import jax
@@ -14,11 +14,14 @@ from ddpm_jax.data import loader, types
 from ddpm_jax.data.types import Batch, DataInfo, info_of
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.registry import load_experiment
-from ddpm_jax.experiment.types import Config, Dataset, bind, build, with_parts
+from ddpm_jax.experiment.requests import Request
+from ddpm_jax.experiment.types import Config, Dataset, bind, checked_task, with_parts
 from ddpm_jax.metrics.per_example import per_example
 from ddpm_jax.parallel import sharding
+from ddpm_jax.parallel.fully_sharded import prime_factors, split
+from ddpm_jax.parallel.xla_flags import LATE_GATHERS, compiler_options
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
-from ddpm_jax.task import Evaluation, Request, Task
+from ddpm_jax.task import LossOutput, Variables
 from ddpm_jax.tasks.vae import VAE
 from ddpm_jax.training import step as step_module
 from ddpm_jax.training.checkpoint import open_checkpoints
@@ -26,18 +29,21 @@ from ddpm_jax.training.ema import EMA
 from ddpm_jax.training.optimizer import Adam
 from ddpm_jax.training.settings import Train
 from helpers.launching import ROOT
+from helpers.sampling import evaluated, sample
+from helpers.tasks import SmallTask
 
 MODES = sharding.MODES
 STEPS, BATCH = 20, 16
 
 
-def contrastive() -> Task:
+@dataclasses.dataclass(frozen=True)
+class Contrastive(SmallTask):
     """A loss that compares examples (CLIP's, of two noisy views), dropout, and statistics.
 
     The parameters' sizes, 64, 24, 10 and 1, are divided by 8, 4, 2 devices or by none.
     """
 
-    def init(key, batch):
+    def init(self, key, batch):
         one, two = jax.random.split(key)
         params = {
             "in": jax.random.normal(one, (64, 24)) / 8,
@@ -45,41 +51,41 @@ def contrastive() -> Task:
             "bias": jnp.zeros(10),
             "scale": jnp.ones(1),
         }
-        return params, {"mean": jnp.zeros(10), "last": jnp.zeros(())}
+        return Variables(params, {"mean": jnp.zeros(10), "last": jnp.zeros(())})
 
-    def features(params, x, keys):
+    def features(self, params, x, keys):
         noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
         hidden = jnp.tanh((x + 0.1 * noise) @ params["in"])
         kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, (24,)))(keys)
-        found = jnp.where(kept, hidden / 0.8, 0) @ params["out"] + params["bias"]
-        return found / jnp.linalg.norm(found, axis=-1, keepdims=True)
+        features = jnp.where(kept, hidden / 0.8, 0) @ params["out"] + params["bias"]
+        return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
-    def loss(params, fixed, batch, keys, *, train, gather):
+    def loss(self, variables, batch, keys, *, train, all_gather):
+        params, extra = variables
         x = batch.images.reshape(len(batch.images), -1) / jnp.asarray(8.0, params["in"].dtype)
         keys = jax.vmap(jax.random.split)(keys)
-        one, two = features(params, x, keys[:, 0]), features(params, x, keys[:, 1])
-        logits = 5 * params["scale"] * one @ gather(two).T
-        own = batch.index % logits.shape[1]
-        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), own[:, None], 1)[:, 0]
-        return losses + 0.1 * fixed["mean"].sum(), {"first": one[:, 0]}, {"features": one}
+        first = self.features(params, x, keys[:, 0])
+        second = self.features(params, x, keys[:, 1])
+        logits = 5 * params["scale"] * first @ all_gather(second).T
+        place = batch.index % logits.shape[1]
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), place[:, None], 1)[:, 0]
+        losses += 0.1 * extra["mean"].sum()
+        return LossOutput(losses, {"first": first[:, 0]}, {"features": first})
 
-    def update(fixed, statistics):  # the order of the examples matters
-        mean = 0.9 * fixed["mean"] + 0.1 * statistics["features"].mean(0)
+    def update_extra(self, extra, statistics):  # the order of the examples matters
+        mean = 0.9 * extra["mean"] + 0.1 * statistics["features"].mean(0)
         return {"mean": mean, "last": statistics["features"][-1, 0]}
 
-    return Task(init, loss, update, lambda *_, **__: Evaluation({}, {}), lambda *_: None)
 
-
-def alone_of_comparing(task: Task) -> Task:
+class AloneOfComparing(Contrastive):
     """The same without the comparison, which cannot be taken in parts."""
 
-    def loss(params, fixed, batch, keys, *, train, gather):
-        return task.loss(
-            params, fixed, batch._replace(index=jnp.arange(len(keys))), keys,
-            train=train, gather=lambda a: jax.lax.stop_gradient(a[:1]),
-        )  # fmt: skip
+    def loss(self, variables, batch, keys, *, train, all_gather):
+        def first(rows):
+            return jax.lax.stop_gradient(rows[:1])
 
-    return task._replace(loss=loss)
+        batch = batch._replace(index=jnp.arange(len(keys)))
+        return super().loss(variables, batch, keys, train=train, all_gather=first)
 
 
 @functools.cache
@@ -114,8 +120,8 @@ def trained(task, config, mode, count, double=True, steps=STEPS):
         spread = sharding.make(mode, jax.devices()[:count])
         state = spread.place(start_of(task, config, double))
 
-        def step(state, batch, **hooks):
-            return step_module.train_step(task, config, 0, state, batch, **hooks)
+        def step(state, batch, collectives):
+            return step_module.train_step(task, config, 0, state, batch, collectives=collectives)
 
         size = config.train.batch_size
         call = spread.lower(step, spread.like(state), spread.feed(batch_of(0, size)))()
@@ -128,13 +134,13 @@ def trained(task, config, mode, count, double=True, steps=STEPS):
 
 @functools.cache
 def on_one_device(double):
-    return trained(contrastive(), CONFIG, "jit", 1, double)
+    return trained(Contrastive(), CONFIG, "jit", 1, double)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_a_run_is_the_same_on_any_number_of_devices_in_any_mode(mode, count):
-    losses, state = trained(contrastive(), CONFIG, mode, count)
+    losses, state = trained(Contrastive(), CONFIG, mode, count)
     expected, alone = on_one_device(True)
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-8)
     chex.assert_trees_all_close(state, alone, rtol=0, atol=1e-8)
@@ -142,7 +148,7 @@ def test_a_run_is_the_same_on_any_number_of_devices_in_any_mode(mode, count):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_losses_in_float32_are_the_same_on_eight_devices(mode):
-    losses, _ = trained(contrastive(), CONFIG, mode, 8, double=False)
+    losses, _ = trained(Contrastive(), CONFIG, mode, 8, double=False)
     np.testing.assert_allclose(losses, on_one_device(False)[0], rtol=0, atol=1e-3)
 
 
@@ -164,7 +170,7 @@ def tiny_ddpm(**changes):
 @functools.cache
 def diffusion(mode, count):
     config = tiny_ddpm(task__times="importance", optimizer="muon")
-    return trained(build(config), config, mode, count)
+    return trained(checked_task(config), config, mode, count)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -172,12 +178,12 @@ def test_diffusion_with_dropout_and_importance_sampled_times_is_the_same_on_eigh
     losses, state = diffusion(mode, 8)
     expected, alone = diffusion("jit", 1)
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-6)  # norms are of float32
-    chex.assert_trees_all_close(state.fixed, alone.fixed, atol=1e-5)
+    chex.assert_trees_all_close(state.extra, alone.extra, atol=1e-5)
 
 
 @pytest.mark.parametrize(("mode", "count"), [("jit", 1), ("jit", 2), ("pmap", 4), ("fsdp", 2)])
 def test_a_batch_taken_in_parts_is_the_large_batch(mode, count):
-    task = alone_of_comparing(contrastive())
+    task = AloneOfComparing()
     expected, whole = trained(task, CONFIG, "jit", 1)
     config = replace(CONFIG, {"train.grad_accum_steps": 4})
     losses, state = trained(task, config, mode, count)
@@ -201,7 +207,7 @@ def test_a_bfloat16_run_follows_the_float32_runs_loss(experiment):
             changes = {f"task__network__{name}": text for name, text in sizes.items()}
             changes["task__network"] = "dit"
         config = tiny(experiment, train__precision=precision, **changes)
-        found, state = trained(build(config), config, "jit", 1, False, steps=200)
+        found, state = trained(checked_task(config), config, "jit", 1, False, steps=200)
         assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} <= {"float32", "int32"}
         losses[precision] = found.reshape(10, 20).mean(1)
     assert (losses["float32"] != losses["bfloat16"]).any()
@@ -210,7 +216,7 @@ def test_a_bfloat16_run_follows_the_float32_runs_loss(experiment):
 
 def test_a_loss_that_compares_examples_is_not_taken_in_parts():
     with pytest.raises(UserError, match="compares the examples"):
-        trained(contrastive(), replace(CONFIG, {"train.grad_accum_steps": 2}), "jit", 1)
+        trained(Contrastive(), replace(CONFIG, {"train.grad_accum_steps": 2}), "jit", 1)
 
 
 def test_a_batch_that_devices_or_parts_do_not_divide_is_refused():
@@ -236,7 +242,7 @@ def shapes_of(name):
     if experiment.config.task.needs().autoencoder:
         parts = ("text_encoder_shapes", "autoencoder_shapes")
         config = with_parts(config, *(bind(load_experiment(part).config, info) for part in parts))
-    return step_module.state_shapes(build(config), config, info.shape)
+    return step_module.state_shapes(checked_task(config), config, info.shape)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -250,34 +256,38 @@ def test_under_fsdp_each_device_holds_its_share(name):
         assert held <= 1.05 * sum(a.size for a in jax.tree.leaves(shapes)) / count
 
 
-def deep(dtype, layers=12, width=256) -> Task:
+@dataclasses.dataclass(frozen=True)
+class Deep(SmallTask):
     """Far more parameters than activations, computed with in `dtype`."""
 
-    def init(key, batch):
-        keys = jax.random.split(key, layers)
-        return [jax.random.normal(key, (width, width)) / width**0.5 for key in keys], {}
+    dtype: str = "float32"
+    layers: int = 12
+    width: int = 256
 
-    def loss(params, fixed, batch, keys, *, train, gather):
-        x = jnp.tile(batch.images.reshape(len(batch.images), -1), width // 64).astype(dtype)
-        for weights in params:
-            x = jnp.tanh(x @ weights.astype(dtype))
-        return jnp.square(x).mean(-1).astype(jnp.float32), {}, {}
+    def init(self, key, batch):
+        keys, shape = jax.random.split(key, self.layers), (self.width, self.width)
+        return Variables([jax.random.normal(key, shape) / self.width**0.5 for key in keys], {})
 
-    return contrastive()._replace(init=init, loss=loss, update=lambda fixed, _: fixed)
+    def loss(self, variables, batch, keys, *, train, all_gather):
+        x = jnp.tile(batch.images.reshape(len(batch.images), -1), self.width // 64)
+        x = x.astype(self.dtype)
+        for weights in variables.params:
+            x = jnp.tanh(x @ weights.astype(self.dtype))
+        return LossOutput(jnp.square(x).mean(-1).astype(jnp.float32), {}, {})
 
 
 @pytest.mark.skipif(
-    importlib.metadata.version("jaxlib") not in sharding.FRUGAL_VERSIONS,
-    reason="XLA for CPUs gathers early in other versions (parallel.py, FRUGAL)",
+    compiler_options(LATE_GATHERS) is None,
+    reason="XLA for CPUs gathers early in other versions (xla_flags.py, LATE_GATHERS)",
 )
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_under_fsdp_a_step_never_holds_the_whole_model(dtype):
     """Beside its share, a device holds two layers and their gradient at a time, of 12."""
-    task, spread = deep(dtype), sharding.make("fsdp")
+    task, spread = Deep(dtype=dtype), sharding.make("fsdp")
     shapes = step_module.state_shapes(task, CONFIG, (8, 8, 1))
 
-    def step(state, batch, **hooks):
-        return step_module.train_step(task, CONFIG, 0, state, batch, **hooks)
+    def step(state, batch, collectives):
+        return step_module.train_step(task, CONFIG, 0, state, batch, collectives=collectives)
 
     program = spread.lower(step, spread.like(shapes), spread.feed(batch_of(0)))()
     whole = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes.params))
@@ -285,12 +295,12 @@ def test_under_fsdp_a_step_never_holds_the_whole_model(dtype):
 
 
 def test_an_array_is_split_over_as_many_devices_as_its_axes_allow():
-    factors, axes = sharding.prime_factors(8), ("a", "b", "c")
+    factors, axes = prime_factors(8), ("a", "b", "c")
     assert factors == (2, 2, 2)
-    assert sharding.split((500, 20), factors, axes) == jax.P(("a", "b"), "c")
-    assert sharding.split((3, 5), factors, axes) == jax.P(None, None)
-    assert sharding.prime_factors(12) == (3, 2, 2)
-    assert sharding.split((9, 4), (3, 2, 2), axes) == jax.P("a", ("b", "c"))
+    assert split((500, 20), factors, axes) == jax.P(("a", "b"), "c")
+    assert split((3, 5), factors, axes) == jax.P(None, None)
+    assert prime_factors(12) == (3, 2, 2)
+    assert split((9, 4), (3, 2, 2), axes) == jax.P("a", ("b", "c"))
 
 
 def test_the_state_is_donated_in_every_mode():
@@ -298,7 +308,7 @@ def test_the_state_is_donated_in_every_mode():
         spread = sharding.make(mode)
         state = spread.place({"w": jnp.arange(16.0)})
 
-        def step(state, batch, **hooks):
+        def step(state, batch, collectives):
             return {"w": state["w"] + 1}, {}
 
         call = spread.lower(step, spread.like(state), spread.feed(np.zeros(8, np.float32)))()
@@ -310,7 +320,7 @@ LAYOUTS = [("jit", 1), ("pmap", 4), ("fsdp", 2), ("fsdp", 8)]
 
 
 def test_a_checkpoint_of_any_layout_is_restored_into_any_other(tmp_path):
-    task = contrastive()
+    task = Contrastive()
     start = step_module.init_state(task, CONFIG, batch_of(0), 0)
     for number, (mode, count) in enumerate(LAYOUTS):
         spread = sharding.make(mode, jax.devices()[:count])
@@ -350,31 +360,32 @@ def test_evaluation_counts_every_example_once_on_any_devices(mode):
 @pytest.mark.parametrize("mode", ["jit", "fsdp"])  # pmap is jit's but for the step
 def test_drawn_images_are_the_same_on_eight_devices(mode):
     config = tiny_ddpm()
-    task = build(config)
+    task = checked_task(config)
     params = start_of(task, config, False).params
 
-    def drawn(mode, count):
+    def sampled(mode, count):
         spread = sharding.make(mode, jax.devices()[:count])
         keys = example_keys(purpose_key(0, SAMPLE), 0, spread.indices(0, 16))
-        return sharding.fetch(task.sample(spread.place(params), {}, keys, Request(steps=2)))
+        variables = Variables(spread.place(params), {})
+        return sharding.fetch(sample(task, variables, keys, Request(steps=2)))
 
-    np.testing.assert_allclose(drawn(mode, 8), drawn("jit", 1), atol=1e-5)
+    np.testing.assert_allclose(sampled(mode, 8), sampled("jit", 1), atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", [pytest.param("jit", marks=pytest.mark.slow), "fsdp"])
 def test_a_whole_evaluation_is_the_same_on_eight_devices(mode):
     config = tiny("vae_digits")
-    task = build(config)
+    task = checked_task(config)
     data = loader.load("digits")
     data = data._replace(test=data.test.first(40))
     params = start_of(task, config, False).params
 
-    def evaluated(mode, count):
+    def evaluated_on(mode, count):
         spread = sharding.make(mode, jax.devices()[:count])
-        return task.evaluate(
-            spread.place(params), {}, data, split="test", seed=0, full=False, spread=spread
+        return evaluated(
+            task, Variables(spread.place(params), {}), data, full=False, partitioner=spread
         )
 
-    one, many = evaluated("jit", 1), evaluated(mode, 8)
+    one, many = evaluated_on("jit", 1), evaluated_on(mode, 8)
     for name, value in one.metrics.items():
         assert many.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name

@@ -9,19 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.data.types import Split
+from ddpm_jax.data.types import Data, DataInfo, Split
 from ddpm_jax.diffusion.prediction import Prediction
 from ddpm_jax.diffusion.process import alpha_sigma
 from ddpm_jax.diffusion.schedules import cosine
+from ddpm_jax.experiment.requests import Request
 from ddpm_jax.metrics.per_example import per_example
 from ddpm_jax.parallel import sharding
-from ddpm_jax.task import Request
-from ddpm_jax.tasks.image_sampler import Sampling, drawing
+from ddpm_jax.task import Variables
+from ddpm_jax.tasks.image_sampler import Sampling
 from helpers.launching import ROOT
+from helpers.sampling import context_of, edited, sample
+from helpers.tasks import ExactDenoiser
 
 # Where jax compiles: training's programs, whose states' placement is stated; and functions of one
 # array within others: a check sum, which is a scalar, and a matrix within a step.
-COMPILES = {"sharding.py", "loop.py", "step.py", "checkpoint.py", "muon.py"}
+COMPILES = {
+    "collectives.py", "partitioner.py", "replicated.py", "loop.py", "step.py", "check_sums.py",
+    "muon.py",
+}  # fmt: skip
 COMPILERS = {"jit", "pmap", "pjit", "shard_map", "filter_jit"}
 
 
@@ -57,9 +63,8 @@ def test_results_need_not_divide_over_the_devices(mode, count):
 SHAPE = (4, 4, 1)
 
 
-@functools.cache
-def picture(traces=None):
-    """What draws with an exact denoiser of N(params, 1); `traces` has an entry for each trace."""
+def denoiser(traces=None):
+    """The exact denoiser of N(params, 1); `traces` has an entry for each trace."""
     traces = [] if traces is None else traces
 
     def predict(params, xt, logsnr, labels):
@@ -69,26 +74,29 @@ def picture(traces=None):
         x0 = alpha * xt + sigma**2 * mean
         return Prediction(x0, (xt - alpha * x0) / sigma)
 
-    how = Sampling("ancestral", 3, "logsnr", x0_thresholding="none")
-    return drawing(predict, lambda params: cosine(-5.0, 5.0), SHAPE, 2, how), traces
+    sampling = Sampling("ancestral", 3, "logsnr", x0_thresholding="none")
+    info = DataInfo("x", SHAPE, 256, 2)
+    return ExactDenoiser(predict, cosine(-5.0, 5.0), sampling, classes=2, info=info)
 
 
+DENOISER = denoiser()
 PARAMS = {"mean": np.full(SHAPE, 0.25, np.float32)}
+IMAGES = Split(np.zeros((5, *SHAPE), np.uint8), np.zeros(5, np.int32))
+DATA = Data("x", "x", IMAGES, IMAGES, 256, ("a", "b"), "")
 
 
 @functools.cache
 def on(mode, count):
-    """(images, trace, inpainted) that `count` devices draw in `mode`."""
-    draw, _ = picture()
+    """(images, trace, sampled, edited) that `count` devices compute in `mode`."""
     spread = sharding.make(mode, jax.devices()[:count])
-    params = spread.place(PARAMS)
-    images, _, trace = draw.many(params, 0, 100, spread)
+    variables = Variables(spread.place(PARAMS), {})
+    samples = context_of(DENOISER, variables, DATA, partitioner=spread).samples(100)
     keys = jax.random.split(jax.random.key(0), 5)
     five = np.zeros((5, *SHAPE), np.float32)
     labels = jnp.zeros(5, jnp.int32)
-    drawn = draw.sample(params, {}, keys, Request(guidance=2.0), spread)
-    edited = draw.edit(params, keys, labels, 0.5, five, five, five, spread=spread)
-    return sharding.fetch((images, trace, drawn, edited))
+    sampled = sample(DENOISER, variables, keys, Request(guidance=2.0), partitioner=spread)
+    edits = edited(DENOISER, variables, keys, labels, 0.5, five, five, five, partitioner=spread)
+    return sharding.fetch((samples.images, samples.trace, sampled, edits))
 
 
 @pytest.mark.parametrize("mode", sharding.MODES)
@@ -99,13 +107,16 @@ def test_four_devices_draw_and_trace_what_one_does(mode):
 
 
 def test_a_sampler_is_traced_once_for_all_calls_and_scales_of_guidance():
-    draw, traces = picture.__wrapped__()
-    params, keys = PARAMS, jax.random.split(jax.random.key(0), 4)
-    draw.sample(params, {}, keys, Request(guidance=2.0))
+    traces = []
+    task, variables = denoiser(traces), Variables(PARAMS, {})
+    keys = jax.random.split(jax.random.key(0), 4)
+    sample(task, variables, keys, Request(guidance=2.0))
     first = len(traces)
+    assert first > 0
     for scale in (1.5, 3.0, 2.0):
-        draw.sample(params, {}, keys, Request(guidance=scale))
-        draw.sample(params, {}, keys, Request(guidance=scale), sharding.placed(params))
+        sample(task, variables, keys, Request(guidance=scale))
+        spread = sharding.placed(PARAMS)
+        sample(task, variables, keys, Request(guidance=scale), partitioner=spread)
     assert len(traces) == first
 
 
@@ -128,8 +139,8 @@ def test_an_evaluation_is_traced_once_however_often_it_is_done():
 def test_a_trained_state_lies_on_the_mesh_of_what_is_evaluated(mode):
     spread = sharding.make(mode, jax.devices()[:4])
 
-    def step(state, batch, reduce, gather, view):
-        return state + reduce(batch.mean()), {}
+    def step(state, batch, collectives):
+        return state + collectives.mean(batch.mean()), {}
 
     state, batch = spread.place(np.zeros(8, np.float32)), spread.feed(np.ones(8, np.float32))
     state, _ = spread.lower(step, spread.like(state), batch)()(state, batch)

@@ -9,13 +9,13 @@ from ddpm_jax.data import loader, types
 from ddpm_jax.fields import FieldError
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.autoencoder import Autoencoder
-from ddpm_jax.tasks.autoencoder import autoencoder_task, latents
+from ddpm_jax.task import Variables
+from ddpm_jax.tasks.autoencoder import LatentAutoencoder, Latents
 
 NET = Autoencoder((16, 16, 3), (8, 8), latent_channels=3)
 
 
-def state(task, batch):
-    return jax.jit(task.init)(jax.random.key(0), batch)
+INFO = types.DataInfo("x", NET.shape, 256)
 
 
 def batch(size=32, start=0):
@@ -26,25 +26,30 @@ def batch(size=32, start=0):
 
 @pytest.mark.parametrize("codes", [0, 16])
 def test_latents_have_unit_variance_or_are_codes(codes):
-    task = autoencoder_task(NET, 256, codes=codes)
-    params, fixed = state(task, batch())
+    task = LatentAutoencoder(NET, codes=codes, info=INFO)
+    params, extra = jax.jit(task.init)(jax.random.key(0), batch())
     keys = jax.random.split(jax.random.key(1), 32)
-    step = jax.jit(lambda params, fixed, b: task.update(fixed, task.loss(
-        params, fixed, b, keys, train=True, gather=lambda a: a)[2]))  # fmt: skip
+
+    @jax.jit
+    def step(params, extra, batch):
+        variables = Variables(params, extra)
+        output = task.loss(variables, batch, keys, train=True, all_gather=lambda tree: tree)
+        return task.update_extra(extra, output.statistics)
+
     for number in range(30):
-        fixed = step(params, fixed, batch(start=32 * number))
-    of, frozen = latents(NET, codes), {"params": params, "fixed": fixed}
-    z = of.encode(frozen, to_images(batch(256, 10_000).images, 256))
+        extra = step(params, extra, batch(start=32 * number))
+    latents, frozen = Latents(NET, codes), {"params": params, "extra": extra}
+    z = latents.encode(frozen, to_images(batch(256, 10_000).images, 256))
     assert z.shape == (256, 4, 4, 3)
     if not codes:  # of codes the variance is of what they stand for, but for what is between
         np.testing.assert_allclose(z.std((0, 1, 2)), 1.0, atol=0.1)
         np.testing.assert_allclose(z.mean((0, 1, 2)), 0.0, atol=0.15)
     else:
-        every = of.lay(frozen, jnp.arange(codes))
+        every = latents.embed_codes(frozen, jnp.arange(codes))
         apart = np.abs(np.asarray(z)[..., None, :] - every).max(-1)  # [..., codes]
         assert apart.min(-1).max() == 0  # every latent is a code, and
         assert len(np.unique(apart.argmin(-1))) > 1
-        decode = jax.jit(of.decode)
+        decode = jax.jit(latents.decode)
         near = decode(frozen, z[:8] + 1e-4)  # what is near one is that code's image
         np.testing.assert_array_equal(decode(frozen, z[:8]), near)
 
@@ -68,4 +73,4 @@ def test_the_posterior_is_never_wider_than_the_prior_whatever_the_encoder_says()
 
 def test_an_image_that_does_not_divide_is_told_in_one_line():
     with pytest.raises(FieldError, match=r"^network\..* 30x30 does not divide"):
-        autoencoder_task(Autoencoder((30, 30, 3), (8, 8, 8)), 256)
+        LatentAutoencoder(Autoencoder((30, 30, 3), (8, 8, 8))).check()

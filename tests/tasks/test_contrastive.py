@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.data import batches, loader, shapes
+from ddpm_jax.data import batches, loader
+from ddpm_jax.data.types import info_of
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.dual_encoder import DualEncoder
-from ddpm_jax.tasks.contrastive import contrastive_nll, contrastive_task
+from ddpm_jax.task import Variables
+from ddpm_jax.tasks.contrastive import Contrastive, contrastive_nll
 from helpers.text import drawn
 
 
@@ -52,20 +54,23 @@ def test_altered_captions_stand_beside_the_others_of_an_image(x64):
 
 
 def test_a_part_of_a_batch_is_compared_with_all_of_it():
-    data = shapes.with_altered(loader.load("shapes"), 2)
+    data = loader.load("shapes")
+    task = Contrastive(DualEncoder("tiny", channels=(8,), embedding_dim=16), hard_negatives=2)
+    task = task.bind(info_of(data), "float32", batch_size=8)
+    task.check()
+    data = task.adapt(data)
     whole = jax.tree.map(jnp.asarray, batches.batch_of(data.train, np.arange(8), np.arange(8)))
-    net = DualEncoder("tiny", shapes.LENGTH, (8,), 16)
-    task = contrastive_task(net, data.shape, data.levels, batch_size=8)
-    params = drawn(lambda *some: task.init(*some)[0], whole)
-    mine = whole.captions[:, 0]
+    params = drawn(lambda key, batch: task.init(key, batch).params, whole)
+    captions = whole.captions[:, 0]
     keys = jax.random.split(jax.random.key(0), 8)
 
-    @functools.partial(jax.jit, static_argnames="gather")
-    def loss(params, batch, keys, gather):
-        return task.loss(params, {}, batch, keys, train=True, gather=gather)[0]
+    @functools.partial(jax.jit, static_argnames="all_gather")
+    def loss(params, batch, keys, all_gather):
+        variables = Variables(params, {})
+        return task.loss(variables, batch, keys, train=True, all_gather=all_gather).losses
 
-    every = loss(params, whole, keys, lambda a: a)
-    text, image, _ = jax.jit(net.apply)(params, mine, to_images(whole.images, 256))
+    every = loss(params, whole, keys, lambda tree: tree)
+    text, image, _ = jax.jit(task.network.apply)(params, captions, to_images(whole.images, 256))
     part = jax.tree.map(lambda a: a[4:], whole)
-    gathered = loss(params, part, keys[4:], lambda _: (text, image, mine))
+    gathered = loss(params, part, keys[4:], lambda _: (text, image, captions))
     np.testing.assert_allclose(gathered, every[4:], rtol=1e-5)

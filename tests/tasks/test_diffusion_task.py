@@ -9,60 +9,53 @@ import numpy as np
 import pytest
 
 from ddpm_jax.data.types import Batch
-from ddpm_jax.diffusion.schedules import cosine, from_betas, linear_betas
+from ddpm_jax.diffusion.schedules import Cosine
 from ddpm_jax.errors import UserError
+from ddpm_jax.experiment.requests import Request
 from ddpm_jax.fields import FieldError
+from ddpm_jax.metrics.noise_levels import noise_levels, rate_distortion
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.task import Request
-from ddpm_jax.tasks import diffusion
-from ddpm_jax.tasks.diffusion import diffusion_task, noise_levels
+from ddpm_jax.task import Variables
+from ddpm_jax.tasks.diffusion import Diffusion
 from ddpm_jax.tasks.image_sampler import Sampling
+from helpers.sampling import NOTHING, sample
+from helpers.tasks import EvenBetas, bound, first_variables, loss_of
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    net = UNet(
-        outputs=1,
+    network = UNet(
         channels=8,
         multipliers=(1,),
         blocks=1,
         attention_sizes=(),
-        classes=3,
         dropout=0.5,
     )
-    task = diffusion_task(
-        net,
-        from_betas(linear_betas()),
-        (4, 4, 1),
-        17,
-        sampling=Sampling(steps=3),
-        batch_size=8,
-    )
+    task = bound(Diffusion(network, sampling=Sampling(steps=3)), (4, 4, 1), 17, classes=3)
     images = np.random.default_rng(0).integers(0, 17, (8, 4, 4, 1), np.uint8)
     batch = jax.tree.map(
         jnp.asarray, Batch(images, np.arange(8, dtype=np.int32) % 3, np.arange(8, dtype=np.int32))
     )
-    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
-    return task, params, fixed, batch
+    return task, first_variables(task, batch), batch
 
 
 def test_a_new_networks_loss_is_the_noises_own_size(tiny):
-    task, params, fixed, batch = tiny
+    task, variables, batch = tiny
     keys = jax.random.split(jax.random.key(1), 8)
-    loss = functools.partial(task.loss, train=False, gather=lambda tree: tree)
-    losses, metrics, _ = jax.jit(loss)(params, fixed, batch, keys)
+    loss = functools.partial(loss_of, task, train=False)
+    losses, metrics, _ = jax.jit(loss)(variables, batch, keys)
     chex.assert_shape(losses, (8,))
     # The output layer starts at zero, so |eps - 0|^2 is 1 on average over 128 dimensions.
     assert abs(losses.mean() - 1) < 4 * (2 / 128) ** 0.5
     chex.assert_trees_all_equal(losses, metrics["mse"])
 
 
-def test_the_task_draws_image_3_the_same_in_any_batch(tiny):
-    task, params, fixed, _ = tiny
+def test_the_task_samples_image_3_the_same_in_any_batch(tiny):
+    task, variables, _ = tiny
     keys = jax.random.split(jax.random.key(2), 8)
-    many = task.sample(params, fixed, keys, Request())
-    few = task.sample(params, fixed, keys[:4], Request())
+    many = sample(task, variables, keys)
+    few = sample(task, variables, keys[:4])
     chex.assert_shape(many, (8, 4, 4, 1))
     assert jnp.abs(many).max() <= 1
     np.testing.assert_allclose(many[3], few[3], atol=1e-5)
@@ -79,36 +72,35 @@ def test_the_task_draws_image_3_the_same_in_any_batch(tiny):
     ],
 )
 def test_a_request_that_makes_no_sense_is_one_line(tiny, request_, says):
-    task, params, fixed, _ = tiny
+    task, variables, _ = tiny
     with pytest.raises(UserError, match=says):
-        task.sample(params, fixed, jax.random.split(jax.random.key(0), 2), request_)
+        sample(task, variables, jax.random.split(jax.random.key(0), 2), request_)
 
 
 def test_guidance_on_an_unconditional_network_is_refused():
-    net = UNet(outputs=1, channels=8, multipliers=(1,), blocks=1, attention_sizes=())
-    task = diffusion_task(net, from_betas(linear_betas()), (4, 4, 1), 17, batch_size=8)
+    network = UNet(channels=8, multipliers=(1,), blocks=1, attention_sizes=())
+    task = bound(Diffusion(network), (4, 4, 1), 17)
     with pytest.raises(UserError, match="needs a class-conditional run"):
-        task.sample({}, {}, jax.random.split(jax.random.key(0), 2), Request(guidance=2.0))
+        sample(task, NOTHING, jax.random.split(jax.random.key(0), 2), Request(guidance=2.0))
 
 
 def test_an_image_that_the_network_cannot_halve_is_refused():
     with pytest.raises(FieldError, match=r"^network\..* 3 times, and 28x28 does not divide by 8"):
-        diffusion_task(UNet(), from_betas(linear_betas()), (28, 28, 1), 256, batch_size=8)
+        bound(Diffusion(UNet()), (28, 28, 1), 256)
 
 
 def test_a_dit_trains_in_the_diffusion_task():
-    net = DiT(outputs=1, patch=2, width=16, depth=2, heads=2, classes=3)
-    task = diffusion_task(net, from_betas(linear_betas()), (4, 4, 1), 17, batch_size=8)
+    task = bound(Diffusion(DiT(patch=2, width=16, depth=2, heads=2)), (4, 4, 1), 17, classes=3)
     images = np.random.default_rng(0).integers(0, 17, (8, 4, 4, 1), np.uint8)
     batch = Batch(images, np.arange(8, dtype=np.int32) % 3, np.arange(8, dtype=np.int32))
     batch = jax.tree.map(jnp.asarray, batch)
-    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
+    params, extra = first_variables(task, batch)
     keys = jax.random.split(jax.random.key(1), 8)
 
     @jax.jit
     def step(params):
         def mean(params):
-            return task.loss(params, fixed, batch, keys, train=True, gather=lambda t: t)[0].mean()
+            return loss_of(task, Variables(params, extra), batch, keys).losses.mean()
 
         now, gradient = jax.value_and_grad(mean)(params)
         return now, jax.tree.map(lambda a, g: a - 0.3 * g, params, gradient)
@@ -120,53 +112,48 @@ def test_a_dit_trains_in_the_diffusion_task():
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_learned_variance_and_importance_times_train_and_draw():
-    net = DiT(outputs=2, patch=2, width=8, depth=1, heads=1)
-    task = diffusion_task(
-        net,
-        from_betas(np.linspace(1e-4, 0.02, 6)),
-        (4, 4, 1),
-        17,
+def test_a_learned_variance_and_importance_times_train_and_sample():
+    task = Diffusion(
+        DiT(patch=2, width=8, depth=1, heads=1),
+        EvenBetas(6),
         variance="learned",
+        vlb_weight=1.0,
         times="importance",
-        bound_scale=1.0,
         sampling=Sampling("ancestral_learned", 3),
-        batch_size=32,
     )
+    task = bound(task, (4, 4, 1), 17, batch_size=32)
     images = np.random.default_rng(0).integers(0, 17, (32, 4, 4, 1), np.uint8)
     batch = Batch(images, np.zeros(32, np.int32), np.arange(32, dtype=np.int32))
     batch = jax.tree.map(jnp.asarray, batch)
-    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
+    params, extra = first_variables(task, batch)
 
     @jax.jit
-    def step(params, fixed, number):
+    def step(params, extra, number):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(1), number), 32)
 
         def mean(params):
-            losses, metrics, statistics = task.loss(
-                params, fixed, batch, keys, train=True, gather=lambda t: t
-            )
+            losses, metrics, statistics = loss_of(task, Variables(params, extra), batch, keys)
             return losses.mean(), (metrics, statistics)
 
         gradient, (metrics, statistics) = jax.grad(mean, has_aux=True)(params)
         params = jax.tree.map(lambda a, g: a - 0.01 * jnp.clip(g, -1, 1), params, gradient)
-        return params, task.update(fixed, statistics), metrics["vlb"].mean()
+        return params, task.update_extra(extra, statistics), metrics["vlb"].mean()
 
     bounds = []
     for number in range(60):
-        params, fixed, bound = step(params, fixed, number)
-        bounds.append(float(bound))
-    assert fixed["history"].counts.sum() == 60 * 32
+        params, extra, bound_now = step(params, extra, number)
+        bounds.append(float(bound_now))
+    assert extra["history"].counts.sum() == 60 * 32
     assert np.isfinite(bounds).all()
     assert np.mean(bounds[-20:]) < np.mean(bounds[:20])
-    drawn = task.sample(params, fixed, jax.random.split(jax.random.key(2), 2), Request())
-    assert jnp.isfinite(drawn).all()
+    samples = sample(task, Variables(params, extra), jax.random.split(jax.random.key(2), 2))
+    assert jnp.isfinite(samples).all()
 
 
 def test_a_learned_variance_needs_a_table():
-    net = DiT(outputs=2, patch=2, width=8, depth=1, heads=1)
+    network = DiT(patch=2, width=8, depth=1, heads=1)
     with pytest.raises(FieldError, match=r"^variance=learned: needs a table of betas"):
-        diffusion_task(net, cosine(), (4, 4, 1), 17, variance="learned", batch_size=8)
+        bound(Diffusion(network, Cosine(), variance="learned"), (4, 4, 1), 17)
 
 
 def test_the_noise_levels_bits_add_up_and_their_rate_rises():
@@ -185,7 +172,7 @@ def test_rate_and_distortion_are_taken_at_one_time():
     times = np.random.default_rng(0).permutation((np.arange(20_000) + 0.5) / 20_000)
     times, dims = times.reshape(-1, 8), 64
     kl = 100 * (1 + 3 * times)
-    rate, rmse = diffusion.rate_distortion(times, kl, times**2, dims)
+    rate, rmse = rate_distortion(times, kl, times**2, dims)
     t = rmse / 127.5
     expected = 100 * ((1 - t) + 3 * (1 - t**2) / 2) / (dims * np.log(2))
     assert (np.diff(rate) > 0).all()

@@ -1,22 +1,22 @@
 """Labels of -1: images that have no class."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ddpm_jax.data.types import Batch, Data, Split
-from ddpm_jax.diffusion.schedules import cosine
+from ddpm_jax.diffusion.schedules import Cosine
 from ddpm_jax.errors import UserError
 from ddpm_jax.nn.classifier import ClassifierNetwork
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.parallel.sharding import make
-from ddpm_jax.tasks.classifier import classifier_task, labelled
-from ddpm_jax.tasks.diffusion import diffusion_task
-from ddpm_jax.tasks.image_sampler import Sampling
-from ddpm_jax.tasks.vdm import vdm_task
+from ddpm_jax.task import Variables
+from ddpm_jax.tasks.classifier import Classifier, labelled
+from ddpm_jax.tasks.diffusion import Diffusion
+from ddpm_jax.tasks.image_denoiser import SampleEvaluation
+from ddpm_jax.tasks.vdm import VDM
+from helpers.sampling import evaluated
+from helpers.tasks import bound, first_variables, loss_of
 
 
 def batch(labels):
@@ -27,13 +27,14 @@ def batch(labels):
 
 @pytest.fixture(scope="module")
 def classifier():
-    task = classifier_task(ClassifierNetwork(3, (4,), 4, 0.0), (8, 8, 1), 256, eval_batch=4)
-    return task, task.init(jax.random.key(0), batch([0]))[0]
+    network = ClassifierNetwork(channels=(4,), features=4, dropout=0.0)
+    task = bound(Classifier(network, eval_batch_size=4), (8, 8, 1), 256, classes=3)
+    return task, task.init(jax.random.key(0), batch([0])).params
 
 
 def losses(task, params, labels):
     keys = jax.random.split(jax.random.key(1), len(labels))
-    return task.loss(params, {}, batch(labels), keys, train=True, gather=lambda x: x)
+    return loss_of(task, Variables(params, {}), batch(labels), keys)
 
 
 def test_an_image_without_a_class_teaches_a_classifier_nothing(classifier):
@@ -63,8 +64,7 @@ def test_a_classifier_is_trained_and_measured_on_images_with_a_class(classifier,
     assert np.asarray(found.train.labels).tolist() == [0, 2, 1, 1]
     np.testing.assert_array_equal(np.asarray(found.train.images), clean.train.images)
     figures = [
-        task.evaluate(params, {}, data, split="test", seed=0, full=True, spread=make()).metrics
-        for data in (found, labelled(clean))
+        evaluated(task, Variables(params, {}), data).metrics for data in (found, labelled(clean))
     ]
     assert figures[0] == figures[1]
     assert capfd.readouterr().err == ""
@@ -72,30 +72,23 @@ def test_a_classifier_is_trained_and_measured_on_images_with_a_class(classifier,
         labelled(loose._replace(test=split([-1, -1])))
 
 
-def unet(classes):
-    return UNet(1, channels=4, multipliers=(1,), blocks=1, attention_sizes=(), classes=classes)
+NETWORK = UNet(channels=4, multipliers=(1,), blocks=1, attention_sizes=())
+CONDITIONAL = (
+    Diffusion(NETWORK, Cosine(), label_dropout=0.0),
+    VDM(NETWORK, 13.0, -5.0, conditional=True, evaluation=SampleEvaluation(4, 1)),
+)
 
 
-@pytest.mark.parametrize("task_of", [diffusion_task, vdm_task])
-def test_an_image_without_a_class_trains_a_conditional_generator_as_no_class(task_of):
-    if task_of is diffusion_task:
-        task = task_of(unet(3), cosine(), (8, 8, 1), 256, label_dropout=0.0, batch_size=4)
-    else:
-        ends, sampling = (13.0, -5.0), Sampling()
-        task = task_of(
-            unet(3), (8, 8, 1), 256, ends=ends, sampling=sampling, batch_size=4, eval_batch=4,
-            eval_times=1,
-        )  # fmt: skip
-    params, fixed = jax.jit(task.init)(jax.random.key(0), batch([0]))
+@pytest.mark.parametrize("task", CONDITIONAL, ids=lambda task: type(task).__name__)
+def test_an_image_without_a_class_trains_a_conditional_generator_as_no_class(task):
+    task = bound(task, (8, 8, 1), 256, classes=3, batch_size=4)
+    params, extra = first_variables(task, batch([0]))
     noise = jax.random.split(jax.random.key(2), 100)
     leaves, tree = jax.tree.flatten(params)  # where every layer is at work
     leaves = [a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, noise, strict=False)]
-    params = jax.tree.unflatten(tree, leaves)
-    loss = jax.jit(functools.partial(task.loss, train=True, gather=lambda x: x))
+    variables = Variables(jax.tree.unflatten(tree, leaves), extra)
+    loss = jax.jit(lambda batch, keys: loss_of(task, variables, batch, keys).losses)
     keys = jax.random.split(jax.random.key(1), 4)
-    none, null, last = (
-        np.asarray(loss(params, fixed, batch([0, label, 1, label]), keys)[0])
-        for label in (-1, 3, 2)
-    )
+    none, null, last = (np.asarray(loss(batch([0, label, 1, label]), keys)) for label in (-1, 3, 2))
     np.testing.assert_array_equal(none, null)
     assert (none != last).tolist() == [False, True, False, True]

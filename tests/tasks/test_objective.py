@@ -5,25 +5,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.data import batches, loader, shapes
+from ddpm_jax.data import batches, loader, shape_negatives, shapes
 from ddpm_jax.data.types import Data, Split
-from ddpm_jax.diffusion import losses as loss
 from ddpm_jax.diffusion import schedules
+from ddpm_jax.diffusion.times import LossHistory
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.classifier import ClassifierNetwork
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.nn.vae import VAENetwork
-from ddpm_jax.parallel.sharding import make
-from ddpm_jax.task import Evaluation
-from ddpm_jax.tasks.autoencoder import autoencoder_task
-from ddpm_jax.tasks.classifier import classifier_task
-from ddpm_jax.tasks.contrastive import contrastive_task
-from ddpm_jax.tasks.diffusion import diffusion_task
+from ddpm_jax.task import Variables
+from ddpm_jax.tasks.autoencoder import LatentAutoencoder
+from ddpm_jax.tasks.classifier import Classifier
+from ddpm_jax.tasks.contrastive import Contrastive
+from ddpm_jax.tasks.diffusion import Diffusion
+from ddpm_jax.tasks.image_denoiser import SampleEvaluation
 from ddpm_jax.tasks.image_sampler import Sampling
-from ddpm_jax.tasks.vae import vae_task
-from ddpm_jax.tasks.vdm import vdm_task
-from ddpm_jax.variational.likelihoods import gaussian
+from ddpm_jax.tasks.vae import VAE
+from ddpm_jax.tasks.vdm import VDM
+from ddpm_jax.variational.likelihoods import Gaussian
+from helpers.sampling import evaluated
+from helpers.tasks import CutCosine, EvenBetas, bound, loss_of
 
 SIZE, SHAPE, LEVELS, CLASSES = 64, (4, 4, 1), 17, 3
 FAST = Sampling("ddim", 1)
@@ -39,62 +41,66 @@ def images(size=SIZE, shape=SHAPE, levels=LEVELS):
 
 def pictures(altered=0):
     data = loader.load("shapes")
-    split = shapes.with_altered(data, altered).train if altered else data.train
+    split = shape_negatives.with_hard_negatives(data, altered).train if altered else data.train
     split = split.rows(np.arange(SIZE))
     return data._replace(train=split, test=split, validation=split)
 
 
-def dit(outputs=1, classes=CLASSES):
-    return DiT(outputs=outputs, patch=2, width=8, depth=1, heads=1, classes=classes)
+def small(task, classes=CLASSES):
+    """The task bound to `images`, in batches of 16."""
+    return bound(task, SHAPE, LEVELS, classes, batch_size=16)
+
+
+def dit():
+    return DiT(patch=2, width=8, depth=1, heads=1)
 
 
 def vae():
-    return vae_task(
-        VAENetwork(SHAPE, 2, (8,)), gaussian(LEVELS, 0.5), beta=3.0, eval_batch=64, iwae_images=1
-    )
+    return small(VAE(VAENetwork(SHAPE, 2, (8,)), Gaussian(0.5), 3.0, 64, iwae_images=1))
 
 
 def weighted():
-    return diffusion_task(
-        dit(), schedules.cosine(-6.0, 6.0), SHAPE, LEVELS, kind="v", weight=loss.v_weight,
-        label_dropout=0.0, sampling=FAST, batch_size=16,
-    )  # fmt: skip
+    return small(
+        Diffusion(
+            dit(), CutCosine(-6.0, 6.0), "v", loss_weight="v", label_dropout=0.0, sampling=FAST
+        )
+    )
 
 
 def bounded():
-    return diffusion_task(
-        dit(2, 0), schedules.from_betas(np.linspace(1e-4, 0.02, 8)), SHAPE, LEVELS,
-        variance="learned", times="importance", bound_scale=1.0, sampling=FAST, batch_size=16,
-    )  # fmt: skip
+    task = Diffusion(
+        dit(), EvenBetas(8), variance="learned", vlb_weight=1.0, times="importance", sampling=FAST
+    )
+    return small(task, classes=0)
 
 
 def variational():
-    return vdm_task(
-        dit(1, 0), SHAPE, LEVELS, ends=(6.0, -4.0), sampling=FAST, batch_size=16, eval_batch=64,
-        eval_times=8,
-    )  # fmt: skip
+    evaluation = SampleEvaluation(64, 8)
+    return small(VDM(dit(), 6.0, -4.0, sampling=FAST, evaluation=evaluation), classes=0)
 
 
 def noisy():
-    net = ClassifierNetwork(CLASSES, (4,), 4, 0.0, True)
-    return classifier_task(net, SHAPE, LEVELS, schedule=schedules.cosine(), eval_batch=64)
+    network = ClassifierNetwork(channels=(4,), features=4, dropout=0.0)
+    return small(Classifier(network, schedule=schedules.Cosine(), eval_batch_size=64))
 
 
 def clean():
-    return classifier_task(ClassifierNetwork(CLASSES, (4,), 4, 0.0), SHAPE, LEVELS, eval_batch=64)
+    network = ClassifierNetwork(channels=(4,), features=4, dropout=0.0)
+    return small(Classifier(network, eval_batch_size=64))
 
 
-def contrastive():
-    net = DualEncoder("tiny", shapes.LENGTH, (8,), 8)
-    return contrastive_task(net, (32, 32, 3), 256, batch_size=16)
+def contrastive(hard_negatives=0):
+    task = Contrastive(DualEncoder("tiny", 0, (8,), 8), hard_negatives)
+    return bound(task, (32, 32, 3), 256, batch_size=16, caption_length=shapes.LENGTH)
 
 
 def latent():
-    return autoencoder_task(Autoencoder((4, 4, 1), (4, 4), 2), LEVELS, kl_weight=0.3)
+    return small(LatentAutoencoder(Autoencoder(channels=(4, 4), latent_channels=2), 0.3))
 
 
 def quantised():
-    return autoencoder_task(Autoencoder((4, 4, 1), (4, 4), 2), LEVELS, codes=8, commitment=0.7)
+    network = Autoencoder(channels=(4, 4), latent_channels=2)
+    return small(LatentAutoencoder(network, codes=8, commitment_weight=0.7))
 
 
 TASKS = {
@@ -105,7 +111,7 @@ TASKS = {
     "classifier": (clean, images),
     "classifier on noise": (noisy, images),
     "contrastive": (contrastive, pictures),
-    "contrastive, altered captions": (contrastive, lambda: pictures(2)),
+    "contrastive, altered captions": (lambda: contrastive(2), lambda: pictures(2)),
     "autoencoder": (latent, images),
     "autoencoder, quantised": (quantised, images),
 }
@@ -121,51 +127,48 @@ FAST_ONES = ("diffusion, learned variance, importance-sampled times", "autoencod
 def test_the_loss_of_an_evaluation_is_that_of_training_with_frozen_parameters(name, monkeypatch):
     """So are all metrics that both report under one name, without dropout and augmentation."""
     for module in ("diffusion", "vdm"):  # no samples are needed here
-        monkeypatch.setattr(f"ddpm_jax.tasks.{module}.show", lambda *_: Evaluation({}, {}))
-    build, data = (of() for of in TASKS[name])
-    task, passes, size = build, 24, 16
+        monkeypatch.setattr(f"ddpm_jax.tasks.{module}.SAMPLE_EVALUATIONS", ())
+    task, data = (of() for of in TASKS[name])
+    passes, size = 24, 16
     batch = jax.tree.map(
         jnp.asarray, batches.batch_of(data.train, np.arange(SIZE), np.arange(SIZE))
     )
 
     @jax.jit
     def start():
-        params, fixed = task.init(jax.random.key(0), batch)
+        params, extra = task.init(jax.random.key(0), batch)
         leaves, tree = jax.tree.flatten(params)
         keys = jax.random.split(jax.random.key(1), len(leaves))
         moved = [a + 0.2 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
-        if "history" in fixed:  # as if some times had larger losses than others
-            history = fixed["history"]
+        if "history" in extra:  # as if some times had larger losses than others
+            history = extra["history"]
             rows = 1.0 + jnp.arange(len(history.counts))[:, None] * jnp.ones(history.losses.shape)
-            fixed = {"history": loss.LossHistory(rows, history.counts + 10)}
-        return jax.tree.unflatten(tree, moved), fixed
+            extra = {"history": LossHistory(rows, history.counts + 10)}
+        return Variables(jax.tree.unflatten(tree, moved), extra)
 
     @jax.jit
-    def train(params, fixed):
+    def train(variables):
         def one(key):
             order = jax.random.permutation(key, SIZE).reshape(-1, size)
 
             def part(rows):
                 some = jax.tree.map(lambda a: a[rows], batch)._replace(index=jnp.arange(size))
                 keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-                losses, parts, _ = task.loss(
-                    params, fixed, some, keys, train=True, gather=lambda tree: tree
-                )
+                losses, parts, _ = loss_of(task, variables, some, keys)
                 return {"loss": losses.mean(), **{k: v.mean() for k, v in parts.items()}}
 
             return jax.tree.map(lambda a: a.mean(), jax.lax.map(part, order))
 
         return jax.lax.map(one, jax.random.split(jax.random.key(2), passes))
 
-    params, fixed = start()
-    seen = {k: np.asarray(v, np.float64) for k, v in train(params, fixed).items()}
-    found = task.evaluate(
-        params, fixed, data, split="validation", seed=0, full=False, spread=make()
-    ).metrics
-    shared = [metric for metric in seen if metric in found]
+    variables = start()
+    seen = {k: np.asarray(v, np.float64) for k, v in train(variables).items()}
+    metrics = evaluated(task, variables, data, split="validation", full=False).metrics
+    metrics = {name.removeprefix("validation/"): value for name, value in metrics.items()}
+    shared = [metric for metric in seen if metric in metrics]
     assert "loss" in shared
     for metric in shared:
         spread = seen[metric].std(ddof=1)  # of passes, each as long as the evaluation
-        allowed = 4 * (spread * (1 + 1 / passes) ** 0.5) + 1e-5 * abs(found[metric])
-        assert abs(seen[metric].mean() - found[metric]) < allowed, metric
-    assert found["loss_error"] > 0
+        allowed = 4 * (spread * (1 + 1 / passes) ** 0.5) + 1e-5 * abs(metrics[metric])
+        assert abs(seen[metric].mean() - metrics[metric]) < allowed, metric
+    assert metrics["loss_error"] > 0

@@ -6,12 +6,16 @@ import shutil
 import socket
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ddpm_jax.data import batches, loader, splits
 from ddpm_jax.errors import UserError
+from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.tasks import pretrained_text
+from ddpm_jax.tasks.text_encoders import BytesEncoder, PretrainedEncoder
 
 TEXTS = ["a red circle", "", "two blue squares above a green triangle"]
 
@@ -37,7 +41,7 @@ def test_features_do_not_depend_on_the_batch_and_padding_is_none(folder):
     together = pretrained_text.encode(folder, TEXTS)
     assert together.tokens.shape == (3, pretrained_text.LENGTH, 16)
     assert together.mask.sum(1).tolist() == [5, 0, 9]  # with a token at either end
-    assert not together.pooled[1].any()  # of no text nothing is said
+    assert not together.pooled[1].any()  # an empty text has no features
     for row, text in enumerate(TEXTS):
         alone = pretrained_text.encode(folder, [text])
         mask = alone.mask[0]
@@ -96,6 +100,35 @@ def test_a_generation_model_is_trained_on_it(folder, launch, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_an_encoder_is_loaded_once_until_its_folder_changes(folder, tmp_path):
+    place = tmp_path / "encoder"
+    shutil.copytree(folder, place)
+    first = pretrained_text.load_encoder(str(place))
+    assert pretrained_text.load_encoder(str(place)) is first
+    changed(place / "config.json", hidden_act="relu")
+    second = pretrained_text.load_encoder(str(place))
+    assert second is not first
+    assert second[1].config.hidden_act == "relu"
+
+
+def test_a_batch_holds_features_whose_dropped_captions_are_empty(folder):
+    encoder = PretrainedEncoder(folder, pretrained_text.width_of(folder))
+    assert encoder.width == 16
+    prepared = encoder.prepare(TEXTS)
+    dropped = encoder.drop(jax.tree.map(jnp.asarray, prepared), jnp.array([True, False, False]))
+    context = encoder.encode({}, dropped)
+    assert not context.mask[0].any()
+    assert not context.pooled[0].any()
+    np.testing.assert_array_equal(context.mask[1:], prepared.mask[1:])
+    np.testing.assert_array_equal(context.pooled[1:], prepared.pooled[1:])
+    data = loader.load("shapes")
+    small = data._replace(
+        train=data.train.first(4), validation=data.validation.first(4), test=data.test.first(4)
+    )
+    texts = encoder.texts(encoder.adapt(small).test, 3)
+    assert texts == BytesEncoder(DualEncoder(length=data.caption_length)).texts(data.test, 3)
+
+
 def test_features_are_stacked_as_images_are():
     data = loader.load("shapes")
     train = data.train.first(12)
@@ -131,7 +164,7 @@ def test_features_are_kept_a_part_at_a_time_and_read_once(monkeypatch):
     assert len(asked) == len(set(asked)) == 10  # each of the 5, 2 and 3 once
 
 
-def test_an_endless_set_and_a_missing_encoder_are_told_in_one_line(folder):
+def test_an_endless_set_and_a_missing_encoder_are_one_line(folder):
     with pytest.raises(UserError, match="has no end"):
         pretrained_text.encoded(folder, loader.load("shapes"))
     for name in ("/nowhere/at/all", "./nowhere", "a/b/c"):

@@ -1,5 +1,6 @@
 """Text to image: guidance between two captions, two generation models, and the command line."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -15,15 +16,20 @@ from ddpm_jax.data.types import info_of
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import run
 from ddpm_jax.experiment.registry import load_experiment
-from ddpm_jax.experiment.types import Options, bind, build
+from ddpm_jax.experiment.requests import Request, resolve
+from ddpm_jax.experiment.types import Options, bind, checked_task
+from ddpm_jax.fields import FieldError
+from ddpm_jax.metrics.clip_score import clip_scores
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.nn.layers import Context
-from ddpm_jax.nn.text_encoder import SIZES
 from ddpm_jax.parallel.sharding import make
-from ddpm_jax.task import Request
-from ddpm_jax.tasks.autoencoder import autoencoder_task, latents
-from ddpm_jax.tasks.text_to_image import Parts, Prompts, clip_scores, text_to_image_task
+from ddpm_jax.task import Resources, SampleRequest, Variables
+from ddpm_jax.tasks.autoencoder import LatentAutoencoder
+from ddpm_jax.tasks.captioned import TextToImage
+from ddpm_jax.tasks.shape_prompts import ShapePrompts
+from ddpm_jax.tasks.text_encoders import BytesEncoder, PretrainedEncoder
+from ddpm_jax.training.evaluation import EvaluationContext, evaluate
 from helpers.text import drawn
 
 DATA = loader.load("shapes")
@@ -38,58 +44,50 @@ NETWORK = dict(
     channels=8, multipliers=(1,), blocks=1, attention_sizes=(8,), head_channels=0,
     width=16, depth=1, heads=2,
 )  # fmt: skip
+AUTOENCODER = Autoencoder(DATA.shape, (8, 8), 2)
+TEXT = DualEncoder("tiny", DATA.caption_length, (8,), 16)
+TEXT_INPUTS = jnp.zeros((1, DATA.caption_length), jnp.uint8), jnp.zeros((1, *DATA.shape))
 
 
-def generator(model, net, codes=0, batch_size=32, times_per_image=1):
-    """A small generation model of the experiment on the autoencoder `net`."""
+def bound(model, codes=0, batch_size=32, **fields):
+    """The task of the experiment with small networks; `fields` are those of its section."""
     small = {f"task.generator.network.{name}": value for name, value in NETWORK.items()}
-    small |= {"task.generator.times_per_image": times_per_image, "task.generator.sampling.steps": 4}
+    small |= {"task.generator.times_per_image": 1, "task.generator.sampling.steps": 4}
+    small |= {"task.text_network": TEXT, "task.autoencoder_network": AUTOENCODER}
+    small |= {"task.codes": codes, "task.caption_dropout": 0.5, "train.batch_size": batch_size}
+    small |= {f"task.{name}": value for name, value in fields.items()}
     config = override(EXPERIMENT.config, MODELS[model], small, EXPERIMENT.alternatives)
-    settings = config.task.generator.bind(net, codes, "float32")
-    return settings.build(latents(net, codes), batch_size)
+    return bind(config, info_of(DATA)).task
+
+
+def generator(model, batch_size=32, times_per_image=1):
+    """A small generation model of the experiment."""
+    times = {"generator.times_per_image": times_per_image}
+    return bound(model, batch_size=batch_size, **times).generator
 
 
 @functools.cache
-def system(model="unet", judged=False):
-    """(task, params, fixed) of a small system whose every parameter is drawn.
-
-    If `judged`, another dual encoder tells its figures.
-    """
+def system(model="unet"):
+    """(task, variables) of a small system none of whose parameters is 0."""
     codes = CODES if model == "autoregressive" else 0
-    text = DualEncoder("tiny", DATA.caption_length, (8,), 16)
-    net = Autoencoder(DATA.shape, (8, 8), 2)
-
-    tokens, images = jnp.zeros((1, DATA.caption_length), jnp.uint8), jnp.zeros((1, *DATA.shape))
-
-    def trained():
-        task = autoencoder_task(net, 256, codes=codes)
-        params, fixed = jax.jit(task.init)(jax.random.key(1), batch(2))
-        keys = jax.random.split(jax.random.key(2), 16)
-        loss = jax.jit(functools.partial(task.loss, train=True, gather=lambda a: a))
-        for start in range(3):
-            told = loss(params, fixed, batch(16, 16 * start), keys)
-            fixed = task.update(fixed, told[2])
-        read = drawn(text.init, tokens, images)
-        return {"text": read, "autoencoder": {"params": params, "fixed": fixed}}
-
-    def other():
-        return text, drawn(text.init, tokens, images, seed=5)
-
-    parts = Parts(
-        text, latents(net, codes), lambda: jax.eval_shape(trained), trained,
-        SIZES["tiny"].features, judge=other if judged else None,
-    )  # fmt: skip
-    task = text_to_image_task(
-        generator(model, net, codes), parts, DATA.shape, DATA.levels,
-        caption_dropout=0.5,
-        prompts=Prompts(lambda split: {"single": ["a red circle"] * 3}, align, (2.0,), 4),
-    )  # fmt: skip
-    fixed = jax.eval_shape(task.init, jax.random.key(0), batch(2))[1]
-    return task, drawn(lambda *some: task.init(*some)[0], batch(2)), task.load(fixed)
+    evaluation = {"num_samples": 4, "num_prompts": 3, "guidance_scales": (2.0,)}
+    task = bound(model, codes, **{f"evaluation.{name}": v for name, v in evaluation.items()})
+    task.check()
+    parts = {"text": drawn(TEXT.init, *TEXT_INPUTS), "autoencoder": trained_autoencoder(codes)}
+    extra = jax.eval_shape(task.init, jax.random.key(0), batch(2)).extra
+    params = drawn(lambda *arguments: task.init(*arguments).params, batch(2))
+    return task, Variables(params, task.load_extra(extra, lambda: parts))
 
 
-def align(images, prompts):
-    return {"aligned": np.arange(len(images)) == 0}
+def trained_autoencoder(codes):
+    task = LatentAutoencoder(AUTOENCODER, codes=codes).bind(info_of(DATA), "float32", 16)
+    params, extra = jax.jit(task.init)(jax.random.key(1), batch(2))
+    keys = jax.random.split(jax.random.key(2), 16)
+    loss = jax.jit(functools.partial(task.loss, train=True, all_gather=lambda tree: tree))
+    for start in range(3):
+        output = loss(Variables(params, extra), batch(16, 16 * start), keys)
+        extra = task.update_extra(extra, output.statistics)
+    return {"params": params, "extra": extra}
 
 
 def batch(size, start=0):
@@ -101,9 +99,10 @@ KEYS = jax.random.split(jax.random.key(7), 4)
 PROMPT = "a small red circle above a blue square"
 
 
-def draw(it, **request):
-    task, params, fixed = it
-    return np.asarray(task.sample(params, fixed, KEYS, Request(**request)))
+def draw(it, **asked):
+    task, variables = it
+    resolved = resolve(task, Request(**asked))
+    return np.asarray(task.sample(variables, KEYS, resolved.request, resolved.guidance, jax.jit))
 
 
 SLOW = pytest.param("dit", marks=pytest.mark.slow)
@@ -126,65 +125,144 @@ def test_guidance_leads_from_the_empty_caption_to_the_prompt(model):
 
 
 def test_training_drops_captions_and_evaluation_does_not():
-    task, params, fixed = system()
+    task, variables = system()
     keys = jax.random.split(jax.random.key(3), 64)
     images, captions = (jnp.tile(a, (64, *[1] * (a.ndim - 1))) for a in batch(1)[::3])
-    one = batch(64)._replace(images=images, captions=captions)
-    none = one._replace(captions=jnp.zeros_like(one.captions))
+    captioned = batch(64)._replace(images=images, captions=captions)
+    uncaptioned = captioned._replace(captions=jnp.zeros_like(captioned.captions))
 
-    @functools.partial(jax.jit, static_argnums=3)
-    def loss(params, fixed, batch, train):
-        return task.loss(params, fixed, batch, keys, train=train, gather=None)[0]
+    @functools.partial(jax.jit, static_argnums=2)
+    def loss(variables, batch, train):
+        return task.loss(variables, batch, keys, train=train, all_gather=lambda tree: tree).losses
 
-    told, untold = (loss(params, fixed, some, False) for some in (one, none))
-    assert np.abs(told - untold).min() > 0
-    trained = loss(params, fixed, one, True)
-    dropped = np.isclose(trained, untold, rtol=1e-4) & ~np.isclose(trained, told, rtol=1e-4)
+    with_caption, without = (loss(variables, b, False) for b in (captioned, uncaptioned))
+    assert np.abs(with_caption - without).min() > 0
+    trained = loss(variables, captioned, True)
+    dropped = np.isclose(trained, without, rtol=1e-4)
+    dropped &= ~np.isclose(trained, with_caption, rtol=1e-4)
     assert 16 < dropped.sum() < 48  # a half, by more than 4 deviations either way
-    np.testing.assert_allclose(np.where(dropped, untold, told), trained, rtol=1e-3)
+    np.testing.assert_allclose(np.where(dropped, without, with_caption), trained, rtol=1e-3)
 
 
 @pytest.mark.parametrize("model", ["unet", SLOW])
 def test_several_draws_of_an_image_are_as_many_images(model):
     """The loss of an image is the mean of those of copies of it and its caption, at times apart."""
-    of = functools.partial(generator, model, Autoencoder(DATA.shape, (8, 8), 2), 0)
     rng = np.random.default_rng(0)
     z, tokens, pooled = (rng.normal(size=size) for size in ((4, 8, 8, 2), (4, 5, 64), (4, 64)))
     mask = jnp.arange(5) < jnp.array([[5], [2], [0], [3]])
-    z, told = jnp.float32(z), Context(jnp.float32(tokens), mask, jnp.float32(pooled))
-    several, params = of(4, 2), drawn(of(4, 2).init, told)
-    loss = jax.jit(several.loss, static_argnums=5)
-    found, _ = loss(params, z, told, jnp.arange(4), KEYS, True)
-    z_of_each, told_each = jax.tree.map(lambda a: a.repeat(2, 0), (z, told))
+    z, context = jnp.float32(z), Context(jnp.float32(tokens), mask, jnp.float32(pooled))
+    several = generator(model, 4, 2)
+    params = drawn(several.init, context)
+    loss = jax.jit(several.loss, static_argnames="train")
+    losses, _ = loss(params, z, context, jnp.arange(4), KEYS, train=True)
+    z_of_each, context_of_each = jax.tree.map(lambda a: a.repeat(2, 0), (z, context))
     keys = jax.vmap(lambda key: jax.random.split(key, 2))(KEYS).reshape(-1)
-    one = jax.jit(of(8, 1).loss, static_argnums=5)
+    alone = jax.jit(generator(model, 8).loss, static_argnames="train")
     apart = jnp.array([0, 4, 1, 5, 2, 6, 3, 7])  # eighths of time
-    each, _ = one(params, z_of_each, told_each, apart, keys, True)
-    np.testing.assert_allclose(found, each.reshape(4, 2).mean(1), rtol=1e-4)
+    each, _ = alone(params, z_of_each, context_of_each, apart, keys, train=True)
+    np.testing.assert_allclose(losses, each.reshape(4, 2).mean(1), rtol=1e-4)
     assert np.ptp(each.reshape(4, 2), 1).min() > 1e-3
     # Evaluation sees an image once.
-    once = jax.jit(of(4, 1).loss, static_argnums=5)
-    evaluated = (params, z, told, jnp.arange(4), KEYS, False)
-    np.testing.assert_allclose(loss(*evaluated)[0], once(*evaluated)[0], rtol=1e-6)
+    once = jax.jit(generator(model, 4).loss, static_argnames="train")
+    evaluated = (params, z, context, jnp.arange(4), KEYS)
+    np.testing.assert_allclose(
+        loss(*evaluated, train=False)[0], once(*evaluated, train=False)[0], rtol=1e-6
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstAligned:
+    """Prompts of one set, of whose images the first is aligned."""
+
+    def sets(self, split):
+        del split
+        return {"single": ["a red circle"] * 3}
+
+    def align(self, images, texts):
+        assert len(images) == len(texts)
+        return {"aligned": np.arange(len(images)) == 0}
+
+
+def evaluated(full, dual_encoder=None):
+    task, variables = system()
+    data = DATA._replace(test=DATA.test.first(8))
+    resources = Resources(dual_encoder=dual_encoder)
+    return evaluate(
+        EvaluationContext(
+            task,
+            variables,
+            data,
+            split="test",
+            seed=0,
+            full=full,
+            partitioner=make(),
+            resources=resources,
+        )
+    )
 
 
 @pytest.mark.slow
-def test_an_evaluation_tells_of_every_set_and_scale():
-    task, params, fixed = system()
-    data = DATA._replace(test=DATA.test.first(8))
-    found = task.evaluate(params, fixed, data, split="test", seed=0, full=True, spread=make())
+def test_an_evaluation_has_metrics_of_every_set_and_scale(monkeypatch):
+    monkeypatch.setattr(TextToImage, "prompts", FirstAligned())
+    final = evaluated(full=True)
     for name in ("aligned", "aligned_single", "clip_score", "fd_text_encoder"):
-        for scale in ("2",):
-            assert f"guidance_{scale}/{name}" in found.metrics
-        assert f"{name}" in found.metrics
-    assert found.metrics["aligned_single"] == pytest.approx(1 / 3)
-    assert found.about["drawn"] == 4
-    quick = task.evaluate(params, fixed, data, split="test", seed=0, full=False, spread=make())
-    assert "aligned" in quick.metrics
-    task, params, fixed = system(judged=True)
-    judged = task.evaluate(params, fixed, data, split="test", seed=0, full=False, spread=make())
-    assert judged.metrics["loss"] == quick.metrics["loss"]
-    assert judged.metrics["clip_score"] != quick.metrics["clip_score"]
+        assert f"test/guidance_2/{name}" in final.metrics
+        assert f"test/{name}" in final.metrics
+    assert final.metrics["test/aligned_single"] == pytest.approx(1 / 3)
+    assert final.about["drawn"] == 4
+    quick = evaluated(full=False)
+    assert "test/aligned" in quick.metrics
+    other = TEXT, drawn(TEXT.init, *TEXT_INPUTS, seed=5)
+    judged = evaluated(full=False, dual_encoder=lambda: other)
+    assert judged.metrics["test/loss"] == quick.metrics["test/loss"]
+    assert judged.metrics["test/clip_score"] != quick.metrics["test/clip_score"]
+
+
+@pytest.mark.parametrize("model", ["unet", "autoregressive"])
+def test_a_task_is_static_and_one_program_serves_all_scales(model):
+    task, variables = system(model)
+    assert hash(task) == hash(system.__wrapped__(model)[0])
+    compiled = []
+
+    def compile(fn, static_argnums=()):
+        compiled.append(jax.jit(fn, static_argnums=static_argnums))
+        return compiled[-1]
+
+    def sample(scale):
+        compiled.clear()
+        guidance = task.guidance(scale, None)
+        task.sample(variables, KEYS, SampleRequest(prompt=PROMPT), guidance, compile)
+        return [fn._cache_size() for fn in compiled]
+
+    assert task.guidance(1.0, None).method is None  # of half the work
+    sample(1.0)
+    before = sample(3.0)
+    assert sample(5.0) == before
+    assert sample(0.0) == before
+
+
+def test_encoders_prepare_drop_and_hash():
+    encoder = BytesEncoder(TEXT)
+    assert hash(encoder) == hash(BytesEncoder(TEXT.clone()))
+    tokens = encoder.prepare(["a red circle", "a blue square"])
+    dropped = encoder.drop(jnp.asarray(tokens), jnp.array([True, False]))
+    np.testing.assert_array_equal(dropped, encoder.prepare(["", "a blue square"]))
+    assert encoder.texts(DATA.test, 2) == DATA_TEXTS
+    assert hash(PretrainedEncoder("name", 3)) == hash(PretrainedEncoder("name", 3))
+
+
+DATA_TEXTS = [bytes(row[row > 0]).decode() for row in DATA.test.captions[np.arange(2)]]
+
+
+def test_prompts_of_shapes_are_hashable_and_aligned_with_their_own_drawings():
+    prompts = ShapePrompts(2)
+    assert hash(prompts) == hash(ShapePrompts(2))
+    sets = prompts.sets("test")
+    assert set(sets) == {"single", "single_held_out", "relation", "relation_held_out"}
+    assert all(len(texts) == 2 for texts in sets.values())
+    images = 2 * DATA.test.images[np.arange(4)].astype(np.float32) / 255 - 1
+    texts = BytesEncoder(TEXT).texts(DATA.test, 4)
+    assert prompts.align(images, texts)["aligned"].all()
 
 
 def test_a_clip_score_is_not_negative_pair_by_pair():
@@ -192,7 +270,7 @@ def test_a_clip_score_is_not_negative_pair_by_pair():
     np.testing.assert_allclose(clip_scores(cosines), [0, 0, 25, 100])
 
 
-def test_flags_that_mean_nothing_are_told():
+def test_flags_that_mean_nothing_are_refused():
     codes = system("autoregressive")
     for flag, value in (("sampler", "ddim"), ("steps", 20), ("label", 1)):
         with pytest.raises(UserError, match=f"--{flag} means nothing to this run"):
@@ -203,6 +281,19 @@ def test_flags_that_mean_nothing_are_told():
         draw(system())
     with pytest.raises(UserError, match='no "dpm"'):
         draw(system(), prompt="", sampler="dpm")
+    with pytest.raises(FieldError, match=r'^prompt="\.\.\." is missing'):
+        system()[0].check_request(SampleRequest())
+
+
+def test_a_network_that_never_lacked_captions_is_not_guided_by_them():
+    task = bound("unet", caption_dropout=0.0)
+    with pytest.raises(FieldError, match=r"^caption_dropout=0: .* never trained without captions"):
+        task.check()
+    task = bound("unet", caption_dropout=0.0, **{"generator.sampling.guidance": 1.0})
+    task.check()
+    assert task.guidance(None, None).method is None
+    with pytest.raises(FieldError, match="never trained without captions"):
+        task.guidance(3.0, None)
 
 
 def test_a_model_that_its_latents_or_its_noise_do_not_suit_is_one_line():
@@ -218,10 +309,12 @@ def test_a_model_that_its_latents_or_its_noise_do_not_suit_is_one_line():
     ):
         config = override(EXPERIMENT.config, fields, parts, EXPERIMENT.alternatives)
         with pytest.raises(UserError, match=rf"^--config\.task\.generator\.{says}"):
-            build(bind(config, info_of(DATA)))
+            checked_task(bind(config, info_of(DATA)))
+    with pytest.raises(UserError, match=r"^--config\.task\.generator\.latents"):
+        override(EXPERIMENT.config, {"task.generator.latents": "1"})
 
 
-def test_a_model_that_cannot_be_built_is_told_before_its_parts_are_trained(tmp_path):
+def test_a_model_that_cannot_be_built_is_refused_before_its_parts_are_trained(tmp_path):
     experiment = load_experiment("text_to_image_shapes")
     for fields, says in (
         ({"generator.task.generator": "autoregressive"}, "quantised autoencoder"),

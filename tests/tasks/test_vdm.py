@@ -13,10 +13,12 @@ from ddpm_jax.data.types import Batch, Data, Split
 from ddpm_jax.diffusion import probability_flow, process
 from ddpm_jax.diffusion.prediction import Prediction, write
 from ddpm_jax.nn.dit import DiT
-from ddpm_jax.parallel.sharding import make
-from ddpm_jax.task import Evaluation
+from ddpm_jax.task import Variables
+from ddpm_jax.tasks.image_denoiser import SampleEvaluation
 from ddpm_jax.tasks.image_sampler import Sampling
-from ddpm_jax.tasks.vdm import rounding_nll, vdm_task
+from ddpm_jax.tasks.vdm import VDM, rounding_nll
+from helpers.sampling import evaluated
+from helpers.tasks import bound, first_variables, loss_of
 
 
 def test_rounding_is_right_where_the_noise_is_far_smaller_than_a_bin():
@@ -32,25 +34,22 @@ def test_rounding_is_right_where_the_noise_is_far_smaller_than_a_bin():
 
 @pytest.fixture(scope="module")
 def tiny():
-    net = DiT(outputs=1, patch=2, width=8, depth=1, heads=1)
+    network = DiT(patch=2, width=8, depth=1, heads=1)
     images = np.random.default_rng(0).integers(0, 17, (20, 4, 4, 1), np.uint8)
     split = Split(images, np.zeros(20, np.int32))
     data = Data("tiny", "tiny", split, split, 17, (), "x")
-    task = vdm_task(
-        net,
-        (4, 4, 1),
-        17,
-        ends=(9.0, -9.0),
-        sampling=Sampling("ddim", 3),
-        batch_size=8,
-        eval_batch=20,
-        eval_times=16,
+    task = VDM(
+        network,
+        9.0,
+        -9.0,
         ode_images=20,
+        sampling=Sampling("ddim", 3),
+        evaluation=SampleEvaluation(20, 16),
     )
+    task = bound(task, (4, 4, 1), 17)
     batch = Batch(images[:8], np.zeros(8, np.int32), np.arange(8, dtype=np.int32))
     batch = jax.tree.map(jnp.asarray, batch)
-    params, fixed = jax.jit(task.init)(jax.random.key(0), batch)
-    return task, params, fixed, batch, data
+    return task, first_variables(task, batch), batch, data
 
 
 LEVELS = np.linspace(-1, 1, 17)
@@ -97,22 +96,24 @@ def test_the_odes_likelihood_of_a_known_discrete_model_is_within_its_numerical_e
     assert error < estimate
 
 
+def of_test(evaluation):
+    """The metrics of the test split, without its name."""
+    return {name.removeprefix("test/"): value for name, value in evaluation.metrics.items()}
+
+
 @pytest.mark.slow  # 7 s: the solver calls the network in many places
 def test_the_task_states_the_known_bits_of_a_discrete_model_by_every_route(monkeypatch):
-    monkeypatch.setattr("ddpm_jax.tasks.vdm.show", lambda *arguments: Evaluation({}, {}))
+    monkeypatch.setattr("ddpm_jax.tasks.vdm.SAMPLE_EVALUATIONS", ())
     images = np.random.default_rng(0).choice(17, (200, 4, 4, 1), p=SHARES).astype(np.uint8)
     split = Split(images, np.zeros(200, np.int32))
     data = Data("grey", "grey", split, split, 17, (), "x")
-    net = GreyNetwork(outputs=1)
-    task = vdm_task(
-        net, (4, 4, 1), 17, ends=(9.0, -9.0), sampling=Sampling("ddim", 3), batch_size=8,
-        eval_batch=100, eval_times=16, ode_images=200,
-    )  # fmt: skip
+    evaluation = SampleEvaluation(100, 16)
+    task = VDM(GreyNetwork(), 9.0, -9.0, ode_images=200, evaluation=evaluation)
+    task = bound(task, (4, 4, 1), 17)
     batch = Batch(images[:8], np.zeros(8, np.int32), np.arange(8, dtype=np.int32))
-    params, fixed = task.init(jax.random.key(0), jax.tree.map(jnp.asarray, batch))
-    found = task.evaluate(params, fixed, data, split="test", seed=0, full=True, spread=make())
+    variables = task.init(jax.random.key(0), jax.tree.map(jnp.asarray, batch))
+    metrics = of_test(evaluated(task, variables, data))
     exact = -np.log2(SHARES)[images].mean()
-    metrics = found.metrics
     numerical = metrics["bits_per_dim_ode_numerical_error"]
     # Given z_0 the grey value is certain (5.6 deviations to the bin's edge), so that eq. (2)
     # is exact for each image; what is left are the prior's 1e-4 and the solver's error.
@@ -124,26 +125,27 @@ def test_the_task_states_the_known_bits_of_a_discrete_model_by_every_route(monke
 
 
 def test_the_loss_is_the_bound_and_reaches_the_schedules_ends(tiny):
-    task, params, fixed, batch, _ = tiny
+    task, variables, batch, _ = tiny
     keys = jax.random.split(jax.random.key(1), 8)
 
     def mean(params):
-        losses, parts, _ = task.loss(params, fixed, batch, keys, train=True, gather=lambda t: t)
+        losses, parts, _ = loss_of(task, Variables(params, {}), batch, keys)
         return losses.mean(), (losses, parts)
 
-    gradient, (losses, parts) = jax.jit(jax.grad(mean, has_aux=True))(params)
+    gradient, (losses, parts) = jax.jit(jax.grad(mean, has_aux=True))(variables.params)
     chex.assert_trees_all_close(losses, sum(parts.values()), rtol=1e-5)
     assert (jnp.abs(gradient["schedule"]["ends"]) > 0).all()
 
 
 def test_the_three_routes_of_one_network_are_near_one_another(tiny):
-    task, params, fixed, _, data = tiny
-    found = task.evaluate(params, fixed, data, split="test", seed=0, full=True, spread=make())
-    routes = [found.metrics[f"bits_per_dim_{name}"] for name in ("continuous", "discrete")]
-    errors = [found.metrics[f"bits_per_dim_{n}_error"] for n in ("continuous", "discrete")]
+    task, variables, _, data = tiny
+    evaluation = evaluated(task, variables, data)
+    metrics = of_test(evaluation)
+    routes = [metrics[f"bits_per_dim_{name}"] for name in ("continuous", "discrete")]
+    errors = [metrics[f"bits_per_dim_{name}_error"] for name in ("continuous", "discrete")]
     assert abs(routes[0] - routes[1]) < 4 * sum(errors)
-    assert np.isfinite(found.metrics["bits_per_dim_ode"])
-    numerical = found.metrics["bits_per_dim_ode_numerical_error"]
-    assert 0 <= numerical < found.metrics["bits_per_dim_ode_error"]
-    assert found.pictures["trajectories_movie"].ndim == 4
-    assert found.pictures["schedule"].shape[-1] == 3
+    assert np.isfinite(metrics["bits_per_dim_ode"])
+    numerical = metrics["bits_per_dim_ode_numerical_error"]
+    assert 0 <= numerical < metrics["bits_per_dim_ode_error"]
+    assert evaluation.images["trajectories_movie"].ndim == 4
+    assert evaluation.images["schedule"].shape[-1] == 3

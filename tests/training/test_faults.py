@@ -17,16 +17,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import recorded
-from ddpm_jax.experiment.types import build
+from ddpm_jax.experiment.types import checked_task
 from ddpm_jax.parallel import sharding
 from ddpm_jax.training import step as step_module
-from ddpm_jax.training.checkpoint import (
-    _check_record,
-    _sum,
-    _sum_here,
+from ddpm_jax.training.check_sums import (
+    check_record,
     check_sums,
-    open_checkpoints,
+    sum_on_devices,
+    sum_on_host,
 )
+from ddpm_jax.training.checkpoint import open_checkpoints
 from helpers.launching import ROOT, user_environment
 from helpers.runs import (
     COMMAND,
@@ -145,8 +145,8 @@ def test_a_directory_with_damaged_checkpoints_alone_is_refused(stopped, tmp_path
 )  # fmt: skip
 def test_a_checkpoints_record_of_another_form_is_an_error(host, sums):
     with pytest.raises(ValueError, match="another form"):
-        _check_record(host, sums)
-    _check_record({"window": {"loss": 1.5}, "skipped": 0}, {"arrays": [1, None], "host": 2})
+        check_record(host, sums)
+    check_record({"window": {"loss": 1.5}, "skipped": 0}, {"arrays": [1, None], "host": 2})
 
 
 def test_one_bit_anywhere_in_a_state_changes_its_check_sum():
@@ -170,11 +170,11 @@ def test_one_bit_anywhere_in_a_state_changes_its_check_sum():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
 def test_a_check_sum_is_the_same_by_numpy_and_on_devices(dtype):
     array = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)) * 3).astype(dtype)
-    expected = int(_sum(array))
-    assert int(_sum_here(array)) == expected
+    expected = int(sum_on_devices(array))
+    assert int(sum_on_host(array)) == expected
     devices = jax.make_mesh((8,), ("devices",))
     spread = jax.device_put(array, NamedSharding(devices, PartitionSpec("devices")))
-    assert int(_sum(spread)) == int(_sum_here(spread)) == expected
+    assert int(sum_on_devices(spread)) == int(sum_on_host(spread)) == expected
 
 
 @pytest.mark.slow
@@ -258,7 +258,7 @@ EVIL = b"cos\nsystem\n(S'touch EVIL'\ntR."  # a pickle that runs a command
 def test_no_file_of_a_run_directory_is_unpickled(stopped, tmp_path, launch):
     """Every file of a checkpoint in turn is a pickle that would run a command."""
     config = recorded.read(stopped).config
-    shapes = step_module.state_shapes(build(config), config, config.task.info.shape)
+    shapes = step_module.state_shapes(checked_task(config), config, config.task.info.shape)
     like = sharding.make().like(shapes)
     checkpoints = open_checkpoints(stopped / "checkpoints", read_only=True)
     checkpoints.restore(steps_kept(stopped)[-1], like)  # as it is, it is read

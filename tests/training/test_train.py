@@ -15,28 +15,31 @@ import optax
 import optax.contrib
 import pytest
 
-from ddpm_jax.config import marked, replace, to_record
+from ddpm_jax.config import marked, replace
+from ddpm_jax.config_records import to_record
 from ddpm_jax.data import batches, loader, types
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.experiment import recorded, run
 from ddpm_jax.experiment.inputs import config_for
 from ddpm_jax.experiment.registry import load_experiment
-from ddpm_jax.experiment.types import Options, bind, build
+from ddpm_jax.experiment.types import Options, bind, checked_task
 from ddpm_jax.fields import MAY_CHANGE
 from ddpm_jax.nn.vae import VAENetwork
 from ddpm_jax.parallel import sharding
 from ddpm_jax.rng import TRAIN, example_keys, purpose_key
-from ddpm_jax.task import Evaluation, Request, Task
-from ddpm_jax.tasks.vae import vae_task
+from ddpm_jax.task import Evaluation, LossOutput, Variables
+from ddpm_jax.tasks.vae import VAE
 from ddpm_jax.training import ema as ema_module
 from ddpm_jax.training import loop as train
-from ddpm_jax.training import muon, records
+from ddpm_jax.training import muon, program, records
 from ddpm_jax.training import optimizer as optimizer_module
 from ddpm_jax.training import step as step_module
 from ddpm_jax.training.checkpoint import open_checkpoints
 from ddpm_jax.training.run_dir import open_run
-from ddpm_jax.variational import likelihoods as likelihood
+from ddpm_jax.variational.likelihoods import Gaussian
 from helpers.runs import COMMAND, end_of, finish, start, steps_of, wait_for
+from helpers.sampling import sample
+from helpers.tasks import SmallTask, not_evaluated
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def step_of(task, config, seed=0):
 
 
 def fit(config, data, workdir, task=None, seed=0):
-    task = task or build(config)
+    task = task or checked_task(config)
     record = {"experiment": "test", "config": to_record(config), "seed": seed, "data": {}}
     run = open_run(workdir, record, marked(config, MAY_CHANGE))
     checkpoints = open_checkpoints(workdir / "checkpoints")
@@ -83,27 +86,33 @@ def fit(config, data, workdir, task=None, seed=0):
         run.close()
 
 
-def not_evaluated(*_, **__):
-    """A task's `evaluate`, which takes longer than a few steps, where only those matter."""
-    return Evaluation({"loss": 0.0}, {})
+class StepsAlone(VAE):
+    """A VAE without its evaluation, which takes longer than a few steps."""
+
+    def evaluations(self):
+        """One that costs nothing."""
+        return (not_evaluated,)
 
 
-def fit_alone(config, data, workdir, task=None):
+def fit_alone(config, data, workdir, kind=StepsAlone):
     """`fit` without an evaluation at its end."""
-    task = task or build(config)
-    return fit(config, data, workdir, task._replace(evaluate=not_evaluated))
+    return fit(config, data, workdir, kind(**vars(checked_task(config))))
 
 
 def test_training_looks_at_validation_images_and_only_the_end_at_test_images(digits, tmp_path):
     """The best checkpoint is the one of the lowest validation loss."""
     asked = []
 
-    def evaluate(params, fixed, data, *, split, seed, full, spread):
-        asked.append((split, full))
-        return Evaluation({"loss": float([3.0, 1.0, 2.0, 0.5][len(asked) - 1])}, {})
+    def evaluate(task, context):
+        asked.append((context.split, context.full))
+        return Evaluation({"loss": float([3.0, 1.0, 2.0, 0.5][len(asked) - 1])})
+
+    class Evaluated(VAE):
+        def evaluations(self):
+            return (evaluate,)
 
     config = small(steps=8, eval_every=2, checkpoint_every=1, steps_per_call=1)
-    task = build(config)._replace(evaluate=evaluate)
+    task = Evaluated(**vars(checked_task(config)))
     result = fit(config, digits, tmp_path / "run", task)
     assert asked == [("validation", False)] * 3 + [("test", True)]
     assert result.final.metrics == {"test/loss": 0.5}
@@ -118,8 +127,7 @@ def test_training_looks_at_validation_images_and_only_the_end_at_test_images(dig
 def test_one_batch_is_overfitted(digits, conv):
     config = small({"optimizer.learning_rate": 3e-3, "optimizer.lr_schedule": "constant", **ema()})
     net = VAENetwork((8, 8, 1), 16, (16, 32) if conv else (128,), conv=conv)
-    p_x = likelihood.gaussian(17, std=0.1)
-    task = vae_task(net, p_x, beta=0.0, eval_batch=16, iwae_images=1)
+    task = VAE(net, Gaussian(std=0.1), beta=0.0, eval_batch_size=16, iwae_images=1, info=INFO)
     batch = batch_of(digits, 16)
     state = step_module.init_state(task, config, batch, 0)
     step = jax.jit(step_of(task, config))
@@ -135,15 +143,15 @@ def test_one_batch_is_overfitted(digits, conv):
 def test_the_train_step_compiles_once(digits, tmp_path):
     traces = []
     config = small(steps=43, log_every=7, eval_every=0, checkpoint_every=10)
-    task = build(config)
 
-    def loss(*arguments, **named):
-        traces.append(1)
-        return task.loss(*arguments, **named)
+    class Counted(StepsAlone):
+        def loss(self, *arguments, **named):
+            traces.append(1)
+            return super().loss(*arguments, **named)
 
-    fit_alone(config, digits, tmp_path, task._replace(loss=loss))
+    fit_alone(config, digits, tmp_path, Counted)
     # The calls are of 1 to 5 steps; traced for the shapes and for the loop's body, no more.
-    lengths = {last - first for first, last in train.calls(0, config)}
+    lengths = {last - first for first, last in program.calls(0, config)}
     assert len(lengths) > 2
     assert len(traces) <= 3
 
@@ -311,67 +319,64 @@ def test_a_package_that_is_not_installed_is_recorded_as_none(monkeypatch):
     assert versions["no-such-package"] is None
 
 
+class BadBelow(SmallTask):
+    """One weight, whose gradient is 1, and a loss that is nan where it is less than -12.5."""
+
+    def init(self, key, batch):
+        return Variables({"w": jnp.zeros(())}, {})
+
+    def loss(self, variables, batch, keys, *, train, all_gather):
+        weight = variables.params["w"]
+        value = weight + 0 * jnp.log(weight + 12.5)
+        return LossOutput(jnp.full(len(batch.images), value), {}, {})
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(digits, tmp_path):
     """The weight falls by 1 a step (Adam's, under a constant gradient), into a bad logarithm."""
-
-    def loss(params, fixed, batch, keys, *, train, gather):
-        size = len(batch.images)
-        value = params["w"] + 0 * jnp.log(params["w"] + 12.5)
-        return jnp.full(size, value), {}, {}
-
-    task = Task(
-        init=lambda key, batch: ({"w": jnp.zeros(())}, {}),
-        loss=loss,
-        update=lambda fixed, statistics: fixed,
-        evaluate=not_evaluated,
-        sample=lambda params, fixed, keys, request: None,
-    )
     config = small({"optimizer": CONSTANT}, checkpoint_every=4)
     says = r"loss is nan at step 14, of training examples .* of step 12"
     with pytest.raises(RunError, match=says):
-        fit(config, digits, tmp_path, task)
+        fit(config, digits, tmp_path, BadBelow())
     checkpoints = open_checkpoints(tmp_path / "checkpoints", read_only=True)
     assert checkpoints.newest() == 12
     checkpoints.close()
 
 
-def bad_at(*steps):
-    """A task with one weight, whose gradient is 1, and one example's loss nan at some steps."""
+class BadAtSix(SmallTask):
+    """One weight, whose gradient is 1, and one example's loss nan once six steps were taken."""
 
-    def init(key, batch):
-        return {"w": jnp.zeros(())}, {"step": jnp.zeros((), jnp.int32)}
+    def init(self, key, batch):
+        return Variables({"w": jnp.zeros(())}, {"step": jnp.zeros((), jnp.int32)})
 
-    def loss(params, fixed, batch, keys, *, train, gather):
-        here = jnp.isin(fixed["step"], jnp.array(steps)) & (batch.index == 5)
-        return jnp.where(here, jnp.nan, 1.0) * params["w"], {}, {}
+    def loss(self, variables, batch, keys, *, train, all_gather):
+        bad = self.is_bad(variables, keys) & (batch.index == 5)
+        return LossOutput(jnp.where(bad, jnp.nan, 1.0) * variables.params["w"], {}, {})
 
-    return Task(
-        init=init,
-        loss=loss,
-        update=lambda fixed, statistics: {"step": fixed["step"] + 1},
-        evaluate=not_evaluated,
-        sample=lambda params, fixed, keys, request: None,
-    )
+    def is_bad(self, variables, keys):
+        return variables.extra["step"] == 6
+
+    def update_extra(self, extra, statistics):
+        return {"step": extra["step"] + 1}
+
+
+class BadAtSixByChance(BadAtSix):
+    """Bad while the weight says that six steps were taken, and a draw of the step says so."""
+
+    def is_bad(self, variables, keys):
+        weight = variables.params["w"]
+        return (weight < -5.5) & (weight > -6.5) & jax.random.bernoulli(keys[0], 0.5)
 
 
 def test_a_step_that_is_not_finite_names_its_training_examples(digits, tmp_path):
     order = batches.epoch_order(0, len(digits.train.images))(6 * 16, 7 * 16)
     with pytest.raises(RunError, match=rf"loss is nan at step 7, of training examples {order[5]};"):
-        fit(small(), digits, tmp_path, bad_at(6))
+        fit(small(), digits, tmp_path, BadAtSix())
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(digits, tmp_path):
-    # A skipped step updates nothing, so the count of `bad_at` stands still: 3 in a row are bad.
+    # A skipped step updates nothing, so the count of `BadAtSix` would stand still: all are bad.
     config = small({"optimizer": CONSTANT}, log_every=10, max_consecutive_nonfinite_steps=3)
-    task = bad_at(6)
-
-    def loss(params, fixed, batch, keys, *, train, gather):
-        # Bad while the weight says that six steps were taken, and a draw of the step says so.
-        bad = (params["w"] < -5.5) & (params["w"] > -6.5)
-        bad &= jax.random.bernoulli(keys[0], 0.5) & (batch.index == 5)
-        return jnp.where(bad, jnp.nan, 1.0) * params["w"], {}, {}
-
-    found = fit(config, digits, tmp_path, task._replace(loss=loss))
+    found = fit(config, digits, tmp_path, BadAtSixByChance())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     skipped = sum(line["train/skipped"] for line in lines if "train/skipped" in line)
     assert float(found.state.params["w"]) == pytest.approx(-(20 - skipped), rel=1e-4)
@@ -380,16 +385,16 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(digits, tmp_path):
 
 def test_too_many_bad_steps_in_a_row_stop_the_run(digits, tmp_path):
     with pytest.raises(RunError, match="loss is nan at step 9, of training examples"):
-        fit(small(max_consecutive_nonfinite_steps=2), digits, tmp_path, bad_at(6))
+        fit(small(max_consecutive_nonfinite_steps=2), digits, tmp_path, BadAtSix())
 
 
 def test_an_image_is_the_same_in_any_batch(digits):
     config = small()
-    task = build(config)
+    task = checked_task(config)
     params = step_module.init_state(task, config, batch_of(digits, 100), 0).params
     keys = example_keys(purpose_key(0, TRAIN), 0, jnp.arange(64))
-    many = task.sample(params, {}, keys, Request())
-    few = task.sample(params, {}, keys[:8], Request())
+    many = sample(task, Variables(params, {}), keys)
+    few = sample(task, Variables(params, {}), keys[:8])
     np.testing.assert_allclose(many[7], few[7], atol=1e-6)
 
 
@@ -412,7 +417,7 @@ def test_what_only_training_reads_is_not_read_for_drawing(tmp_path):
     averages = ema(more_half_lives_images=(2.0,), evaluated="half_life=2")
     config = small(averages, steps=4, checkpoint_every=2)
     run.train(EXPERIMENT, config, tmp_path, Options())
-    shapes = step_module.state_shapes(build(config), config, INFO.shape)
+    shapes = step_module.state_shapes(checked_task(config), config, INFO.shape)
     checkpoints = open_checkpoints(tmp_path / "checkpoints", read_only=True)
     whole, _ = checkpoints.restore(4, sharding.make().like(shapes))
     checkpoints.close()
@@ -420,7 +425,7 @@ def test_what_only_training_reads_is_not_read_for_drawing(tmp_path):
     chex.assert_trees_all_equal(
         step_module.averaged(state, config), step_module.averaged(whole, config)
     )
-    chex.assert_trees_all_equal((state.step, state.fixed), (whole.step, whole.fixed))
+    chex.assert_trees_all_equal((state.step, state.extra), (whole.step, whole.extra))
     assert not jax.tree.leaves((state.params, state.opt_state, state.ema[0]))
 
 

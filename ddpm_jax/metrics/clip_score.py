@@ -1,0 +1,31 @@
+"""The CLIP score of captions and images (Hessel et al. 2021)."""
+
+from typing import cast
+
+import numpy as np
+from jaxtyping import Array, Float, PyTree, UInt8
+
+from ddpm_jax.nn.dual_encoder import DualEncoder
+
+
+def clip_scores(cosines: Float[np.ndarray, "pairs"]) -> Float[np.ndarray, "pairs"]:
+    """Return max(0, 100 cos) of each caption and its image (Hessel et al. 2021, eq. 1, w = 100)."""
+    return np.maximum(100 * np.asarray(cosines, np.float64), 0.0)
+
+
+def cosines(
+    network: DualEncoder,
+    params: PyTree,
+    tokens: UInt8[Array, "pairs length"] | UInt8[np.ndarray, "pairs length"],
+    images: Float[Array, "pairs h w c"] | Float[np.ndarray, "pairs h w c"],
+) -> Float[Array, "pairs"]:
+    """Return the cosine of each caption and its image in the space of both.
+
+    Args:
+      network: the dual encoder.
+      params: its parameters.
+      tokens: of captions.
+      images: in [-1, 1].
+    """
+    text, image, _ = cast(tuple[Array, Array, Array], network.apply(params, tokens, images))
+    return (text * image).sum(-1)

@@ -1,0 +1,80 @@
+"""Feature networks that images are compared in: classifiers and image towers."""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from ddpm_jax.metrics.features import Judge
+from ddpm_jax.parallel.partitioner import fetch
+from ddpm_jax.parallel.replicated import placed
+
+
+@runtime_checkable
+class Network(Protocol):
+    """A network of images: a hashable value, static to `jax.jit`."""
+
+    def __call__(self, params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
+        """Return (logits, features) of images in [-1, 1]."""
+
+
+def features_of(
+    network: Network, params: PyTree, x: Float[Array, "batch h w c"]
+) -> tuple[Array, Array]:
+    """Return the features of images and log p(y|x)."""
+    logits, features = network(params, x)
+    return features, jax.nn.log_softmax(logits)
+
+
+def judge_of(name: str, network: Network, params: PyTree, batch_size: int = 500) -> Judge:
+    """Return the judge that a network makes, on the devices on which its parameters lie.
+
+    Args:
+      name: of the judge.
+      network: the network; the judges of equal ones share a compiled program.
+      params: the network's parameters.
+      batch_size: images at once.
+    """
+
+    def see(
+        images: Float[np.ndarray, "n h w c"],
+    ) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n classes"]]:
+        partitioner, parts = placed(params), []
+        size = partitioner.round_up(batch_size)
+        compiled = partitioner.compile(features_of, static_argnums=0)
+        for start in range(0, len(images), size):  # one shape, compiled once
+            part = np.asarray(images[start : start + size], np.float32)
+            filled = np.concatenate([part, np.repeat(part[:1], size - len(part), 0)])
+            batch = partitioner.shard(filled[partitioner.rows(size)])
+            seen = fetch(compiled(network, params, batch))
+            parts.append([a.astype(np.float64)[: len(part)] for a in seen])
+        features, logs = zip(*parts, strict=True)
+        return np.concatenate(features), np.concatenate(logs)
+
+    return Judge(name, see)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFeatures:
+    """The image tower of a dual encoder, as a network of one class.
+
+    Attributes:
+      network: The dual encoder.
+    """
+
+    network: nn.Module
+
+    def __call__(self, params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
+        """Return logits of 0, and the features of images."""
+        features = self.network.apply(params, x, method="of_image")
+        assert isinstance(features, jax.Array)
+        return jnp.zeros((len(x), 1)), features
+
+
+def image_judge(name: str, net: nn.Module, params: PyTree) -> Judge:
+    """Return the judge whose features are those of an image tower; it has one class."""
+    return judge_of(name, ImageFeatures(net), params)

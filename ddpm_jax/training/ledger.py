@@ -1,0 +1,123 @@
+"""Metrics of the steps: checked, summed and logged once the next call is on its way."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, cast
+
+import numpy as np
+from jaxtyping import PyTree
+
+from ddpm_jax.errors import RunError
+from ddpm_jax.parallel import hardware
+from ddpm_jax.parallel.partitioner import fetch
+from ddpm_jax.progress import Clock
+from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.run_dir import RunDir
+from ddpm_jax.training.settings import Train
+
+
+class Call(NamedTuple):
+    """One call of the program.
+
+    Attributes:
+      first: The step before it.
+      last: Its last step.
+      metrics: What it computed, still on the devices.
+    """
+
+    first: int
+    last: int
+    metrics: PyTree
+
+
+class Ledger:
+    """The metrics since the last line of the log, and the steps that were skipped.
+
+    Args:
+      train: the section of the config.
+      run: where lines are written.
+      clock: shows the progress.
+      checkpoints: of the run, named when a step is not finite.
+      order: (start, stop) -> which training examples stand there.
+      flops: of a step on one device.
+      host: what `host` returned when the run was checkpointed; empty: a new run.
+    """
+
+    def __init__(
+        self,
+        train: Train,
+        run: RunDir,
+        clock: Clock,
+        checkpoints: Checkpoints,
+        order: Callable[[int, int], np.ndarray],
+        flops: float,
+        host: Mapping[str, object],
+    ) -> None:
+        self._train, self._run, self._clock = train, run, clock
+        self._checkpoints, self._order, self._flops = checkpoints, order, flops
+        self._sums = cast(dict[str, float], host.get("window", {}))  # since the last line
+        self._skipped = cast(int, host.get("skipped", 0))  # steps in a row
+        self._pending: Call | None = None
+
+    def host(self) -> dict[str, object]:
+        """Return what a checkpoint keeps of it."""
+        return {"window": self._sums, "skipped": self._skipped}
+
+    def add(self, call: Call) -> None:
+        """Settle the call before this one, and keep this one for later."""
+        self.settle()
+        self._pending = call
+
+    def settle(self) -> None:
+        """Fetch the metrics of the latest call; check, sum and log them.
+
+        Raises:
+          RunError: a metric is not finite.
+        """
+        if self._pending is None:
+            return
+        first, last, metrics = self._pending
+        self._pending = None
+        values = {name: np.asarray(value) for name, value in fetch(metrics).items()}
+        if self._train.steps_per_call == 1:
+            values = {name: value[None] for name, value in values.items()}
+        finite = values.pop("finite")
+        for i in range(last - first):
+            step_values = {name: float(value[i]) for name, value in values.items()}
+            self._add_step(first + i + 1, step_values, finite[i])
+        if last % self._train.log_every == 0 or last == self._train.steps:
+            self._log(last)
+        self._clock.show(last, float(values["loss"][last - first - 1]))
+
+    def _add_step(self, step: int, values: dict[str, float], finite: np.ndarray) -> None:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        self._skipped = self._skipped + 1 if bad else 0
+        if self._skipped > self._train.max_consecutive_nonfinite_steps:
+            name = "loss" if "loss" in bad else bad[0]
+            size = self._train.batch_size
+            examples = self._order((step - 1) * size, step * size)[~finite]
+            raise RunError(
+                _not_finite(name, values[name], step, examples)
+                + f"; the newest checkpoint is of step {self._checkpoints.newest() or 0}: try a "
+                "smaller --config.optimizer.learning_rate, --config.optimizer.grad_clip_norm=1 or "
+                "--config.train.max_consecutive_nonfinite_steps=10, in another --workdir"
+            )
+        for name, value in {"skipped": 1.0}.items() if bad else {**values, "count": 1.0}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def _log(self, step: int) -> None:
+        count, skipped = self._sums.pop("count", 0), self._sums.pop("skipped", 0)
+        means = {f"train/{name}": total / count for name, total in self._sums.items()}
+        if self._train.max_consecutive_nonfinite_steps:
+            means["train/skipped"] = skipped
+        self._sums = {}
+        self._run.log(step, means)
+        lap = self._clock.lap(step)
+        self._run.time(step, **lap, **hardware.memory(), **hardware.utilisation(self._flops, lap))
+
+
+def _not_finite(name: str, value: float, step: int, examples: np.ndarray) -> str:
+    """Say what is wrong with a step, and with which training examples, by their place."""
+    listed = ", ".join(map(str, examples[:5])) + ", ..." * (len(examples) > 5)
+    which = f"of training examples {listed}" if len(examples) else "though every example's loss is"
+    return f"{name} is {value} at step {step}, {which}"

@@ -1,0 +1,75 @@
+"""The program of a run's steps, and the batches that it takes."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+
+from jaxtyping import PyTree
+
+from ddpm_jax.data.batches import training_batches
+from ddpm_jax.data.types import Batch, Split
+from ddpm_jax.parallel.partitioner import Lowered, Partitioner, Program
+from ddpm_jax.task import Task
+from ddpm_jax.training.settings import Settings
+from ddpm_jax.training.step import TrainState, train_step, train_steps
+
+
+def calls(first: int, config: Settings, cuts: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
+    """(first, last) of each call: at most `steps_per_call` steps, none across a boundary or cut."""
+    train = config.train
+    intervals = (train.log_every, train.eval_every, train.checkpoint_every)
+    while first < train.steps:
+        ends = [(first // every + 1) * every for every in intervals if every]
+        ends += [cut for cut in cuts if cut > first]
+        last = min(first + train.steps_per_call, train.steps, *ends)
+        yield first, last
+        first = last
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProgram:
+    """The steps of a run as one program: of one step, or of `steps_per_call` of them.
+
+    Attributes:
+      task: What is trained.
+      config: Of the run.
+      split: The training examples.
+      seed: Of the run.
+      partitioner: The devices.
+    """
+
+    task: Task
+    config: Settings
+    split: Split
+    seed: int
+    partitioner: Partitioner
+
+    @property
+    def stack(self) -> int | None:
+        """Batches of one call, along a new first axis; None: one batch without that axis."""
+        count = self.config.train.steps_per_call
+        return count if count > 1 else None
+
+    def batches(self, plan: Iterable[tuple[int, int]]) -> Iterator[Batch]:
+        """Yield this process's rows of the batches of each call (first, last)."""
+        size = self.config.train.batch_size
+        mine = self.partitioner.rows(size)
+        return training_batches(self.split, self.seed, size, plan, self.stack, mine)
+
+    def place(self, batch: Batch) -> PyTree:
+        """Put the batches of a call on the devices."""
+        return self.partitioner.feed(batch, axis=1 if self.stack else 0)
+
+    def lower(self, like: TrainState) -> Lowered:
+        """Lower the program, for a state of these shapes and this placement."""
+        step = functools.partial(train_step, self.task, self.config, self.seed)
+        batch = self.place(next(self.batches([(0, 1)])))
+        if self.stack:
+            return self.partitioner.lower(train_steps(step), like, batch, 1)
+        return self.partitioner.lower(step, like, batch)
+
+    def run(
+        self, program: Program, state: TrainState, batch: PyTree, count: int
+    ) -> tuple[TrainState, PyTree]:
+        """Run `count` steps; return the next state and the metrics."""
+        return program(state, batch, count) if self.stack else program(state, batch)

@@ -1,0 +1,262 @@
+"""What is compiled of guided sampling, and what is not compiled or computed twice."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.data.types import Batch, Data, DataInfo, Split
+from ddpm_jax.diffusion.guidance import Autoguidance, ClassifierFree, Guidance
+from ddpm_jax.diffusion.prediction import Prediction
+from ddpm_jax.diffusion.process import alpha_sigma
+from ddpm_jax.diffusion.schedules import cosine
+from ddpm_jax.experiment.requests import Request
+from ddpm_jax.metrics.features import Judge
+from ddpm_jax.nn.dit import DiT
+from ddpm_jax.parallel.sharding import make
+from ddpm_jax.task import GuidanceModel, Resources, Variables
+from ddpm_jax.tasks.diffusion import Diffusion
+from ddpm_jax.tasks.image_denoiser import TRACED, ImageDenoiser, SampleEvaluation
+from ddpm_jax.tasks.image_sampler import ImageSampler, Sampling
+from helpers.sampling import context_of, evaluated, sample
+from helpers.tasks import CutCosine, ExactDenoiser, bound, first_variables
+
+SHAPE, CLASSES, COUNT = (4, 4, 1), 2, 8
+SCHEDULE = cosine(-9.0, 9.0)
+KEYS = jax.random.split(jax.random.key(0), COUNT)
+
+
+class Counter:
+    """A network that counts its calls while they are traced, with the sizes of their batches."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, params, xt, logsnr, labels):
+        self.batches.append(len(xt))
+        alpha, sigma = (a[:, None, None, None] for a in alpha_sigma(logsnr))
+        x0 = 0.1 * (labels[:, None, None, None] + params["shift"]) * jnp.ones_like(xt)
+        return Prediction(x0, (xt - alpha * x0) / sigma)
+
+
+def counting(**how):
+    """A task of a `Counter`, and the counter."""
+    counter = Counter()
+    sampling = Sampling("ddim", 3, "logsnr", **how)
+    info = DataInfo("x", SHAPE, 17, CLASSES)
+    return ExactDenoiser(counter, SCHEDULE, sampling, classes=CLASSES, info=info), counter
+
+
+VARIABLES = Variables({"shift": jnp.asarray(0.0)}, {})
+
+
+def at(task, scale, model=None):
+    """Samples of class 1 at a scale of guidance."""
+    return sample(task, VARIABLES, KEYS, Request(label=1, guidance=scale), model)
+
+
+def test_guidance_is_a_pytree_of_its_scale_and_of_another_networks_parameters():
+    task, _ = counting()
+    free = Guidance(ClassifierFree(2.0), (-1.0, 3.0), 0.5)
+    assert jax.tree.leaves(free) == [2.0]
+    weaker = Guidance(Autoguidance(2.0, {"shift": 3.0}, task))
+    assert sorted(jax.tree.leaves(weaker)) == [2.0, 3.0]
+    assert jax.tree.leaves(Guidance()) == []
+    twice = jax.tree.map(lambda leaf: 2 * leaf, free)
+    assert twice == Guidance(ClassifierFree(4.0), (-1.0, 3.0), 0.5)
+
+
+def test_one_program_serves_all_scales_that_guide_and_all_parameters_of_a_guidance_model():
+    task, counter = counting()
+    at(task, 1.5)
+    calls = len(counter.batches)
+    assert set(counter.batches) == {2 * COUNT}  # labels and "no class" in one batch
+    for scale in (0.0, 0.5, 3.0, -1.0):
+        at(task, scale)
+    assert len(counter.batches) == calls
+
+    weaker, weaker_counter = counting()
+    at(task, 1.5, GuidanceModel(weaker, {"shift": jnp.asarray(1.0)}))
+    calls = len(weaker_counter.batches)
+    assert set(weaker_counter.batches) == {COUNT}
+    images = [
+        at(task, 2.0, GuidanceModel(weaker, {"shift": jnp.asarray(shift)})) for shift in (2.0, 3.0)
+    ]
+    assert len(weaker_counter.batches) == calls
+    assert not np.array_equal(*images)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.5])
+@pytest.mark.parametrize("interval", [None, (-2.0, 2.0)])
+def test_a_neutral_scale_calls_the_network_once_a_step_on_a_batch_that_is_not_doubled(
+    interval, rescale
+):
+    task, counter = counting(guidance_interval=interval, guidance_rescale=rescale)
+    assert task.guidance(1.0, None) == Guidance()
+    plain, plain_counter = counting()
+    labels = jnp.ones(COUNT, jnp.int32)
+    walk = jax.jit(ImageSampler.sample, static_argnums=(0, 1))
+    inputs = VARIABLES.params, Guidance(), KEYS, labels, labels
+    expected, _ = walk(plain.sampler(), 0, *inputs)
+    images = at(task, 1.0)
+    np.testing.assert_allclose(images, expected, atol=1e-6)
+    assert counter.batches == plain_counter.batches
+    assert set(counter.batches) == {COUNT}
+    weaker, weaker_counter = counting()
+    at(task, 1.0, GuidanceModel(weaker, VARIABLES.params))
+    assert weaker_counter.batches == []
+
+
+def test_the_network_is_called_once_for_each_step_that_runs():
+    called = []
+
+    def network(params, xt, logsnr, labels):
+        jax.debug.callback(lambda value: called.append(len(value)), xt)
+        return Counter()(params, xt, logsnr, labels)
+
+    task, _ = counting()
+    task = dataclasses.replace(task, function=network)
+    for scale, size in ((1.0, COUNT), (2.0, 2 * COUNT)):
+        called.clear()
+        at(task, scale)
+        jax.effects_barrier()
+        assert called == [size] * 3
+
+
+def test_the_interval_and_the_rescaling_are_static():
+    """They choose the program: none of them costs anything where it is not asked for."""
+    kinds = [
+        jax.tree.structure(Guidance(ClassifierFree(2.0), interval, rescale))
+        for interval in (None, (-2.0, 2.0), (-1.0, 2.0))
+        for rescale in (0.0, 0.5)
+    ]
+    assert len(set(kinds)) == 6
+    task, counter = counting()
+    for guidance in (Guidance(ClassifierFree(2.0)), Guidance(ClassifierFree(2.0), None, 0.5)):
+        counter.batches.clear()
+        labels = jnp.ones(COUNT, jnp.int32)
+        walk = make().compile(ImageSampler.sample, static_argnums=(0, 1))
+        walk(task.sampler(), 0, VARIABLES.params, guidance, KEYS, labels, 1 + labels)
+        assert counter.batches  # another rescaling is another program
+
+
+# Samples of an evaluation.
+
+TINY = Diffusion(
+    DiT(patch=2, width=8, depth=1, heads=1),
+    sampling=Sampling("ddim", 3),
+    evaluation=SampleEvaluation(40, 2),
+)
+
+
+def tiny_data():
+    """A data set of 40 images of two classes."""
+    images = np.random.default_rng(0).integers(0, 17, (40, *SHAPE), np.uint8)
+    split = Split(images, (np.arange(40) % CLASSES).astype(np.int32))
+    return Data("x", "x", split, split, 17, ("a", "b"), "")
+
+
+BATCH = Batch(jnp.zeros((1, *SHAPE), jnp.uint8), jnp.zeros(1, jnp.int32), jnp.arange(1))
+
+
+def rows_of(name):
+    """A feature network that sees the rows' means, and the class in the first pixel's sign."""
+
+    def see(images):
+        means = np.asarray(images, np.float64).mean((2, 3))
+        logs = np.log(np.where(means[:, :1] > 0, [0.9, 0.1], [0.1, 0.9]))
+        return means, logs
+
+    return Judge(name, see, f"the network {name}")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The numbers of the samples of every call of `sample_in_turn`."""
+    places = []
+    sample_in_turn = ImageDenoiser.sample_in_turn
+
+    def counted(self, keys, place, context):
+        places.append(np.asarray(place))
+        return sample_in_turn(self, keys, place, context)
+
+    monkeypatch.setattr(ImageDenoiser, "sample_in_turn", counted)
+    return places
+
+
+def test_the_samples_of_an_evaluation_are_made_once_and_shared(calls):
+    settings = dataclasses.replace(TINY.evaluation, num_samples=150, features=("rows", "others"))
+    task = bound(dataclasses.replace(TINY, evaluation=settings), SHAPE, 17, CLASSES)
+    variables, data = first_variables(task, BATCH), tiny_data()
+    resources = Resources(features=(lambda: rows_of("rows"), lambda: rows_of("others")))
+    evaluation = evaluated(task, variables, data, resources=resources)
+    # 150 samples are two batches of 104, the next number after 100 that 8 devices divide.
+    np.testing.assert_array_equal(np.concatenate(calls), np.arange(208))
+    assert len(calls) == 2
+    for name in ("samples", "trajectories", "trajectories_movie", "inpainting", "neighbours"):
+        assert name in evaluation.images
+    assert {"test/fd_rows", "test/fd_others", "test/recognised"} <= set(evaluation.metrics)
+    assert evaluation.metrics["test/drawn"] == 150
+
+
+def test_samples_that_an_evaluation_has_are_not_sampled_again(calls):
+    task, _ = counting()
+    context = context_of(task, VARIABLES, tiny_data())
+    first = context.samples(100)
+    assert len(calls) == 1
+    for count in (100, 50, 104, 1):
+        again = context.samples(count)
+        size = min(count, 100)
+        np.testing.assert_array_equal(again.images[:size], first.images[:size])
+        assert len(again.images) == len(again.labels) == count
+        assert again.trace is first.trace
+    assert len(calls) == 1
+    assert len(context.samples(105).images) == 105
+    assert len(calls) == 2
+    np.testing.assert_array_equal(first.labels, np.arange(100) % CLASSES)
+    assert [a.shape for a in first.trace] == [(3, TRACED, *SHAPE)] * 2
+
+
+# A task is a value.
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(Diffusion):
+    """A diffusion task that counts how often its prediction is traced."""
+
+    def predict(self, *arguments, **keywords):
+        """The prediction of the network."""
+        TRACES.append(self)
+        return super().predict(*arguments, **keywords)
+
+
+TRACES = []
+
+
+def test_equal_tasks_share_one_program_and_another_one_has_its_own():
+    def build(**how):
+        task = Counted(
+            network=TINY.network, sampling=Sampling("ddim", 2, **how), schedule=CutCosine(-9.0, 9.0)
+        )
+        return bound(task, SHAPE, 17, CLASSES)
+
+    task, same, stronger = build(), build(), build(guidance=3.0)
+    assert task is not same
+    assert task == same
+    assert hash(task) == hash(same)
+    assert task != stronger
+    variables, data = first_variables(task, BATCH), tiny_data()
+    TRACES.clear()
+    first = evaluated(task, variables, data, full=False)
+    calls = len(TRACES)
+    assert calls
+    assert evaluated(same, variables, data, full=False).metrics == first.metrics
+    assert len(TRACES) == calls
+    sample(task, variables, KEYS)
+    calls = len(TRACES)
+    sample(same, variables, KEYS)
+    assert len(TRACES) == calls
+    evaluated(stronger, variables, data, full=False)
+    assert len(TRACES) > calls

@@ -1,0 +1,132 @@
+"""The examples of docs/extending.md, applied to a copy of the project and run."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from helpers.launching import ROOT, user_environment
+
+TEXT = (ROOT / "docs/extending.md").read_text()
+
+
+def examples(heading):
+    """The blocks of code of a section."""
+    section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)[1]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+def insert(path, before, code):
+    """Put code before a line of a file."""
+    text = path.read_text()
+    assert text.count(before) == 1, f"{path.name} has not one {before!r}"
+    path.write_text(text.replace(before, f"{code.strip()}\n\n\n{before}"))
+
+
+def replace(path, old, new):
+    """Replace what is there once in a file."""
+    text = path.read_text()
+    assert text.count(old) == 1, f"{path.name} has not one {old!r}"
+    path.write_text(text.replace(old, new))
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the package, the experiments and the command."""
+    for name in ("ddpm_jax", "experiments"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "launch.py", tmp_path)
+    return tmp_path
+
+
+def launch(copy, *arguments):
+    """Run the command of the copy; return its summary."""
+    command = [sys.executable, "launch.py", "--debug", "--workdir=run", *arguments]
+    result = subprocess.run(
+        command, cwd=copy, env=user_environment(), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads((copy / "run/summary.json").read_text())
+
+
+def entries(block, table):
+    """(what stands before a table, the table's new entries) of a block of code."""
+    code, _, rest = block.partition(f"{table} = {{\n    ...\n")
+    lines, _, after = rest.partition("}\n")
+    return code, lines, after
+
+
+@pytest.mark.slow
+def test_a_sampler_schedule_weight_metric_network_and_data_set_of_the_examples_train(copy):
+    maths, tasks = copy / "ddpm_jax/diffusion", copy / "ddpm_jax/tasks"
+    (block,) = examples("A sampler")
+    code, lines, _ = entries(block, "SAMPLERS: dict[str, Named]")
+    insert(maths / "samplers.py", "SAMPLERS: dict[str, Named] = {\n", code)
+    replace(maths / "samplers.py", '    "ddim": Named', f'{lines}    "ddim": Named')
+
+    (block,) = examples("A noise schedule")
+    code, _, union = block.rpartition("NoiseSchedule = ")
+    old = re.search(r"^NoiseSchedule = .*\n", (maths / "schedules.py").read_text(), re.M)[0]
+    replace(maths / "schedules.py", old, f"{code}NoiseSchedule = {union}")
+    if "Positive" not in (maths / "schedules.py").read_text().split("class ")[0]:
+        replace(
+            maths / "schedules.py",
+            "from ddpm_jax.fields import ",
+            "from ddpm_jax.fields import Positive, ",
+        )
+
+    (block,) = examples("A loss weight")
+    code, lines, after = entries(block, "WEIGHTS")
+    text = (maths / "losses.py").read_text()
+    table = re.search(r"^WEIGHTS.* = \{\n", text, re.M)[0]
+    insert(maths / "losses.py", table, code)
+    replace(maths / "losses.py", table, table + lines)
+    replace(maths / "losses.py", re.search(r"^Weight = .*\n", text, re.M)[0], after)
+
+    brightness, brightest = examples("A metric")
+    metrics = copy / "ddpm_jax/metrics/quality.py"
+    table = "METRICS: tuple[Callable[[Comparison], Measured], ...] = (\n"
+    insert(metrics, table, brightness)
+    replace(metrics, table, f"{table}    brightness,\n")
+    insert(tasks / "sample_figures.py", "SAMPLE_EVALUATIONS = (", brightest)
+    replace(
+        tasks / "sample_figures.py", "SAMPLE_EVALUATIONS = (", "SAMPLE_EVALUATIONS = (brightest, "
+    )
+
+    module, union = examples("A network")
+    (copy / "ddpm_jax/nn/plain_net.py").write_text(module)
+    networks = copy / "ddpm_jax/nn/denoising_networks.py"
+    old = re.search(r"^DenoisingNetwork = .*\n", networks.read_text(), re.M)[0]
+    replace(networks, old, f"from ddpm_jax.nn.plain_net import PlainNet\n\n{union}")
+
+    (block,) = examples("A data set")
+    (copy / "ddpm_jax/data/stripes.py").write_text(block)
+
+    summary = launch(
+        copy,
+        "--experiment=ddpm_digits",
+        "--config.data=stripes:12",
+        "--config.task.sampling.sampler=plms2",
+        "--config.task.schedule=shifted_cosine",
+        "--config.task.schedule.factor=0.25",
+        "--config.task.loss_weight=p2",
+        "--config.task.network=plain_net",
+        "--config.task.network.layers=2",
+        "--config.task.evaluation.features=classifier_digits",
+    )
+    assert summary["data"] == "stripes 12x12"
+    assert {"test/brightness", "test/brightness_error"} <= summary["metrics"].keys()
+    assert (copy / "run/images/brightest.png").exists()
+    config = json.loads((copy / "run/config.json").read_text())["config"]["task"]
+    assert (config["network"]["type"], config["schedule"]["factor"]) == ("plain_net", 0.25)
+
+
+@pytest.mark.slow
+def test_the_experiment_of_the_example_trains_its_sweep(copy):
+    (block,) = examples("An experiment")
+    (copy / "experiments/beta_digits.py").write_text(block)
+    summary = launch(copy, "--experiment=beta_digits")
+    assert set(summary["runs"]) == {"beta_0.5", "beta_1", "beta_2"}
