@@ -32,7 +32,7 @@ Cluster = tuple[str | None, int | None, int | None]  # coordinator, processes, w
 
 
 def default_workdir(name: str) -> pathlib.Path:
-    """Where the run of an experiment lies unless --workdir says so."""
+    """Return where the run of an experiment lies unless --workdir says so."""
     return pathlib.Path("runs") / (f"{name}-debug" if FLAGS.debug else name)
 
 
@@ -198,7 +198,7 @@ def report(arguments: list[str]) -> int:
 
 
 def _lost(error: Exception) -> bool:
-    """Whether this is how jax reports that another process is gone."""
+    """Return whether this is how jax reports that another process is gone."""
     out_of_memory = "RESOURCE_EXHAUSTED" in str(error)
     several = FLAGS["distributed"].value and not out_of_memory
     return bool(several) and type(error).__name__ == "JaxRuntimeError"

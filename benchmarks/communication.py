@@ -98,7 +98,7 @@ def measure(name: str, mode: str) -> None:
     levels = 17 if shape == (8, 8, 1) else 256
     config = bind(replace(config, values), DataInfo(config.data.name, shape, levels, 10))
     task = checked_task(config)
-    spread = sharding.make(mode)
+    partitioner = sharding.make(mode)
     shapes = step_module.state_shapes(task, config, shape)
     images = np.zeros((size, *shape), np.uint8)
     batch = Batch(images, np.zeros(size, np.int32), np.arange(size, dtype=np.int32))
@@ -106,7 +106,7 @@ def measure(name: str, mode: str) -> None:
     def step(state, batch, collectives):
         return step_module.train_step(task, config, 0, state, batch, collectives=collectives)
 
-    program = spread.lower(step, spread.like(shapes), spread.feed(batch))()
+    program = partitioner.lower(step, partitioner.like(shapes), partitioner.feed(batch))()
     found = sent(program.as_text(), count)
     parameters = sum(4 * math.prod(a.shape) for a in jax.tree.leaves(shapes.params))
     memory = program.memory_analysis()

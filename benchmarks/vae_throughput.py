@@ -37,13 +37,13 @@ from ddpm_jax.training.program import calls
 def jax_runner(config: Config, data: Data):
     """Return run(steps) -> seconds, as in `fit`: batches from the host, many steps in a call."""
     task, train = checked_task(config), config.train
-    spread = sharding.make("jit")
+    partitioner = sharding.make("jit")
     some = data.train.rows(np.arange(1000))
     examples = Batch(some.images, some.labels, np.arange(1000))
-    state = spread.place(step_module.init_state(task, config, examples, 0))
+    state = partitioner.place(step_module.init_state(task, config, examples, 0))
     program = step_module.train_steps(functools.partial(step_module.train_step, task, config, 0))
     first = next(training_batches(data.train, 0, train.batch_size, [(0, 1)], train.steps_per_call))
-    call = spread.lower(program, spread.like(state), spread.feed(first, axis=1), 1)()
+    call = partitioner.lower(program, partitioner.like(state), partitioner.feed(first, axis=1), 1)()
 
     def run(steps: int) -> float:
         nonlocal state
@@ -51,7 +51,7 @@ def jax_runner(config: Config, data: Data):
         batches = training_batches(data.train, 0, train.batch_size, plan, train.steps_per_call)
         start = time.perf_counter()
         for (first, last), batch in zip(
-            plan, prefetch(batches, lambda batch: spread.feed(batch, axis=1)), strict=True
+            plan, prefetch(batches, lambda batch: partitioner.feed(batch, axis=1)), strict=True
         ):
             state, metrics = call(state, batch, last - first)
         jax.block_until_ready((state, metrics))

@@ -138,7 +138,7 @@ def sections_of(config: Setting, prefix: str = "") -> Iterator[tuple[str, Settin
 
 
 def _attributes(cls: type) -> dict[str, str]:
-    """The entries under "Attributes:" in a class's docstring and those of its bases."""
+    """Return the entries under "Attributes:" in a class's docstring and those of its bases."""
     entries: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, text = (inspect.cleandoc(base.__dict__.get("__doc__") or "")).partition(
@@ -233,7 +233,7 @@ def override(
 def _in_alternative(
     config: Setting, path: str, choices: Mapping[str, str], alternatives: Alternatives
 ) -> bool:
-    """Whether `path` is a section of an alternative that `choices` choose."""
+    """Return whether `path` is a section of an alternative that `choices` choose."""
     parent = path.rpartition(".")[0]
     if parent not in choices:
         return False
@@ -242,7 +242,7 @@ def _in_alternative(
 
 
 def _choose(config: T, path: str, text: str, alternatives: Alternatives) -> T:
-    """`config` with the section at `path` chosen, or its name set."""
+    """Return `config` with the section at `path` chosen, or its name set."""
     hint = {p: hint for p, _, hint in sections_of(config)}[path]
     section = get(config, path)
     if not has_choice(hint):
@@ -294,7 +294,7 @@ def paths_named(config: Setting, name: str) -> list[str]:
 
 
 def _unknown(config: Setting, path: str) -> str:
-    """The message of an unknown path: up to three paths that end in its word, or in the nearest."""
+    """Return the message of an unknown path, with at most three paths that end alike."""
     known = settable(config)
     message = f'unknown field "--config.{path}"'
     for section, value, hint in sections_of(config):
@@ -325,7 +325,7 @@ def _unknown(config: Setting, path: str) -> str:
 
 
 def expanded(flag: str, text: str) -> pathlib.Path:
-    """The path that a flag gives, `~` and `~user` replaced by the home directory.
+    """Return the path that a flag gives, `~` and `~user` replaced by the home directory.
 
     Raises:
       UserError: there is no such user, or the system takes no path of that length.

@@ -52,7 +52,7 @@ def printable(text: str, lines: bool = False) -> str:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """A hint such as `; did you mean "steps"?`, or the whole choice where none is near."""
+    """Return a hint such as `; did you mean "steps"?`, or the whole choice where none is near."""
     words = sorted(words)
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     if near:
@@ -61,7 +61,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException, length: int = 200) -> str:
-    """The end of what an error says, where the file system's own words are."""
+    """Return the end of what an error says, where the file system's own words are."""
     text = " ".join(str(error).split())
     return text if len(text) <= length else f"...{text[-length:]}"
 

@@ -147,7 +147,7 @@ def parse(text: str, hint: Hint) -> Value:
 
 
 def _check_range(value: Value, hint: Hint) -> None:
-    """Raises ValueError unless a number is in the range of its annotation, and of a program's."""
+    """Raise ValueError unless a number is in the range of its annotation, and of a program's."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if isinstance(value, float) and not math.isfinite(value):
@@ -254,7 +254,7 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def shorten(value: object, length: int = 60) -> str:
-    """A value as a message shows it."""
+    """Return a value as a message shows it."""
     try:
         text = ascii(value)
     except (ValueError, RecursionError):  # more digits or levels than Python writes

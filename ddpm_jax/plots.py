@@ -24,7 +24,11 @@ warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box is d
 
 
 def check_finite(images: Float[np.ndarray, "*batch"]) -> None:
-    """Raises NonFinite if a value of the images is not finite."""
+    """Check that all values of the images are finite.
+
+    Raises:
+      NonFinite: some are not.
+    """
     finite = np.isfinite(images)
     if not finite.all():
         wrong = images.size - np.count_nonzero(finite)
@@ -57,7 +61,7 @@ def grid(
     columns: int | None = None,
     side: int = 56,
 ) -> UInt8[np.ndarray, "H W c"]:
-    """Images in rows, from the top left, with lines between them.
+    """Return images in rows, from the top left, with lines between them.
 
     Args:
       images: in [-1, 1], or in 0 ... 255 if they are uint8.
@@ -86,7 +90,7 @@ def captioned(
     rows: list[tuple[str, Float[np.ndarray, "n h w c"] | UInt8[np.ndarray, "n h w c"]]],
     side: int = 64,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Rows of images, each below its text, which is cut to their width.
+    """Return rows of images, each below its text, which is cut to their width.
 
     Args:
       rows: texts, and images as in `grid`.
@@ -115,7 +119,7 @@ def captioned(
 
 
 def _cut(words: str, width: int, length: Callable[[str], float]) -> str:
-    """A text in one line, and what of it fits into so many pixels.
+    """Return a text in one line, and what of it fits into so many pixels.
 
     Args:
       length: of a text, in pixels.
@@ -166,14 +170,14 @@ def save_picture(stem: pathlib.Path, image: np.ndarray) -> pathlib.Path:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Json]]:
-    """The lines of a .jsonl file; none where there is no file."""
+    """Return the lines of a .jsonl file; none where there is no file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def curves(path: pathlib.Path, lines: Iterable[dict[str, Json]], title: str) -> None:
-    """One panel for each metric over steps, every split in the same."""
+    """Draw one panel for each metric over steps, with every split in the same."""
     from matplotlib.figure import Figure
 
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
@@ -222,7 +226,7 @@ def new_axis(wide: float, high: float) -> tuple["matplotlib.figure.Figure", "mat
 
 
 def figure_pixels(figure: "matplotlib.figure.Figure") -> UInt8[np.ndarray, "h w c"]:
-    """A figure as a picture."""
+    """Return a figure as a picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -256,7 +260,7 @@ def paths(
     labels: tuple[str, str],
     title: str,
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Lines through points (x, y), each with its word beside it, as a picture."""
+    """Return a plot of lines through points (x, y), each point with its word beside it."""
     figure, axis = new_axis(6.5, 4.5)
     for name, (x, y, words) in lines.items():
         axis.plot(x, y, "o-", label=name)
@@ -274,7 +278,7 @@ def paths(
 
 
 def table(rows: list[tuple[str, str]], title: str) -> str:
-    """Two columns under a title, each row in one line."""
+    """Return a table of two columns under a title, each row in one line."""
     rows = [(printable(name), printable(value)) for name, value in rows]
     width = max((len(name) for name, _ in rows), default=0)
     lines = [f"  {name:<{width}}  {value}" for name, value in rows]
@@ -282,12 +286,12 @@ def table(rows: list[tuple[str, str]], title: str) -> str:
 
 
 def is_error(name: str, metrics: Iterable[str]) -> bool:
-    """Whether a metric is the standard error of another one."""
+    """Return whether a metric is the standard error of another one."""
     return name.endswith("_error") and name.removesuffix("_error") in metrics
 
 
 def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
-    """Figures as a table shows them, each with its standard error where there is one."""
+    """Return metrics as a table shows them, each with its standard error where there is one."""
     rows = []
     for name, value in metrics.items():
         if is_error(name, metrics) or not isinstance(value, (int, float)):

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from ddpm_jax.parallel.processes import is_main
 from ddpm_jax.system import terminal
 
-SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal
+SECONDS_BETWEEN_LINES = 10.0  # where stderr is not a terminal
 
 
-def tell(line: str) -> None:
-    """A line for people, from the first process alone; a full disk that it goes to ends nothing."""
+def log(line: str) -> None:
+    """Print a line to stderr, from the first process alone; a full disk behind it ends nothing."""
     if is_main():
         terminal.print_error(line)
 
 
-tell_once = functools.cache(tell)  # for what is found out again and again
+log_once = functools.cache(log)  # for what may come up several times in one process
 
 
 def print_result(text: str) -> None:
@@ -52,7 +52,7 @@ class Clock:
             self._bar = tqdm(total=total, initial=step, unit=unit, dynamic_ncols=True)
 
     def show(self, step: int, loss: float | None = None) -> None:
-        """Tell that `step` is done."""
+        """Report that `step` is done."""
         if self._bar is not None:
             if loss is not None:
                 self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
@@ -64,20 +64,20 @@ class Clock:
             line += f"  loss {loss:.4g}"
         if self._start is None:
             self._start, self._first, self._excluded = now, step, sum(self._paused.values())
-            self._say(f"{line}  (compiled)")
+            self._print(f"{line}  (compiled)")
         elif now - self._last_line > SECONDS_BETWEEN_LINES or step == self._total:
             busy = now - self._start - (sum(self._paused.values()) - self._excluded)
             rate = (step - self._first) / max(busy, 1e-9)
             left = (self._total - step) / max(rate, 1e-9)
-            self._say(f"{line}  {rate:.1f} {self._unit}s/s  {_minutes(left)} left")
+            self._print(f"{line}  {rate:.1f} {self._unit}s/s  {_minutes(left)} left")
             self._last_line = now
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self._shown:
-            tell(line)
+            log(line)
 
     def lap(self, step: int) -> dict[str, float]:
-        """The seconds since the last lap, by what they went into, and the steps/s."""
+        """Return the seconds since the last lap, by what they went into, and the steps/s."""
         now = time.perf_counter()
         paused, self._paused = self._paused, {}
         if self._start is not None:
@@ -85,14 +85,14 @@ class Clock:
         seconds = now - self._lap_start - sum(paused.values())
         rate = (step - self._lap_step) / max(seconds, 1e-9)
         self._lap_step, self._lap_start = step, now
-        others = {f"{what}_seconds": spent for what, spent in paused.items()}
+        pauses = {f"{what}_seconds": spent for what, spent in paused.items()}
         waited, self._waited = self._waited, 0.0
-        told = {"seconds": seconds, "steps_per_second": rate, "data_seconds": waited}
-        return {**told, **others}
+        timing = {"seconds": seconds, "steps_per_second": rate, "data_seconds": waited}
+        return {**timing, **pauses}
 
     @contextlib.contextmanager
     def pause(self, what: str) -> Iterator[None]:
-        """Seconds in here are no training."""
+        """Count the seconds in here as `what`, not as training."""
         start = time.perf_counter()
         try:
             yield
@@ -102,7 +102,7 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Seconds in here are training's, which waits for data."""
+        """Count the seconds in here as training that waits for data."""
         start = time.perf_counter()
         try:
             yield

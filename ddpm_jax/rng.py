@@ -10,14 +10,14 @@ INIT, TRAIN, EVALUATE, SAMPLE = range(4)
 
 
 def purpose_key(seed: int, purpose: int) -> Key[Array, ""]:
-    """The root of all draws for one purpose: `INIT`, `TRAIN`, `EVALUATE` or `SAMPLE`."""
+    """Return the root of all draws for one purpose: `INIT`, `TRAIN`, `EVALUATE` or `SAMPLE`."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
 def example_keys(
     key: Key[Array, ""], step: Int[Array, ""] | int, index: Int[Array, "batch"]
 ) -> Key[Array, "batch"]:
-    """A key for every example of a step: fold_in(fold_in(key, step), index).
+    """Return a key for every example of a step: fold_in(fold_in(key, step), index).
 
     In sampling the index is the image's number, so that image 7 is image 7 in any batch.
     """

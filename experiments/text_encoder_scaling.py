@@ -96,10 +96,10 @@ class Scaling:
                 "generator.task.generator: the generation models differ in the channels of their "
                 "U-Nets; leave it at latent_diffusion with network=unet"
             )
-        found: dict[str, Run] = {"autoencoder": self.autoencoder.on(self.data)}
+        runs: dict[str, Run] = {"autoencoder": self.autoencoder.on(self.data)}
         for size in self.text_sizes:
             text = self.text.on(self.data)
-            found[f"text_{size}"] = replace(text, {"task.network.size": size})
+            runs[f"text_{size}"] = replace(text, {"task.network.size": size})
         for size in self.text_sizes:
             for channels in self.channels:
                 values: dict[str, str | int] = {
@@ -108,8 +108,8 @@ class Scaling:
                     "task.evaluation.text_encoder": str(workdir / f"text_{self.text_sizes[-1]}"),
                     "task.generator.network.channels": channels,
                 }
-                found[f"{size}_{channels}"] = replace(self.generator.on(self.data), values)
-        return found
+                runs[f"{size}_{channels}"] = replace(self.generator.on(self.data), values)
+        return runs
 
     def complete(self, part: str, configs: dict[str, Run]) -> Run:
         """Return a part's bound config with what follows from the other parts' configs."""
@@ -203,14 +203,14 @@ CONFIG = Scaling(
 def report(config: Scaling, summaries: dict[str, dict[str, Json]], context: Context) -> Report:
     """Return one table of all pairs and the two families of curves."""
     del context
-    found = {
+    pairs = {
         (size, channels): summaries[f"{size}_{channels}"]
         for size in config.text_sizes
         for channels in config.channels
     }
     guidance = get(config, "generator.task.generator.sampling.guidance")
     rows = []
-    for (size, channels), summary in found.items():
+    for (size, channels), summary in pairs.items():
         aligned, distance, scales = curve(summary)
         at = scales.index(f"{guidance:g}")
         rows.append(
@@ -224,19 +224,19 @@ def report(config: Scaling, summaries: dict[str, dict[str, Json]], context: Cont
     labels = ("share aligned", "Frechet distance (text_encoder)")
     widest, largest = config.channels[-1], config.text_sizes[-1]
     families = {
-        "text_encoders": {f"text {s}": curve(found[s, widest]) for s in config.text_sizes},
-        "generation_models": {f"{c} channels": curve(found[largest, c]) for c in config.channels},
+        "text_encoders": {f"text {s}": curve(pairs[s, widest]) for s in config.text_sizes},
+        "generation_models": {f"{c} channels": curve(pairs[largest, c]) for c in config.channels},
     }
     figures = {
         name: plots.paths(lines, labels, f"{name.replace('_', ' ')}, {title}")
         for name, lines in families.items()
     }
-    pairs = {f"{size}_{channels}": s["metrics"] for (size, channels), s in found.items()}
-    return Report(title, rows, figures, {"steps": config.generator.train.steps, "pairs": pairs})
+    metrics = {f"{size}_{channels}": s["metrics"] for (size, channels), s in pairs.items()}
+    return Report(title, rows, figures, {"steps": config.generator.train.steps, "pairs": metrics})
 
 
 def curve(summary: dict[str, Json]) -> tuple[list[float], list[float], list[str]]:
-    """(share aligned, Frechet distance, guidance scale) of every scale, in its order."""
+    """Return (share aligned, Frechet distance, guidance scale) of every scale, in its order."""
     metrics = {name.removeprefix("test/"): value for name, value in summary["metrics"].items()}
     scales = sorted(
         {float(name.partition("/")[0][9:]) for name in metrics if name.startswith("guidance_")}

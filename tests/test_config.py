@@ -94,7 +94,7 @@ def test_a_record_of_another_version_is_refused():
         restore(Config, record, "runs/x")
 
 
-def test_a_run_of_before_a_field_was_there_keeps_its_default_and_a_lost_field_is_told():
+def test_a_run_of_before_a_field_was_there_keeps_its_default_and_a_lost_field_is_reported():
     recorded = {"steps": 7, "shape": [4, 4, 1]}
     assert restore(Config, recorded, "runs/x") == Config(steps=7, shape=(4, 4, 1))
     with pytest.raises(UserError, match="unknown config fields: colour"):

@@ -220,7 +220,7 @@ class Image:
 class Run:
     def __init__(self, folder): self.folder = pathlib.Path(folder)
     def log(self, values, step):
-        with (self.folder / "told.jsonl").open("a") as file:
+        with (self.folder / "calls.jsonl").open("a") as file:
             file.write(json.dumps([step, sorted(values)]) + "\\n")
     def finish(self): (self.folder / "finished").touch()
 def init(*, project, name, id, resume, dir, config):
@@ -234,12 +234,12 @@ def test_wandb_follows_a_run_where_it_is_installed(launch, tmp_path):
     missing = launch(*DIGITS, "--wandb", "--workdir=run")
     assert missing.returncode == 2
     assert "pip install wandb" in missing.stderr
-    (tmp_path / "wandb.py").write_text(WANDB)  # a stand-in that writes down what it is told
+    (tmp_path / "wandb.py").write_text(WANDB)  # a stand-in that records its calls
     paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
     path = os.pathsep.join(path for path in paths if path)
     followed = launch(*DIGITS, "--wandb", "--workdir=run", PYTHONPATH=path)
     assert followed.returncode == 0, followed.stderr
-    lines = [json.loads(line) for line in (tmp_path / "run" / "told.jsonl").open()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "calls.jsonl").open()]
     assert [step for step, names in lines if "train/loss" in names] == [5, 10, 15, 20]
     assert any("images/samples" in names for _, names in lines)
     assert (tmp_path / "run" / "finished").exists()
@@ -279,7 +279,7 @@ def test_prompts_are_lines_that_end_in_a_line_feed(content, expected, prompts):
         (os.mkdir, "cannot be read: it is not a regular file"),
         (lambda path: None, "cannot be read: No such file"),
         (lambda path: os.symlink(path, path), "cannot be read: Too many levels"),
-        (lambda path: pathlib.Path(path).write_bytes(b"\xff\xfea\0"), "it is no text in UTF-8"),
+        (lambda path: pathlib.Path(path).write_bytes(b"\xff\xfea\0"), "it is not a text in UTF-8"),
         (lambda path: pathlib.Path(path).write_bytes(b"\xef\xbb\xbf\n \n"), "holds no prompts"),
     ],
 )

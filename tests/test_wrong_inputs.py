@@ -65,7 +65,7 @@ FLAGS = [
     ([], "--experiment=NAME is missing; there are: autoencoder_shapes"),
     (["--experiment=vae_mnits"], 'no "vae_mnits"; did you mean "vae_mnist"'),
     (["--experiment="], "--experiment"),
-    (["vae_mnist"], '"vae_mnist" is no flag'),
+    (["vae_mnist"], '"vae_mnist" is not a flag'),
     (["--experment=vae_mnist"], 'unknown flag "--experment"; did you mean "experiment"'),
     ([*DIGITS, "--mode=predict"], 'no "predict"'),
     ([*DIGITS, "--parallel=magic"], 'no "magic"'),

@@ -12,13 +12,13 @@ ALL = slice(None)
 
 
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of epoch `epoch`: int64 [size]."""
+    """Return the order of epoch `epoch`: int64 [size]."""
     bits = np.random.Philox(key=[seed % 2**64, epoch])
     return np.random.Generator(bits).permutation(size)
 
 
 def epoch_order(seed: int, size: int) -> Callable[[int, int], np.ndarray]:
-    """Returns rows(start, stop): which examples stand at places start ... stop - 1.
+    """Return rows(start, stop): which examples stand at places start ... stop - 1.
 
     Epoch after epoch is laid end to end, each a permutation of its own, so every epoch
     shows every example once and a batch may straddle two epochs.
@@ -79,7 +79,7 @@ def training_batches(
 
 
 def _stacked(tree: Leaf, stack: int) -> Leaf:
-    """Every array of a batch, within whatever tuples, with `stack` batches along a new axis."""
+    """Stack `stack` batches along a new axis of every array, within whatever tuples."""
     if isinstance(tree, tuple):
         return type(tree)(*(_stacked(array, stack) for array in tree))
     return tree if tree is None else tree.reshape(stack, -1, *tree.shape[1:])
@@ -88,7 +88,7 @@ def _stacked(tree: Leaf, stack: int) -> Leaf:
 def evaluation_batches(
     split: Split, batch_size: int, mine: slice = ALL
 ) -> Iterator[tuple[Batch, int]]:
-    """Every example once, in order: (batch, how many of the whole of it count).
+    """Yield every example once, in order: (batch, how many of the whole of it count).
 
     The last batch is filled up with its first example, so that one shape serves all; the
     index is the example's place in the split.  Of each batch the rows `mine` are read.
@@ -103,6 +103,6 @@ def evaluation_batches(
 
 
 def batch_of(split: Split, rows: np.ndarray, index: np.ndarray) -> Batch:
-    """The examples at `rows` of a split."""
+    """Return the examples at `rows` of a split."""
     images, labels, captions = split.rows(rows)
     return Batch(images, labels, index, captions)

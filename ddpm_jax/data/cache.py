@@ -17,13 +17,13 @@ from ddpm_jax.fields import Json
 
 
 def cache_dir() -> pathlib.Path:
-    """Where what can be made again is kept: $XDG_CACHE_HOME/ddpm_jax or ~/.cache/ddpm_jax."""
+    """Return the folder of the cache: $XDG_CACHE_HOME/ddpm_jax or ~/.cache/ddpm_jax."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return pathlib.Path(root) / "ddpm_jax"
 
 
 def decoded_once(source: pathlib.Path, stamp: str, decode: Callable[[], Data]) -> Data:
-    """`decode()`, kept in the user's cache as memory-mapped arrays for the next time.
+    """Return `decode()`, kept in the user's cache as memory-mapped arrays for the next time.
 
     Args:
       source: the folder that the data come from; nothing is written there.
@@ -49,7 +49,7 @@ def decoded_once(source: pathlib.Path, stamp: str, decode: Callable[[], Data]) -
 
 
 def fingerprint(*splits: Split | None) -> str:
-    """A hash of every image and label; None is a split that there is not."""
+    """Return a hash of every image and label; None is a split that there is not."""
     digest = hashlib.sha256()
     for split in (split for split in splits if split is not None):
         for array in (array for array in split if array is not None):
@@ -86,7 +86,7 @@ def _read_split(place: pathlib.Path, split: str) -> Split:
 
 
 def _check_decoded(data: Data) -> None:
-    """Raises ValueError unless the arrays of all splits belong together."""
+    """Raise ValueError unless the arrays of all splits belong together."""
     captions = data.train.captions
     for part in (data.train, data.validation, data.test):
         if part is None:
@@ -104,14 +104,14 @@ def _check_decoded(data: Data) -> None:
         ):
             raise ValueError("arrays that do not belong together")
         if count and not -1 <= labels.min() <= labels.max() < max(len(data.classes), 1):
-            raise ValueError("labels that are no classes")
+            raise ValueError("labels that are not classes")
     texts = (data.name, data.title, data.fingerprint, *data.classes, *data.notes)
     if not all(isinstance(text, str) for text in texts) or data.levels != 256:
         raise ValueError("a description that is not text")
 
 
 def _forms(split: Split | None) -> Json:
-    """The shape and the type of each array, as JSON has them."""
+    """Return the shape and the type of each array, as JSON has them."""
     return [[list(a.shape), str(a.dtype)] for a in split or () if a is not None]
 
 

@@ -28,7 +28,7 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 
 
 def is_captions(name: str) -> bool:
-    """Whether a file of this name may hold captions."""
+    """Return whether a file of this name may hold captions."""
     return name.lower().endswith(".txt") or name.lower() in TABLES
 
 
@@ -45,7 +45,7 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text: other separators than "\\n" and "\\r\\n" belong to a line."""
+    """Return the lines of a text: other separators than "\\n" and "\\r\\n" belong to a line."""
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
@@ -68,7 +68,7 @@ def read_captions(
     """
     known = _Names(images)
     tables = [file for file in files if posixpath.basename(file).lower() in TABLES]
-    found: dict[str, str] = {}
+    captions: dict[str, str] = {}
     further = 0
     missing: list[str] = []
     for file in tables:
@@ -79,16 +79,16 @@ def read_captions(
                 missing.append(f"{file} {place}: {name}")
                 continue
             matched += 1
-            further += image in found
-            found.setdefault(image, text)
+            further += image in captions
+            captions.setdefault(image, text)
         if len(missing) > lost and not matched:
             raise UserError(
                 f"{root / file} names no image of the folder (such as {missing[-1]}); {FILE} must "
                 "be an image's path from where this file lies"
             )
     beside, unused, more = _beside(root, known, [file for file in files if file not in tables])
-    further += more + sum(image in found for image in beside)
-    found = {**beside, **found}
+    further += more + sum(image in captions for image in beside)
+    captions = {**beside, **captions}
     notes = []
     if further:
         notes.append(f"{further} further captions of images that have one are not used")
@@ -96,11 +96,11 @@ def read_captions(
         notes.append(f"{len(missing)} captions are of no image that is there ({missing[0]})")
     if unused:
         notes.append(f"{len(unused)} .txt files belong to no image ({unused[0]})")
-    return {image: text.strip() for image, text in found.items()}, tuple(notes)
+    return {image: text.strip() for image, text in captions.items()}, tuple(notes)
 
 
 class _Names:
-    """The paths of images, which are found in either Unicode form, their own one first."""
+    """Paths of images, found in either Unicode form, an exact match first."""
 
     def __init__(self, paths: Iterable[str]) -> None:
         self.paths = sorted(paths)
@@ -108,7 +108,7 @@ class _Names:
         self._composed = {_composed(path): path for path in reversed(self.paths)}
 
     def find(self, path: str) -> str | None:
-        """The image of this path; None: there is no such image."""
+        """Return the image of this path; None if there is no such image."""
         return path if path in self._own else self._composed.get(_composed(path))
 
 
@@ -119,14 +119,14 @@ def _composed(text: str) -> str:
 def _beside(
     root: pathlib.Path, images: _Names, files: Iterable[str]
 ) -> tuple[dict[str, str], list[str], int]:
-    """Captions of `.txt` files by image, the files of no image, and how many are not used."""
+    """Return captions of `.txt` files by image, the files of no image, and how many are unused."""
     stems: dict[str, list[str]] = {}
     composed: dict[str, list[str]] = {}
     for image in images.paths:
         stem = posixpath.splitext(image)[0]
         stems.setdefault(stem, []).append(image)
         composed.setdefault(_composed(stem), []).append(image)
-    found: dict[str, str] = {}
+    captions: dict[str, str] = {}
     named: list[tuple[str, list[str]]] = []
     others: list[tuple[str, list[str]]] = []
     unused: list[str] = []
@@ -142,15 +142,15 @@ def _beside(
             unused.append(file)
     further = 0
     for file, owners in named + others:
-        free = [image for image in owners if image not in found]
+        free = [image for image in owners if image not in captions]
         further += len(owners) - len(free)
         if free:
-            found |= dict.fromkeys(free, _text(root / file))
-    return found, unused, further
+            captions |= dict.fromkeys(free, _text(root / file))
+    return captions, unused, further
 
 
 def _rows(root: pathlib.Path, file: str) -> Iterator[tuple[str, str, str]]:
-    """(line, file name, caption) of each row of a table."""
+    """Yield (line, file name, caption) of each row of a table."""
     path = root / file
     text = _text(path)
     rows: Iterator[tuple[int, Mapping[str, Json]]] = (
@@ -213,13 +213,13 @@ def _csv_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, st
 
 
 def _image(root: pathlib.Path, file: str, place: str, name: str, known: _Names) -> str | None:
-    """The image that a table names, from `root`; None: there is no such image."""
+    """Return the image that a table names, from `root`; None if there is no such image."""
     folder = posixpath.dirname(file)
     for path in dict.fromkeys((name, name.replace("\\", "/"))):
         image = posixpath.normpath(posixpath.join(folder, path))
-        found = known.find(image)
-        if found is not None:
-            return found
+        match = known.find(image)
+        if match is not None:
+            return match
         if image.startswith(("/", "../")) or image == "..":
             raise UserError(
                 f"{root / file}, {place}: {FILE} {json.dumps(name)[:80]} leads out of {root}; it "
@@ -240,7 +240,7 @@ def _text(path: pathlib.Path) -> str:
 def usable_captions(
     texts: dict[str, list[str]],
 ) -> tuple[dict[str, np.ndarray | None], tuple[str, ...]]:
-    """Captions of each split as tokens, all of one length, and notes about them.
+    """Return captions of each split as tokens, all of one length, and notes about them.
 
     Args:
       texts: by split.

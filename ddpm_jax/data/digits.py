@@ -21,7 +21,11 @@ TEST_EXAMPLES = 360
 
 
 def load(argument: str, data_dir: str | None) -> Data:
-    """The digits at 8x8, or resized to `argument` pixels a side."""
+    """Return the digits at 8x8, or resized to `argument` pixels a side.
+
+    Raises:
+      UserError: the size is not a number from 8 to 256.
+    """
     del data_dir  # they lie in scikit-learn's own folder
     images, labels = _read()
     levels, title = 17, "digits 8x8 (scikit-learn)"
@@ -46,7 +50,7 @@ def load(argument: str, data_dir: str | None) -> Data:
 
 
 def _read() -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [1797, 8, 8, 1] in 0 ... 16 and labels int32 [1797]."""
+    """Return images uint8 [1797, 8, 8, 1] in 0 ... 16 and labels int32 [1797]."""
     spec = importlib.util.find_spec("sklearn")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("data set digits comes with scikit-learn: pip install scikit-learn")
@@ -64,7 +68,7 @@ def _read() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _resize(images: np.ndarray, side: int) -> np.ndarray:
-    """Bicubic, from 17 to 256 levels."""
+    """Resize by bicubic interpolation, from 17 to 256 levels."""
     from PIL import Image
 
     grey = np.round(images[..., 0] * (255 / 16)).astype(np.uint8)

@@ -51,7 +51,11 @@ class Listing(NamedTuple):
 
 
 def load(argument: str, data_dir: str | None) -> Data:
-    """The images below folder `argument`."""
+    """Return the images below folder `argument`.
+
+    Raises:
+      UserError: there is no such folder, it holds no images, or a file in it is wrong.
+    """
     del data_dir
     path = os.path.expanduser(argument)
     if not argument or not os.path.isdir(path):
@@ -111,7 +115,7 @@ def list_files(root: pathlib.Path) -> Listing:
 
 
 def _others(paths: list[pathlib.PurePath]) -> tuple[str, ...]:
-    """Notes on the files that are neither images nor captions."""
+    """Return notes on the files that are neither images nor captions."""
     notes: tuple[str, ...] = ()
     tables = [path for path in paths if path.suffix.lower() in (".jsonl", ".csv")]
     if tables:
@@ -132,7 +136,7 @@ def _others(paths: list[pathlib.PurePath]) -> tuple[str, ...]:
 
 
 def _folders(root: pathlib.Path, notes: list[str]) -> Iterator[tuple[pathlib.PurePath, list[str]]]:
-    """Each folder below `root`, from `root`, with the names of its files.
+    """Yield each folder below `root`, from `root`, with the names of its files.
 
     Linked folders come last, each once, so that a folder keeps its own name beside links to it.
     """
@@ -229,7 +233,7 @@ def _decode(
 def _decoded(
     root: pathlib.Path, files: list[pathlib.PurePath]
 ) -> tuple[np.ndarray, list[int], tuple[str, ...]]:
-    """The images that can be decoded, which of the files they are, and notes on the others."""
+    """Return the images that can be decoded, which files they are, and notes on the others."""
     images: list[np.ndarray] = []
     kept: list[int] = []
     corrupt: list[str] = []

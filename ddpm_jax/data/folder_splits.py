@@ -49,7 +49,7 @@ def find_splits(
 def _passed(
     paths: list[pathlib.PurePath],
 ) -> tuple[list[pathlib.PurePath], pathlib.PurePath]:
-    """Paths without the folders above the splits or classes, and those folders.
+    """Return paths without the folders above the splits or classes, and those folders.
 
     A folder that is the only one, holds no images and is not a split hides those within it.
     """
@@ -68,7 +68,7 @@ def _passed(
 def _named_splits(
     root: pathlib.Path, paths: list[pathlib.PurePath]
 ) -> tuple[list[pathlib.PurePath], np.ndarray]:
-    """The first two of `find_splits`, of paths below `root`."""
+    """Return the first two of `find_splits`, of paths below `root`."""
     tops = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]
     folders = {top for top in tops if top}
     _check_names(root, folders)
@@ -107,7 +107,7 @@ def _named_splits(
 
 
 def _check_names(root: pathlib.Path, folders: set[str]) -> None:
-    """Raises UserError if folders have names like those of splits that are not read as such."""
+    """Raise UserError if folders have names like those of splits that are not read as such."""
     real = {name for names in split_folders(folders).values() for name in names}
     named, begun, ended = (
         {name: match for name in sorted(folders - real) if (match := pattern.fullmatch(name))}
@@ -130,7 +130,7 @@ def _check_names(root: pathlib.Path, folders: set[str]) -> None:
 
 
 def _check_inner(root: pathlib.Path, paths: list[pathlib.PurePath]) -> None:
-    """Raises UserError if a sub-folder has splits of its own, whose images would be mixed."""
+    """Raise UserError if a sub-folder has splits of its own, whose images would be mixed."""
     inside: dict[str, set[str]] = {}
     for path in paths:
         if len(path.parts) > 2:
@@ -146,7 +146,7 @@ def _check_inner(root: pathlib.Path, paths: list[pathlib.PurePath]) -> None:
 
 
 def resolve_hashed(paths: list[pathlib.PurePath], splits: np.ndarray) -> np.ndarray:
-    """The splits, where `HASHED` with one image in ten, by a hash of its name, for testing."""
+    """Return the splits; where `HASHED`, one image in ten by a hash of its name is for testing."""
     mine = splits == HASHED
     testing = np.array([_held_out(path) for path in paths]) & mine
     if mine.sum() > 1 and (testing[mine].all() or not testing.any()):  # a handful: one for testing

@@ -72,7 +72,7 @@ def decoding() -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """Why a file could not be decoded, in a few words."""
+    """Return why a file could not be decoded, in a few words."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
@@ -84,7 +84,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _pixels(image: Image.Image, raw: str) -> np.ndarray:
-    """The pixels of a loaded Pillow image, as they are stored; `raw` is its file's raw mode."""
+    """Return a loaded Pillow image's pixels, as stored; `raw` is its file's raw mode."""
     mode, key = image.mode, image.info.get("transparency")
     if mode in GREY_16 or mode == "I":
         wide = np.asarray(image).astype(np.int64)
@@ -112,18 +112,18 @@ def _pixels(image: Image.Image, raw: str) -> np.ndarray:
 
 
 def _eight_bits(grey: np.ndarray) -> np.ndarray:
-    """Grey of 16 or 32 bits, int64."""
+    """Return grey values of 8 bits from those of 16 or 32 bits (int64)."""
     grey = np.where(grey < 0, grey + 2**32, grey)  # Pillow reads 32 bits as signed ones
     return (grey >> (8 if grey.max() < 2**16 else 24)).astype(np.uint8)
 
 
 def _alpha_of(values: np.ndarray, key: object) -> np.ndarray | None:
-    """Alpha of an image one of whose values, if `key` is not None, is transparent."""
+    """Return the alpha of an image; the value `key`, if it is not None, is transparent."""
     return None if key is None else np.where(values == key, 0, 255).astype(np.uint8)
 
 
 def _on_white(pixels: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
-    """[H, W] or [H, W, C] with alpha [H, W] -> [H, W, C] on white, rounded to the nearest."""
+    """Lay [H, W] or [H, W, C] with alpha [H, W] on white: [H, W, C], rounded to the nearest."""
     pixels = pixels if pixels.ndim == 3 else pixels[..., None]
     if alpha is None:
         return pixels

@@ -16,7 +16,7 @@ from ddpm_jax.errors import UserError, printable
 from ddpm_jax.fields import Json
 
 COMMON = ("mnist", "fashion_mnist", "cifar10")  # names of TFDS that are spelled in many ways
-# Files of this folder that are no data sets.
+# Files of this folder that are not data sets.
 NO_SOURCES = {
     "__init__", "batches", "cache", "captions", "folder_splits", "images", "loader", "prefetch",
     "shape_negatives", "split_names", "splits", "tfds", "tfds_builders", "tokenizer",
@@ -83,7 +83,7 @@ def check_name(name: str) -> None:
 
 
 def is_of_tfds(name: str) -> bool:
-    """Whether a data set is none that a file here reads."""
+    """Return whether a data set is none that a file here reads."""
     files = {path.stem for path in pathlib.Path(__file__).parent.glob("*.py")}
     return name.partition(":")[0] not in files - NO_SOURCES
 

@@ -25,9 +25,12 @@ class _End(NamedTuple):
 
 
 def prefetch(batches: Iterator[A], place: Callable[[A], B]) -> Generator[B, None, None]:
-    """`place(batch)` for every batch, up to two of them ready before they are asked for.
+    """Yield `place(batch)` for every batch; up to two are computed ahead, in a thread.
 
-    What the making raises is raised where the batch is asked for; closing it ends the thread.
+    Closing the generator ends the thread.
+
+    Raises:
+      BaseException: whatever `batches` or `place` raised, where the next batch is asked for.
     """
     ready: queue.Queue[_Ready[B] | _End] = queue.Queue(AHEAD)
     closed = threading.Event()

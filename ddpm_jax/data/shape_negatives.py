@@ -57,7 +57,7 @@ def hard_negative(split: str, index: int, number: int = 0) -> str:
 
 
 def _describe(groups: Sequence[Group], scene: Scene) -> bool:
-    """Whether groups, in any order, are those of a scene, and of its sizes where they have any."""
+    """Return whether groups, in any order, are a scene's, with its sizes where they have any."""
     looks = {(group.number, group.colour, group.kind) for group in groups}
     drawn = {(group.number, group.colour, group.kind) for group in scene.groups}
     sizes = {(s.colour, s.kind): "small" if s.width <= SMALL[1] else "large" for s in scene.shapes}
@@ -67,7 +67,7 @@ def _describe(groups: Sequence[Group], scene: Scene) -> bool:
 def _altered(
     draw: np.random.Generator, scene: Scene
 ) -> tuple[tuple[Group, ...], str | None, str | None]:
-    """Groups, relation and background of a scene, one of which is drawn anew."""
+    """Return groups, relation and background of a scene, one of which is sampled anew."""
     groups, relation, background = list(scene.groups), scene.relation, scene.background
     which = draw.integers(len(groups))
     group = groups[which]

@@ -94,7 +94,7 @@ class Shape(NamedTuple):
 class Scene(NamedTuple):
     """What is drawn and what is said of it.
 
-    `background` and `relation` are None where the caption does not tell; `behind` is what is
+    `background` and `relation` are None where the caption does not state them; `behind` is what is
     behind the shapes.
     """
 
@@ -111,13 +111,16 @@ class Scene(NamedTuple):
 
 @functools.lru_cache(4096)  # a picture and its caption ask one after the other
 def scene(split: str, index: int, only: str | None = None) -> Scene:
-    """Example `index` of a split.
+    """Return example `index` of a split.
 
     Args:
       split: "train", "validation" or "test", and after a space any words, which name another
         stream of examples of that split.
       only: "single": one shape; "relation": two shapes with a relation; None: any.  With
         " held out" behind it, one of the split's held-out pairs occurs, without, none does.
+
+    Raises:
+      AssertionError: the shapes of 1,000 attempts did not fit, which does not happen.
     """
     allowed = HELD_OUT.get(split.partition(" ")[0], frozenset())
     for attempt in range(1000):  # until the shapes fit
@@ -142,7 +145,7 @@ def scene(split: str, index: int, only: str | None = None) -> Scene:
 
 
 def stream(words: str, number: int) -> np.random.Generator:
-    """Stream `number` of those that words name."""
+    """Return random stream `number` of the ones named `words`."""
     name = hashlib.blake2b(words.encode(), digest_size=8).digest()
     return np.random.Generator(np.random.Philox(key=[int.from_bytes(name, "little"), number]))
 
@@ -165,7 +168,7 @@ def _groups(draw: np.random.Generator, only: str | None) -> tuple[tuple[Group, .
         numbers = (1, 1)
     while True:
         groups = tuple(_group(draw, number) for number in numbers)
-        if len({(g.colour, g.kind) for g in groups}) == len(groups):  # told apart without sizes
+        if len({(g.colour, g.kind) for g in groups}) == len(groups):  # distinct without sizes
             break
     relation = None
     if len(groups) == 2 and (kind == "relation" or draw.random() < 0.85):
@@ -174,14 +177,14 @@ def _groups(draw: np.random.Generator, only: str | None) -> tuple[tuple[Group, .
 
 
 def is_named(data: str) -> bool:
-    """Whether `--config.data` names this set, of whatever size."""
+    """Return whether `--config.data` names this set, of whatever size."""
     return data.partition(":")[0] == "shapes"
 
 
 def _place(
     draw: np.random.Generator, groups: tuple[Group, ...], relation: str | None
 ) -> tuple[Shape, ...] | None:
-    """Boxes in a picture of 32 pixels, apart and in their relation; None: none were found."""
+    """Return boxes in 32 pixels, apart and in their relation; None if there was no room."""
     owner = np.repeat(np.arange(len(groups)), [group.number for group in groups])
     spans = np.array([SMALL if group.size == "small" else LARGE for group in groups])[owner]
     width = spans[:, 0] + (spans[:, 1] - spans[:, 0]) * draw.random((TRIES, len(owner)))
@@ -208,7 +211,7 @@ def _place(
 
 
 def related(first: Sequence[Shape], second: Sequence[Shape], relation: str) -> bool:
-    """Whether all of `first` lie on their side of all of `second`."""
+    """Return whether all of `first` lie on their side of all of `second`."""
     axis, smaller = RELATIONS[relation]
     low, high = (first, second) if smaller else (second, first)
     ends = [(s.left, s.top)[axis] + s.width for s in low]
@@ -253,7 +256,7 @@ def caption_of(
 
 
 def render(scene: Scene, side: int = 32) -> np.ndarray:
-    """The picture of a scene, uint8 [side, side, 3]: drawn larger, and averaged."""
+    """Return the picture of a scene, uint8 [side, side, 3]: drawn larger, and averaged."""
     scale = OVERSAMPLE * side / 32
     image = Image.new("RGB", (side * OVERSAMPLE,) * 2, BACKGROUNDS[scene.behind])
     pen = ImageDraw.Draw(image)
@@ -296,7 +299,11 @@ def computed_split(split: str, rows: range, side: int) -> Split:
 
 
 def load(argument: str, data_dir: str | None) -> Data:
-    """Both splits; nothing is drawn yet."""
+    """Return all splits, whose images are rendered when they are read.
+
+    Raises:
+      UserError: `argument` is not a supported size.
+    """
     del data_dir  # there are no files
     side = int(argument) if argument.isdecimal() else 32
     if argument not in ("", *map(str, SIDES)):
@@ -314,7 +321,7 @@ def load(argument: str, data_dir: str | None) -> Data:
 
 
 def _fingerprint(side: int) -> str:
-    """Of the first pictures and captions: another way to draw is another data set."""
+    """Return a checksum of the first images and captions: other rendering is another data set."""
     digest = hashlib.sha256()
     for split in SPLITS:
         for index in range(32):

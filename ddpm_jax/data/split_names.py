@@ -11,7 +11,7 @@ SPLIT_NAMES = {
 
 
 def split_folders(names: Iterable[str]) -> dict[str, list[str]]:
-    """Which of `names` mean each split, the preferred one first; only splits that have any."""
+    """Return which of `names` mean each split, the preferred one first; only splits with any."""
     names = sorted(names)
     folders = {
         split: [name for word in words for name in names if name.lower() == word]

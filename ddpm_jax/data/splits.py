@@ -26,12 +26,12 @@ def with_validation(data: Data, count: int | None) -> Data:
     if count == 0:
         return data._replace(validation=None)
     if data.validation is not None:
-        own = len(data.validation.images)
-        if count is not None and count > own:
+        available = len(data.validation.images)
+        if count is not None and count > available:
             raise UserError(
-                f"--config.data.validation={count}: {data.name} has {own} validation images"
+                f"--config.data.validation={count}: {data.name} has {available} validation images"
             )
-        return data._replace(validation=data.validation.first(count or own))
+        return data._replace(validation=data.validation.first(count or available))
     size = len(data.train.images)
     if size == ENDLESS:
         raise UserError(

@@ -199,7 +199,7 @@ def _decode(name: str, builder: Builder) -> Data:
 
 
 def _features(name: str, features: Connector) -> _Features:
-    """Which features of a data set are read."""
+    """Return which features of a data set are read."""
     kinds = library().features
     features = dict(features) if isinstance(features, kinds.FeaturesDict) else {}
     image = features.get("image")
@@ -222,13 +222,13 @@ def _features(name: str, features: Connector) -> _Features:
         _is_text(label) or np.dtype(label.np_dtype).kind in "iub"
     ):
         return _Features("label", None, caption)
-    return _Features(None, None, caption, ("its labels are no classes, and are not used",))
+    return _Features(None, None, caption, ("its labels are not classes and are not used",))
 
 
 def _labels(
     name: str, features: _Features, labels_of: dict[str, list[Label]]
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Numbers of classes [N] by split, -1 where there is none, and the classes.
+    """Return numbers of classes [N] by split, -1 where there is none, and the classes.
 
     Where the data set names no classes, they are the different labels, sorted.
     """
@@ -252,7 +252,7 @@ def _labels(
 
 
 def _read(name: str, builder: Builder, split: str, features: _Features) -> _Examples:
-    """Every example of a split that can be decoded.
+    """Return every example of a split that can be decoded.
 
     The records come in bulk from TFDS's data source, and only the features that are
     wanted are parsed and decoded: a fifth of the time of example after example.
@@ -294,7 +294,7 @@ def _read(name: str, builder: Builder, split: str, features: _Features) -> _Exam
 
 @contextlib.contextmanager
 def _readable(name: str, builder: Builder) -> Iterator[None]:
-    """Whatever TFDS raises of files that it cannot read is one line."""
+    """Turn what TFDS raises about files that it cannot read into an error of one line."""
     try:
         yield
     except UserError:
@@ -307,7 +307,7 @@ def _readable(name: str, builder: Builder) -> Iterator[None]:
 
 
 def _records(source: Source) -> Iterator[Record]:
-    """The features of every record, as they are stored."""
+    """Yield the features of every record, as they are stored."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     for start in range(0, len(source), CHUNK):
@@ -318,7 +318,7 @@ def _records(source: Source) -> Iterator[Record]:
 def _placed(
     name: str, images: np.ndarray | None, row: int, image: np.ndarray, count: int
 ) -> np.ndarray:
-    """`images` with `image` in its row; grey ones join the colour ones, if there are any."""
+    """Return `images` with `image` in its row; grey ones join the colour ones, if there are any."""
     if images is None:
         images = np.empty((count, *image.shape), np.uint8)
     if image.shape[:2] != images.shape[1:3]:
@@ -334,7 +334,7 @@ def _placed(
 
 
 def _label(record: Record, name: str | None) -> Label:
-    """A record's label; None: it has none."""
+    """Return a record's label; None: it has none."""
     if name is None:
         return None
     words, numbers = record[name].bytes_list.value, record[name].int64_list.value
@@ -344,6 +344,6 @@ def _label(record: Record, name: str | None) -> Label:
 
 
 def _is_text(feature: Connector) -> bool:
-    """Whether it is a text, or a list of some."""
+    """Return whether it is a text, or a list of some."""
     kind = getattr(feature, "np_dtype", None)
     return isinstance(kind, (np.dtype, type)) and np.dtype(kind) == object

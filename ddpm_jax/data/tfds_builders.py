@@ -66,23 +66,23 @@ def _refuse_other_classes(connector: Connector) -> None:
 
 
 def base_name(name: str) -> str:
-    """The name of a data set without its config and version."""
+    """Return the name of a data set without its config and version."""
     return name.partition("/")[0].partition(":")[0]
 
 
 def is_known(name: str) -> bool:
-    """Whether TFDS itself has the builder of a data set."""
+    """Return whether TFDS itself has the builder of a data set."""
     return bool(NAME.fullmatch(name)) and base_name(name) in known_names()
 
 
 @functools.cache
 def known_names() -> tuple[str, ...]:
-    """The data sets whose builders TFDS itself has."""
+    """Return the data sets whose builders TFDS itself has."""
     return tuple(library().list_builders(with_community_datasets=False))
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)[:500]
 
@@ -91,7 +91,11 @@ def first_line(error: BaseException) -> str:
 
 
 def without_tensorflow(name: str) -> type[Builder]:
-    """Return TFDS's builder of a data set, which reads the original files in another way."""
+    """Return TFDS's builder of a data set, which reads the original files in another way.
+
+    Raises:
+      NotImplementedError: from the builder, if TFDS asks it for examples outside of a split.
+    """
     tfds = library()
     original = tfds.builder_cls(name)
     cifar = name == "cifar10"
@@ -128,7 +132,7 @@ def without_tensorflow(name: str) -> type[Builder]:
 
 
 def _idx(images: os.PathLike[str], labels: os.PathLike[str]) -> Examples:
-    """Gzipped IDX files: a header of 16 or 8 bytes, then raw bytes."""
+    """Yield the examples of gzipped IDX files: a header of 16 or 8 bytes, then raw bytes."""
     with gzip.open(str(images)) as file:
         pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
     with gzip.open(str(labels)) as file:
@@ -138,7 +142,7 @@ def _idx(images: os.PathLike[str], labels: os.PathLike[str]) -> Examples:
 
 
 def _cifar10(path: os.PathLike[str], split: str) -> Examples:
-    """The binary version: per image a label, then 3 x 32 x 32 bytes, channels first.
+    """Yield the images of the binary version: a label, then 3 x 32 x 32 bytes, channels first.
 
     TFDS's `id` is the example's number within its split, and its keys are the same.
     """

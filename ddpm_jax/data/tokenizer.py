@@ -1,6 +1,6 @@
 """Captions as bytes: a tokenizer of any language without a vocabulary file.
 
-Token b is byte b of the text in UTF-8; 0, which is no byte of a text, is padding.  numpy alone.
+Token b is byte b of the text in UTF-8; 0, which a text does not hold, is padding.  Numpy alone.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ def tokenize(texts: Iterable[str], length: int) -> np.ndarray:
     rows = [_bytes(text)[: length + 1] for text in texts]
     tokens = np.full((len(rows), length), PADDING, np.uint8)
     for row, content in zip(tokens, rows, strict=True):
-        if len(content) > length:  # not within a character: its first byte is no 10xxxxxx
+        if len(content) > length:  # not within a character: its first byte is not 10xxxxxx
             end = length
             while end and content[end] & 0xC0 == 0x80:
                 end -= 1
@@ -28,7 +28,7 @@ LONGEST = 256  # tokens of a data set's captions, at the most
 
 
 def fitting(texts: Iterable[str]) -> int:
-    """How many tokens a data set's captions need, in sixteens, up to `LONGEST`."""
+    """Return how many tokens a data set's captions need, in sixteens, up to `LONGEST`."""
     longest = max((size(text) for text in texts), default=0)
     return min(-(-max(longest, 1) // 16) * 16, LONGEST)
 
@@ -39,9 +39,9 @@ def untokenize(tokens: np.ndarray) -> list[str]:
 
 
 def size(text: str) -> int:
-    """How many tokens the whole of a text has."""
+    """Return how many tokens the whole of a text has."""
     return len(_bytes(text))
 
 
 def _bytes(text: str) -> bytes:
-    return text.replace("\0", "").encode(errors="replace")  # lone surrogates are no UTF-8
+    return text.replace("\0", "").encode(errors="replace")  # lone surrogates are not UTF-8

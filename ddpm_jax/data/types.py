@@ -44,11 +44,11 @@ class Split(NamedTuple):
     captions: Leaf = None
 
     def first(self, count: int) -> "Split":
-        """The first examples alone."""
+        """Return the first examples alone."""
         return self._map(lambda array: array[:count])
 
     def some(self, count: int) -> "Split":
-        """So many, or all, always the same ones, as a sample of the whole."""
+        """Return a fixed sample of `count` examples, or all."""
         size = len(self.images)
         if size == ENDLESS:
             return self.rows(np.arange(count))
@@ -58,11 +58,11 @@ class Split(NamedTuple):
         return self.rows(np.sort(draws.permutation(size)[:count]))
 
     def rows(self, rows: np.ndarray) -> "Split":
-        """The examples at `rows`, made."""
+        """Return the examples at `rows`, made."""
         return self._map(lambda array: array[rows])
 
     def subset(self, rows: np.ndarray) -> "Split":
-        """The examples at `rows`, which are read when they are asked for."""
+        """Return the examples at `rows`, which are read when they are asked for."""
         return self._map(lambda array: take_rows(array, rows))
 
     def _map(self, of: Callable[[RowArray], RowArray]) -> "Split":
@@ -146,11 +146,11 @@ class Data(NamedTuple):
     levels: int
     classes: tuple[str, ...]
     fingerprint: str
-    notes: tuple[str, ...] = ()  # what the user should be told, such as skipped files
+    notes: tuple[str, ...] = ()  # for the user, such as skipped files
     validation: Split | None = None  # None: the source has none, or it was given up (validation 0)
 
     def part(self, split: str) -> Split:
-        """The split "train", "validation" or "test".
+        """Return the split "train", "validation" or "test".
 
         Raises:
           ValueError: there is no validation split.
@@ -172,7 +172,7 @@ class Data(NamedTuple):
         return 0 if self.train.captions is None else self.train.captions.shape[1]
 
     def describe(self) -> dict[str, str | int | list[int] | list[str]]:
-        """What `config.json` records: enough to know the same data again."""
+        """Return what `config.json` records: enough to know the same data again."""
         return {
             "name": self.name,
             "title": self.title,

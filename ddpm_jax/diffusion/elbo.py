@@ -79,7 +79,7 @@ def decoder_nll(
 
 
 def _log_ndtr(x: Float[Array, "*event"]) -> Float[Array, "*event"]:
-    """`log_ndtr`; below -16 its asymptotic series, whose derivative does not cancel in float32."""
+    """Return `log_ndtr`; below -16 its asymptotic series, whose derivative does not cancel."""
     far = x < -16
     tail, near = jnp.where(far, x, -16.0), jnp.where(far, 0.0, x)
     u = 1 / jnp.square(tail)
@@ -124,7 +124,7 @@ def step_nats(
 
 
 def continuous_kl(prediction: Prediction, eps: Float[Array, "*event"], slope: Scalar) -> Scalar:
-    """The integrand over t of the continuous-time diffusion loss, in nats.
+    """Return the integrand over t of the continuous-time diffusion loss, in nats.
 
     1/2 (-dlogsnr/dt) |eps - eps_hat|^2 (Kingma et al. 2021, eq. 17)
 
@@ -135,5 +135,5 @@ def continuous_kl(prediction: Prediction, eps: Float[Array, "*event"], slope: Sc
 
 
 def bits_per_dim(nats: Float[Array, "*batch"], dims: int) -> Float[Array, "*batch"]:
-    """nats / (dims log 2)."""
+    """Return nats / (dims log 2)."""
     return nats / (dims * jnp.log(2.0))

@@ -13,7 +13,7 @@ Spacing = Literal["leading", "trailing", "linspace", "quadratic", "logsnr", "rho
 
 
 def grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Float[Array, "grid"]:
-    """The logsnr that a sampler of `steps` steps visits, from noise to data: [steps + 1].
+    """Return the logsnr that a sampler of `steps` steps visits, from noise to data: [steps + 1].
 
     The last entry is +inf, the clean data, so a one-evaluation sampler costs `steps`
     evaluations.  Of a T-step table, in steps 1 ... T, with T = 1000 and `steps` = 10:
@@ -74,7 +74,7 @@ def grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Float
 def grid_from(
     logsnrs: Float[Array, "grid"], start: Scalar
 ) -> tuple[Float[Array, "longer"], Int[Array, ""]]:
-    """The part of a sampler's grid that is cleaner than `start`, with `start` before it.
+    """Return the part of a sampler's grid that is cleaner than `start`, with `start` before it.
 
     An entry that is nearer to `start` than a tenth of the step that led to it is left out, since
     a multistep sampler extrapolates by the ratio of two steps.  The step from `start` to +inf is
@@ -96,8 +96,8 @@ def grid_from(
 
 
 def step_number(t: Float[Array, "*batch"], steps: int) -> Float[Array, "*batch"]:
-    """Uniform t in [0, 1) -> a uniform step 1 ... `steps`, whatever t * steps rounds to."""
-    return jnp.clip(jnp.floor(t * steps) + 1, 1, steps)
+    """Return a uniform step 1 ... `steps` from a uniform t in [0, 1)."""
+    return jnp.clip(jnp.floor(t * steps) + 1, 1, steps)  # if t * steps rounds up to `steps`, too
 
 
 def within(
@@ -116,7 +116,7 @@ def within(
 
 
 def step_time(schedule: Schedule, t: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """Uniform t in [0, 1) -> a uniform step i / T, i = 1 ... T, of a table; else t itself."""
+    """Return a uniform step i / T, i = 1 ... T, of a table for a uniform t in [0, 1); else t."""
     if schedule.steps is None:
         return t
     return step_number(t, schedule.steps) / schedule.steps

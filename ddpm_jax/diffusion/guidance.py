@@ -40,12 +40,17 @@ def combine(conditional: Prediction, unconditional: Prediction, scale: float | A
 def classifier_free(
     conditional: Denoiser, unconditional: Denoiser, scale: float | Array
 ) -> Denoiser:
-    """The combination of two denoisers."""
+    """Return the combination of two denoisers."""
     return lambda xt, logsnr: combine(conditional(xt, logsnr), unconditional(xt, logsnr), scale)
 
 
 def limited(guided: Denoiser, plain: Denoiser, low: float, high: float) -> Denoiser:
-    """`guided` where low <= logsnr <= high, else `plain` (Kynkaanniemi et al. 2024)."""
+    """Return `guided` where low <= logsnr <= high, else `plain` (Kynkaanniemi et al. 2024).
+
+    Args:
+      guided, plain: denoisers of x_t [B, *event] and one logsnr for all.
+      low, high: ends of the interval in logsnr, both inclusive.
+    """
 
     def denoise(xt: Array, logsnr: Array) -> Prediction:
         inside = (low <= logsnr) & (logsnr <= high)
@@ -144,7 +149,14 @@ class GuidingNetwork(Protocol):
     def predict(
         self, params: PyTree, xt: Array, logsnr: Float[Array, "batch"], conditioning: PyTree
     ) -> Prediction:
-        """Return the prediction for x_t [B, *event], each with its own logsnr."""
+        """Return the prediction of x_0 and eps.
+
+        Args:
+          params: parameters of the network.
+          xt: x_t, [B, *event].
+          logsnr: one for every example, [B].
+          conditioning: what the network is given: labels, or features of captions.
+        """
 
 
 @runtime_checkable
@@ -154,7 +166,14 @@ class NoisyClassifier(Protocol):
     def log_likelihood(
         self, params: PyTree, xt: Array, logsnr: Float[Array, ""], labels: Int[Array, "batch"]
     ) -> Float[Array, "batch"]:
-        """Return log p(label | x_t) of each image, in nats."""
+        """Return log p(label | x_t) of each image, in nats.
+
+        Args:
+          params: parameters of the classifier.
+          xt: x_t, [B, *event].
+          logsnr: one for all.
+          labels: [B].
+        """
 
 
 @jax.tree_util.register_dataclass
@@ -173,7 +192,11 @@ class ClassifierFree:
     def predictions(
         self, predict: Predict, xt: Array, logsnr: Array, conditioning: PyTree, null: PyTree
     ) -> tuple[Prediction, Prediction]:
-        """Return the conditional prediction and the combination, of one doubled batch."""
+        """Return the conditional prediction and the combination, of one doubled batch.
+
+        Args:
+          predict, xt, logsnr, conditioning, null: see `Method.predictions`.
+        """
         size = len(xt)
         both = predict(
             jnp.concatenate([xt, xt]),
@@ -205,7 +228,11 @@ class ClassifierGuidance:
     def predictions(
         self, predict: Predict, xt: Array, logsnr: Array, conditioning: PyTree, null: PyTree
     ) -> tuple[Prediction, Prediction]:
-        """Return the network's prediction and the one moved towards the labels."""
+        """Return the network's prediction and the one moved towards the labels.
+
+        Args:
+          predict, xt, logsnr, conditioning, null: see `Method.predictions`.
+        """
         del null
         prediction = predict(xt, jnp.full(len(xt), logsnr), conditioning)
 
@@ -236,7 +263,11 @@ class Autoguidance:
     def predictions(
         self, predict: Predict, xt: Array, logsnr: Array, conditioning: PyTree, null: PyTree
     ) -> tuple[Prediction, Prediction]:
-        """Return the network's prediction and its combination with the worse model's."""
+        """Return the network's prediction and its combination with the worse model's.
+
+        Args:
+          predict, xt, logsnr, conditioning, null: see `Method.predictions`.
+        """
         del null
         logsnrs = jnp.full(len(xt), logsnr)
         prediction = predict(xt, logsnrs, conditioning)

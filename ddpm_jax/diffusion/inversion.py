@@ -35,7 +35,7 @@ def invert(
 def slerp(
     a: Float[Array, "*event"], b: Float[Array, "*event"], share: float | Array
 ) -> Float[Array, "*event"]:
-    """The point of the great circle from a to b: noise between two noises stays noise.
+    """Return the point of the great circle from a to b: noise between two noises stays noise.
 
     (sin((1 - share) angle) a + sin(share angle) b) / sin(angle) (Shoemake 1985, sec. 3.3).  Where
     a and b fix no great circle (they are parallel or opposite, or one is 0), the point of the

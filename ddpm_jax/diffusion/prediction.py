@@ -62,7 +62,7 @@ def read(
 
 
 def write(kind: PredictionType, prediction: Prediction, logsnr: Array) -> Float[Array, "..."]:
-    """The network's output that would be read as `prediction`: the inverse of `read`.
+    """Return the network's output that would be read as `prediction`: the inverse of `read`.
 
     Raises:
       ValueError: an unknown kind.
@@ -93,7 +93,7 @@ def with_x0(
 
 
 def clip_x0(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
-    """`denoise` with x0 clipped and eps made consistent again."""
+    """Return `denoise` with x0 clipped and eps made consistent again."""
 
     def clipped(xt: Array, logsnr: Array) -> Prediction:
         prediction = denoise(xt, logsnr)
@@ -103,7 +103,7 @@ def clip_x0(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser
 
 
 def threshold_x0(denoise: Denoiser, percentile: float = 99.5, most: float = 1.0) -> Denoiser:
-    """Dynamic thresholding (Saharia et al. 2022, sec. 2.3), image by image.
+    """Return `denoise` with dynamic thresholding (Saharia et al. 2022, sec. 2.3), image by image.
 
     x0 is clipped to its own percentile of |x0|, where that exceeds `most`, and divided by it.
     """
@@ -120,7 +120,7 @@ def threshold_x0(denoise: Denoiser, percentile: float = 99.5, most: float = 1.0)
 
 
 def inpaint(denoise: Denoiser, known: Float[Array, "..."], mask: Float[Array, "..."]) -> Denoiser:
-    """`denoise` that knows the pixels where `mask` is 1: its x0 is `known` there."""
+    """Return `denoise` that knows the pixels where `mask` is 1: its x0 is `known` there."""
 
     def informed(xt: Array, logsnr: Array) -> Prediction:
         prediction = denoise(xt, logsnr)

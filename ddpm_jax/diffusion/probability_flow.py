@@ -35,7 +35,7 @@ def log_density(
     noisy: Scalar,
     tolerance: float | Array = TOLERANCE,
 ) -> tuple[Float[Array, "batch"], Float[Array, ""]]:
-    """(log p(x) in nats at logsnr `clean`, how often the field was evaluated), eq. (2).
+    """Return (log p(x) in nats at logsnr `clean`, how often the field was evaluated), eq. (2).
 
     Args:
       probe: Hutchinson's v, of +-1; the estimate's mean over it is exact.

@@ -15,7 +15,7 @@ Scalar = Float[Array, ""]
 
 
 def alpha_sigma(logsnr: Float[Array, "*batch"]) -> tuple[Float[Array, "*batch"], ...]:
-    """(alpha, sigma) of eq. (1), right at +inf and -inf too."""
+    """Return (alpha, sigma) of eq. (1), right at +inf and -inf too."""
     log_sigmoid = jax.nn.log_sigmoid
     return jnp.exp(0.5 * log_sigmoid(logsnr)), jnp.exp(0.5 * log_sigmoid(-logsnr))
 
@@ -23,7 +23,7 @@ def alpha_sigma(logsnr: Float[Array, "*batch"]) -> tuple[Float[Array, "*batch"],
 def q_sample(
     x0: Float[Array, "*event"], eps: Float[Array, "*event"], logsnr: Scalar
 ) -> Float[Array, "*event"]:
-    """A draw of q(x_t | x_0), eq. (1) (Ho et al. 2020, eq. 4)."""
+    """Return a draw of q(x_t | x_0), eq. (1) (Ho et al. 2020, eq. 4)."""
     alpha, sigma = alpha_sigma(logsnr)
     return alpha * x0 + sigma * eps
 
@@ -31,7 +31,7 @@ def q_sample(
 def q_posterior(
     x0: Float[Array, "*event"], xt: Float[Array, "*event"], logsnr_t: Scalar, logsnr_s: Scalar
 ) -> tuple[Float[Array, "*event"], Scalar]:
-    """(mean, variance) of q(x_s | x_t, x_0), eq. (2) (Ho et al. 2020, eq. 6-7).
+    """Return (mean, variance) of q(x_s | x_t, x_0), eq. (2) (Ho et al. 2020, eq. 6-7).
 
     Args:
       logsnr_t, logsnr_s: of the noisier and the cleaner time; +inf is the data itself.
@@ -45,5 +45,5 @@ def q_posterior(
 
 
 def step_beta(logsnr_t: Scalar, logsnr_s: Scalar) -> Scalar:
-    """The variance that the forward step from s to t adds, eq. (3)."""
+    """Return the variance that the forward step from s to t adds, eq. (3)."""
     return -jnp.expm1(jax.nn.log_sigmoid(logsnr_t) - jax.nn.log_sigmoid(logsnr_s))

@@ -239,7 +239,7 @@ def dpmpp_2m() -> Sampler:
 
 
 def dpmpp_2m_sde() -> Sampler:
-    """The SDE form of DPM-Solver++(2M) (Lu et al. 2022b, app. D, eq. 22).
+    """Return the SDE form of DPM-Solver++(2M) (Lu et al. 2022b, app. D, eq. 22).
 
     x_s = sigma_s / sigma_t e^-h x_t + alpha_s (1 - e^-2h) D + sigma_s sqrt(1 - e^-2h) noise
     """
@@ -334,7 +334,7 @@ SAMPLERS: dict[str, Named] = {
 
 
 def named(name: str, steps: int) -> Sampler:
-    """The sampler of a name: "ddim", or "ddim:0.5" for eta 0.5.
+    """Return the sampler of a name: "ddim", or "ddim:0.5" for eta 0.5.
 
     Raises:
       KeyError: there is none of that name.

@@ -77,7 +77,7 @@ def log_alpha_bars(betas: np.ndarray) -> np.ndarray:
 
 
 def from_betas(betas: np.ndarray) -> Schedule:
-    """The schedule of a table of betas, eq. (2); logsnr(0) = +inf.
+    """Return the schedule of a table of betas, eq. (2); logsnr(0) = +inf.
 
     Both directions round to the nearest step.
 
@@ -107,7 +107,7 @@ def from_betas(betas: np.ndarray) -> Schedule:
 
 
 def linear(lowest: float = -15.0, highest: float = 15.0) -> Schedule:
-    """logsnr falls linearly (Kingma et al. 2021, fig. 2's start)."""
+    """Return the schedule whose logsnr falls linearly (Kingma et al. 2021, fig. 2's start)."""
     return Schedule(
         lambda t: highest + jnp.asarray(t) * (lowest - highest),
         lambda logsnr: (jnp.asarray(logsnr) - highest) / (lowest - highest),
@@ -182,7 +182,7 @@ def _distance(log_ratio: float, width: float) -> float:
 
 
 def shifted(schedule: Schedule, factor: float) -> Schedule:
-    """`schedule` with alpha / sigma times `factor` (Hoogeboom et al. 2023, eq. 3).
+    """Return `schedule` with alpha / sigma times `factor` (Hoogeboom et al. 2023, eq. 3).
 
     For images of a side times k larger than those the schedule was made for, 1 / k.
     """

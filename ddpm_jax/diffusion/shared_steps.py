@@ -54,7 +54,7 @@ def initial(xT: Array) -> TwoStep:
 def extrapolation(
     state: TwoStep, prediction: Prediction, logsnr_t: Scalar, logsnr_s: Scalar
 ) -> Array:
-    """(x0 - last x0) / 2r with r = h_last / h, or 0 at the first and the last step.
+    """Return (x0 - last x0) / 2r with r = h_last / h, or 0 at the first and the last step.
 
     Args:
       state: holds the last x0 and its logsnr.

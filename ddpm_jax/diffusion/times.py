@@ -41,14 +41,14 @@ class LossHistory(NamedTuple):
 
 
 def empty_history(bins: int, kept: int = 10) -> LossHistory:
-    """A history of nothing."""
+    """Return a history of nothing."""
     return LossHistory(jnp.zeros((bins, kept)), jnp.zeros(bins, jnp.int32))
 
 
 def importance_times(
     history: LossHistory, keys: Key[Array, "batch"]
 ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-    """(t, weight) with t drawn where losses are large (Nichol & Dhariwal 2021, eq. 18).
+    """Return (t, weight) with t drawn where losses are large (Nichol & Dhariwal 2021, eq. 18).
 
     p_i ~ sqrt(mean of the last squared losses), once every bin has as many as it keeps, else
     uniform; 0.1 % is uniform always.  weight = 1 / (p_i bins) keeps the loss unbiased.
@@ -70,7 +70,7 @@ def importance_times(
 def record(
     history: LossHistory, times: Float[Array, "batch"], losses: Float[Array, "batch"]
 ) -> LossHistory:
-    """The history with a batch's (unweighted) losses in it, the oldest gone."""
+    """Return the history with a batch's (unweighted) losses in it, the oldest gone."""
     bins, kept = history.losses.shape
 
     def add(history: LossHistory, pair: tuple[Array, Array]) -> tuple[LossHistory, None]:
@@ -128,7 +128,11 @@ class UniformTimes(TimeSampler):
     def sample(
         self, memory: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
     ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-        """Return uniform times, of weight 1."""
+        """Return uniform times, of weight 1.
+
+        Args:
+          memory, keys, index, batch_size: see `TimeSampler.sample`.
+        """
         del memory
         return uniform_times(keys, index, batch_size), jnp.ones(len(keys))
 
@@ -140,7 +144,11 @@ class StratifiedTimes(TimeSampler):
     def sample(
         self, memory: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
     ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-        """Return stratified times, of weight 1."""
+        """Return stratified times, of weight 1.
+
+        Args:
+          memory, keys, index, batch_size: see `TimeSampler.sample`.
+        """
         del memory
         return stratified_times(keys, index % batch_size, batch_size), jnp.ones(len(keys))
 
@@ -162,7 +170,11 @@ class ImportanceTimes(TimeSampler):
     def sample(
         self, memory: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
     ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-        """Return times by importance, and the weights that keep the loss unbiased."""
+        """Return times by importance, and the weights that keep the loss unbiased.
+
+        Args:
+          memory, keys, index, batch_size: see `TimeSampler.sample`.
+        """
         del index, batch_size
         return importance_times(memory["history"], keys)
 

@@ -5,7 +5,7 @@ import pathlib
 from ddpm_jax.data.types import ENDLESS, Data, Loaded, Split
 from ddpm_jax.errors import printable
 from ddpm_jax.parallel import hardware
-from ddpm_jax.progress import tell
+from ddpm_jax.progress import log
 
 SHOWN_CLASSES = 20  # names at the start of a run
 
@@ -20,19 +20,19 @@ def log_start(name: str, loaded: Loaded, workdir: pathlib.Path) -> None:
     """
     here, data = hardware.describe(), loaded.data
     height, width, channels = data.shape
-    tell(
+    log(
         f"{name} on {data.title}: {_size(data.train)} images to train on, "
         f"{_held_out(data)}{len(data.test.images)} to test on, "
         f"{height}x{width}x{channels}, {data.levels} levels, {_classes(data.classes)}\n"
         f"{here['count']} x {here['kind']} ({here['platform']}); everything goes to {workdir}"
     )
     for note in data.notes:
-        tell(f"{data.title}: {note}")
+        log(f"{data.title}: {note}")
     log_loudly(loaded.note)
 
 
 def _classes(names: tuple[str, ...]) -> str:
-    """How many classes there are, and the first of them."""
+    """Return how many classes there are, and the first of them."""
     if not names:
         return "no classes"
     shown = ", ".join(printable(name) for name in names[:SHOWN_CLASSES])
@@ -51,4 +51,4 @@ def _size(split: Split) -> str:
 def log_loudly(line: str) -> None:
     """Log a line between two rules, so that nobody misses it; nothing if it is empty."""
     if line:
-        tell(f"{'!' * 80}\n{printable(line)}\n{'!' * 80}")
+        log(f"{'!' * 80}\n{printable(line)}\n{'!' * 80}")

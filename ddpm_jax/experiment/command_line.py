@@ -153,7 +153,7 @@ def parse(arguments: list[str]) -> dict[str, str]:
         if place is not None:
             expanded(f"--{name}", place)
     if stray:
-        raise UserError(f'"{stray[0]}" is no flag: flags are written --NAME=VALUE')
+        raise UserError(f'"{stray[0]}" is not a flag: flags are written --NAME=VALUE')
     return overrides
 
 
@@ -257,7 +257,7 @@ def as_typed(value: object) -> str:
 
 
 def prompts_of(file: str) -> tuple[str, ...]:
-    """The lines of a file of prompts that are not empty.
+    """Return the lines of a file of prompts that are not empty.
 
     Raises:
       UserError: it cannot be read, there are none, or there is --prompt, too.
@@ -269,7 +269,7 @@ def prompts_of(file: str) -> tuple[str, ...]:
     try:
         lines = lines_of(read_text(pathlib.Path(os.path.expanduser(file))))
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        reason = getattr(error, "strerror", None) or "it is not a text in UTF-8"
         raise UserError(f"--prompt_file={file} cannot be read: {reason}") from None
     prompts = tuple(line for line in lines if line.strip())
     if not prompts:
@@ -278,7 +278,11 @@ def prompts_of(file: str) -> tuple[str, ...]:
 
 
 def check_modes() -> None:
-    """Raises UserError if a flag has no effect in this mode."""
+    """Check that every flag that is given has an effect in this mode.
+
+    Raises:
+      UserError: a flag has none.
+    """
     for name in (*SAMPLE_FLAGS, "out", "overwrite", "num_samples", "prompt_file"):
         if FLAGS[name].present and FLAGS.mode != "sample":
             raise UserError(f"--{name} goes with --mode=sample")

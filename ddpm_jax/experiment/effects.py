@@ -85,7 +85,11 @@ def check_effects(config: Config, overrides: Collection[str]) -> None:
 
 
 def check_sweep(config: AnyConfig, overrides: Mapping[str, str]) -> None:
-    """Raises UserError if the user set the field that a sweep sets in every run."""
+    """Check that the user leaves the field of a sweep to the sweep.
+
+    Raises:
+      UserError: the command line sets it.
+    """
     path = f"base.{config.field}" if isinstance(config, Sweep) else ""
     if path in overrides:
         raise UserError(

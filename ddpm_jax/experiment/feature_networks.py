@@ -36,7 +36,7 @@ from ddpm_jax.metrics.pth import read_tensors
 from ddpm_jax.nn.inception import Inception, from_torch
 from ddpm_jax.parallel.processes import from_main
 from ddpm_jax.parallel.sharding import make
-from ddpm_jax.progress import tell, tell_once
+from ddpm_jax.progress import log, log_once
 from ddpm_jax.system.files import check_writable
 from ddpm_jax.system.record import Record
 from ddpm_jax.training.records import check_same, read_record
@@ -66,7 +66,7 @@ def check_features(config: Config, loaded: Loaded) -> Config:
     for name in config.task.needs().features:
         if name == "inception":
             if not from_main(lambda: os.path.exists(inception_file())):
-                tell_once(
+                log_once(
                     f"no FID: put {INCEPTION}, of pytorch-fid's releases, into "
                     f"{inception_file().parent}"
                 )
@@ -77,7 +77,7 @@ def check_features(config: Config, loaded: Loaded) -> Config:
             if loaded.data.classes:
                 features.append(name)
             else:
-                tell_once("no labels, so no classifier: distances in its features are left out")
+                log_once("no labels, so no classifier: distances in its features are left out")
         elif os.sep in name or os.path.isdir(expanded(FLAG, name)):
             place = expanded(FLAG, name).absolute()
             check_classifier(f"{FLAG}={name}", place, config.task.info)
@@ -125,7 +125,7 @@ def check_classifier(flag: str, place: pathlib.Path, info: DataInfo) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _check_inception(path: pathlib.Path, stamp: tuple[int, int]) -> None:
-    """Raises UserError unless the file holds the network's weights; read once for each `stamp`."""
+    """Raise UserError unless the file holds the network's weights; read once for each `stamp`."""
     try:
         from_torch(read_tensors(path))
     except UserError as error:
@@ -204,10 +204,10 @@ def trained(
     place = judges_dir() / f"{experiment.name}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     unusable = _unusable(place, record)
     if unusable and from_main(lambda: _removed(place)):
-        tell(f"{unusable}: it is made again")
+        log(f"{unusable}: it is made again")
     if not from_main((place / "summary.json").exists):
         from_main(lambda: check_writable(place, f"{FLAG}={experiment.name}"))
-        tell(f"training {judge_name(loaded.data.name)} once, to compare samples in its features")
+        log(f"training {judge_name(loaded.data.name)} once, to compare samples in its features")
         run = Run(experiment.name, config, place, loaded, options)
         if train(run, config.task.adapt(loaded.data)) is None:
             return None
@@ -215,7 +215,7 @@ def trained(
 
 
 def _unusable(place: pathlib.Path, record: Record) -> str:
-    """Why what is in `place` is neither the run of `record` nor the beginning of it; "": it is."""
+    """Return why `place` holds neither the run of `record` nor its beginning; "" if it does."""
 
     def check() -> list[str]:
         earlier = read_record(place)
@@ -240,7 +240,7 @@ def _unusable(place: pathlib.Path, record: Record) -> str:
 
 
 def _removed(place: pathlib.Path) -> bool:
-    """Whether a run was removed: no process trains in it."""
+    """Return whether a run was removed: no process trains in it."""
     try:
         with (place / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -251,12 +251,12 @@ def _removed(place: pathlib.Path) -> bool:
 
 
 def judges_dir() -> pathlib.Path:
-    """Where the judges are that `trained` makes."""
+    """Return where the judges are that `trained` makes."""
     return cache_dir() / "judges"
 
 
 def inception_file() -> pathlib.Path:
-    """Where the user puts the weights of the network in whose features FID is computed."""
+    """Return where the user puts the weights of the network in whose features FID is computed."""
     return cache_dir() / INCEPTION
 
 
@@ -283,7 +283,7 @@ def load_inception() -> Judge:
 
 
 def judge_name(data: str) -> str:
-    """What a classifier is called after the data set `data` that it was trained on.
+    """Return what a classifier is called after the data set `data` that it was trained on.
 
     `mnist` -> classifier_mnist, `digits:28` -> classifier_digits_28, `folder:/a/birds` ->
     classifier_folder_birds: distances in the features of different networks cannot be compared.

@@ -63,13 +63,17 @@ def check_guidance(config: Config, loaded: Loaded) -> Config:
 def _check_parameters(
     place: pathlib.Path, config: Config, stamp: tuple[tuple[str, int], ...]
 ) -> None:
-    """Raises UserError unless a run's parameters can be read; read once for each `stamp`."""
+    """Raise UserError unless a run's parameters can be read; read once for each `stamp`."""
     del stamp
     load_state(place, config)
 
 
 def check_guides_another(config: Config, workdir: pathlib.Path) -> None:
-    """Raises UserError if a run is its own guidance model, which has no effect."""
+    """Check that a run is not its own guidance model, which would have no effect.
+
+    Raises:
+      UserError: it is.
+    """
     name = config.task.needs().guidance_model
     if name != LABELS and pathlib.Path(name).resolve() == workdir.resolve():
         raise UserError(

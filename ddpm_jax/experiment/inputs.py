@@ -28,7 +28,7 @@ def set_up_jax(
     cluster: tuple[str | None, int | None, int | None] | None = None,
     deterministic: bool = False,
 ) -> None:
-    """Fast convolutions on a CPU, compiled programs kept between runs, and the other processes.
+    """Set fast convolutions on a CPU, keep compiled programs, and join the other processes.
 
     Args:
       debug: compile in half the time programs that are slower, for runs of a few steps.
@@ -44,7 +44,7 @@ def set_up_jax(
         cluster_module.initialize(*cluster)
     hardware.check_platform()
     jax.config.update("jax_disable_most_optimizations", debug)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what is the user's business is told here
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # this project reports what a user needs
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the user's own choice
         kept = is_writable(cache_dir() / "xla")
         place = str(cache_dir() / "xla") if kept else None

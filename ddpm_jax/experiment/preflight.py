@@ -75,7 +75,11 @@ def read_run(workdir: pathlib.Path, complete: bool = False) -> Record | None:
 
 
 def check_format(workdir: pathlib.Path, record: Record) -> None:
-    """Raises UserError if a run is of another format than this version writes."""
+    """Check that a run has the format that this version writes.
+
+    Raises:
+      UserError: it has another one.
+    """
     version = record.get("format", 1)
     if version == 1:
         raise UserError(
@@ -90,7 +94,7 @@ def check_format(workdir: pathlib.Path, record: Record) -> None:
 
 
 def _check_data(data: Record) -> None:
-    """Raises ValueError unless a record says enough of the data to build the task."""
+    """Raise ValueError unless a record says enough of the data to build the task."""
     if not {"name", "title", "shape", "levels"} <= set(data):
         raise ValueError("its data has no name, title, shape or levels")
     if len(data["shape"]) != 3 or not all(
@@ -128,7 +132,11 @@ def read_summary(workdir: pathlib.Path) -> Record | None:
 
 
 def check_types(values: Record, types: dict[str, tuple[type, ...]], of: str = "") -> None:
-    """Raises ValueError if a value that is there is of another type; True is not a number."""
+    """Check the types of the values that are there; True is not a number.
+
+    Raises:
+      ValueError: a value has another type, or a text has control characters.
+    """
     for name, allowed in types.items():
         if name in values and type(values[name]) not in allowed:
             raise ValueError(f"its {of}{name} is of another type")

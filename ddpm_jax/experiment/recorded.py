@@ -147,7 +147,7 @@ def read_model(workdir: pathlib.Path, name: str | None = None) -> Recorded:
 
 
 def _like_of(configs: Iterable[Config], values: Record) -> Config | None:
-    """The config with the task of a recorded part that the default config does not have."""
+    """Return the config with the task of a recorded part that the default config does not have."""
     names = values["task"].keys() if isinstance(values.get("task"), dict) else set()
     return next((c for c in configs if to_record(c)["task"].keys() == names), None)
 
@@ -197,7 +197,11 @@ def load_state(
 
 
 def check_average(config: Config) -> None:
-    """Raises UserError unless there is the average that the config evaluates."""
+    """Check that there is the average that the config evaluates.
+
+    Raises:
+      UserError: there is not.
+    """
     try:
         _ = config.ema.index
     except ValueError as error:

@@ -117,7 +117,7 @@ def resolve(task: Task, request: Request, model: GuidanceModel | None = None) ->
 
 
 def _check_classes(task: SamplingTask, request: Request, classes: int, guided: bool) -> None:
-    """Raises UserError if a label or guidance is asked for that there is not."""
+    """Raise UserError if a label or guidance is asked for that there is not."""
     can_guide = classes > 0 or guided or "prompt" in task.request_fields
     for flag, possible in (("guidance", can_guide), ("label", classes > 0)):
         if getattr(request, flag) is not None and not possible:

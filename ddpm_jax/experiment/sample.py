@@ -10,7 +10,7 @@ from ddpm_jax.experiment.sample_files import SampleFile, check_out
 from ddpm_jax.experiment.trained import SAMPLE_BATCH, TrainedRun
 from ddpm_jax.experiment.types import Options
 from ddpm_jax.parallel import processes, sharding
-from ddpm_jax.progress import print_result, tell
+from ddpm_jax.progress import log, print_result
 from ddpm_jax.training.records import can_write, check_entries
 
 
@@ -49,13 +49,13 @@ def sample(
         check_out(out, default, overwrite)
 
     processes.from_main(check)
-    trained, spread = load(), sharding.make(options.parallel)
-    texts, size = prompts or (request.prompt,), spread.round_up(SAMPLE_BATCH)
+    trained, partitioner = load(), sharding.make(options.parallel)
+    texts, size = prompts or (request.prompt,), partitioner.round_up(SAMPLE_BATCH)
     file = SampleFile(out, texts, count)
     number = len(texts) * -(-count // size)
     for text in texts:
         trained.resolve(request._replace(prompt=text))  # what is asked for can be done
-    tell(
+    log(
         f"sampling {file.total} images in {number} batch{'es' * (number > 1)} of {size}; the "
         "program for it is compiled first"
     )
@@ -64,7 +64,7 @@ def sample(
             for text in texts:
                 asked = request._replace(prompt=text)
                 for images, labels in trained.batches(
-                    count, asked, options.seed, partitioner=spread
+                    count, asked, options.seed, partitioner=partitioner
                 ):
                     file.add(images, labels)
                     if file.total > size:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from ddpm_jax import plots
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.parallel.processes import is_main
-from ddpm_jax.progress import Clock, tell
+from ddpm_jax.progress import Clock, log
 from ddpm_jax.system import interrupts
 from ddpm_jax.system.files import check_writable, is_ours, write_npz
 
@@ -97,7 +97,7 @@ class SampleFile:
             try:
                 self.write()
             except OSError as error:
-                tell(f"cannot write {self._out}: {error.strerror}; it is tried again")
+                log(f"cannot write {self._out}: {error.strerror}; it is tried again")
             taken = time.monotonic() - start
             self._next = start + taken + max(SECONDS_BETWEEN_WRITES, 10 * taken)
 
@@ -144,7 +144,7 @@ class SampleFile:
                 interrupts.end_now(f"stopped: {STOPPED}", 1)
             warn(number)
 
-        warn = interrupts.warning(lambda: tell(WAITING), signal.SIGTERM, signal.SIGINT)
+        warn = interrupts.warning(lambda: log(WAITING), signal.SIGTERM, signal.SIGINT)
         clock = Clock(0, self.total, show=is_main(), unit="image")
         with (
             contextlib.closing(clock),
@@ -158,7 +158,7 @@ class SampleFile:
                 if self.size and is_main():
                     with contextlib.suppress(OSError):
                         self.write()
-                        tell(f"the first {self.size} of {self.total} images are in {self._out}")
+                        log(f"the first {self.size} of {self.total} images are in {self._out}")
                 raise
 
 

@@ -9,7 +9,7 @@ from ddpm_jax.config import fields_of
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.types import Config
 from ddpm_jax.fields import EVAL_BATCH, HOST_IMAGES
-from ddpm_jax.progress import tell
+from ddpm_jax.progress import log
 from ddpm_jax.task import Task
 from ddpm_jax.training import step
 
@@ -89,16 +89,16 @@ def _check_bytes(need: int, what: str, message: str) -> None:
             "give a smaller number"
         )
     if need > memory / 2:
-        tell(f"{what} need {_size(need)} of {_size(memory)} of memory: the run may not fit")
+        log(f"{what} need {_size(need)} of {_size(memory)} of memory: the run may not fit")
 
 
 def _has_memory() -> bool:
-    """Whether a device has memory of its own."""
+    """Return whether a device has memory of its own."""
     return "bytes_limit" in (jax.local_devices()[0].memory_stats() or {})
 
 
 def _memory() -> int:
-    """Bytes of a device's memory; the host's, where the devices share it."""
+    """Return the bytes of a device's memory; the host's, where the devices share it."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return int(stats.get("bytes_limit") or _host_memory())
 
@@ -108,7 +108,7 @@ def _host_memory() -> int:
 
 
 def _size(count: int) -> str:
-    """Bytes as a person reads them."""
+    """Return a number of bytes with its unit."""
     for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"

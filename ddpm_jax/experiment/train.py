@@ -20,7 +20,7 @@ from ddpm_jax.experiment.types import Run, checked_task
 from ddpm_jax.fields import MAY_CHANGE
 from ddpm_jax.parallel import processes
 from ddpm_jax.parallel import sharding as devices
-from ddpm_jax.progress import print_result, tell
+from ddpm_jax.progress import log, print_result
 from ddpm_jax.system.record import Record
 from ddpm_jax.task import Resources
 from ddpm_jax.training import loop
@@ -85,16 +85,16 @@ def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> Re
         processes.from_main(lambda: check_store(workdir / "checkpoints"))
         log_start(run.title, run.loaded, workdir)
         processes.from_main(directory.write_record)
-        spread = devices.make(options.parallel)
+        partitioner = devices.make(options.parallel)
         watch = loop.Watch(options.profile, options.wandb)
         result = loop.fit(
-            task, config, data, directory, checkpoints, options.seed, spread, watch, resources
+            task, config, data, directory, checkpoints, options.seed, partitioner, watch, resources
         )
         processes.from_main(directory.check_there)
         if result.step:
             checkpoints.check_written(result.step)  # while the evaluation went on
         if result.final is None:
-            tell(f"stopped at step {result.step} of {steps}; the same command goes on")
+            log(f"stopped at step {result.step} of {steps}; the same command goes on")
             return None
         directory.time(result.step, run_seconds=time.perf_counter() - started)
         summary = {

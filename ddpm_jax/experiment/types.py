@@ -201,7 +201,7 @@ class Sweep:
         return configs
 
     def _swept(self) -> object:
-        """The annotation of the field; FieldError if a run does not have it."""
+        """Return the annotation of the field; FieldError if a run does not have it."""
         hints = {field.path: field.hint for field in fields_of(self.base)}
         if self.field not in hints:
             raise FieldError(

@@ -63,16 +63,16 @@ class Verdict(NamedTuple):
 
 
 def parse(caption: str) -> tuple[tuple[Group, ...], str | None, str | None]:
-    """(groups, relation, background) that a caption of this set tells."""
+    """Return the (groups, relation, background) that a caption of this set states."""
     numbers = {word: number for number, words in NUMBERS.items() for word in words} | {"an": 1}
-    found = re.findall(
+    matches = re.findall(
         rf"\b(?:({'|'.join(numbers)}) )?(?:(small|large) )?({'|'.join(COLOURS)}) "
         rf"({'|'.join(KINDS)})s?\b",
         caption,
     )
     groups = tuple(
         Group(numbers.get(number, 1), size or None, colour, kind)
-        for number, size, colour, kind in found
+        for number, size, colour, kind in matches
     )
     relation = re.search(rf"\b({'|'.join(RELATIONS)})\b", caption)
     background = re.search(rf"\b({'|'.join(BACKGROUNDS)}) background", caption)
@@ -80,7 +80,7 @@ def parse(caption: str) -> tuple[tuple[Group, ...], str | None, str | None]:
 
 
 def judge(image: Float[np.ndarray, "side side 3"], caption: str) -> Verdict:
-    """What of a caption of this set the pixels (in [-1, 1]) show.
+    """Return what of a caption of this set the pixels (in [-1, 1]) show.
 
     Shapes and their kinds are found as the module says.
     """
@@ -99,8 +99,8 @@ def judge(image: Float[np.ndarray, "side side 3"], caption: str) -> Verdict:
     if any(group.size for group in groups):
         sizes = there and all(
             ("small" if s.width < BETWEEN else "large") == group.size
-            for group, own in zip(groups, members, strict=True)
-            for s in own
+            for group, shapes in zip(groups, members, strict=True)
+            for s in shapes
             if group.size
         )
     at = None if background is None else background == behind
@@ -148,25 +148,25 @@ def _nearest(colour: np.ndarray, among: dict[str, tuple[int, int, int]]) -> str:
 
 
 def _fit(colour: str, cover: np.ndarray, scale: float) -> Shape:
-    """The kind whose drawing, of one area and centre of mass with `cover`, is likest to it."""
+    """Return the kind whose drawing, of the area and centre of mass of `cover`, is closest."""
     place = np.arange(len(cover)) + 0.5
     area = cover.sum()
     x, y = (cover.sum(0) @ place) / area, (cover.sum(1) @ place) / area
-    found = []
+    candidates = []
     for kind in KINDS:
         width = np.sqrt(area / AREA[kind])
         left, top = x - width / 2, y - width * CENTRE[kind]
         apart = np.square(cover - _drawn(kind, left, top, width, len(cover))).sum() / area
         box = (float(length / scale) for length in (left, top, width))
-        found.append((apart, Shape(colour, kind, *box)))
-    apart, best = min(found)
+        candidates.append((apart, Shape(colour, kind, *box)))
+    apart, best = min(candidates)
     return best if apart <= FIT else best._replace(kind=UNCLEAR)
 
 
 def _drawn(
     kind: str, left: float, top: float, width: float, side: int
 ) -> Float[np.ndarray, "side side"]:
-    """How much of every pixel a shape covers."""
+    """Return how much of every pixel a shape covers."""
     from PIL import Image, ImageDraw
 
     image = Image.new("L", (side * OVERSAMPLE,) * 2)

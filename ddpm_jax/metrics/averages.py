@@ -15,7 +15,7 @@ class Average(NamedTuple):
 
 
 def average(values: np.ndarray) -> Average:
-    """The mean and its standard error s / sqrt(n); a single example has none."""
+    """Return the mean and its standard error s / sqrt(n); a single example has none."""
     values = np.asarray(values, np.float64)
     size = len(values)
     error = float(values.std(ddof=1)) / math.sqrt(size) if size > 1 else None
@@ -25,7 +25,7 @@ def average(values: np.ndarray) -> Average:
 def ratio_of_sums(
     values: Float[np.ndarray, "examples times"], chosen: Bool[np.ndarray, "examples times"]
 ) -> Average:
-    """The mean of the chosen values, with its standard error over examples.
+    """Return the mean of the chosen values, with its standard error over examples.
 
     An example's values belong together: of sums s_i and counts c_i of n examples that have any, the
     error is sqrt(n / (n - 1) sum_i (s_i - mean c_i)^2) / sum_i c_i (Cochran 1977, eq. 6.9).
@@ -43,24 +43,24 @@ def ratio_of_sums(
 def figures(
     name: str, estimate: tuple[float, float | None], scale: float = 1.0
 ) -> dict[str, float]:
-    """The metric `name` and, where there is one, its standard error as `name`_error.
+    """Return the metric `name` and, where there is one, its standard error as `name`_error.
 
     Args:
       estimate: a value and its standard error, or None.
       scale: that both are multiplied by, positive.
     """
     value, error = estimate
-    found = {name: value * scale}
-    return found if error is None else {**found, f"{name}_error": error * scale}
+    metrics = {name: value * scale}
+    return metrics if error is None else {**metrics, f"{name}_error": error * scale}
 
 
 def averages(values: dict[str, np.ndarray], scale: float = 1.0) -> dict[str, float]:
-    """The mean and the standard error of every array over its first axis, as `figures`.
+    """Return the mean and the standard error of every array over its first axis, as `figures`.
 
     Args:
       values: by the metric's name, [N, ...], whose further axes are averaged for each example.
     """
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, array in values.items():
-        found |= figures(name, average(array.reshape(len(array), -1).mean(1)), scale)
-    return found
+        metrics |= figures(name, average(array.reshape(len(array), -1).mean(1)), scale)
+    return metrics

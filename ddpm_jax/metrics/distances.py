@@ -43,7 +43,7 @@ class Moments:
 
 
 def moments(features: Float[np.ndarray, "n d"], before: Moments | None = None) -> Moments:
-    """The moments of `features`, added to those of what came `before` (Chan et al. 1983)."""
+    """Return the moments of `features`, added to those of what came `before` (Chan et al. 1983)."""
     features = np.asarray(features, np.float64)
     mean = features.mean(0)
     centred = features - mean
@@ -52,7 +52,7 @@ def moments(features: Float[np.ndarray, "n d"], before: Moments | None = None) -
 
 
 def _joined(a: Moments, b: Moments, sign: int = 1) -> Moments:
-    """The moments of two sets together; with `sign` -1, of set `a` without its subset `b`."""
+    """Return the moments of two sets together; with `sign` -1, of `a` without its subset `b`."""
     total, apart = a.size + sign * b.size, b.mean - a.mean
     if total == 0:
         return Moments(0, np.zeros_like(a.mean), np.zeros_like(a.scatter))
@@ -83,7 +83,7 @@ class Grouped:
         return functools.reduce(_joined, self._groups.values())
 
     def without(self) -> Iterator[Moments]:
-        """Those of the set without each of its groups, in turn."""
+        """Yield the moments of the set without each of its groups, in turn."""
         for number in sorted(self._groups):
             yield _joined(self.moments, self._groups[number], -1)
 
@@ -101,7 +101,7 @@ def frechet(a: Moments, b: Moments) -> float:
 
 
 def _frechet(a: Moments, b: Moments) -> tuple[float, np.ndarray, np.ndarray]:
-    """The distance, and its derivatives by C_a and C_b, of which I - T is the first.
+    """Return the distance, and its derivatives by C_a and C_b, of which I - T is the first.
 
     T is the optimal transport map from a to b, T C_a T = C_b (Takatsu 2011, lemma 2.3), where no
     covariance is singular; directions in which one has next to no variance are left out.
@@ -141,18 +141,18 @@ class Jackknife(NamedTuple):
             return None
         return math.sqrt(sum((len(values) - 1) * values.var() for values in self.without))
 
-    def over(self, other: "Jackknife") -> "Jackknife | None":
-        """The ratio of distances to one second set, its changes to first order; None for x / 0."""
-        if not other.value > 0:
+    def over(self, denominator: "Jackknife") -> "Jackknife | None":
+        """Return the ratio of distances to one second set, to first order; None for x / 0."""
+        if not denominator.value > 0:
             return None
-        ratio = self.value / other.value
-        ours, shared = ((values - self.value) / other.value for values in self.without)
-        theirs, again = (ratio * (values / other.value - 1) for values in other.without)
+        ratio = self.value / denominator.value
+        ours, shared = ((values - self.value) / denominator.value for values in self.without)
+        theirs, again = (ratio * (values / denominator.value - 1) for values in denominator.without)
         return Jackknife(ratio, (ratio + ours, ratio - theirs, ratio + shared - again))
 
 
 def frechet_distance(a: Grouped, b: Grouped, paired: bool = False) -> Jackknife:
-    """`frechet` of two sets, with what its standard error needs.
+    """Return `frechet` of two sets, with what its standard error needs.
 
     The distances without a group are those to first order in the moments, for which one
     decomposition serves all groups.
@@ -167,12 +167,12 @@ def frechet_distance(a: Grouped, b: Grouped, paired: bool = False) -> Jackknife:
     apart = a.moments.mean - b.moments.mean
     changes = []
     for sets, slope, sign in zip((a, b), slopes, (1, -1), strict=True):
-        whole, by_mean, found = sets.moments, 2 * sign * apart, []
+        whole, by_mean, change = sets.moments, 2 * sign * apart, []
         for part in sets.without():
             if part.size > 1:
                 moved = np.vdot(slope, part.covariance) - np.vdot(slope, whole.covariance)
-                found.append(by_mean @ (part.mean - whole.mean) + moved)
-        changes.append(np.array(found))
+                change.append(by_mean @ (part.mean - whole.mean) + moved)
+        changes.append(np.array(change))
     if paired:
         changes = [changes[0] + changes[1]]
     return Jackknife(distance, tuple(distance + change for change in changes))
@@ -220,7 +220,7 @@ def kernel_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) ->
 def _squared_mmd(
     xx: float | np.ndarray, yy: float | np.ndarray, xy: float | np.ndarray, n: int, m: int
 ) -> np.ndarray:
-    """The squared MMD of n and m features from the kernel's sums over pairs."""
+    """Return the squared MMD of n and m features from the kernel's sums over pairs."""
     return np.asarray(xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m))
 
 
@@ -233,7 +233,7 @@ def _squared_kernel(sums: Float[np.ndarray, "n"], square: float, n: int) -> floa
 def _kernel_sums(
     a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
 ) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"], float]:
-    """Sums over rows and columns of k(a_i, b_j), and of its squares; without i = j if b is a."""
+    """Return sums over rows and columns of k(a_i, b_j), and of its squares; if b is a, i != j."""
     rows, columns, square = np.zeros(len(a)), np.zeros(len(b)), 0.0
     for start in range(0, len(a), CHUNK):
         k = a[start : start + CHUNK] @ b.T
@@ -254,7 +254,7 @@ def inception_score(probabilities: Float[np.ndarray, "n classes"]) -> float:
 
 
 def inception_score_error(probabilities: Float[np.ndarray, "n classes"]) -> float | None:
-    """The score's standard error, to first order: the score times that of the mean of KL.
+    """Return the score's standard error, to first order: the score times that of the mean of KL.
 
     A first-order error of p(y), the mean of p(y|x), does not change the score.  None for a single
     image.
@@ -269,12 +269,12 @@ def _divergences(probabilities: Float[np.ndarray, "n classes"]) -> Float[np.ndar
 
 
 def share_error(share: float, count: int) -> float | None:
-    """The standard error sqrt(p (1 - p) / (n - 1)) of a share p of n; None for n = 1."""
+    """Return the standard error sqrt(p (1 - p) / (n - 1)) of a share p of n; None for n = 1."""
     return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
 
 
 def median(values: Float[np.ndarray, "n"]) -> Estimate:
-    """The median and its standard error (Maritz & Jarrett 1978), None for a single value.
+    """Return the median and its standard error (Maritz & Jarrett 1978), None for a single value.
 
     The error is the standard deviation of the median of a bootstrap sample, in closed form: that
     the i-th of n values is the median has a Beta distribution's mass between (i - 1) / n and i / n.
@@ -293,22 +293,22 @@ def quotient(a: Estimate, b: Estimate) -> Estimate | None:
     """a / b of independent estimates: relative errors add in squares.  None where b is 0."""
     if not b.value > 0:
         return None
-    found = a.value / b.value
+    ratio = a.value / b.value
     if a.error is None or b.error is None:
-        return Estimate(found, None)
-    return Estimate(found, math.hypot(a.error, found * b.error) / b.value)
+        return Estimate(ratio, None)
+    return Estimate(ratio, math.hypot(a.error, ratio * b.error) / b.value)
 
 
 def nearest(
     a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
 ) -> tuple[Float[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-    """How far each of `a` is from its nearest of `b`, and which that is."""
-    found = []
+    """Return how far each of `a` is from its nearest of `b`, and which that is."""
+    parts = []
     for part in _chunks(a):
         distances = _distances(part, b)
         which = distances.argmin(1)
-        found.append((distances[np.arange(len(part)), which], which))
-    distance, which = zip(*found, strict=True)
+        parts.append((distances[np.arange(len(part)), which], which))
+    distance, which = zip(*parts, strict=True)
     return np.concatenate(distance), np.concatenate(which)
 
 
@@ -343,6 +343,6 @@ def _chunks(a: np.ndarray) -> list[np.ndarray]:
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[n, m] Euclidean distances; exactly 0 between equal rows is not promised, near 0 is."""
+    """Return Euclidean distances [n, m]; between equal rows near 0, not always exactly."""
     squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * (a @ b.T)
     return np.asarray(np.sqrt(np.maximum(squares, 0.0)))

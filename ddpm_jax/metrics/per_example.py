@@ -56,7 +56,7 @@ def per_example(
 def spread_times(
     place: Int[Array, "batch"], keys: Key[Array, "batch"], count: int
 ) -> Float[Array, "batch count"]:
-    """`count` times in [0, 1) for each image, together evenly spread over all images.
+    """Return `count` times in [0, 1) for each image, together evenly spread over all images.
 
     An image's times are a comb, whose start is its place's in a low-discrepancy sequence:
     place (sqrt(5) - 1) / 2 modulo 1, in integers (Knuth 1998, sec. 6.4: 2654435769 / 2^32), so

@@ -50,7 +50,7 @@ class _Tensor(NamedTuple):
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The tensors of a file that `torch.save` wrote of a state dict.
+    """Return the tensors of a file that `torch.save` wrote of a state dict.
 
     Both formats are read: the zip archive, and the stream that PyTorch wrote before 1.6.  A
     pickle in them can name the few things below and no others, and makes only descriptions of
@@ -76,18 +76,18 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         tensors = {}
         for name, tensor in state_dict.items():
             if not isinstance(name, str) or not isinstance(tensor, _Tensor):
-                raise pickle.UnpicklingError(f"its {_short(name)} is no tensor")
+                raise pickle.UnpicklingError(f"its {_short(name)} is not a tensor")
             tensors[name] = _view(name, tensor, data)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is no PyTorch state dict: {error}") from None
+        raise UserError(f"{path} is not a PyTorch state dict: {error}") from None
     except Exception as error:  # a pickle of random bytes raises anything
         reason = _short(f"{type(error).__name__}: {error}")
-        raise UserError(f"{path} is no PyTorch state dict, or not a whole one: {reason}") from None
+        raise UserError(f"{path} is not a PyTorch state dict, or is incomplete: {reason}") from None
     return tensors
 
 
 def _zip(content: bytes) -> tuple[Stated, dict[str, bytes]]:
-    """What data.pkl describes, and the bytes of the storages that it names."""
+    """Return what data.pkl describes, and the bytes of the storages that it names."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -107,7 +107,7 @@ def _zip(content: bytes) -> tuple[Stated, dict[str, bytes]]:
 
 
 def _stream(content: bytes) -> tuple[Stated, dict[str, bytes]]:
-    """The same of the older format.
+    """Return the same of the older format.
 
     Pickles of a magic number, a version, the system, the object and the storages' keys; then,
     of each key, how many elements and their bytes.
@@ -129,13 +129,15 @@ def _stream(content: bytes) -> tuple[Stated, dict[str, bytes]]:
 
 
 def _view(name: str, tensor: _Tensor, data: dict[str, bytes]) -> np.ndarray:
-    """The array that `tensor` describes, of storages' bytes."""
+    """Return the array that `tensor` describes, of storages' bytes."""
     storage, offset, size, stride = tensor
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError(f"its {_short(name)} has no storage")
     dtype, content = DTYPES[storage.kind], data[storage.key]
     if len(content) != storage.length * dtype.itemsize:
-        raise pickle.UnpicklingError(f"the storage of its {_short(name)} is not of the size told")
+        raise pickle.UnpicklingError(
+            f"the storage of its {_short(name)} does not have the stated size"
+        )
     whole = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride)
     if not whole or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
         raise pickle.UnpicklingError(f"its {_short(name)} has no shape that could be")
@@ -225,17 +227,17 @@ class _Unpickler(pickle._Unpickler):
           UnpicklingError: it is not one, or differs from an earlier one of the same key.
         """
         if not isinstance(stated, tuple) or len(stated) < 5 or stated[5:] not in ((), (None,)):
-            raise pickle.UnpicklingError("a storage is not told as one")
+            raise pickle.UnpicklingError("a storage is not described as one")
         word, kind, key, _, count = stated[:5]
         right = isinstance(kind, str) and kind in DTYPES and isinstance(key, str)
         if word != "storage" or not right or type(count) is not int or count < 0:
-            raise pickle.UnpicklingError("a storage is not told as one")
+            raise pickle.UnpicklingError("a storage is not described as one")
         storage = _Storage(key, kind, count)
         if self.storages.setdefault(key, storage) != storage:
-            raise pickle.UnpicklingError(f"its storage {_short(key)} is told in two ways")
+            raise pickle.UnpicklingError(f"its storage {_short(key)} is described in two ways")
         return storage
 
 
 def _short(stated: Stated) -> str:
-    """At most 100 printable characters of a file's own words, so that they fill one line."""
+    """Return at most 100 printable characters of a name in a file, for one line."""
     return ascii(stated if isinstance(stated, str | int) else type(stated).__name__)[:100]

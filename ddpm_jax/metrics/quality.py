@@ -28,7 +28,7 @@ from ddpm_jax.metrics.distances import (
 )
 from ddpm_jax.metrics.features import Judge
 from ddpm_jax.metrics.pixels import to_images
-from ddpm_jax.progress import tell
+from ddpm_jax.progress import log
 
 WHOLE = 100_000  # images of a training set that are looked at, at the most: an endless one's
 CHUNK = 1000  # images that are looked at, and added to the moments, at once
@@ -43,7 +43,7 @@ class Quality(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Of a set: moments of all features, the first `KEPT` features, log p(y|x)."""
+    """Features of a set: moments of all, the first `KEPT` features, and log p(y|x)."""
 
     grouped: Grouped
     features: np.ndarray
@@ -51,21 +51,21 @@ class Seen(NamedTuple):
 
     @property
     def moments(self) -> Moments:
-        """Those of all features."""
+        """The moments of all features."""
         return self.grouped.moments
 
 
 def look(judge: Judge, parts: Iterator[np.ndarray], before: Seen | None = None) -> Seen:
-    """What a judge finds in a set of images, part by part, added to what came `before`."""
+    """Return what a judge finds in a set of images, part by part, added to what came `before`."""
     grouped = before.grouped if before else None
     kept = [before.features] if before else []
     logs = [before.logs] if before else []
     for part in parts:
-        features, log = judge.see(part)
+        features, log_probs = judge.see(part)
         grouped = Grouped(features, grouped)
         room = KEPT - sum(len(rows) for rows in kept)
         kept.append(features[:room].astype(np.float32))
-        logs.append(log.astype(np.float32))
+        logs.append(log_probs.astype(np.float32))
     assert grouped is not None
     return Seen(grouped, np.concatenate(kept), np.concatenate(logs))
 
@@ -286,14 +286,14 @@ def quality(
         picture = measured.picture if measured.picture is not None else picture
     if missing:
         sizes = ", ".join(f"{count} {name}" for name, count in sets.counts.items())
-        tell(f"metrics that {sizes} images do not give are left out: {', '.join(missing)}")
+        log(f"metrics that {sizes} images do not give are left out: {', '.join(missing)}")
     return Quality(metrics, picture)
 
 
 def neighbours(
     drawn: Float[np.ndarray, "n h w c"], data: Data, split: str = "test"
 ) -> tuple[dict[str, float], np.ndarray | errors.NonFinite]:
-    """How far drawn images are, in pixels, from the nearest training ones, and a sheet of both.
+    """Return distances in pixels of drawn images to the nearest training ones, and a sheet.
 
     The median distance, and its ratio to that of held-out images: under 1 is memorising.  The ratio
     is left out where half of the held-out images are training images, too.

@@ -22,7 +22,7 @@ def ssim(
     """Structural similarity of each pair (Wang et al. 2004, eq. 13), the mean over channels.
 
     Means and covariances are under a Gaussian of deviation 1.5 in windows of 11 x 11 pixels that
-    lie within the image, which is no smaller; 1 of equal images.
+    lie within the image, which is at least as large; 1 of equal images.
     """
     from scipy import ndimage
 

@@ -68,22 +68,26 @@ class Autoencoder(nn.Module):
     ) -> tuple[Float[Array, "batch rows columns d"], Float[Array, "batch rows columns d"]]:
         """q(z|x): (mean, logvar); the variance, a sigmoid, is never larger than the prior's.
 
-        A wider q(z|x) costs more nats than that of variance 1 and tells the decoder less, so that
-        nothing is lost; without a bound, one image's variance can be an exponential of what the
-        encoder says too much, and noise as large as that undoes the decoder in one step.
+        A wider q(z|x) costs more nats than that of variance 1 and carries less information, so
+        that nothing is lost.  Without a bound, one large output of the encoder gives that image a
+        variance of its exponential, and noise as large as that ruins the decoder in one step.
         """
         mean, logit = jnp.split(self.encoder(x), 2, -1)
         return mean, jnp.maximum(nn.log_sigmoid(logit), -20.0)
 
     def decode(self, z: Float[Array, "batch rows columns d"]) -> Float[Array, "batch h w c"]:
-        """The image of z."""
+        """Return the image of z."""
         return self.decoder(z)
 
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
         return self.decode(self.encode(x)[0])
 
     def check(self) -> None:
-        """Raises FieldError unless the network can be built for images of this size."""
+        """Check that the network can be built for images of this size.
+
+        Raises:
+          FieldError: it cannot.
+        """
         factor, (height, width, _) = 2 ** len(self.channels), self.shape
         if height % factor or width % factor:
             raise FieldError(

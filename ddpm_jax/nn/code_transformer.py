@@ -59,5 +59,9 @@ class CodeTransformer(nn.Module):
         return nn.Dense(self.codes, kernel_init=nn.initializers.zeros, name="out")(x)
 
     def check(self) -> None:
-        """Raises FieldError unless the network can be built."""
+        """Check that the network can be built.
+
+        Raises:
+          FieldError: it cannot.
+        """
         check_width(self.width, self.heads)

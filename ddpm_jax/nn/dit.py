@@ -150,7 +150,7 @@ class DiTBlock(nn.Module):
 def _modulation(
     module: nn.Module, emb: Float[Array, "batch d"], parts: int, name: str
 ) -> list[Float[Array, "batch 1 d"]]:
-    """`parts` vectors of the embedding, all zero at first."""
+    """Return `parts` vectors of the embedding, all zero at first."""
     zeros = nn.initializers.zeros
     dense = nn.Dense(parts * emb.shape[-1], kernel_init=zeros, name=name, parent=module)
     return jnp.split(dense(emb)[:, None], parts, -1)

@@ -75,15 +75,15 @@ class DualEncoder(nn.Module):
         self.log_scale = self.param("log_scale", start, ())
 
     def read(self, tokens: UInt8[Array, "batch length"]) -> Context:
-        """A caption's features, which a generation model is conditioned on."""
+        """Return a caption's features, which a generation model is conditioned on."""
         return self.text(tokens)
 
     def of_text(self, tokens: UInt8[Array, "batch length"]) -> Float[Array, "batch joint"]:
-        """A caption's place in the joint space, of length 1."""
+        """Return a caption's place in the joint space, of length 1."""
         return _unit(self.text_out(self.text(tokens).pooled[:, SIZES[self.size].width :]))
 
     def of_image(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch joint"]:
-        """An image's place in the joint space, of length 1."""
+        """Return an image's place in the joint space, of length 1."""
         return _unit(self.image(x))
 
     def scale(self) -> Float[Array, ""]:
@@ -96,7 +96,11 @@ class DualEncoder(nn.Module):
         return self.of_text(tokens), self.of_image(x), self.scale()
 
     def check(self) -> None:
-        """Raises FieldError unless the towers can be built."""
+        """Check that both encoders can be built.
+
+        Raises:
+          FieldError: one cannot.
+        """
         for channels in self.channels:
             if channels % GROUPS:
                 raise FieldError(

@@ -61,7 +61,7 @@ class Inception(nn.Module):
 
 
 def resize(x: Float[Array, "batch h w c"], side: int = SIDE) -> Float[Array, "batch side side c"]:
-    """Bilinear, as TensorFlow 1 does it with align_corners=False: pixel i is at i * length / side.
+    """Resize bilinearly, as TensorFlow 1 with align_corners=False: pixel i is at i * length / side.
 
     No half pixels, no smoothing, and the last pixel goes on beyond the edge.
     """
@@ -76,7 +76,7 @@ def resize(x: Float[Array, "batch h w c"], side: int = SIDE) -> Float[Array, "ba
 
 
 def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """The variables of `Inception`, from the state dict of torch-fidelity or pytorch-fid.
+    """Return the variables of `Inception`, from the state dict of torch-fidelity or pytorch-fid.
 
     kernel = weight gamma / sqrt(variance + 1e-3), bias = beta - mean gamma / sqrt(...); float64
     until the end.  Keys that are not needed, as `fc.bias` is not, are not looked at.
@@ -89,10 +89,10 @@ def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str,
 
     def read(key: str, *shape: int) -> np.ndarray:
         if key not in state:
-            raise UserError(f'these are no weights of Inception: there is no "{key}"')
+            raise UserError(f'these are not weights of Inception: there is no "{key}"')
         if state[key].shape != shape:
             actual = state[key].shape
-            raise UserError(f'these are no weights of Inception: "{key}" is {actual}, not {shape}')
+            raise UserError(f'these are not weights of Inception: "{key}" is {actual}, not {shape}')
         return np.asarray(state[key], np.float64)
 
     def convolution(
@@ -136,7 +136,7 @@ def _conv(
 
 
 def _row(x: Array, name: str, *layers: _Layer) -> Array:
-    """Convolutions one after the other, numbered from 1."""
+    """Apply convolutions one after the other, numbered from 1."""
     for number, layer in enumerate(layers, 1):
         x = _conv(x, f"{name}_{number}", *layer)
     return x

@@ -33,7 +33,7 @@ def convolution(
     feature_group_count: int = 1,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "batch *sides outputs"]:
-    """`jax.lax.conv_general_dilated` of channels-last arrays, with fast gradients in CPU loops.
+    """Convolve channels-last arrays, with fast gradients in CPU loops (`conv_general_dilated`).
 
     XLA for CPUs puts the dimensions of a convolution into the order that its fast kernels need
     (its pass ConvCanonicalization), but only outside of loops; within a loop it computes the
@@ -107,7 +107,7 @@ def _convolution_backward(
         return dx, dkernel
 
     def ordered(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
-        """Both gradients as convolutions of batch, space and channels in that order."""
+        """Return both gradients as convolutions of batch, space and channels in that order."""
         low = [pad[0] for pad in window.pads]
         sizes = (x.shape[1:-1], kernel.shape[:-2], dy.shape[1:-1])
         dilations = (window.lhs_dilation, window.rhs_dilation, window.strides)
@@ -183,7 +183,7 @@ def time_embedding(time: Float[Array, "batch"], width: int) -> Float[Array, "bat
 
 
 def grid_embedding(height: int, width: int, channels: int) -> Float[Array, "height width channels"]:
-    """`time_embedding` of a pixel's row in half of the channels, of its column in the others."""
+    """Embed a pixel's row in half of the channels, its column in the others."""
     half = channels // 2
     rows, columns = (time_embedding(jnp.arange(side) / 1000, half) for side in (height, width))
     both = (rows[:, None], columns[None])
@@ -200,7 +200,7 @@ def condition(
     label_std: float,
     pooled: Float[Array, "batch d"] | None = None,
 ) -> Float[Array, "batch width"]:
-    """What a network is conditioned on: an MLP of the time, the label's vector, a caption's.
+    """Return what a network is conditioned on: an MLP of the time, the label's vector, a caption's.
 
     Called within a module's compact method, whose parameters time_1, time_2, label and pooled it
     makes.
@@ -296,7 +296,7 @@ def layer_norm(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens 
 def space_to_depth(
     x: Float[Array, "batch h w c"], side: int
 ) -> Float[Array, "batch rows columns d"]:
-    """side x side pixels -> the channels of one."""
+    """Move side x side pixels into the channels of one."""
     size, height, width, channels = x.shape
     x = x.reshape(size, height // side, side, width // side, side, channels).swapaxes(2, 3)
     return x.reshape(size, height // side, width // side, side * side * channels)
@@ -305,7 +305,7 @@ def space_to_depth(
 def depth_to_space(
     x: Float[Array, "batch rows columns d"], side: int
 ) -> Float[Array, "batch h w c"]:
-    """The inverse of `space_to_depth`."""
+    """Return the inverse of `space_to_depth`."""
     size, rows, columns, features = x.shape
     x = x.reshape(size, rows, columns, side, side, features // side**2).swapaxes(2, 3)
     return x.reshape(size, rows * side, columns * side, features // side**2)

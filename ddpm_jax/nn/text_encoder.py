@@ -92,7 +92,7 @@ class TextEncoder(nn.Module):
 def words(
     tokens: UInt8[Array, "batch length"],
 ) -> tuple[Int[Array, "batch length"], Int[Array, "batch length"]]:
-    """(which word a byte belongs to, its place in it).
+    """Return (which word a byte belongs to, its place in it).
 
     A word begins where a letter, digit or byte of a character beyond ASCII follows any other
     byte, and behind `LONGEST` bytes of one; other bytes belong to the word before them.  Those
@@ -110,5 +110,5 @@ def words(
 
 
 def _room(length: int) -> int:
-    """How many words there may be in so many bytes."""
+    """Return how many words there may be in so many bytes."""
     return -(-length // USUAL)

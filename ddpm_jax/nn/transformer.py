@@ -72,7 +72,11 @@ class Block(nn.Module):
 
 
 def check_width(width: int, heads: int) -> None:
-    """Raises FieldError unless a transformer, and its `Refiner`, can be so wide."""
+    """Check that a transformer and its `Refiner` can have this width.
+
+    Raises:
+      FieldError: they cannot.
+    """
     if width % heads:
         raise FieldError(f"width={width}: must divide by heads={heads}", "heads")
     if width % 2:
@@ -82,7 +86,7 @@ def check_width(width: int, heads: int) -> None:
 def masked_mean(
     x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"]
 ) -> Float[Array, "batch width"]:
-    """Over the tokens that are text; 0 where there are none."""
+    """Return the mean over the tokens that are text; 0 where there are none."""
     return jnp.einsum("bl,bld->bd", mask / jnp.maximum(mask.sum(1, keepdims=True), 1), x)
 
 

@@ -125,7 +125,11 @@ class VAENetwork(nn.Module):
 
 
 def check_shape(net: VAENetwork) -> None:
-    """Raises FieldError unless the networks can be built for the images' size."""
+    """Check that the networks can be built for the images' size.
+
+    Raises:
+      FieldError: they cannot.
+    """
     height, width, _ = net.shape
     scale = 2 ** len(net.hidden)
     if net.conv and (height % scale or width % scale):
@@ -140,7 +144,7 @@ def check_shape(net: VAENetwork) -> None:
 def with_data_moments(
     params: PyTree, bias: Float[Array, "h w c"], logvar: Float[Array, ""]
 ) -> PyTree:
-    """The parameters of a decoder that knows nothing but the data's mean and variance yet.
+    """Return the parameters of a decoder that knows nothing but the data's mean and variance yet.
 
     Args:
       bias: of the output, what `Likelihood.bias` makes of the mean.

@@ -94,7 +94,7 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
         jax.distributed.initialize(
             coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT
         )
-        _leave_a_mourner()
+        _start_exit_watchdog()
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"--distributed: {str(error).splitlines()[0]}; outside of a cluster give "
@@ -105,7 +105,7 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
 
 
 # jax aborts a process when another one is gone, which no Python code of its own survives.
-MOURNER = """
+EXIT_WATCHDOG = """
 import sys
 if not sys.stdin.read():
     print("stopped: this process ended before its run did: it was killed, or another process of "
@@ -113,14 +113,14 @@ if not sys.stdin.read():
           "checkpoint", file=sys.stderr)
 """
 
-_mourners: list[subprocess.Popen[bytes]] = []
+_watchdogs: list[subprocess.Popen[bytes]] = []
 
 
-def _leave_a_mourner() -> None:
-    """A small process that tells of this one's end, unless `leave` was called before it."""
-    _mourners.append(
+def _start_exit_watchdog() -> None:
+    """Start a small process that reports this one's end, unless `leave` was called before it."""
+    _watchdogs.append(
         subprocess.Popen(
-            [sys.executable, "-c", MOURNER], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-c", EXIT_WATCHDOG], stdin=subprocess.PIPE, start_new_session=True
         )
     )
     atexit.register(leave)
@@ -128,9 +128,9 @@ def _leave_a_mourner() -> None:
 
 
 def leave() -> None:
-    """Say that this process ends as it means to."""
-    while _mourners:
-        _mourners.pop().communicate(b"farewell")
+    """End the exit watchdog, as this process ends by itself."""
+    while _watchdogs:
+        _watchdogs.pop().communicate(b"farewell")
 
 
 def meet_before_leaving() -> None:

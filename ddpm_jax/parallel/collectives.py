@@ -70,7 +70,14 @@ class Collectives(Protocol):
     def per_device(
         self, compute: Compute, params: PyTree, extra: PyTree, batch: PyTree, keys: PyTree
     ) -> tuple[PyTree, PyTree, PyTree]:
-        """Call `compute(collectives, params, extra, batch, keys)` in the view of one device."""
+        """Call `compute(collectives, params, extra, batch, keys)` in the view of one device.
+
+        Args:
+          compute: the gradient of a batch.
+          params, extra: parameters and extra variables.
+          batch: arrays with the examples as first axis.
+          keys: one for every example.
+        """
         return compute(self, params, extra, batch, keys)
 
 
@@ -123,7 +130,11 @@ class ShardedView(Collectives):
     def per_device(
         self, compute: Compute, params: PyTree, extra: PyTree, batch: PyTree, keys: PyTree
     ) -> tuple[PyTree, PyTree, PyTree]:
-        """Call `compute(collectives, params, extra, batch, keys)` in the view of one device."""
+        """Call `compute(collectives, params, extra, batch, keys)` in the view of one device.
+
+        Args:
+          compute, params, extra, batch, keys: see `Collectives.per_device`.
+        """
         specs = jax.tree.map(lambda array: self.split(array.shape), (params, extra))
         sizes = frozenset(array.size for array in jax.tree.leaves(params))
         examples, whole = PartitionSpec(self.mesh.axis_names), PartitionSpec()
@@ -197,7 +208,7 @@ def _gather(array: Array, spec: PartitionSpec) -> Array:
 def _is_kept(
     sizes: frozenset[int], primitive: Primitive, /, *inputs: PyTree, **parameters: object
 ) -> bool:
-    """Whether a result is kept for the backward pass: not a gathered parameter.
+    """Return whether a result is kept for the backward pass: not a gathered parameter.
 
     It may be of another type or shape than the parameter, whose size is among `sizes`.
     """

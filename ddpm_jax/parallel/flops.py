@@ -53,7 +53,7 @@ def _flops(jaxpr: Jaxpr) -> float:
 
 
 def _bodies(params: dict[str, object]) -> Iterator[Jaxpr]:
-    """The programs within an equation."""
+    """Yield the programs within an equation."""
     for value in params.values():
         for body in value if isinstance(value, tuple | list) else (value,):
             if isinstance(body, ClosedJaxpr):

@@ -11,7 +11,7 @@ from ddpm_jax.system.record import Record
 
 
 def memory() -> dict[str, float]:
-    """The most that this process's devices have held, where they tell it."""
+    """Return the peak memory of this process's devices, where they report it."""
     stats_of_all = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [stats["peak_bytes_in_use"] for stats in stats_of_all if "peak_bytes_in_use" in stats]
     return {"peak_memory_bytes": float(max(peaks))} if peaks else {}
@@ -26,7 +26,7 @@ PEAKS = {
 
 
 def utilisation(per_step: float, lap: dict[str, float]) -> dict[str, float]:
-    """Operations per second of a device, and what share that is of its peak where that is known."""
+    """Return a device's operations per second, and their share of its peak where it is known."""
     if not per_step or not math.isfinite(per_step):
         return {}
     rate = per_step * lap["steps_per_second"]
@@ -37,7 +37,7 @@ def utilisation(per_step: float, lap: dict[str, float]) -> dict[str, float]:
 
 
 def describe() -> Record:
-    """The devices, for `config.json`."""
+    """Return the devices, for `config.json`."""
     devices = jax.devices()
     return {
         "platform": devices[0].platform,

@@ -164,7 +164,7 @@ def lower_global(
 
 
 def on_cpu(mesh: Mesh) -> bool:
-    """Whether the devices are CPUs."""
+    """Return whether the devices are CPUs."""
     return bool(mesh.devices.flat[0].platform == "cpu")
 
 

@@ -60,19 +60,28 @@ def without_client() -> str:
 
 
 def check_same_everywhere(what: str, value: str) -> None:
-    """Raises UserError unless `value` is the first process's, too."""
+    """Check that all processes have the same `value`.
+
+    Raises:
+      UserError: it differs from that of the first process.
+    """
     first = from_main(lambda: value)
     if first != value:
         raise UserError(f"{what} is {value} here and {first} in the first process")
 
 
 def is_main() -> bool:
-    """Whether this process writes what is for people."""
+    """Return whether this process writes what is for people."""
     return bool(jax.process_index() == 0)
 
 
 def from_main(fn: Callable[[], T]) -> T:
-    """What `fn` (JSON's types) returns in the first process, in all of them; UserErrors, too."""
+    """Call `fn` in the first process; return its result, of JSON's types, in all processes.
+
+    Raises:
+      Exception: what `fn` raised, in the first process.
+      RunError: the same message, in the other processes.
+    """
     if jax.process_count() == 1:
         return fn()
     message: dict[str, object] = {}
@@ -94,7 +103,7 @@ def from_main(fn: Callable[[], T]) -> T:
 
 
 def from_main_alone(fn: Callable[[], T], otherwise: T) -> T:
-    """`fn()` in the first process, once done `otherwise` in the others; UserErrors in all."""
+    """Return `fn()` in the first process, `otherwise` in the others; UserErrors in all."""
     kept = otherwise
 
     def run() -> None:
@@ -106,12 +115,12 @@ def from_main_alone(fn: Callable[[], T], otherwise: T) -> T:
 
 
 def alone() -> bool:
-    """Whether there is one process."""
+    """Return whether there is one process."""
     return bool(jax.process_count() == 1)
 
 
 def complaint(text: str) -> str:
-    """What a process complains of, in its words and the same in all of them; "" if none does."""
+    """Return a process's complaint, the same in all processes; "" if there is none."""
     if alone():
         return text
     padded = np.zeros(LONGEST, np.uint8)
@@ -135,17 +144,17 @@ class Barrier(Protocol):
 
 
 class Meeting:
-    """Where the processes' background threads wait for each other, and hear who cannot go on.
+    """A barrier for the background threads of all processes.
 
-    Nothing runs on the devices for it, which belong to the main threads.  Whoever comes says what
-    for; when not all say the same, some have given up, and what they met for is over.
+    It uses no devices, which belong to the main threads.  Each process announces a key; if the keys
+    differ, a process has given up, and the barrier fails in all of them.
     """
 
     def __init__(self) -> None:
         self._place, self._count, self._over = "", 0, False
 
     def begin(self) -> None:
-        """All main threads call it before their background threads meet for something new."""
+        """Begin a new barrier; all main threads call it before their background threads wait."""
         self._place, self._count, self._over = f"ddpm_jax/{next(_meetings)}", 0, False
 
     def barrier(self) -> Barrier | None:
@@ -153,7 +162,7 @@ class Meeting:
         return None if without_client() else self.wait
 
     def wait(self, *, key: str, timeout_ms: int) -> None:
-        """Wait for the others, who come for `key`, too.
+        """Wait for the other processes, which must announce the same `key`.
 
         Raises:
           OSError: one gave up, and why, or none came in time; from then on nobody waits.

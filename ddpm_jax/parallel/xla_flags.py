@@ -85,7 +85,7 @@ def tune_cpu(debug: bool = False) -> None:
 
 
 def tune_gpu() -> None:
-    """The same program gives the same bits at each run: no atomic additions, no autotuning.
+    """Give the same bits at each run of a program: no atomic additions, no autotuning.
 
     It costs speed, of scatters and of convolutions' gradients above all; a CPU and a TPU need
     nothing.  Before the first computation, or it does nothing.

@@ -51,7 +51,7 @@ def check_device() -> None:
 
 
 def _check_cpu_devices(count: int) -> None:
-    """Raises UserError if a variable asks for fewer than one CPU device, or for too many."""
+    """Raise UserError if a variable asks for fewer than one CPU device, or for too many."""
     name = "--xla_force_host_platform_device_count"
     asked = [("JAX_NUM_CPU_DEVICES", count)] if count != -1 else []  # -1: not given
     for text in re.findall(rf"{name}=(-?\d+)(?!\S)", os.environ.get("XLA_FLAGS", "")):

@@ -87,7 +87,7 @@ def write_with(path: pathlib.Path, save: Callable[[IO[bytes]], object]) -> None:
 
 
 def is_ours(path: pathlib.Path) -> bool:
-    """Whether a .png or .npz has this program's mark."""
+    """Return whether a .png or .npz has this program's mark."""
     try:
         if path.suffix.lower() == ".png":
             with path.open("rb") as file:
@@ -115,7 +115,7 @@ def is_writable(folder: pathlib.Path) -> bool:
 
 
 def _refusal(folder: pathlib.Path) -> str:
-    """Why no files can be made in a folder; "" if they can."""
+    """Return why no files can be made in a folder; "" if they can."""
     place = folder.absolute()
     while not os.path.exists(place) and place != place.parent:
         place = place.parent

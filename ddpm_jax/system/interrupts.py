@@ -59,7 +59,7 @@ def watched(notice: Callable[[int], None]) -> Iterator[None]:
 
 
 def warning(warn: Callable[[], None], *numbers: int) -> Callable[[int], None]:
-    """What `watched` calls: the first of the signals `numbers` warns, a Ctrl-C after it ends.
+    """Return what `watched` calls: a first signal of `numbers` warns, a Ctrl-C after it ends.
 
     Args:
       warn: says what is waited for.

@@ -24,7 +24,7 @@ from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.reconstruction import SIDE, psnr, ssim
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.layers import inner_dtype
-from ddpm_jax.progress import tell
+from ddpm_jax.progress import log
 from ddpm_jax.task import (
     AllGather,
     Context,
@@ -198,7 +198,11 @@ class LatentAutoencoder(Task):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the error of every reconstruction and what bounds its latents."""
+        """Return the error of every reconstruction and what bounds its latents.
+
+        Args:
+          variables, batch, keys, train, all_gather: see `Task.loss`.
+        """
         del train, all_gather
         x = to_images(batch.images, self.info.levels)
         z, encoded, metrics = self.latent(variables, x, keys)
@@ -247,6 +251,12 @@ def reconstruct(
     """Return the loss, its terms, and the reconstruction and latents of every image.
 
     The image is that of the latents which a generation model is trained on.
+
+    Args:
+      task: the task.
+      variables: parameters, and the codebook if there is one.
+      batch: images.
+      keys: one for every image.
     """
     losses, metrics, _ = task.loss(
         variables, batch, keys, train=False, all_gather=lambda tree: tree
@@ -313,7 +323,7 @@ def evaluate_frechet_distance(task: LatentAutoencoder, context: Context) -> Eval
     about = {"fd": f"of reconstructions to their originals, in {tower.name}'s features"}
     originals, images, _ = context.shared(reconstructed)
     if len(images) < 2:
-        tell(f"left out, since it needs at least 2 images: {name}")
+        log(f"left out, since it needs at least 2 images: {name}")
         return Evaluation(about=about)
     plots.check_finite(images)
     sets = [Grouped(tower.see(part)[0]) for part in (images, originals)]

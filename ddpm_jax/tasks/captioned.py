@@ -154,7 +154,7 @@ class TextToImage(SamplingTask):
             self.generator.check()
 
     def _check_guidance(self, scale: float) -> None:
-        """Raises FieldError if captions cannot guide the network at a scale."""
+        """Raise FieldError if captions cannot guide the network at a scale."""
         if not self.caption_dropout and scale != 1.0:
             raise FieldError(
                 "caption_dropout=0: the network is never trained without captions, so that they "
@@ -194,7 +194,11 @@ class TextToImage(SamplingTask):
         return {"text": text, "autoencoder": {"params": params, "extra": extra}}
 
     def load_extra(self, extra: PyTree, load: Callable[[], PyTree] | None) -> PyTree:
-        """Return the frozen parts of a new run, of the types that `init` returns; see `Task`."""
+        """Return the frozen parts of a new run, of the types that `init` returns; see `Task`.
+
+        Raises:
+          RuntimeError: `load` is None.
+        """
         if load is None:
             raise RuntimeError("a new run of a generation model needs the parameters of its parts")
         return jax.tree.map(lambda old, new: np.asarray(new, old.dtype), extra, load())

@@ -19,7 +19,7 @@ from ddpm_jax.metrics.per_example import spread_times
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.classifier import ClassifierNetwork
 from ddpm_jax.nn.layers import inner_dtype
-from ddpm_jax.progress import tell
+from ddpm_jax.progress import log
 from ddpm_jax.rng import split_keys
 from ddpm_jax.task import AllGather, Context, Evaluate, Evaluation, LossOutput, Task, Variables
 from ddpm_jax.tasks.denoising import corrupt
@@ -122,7 +122,11 @@ class Classifier(Task):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the cross-entropy of every image, in nats; 0 without a class."""
+        """Return the cross-entropy of every image, in nats; 0 without a class.
+
+        Args:
+          variables, batch, keys, train, all_gather: see `Task.loss`.
+        """
         del all_gather
         shift_keys, dropout_keys, *noise_keys = split_keys(keys, 4 if self.schedule else 2)
         images, t = batch.images, None
@@ -190,6 +194,12 @@ def classify(
     """Return the cross-entropy and whether the label is right of every image: [B, times].
 
     The times of a noisy classifier are one in each tenth of [0, 1]; else there is one.
+
+    Args:
+      task: the task.
+      params: of the classifier.
+      batch: images.
+      keys: one for every image.
     """
     x0 = to_images(batch.images, task.info.levels)
     t_keys, eps_keys = split_keys(keys, 2)
@@ -266,7 +276,7 @@ def labelled(data: Data) -> Data:
             skipped.append(f"{len(labels) - len(kept)} {name}")
             parts[name] = split.subset(kept)
     if skipped:
-        tell(f"{data.title}: skipped {' and '.join(skipped)} images that have no class")
+        log(f"{data.title}: skipped {' and '.join(skipped)} images that have no class")
     return data._replace(
         train=parts.get("train", data.train),
         validation=parts.get("validation", data.validation),

@@ -28,7 +28,7 @@ from ddpm_jax.metrics.averages import averages
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.nn.layers import inner_dtype
-from ddpm_jax.progress import tell
+from ddpm_jax.progress import log
 from ddpm_jax.task import AllGather, Context, Evaluate, Evaluation, LossOutput, Task, Variables
 
 AMONG = 64  # images among which that of a caption is searched, whatever the size of a batch
@@ -66,7 +66,7 @@ class Contrastive(Task):
         check_captions(info_of(data))
         if not self.hard_negatives or shapes.is_named(data.name):
             return self
-        tell(f"no hard negatives: data set {data.name} has none, shapes alone does")
+        log(f"no hard negatives: data set {data.name} has none, shapes alone does")
         return dataclasses.replace(self, hard_negatives=0)
 
     def adapt(self, data: Data) -> Data:
@@ -128,7 +128,11 @@ class Contrastive(Task):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return eq. (1) of every pair, which is compared with those of all devices."""
+        """Return eq. (1) of every pair, which is compared with those of all devices.
+
+        Args:
+          variables, batch, keys, train, all_gather: see `Task.loss`.
+        """
         del keys, train
         text, image, negatives, scale = self.embed(variables.params, batch)
         captions = captions_alone(batch.captions)
@@ -203,14 +207,21 @@ def captions_alone(captions: PyTree) -> PyTree:
 def embed(
     task: Contrastive, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return the unit vectors of every pair, with hard negatives if there are any."""
+    """Return the unit vectors of every pair, with hard negatives if there are any.
+
+    Args:
+      task: the task.
+      params: of both encoders and the scale.
+      batch: images with their captions.
+      keys: not used.
+    """
     del keys
     text, image, negatives, _ = task.embed(params, batch)
     pairs = {"text": text, "image": image}
     if negatives is None:
         return pairs
-    told_apart = beats_negatives(text, image, negatives)
-    return {**pairs, "negatives": negatives, "told_apart": told_apart}
+    correct = beats_negatives(text, image, negatives)
+    return {**pairs, "negatives": negatives, "told_apart": correct}
 
 
 def embeddings(context: Context) -> dict[str, np.ndarray]:
@@ -279,14 +290,14 @@ def evaluate_pairs(task: Contrastive, context: Context) -> Evaluation:
     scale = np.asarray(compiled(task, context.variables.params))
     captions = captions_alone(held_out.rows(np.arange(len(held_out.images))).captions)
     nll, correct = compare_among(captions, scale, task.batch_size, context)
-    told_apart = {name: values[name] for name in ("told_apart",) if name in values}
-    metrics = averages({"loss": nll, **told_apart}) | {"scale": float(scale)}
+    negatives = {name: values[name] for name in ("told_apart",) if name in values}
+    metrics = averages({"loss": nll, **negatives}) | {"scale": float(scale)}
     fewer = min(AMONG, len(captions))
     if fewer > 1:
         among = compare_among(captions, scale, fewer, context)[1]
         metrics |= averages({"accuracy": correct, f"accuracy_among_{fewer}": among})
     else:
-        tell("accuracy is left out: a caption needs at least 2 images to be found among")
+        log("accuracy is left out: a caption needs at least 2 images to be found among")
     about = {"loss": f"among {task.batch_size} pairs of {len(captions)} held-out ones"}
     return Evaluation(metrics, about=about)
 

@@ -160,7 +160,11 @@ class Diffusion(ImageDenoiser):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the loss of every example at one time each; see `Task.loss`."""
+        """Return the loss of every example at one time each.
+
+        Args:
+          variables, batch, keys, train, all_gather: see `Task.loss`.
+        """
         del all_gather
         t_keys, eps_keys, label_keys, flip_keys, drop_keys = split_keys(keys, 5)
         if self.flip and train:
@@ -227,7 +231,7 @@ class Diffusion(ImageDenoiser):
         return jax.vmap(nats, (0, 0, 0, 0, 0, None))(prediction, *self._step(noisy, t))
 
     def _step(self, noisy: Corrupted, t: Float[Array, "batch"]) -> tuple[Array, ...]:
-        """(x0, x_t, logsnr_t, logsnr_s, least log variance) of every image's step of the table."""
+        """Return (x0, x_t, logsnr_t, logsnr_s, least log variance) of each image's step."""
         before, least = self.logsnr_before(t), self.least_log_variance()
         return noisy.x0, noisy.xt, noisy.logsnr, before, least
 
@@ -247,8 +251,14 @@ def held_out_terms(
 ) -> dict[str, Array]:
     """Return the loss and its parts at evenly spread times [B, times], and the bound's ends [B].
 
-    Of a schedule with a table: kl (nats, times T) and distortion, the squared error of x0, of every
-    time; prior and decoder, L_T and L_0 of the bound (Ho et al. 2020, eq. 5).
+    If the schedule has a table, also: kl (nats, times T) and distortion, the squared error of x0,
+    at every time; prior and decoder, L_T and L_0 of the bound (Ho et al. 2020, eq. 5).
+
+    Args:
+      task: the task.
+      params: of the network.
+      batch: images.
+      keys: one for every image.
     """
     labels = task.conditioning(batch.labels)
     t_keys, noise_keys, decoder_keys = split_keys(keys, 3)

@@ -23,7 +23,7 @@ from ddpm_jax.diffusion.process import q_sample
 from ddpm_jax.diffusion.schedules import NOISE, Schedule
 from ddpm_jax.errors import nearest
 from ddpm_jax.fields import PATH, AtLeast, AtMost, FieldError, SampleSteps
-from ddpm_jax.progress import tell_once
+from ddpm_jax.progress import log_once
 from ddpm_jax.system.record import Record
 from ddpm_jax.task import GuidanceModel, SampleRequest
 
@@ -270,7 +270,7 @@ def check_start(prediction: PredictionType, schedule: Schedule, how: Sampling) -
     """
     end = float(schedule.logsnr(jnp.asarray(1.0)))
     if end > NOISE:
-        tell_once(
+        log_once(
             f"the noise schedule ends at logsnr {end:.1f}, which is above {NOISE:g} and not pure "
             "noise, but sampling starts with pure noise: images will be worse than the network's"
         )

@@ -19,7 +19,7 @@ from ddpm_jax.data.tfds_builders import reachable
 from ddpm_jax.data.tokenizer import untokenize
 from ddpm_jax.data.types import ENDLESS, Data, Split
 from ddpm_jax.errors import UserError
-from ddpm_jax.progress import tell
+from ddpm_jax.progress import log
 
 LENGTH = 64  # tokens of a caption, as the encoder's tokenizer counts them
 HUB_SECONDS = 2.0  # in which the hub must answer
@@ -88,7 +88,7 @@ def load_encoder(name: str) -> tuple[Any, Any]:
 
 @functools.lru_cache(maxsize=2)
 def _load_encoder(name: str, files: str) -> tuple[Any, Any]:
-    """`load_encoder`, once for a name and its files' sizes and times."""
+    """Return `load_encoder`, once for a name and its files' sizes and times."""
     del files
     missing = [m for m in ("transformers", "torch") if importlib.util.find_spec(m) is None]
     if missing:
@@ -222,8 +222,8 @@ def _kept(name: str, texts: list[str]) -> Features:
     kept = _read(paths, len(texts))
     if kept is None:
         if any(path.exists() for path in paths):
-            tell(f"{place} is damaged: it is made again")
-        tell(f"reading {len(texts)} captions with {name}, once")
+            log(f"{place} is damaged: it is made again")
+        log(f"reading {len(texts)} captions with {name}, once")
         place.parent.mkdir(parents=True, exist_ok=True)
         _write(name, texts, paths)
         kept = _read(paths, len(texts))

@@ -14,7 +14,7 @@ from ddpm_jax.data.types import Data, Split
 from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.nn.layers import Context
 from ddpm_jax.nn.text_encoder import SIZES
-from ddpm_jax.progress import tell_once
+from ddpm_jax.progress import log_once
 from ddpm_jax.tasks.pretrained_text import Encoded, Features, encode, encoded
 
 
@@ -102,7 +102,7 @@ class BytesEncoder:
         """Log how many bytes of a text are read, if that is not the whole of it."""
         length = self.network.length
         if size(text) > length:
-            tell_once(f"a prompt of {size(text)} bytes: only the first {length} are read")
+            log_once(f"a prompt of {size(text)} bytes: only the first {length} are read")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ddpm_jax.metrics.networks import image_judge
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.parallel.partitioner import fetch
-from ddpm_jax.progress import tell_once
+from ddpm_jax.progress import log_once
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
 from ddpm_jax.task import Context, Evaluation, SampleRequest, Variables
 from ddpm_jax.tasks.generation import CaptionTask
@@ -192,7 +192,7 @@ def metrics_of(samples: TextSamples, context: Context) -> dict[str, float]:
 def distance_to(truth: Grouped, images: Grouped, name: str) -> dict[str, float]:
     """Return the Frechet distance as the metric `name`, with its error; none of one image."""
     if min(truth.moments.size, images.moments.size) < 2:
-        tell_once(f"left out, since it needs at least 2 images: {name}")
+        log_once(f"left out, since it needs at least 2 images: {name}")
         return {}
     distance = frechet_distance(images, truth)
     return figures(name, (distance.value, distance.error))

@@ -14,7 +14,7 @@ from ddpm_jax.fields import BOUND, EvalBatch, Length, NonNegative, section
 from ddpm_jax.metrics.averages import averages
 from ddpm_jax.nn.layers import inner_dtype
 from ddpm_jax.nn.vae import VAENetwork, check_shape, with_data_moments
-from ddpm_jax.progress import tell
+from ddpm_jax.progress import log
 from ddpm_jax.rng import split_keys
 from ddpm_jax.task import (
     AllGather,
@@ -140,7 +140,11 @@ class VAE(SamplingTask):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the negative ELBO of every image, with the KL weighted by beta."""
+        """Return the negative ELBO of every image, with the KL weighted by beta.
+
+        Args:
+          variables, batch, keys, train, all_gather: see `Task.loss`.
+        """
         del train, all_gather  # nothing is dropped out or compared
         posterior = self.posterior(variables.params, batch, keys)
         nll = self.nll(variables.params, posterior.z, posterior.x)
@@ -208,7 +212,14 @@ def decode(
 def bound_terms(
     task: VAE, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return the two terms of the ELBO in nats, and the mean of q(z|x), of every image."""
+    """Return the two terms of the ELBO in nats, and the mean of q(z|x), of every image.
+
+    Args:
+      task: the task.
+      params: of the encoder and the decoder.
+      batch: images.
+      keys: one for every image.
+    """
     posterior = task.posterior(params, batch, keys)
     nll = task.nll(params, posterior.z, posterior.x)
     kl = jax.vmap(vae.kl_to_standard_normal)(posterior.mean, posterior.logvar)
@@ -225,7 +236,7 @@ def evaluate_bound(task: VAE, context: Context) -> Evaluation:
     if len(nll) > 1:  # a variance over images
         metrics["active_units"] = float((values["mean"].var(0) > ACTIVE_VARIANCE).sum())
     else:
-        tell("active_units is left out: it needs at least 2 images")
+        log("active_units is left out: it needs at least 2 images")
     bits_per_dim = task.pixels.bits_per_dim
     if bits_per_dim is not None:
         bits = bits_per_dim(jnp.asarray(nll + kl), int(np.prod(context.data.shape)))
@@ -236,7 +247,14 @@ def evaluate_bound(task: VAE, context: Context) -> Evaluation:
 def importance_weights(
     task: VAE, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return 1,000 log weights of each image; x is the x of `bound_terms`."""
+    """Return 1,000 log weights of each image; x is the x of `bound_terms`.
+
+    Args:
+      task: the task.
+      params: of the encoder and the decoder.
+      batch: images.
+      keys: one for every image.
+    """
     x, mean, logvar, _ = task.posterior(params, batch, keys)
 
     def weight(carry: None, number: Array) -> tuple[None, Array]:
@@ -280,7 +298,14 @@ def importance_weighted(log_weights: Float[np.ndarray, "images samples"]) -> dic
 def reconstruct(
     task: VAE, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return x and its reconstruction from the mean of q(z|x), in [-1, 1], of every image."""
+    """Return x and its reconstruction from the mean of q(z|x), in [-1, 1], of every image.
+
+    Args:
+      task: the task.
+      params: of the encoder and the decoder.
+      batch: images.
+      keys: one for every image.
+    """
     posterior = task.posterior(params, batch, keys)
     shown = task.pixels.show(posterior.x)
     return {"x": shown, "reconstruction": task.decode(params, posterior.mean)}

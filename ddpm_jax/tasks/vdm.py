@@ -147,7 +147,11 @@ class VDM(ImageDenoiser):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the bound in bits per dimension of every example; see `Task.loss`."""
+        """Return the bound in bits per dimension of every example.
+
+        Args:
+          variables, batch, keys, train, all_gather: see `Task.loss`.
+        """
         del all_gather
         params, x0 = variables.params, to_images(batch.images, self.info.levels)
         t_keys, drop_keys, end_keys, eps_keys = split_keys(keys, 4)
@@ -210,7 +214,11 @@ class VDM(ImageDenoiser):
 
 
 def bounds(task: VDM, params: PyTree, batch: Batch, keys: Key[Array, "batch"]) -> dict[str, Array]:
-    """Return in nats of each image what both bounds share, and each one's middle term."""
+    """Return in nats of each image what both bounds share, and each one's middle term.
+
+    Args:
+      task, params, batch, keys: see `ode_nll`.
+    """
     x0, labels = to_images(batch.images, task.info.levels), task.conditioning(batch.labels)
     schedule, count = task.noise_schedule(params), task.evaluation.times_per_image
     end_keys, t_keys, eps_keys, _ = split_keys(keys, EVALUATION_PURPOSES)
@@ -246,8 +254,7 @@ def ode_nll(
       task: the task.
       params: of the network and of the schedule.
       tolerance: of the ODE's solver.
-      batch: images.
-      keys: one for every image.
+      batch, keys: images, and one key for each.
     """
     shape, schedule = task.info.shape, task.noise_schedule(params)
     x0, labels = to_images(batch.images, task.info.levels), task.conditioning(batch.labels)
@@ -332,7 +339,12 @@ def evaluate_schedule(task: VDM, context: Context) -> Evaluation:
 def rounding_nll(
     z0: Float[Array, "*event"], x0: Float[Array, "*event"], logsnr: Float[Array, ""], levels: int
 ) -> Float[Array, ""]:
-    """Return -log P(x0 | z_0) of one image in nats, eq. (1): z_0 / alpha in x0's bin."""
+    """Return -log P(x0 | z_0) of one image in nats, eq. (1): z_0 / alpha in x0's bin.
+
+    Args:
+      z0, x0: z_0 of logSNR `logsnr`, and the image in [-1, 1]; both [*event].
+      levels: number of grey values.
+    """
     alpha, sigma = alpha_sigma(logsnr)
     seen = Prediction(z0 / alpha, jnp.zeros_like(z0))
     return elbo.decoder_nll(seen, x0, sigma / alpha, levels)

@@ -19,7 +19,7 @@ class CheckSums(TypedDict):
 
 
 def check_sums(state: PyTree, host: Mapping[str, object]) -> CheckSums:
-    """A number for every array, the same however it lies on devices, and one for the record.
+    """Return a number for every array, the same however it lies on devices, and one for the record.
 
     sum of (2 i + 1) word_i modulo 2^32: any one word changed changes it.  None of what is `...`.
     """
@@ -32,7 +32,7 @@ def check_sums(state: PyTree, host: Mapping[str, object]) -> CheckSums:
 
 
 def agree(known: CheckSums, computed: CheckSums) -> bool:
-    """Whether the check sums of what was read are those that were written."""
+    """Return whether the check sums of what was read are those that were written."""
     ours, theirs = computed["arrays"], known["arrays"]
     if len(ours) != len(theirs) or computed["host"] != known["host"]:
         return False
@@ -60,12 +60,12 @@ def _sum(array: jax.Array) -> int:
 
 
 def _is_here(array: jax.Array) -> bool:
-    """Whether numpy can read it where it lies."""
+    """Return whether numpy can read it where it lies."""
     return array.is_fully_addressable and all(d.platform == "cpu" for d in array.devices())
 
 
 def sum_on_host(array: jax.Array) -> np.uint32:
-    """`sum_on_devices` by numpy, for which nothing is compiled."""
+    """Return `sum_on_devices` by numpy, for which nothing is compiled."""
     words = np.asarray(array).reshape(-1)
     words = words.view(f"u{min(words.dtype.itemsize, 4)}").astype(np.uint32)
     return cast(np.uint32, words @ np.arange(1, 2 * words.size, 2, dtype=np.uint32))
@@ -73,7 +73,7 @@ def sum_on_host(array: jax.Array) -> np.uint32:
 
 @jax.jit  # so compiled once for each shape, of which a state has few
 def sum_on_devices(array: jax.Array) -> jax.Array:
-    """Sum (2 i + 1) word_i modulo 2^32."""
+    """Return the sum of (2 i + 1) word_i modulo 2^32."""
     words = array
     if array.dtype == bool:
         words = array.astype(jnp.uint8)

@@ -4,9 +4,9 @@ A checkpoint is a state's arrays and a small record of the host's (JSON).  It is
 the background and appears under its name whole or not at all, so a process killed at any
 moment leaves the one before it.
 
-Of several processes each writes its part and reads its own.  What one alone cannot write or read,
-all of them give up: they try the folder before they write, meet when they have written, and tell
-each other what they have read.
+With several processes, each writes and reads its part.  If one of them cannot, all of them give
+up: they try the folder before they write, meet when they have written, and compare what they have
+read.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from ddpm_jax.parallel.processes import (
     is_main,
     without_client,
 )
-from ddpm_jax.progress import tell, tell_once
+from ddpm_jax.progress import log, log_once
 from ddpm_jax.system.unraisable import quiet_event_loop
 from ddpm_jax.training.check_sums import agree, check_record, check_sums
 from ddpm_jax.training.records import FORMAT
@@ -68,14 +68,20 @@ class Checkpoints(NamedTuple):
         """Start writing `state` and the host's record; returns before they are on disk.
 
         Both are copied first: a training step donates, and so overwrites, its state, and the
-        host goes on with its record.  What cannot be written is told of, and the ones before stay.
+        host goes on with its record.  A failure to write is logged, and the ones before stay.
+
+        Args:
+          step: number of steps done.
+          state: arrays.
+          host: the host's record, of JSON's types.
+          metrics: of the evaluation, which decide on the best checkpoint; None: none.
         """
         import orbax.checkpoint as ocp
 
         self.wait()
         why = "" if alone() else complaint(self._refusal())
         if why:
-            tell(f"cannot write the checkpoint of step {step}: {why}; the run goes on without it")
+            log(f"cannot write the checkpoint of step {step}: {why}; the run goes on without it")
             return
         self.meeting.begin()
         record = copy.deepcopy(dict(host))
@@ -85,11 +91,11 @@ class Checkpoints(NamedTuple):
             host=ocp.args.JsonSave(record),
         )
         best = {BEST: metrics[BEST]} if metrics else None
-        with self._telling():
+        with self._reporting():
             self.manager.save(step, args=args, metrics=best, force=True)
 
     def _refusal(self) -> str:
-        """Why this process cannot write into the folder, found out by trying; "" if it can."""
+        """Return why this process cannot write into the folder, by trying; "" if it can."""
         probe = pathlib.Path(self.manager.directory) / f"probe.{jax.process_index()}"
         try:
             try:
@@ -101,11 +107,11 @@ class Checkpoints(NamedTuple):
         return ""
 
     def newest(self) -> int | None:
-        """The step of the newest checkpoint, if there is one."""
+        """Return the step of the newest checkpoint, if there is one."""
         return cast(int | None, self.manager.latest_step())
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, object]]:
-        """(state, host record) of a step; `like` has the state's shapes and placement.
+        """Return (state, host record) of a step; `like` has the state's shapes and placement.
 
         What is `...` in it is not read, and is `...` in the state.
 
@@ -144,9 +150,9 @@ class Checkpoints(NamedTuple):
         return state, host
 
     def restore_newest(self, like: PyTree) -> tuple[int, PyTree | None, dict[str, object]]:
-        """(step, state, host record) of the newest that is not damaged; (0, None, {}) of none.
+        """Return (step, state, host record) of the newest undamaged one, or (0, None, {}).
 
-        Damaged ones are told of and, where this may write and there is a good one, set aside.
+        Damaged ones are logged and, where this may write and there is a good one, set aside.
 
         Raises:
           UserError: all of them are.
@@ -157,7 +163,7 @@ class Checkpoints(NamedTuple):
             try:
                 state, host = self.restore(step, like)
             except UserError as error:
-                tell(f"{error}; trying the one before")
+                log(f"{error}; trying the one before")
                 damaged.append(step)
                 continue
             for bad_step in [] if self.read_only else damaged:
@@ -211,12 +217,12 @@ class Checkpoints(NamedTuple):
         )
 
     def wait(self) -> None:
-        """Wait until what was started is on disk, or tell that it could not be written."""
-        with self._telling():
+        """Wait until what was started is on disk, or log that it could not be written."""
+        with self._reporting():
             self.manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _reporting(self) -> Iterator[None]:
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -227,7 +233,7 @@ class Checkpoints(NamedTuple):
             for draft in drafts if is_main() else []:  # what is there of it takes room
                 shutil.rmtree(draft, ignore_errors=True)
             which = f" of step {drafts[-1].name.partition('.')[0]}" if drafts else ""
-            tell(
+            log(
                 f"cannot write the checkpoint{which}: {one_line(error)}; the run goes on without it"
             )
 
@@ -238,7 +244,7 @@ class Checkpoints(NamedTuple):
 
 
 def open_checkpoints(folder: pathlib.Path, read_only: bool = False) -> Checkpoints:
-    """The checkpoints below `folder`, which keeps the newest few and the best."""
+    """Return the checkpoints below `folder`, which keeps the newest few and the best."""
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers
 
@@ -255,7 +261,7 @@ def open_checkpoints(folder: pathlib.Path, read_only: bool = False) -> Checkpoin
     )
     folder, meeting = folder.resolve(), Meeting()
     if without_client():
-        tell_once(without_client())
+        log_once(without_client())
     if not (alone() or read_only):
         from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     options = ocp.CheckpointManagerOptions(
@@ -311,7 +317,7 @@ def check_store(folder: pathlib.Path) -> None:
         if why and not any(folder.glob("[0-9]*")):
             raise RunError(f"{refused}{why}; make room") from None
         if why:
-            tell(f"cannot write to {folder}: {why}; make room, the run goes on")
+            log(f"cannot write to {folder}: {why}; make room, the run goes on")
             return
         if isinstance(error, OSError):
             raise UserError(f"{refused}{one_line(error)}; give another --workdir") from None
@@ -325,9 +331,10 @@ def check_store(folder: pathlib.Path) -> None:
 
 
 def _processes(numbers: Iterable[int]) -> Any:
-    """Who waits for each other: named, they do so through the coordinator, for 5 minutes at most.
+    """Return orbax's options for the processes that wait for each other.
 
-    Unnamed, they would through the devices, without end, in step with no one who gave up.
+    Named, they wait through the coordinator, for at most 5 minutes. By default they would wait
+    through the devices, without a limit, even for a process that has given up.
     """
     import orbax.checkpoint as ocp
 
@@ -338,7 +345,7 @@ def _processes(numbers: Iterable[int]) -> Any:
 
 
 def _reader() -> Any:
-    """Reads without waiting for other processes, which may have failed to."""
+    """Return a reader that does not wait for other processes, which may have failed."""
     import orbax.checkpoint as ocp
 
     options = _processes([jax.process_index()])

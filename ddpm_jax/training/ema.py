@@ -45,7 +45,7 @@ class EMA:
 
     @property
     def is_average(self) -> tuple[bool, ...]:
-        """Of each name, whether it is an average, and not the parameters themselves."""
+        """Return for each name whether it is an average, and not the parameters themselves."""
         return (*(life > 0 for life in self.half_lives), *(True for _ in self.power_widths))
 
     @property
@@ -66,7 +66,7 @@ class EMA:
 
 
 def ema_decay(step: Int[Array, ""] | int, batch_size: int, half_life: float) -> Float[Array, ""]:
-    """The share of the old average that a step keeps: 2^(-batch / half-life).
+    """Return the share of the old average that a step keeps: 2^(-batch / half-life).
 
     The half-life, in images, is cut to 5 % of the images seen, so that the average is
     never mostly the first values (Karras et al. 2024, `training_loop.py`).
@@ -77,7 +77,7 @@ def ema_decay(step: Int[Array, ""] | int, batch_size: int, half_life: float) -> 
 
 
 def power_decay(step: Int[ArrayLike, "*steps"], width: float) -> Float[Array, "*steps"]:
-    """The share that a power-function average keeps: (1 - 1 / step)^(g + 1).
+    """Return the share that a power-function average keeps: (1 - 1 / step)^(g + 1).
 
     Its weights grow as time^g; their standard deviation is `width` of the time that has passed,
     width^2 = (g + 1) / ((g + 2)^2 (g + 3)) (Karras et al. 2024, eq. 121 and 123).
@@ -92,7 +92,7 @@ def ema_decays(
 ) -> list[Float[Array, ""] | None]:
     """Return what step `step` keeps of every average, in the order of `EMA.names`.
 
-    None stands for one that is no average but the parameters themselves.
+    None stands for the parameters themselves, which are not an average.
     """
     return [
         *(ema_decay(step, batch_size, life) if life else None for life in ema.half_lives),

@@ -183,7 +183,10 @@ def check_finite_metrics(metrics: dict[str, float]) -> None:
     """
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise RunError(f"{name} is {value}: the parameters are no good")
+            raise RunError(
+                f"{name} is {value}: training diverged; train again with a lower "
+                "--config.optimizer.learning_rate"
+            )
 
 
 def describe_evaluation(evaluation: Evaluation, config: Settings) -> Record:

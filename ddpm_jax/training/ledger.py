@@ -117,7 +117,7 @@ class Ledger:
 
 
 def _not_finite(name: str, value: float, step: int, examples: np.ndarray) -> str:
-    """Say what is wrong with a step, and with which training examples, by their place."""
+    """Describe what is wrong with a step, and with which training examples, by their place."""
     listed = ", ".join(map(str, examples[:5])) + ", ..." * (len(examples) > 5)
     which = f"of training examples {listed}" if len(examples) else "though every example's loss is"
     return f"{name} is {value} at step {step}, {which}"

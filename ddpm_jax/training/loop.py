@@ -26,7 +26,7 @@ from ddpm_jax.data.prefetch import prefetch
 from ddpm_jax.data.types import Data
 from ddpm_jax.parallel import processes
 from ddpm_jax.parallel.partitioner import Partitioner, Program
-from ddpm_jax.progress import Clock, tell, tell_once
+from ddpm_jax.progress import Clock, log, log_once
 from ddpm_jax.task import Evaluation, Resources, Task, Variables
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.evaluation import EvaluationContext, evaluate
@@ -98,7 +98,7 @@ def fit(
         order = epoch_order(seed, len(data.train.images))
         ledger = Ledger(config.train, run, clock, checkpoints, order, start.flops, start.host)
         if config.train.eval_every and data.validation is None:
-            tell("no validation split: nothing is evaluated before the end")
+            log("no validation split: nothing is evaluated before the end")
         side = _Side(steps, data, run, checkpoints, preemption, clock, ledger, resources)
         for first, last in itertools.chain(plan(), [(total, total)]):
             evaluated = side.evaluate(first, state) if side.evaluation_due(first) else None
@@ -142,7 +142,7 @@ def _restore_or_initialise(
     """Restore the newest checkpoint, or make a new state, while the program is compiled."""
     partitioner, total = steps.partitioner, steps.config.train.steps
     if partitioner.warning():
-        tell_once(partitioner.warning())
+        log_once(partitioner.warning())
     size = min(steps.task.init_examples, len(steps.split.images))
     examples = batch_of(steps.split, np.arange(size), np.arange(size))
     init = jax.jit(initializer(steps.task, steps.config, steps.seed))  # so traced once, here
@@ -157,7 +157,7 @@ def _restore_or_initialise(
             extra = steps.task.load_extra(state.extra, resources.parts)
             state = state._replace(extra=partitioner.place(extra))
         else:
-            tell(f"resuming at step {step}")
+            log(f"resuming at step {step}")
     if step < total and lowered is None:  # the newest checkpoint is damaged
         lowered = steps.lower(like)
     program = compiled.result() if compiled else lowered and lowered()
@@ -177,11 +177,11 @@ class _Side(NamedTuple):
     resources: Resources
 
     def ends(self, step: int) -> bool:
-        """Whether no step follows, for now."""
+        """Return whether no step follows, for now."""
         return step == self.steps.config.train.steps or self.preemption.requested()
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether the validation split is evaluated before the next call."""
+        """Return whether the validation split is evaluated before the next call."""
         every = self.steps.config.train.eval_every if self.data.validation is not None else 0
         return _due(step, every) and not self.ends(step)
 
@@ -198,7 +198,7 @@ class _Side(NamedTuple):
         """Evaluate the test split; None if the training is asked to stop."""
         if self.preemption.requested():
             return None
-        tell("evaluating")
+        log("evaluating")
         with self.preemption.interrupting():
             return self._evaluated(self.steps.config.train.steps, state, full=True)
         return None
@@ -224,7 +224,7 @@ class _Side(NamedTuple):
         return evaluation
 
     def checkpoint_due(self, step: int) -> bool:
-        """Whether a checkpoint is written before the next call."""
+        """Return whether a checkpoint is written before the next call."""
         return _due(step, self.steps.config.train.checkpoint_every) or self.ends(step)
 
     def checkpoint(self, step: int, state: TrainState, metrics: Mapping[str, float] | None) -> None:
@@ -235,12 +235,12 @@ class _Side(NamedTuple):
                 self.checkpoints.save(step, state, self.ledger.host(), metrics)
 
     def _may_save(self, step: int) -> bool:
-        """Whether a checkpoint is wanted, and all lines of the log before it are on disk."""
+        """Return whether a checkpoint is wanted, and all lines of the log before it are on disk."""
         if step == 0 or self.checkpoints.newest() == step:
             return False
         if self.run.flush():
             return True
-        tell(f"no checkpoint of step {step}: the figures before it could not be written")
+        log(f"no checkpoint of step {step}: the figures before it could not be written")
         return False
 
 
@@ -272,12 +272,12 @@ class _Profiler:
         if self._tracing:
             self._stop()
         elif self.cuts and step <= self.cuts[0]:
-            tell("nothing profiled: a trace is of steps 10 to 15 after the first")
+            log("nothing profiled: a trace is of steps 10 to 15 after the first")
 
     def _stop(self) -> None:
         self._tracing = False
         jax.profiler.stop_trace()
-        tell(f"profiled: tensorboard --logdir={self._folder}, or ui.perfetto.dev")
+        log(f"profiled: tensorboard --logdir={self._folder}, or ui.perfetto.dev")
 
 
 def _due(step: int, every: int) -> bool:

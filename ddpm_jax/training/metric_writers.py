@@ -21,7 +21,7 @@ class Board(NamedTuple):
 
 
 def tensorboard(folder: pathlib.Path, step: int) -> Board:
-    """TensorBoard's event files in `folder`; what was there of after `step` is not shown.
+    """Return a writer of TensorBoard's event files in `folder`; events after `step` are hidden.
 
     Written in the caller's thread: tensorboardX's own hangs for good when the clock jumps back.
     """
@@ -48,7 +48,7 @@ def tensorboard(folder: pathlib.Path, step: int) -> Board:
 
 
 def weights_and_biases(workdir: pathlib.Path, record: Record) -> Board:
-    """A run of Weights & Biases, named as `workdir` and resumed with it.
+    """Return a run of Weights & Biases, named as `workdir` and resumed with it.
 
     Raises:
       UserError: it is not installed.
@@ -76,7 +76,11 @@ def weights_and_biases(workdir: pathlib.Path, record: Record) -> Board:
 
 
 def check_wandb() -> None:
-    """Raises UserError if Weights & Biases is not installed."""
+    """Check that Weights & Biases is installed.
+
+    Raises:
+      UserError: it is not.
+    """
     _wandb()
 
 

@@ -38,12 +38,12 @@ def orthogonal(x: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
     if rows < columns:
         return jnp.transpose(orthogonal(x.T))
     x = x / (jnp.linalg.norm(x) + 1e-8)
-    one = jnp.eye(columns, dtype=x.dtype)
+    identity = jnp.eye(columns, dtype=x.dtype)
     coefficients = jnp.asarray(NEWTON_SCHULZ, x.dtype)
 
     def polynomial(gram: Array, abc: Array) -> Array:
         a, b, c = abc
-        p: Array = a * one + (b * one + c * gram) @ gram
+        p: Array = a * identity + (b * identity + c * gram) @ gram
         return p
 
     def whole(x: Array, abc: Array) -> tuple[Array, None]:
@@ -56,12 +56,12 @@ def orthogonal(x: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
 
     if rows <= 2 * columns:
         return jax.lax.scan(whole, x, coefficients)[0]
-    (_, product), _ = jax.lax.scan(small, (x.T @ x, one), coefficients)
+    (_, product), _ = jax.lax.scan(small, (x.T @ x, identity), coefficients)
     return x @ product
 
 
 def _each(a: Array) -> Float[Array, "matrices rows columns"]:
-    """A kernel as matrices of inputs and outputs.
+    """Return a kernel as matrices of inputs and outputs.
 
     A convolution's places are among its inputs (of one over words they stay apart), and layers
     that are stacked for a scan stay apart.

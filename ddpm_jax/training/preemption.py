@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from ddpm_jax.parallel import processes
 from ddpm_jax.parallel.partitioner import Partitioner, replicate
-from ddpm_jax.progress import tell
+from ddpm_jax.progress import log
 from ddpm_jax.system import interrupts
 
 WAITING = (
@@ -39,7 +39,7 @@ class Preemption:
         self._flags: Array | None = None  # of all processes; None: nothing is announced
         self._before: dict[int, Handler] = {}
         # In a thread of its own, and at once: the main thread may be compiling.
-        notice = interrupts.warning(lambda: tell(WAITING), signal.SIGTERM, signal.SIGINT)
+        notice = interrupts.warning(lambda: log(WAITING), signal.SIGTERM, signal.SIGINT)
         self._watch = interrupts.watched(notice)
 
     def __enter__(self) -> "Preemption":
@@ -74,7 +74,7 @@ class Preemption:
             self._flags = replicate(self._partitioner.shard(flags))
 
     def requested(self) -> bool:
-        """Whether a process was asked to stop before the latest announcement; alone, before now."""
+        """Return whether a process was asked to stop by the latest announcement; alone, by now."""
         if processes.alone():
             return self._signalled
         return self._flags is not None and bool(np.max(self._flags))

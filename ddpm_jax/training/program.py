@@ -15,7 +15,7 @@ from ddpm_jax.training.step import TrainState, train_step, train_steps
 
 
 def calls(first: int, config: Settings, cuts: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
-    """(first, last) of each call: at most `steps_per_call` steps, none across a boundary or cut."""
+    """Yield (first, last) of each call: at most `steps_per_call` steps, none across a boundary."""
     train = config.train
     intervals = (train.log_every, train.eval_every, train.checkpoint_every)
     while first < train.steps:
@@ -71,5 +71,12 @@ class StepProgram:
     def run(
         self, program: Program, state: TrainState, batch: PyTree, count: int
     ) -> tuple[TrainState, PyTree]:
-        """Run `count` steps; return the next state and the metrics."""
+        """Run `count` steps; return the next state and the metrics.
+
+        Args:
+          program: compiled, from `lower`.
+          state: the state before the first of the steps.
+          batch: from `place`.
+          count: number of steps of the call.
+        """
         return program(state, batch, count) if self.stack else program(state, batch)

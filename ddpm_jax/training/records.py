@@ -29,7 +29,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-da
 
 
 def read_record(workdir: pathlib.Path) -> Record | None:
-    """What config.json of a run directory says; None where there is none.
+    """Return what config.json of a run directory says; None where there is none.
 
     Raises:
       UserError: there is one, and it cannot be read.
@@ -68,8 +68,8 @@ def check_entries(workdir: pathlib.Path) -> None:
     while folders:
         folder = folders.pop()
         try:
-            with os.scandir(folder) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+            with os.scandir(folder) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name)
         except FileNotFoundError:  # removed meanwhile, by a process that trains there
             continue
         except OSError as error:
@@ -106,7 +106,17 @@ def check_same(
     record: Record,
     may_change: Collection[str] = (),
 ) -> None:
-    """Raises UserError, naming what differs, unless `record` goes on with `earlier`."""
+    """Check that `record` goes on with the run of `earlier`.
+
+    Args:
+      workdir: the run's directory, for messages.
+      earlier: the record in the directory.
+      record: the record of this run.
+      may_change: paths of config fields that may differ.
+
+    Raises:
+      UserError: the records differ in something else, which it names.
+    """
     if earlier["experiment"] != record["experiment"]:
         raise UserError(
             f"{workdir} holds a run of {earlier['experiment']}, not of {record['experiment']}; "
@@ -150,7 +160,7 @@ def flatten(config: Record, prefix: str = "") -> Record:
 
 
 def provenance() -> Record:
-    """Versions and git commit; None of a package that is not installed, nor needed so far."""
+    """Return versions and git commit; None for a package that is not installed, nor needed yet."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -163,7 +173,7 @@ def provenance() -> Record:
 def _git_commit() -> str | None:
     here = pathlib.Path(__file__).parent
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             cwd=here,
             capture_output=True,
@@ -172,7 +182,7 @@ def _git_commit() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
+    return described.stdout.strip() or None if described.returncode == 0 else None
 
 
 def _json(value: Any) -> bytes:
@@ -180,7 +190,7 @@ def _json(value: Any) -> bytes:
 
 
 def _parsed(text: bytes) -> Any:
-    """What a JSON text says; None if it is none."""
+    """Return what a JSON text says; None if it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -204,7 +214,11 @@ def replace_file(path: pathlib.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def can_write(path: pathlib.Path) -> Iterator[None]:
-    """Raises RunError, naming `path`, if something cannot be written."""
+    """Turn a failure to write into an error that names `path`.
+
+    Raises:
+      RunError: something cannot be written.
+    """
     try:
         yield
     except OSError as error:

@@ -22,7 +22,7 @@ import numpy as np
 
 from ddpm_jax import errors, plots
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.progress import tell
+from ddpm_jax.progress import log
 from ddpm_jax.system.files import append
 from ddpm_jax.system.record import Record
 from ddpm_jax.training.metric_writers import Board, tensorboard, weights_and_biases
@@ -44,8 +44,8 @@ OF_SYSTEMS = ("lost+found", "desktop.ini")  # what a new disk or a shared drive 
 class RunDir(NamedTuple):
     """An open run directory; one process at a time has it, and of a run's several the first.
 
-    What cannot be written, on a full disk, is told and does not end the training: lines are
-    kept for later, and `flush` says whether all of them are there.
+    A failure to write, as on a full disk, is logged and does not end the training: lines are
+    kept for later, and `flush` returns whether all of them are written.
     """
 
     path: pathlib.Path
@@ -57,7 +57,7 @@ class RunDir(NamedTuple):
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append a line of figures."""
         self._append("metrics.jsonl", {"step": step, **metrics})
-        with self._telling("what TensorBoard shows"):
+        with self._reporting("what TensorBoard shows"):
             for board in self.boards:
                 board.log(step, metrics)
 
@@ -68,27 +68,38 @@ class RunDir(NamedTuple):
     def picture(
         self, name: str, image: np.ndarray | errors.NonFinite, step: int, last: bool = False
     ) -> None:
-        """Write a picture or a movie; unless it is the last, one of many by that name."""
+        """Write an image or an animation.
+
+        Args:
+          name: of the file, without its ending.
+          image: [h, w, c], or [frames, h, w, c]; or why there is none, which is logged.
+          step: number of steps done, which the file's name states unless `last`.
+          last: whether it is the only one by that name.
+        """
         if self.lock is None:
             return
         stem = name if last else f"{name}_{step:08d}"
         if isinstance(image, errors.NonFinite):
-            tell(f"no picture {stem}: {image}")
+            log(f"no picture {stem}: {image}")
             return
-        with self._telling(f"the picture {stem}"):
+        with self._reporting(f"the picture {stem}"):
             for board in self.boards if image.ndim == 3 else ():
                 board.picture(step, name, image)
             plots.save_picture(self.path / "images" / stem, image)
 
     @contextlib.contextmanager
-    def _telling(self, what: str) -> Iterator[None]:
+    def _reporting(self, what: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            tell(f"cannot write {what}: {error.strerror}")
+            log(f"cannot write {what}: {error.strerror}")
 
     def check_there(self) -> None:
-        """Raises RunError if the directory was removed or renamed since it was opened."""
+        """Check that the directory is where it was opened.
+
+        Raises:
+          RunError: it was removed or renamed.
+        """
         if self.lock is None:
             return
         for name in ("lock", "config.json"):
@@ -113,17 +124,17 @@ class RunDir(NamedTuple):
         try:
             append(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
         except OSError as error:
-            tell(f"cannot write to {path}: {error.strerror}; kept for later")
+            log(f"cannot write to {path}: {error.strerror}; kept for later")
             return False
         lines.clear()
         return True
 
     def lines(self) -> list[Line]:
-        """The lines of metrics.jsonl."""
+        """Return the lines of metrics.jsonl."""
         return plots.read_lines(self.path / "metrics.jsonl")
 
     def evaluated(self, step: int) -> bool:
-        """Whether there is a line of an evaluation on the validation split at `step`."""
+        """Return whether there is a line of an evaluation on the validation split at `step`."""
         return any(line["step"] == step and "validation/loss" in line for line in self.lines())
 
     def begin(self, step: int, last: bool = False, wandb: bool = False) -> None:
@@ -150,7 +161,7 @@ class RunDir(NamedTuple):
                 except (ValueError, KeyError, TypeError, RecursionError):
                     pass
             replace_file(path, b"".join(kept))
-        with self._telling("what TensorBoard shows"):
+        with self._reporting("what TensorBoard shows"):
             self.boards.append(tensorboard(self.path / "tensorboard", step))
         if wandb:
             self.boards.append(weights_and_biases(self.path, self.record))
@@ -163,7 +174,7 @@ class RunDir(NamedTuple):
         """
         if not self.flush():
             raise RunError(f"cannot write to {self.path}; make room, and the same command goes on")
-        with self._telling("the curves"):
+        with self._reporting("the curves"):
             plots.curves(self.path / "images" / "curves.png", self.lines(), title)
         write_json(self.path / "summary.json", summary)
 
@@ -178,7 +189,7 @@ class RunDir(NamedTuple):
           RunError: the directory is gone.
         """
         self.check_there()
-        with self._telling("what TensorBoard shows"):
+        with self._reporting("what TensorBoard shows"):
             for board in self.boards:
                 board.flush()
         late = [name for name, lines in self.late.items() if lines and not self._write_late(name)]
@@ -186,7 +197,7 @@ class RunDir(NamedTuple):
 
     def close(self) -> None:
         """Let go of the directory."""
-        with self._telling("what TensorBoard shows"):
+        with self._reporting("what TensorBoard shows"):
             for board in self.boards:
                 board.close()
         if self.lock is not None:
@@ -229,7 +240,7 @@ def open_run(workdir: pathlib.Path, record: Record, may_change: set[str]) -> Run
 
 
 def _locked(workdir: pathlib.Path) -> IO[str]:
-    """The open lock of a directory, held until it is closed."""
+    """Return the open lock of a directory, held until it is closed."""
     handle = os.open(workdir / "lock", os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
     lock = os.fdopen(handle, "w")
     try:
@@ -240,7 +251,7 @@ def _locked(workdir: pathlib.Path) -> IO[str]:
             f"another process is training in {workdir}; wait for it, or give another --workdir"
         ) from None
     except OSError as error:  # some mounted drives know no locks
-        tell(
+        log(
             f"{workdir} cannot be locked ({error.strerror}): see to it that no other process "
             "trains there"
         )
@@ -248,7 +259,7 @@ def _locked(workdir: pathlib.Path) -> IO[str]:
 
 
 def _check_free(workdir: pathlib.Path) -> None:
-    """Raises UserError if a directory without a record holds more than a run's very beginning."""
+    """Raise UserError if a directory without a record holds more than a run's very beginning."""
     inner = next(workdir.glob("*/config.json"), None)
     if inner is not None:
         raise UserError(
@@ -267,10 +278,10 @@ def _check_free(workdir: pathlib.Path) -> None:
 
 
 def _has_entries(path: pathlib.Path) -> bool:
-    """Whether it is anything but a directory without entries, hidden ones left out."""
+    """Return whether it is anything but a directory without entries, hidden ones left out."""
     return not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())
 
 
 def bystander(workdir: pathlib.Path, record: Record) -> RunDir:
-    """The directory as a process sees it that leaves the writing to another one of its run."""
+    """Return the directory for a process that leaves writing to another one of its run."""
     return RunDir(workdir, record, None, [], {})

@@ -56,7 +56,7 @@ def averaged(state: TrainState, config: Settings) -> PyTree:
 def without_training(
     state: TrainState, config: Settings, nothing: EllipsisType | None
 ) -> TrainState:
-    """`state` with `nothing` for each array that only training reads: all but one average."""
+    """Return `state` with `nothing` in place of what only training reads: all but one average."""
 
     def blank(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda _: nothing, tree)
@@ -68,13 +68,20 @@ def without_training(
 
 
 def init_state(task: Task, config: Settings, batch: Batch, seed: int) -> TrainState:
-    """The state before the first step; `batch` holds training examples for `Task.init`."""
+    """Return the state before the first step.
+
+    Args:
+      task: the task.
+      config: the optimizer's, the averages' and the training's settings.
+      batch: training examples for `Task.init`.
+      seed: of the run.
+    """
     init = jax.jit(initializer(task, config, seed))  # not a hundred small programs
     return cast(TrainState, init(batch))
 
 
 def initializer(task: Task, config: Settings, seed: int) -> Callable[[Batch], TrainState]:
-    """`init_state` of a batch, to be compiled."""
+    """Return `init_state` of a batch, to be compiled."""
 
     def init(batch: Batch) -> TrainState:
         params, extra = task.init(purpose_key(seed, INIT), batch)
@@ -230,7 +237,7 @@ def _refuse_to_compare(tree: PyTree) -> PyTree:
 
 
 def _norm(tree: PyTree) -> Float[Array, ""]:
-    """The global norm, by products, which a CPU sums on all its cores.
+    """Return the global norm, by products, which a CPU sums on all its cores.
 
     Nothing is reshaped, for which a sharded array would be put together.
     """

@@ -20,7 +20,7 @@ class Beta(NamedTuple):
 
 
 def coin_posterior(prior: Beta, heads: int, tails: int) -> Beta:
-    """The posterior of a coin's chance of heads after the tosses, eq. (1).
+    """Return the posterior of a coin's chance of heads after the tosses, eq. (1).
 
     A uniform prior is Beta(1, 1); 7 heads of 10 then give Beta(8, 4).
     """
@@ -57,7 +57,7 @@ def linear_gaussian_log_evidence(model: LinearGaussian, x: Float[Array, "x"]) ->
 def linear_gaussian_posterior(
     model: LinearGaussian, x: Float[Array, "x"]
 ) -> tuple[Float[Array, "z"], Float[Array, "z z"]]:
-    """(mean, covariance) of p(z|x) (Bishop 2006, eq. 12.42).
+    """Return (mean, covariance) of p(z|x) (Bishop 2006, eq. 12.42).
 
     M = W^T W + variance I;  mean = M^-1 W^T (x - bias);  covariance = variance M^-1
     """

@@ -18,7 +18,7 @@ LOG_2PI = 1.8378770664093453
 def reparameterize(
     mean: Float[Array, "*latent"], logvar: Float[Array, "*latent"], eps: Float[Array, "*latent"]
 ) -> Float[Array, "*latent"]:
-    """A draw of q(z|x) as a differentiable function of its parameters, eq. (2).
+    """Return a draw of q(z|x) as a differentiable function of its parameters, eq. (2).
 
     Args:
       mean, logvar: of the diagonal Gaussian q(z|x).
@@ -49,7 +49,7 @@ def bernoulli_nll(logits: Float[Array, "*event"], x: Float[Array, "*event"]) -> 
       x: 0 or 1 (between them, the cross-entropy).
     """
     largest = jnp.finfo(logits.dtype).max
-    logits = jnp.clip(logits, -largest, largest)  # 0 * inf is no 0
+    logits = jnp.clip(logits, -largest, largest)  # 0 * inf is not 0
     positive = logits > 0
     size = jnp.where(positive, logits, -logits)  # whose slope at 0 is not 0, as abs's would be
     wrong = jnp.where(positive, 1 - x, x) * size
@@ -97,7 +97,7 @@ def log_weight(
 
 
 def iwae_bound(log_weights: Float[Array, "samples"]) -> Float[Array, ""]:
-    """The importance-weighted bound log (1/k) sum_i w_i in nats, eq. (3).
+    """Return the importance-weighted bound log (1/k) sum_i w_i in nats, eq. (3).
 
     It is the ELBO's estimate for k = 1, does not fall with k in expectation, and tends to
     log p(x) (Burda et al. 2016, eq. 8).

@@ -27,7 +27,7 @@ class Codebook(NamedTuple):
 
 
 def codebook(codes: Float[Array, "codes d"]) -> Codebook:
-    """One that no vector has fallen to yet."""
+    """Return a codebook to which no vector has been assigned yet."""
     return Codebook(codes, jnp.zeros(len(codes)), jnp.zeros_like(codes))
 
 
@@ -71,7 +71,7 @@ def update(book: Codebook, z: Float[Array, "vectors d"], keep: float = 0.99) -> 
 
 
 def _stride(vectors: int) -> int:
-    """The next number above V / golden ratio that has no factor in common with V.
+    """Return the next number above V / golden ratio that has no factor in common with V.
 
     Its multiples modulo V are all of 0 ... V - 1, the first few of them evenly spread.
     """

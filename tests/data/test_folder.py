@@ -590,7 +590,7 @@ def broken(place):
     return {
         "fewer labels": saved(1, "labels", train["labels"][1:]),
         "labels of another type": saved(1, "labels", train["labels"].astype(np.int64)),
-        "labels that are no classes": saved(1, "labels", train["labels"] + 1),
+        "labels that are not classes": saved(1, "labels", train["labels"] + 1),
         "longer captions": saved(2, "captions", np.pad(train["captions"], ((0, 0), (0, 1)))),
         "fewer captions": saved(2, "captions", train["captions"][1:]),
         "images of another type": saved(0, "images", train["images"].astype(np.float32)),

@@ -110,7 +110,7 @@ def test_validation_and_test_share_no_held_out_pair_and_no_stream():
                        [(some[0], some[1]), (some[1], some[2]), (some[0], some[2])])  # fmt: skip
 
 
-def test_another_size_is_told_in_one_line():
+def test_another_size_is_reported_in_one_line():
     with pytest.raises(UserError, match="32 or 64"):
         loader.load("shapes:33")
 
@@ -122,7 +122,7 @@ def test_bytes_are_the_text_again_and_cut_at_a_character():
     assert tokenize(["x" * 10_000, "\ud800"], 16).shape == (2, 16)
 
 
-def test_an_altered_caption_is_wrong_of_its_picture_and_tells_nothing_held_out():
+def test_an_altered_caption_is_wrong_of_its_picture_and_reveals_nothing_held_out():
     kinds = set()
     for index in range(300):
         image, one = picture(index)

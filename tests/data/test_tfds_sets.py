@@ -101,7 +101,7 @@ def test_labels_that_are_no_classes_are_not_used_and_that_is_logged(feature, of,
     data = load(tmp_path)
     assert data.classes == ()
     assert set(data.train.labels) == {-1}
-    assert "its labels are no classes, and are not used" in data.notes
+    assert "its labels are not classes and are not used" in data.notes
 
 
 def test_an_unknown_class_is_none(tmp_path):

@@ -46,7 +46,7 @@ def in_float64(scheduler):
 
 
 def timed(made, kind, clip=False):
-    """Our denoiser around `network`, told the time."""
+    """Our denoiser around `network`, conditioned on the time."""
 
     def denoise(xt, logsnr):
         step = jnp.round(1000 * made.time(logsnr))  # the time itself is float32
@@ -76,7 +76,7 @@ def walk_theirs(scheduler, answer, x, **inputs):
     return np.stack(xs)
 
 
-def told_the_time(x, t):
+def conditioned_on_time(x, t):
     return network(torch, x, (t + 1) / 1000)
 
 
@@ -226,7 +226,7 @@ def test_ancestral_sampling_is_diffusers(variance, theirs, spacing, give_noise):
 
     def answer(x, t):
         between = torch.sin(5 * x)
-        out = told_the_time(x, t)
+        out = conditioned_on_time(x, t)
         return torch.cat([out, between], 1) if variance == "learned" else out
 
     def denoise(xt, logsnr):
@@ -253,7 +253,7 @@ def test_ancestral_sampling_is_diffusers_whatever_the_network_predicts(kind, cli
         x,
         noises,
     )
-    np.testing.assert_allclose(found, walk_theirs(scheduler, told_the_time, x), **FLOAT64)
+    np.testing.assert_allclose(found, walk_theirs(scheduler, conditioned_on_time, x), **FLOAT64)
 
 
 def test_all_1000_steps_are_diffusers(give_noise):
@@ -262,7 +262,7 @@ def test_all_1000_steps_are_diffusers(give_noise):
     give_noise("scheduling_ddpm", noises)
     denoise = timed(made, "eps", clip=True)
     found = walk(samplers.ancestral(), denoise, grids.grid(made, 1000), x, noises)
-    np.testing.assert_allclose(found, walk_theirs(scheduler, told_the_time, x), **FLOAT64)
+    np.testing.assert_allclose(found, walk_theirs(scheduler, conditioned_on_time, x), **FLOAT64)
 
 
 # Not "linspace": there diffusers' DDIM steps from t to t - T / steps, and is asked to go on
@@ -282,7 +282,7 @@ def test_ddim_is_diffusers(eta, clip, spacing, to_one):
     x, noises = draw(5, *SHAPE), draw(6, 10, *SHAPE)
     expected = walk_theirs(
         scheduler,
-        told_the_time,
+        conditioned_on_time,
         x,
         variance_noise=torch.from_numpy(noises),
         eta=[eta] * 10,
@@ -295,8 +295,8 @@ def test_ddim_is_diffusers(eta, clip, spacing, to_one):
 # Solvers, on diffusers' sigmas: what is compared is their steps.
 
 
-def told_the_noise(kind):
-    """Our denoiser around `network`, told log(sigma / alpha)."""
+def conditioned_on_logsnr(kind):
+    """Our denoiser around `network`, conditioned on log(sigma / alpha)."""
     return lambda xt, logsnr: prediction.read(kind, network(jnp, xt, -logsnr / 2), xt, logsnr)
 
 
@@ -324,7 +324,7 @@ def test_a_multistep_solver_is_diffusers(name, spacing, steps):
         return network(torch, x, log_sigma(scheduler))
 
     expected = walk_theirs(scheduler, answer, x, **inputs)
-    found = walk(getattr(samplers, name)(), told_the_noise("v"), logsnrs, x, noises)
+    found = walk(getattr(samplers, name)(), conditioned_on_logsnr("v"), logsnrs, x, noises)
     np.testing.assert_allclose(found, expected, **(FLOAT64 if name == "unipc" else FLOAT32))
 
 
@@ -349,7 +349,7 @@ def test_heun_is_diffusers(one, spacing, kind):
 
     ys = walk_theirs(scheduler, answer, x / alphas(logsnrs[:1])[0])
     expected = np.concatenate([ys[1::2], ys[-1:]]) * alphas(logsnrs[1:])
-    found = walk(one, told_the_noise(kind), logsnrs, x, noises)
+    found = walk(one, conditioned_on_logsnr(kind), logsnrs, x, noises)
     np.testing.assert_allclose(found, expected, **FLOAT64)
 
 

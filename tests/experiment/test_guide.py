@@ -67,7 +67,7 @@ def summary(place):
 
 
 @pytest.mark.slow
-def test_a_noisy_classifier_tells_its_accuracy_by_noise_level(runs):
+def test_a_noisy_classifier_reports_its_accuracy_by_noise_level(runs):
     metrics = summary(runs / "classifier")["metrics"]
     levels = [metrics[f"test/accuracy_t_{t / 10:.1f}"] for t in range(10)]
     assert metrics["test/accuracy"] == pytest.approx(np.mean(levels))
@@ -185,7 +185,7 @@ def test_a_guide_of_other_classes_is_refused(runs, tmp_path):
         guide.check_guidance(config_of(str(runs / "classifier")), Loaded(clothes))
 
 
-def test_a_wrong_guide_is_told_before_training(launch):
+def test_a_wrong_guide_is_reported_before_training(launch):
     result = launch(
         "--experiment=ddpm_digits", "--debug", "--config.task.sampling.guidance_model=nowhere"
     )

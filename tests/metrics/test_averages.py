@@ -48,7 +48,7 @@ def test_a_static_argument_an_array_and_a_check_reach_every_batch():
     assert traced == [2, 3]
 
 
-def test_an_average_tells_its_standard_error():
+def test_an_average_reports_its_standard_error():
     values = np.random.default_rng(0).normal(3.0, 2.0, 10_000)
     found = average(values)
     assert abs(found.mean - 3) < 4 * found.error

@@ -29,8 +29,8 @@ def called(module, name, *arguments):
 
 
 def storage(*last, key="0", kind="FloatStorage", length=6, word="storage"):
-    told = (literal(key), literal("cpu"), literal(length), *map(literal, last))
-    return b"(" + literal(word) + named("torch", kind) + b"".join(told) + b"tQ"
+    rest = (literal(key), literal("cpu"), literal(length), *map(literal, last))
+    return b"(" + literal(word) + named("torch", kind) + b"".join(rest) + b"tQ"
 
 
 def tensor(stored, offset=0, size=(2, 3), stride=(3, 1)):
@@ -67,10 +67,10 @@ WRITERS = pytest.mark.parametrize("write", [zipped, streamed])
 def refused(path, *words):
     with pytest.raises(UserError) as caught:
         read_tensors(path)
-    told = str(caught.value)
-    assert "\n" not in told
-    assert len(told) < 400
-    assert all(word in told for word in (str(path), *words)), told
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 400
+    assert all(word in message for word in (str(path), *words)), message
 
 
 @WRITERS
@@ -183,7 +183,7 @@ def test_no_tensor_reaches_outside_its_storage(tmp_path, write, view):
 
 @WRITERS
 @pytest.mark.parametrize(
-    "told",
+    "stated",
     [
         {"length": 7},
         {"length": 5},
@@ -199,22 +199,22 @@ def test_no_tensor_reaches_outside_its_storage(tmp_path, write, view):
     ],
     ids=str,
 )
-def test_no_storage_is_other_than_told(tmp_path, write, told):
-    refused(write(tmp_path / "it.pth", state_dict(tensor(storage(**told)))))
-    two = state_dict(tensor(storage()), tensor(storage(**told)))
+def test_a_storage_that_differs_from_its_description_is_refused(tmp_path, write, stated):
+    refused(write(tmp_path / "it.pth", state_dict(tensor(storage(**stated)))))
+    two = state_dict(tensor(storage()), tensor(storage(**stated)))
     refused(write(tmp_path / "it.pth", two))
 
 
-def test_a_storage_is_told_in_one_way(tmp_path):
+def test_a_storage_is_described_in_one_way(tmp_path):
     path = tmp_path / "it.pth"
     two = state_dict(tensor(storage()), tensor(storage(kind="IntStorage")))
-    refused(zipped(path, two), "told in two ways")
+    refused(zipped(path, two), "described in two ways")
     refused(streamed(path, state_dict(tensor(storage())), length=5), "has 5 elements")
 
 
 def test_nothing_but_storages_has_a_persistent_id(tmp_path):
-    for told in (b"Pos.system\n", literal(("storage",)) + b"Q", literal([1]) + b"Q", b"NQ"):
-        refused(zipped(tmp_path / "it.pth", state_dict(told)), "storage")
+    for pickled in (b"Pos.system\n", literal(("storage",)) + b"Q", literal([1]) + b"Q", b"NQ"):
+        refused(zipped(tmp_path / "it.pth", state_dict(pickled)), "storage")
     viewed = storage(("1", 0, 2**40))  # a view of a view, as PyTorch before 0.4 wrote it
     refused(streamed(tmp_path / "it.pth", state_dict(tensor(viewed))), "storage")
     refused(zipped(tmp_path / "it.pth", state_dict(tensor(literal("0")))), "w0", "no storage")
@@ -223,12 +223,12 @@ def test_nothing_but_storages_has_a_persistent_id(tmp_path):
 def test_a_dict_of_other_things_is_refused_by_name(tmp_path):
     path = tmp_path / "it.pth"
     refused(zipped(path, tensor(storage())), "not a dict")
-    refused(zipped(path, state_dict(literal(5))), "'w0' is no tensor")
-    refused(zipped(path, state_dict(state_dict(tensor(storage())))), "'w0' is no tensor")
-    refused(zipped(path, b"}" + literal(5) + tensor(storage()) + b"s"), "5 is no tensor")
-    refused(zipped(path, state_dict(storage())), "'w0' is no tensor")
+    refused(zipped(path, state_dict(literal(5))), "'w0' is not a tensor")
+    refused(zipped(path, state_dict(state_dict(tensor(storage())))), "'w0' is not a tensor")
+    refused(zipped(path, b"}" + literal(5) + tensor(storage()) + b"s"), "5 is not a tensor")
+    refused(zipped(path, state_dict(storage())), "'w0' is not a tensor")
     long = literal("line\n" * 1000) + b"N" + b"s"
-    refused(zipped(path, b"}" + long), "is no tensor")
+    refused(zipped(path, b"}" + long), "is not a tensor")
 
 
 def test_a_file_cannot_ask_for_more_memory_than_it_has(tmp_path):
@@ -240,7 +240,7 @@ def test_a_file_cannot_ask_for_more_memory_than_it_has(tmp_path):
     refused(zipped(path, whole, compression=zipfile.ZIP_DEFLATED), "compressed")
     with zipfile.ZipFile(zipped(path, whole), "a") as archive:
         archive.writestr("last", b"x" * 1000)
-        archive.filelist.extend([archive.filelist[-1]] * 100)  # the same bytes, told again
+        archive.filelist.extend([archive.filelist[-1]] * 100)  # the same bytes, listed again
     refused(path, "larger than the whole")
 
 
@@ -266,10 +266,10 @@ def test_a_damaged_file_is_read_or_refused(tmp_path, write):
         path.write_bytes(damaged.tobytes())
         try:
             read_tensors(path)
-            told = ""
+            message = ""
         except UserError as error:
-            told = str(error)
-        assert "\n" not in told
+            message = str(error)
+        assert "\n" not in message
 
 
 def test_what_is_no_pth_file_is_one_line(tmp_path):

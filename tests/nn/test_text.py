@@ -53,8 +53,8 @@ def reader():
 def test_words_are_tokens_in_any_language(text, parts):
     tokens = tokenize([text], 48)
     word, place = words(jnp.asarray(tokens))
-    told = tokens[0] > ord(" ")
-    found = [bytes(tokens[0][told & (word[0] == i)]).decode() for i in range(12)]
+    printable = tokens[0] > ord(" ")
+    found = [bytes(tokens[0][printable & (word[0] == i)]).decode() for i in range(12)]
     assert [part for part in found if part] == parts
     assert place.max() < LONGEST
     params, read = reader()
@@ -66,15 +66,15 @@ def test_a_word_is_read_alike_wherever_it_stands():
     texts = jnp.asarray(tokenize(["red circle", "one red triangle"], 48))
     params = drawn(net.init, texts)
     params["params"]["places"] *= 0
-    told = net.apply(params, texts).tokens
-    np.testing.assert_allclose(told[0, 0], told[1, 1], atol=1e-5)
-    assert np.abs(told[0, 0] - told[0, 1]).max() > 0.1
+    tokens = net.apply(params, texts).tokens
+    np.testing.assert_allclose(tokens[0, 0], tokens[1, 1], atol=1e-5)
+    assert np.abs(tokens[0, 0] - tokens[0, 1]).max() > 0.1
 
 
 def test_the_first_half_of_a_tokens_features_are_the_words_own_whatever_the_blocks_do():
     params, read = reader()
-    told = read(params, jnp.asarray(tokenize(["red circle", "one red triangle"], 48))).tokens
-    own, seen = jnp.split(told, 2, -1)
+    tokens = read(params, jnp.asarray(tokenize(["red circle", "one red triangle"], 48))).tokens
+    own, seen = jnp.split(tokens, 2, -1)
     np.testing.assert_allclose(own[0, 0], own[1, 1], atol=1e-5)  # red
     assert np.abs(seen[0, 0] - seen[1, 1]).max() > 0.1
     np.testing.assert_allclose(own.std(-1), 1.0, atol=1e-3)
@@ -108,27 +108,27 @@ def test_a_generation_model_sees_text_and_no_padding(net):
     x = jnp.asarray(draws.normal(size=(2, 4, 4, 2)), jnp.float32)
     t = jnp.array([0.3, 0.7])
     mask = np.arange(6) < np.array([[4], [0]])  # four tokens, and an empty caption
-    told = draws.normal(size=(2, 6, 8)).astype(np.float32)
+    tokens = draws.normal(size=(2, 6, 8)).astype(np.float32)
     pooled = draws.normal(size=(2, 8)).astype(np.float32)
 
-    def context(told, mask):
-        return Context(*map(jnp.asarray, (told, mask, pooled)))
+    def context(tokens, mask):
+        return Context(*map(jnp.asarray, (tokens, mask, pooled)))
 
     apply = jax.jit(net.apply)
-    params = drawn(net.init, x, t, None, None, context(told, mask))
+    params = drawn(net.init, x, t, None, None, context(tokens, mask))
 
-    def out(told, mask=mask):
-        return apply(params, x, t, None, None, context(told, mask))
+    def out(tokens, mask=mask):
+        return apply(params, x, t, None, None, context(tokens, mask))
 
-    one = out(told)
+    one = out(tokens)
     assert jnp.isfinite(one).all()
-    np.testing.assert_array_equal(one, out(np.where(mask[..., None], told, 7.0)))
-    longer = np.concatenate([told, told], 1), np.concatenate([mask, np.zeros_like(mask)], 1)
+    np.testing.assert_array_equal(one, out(np.where(mask[..., None], tokens, 7.0)))
+    longer = np.concatenate([tokens, tokens], 1), np.concatenate([mask, np.zeros_like(mask)], 1)
     np.testing.assert_allclose(one, out(*longer), atol=1e-6)
-    assert np.abs(one - out(np.where(mask[..., None], told + 1, told)))[0].max() > 1e-3
+    assert np.abs(one - out(np.where(mask[..., None], tokens + 1, tokens)))[0].max() > 1e-3
 
 
-def test_codes_are_told_of_those_before_them_alone():
+def test_codes_attend_to_those_before_them_alone():
     net = CodeTransformer(11, width=16, depth=2, heads=2, refiner_blocks=1)
     context = Context(jnp.ones((1, 3, 8)), jnp.ones((1, 3), bool), jnp.ones((1, 8)))
     codes = jnp.arange(6)[None]

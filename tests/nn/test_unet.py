@@ -57,7 +57,7 @@ def test_the_time_embedding_is_hos():
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_a_pixel_is_told_its_row_and_its_column():
+def test_a_pixel_is_given_its_row_and_its_column():
     found = grid_embedding(3, 5, 8)
     assert found.shape == (3, 5, 8)
     angles = {"row": np.array([2.0, 2e-4]), "column": np.array([4.0, 4e-4])}

@@ -77,17 +77,18 @@ class StackTask(SmallTask):
 def test_a_step_is_counted_alike_in_every_mode(mode, devices, accumulate, stack):
     train = Train(batch_size=16, grad_accum_steps=accumulate)
     config = Config(Dataset("digits"), VAE(), train=train)
-    spread, task = sharding.make(mode, jax.devices()[:devices]), StackTask()
+    partitioner, task = sharding.make(mode, jax.devices()[:devices]), StackTask()
     shape = (stack or 1, 16)
     batch = Batch(np.zeros((*shape, 8, 8, 3), np.uint8), np.zeros(shape, np.int32),
                   np.tile(np.arange(16, dtype=np.int32), (shape[0], 1)))  # fmt: skip
     step = functools.partial(step_module.train_step, task, config, 0)
     one = jax.tree.map(lambda a: a[0], batch)
-    like = spread.like(jax.eval_shape(step_module.initializer(task, config, 0), one))
+    like = partitioner.like(jax.eval_shape(step_module.initializer(task, config, 0), one))
     if stack:
-        lowered = spread.lower(step_module.train_steps(step), like, spread.feed(batch, axis=1), 1)
+        stacked = partitioner.feed(batch, axis=1)
+        lowered = partitioner.lower(step_module.train_steps(step), like, stacked, 1)
     else:
-        lowered = spread.lower(step, like, spread.feed(one))
+        lowered = partitioner.lower(step, like, partitioner.feed(one))
     norm = 2 * PARAMETERS / (1 if mode == "pmap" else devices)  # of the gradient
     assert lowered.flops == 16 / devices * (FORWARD + BACKWARD) + norm
 
@@ -137,7 +138,7 @@ def test_recomputed_blocks_count():
     assert count(jax.value_and_grad(loss, 1), (4, 4), (4, 4)) == 7 * 2 * 4**3
 
 
-def test_what_is_told_of_a_run_is_of_one_step():
+def test_the_costs_reported_of_a_run_are_of_one_step():
     rate = hardware.utilisation(1e9, {"steps_per_second": 3.0})["flops_per_second_per_device"]
     assert rate == 3e9
     assert hardware.utilisation(0.0, {"steps_per_second": 3.0}) == {}

@@ -90,7 +90,7 @@ def test_two_processes_are_one(mode, alone, tmp_path):
     same_lines(lines_of(workdir), alone)
     assert (workdir / "summary.json").exists()
     assert "step 24" in (tmp_path / "run0.log").read_text()
-    assert "step 24" not in (tmp_path / "run1.log").read_text()  # process 0 alone tells
+    assert "step 24" not in (tmp_path / "run1.log").read_text()  # process 0 alone logs
 
 
 @pytest.mark.slow
@@ -118,21 +118,21 @@ def test_asked_to_stop_both_write_one_checkpoint_and_exit_cleanly(tmp_path):
     workdir = tmp_path / "run"
     both = start_two(workdir, steps=4000)
     wait_for(lambda: steps_of(workdir) > 3, both[0])
-    both[1].send_signal(signal.SIGTERM)  # one alone is told
+    both[1].send_signal(signal.SIGTERM)  # one alone is signalled
     asked = time.monotonic()
     assert [process.wait(timeout=120) for process in both] == [0, 0], logs(workdir)
     assert time.monotonic() - asked < 30
     assert "stopped at step" in (tmp_path / "run0.log").read_text()
 
 
-def test_a_mistake_is_told_by_all_and_nobody_waits(tmp_path):
+def test_a_mistake_is_reported_by_all_and_nobody_waits(tmp_path):
     both = start_two(tmp_path / "run", "--config.train.batch_size=6")
     assert [process.wait(timeout=120) for process in both] == [2, 2]
     assert "does not divide over 4 devices" in (tmp_path / "run0.log").read_text()
 
 
 @pytest.mark.slow
-def test_a_full_disk_at_one_of_two_is_told_of_and_the_run_goes_on(tmp_path):
+def test_a_full_disk_at_one_of_two_is_logged_and_the_run_goes_on(tmp_path):
     workdir, more = tmp_path / "run", ("--parallel=fsdp", "--config.optimizer.lr_schedule=constant")
     both = start_two(workdir, *more, steps=8)
     assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
@@ -152,7 +152,7 @@ def test_a_full_disk_at_one_of_two_is_told_of_and_the_run_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_that_one_of_two_cannot_write_to_is_told_of_and_the_run_goes_on(tmp_path):
+def test_a_folder_that_one_of_two_cannot_write_to_is_logged_and_the_run_goes_on(tmp_path):
     workdir = tmp_path / "run"
     both = start_two(workdir, each=({}, {"limit": 1000}))
     assert [process.wait(timeout=240) for process in both] == [1, 1], logs(workdir)
@@ -177,9 +177,9 @@ def test_a_checkpoint_that_one_of_two_finds_damaged_is_used_by_none(alone, tmp_p
     (workdir / "summary.json").unlink()
     both = start_two(workdir, each=[{"cwd": place} for place in places])
     assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
-    told = (tmp_path / "run2.log").read_text()
-    assert f"the checkpoint of step {last} is damaged: process 1: " in told
-    assert f"resuming at step {before}" in told
+    log = (tmp_path / "run2.log").read_text()
+    assert f"the checkpoint of step {last} is damaged: process 1: " in log
+    assert f"resuming at step {before}" in log
     assert (workdir / "damaged" / str(last)).exists()
     assert steps_kept(workdir)[-1] == last
     same_lines(lines_of(workdir), alone)

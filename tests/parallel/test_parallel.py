@@ -117,17 +117,18 @@ def start_of(task, config, double):
 def trained(task, config, mode, count, double=True, steps=STEPS):
     """(losses, state) after some steps on `count` devices."""
     with jax.enable_x64(double):
-        spread = sharding.make(mode, jax.devices()[:count])
-        state = spread.place(start_of(task, config, double))
+        partitioner = sharding.make(mode, jax.devices()[:count])
+        state = partitioner.place(start_of(task, config, double))
 
         def step(state, batch, collectives):
             return step_module.train_step(task, config, 0, state, batch, collectives=collectives)
 
         size = config.train.batch_size
-        call = spread.lower(step, spread.like(state), spread.feed(batch_of(0, size)))()
+        first = partitioner.feed(batch_of(0, size))
+        call = partitioner.lower(step, partitioner.like(state), first)()
         losses = []
         for number in range(steps):
-            state, found = call(state, spread.feed(batch_of(number, size)))
+            state, found = call(state, partitioner.feed(batch_of(number, size)))
             losses.append(float(found["loss"]))
         return np.array(losses), jax.device_get(state)
 
@@ -198,7 +199,7 @@ BAND = 0.05  # of the float32 run's mean loss over the same 20 steps
     "experiment", ["vae_digits", pytest.param("ddpm_digits", marks=pytest.mark.slow)]
 )
 def test_a_bfloat16_run_follows_the_float32_runs_loss(experiment):
-    """Over 200 steps of the same draws; what is kept and told stays float32."""
+    """Over 200 steps of the same draws; what is kept and reported stays float32."""
     losses = {}
     for precision in ("float32", "bfloat16"):
         changes = {}
@@ -249,8 +250,8 @@ def shapes_of(name):
 def test_under_fsdp_each_device_holds_its_share(name):
     shapes = shapes_of(name)
     for count in (2, 4, 8):
-        spread = sharding.make("fsdp", jax.devices()[:count])
-        where = spread.shardings(shapes)
+        partitioner = sharding.make("fsdp", jax.devices()[:count])
+        where = partitioner.shardings(shapes)
         parts = jax.tree.map(lambda a, s: np.prod(s.shard_shape(a.shape)), shapes, where)
         held = sum(jax.tree.leaves(parts))
         assert held <= 1.05 * sum(a.size for a in jax.tree.leaves(shapes)) / count
@@ -283,13 +284,13 @@ class Deep(SmallTask):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_under_fsdp_a_step_never_holds_the_whole_model(dtype):
     """Beside its share, a device holds two layers and their gradient at a time, of 12."""
-    task, spread = Deep(dtype=dtype), sharding.make("fsdp")
+    task, partitioner = Deep(dtype=dtype), sharding.make("fsdp")
     shapes = step_module.state_shapes(task, CONFIG, (8, 8, 1))
 
     def step(state, batch, collectives):
         return step_module.train_step(task, CONFIG, 0, state, batch, collectives=collectives)
 
-    program = spread.lower(step, spread.like(shapes), spread.feed(batch_of(0)))()
+    program = partitioner.lower(step, partitioner.like(shapes), partitioner.feed(batch_of(0)))()
     whole = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes.params))
     assert program.memory_analysis().temp_size_in_bytes < whole / 3
 
@@ -305,14 +306,15 @@ def test_an_array_is_split_over_as_many_devices_as_its_axes_allow():
 
 def test_the_state_is_donated_in_every_mode():
     for mode in MODES:
-        spread = sharding.make(mode)
-        state = spread.place({"w": jnp.arange(16.0)})
+        partitioner = sharding.make(mode)
+        state = partitioner.place({"w": jnp.arange(16.0)})
 
         def step(state, batch, collectives):
             return {"w": state["w"] + 1}, {}
 
-        call = spread.lower(step, spread.like(state), spread.feed(np.zeros(8, np.float32)))()
-        call(state, spread.feed(np.zeros(8, np.float32)))
+        batch = partitioner.feed(np.zeros(8, np.float32))
+        call = partitioner.lower(step, partitioner.like(state), batch)()
+        call(state, batch)
         assert state["w"].is_deleted()
 
 
@@ -323,9 +325,9 @@ def test_a_checkpoint_of_any_layout_is_restored_into_any_other(tmp_path):
     task = Contrastive()
     start = step_module.init_state(task, CONFIG, batch_of(0), 0)
     for number, (mode, count) in enumerate(LAYOUTS):
-        spread = sharding.make(mode, jax.devices()[:count])
+        partitioner = sharding.make(mode, jax.devices()[:count])
         checkpoints = open_checkpoints(tmp_path / str(number))
-        checkpoints.save(1, spread.place(start), {"window": {}})
+        checkpoints.save(1, partitioner.place(start), {"window": {}})
         checkpoints.close()
         for mode, count in LAYOUTS:
             other = sharding.make(mode, jax.devices()[:count])
@@ -344,14 +346,14 @@ def test_a_checkpoint_of_any_layout_is_restored_into_any_other(tmp_path):
 @pytest.mark.parametrize("mode", MODES)
 def test_evaluation_counts_every_example_once_on_any_devices(mode):
     split = types.Split(np.arange(21, dtype=np.uint8).reshape(21, 1, 1, 1), np.zeros(21, np.int32))
-    spread = sharding.make(mode, jax.devices()[:8])
+    partitioner = sharding.make(mode, jax.devices()[:8])
 
     @jax.jit
     def fn(batch, keys):
         draw = jax.vmap(lambda key: jax.random.uniform(key))(keys)
         return {"value": batch.images[:, 0, 0, 0], "draw": draw}
 
-    found = per_example(fn, split, 5, 0, spread)
+    found = per_example(fn, split, 5, 0, partitioner)
     np.testing.assert_array_equal(found["value"], np.arange(21))
     alone = per_example(fn, split, 5, 0, sharding.make("jit", jax.devices()[:1]))
     np.testing.assert_array_equal(found["draw"], alone["draw"])
@@ -364,9 +366,9 @@ def test_drawn_images_are_the_same_on_eight_devices(mode):
     params = start_of(task, config, False).params
 
     def sampled(mode, count):
-        spread = sharding.make(mode, jax.devices()[:count])
-        keys = example_keys(purpose_key(0, SAMPLE), 0, spread.indices(0, 16))
-        variables = Variables(spread.place(params), {})
+        partitioner = sharding.make(mode, jax.devices()[:count])
+        keys = example_keys(purpose_key(0, SAMPLE), 0, partitioner.indices(0, 16))
+        variables = Variables(partitioner.place(params), {})
         return sharding.fetch(sample(task, variables, keys, Request(steps=2)))
 
     np.testing.assert_allclose(sampled(mode, 8), sampled("jit", 1), atol=1e-5)
@@ -381,10 +383,9 @@ def test_a_whole_evaluation_is_the_same_on_eight_devices(mode):
     params = start_of(task, config, False).params
 
     def evaluated_on(mode, count):
-        spread = sharding.make(mode, jax.devices()[:count])
-        return evaluated(
-            task, Variables(spread.place(params), {}), data, full=False, partitioner=spread
-        )
+        partitioner = sharding.make(mode, jax.devices()[:count])
+        variables = Variables(partitioner.place(params), {})
+        return evaluated(task, variables, data, full=False, partitioner=partitioner)
 
     one, many = evaluated_on("jit", 1), evaluated_on(mode, 8)
     for name, value in one.metrics.items():

@@ -48,13 +48,13 @@ def test_only_training_and_the_file_that_knows_devices_compile():
 @pytest.mark.parametrize("mode", sharding.MODES)
 @pytest.mark.parametrize("count", [3, 4, 8])
 def test_results_need_not_divide_over_the_devices(mode, count):
-    spread = sharding.make(mode, jax.devices()[:count])
+    partitioner = sharding.make(mode, jax.devices()[:count])
 
     def some(x):
         return x[:10], jnp.outer(x, jnp.arange(7))[:, 1:], x.sum(), x[None, :5] * jnp.ones((7, 1))
 
-    size = spread.round_up(100)
-    found = sharding.fetch(spread.compile(some)(spread.indices(0, size)))
+    size = partitioner.round_up(100)
+    found = sharding.fetch(partitioner.compile(some)(partitioner.indices(0, size)))
     x = np.arange(size)
     expected = x[:10], np.outer(x, np.arange(1, 7)), x.sum(), np.tile(x[:5], (7, 1))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -88,14 +88,15 @@ DATA = Data("x", "x", IMAGES, IMAGES, 256, ("a", "b"), "")
 @functools.cache
 def on(mode, count):
     """(images, trace, sampled, edited) that `count` devices compute in `mode`."""
-    spread = sharding.make(mode, jax.devices()[:count])
-    variables = Variables(spread.place(PARAMS), {})
-    samples = context_of(DENOISER, variables, DATA, partitioner=spread).samples(100)
+    partitioner = sharding.make(mode, jax.devices()[:count])
+    variables = Variables(partitioner.place(PARAMS), {})
+    samples = context_of(DENOISER, variables, DATA, partitioner=partitioner).samples(100)
     keys = jax.random.split(jax.random.key(0), 5)
     five = np.zeros((5, *SHAPE), np.float32)
     labels = jnp.zeros(5, jnp.int32)
-    sampled = sample(DENOISER, variables, keys, Request(guidance=2.0), partitioner=spread)
-    edits = edited(DENOISER, variables, keys, labels, 0.5, five, five, five, partitioner=spread)
+    sampled = sample(DENOISER, variables, keys, Request(guidance=2.0), partitioner=partitioner)
+    images = (five, five, five)
+    edits = edited(DENOISER, variables, keys, labels, 0.5, *images, partitioner=partitioner)
     return sharding.fetch((samples.images, samples.trace, sampled, edits))
 
 
@@ -115,8 +116,8 @@ def test_a_sampler_is_traced_once_for_all_calls_and_scales_of_guidance():
     assert first > 0
     for scale in (1.5, 3.0, 2.0):
         sample(task, variables, keys, Request(guidance=scale))
-        spread = sharding.placed(PARAMS)
-        sample(task, variables, keys, Request(guidance=scale), partitioner=spread)
+        partitioner = sharding.placed(PARAMS)
+        sample(task, variables, keys, Request(guidance=scale), partitioner=partitioner)
     assert len(traces) == first
 
 
@@ -129,28 +130,29 @@ def test_an_evaluation_is_traced_once_however_often_it_is_done():
 
     split = Split(np.ones((10, 2, 2, 1), np.uint8), np.zeros(10, np.int32))
     for scale in (1.0, 2.0, 3.0):
-        spread = sharding.make("jit", jax.devices()[:4])  # made anew, as a judge's is
-        found = per_example(squared, split, 3, 0, spread, np.float32(scale))
+        partitioner = sharding.make("jit", jax.devices()[:4])  # made anew, as a judge's is
+        found = per_example(squared, split, 3, 0, partitioner, np.float32(scale))
         np.testing.assert_array_equal(found["value"], np.full(10, 4 * scale))
     assert len(traces) == 1
 
 
 @pytest.mark.parametrize("mode", sharding.MODES)
 def test_a_trained_state_lies_on_the_mesh_of_what_is_evaluated(mode):
-    spread = sharding.make(mode, jax.devices()[:4])
+    partitioner = sharding.make(mode, jax.devices()[:4])
 
     def step(state, batch, collectives):
         return state + collectives.mean(batch.mean()), {}
 
-    state, batch = spread.place(np.zeros(8, np.float32)), spread.feed(np.ones(8, np.float32))
-    state, _ = spread.lower(step, spread.like(state), batch)()(state, batch)
-    assert state.sharding.mesh == spread.indices(0, 8).sharding.mesh
+    state = partitioner.place(np.zeros(8, np.float32))
+    batch = partitioner.feed(np.ones(8, np.float32))
+    state, _ = partitioner.lower(step, partitioner.like(state), batch)()(state, batch)
+    assert state.sharding.mesh == partitioner.indices(0, 8).sharding.mesh
 
 
 def test_work_stays_spread_where_results_are_whole():
-    spread = sharding.make("jit", jax.devices()[:4])
-    batch = spread.shard(np.ones((8, 16), np.float32))
-    program = spread.compile(lambda w, x: jnp.tanh(x @ w)).lower(
+    partitioner = sharding.make("jit", jax.devices()[:4])
+    batch = partitioner.shard(np.ones((8, 16), np.float32))
+    program = partitioner.compile(lambda w, x: jnp.tanh(x @ w)).lower(
         np.ones((16, 32), np.float32), batch
     )
     assert "f32[2,32]" in program.compile().as_text()  # a device's two rows, gathered at the end

@@ -40,7 +40,7 @@ def test_a_known_jaxlib_loses_nothing(monkeypatch):
     assert len(xla_flags.compiler_options(xla_flags.LATE_GATHERS)) == 2
 
 
-def test_without_jaxs_private_client_one_process_works_and_several_are_told(monkeypatch):
+def test_without_jaxs_private_client_one_process_works_and_several_are_warned(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax._src.distributed", None)
     monkeypatch.delattr(jax._src, "distributed", raising=False)
     assert processes.coordination_client() is None

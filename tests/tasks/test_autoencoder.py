@@ -71,6 +71,6 @@ def test_the_posterior_is_never_wider_than_the_prior_whatever_the_encoder_says()
             np.testing.assert_allclose(logvar, np.log(0.5), rtol=1e-6)
 
 
-def test_an_image_that_does_not_divide_is_told_in_one_line():
+def test_an_image_that_does_not_divide_is_reported_in_one_line():
     with pytest.raises(FieldError, match=r"^network\..* 30x30 does not divide"):
         LatentAutoencoder(Autoencoder((30, 30, 3), (8, 8, 8))).check()

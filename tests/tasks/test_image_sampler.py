@@ -150,7 +150,7 @@ EVEN = jnp.zeros(2)
 
 
 def mixture(params, xt, logsnr, labels):
-    """The exact denoiser of both classes together, which is told none."""
+    """The exact denoiser of both classes together, without labels."""
     shares = jax.nn.softmax(log_joint(EVEN, xt, logsnr[0]))
     x0 = sum(
         shares[:, i, None, None, None] * predict({}, xt, logsnr, jnp.full(len(xt), i)).x0

@@ -25,8 +25,8 @@ def test_rounding_is_right_where_the_noise_is_far_smaller_than_a_bin():
     logsnr = jnp.asarray(14.0)
     alpha, _ = process.alpha_sigma(logsnr)
     grey = jnp.linspace(-1, 1, 17)
-    told = jax.jit(functools.partial(rounding_nll, logsnr=logsnr, levels=17))
-    nats = [told(alpha * x[None] + 1e-4, x[None]) for x in grey]
+    nll = jax.jit(functools.partial(rounding_nll, logsnr=logsnr, levels=17))
+    nats = [nll(alpha * x[None] + 1e-4, x[None]) for x in grey]
     np.testing.assert_allclose(nats, 0, atol=1e-6)
     wrong = rounding_nll(alpha * grey[3:4], grey[4:5], logsnr, 17)
     assert wrong > 100

@@ -98,7 +98,7 @@ def half_write(folder):
     "damage",
     [truncate, *(pytest.param(f, marks=pytest.mark.slow) for f in (flip, flip_record, half_write))],
 )
-def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_used(
+def test_a_damaged_checkpoint_is_logged_and_the_one_before_it_used(
     damage, stopped, whole, tmp_path
 ):
     workdir = tmp_path / "run"
@@ -178,7 +178,7 @@ def test_a_check_sum_is_the_same_by_numpy_and_on_devices(dtype):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_of_and_the_run_goes_on(stopped, whole, tmp_path):
+def test_a_full_disk_is_logged_and_the_run_goes_on(stopped, whole, tmp_path):
     """No file may grow: from a checkpoint on, everything that is written fails."""
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
@@ -190,9 +190,8 @@ def test_a_full_disk_is_told_of_and_the_run_goes_on(stopped, whole, tmp_path):
         [sys.executable, "-c", LIMITED.format(size=size, argv=argv)],
         env=user_environment(), capture_output=True, text=True, timeout=180,
     )  # fmt: skip
-    told = full.stderr
-    assert "cannot write the checkpoint" in told, told
-    assert "step 400/400" in told, told  # it trained to its end
+    assert "cannot write the checkpoint" in full.stderr, full.stderr
+    assert "step 400/400" in full.stderr, full.stderr  # it trained to its end
     assert before == {path: path.read_bytes() for path in last.rglob("*") if path.is_file()}
     finish(workdir)  # with room again
     assert end_of(workdir) == whole
