@@ -130,3 +130,12 @@ def test_the_experiment_of_the_example_trains_its_sweep(copy):
     (copy / "experiments/beta_digits.py").write_text(block)
     summary = launch(copy, "--experiment=beta_digits")
     assert set(summary["runs"]) == {"beta_0.5", "beta_1", "beta_2"}
+
+
+@pytest.mark.slow
+def test_the_experiment_of_the_readme_trains(copy):
+    text = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r'```python\n("""A VAE with eight latents.*?)```', text, re.DOTALL)
+    (copy / "experiments/vae_eight.py").write_text(block)
+    summary = launch(copy, "--experiment=vae_eight")
+    assert summary["experiment"] == "vae_eight"

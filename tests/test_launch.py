@@ -13,6 +13,7 @@ from PIL import Image
 import launch
 from ddpm_jax.errors import UserError
 from helpers.launching import ROOT, expect_one_line, user_environment
+from helpers.metric_table import undefined
 
 DIGITS = ("--experiment=vae_digits", "--debug")
 
@@ -55,6 +56,8 @@ def test_a_run_leaves_what_the_readme_says(trained):
                  "active_units", "bits_per_dim"):  # fmt: skip
         assert np.isfinite(metrics[f"test/{name}"]), name
     assert metrics["test/neg_elbo"] == pytest.approx(metrics["test/nll"] + metrics["test/kl"])
+    lines += [json.loads(line) for line in (trained / "timing.jsonl").read_text().splitlines()]
+    assert not undefined(name for line in lines for name in line)
 
 
 def test_a_finished_run_prints_its_table_and_is_done(launch, trained):

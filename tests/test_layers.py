@@ -1,7 +1,9 @@
 """The rules about folders and imports, held by parsing files."""
 
 import ast
+import builtins
 import functools
+import symtable
 
 import pytest
 
@@ -146,3 +148,24 @@ def test_wrong_flags_and_help_import_nothing_heavy():
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             top |= {getattr(node, "module", None) or node.names[0].name}
     assert not {name.split(".")[0] for name in top} & {"jax", "flax", "numpy", "matplotlib"}
+
+
+def unbound(table, module):
+    """The names that a function or class reads and that nothing binds, as (where, name)."""
+    known = {*module, *dir(builtins), "__file__"}
+    for symbol in table.get_symbols():
+        if symbol.is_referenced() and symbol.is_global() and symbol.get_name() not in known:
+            yield table.get_name(), symbol.get_name()
+    for child in table.get_children():
+        yield from unbound(child, module)
+
+
+@pytest.mark.parametrize("folder", ["ddpm_jax", "experiments", "tests", "benchmarks", "."])
+def test_every_name_is_bound(folder):
+    """Lint and types leave this out, for the shapes in strings of annotations."""
+    pattern = "*.py" if folder == "." else "**/*.py"
+    for path in (ROOT / folder).glob(pattern):
+        table = symtable.symtable(path.read_text(), str(path), "exec")
+        names = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
+        names |= {s.get_name() for s in table.get_symbols() if s.is_namespace()}
+        assert not list(unbound(table, names)), path

@@ -24,6 +24,7 @@ from ddpm_jax.tasks.image_sampler import Sampling
 from ddpm_jax.tasks.vae import VAE
 from ddpm_jax.tasks.vdm import VDM
 from ddpm_jax.variational.likelihoods import Gaussian
+from helpers.metric_table import undefined
 from helpers.sampling import evaluated
 from helpers.tasks import CutCosine, EvenBetas, bound, loss_of
 
@@ -167,6 +168,7 @@ def test_the_loss_of_an_evaluation_is_that_of_training_with_frozen_parameters(na
     metrics = {name.removeprefix("validation/"): value for name, value in metrics.items()}
     shared = [metric for metric in seen if metric in metrics]
     assert "loss" in shared
+    assert not undefined([*seen, *metrics])
     for metric in shared:
         spread = seen[metric].std(ddof=1)  # of passes, each as long as the evaluation
         allowed = 4 * (spread * (1 + 1 / passes) ** 0.5) + 1e-5 * abs(metrics[metric])

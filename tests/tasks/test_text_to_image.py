@@ -30,6 +30,7 @@ from ddpm_jax.tasks.captioned import TextToImage
 from ddpm_jax.tasks.shape_prompts import ShapePrompts
 from ddpm_jax.tasks.text_encoders import BytesEncoder, PretrainedEncoder
 from ddpm_jax.training.evaluation import EvaluationContext, evaluate
+from helpers.metric_table import undefined
 from helpers.text import drawn
 
 DATA = loader.load("shapes")
@@ -210,6 +211,7 @@ def test_an_evaluation_has_metrics_of_every_set_and_scale(monkeypatch):
         assert f"test/{name}" in final.metrics
     assert final.metrics["test/aligned_single"] == pytest.approx(1 / 3)
     assert final.about["drawn"] == 4
+    assert not undefined(final.metrics)
     quick = evaluated(full=False)
     assert "test/aligned" in quick.metrics
     other = TEXT, drawn(TEXT.init, *TEXT_INPUTS, seed=5)
