@@ -31,7 +31,7 @@ from ddpm_jax.experiment.types import (
     bind,
 )
 from ddpm_jax.metrics.features import Judge
-from ddpm_jax.metrics.networks import judge_of
+from ddpm_jax.metrics.networks import ClassifierFeatures, judge_of
 from ddpm_jax.metrics.pth import read_tensors
 from ddpm_jax.nn.inception import Inception, from_torch
 from ddpm_jax.parallel.processes import from_main
@@ -276,7 +276,6 @@ def load_inception() -> Judge:
       UserError: there are none, or not those.
     """
     params = from_torch(read_tensors(inception_file()))
-
     return judge_of("inception", inception, make().place(params), batch_size=50)._replace(
         about=INCEPTION
     )
@@ -305,14 +304,9 @@ def load_judge(place: str) -> Judge:
     config, state = load_state(workdir, theirs.run_config)
     task = config.task
     assert isinstance(task, WithNetwork)
-
-    def network(params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
-        logits, features = task.network.apply(params, x)
-        assert isinstance(features, jax.Array)
-        assert isinstance(logits, jax.Array)
-        return logits, features
-
     data = theirs.record["data"]
     about = f"{theirs.title} on {data['title']}, step {int(state.step)}, {place}"
-    judge = judge_of(judge_name(data["name"]), network, averaged(state, config))
+    judge = judge_of(
+        judge_name(data["name"]), ClassifierFeatures(task.network), averaged(state, config)
+    )
     return judge._replace(about=about)

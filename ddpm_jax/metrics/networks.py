@@ -59,6 +59,24 @@ def judge_of(name: str, network: Network, params: PyTree, batch_size: int = 500)
 
 
 @dataclasses.dataclass(frozen=True)
+class ClassifierFeatures:
+    """A classifier of clean images.
+
+    Attributes:
+      network: The classifier's network.
+    """
+
+    network: nn.Module
+
+    def __call__(self, params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
+        """Return the logits, and the features that they are computed from."""
+        logits, features = self.network.apply(params, x)
+        assert isinstance(features, jax.Array)
+        assert isinstance(logits, jax.Array)
+        return logits, features
+
+
+@dataclasses.dataclass(frozen=True)
 class ImageFeatures:
     """The image tower of a dual encoder, as a network of one class.
 
