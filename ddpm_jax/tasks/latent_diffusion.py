@@ -15,9 +15,10 @@ from ddpm_jax.diffusion.schedules import CosineBetas, NoiseSchedule, Schedule, s
 from ddpm_jax.diffusion.times import StratifiedTimes
 from ddpm_jax.fields import BOUND, MAY_CHANGE, Few, Positive, section
 from ddpm_jax.nn.autoencoder import Autoencoder
-from ddpm_jax.nn.dit import DiT
+from ddpm_jax.nn.denoising_networks import DenoisingNetwork
 from ddpm_jax.nn.layers import Context
 from ddpm_jax.nn.unet import UNet
+from ddpm_jax.rng import split_keys
 from ddpm_jax.system.record import Record
 from ddpm_jax.task import Compile, SampleRequest
 from ddpm_jax.tasks.autoencoder import Latents
@@ -53,7 +54,7 @@ class LatentDiffusion:
       batch_size: Training images of one step.
     """
 
-    network: UNet | DiT = UNet()
+    network: DenoisingNetwork = UNet()
     schedule: NoiseSchedule = CosineBetas()
     noise_shift: Positive = 1.0
     prediction: PredictionType = "v"
@@ -109,7 +110,12 @@ class LatentDiffusion:
         return shifted(self.schedule.make(), self.noise_shift)
 
     def predict(
-        self, params: PyTree, xt: Array, logsnr: Float[Array, "batch"], conditioning: Context
+        self,
+        params: PyTree,
+        xt: Array,
+        logsnr: Float[Array, "batch"],
+        conditioning: Context,
+        keys: Key[Array, "batch"] | None = None,
     ) -> Prediction:
         """Return x0 and eps of noisy latents.
 
@@ -118,10 +124,18 @@ class LatentDiffusion:
           xt: noisy latents.
           logsnr: of each of them.
           conditioning: features of the captions.
+          keys: of dropout; None: there is none.
         """
         time = self.noise_schedule(params).time(logsnr)
         return predict(
-            self.network, self.prediction, params, xt, logsnr, time, context=conditioning
+            self.network,
+            self.prediction,
+            params,
+            xt,
+            logsnr,
+            time,
+            context=conditioning,
+            keys=keys,
         )
 
     def init(self, key: Key[Array, ""], context: Context) -> PyTree:
@@ -159,21 +173,12 @@ class LatentDiffusion:
             keys = jax.vmap(lambda key: jax.random.split(key, count))(keys).reshape(-1)
             index = (index[:, None] + self.batch_size * jnp.arange(count)).reshape(-1)
             target = target.repeat(count, 0)
-        split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
-        schedule, times = self.noise_schedule(params), self.batch_size * count
-        t, _ = StratifiedTimes().sample({}, split[:, 0], index, times)
+        t_keys, eps_keys, drop_keys = split_keys(keys, 3)
+        schedule = self.noise_schedule(params)
+        t, _ = StratifiedTimes().sample({}, t_keys, index, self.batch_size * count)
         logsnr = schedule.logsnr(step_time(schedule, t))
-        noisy = corrupt(target, split[:, 1], logsnr)
-        prediction = predict(
-            self.network,
-            self.prediction,
-            params,
-            noisy.xt,
-            logsnr,
-            schedule.time(logsnr),
-            context=context,
-            keys=split[:, 2] if train else None,
-        )
+        noisy = corrupt(target, eps_keys, logsnr)
+        prediction = self.predict(params, noisy.xt, logsnr, context, drop_keys if train else None)
         errors = weighted_error(prediction, noisy, losses.WEIGHTS[self.loss_weight])
         weighted, mse = (error.reshape(-1, count).mean(1) for error in errors)
         return weighted, {"mse": mse}
