@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ddpm_jax.diffusion import samplers
 from ddpm_jax.diffusion.grids import Spacing, grid, grid_from
-from ddpm_jax.diffusion.guidance import ClassifierFree, Guidance, Method
+from ddpm_jax.diffusion.guidance import ClassifierFree, Guidance, GuidingNetwork, Method
 from ddpm_jax.diffusion.prediction import (
     Denoiser,
     Prediction,
@@ -95,24 +95,12 @@ class Sampling:
 
 
 @runtime_checkable
-class DenoisingModel(Protocol):
+class DenoisingModel(GuidingNetwork, Protocol):
     """A denoising network with its schedule: a hashable value, whose arrays are arguments."""
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
         """Shape of what is denoised: an image, or latents."""
-
-    def predict(
-        self, params: PyTree, xt: Array, logsnr: Float[Array, "batch"], conditioning: PyTree
-    ) -> Prediction:
-        """Return the prediction for x_t [B, *event], each with its own logsnr.
-
-        Args:
-          params: parameters of the network.
-          xt: noisy examples.
-          logsnr: of every example.
-          conditioning: what the network is given: labels, or features of captions.
-        """
 
     def noise_schedule(self, params: PyTree) -> Schedule:
         """Return the schedule, which the parameters may hold."""
