@@ -338,9 +338,14 @@ class SamplingTask(Task, Protocol):
 
         Args:
           keys: one for every image.
-          place: the number [B] of every image, which chooses its class.
+          place: the number [B] of every image, which chooses its class, if it has one.
           context: of the evaluation.
         """
+        del place
+        images = self.sample(
+            context.variables, keys, SampleRequest(), context.guidance, context.compile
+        )
+        return images, None
 
 
 @runtime_checkable
@@ -378,6 +383,10 @@ class Context(abc.ABC):
     @abc.abstractmethod
     def held_out(self) -> Split:
         """The examples of the split."""
+
+    def examples(self, quick: int = 1000) -> Split:
+        """Return the examples of the split; before the final evaluation the first `quick` alone."""
+        return self.held_out if self.full else self.held_out.first(quick)
 
     @property
     @abc.abstractmethod

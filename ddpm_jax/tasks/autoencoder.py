@@ -277,7 +277,7 @@ def reconstructed(context: Context) -> Reconstructions:
     """Return what `reconstruct` does of the split that is evaluated, or of its first images."""
     task = context.task
     assert isinstance(task, LatentAutoencoder)
-    split = context.held_out if context.full else context.held_out.first(QUICK_IMAGES)
+    split = context.examples(QUICK_IMAGES)
     values = context.per_example(reconstruct, split, task.eval_batch_size, context.variables)
     images = values.pop("reconstruction")
     return Reconstructions(to_images(split.images, task.info.levels), images, values)

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from ddpm_jax.data.types import UNBOUND, Batch, Data, DataInfo, info_of
 from ddpm_jax.diffusion.guidance import Guidance
@@ -23,7 +23,7 @@ from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.nn.layers import Context, inner_dtype
-from ddpm_jax.parallel.partitioner import fetch
+from ddpm_jax.rng import split_keys
 from ddpm_jax.task import (
     AllGather,
     Compile,
@@ -35,7 +35,6 @@ from ddpm_jax.task import (
     SamplingTask,
     Variables,
 )
-from ddpm_jax.task import Context as EvaluationContext
 from ddpm_jax.tasks.autoencoder import LatentAutoencoder, Latents
 from ddpm_jax.tasks.autoregressive import Autoregressive
 from ddpm_jax.tasks.contrastive import Contrastive, check_captions
@@ -50,7 +49,7 @@ from ddpm_jax.tasks.text_encoders import (
     encode_captions,
     repeat,
 )
-from ddpm_jax.tasks.text_to_image import EVALUATIONS, held_out_captions
+from ddpm_jax.tasks.text_to_image import EVALUATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,15 +221,15 @@ class TextToImage(SamplingTask):
           all_gather: not used.
         """
         del all_gather
-        split, captions = jax.vmap(jax.random.split)(keys), batch.captions
+        (caption_keys, loss_keys), captions = split_keys(keys, 2), batch.captions
         if train:
-            dropped = jax.vmap(jax.random.bernoulli, (0, None))(split[:, 0], self.caption_dropout)
+            dropped = jax.vmap(jax.random.bernoulli, (0, None))(caption_keys, self.caption_dropout)
             captions = self.encoder.drop(captions, dropped)
         images = to_images(batch.images, self.info.levels)
         target = self.generator.target(variables.extra["autoencoder"], images)
         context = self.encoder.encode(variables.extra["text"], captions)
         losses, metrics = self.generator.loss(
-            variables.params, target, context, batch.index, split[:, 1], train=train
+            variables.params, target, context, batch.index, loss_keys, train=train
         )
         return LossOutput(losses, metrics, {})
 
@@ -297,34 +296,6 @@ class TextToImage(SamplingTask):
             repeat(self.encoder.prepare([text]), len(keys)) for text in (prompt, negative)
         )
         return self.sample_captions(variables, keys, captions, null, request, guidance, compile)
-
-    def sample_in_turn(
-        self,
-        keys: Key[Array, "batch"],
-        place: Int[Array, "batch"],
-        context: EvaluationContext,
-    ) -> tuple[Float[Array, "batch h w c"], None]:
-        """Return images of held-out captions in turn, and no trace.
-
-        Args:
-          keys: one for every image.
-          place: the number of every image, which chooses its caption.
-          context: of the evaluation.
-        """
-        texts = context.shared(held_out_captions)
-        prepared = self.encoder.prepare([texts[row] for row in fetch(place) % len(texts)])
-        empty = repeat(self.encoder.prepare([""]), len(keys))
-        captions, null = context.place((prepared, empty))
-        images = self.sample_captions(
-            context.variables,
-            keys,
-            captions,
-            null,
-            SampleRequest(),
-            context.guidance,
-            context.compile,
-        )
-        return images, None
 
     def sample_captions(
         self,

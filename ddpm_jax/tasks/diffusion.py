@@ -31,8 +31,6 @@ from ddpm_jax.tasks.image_denoiser import ImageDenoiser, SampleEvaluation, bound
 from ddpm_jax.tasks.image_sampler import Sampling, check_start
 from ddpm_jax.tasks.sample_figures import SAMPLE_EVALUATIONS
 
-QUICK_IMAGES = 1000  # held-out images of an evaluation before the last
-
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion(ImageDenoiser):
@@ -113,7 +111,7 @@ class Diffusion(ImageDenoiser):
                 f"{field}: needs a table of betas; give schedule=linear_betas or cosine_betas",
                 "schedule",
             )
-        self.check_denoiser(schedule.steps)
+        self.check_denoiser()
         check_start(self.prediction, schedule, self.sampling)
 
     def noise_schedule(self, params: PyTree = None) -> Schedule:
@@ -307,7 +305,7 @@ def terms_of(context: Context) -> dict[str, np.ndarray]:
     """Return `held_out_terms` of the split, or of its first images before the end."""
     task = context.task
     assert isinstance(task, Diffusion)
-    split = context.held_out if context.full else context.held_out.first(QUICK_IMAGES)
+    split = context.examples()
     size = task.evaluation.batch_size
     return context.per_example(held_out_terms, split, size, context.variables.params)
 

@@ -127,17 +127,14 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
         """Return what the network is given of the labels of a batch; None: it has no classes."""
         return class_labels(labels, self.classes) if self.classes else None
 
-    def check_denoiser(self, steps: int | None) -> None:
-        """Check the network and how it is sampled from.
-
-        Args:
-          steps: of the schedule's table; None: it is continuous.
+    def check_denoiser(self) -> None:
+        """Check how the network is sampled from.
 
         Raises:
-          FieldError: they do not fit the images, the schedule or each other.
+          FieldError: it does not fit the network or the schedule.
         """
         with section("sampling"):
-            check_sampling(self.sampling, steps, self.learned_variance)
+            check_sampling(self.sampling, self.table_steps, self.learned_variance)
         if self.sampling.guidance_model == "labels":
             self._check_scale(self.sampling.guidance)
 

@@ -231,8 +231,8 @@ def example_losses(
 
 def caption_loss(task: CaptionTask, context: Context) -> Evaluation:
     """Return the loss under held-out captions, of fewer examples before the final evaluation."""
-    size, held_out = task.evaluation.batch_size, context.held_out
-    examples = held_out if context.full else held_out.first(4 * size)
+    size = task.evaluation.batch_size
+    examples = context.examples(4 * size)
     return Evaluation(
         averages(context.per_example(example_losses, examples, size, context.variables))
     )

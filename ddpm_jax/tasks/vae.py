@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from ddpm_jax import plots
 from ddpm_jax.data.types import UNBOUND, Batch, DataInfo
@@ -176,22 +176,6 @@ class VAE(SamplingTask):
         """
         del request, guidance
         return compile(sample_prior, static_argnums=0)(self, variables.params, keys)
-
-    def sample_in_turn(
-        self,
-        keys: Key[Array, "batch"],
-        place: Int[Array, "batch"],
-        context: Context,
-    ) -> tuple[Float[Array, "batch h w c"], None]:
-        """Return the images of an evaluation, as `sample` does; there is no trace.
-
-        Args:
-          keys: one for every image.
-          place: not used: images have no classes.
-          context: of the evaluation.
-        """
-        del place
-        return self.sample(context.variables, keys, SampleRequest(), None, context.compile), None
 
 
 def sample_prior(

@@ -40,7 +40,6 @@ from ddpm_jax.tasks.image_denoiser import ImageDenoiser, SampleEvaluation, bound
 from ddpm_jax.tasks.image_sampler import Sampling
 from ddpm_jax.tasks.sample_figures import SAMPLE_EVALUATIONS
 
-QUICK_IMAGES = 1000  # held-out images of an evaluation before the last
 STEPS = 1000  # T of the discrete bound
 EVALUATION_PURPOSES = 4  # of an image's random numbers: z_0, times, noise, the ODE's probe
 CURVE_POINTS = 101  # of the plot of the schedule
@@ -98,7 +97,7 @@ class VDM(ImageDenoiser):
             )
         with section("network"):
             self.network.check(self.info.shape)
-        self.check_denoiser(None)
+        self.check_denoiser()
 
     def noise_schedule(self, params: PyTree) -> schedules.Schedule:
         """Return the learned schedule, which the parameters hold."""
@@ -283,7 +282,7 @@ def bounds_of(context: Context) -> dict[str, np.ndarray]:
     """Return `bounds` of the split, or of its first images before the end."""
     task = context.task
     assert isinstance(task, VDM)
-    split = context.held_out if context.full else context.held_out.first(QUICK_IMAGES)
+    split = context.examples()
     size = task.evaluation.batch_size
     return context.per_example(bounds, split, size, context.variables.params)
 

@@ -92,7 +92,7 @@ class ExactDenoiser(ImageDenoiser):
 
     def check(self):
         """Raises FieldError if it cannot be sampled from so."""
-        self.check_denoiser(self.table_steps)
+        self.check_denoiser()
 
     def noise_schedule(self, params):
         """The schedule, of which the parameters hold nothing."""
