@@ -59,7 +59,7 @@ def changed(run: "Recorded", overrides: dict[str, str]) -> "Recorded":
     """
     from ddpm_jax.config import marked, override
     from ddpm_jax.experiment.effects import check_effects
-    from ddpm_jax.experiment.guidance_models import check_guides_another
+    from ddpm_jax.experiment.guidance_models import check_guidance_model_is_another
     from ddpm_jax.experiment.recorded import info_from
     from ddpm_jax.experiment.types import Config, bind
     from ddpm_jax.fields import MAY_CHANGE
@@ -77,7 +77,7 @@ def changed(run: "Recorded", overrides: dict[str, str]) -> "Recorded":
     assert isinstance(config, Config)  # a run is of one model
     config = bind(config, info_from(run.record))
     check_effects(config, overrides)
-    check_guides_another(config, run.workdir)
+    check_guidance_model_is_another(config, run.workdir)
     return run._replace(config=config)
 
 

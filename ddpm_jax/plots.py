@@ -146,7 +146,7 @@ def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w c"]) -> None:
 
 
 def save_gif(path: pathlib.Path, frames: UInt8[np.ndarray, "f h w c"]) -> None:
-    """Write a movie of ten frames a second, whose last frame stays for two."""
+    """Write a animation of ten frames a second, whose last frame stays for two."""
     from PIL import Image
 
     pictures = [
@@ -161,11 +161,11 @@ def save_gif(path: pathlib.Path, frames: UInt8[np.ndarray, "f h w c"]) -> None:
     write_with(path, save)
 
 
-def save_picture(stem: pathlib.Path, image: np.ndarray) -> pathlib.Path:
-    """Write a picture [H, W, C] as STEM.png, or a movie [F, H, W, C] as STEM.gif."""
-    movie = image.ndim == 4
-    path = stem.with_name(stem.name + (".gif" if movie else ".png"))
-    (save_gif if movie else save_png)(path, image)
+def save_image(stem: pathlib.Path, image: np.ndarray) -> pathlib.Path:
+    """Write a picture [H, W, C] as STEM.png, or a animation [F, H, W, C] as STEM.gif."""
+    animation = image.ndim == 4
+    path = stem.with_name(stem.name + (".gif" if animation else ".png"))
+    (save_gif if animation else save_png)(path, image)
     return path
 
 

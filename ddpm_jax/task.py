@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ddpm_jax.data.types import Batch, Data, DataInfo, Split
 from ddpm_jax.errors import NonFinite
-from ddpm_jax.metrics.features import Judge
+from ddpm_jax.metrics.features import FeatureNetwork
 from ddpm_jax.system.record import Record
 
 P = ParamSpec("P")
@@ -166,7 +166,7 @@ class Resources(NamedTuple):
       dual_encoder: Loads (network, parameters) of the dual encoder of the evaluation.
     """
 
-    features: tuple[Callable[[], Judge], ...] = ()
+    features: tuple[Callable[[], FeatureNetwork], ...] = ()
     guidance: Callable[[], GuidanceModel | None] = lambda: None
     parts: Callable[[], PyTree] | None = None
     dual_encoder: Callable[[], tuple[nn.Module, PyTree]] | None = None

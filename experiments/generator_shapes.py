@@ -49,7 +49,7 @@ CONFIG = Config(
                 attention_sizes=(4, 8),
                 head_channels=24,
                 dropout=0.0,
-                refiner_blocks=1,
+                text_refiner_blocks=1,
             ),
             schedule=CosineBetas(steps=1000),
             noise_shift=0.7,
@@ -94,7 +94,7 @@ EXPERIMENT = Experiment(
         "task.generator.network.blocks": 1,
         "task.generator.network.attention_sizes": (),
         "task.generator.network.head_channels": 0,
-        "task.generator.network.refiner_blocks": 1,
+        "task.generator.network.text_refiner_blocks": 1,
         "task.generator.network.width": 32,
         "task.generator.network.depth": 1,
         "task.generator.network.heads": 2,
@@ -106,11 +106,13 @@ EXPERIMENT = Experiment(
     alternatives={
         "task.generator": (
             Autoregressive(
-                CodeTransformer(width=192, depth=6, heads=6, refiner_blocks=1),
+                CodeTransformer(width=192, depth=6, heads=6, text_refiner_blocks=1),
                 guidance=2.0,
                 temperature=1.0,
             ),
         ),
-        "task.generator.network": (DiT(patch=1, width=192, depth=6, heads=6, refiner_blocks=1),),
+        "task.generator.network": (
+            DiT(patch=1, width=192, depth=6, heads=6, text_refiner_blocks=1),
+        ),
     },
 )

@@ -50,7 +50,7 @@ from ddpm_jax.experiment.types import (
     bind,
 )
 from ddpm_jax.fields import MAY_CHANGE, FieldError, Json, NumSamples, SampleSteps, section
-from ddpm_jax.metrics.features import Judge
+from ddpm_jax.metrics.features import FeatureNetwork
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.quality import WHOLE, quality
 from ddpm_jax.nn.dit import DiT
@@ -194,7 +194,7 @@ CONFIG = SamplerStudy(
 
 
 def sampled(
-    config: SamplerStudy, context: Context, judge: Judge
+    config: SamplerStudy, context: Context, network: FeatureNetwork
 ) -> tuple[dict[str, dict[str, float]], list[np.ndarray]]:
     """Return (metrics of every sampler by its name, ten samples of each)."""
     # Without the run's guidance model, which would guide at other neutral scales than 1.
@@ -214,8 +214,8 @@ def sampled(
             parts.append(fetch(x))
         images, labels = np.concatenate(parts), np.repeat(np.arange(classes), each)
         shown.append(images[::each][:10])
-        samplers[name] = quality(judge, images, labels, context.loaded.data).metrics
-        samplers[name]["deviation"] = float(images.std(0).mean())
+        samplers[name] = quality(network, images, labels, context.loaded.data).metrics
+        samplers[name]["std"] = float(images.std(0).mean())
     return samplers, shown
 
 
@@ -227,30 +227,30 @@ def report(config: SamplerStudy, summaries: dict[str, dict[str, Json]], context:
     loaders = load_features(model, context.loaded, context.options, train_alone)
     if not loaders:
         raise UserError("the training of the classifier was stopped; the same command goes on")
-    judge = loaders[0]()
-    samplers, shown = sampled(config, context, judge)
+    network = loaders[0]()
+    samplers, shown = sampled(config, context, network)
     title = f"{config.steps} steps each, on {data.title}"
-    fd = f"fd_{judge.name}"
-    names = (fd, "recognised", "nearest_ratio", "deviation")
+    fd = f"fd_{network.name}"
+    names = (fd, "classifier_accuracy", "nearest_ratio", "std")
     rows = plots.comparison_rows(samplers, names)
     texts = dict(plots.metric_rows(samplers[config.samplers[-1]]))
     train = to_images(data.train.some(WHOLE).images, data.levels)
     of_data = float(train.std(0).mean())
     of_training = texts.get(f"{fd}_of_training", "left out")
-    rows.append(("training set", f"{fd} {of_training}  deviation {of_data:.4g}"))
+    rows.append(("training set", f"{fd} {of_training}  std {of_data:.4g}"))
     columns = min(10, model.task.info.classes)
     figures = {"a_row_each": plots.grid(np.concatenate(shown), columns=columns)}
     ddim = {name: metrics for name, metrics in samplers.items() if name[:4] == "ddim"}
     etas = {float(n.partition(":")[2] or 0): m[fd] for n, m in ddim.items() if fd in m}
     if len(etas) > 1:
         points = np.array(sorted(etas))
-        curve = {f"Frechet distance ({judge.name})": np.array([etas[eta] for eta in points])}
+        curve = {f"Frechet distance ({network.name})": np.array([etas[eta] for eta in points])}
         figures["distance_against_eta"] = plots.lines(points, curve, "eta of DDIM", title)
     record = {
         "steps": config.steps,
         "parameters": parameters_used(model.ema),
-        "features": {judge.name: judge.about},
-        "deviation_of_training_images": of_data,
+        "features": {network.name: network.about},
+        "std_of_training_images": of_data,
         "samplers": samplers,
     }
     return Report(title, rows, figures, record)

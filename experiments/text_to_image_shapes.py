@@ -91,7 +91,7 @@ CONFIG = Chain(
                     attention_sizes=(4, 8),
                     head_channels=24,
                     dropout=0.0,
-                    refiner_blocks=1,
+                    text_refiner_blocks=1,
                 ),
                 schedule=CosineBetas(steps=1000),
                 noise_shift=0.7,
@@ -125,7 +125,7 @@ CONFIG = Chain(
     ),
 )
 HEADLINES = {
-    "text": ("accuracy_among_64", "told_apart"),
+    "text": ("accuracy_among_64", "hard_negative_accuracy"),
     "autoencoder": ("psnr", "ssim"),
     "generator": ("aligned_single", "aligned_relation", "aligned", "clip_score"),
 }
@@ -174,7 +174,7 @@ EXPERIMENT = Experiment(
         "generator.task.generator.network.blocks": 1,
         "generator.task.generator.network.attention_sizes": (),
         "generator.task.generator.network.head_channels": 4,
-        "generator.task.generator.network.refiner_blocks": 1,
+        "generator.task.generator.network.text_refiner_blocks": 1,
         "generator.task.generator.network.width": 32,
         "generator.task.generator.network.depth": 1,
         "generator.task.generator.network.heads": 2,
@@ -186,13 +186,13 @@ EXPERIMENT = Experiment(
     alternatives={
         "generator.task.generator": (
             Autoregressive(
-                CodeTransformer(width=192, depth=6, heads=6, refiner_blocks=1),
+                CodeTransformer(width=192, depth=6, heads=6, text_refiner_blocks=1),
                 guidance=2.0,
                 temperature=1.0,
             ),
         ),
         "generator.task.generator.network": (
-            DiT(patch=1, width=192, depth=6, heads=6, refiner_blocks=1),
+            DiT(patch=1, width=192, depth=6, heads=6, text_refiner_blocks=1),
         ),
     },
     report=report,

@@ -113,7 +113,7 @@ def test_a_final_run_trains_on_all_of_the_training_images(launch, tmp_path):
 
 
 def test_sampling_needs_no_flag_retyped(launch, trained, tmp_path):
-    out = tmp_path / "drawn.npz"
+    out = tmp_path / "sampled.npz"
     result = launch("--mode=sample", f"--workdir={trained}", "--num_samples=70", f"--out={out}")
     assert result.returncode == 0, result.stderr
     images = np.load(out)["images"]
@@ -123,9 +123,9 @@ def test_sampling_needs_no_flag_retyped(launch, trained, tmp_path):
     assert np.array_equal(np.load(out)["images"], images[:3])  # image 2 is image 2
     launch("--mode=sample", f"--workdir={trained}", "--num_samples=3", f"--out={out}", "--seed=1")
     assert not np.array_equal(np.load(out)["images"], images[:3])
-    result = launch("--mode=sample", f"--workdir={trained}", f"--out={tmp_path}/drawn.png")
+    result = launch("--mode=sample", f"--workdir={trained}", f"--out={tmp_path}/sampled.png")
     assert result.returncode == 0
-    with Image.open(tmp_path / "drawn.png") as image:
+    with Image.open(tmp_path / "sampled.png") as image:
         assert image.size[0] > 8 * 8
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.data.types import Data, Split
-from ddpm_jax.metrics.features import Judge
+from ddpm_jax.metrics.features import FeatureNetwork
 from ddpm_jax.metrics.noise_levels import noise_levels
 from ddpm_jax.metrics.quality import quality
 from ddpm_jax.parallel import hardware
@@ -34,7 +34,7 @@ def named(node):
     """The expressions of a statement or a call that name metrics."""
     if isinstance(node, ast.Call):
         function = getattr(node.func, "id", "")
-        if function in ("averages", "figures", "Evaluation") and node.args:
+        if function in ("averages", "with_error", "Evaluation") and node.args:
             first = node.args[0]
             yield from keys_of(first) if isinstance(first, ast.Dict | ast.DictComp) else [first]
         elif function == "LossOutput":
@@ -110,7 +110,7 @@ def test_the_metrics_of_samples_are_in_the_table(name):
         return features, np.log(np.exp(features) / np.exp(features).sum(1, keepdims=True))
 
     samples = draws.uniform(-1, 1, (50, 4, 4, 1)).astype(np.float32)
-    metrics = quality(Judge(name, see), samples, np.arange(50) % 3, data).metrics
+    metrics = quality(FeatureNetwork(name, see), samples, np.arange(50) % 3, data).metrics
     assert len(metrics) > 15
     assert not undefined(f"test/{metric}" for metric in metrics)
 

@@ -611,7 +611,7 @@ FAULTS = [
     (["--mode=eval"], "images is a file", has("images")),
     (["--mode=sample"], "images is a file", has("images")),
     (["--mode=sample"], "checkpoints is a file", has("checkpoints")),
-    (["--mode=sample"], "drawn.png is a directory", has_folder("images/drawn.png")),
+    (["--mode=sample"], "sampled.png is a directory", has_folder("images/sampled.png")),
     (["--mode=sample"], "config.json is not a file", has_pipe("config.json")),
 ]
 
@@ -739,7 +739,7 @@ def test_no_classifier_is_trained_for_a_directory_of_another_run(
         features = f"--config.{path}.evaluation.features=classifier_digits"
         result = launch_here(*experiment, features, f"--workdir={trained}")
         expect_one_line(result, "holds a run of vae_digits")
-    assert not list(tmp_path.glob("cache/ddpm_jax/judges/*"))
+    assert not list(tmp_path.glob("cache/ddpm_jax/feature_networks/*"))
 
 
 def test_a_host_that_is_not_known_is_one_line_within_seconds(monkeypatch):

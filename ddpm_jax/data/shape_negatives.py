@@ -44,7 +44,7 @@ def hard_negative(split: str, index: int, number: int = 0) -> str:
     unseen = ALL_HELD_OUT - {(group.colour, group.kind) for group in true.groups}
     draw = stream(f"altered {split} {number}", index)
     while True:
-        groups, relation, background = _altered(draw, true)
+        groups, relation, background = _hard_negative(draw, true)
         pairs = [(group.colour, group.kind) for group in groups]
         ordered = relation is None or pairs == [(g.colour, g.kind) for g in true.groups]
         right = _describe(groups, true) and ordered
@@ -64,7 +64,7 @@ def _describe(groups: Sequence[Group], scene: Scene) -> bool:
     return looks == drawn and all(g.size in (None, sizes[g.colour, g.kind]) for g in groups)
 
 
-def _altered(
+def _hard_negative(
     draw: np.random.Generator, scene: Scene
 ) -> tuple[tuple[Group, ...], str | None, str | None]:
     """Return groups, relation and background of a scene, one of which is sampled anew."""

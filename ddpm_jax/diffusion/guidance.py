@@ -44,7 +44,7 @@ def classifier_free(
     return lambda xt, logsnr: combine(conditional(xt, logsnr), unconditional(xt, logsnr), scale)
 
 
-def limited(guided: Denoiser, plain: Denoiser, low: float, high: float) -> Denoiser:
+def within_interval(guided: Denoiser, plain: Denoiser, low: float, high: float) -> Denoiser:
     """Return `guided` where low <= logsnr <= high, else `plain` (Kynkaanniemi et al. 2024).
 
     Args:
@@ -282,7 +282,7 @@ class Guidance:
 
     Attributes:
       method: How it guides; None: there is no guidance, one call of the network a step.
-      interval: (lowest, highest) logsnr between which it acts (`limited`); None: everywhere.
+      interval: (lowest, highest) logsnr between which it acts (`within_interval`); None: all.
       rescale: Share of the standard deviation of x0 that is set back (`rescaled`).
     """
 
@@ -312,4 +312,4 @@ class Guidance:
                 return rescaled(prediction, conditional, xt, logsnr, self.rescale)
             return prediction
 
-        return limited(guided, plain, *self.interval) if self.interval else guided
+        return within_interval(guided, plain, *self.interval) if self.interval else guided

@@ -37,44 +37,49 @@ class Prediction(NamedTuple):
 Denoiser = Callable[[Array, Array], Prediction]  # (xt, logsnr), parameters and condition bound
 
 
-def read(
-    kind: PredictionType, out: Float[Array, "*event"], xt: Float[Array, "*event"], logsnr: Array
+def to_prediction(
+    prediction_type: PredictionType,
+    out: Float[Array, "*event"],
+    xt: Float[Array, "*event"],
+    logsnr: Array,
 ) -> Prediction:
     """Return a network's output as a `Prediction`.
 
     Args:
-      kind: what the network predicts.
+      prediction_type: what the network predicts.
       out: its output.
       xt: its input x_t.
       logsnr: of x_t.
 
     Raises:
-      ValueError: an unknown kind.
+      ValueError: an unknown prediction_type.
     """
     alpha, sigma = alpha_sigma(logsnr)
-    if kind == "eps":
+    if prediction_type == "eps":
         return Prediction((xt - sigma * out) / alpha, out)
-    if kind == "x0":
+    if prediction_type == "x0":
         return Prediction(out, (xt - alpha * out) / sigma)
-    if kind == "v":
+    if prediction_type == "v":
         return Prediction(alpha * xt - sigma * out, sigma * xt + alpha * out)
-    raise ValueError(f"a network predicts eps, x0 or v, not {kind}")
+    raise ValueError(f"a network predicts eps, x0 or v, not {prediction_type}")
 
 
-def write(kind: PredictionType, prediction: Prediction, logsnr: Array) -> Float[Array, "..."]:
+def from_prediction(
+    prediction_type: PredictionType, prediction: Prediction, logsnr: Array
+) -> Float[Array, "..."]:
     """Return the network's output that would be read as `prediction`: the inverse of `read`.
 
     Raises:
-      ValueError: an unknown kind.
+      ValueError: an unknown prediction_type.
     """
     alpha, sigma = alpha_sigma(logsnr)
-    if kind == "eps":
+    if prediction_type == "eps":
         return prediction.eps
-    if kind == "x0":
+    if prediction_type == "x0":
         return prediction.x0
-    if kind == "v":
+    if prediction_type == "v":
         return alpha * prediction.eps - sigma * prediction.x0
-    raise ValueError(f"a network predicts eps, x0 or v, not {kind}")
+    raise ValueError(f"a network predicts eps, x0 or v, not {prediction_type}")
 
 
 def with_x0(
@@ -109,8 +114,8 @@ def threshold_x0(denoise: Denoiser, percentile: float = 99.5, most: float = 1.0)
     """
 
     def threshold(x0: Array) -> Array:
-        limit = jnp.maximum(jnp.percentile(jnp.abs(x0), percentile), most)
-        return jnp.clip(x0, -limit, limit) * (most / limit)
+        threshold = jnp.maximum(jnp.percentile(jnp.abs(x0), percentile), most)
+        return jnp.clip(x0, -threshold, threshold) * (most / threshold)
 
     def thresholded(xt: Array, logsnr: Array) -> Prediction:
         prediction = denoise(xt, logsnr)

@@ -43,7 +43,7 @@ IDLE = (
     Idle("task.sampling.guidance_rescale", _no_guidance, "there is no guidance to rescale"),
     Idle("task.label_dropout", lambda v, c: not (c and v["task.conditional"]), NO_CLASSES),
     Idle(
-        "task.network.refiner_blocks",
+        "task.network.text_refiner_blocks",
         lambda v, c: True,
         "the network reads no captions; leave it out",
     ),

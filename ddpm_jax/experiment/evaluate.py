@@ -98,7 +98,7 @@ def _write_evaluation(workdir: pathlib.Path, evaluated: Evaluation, written: Rec
         if isinstance(picture, errors.NonFinite):
             raise RunError(f"no picture {name}: {picture}")
         try:
-            plots.save_picture(workdir / "images" / name, picture)
+            plots.save_image(workdir / "images" / name, picture)
         except OSError as error:
             raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
     write_json(workdir / "eval.json", written)

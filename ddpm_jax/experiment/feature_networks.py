@@ -30,8 +30,8 @@ from ddpm_jax.experiment.types import (
     WithNetwork,
     bind,
 )
-from ddpm_jax.metrics.features import Judge
-from ddpm_jax.metrics.networks import ClassifierFeatures, judge_of
+from ddpm_jax.metrics.features import FeatureNetwork
+from ddpm_jax.metrics.networks import ClassifierFeatures, feature_network
 from ddpm_jax.metrics.pth import read_tensors
 from ddpm_jax.nn.inception import Inception, from_torch
 from ddpm_jax.parallel.processes import from_main
@@ -145,7 +145,7 @@ def _stamp(path: pathlib.Path) -> tuple[int, int]:
 
 def load_features(
     config: Config, loaded: Loaded, options: Options, train: TrainAlone
-) -> tuple[Callable[[], Judge], ...] | None:
+) -> tuple[Callable[[], FeatureNetwork], ...] | None:
     """Return what loads the networks of `task.evaluation.features`, trained now if need be.
 
     Args:
@@ -157,7 +157,7 @@ def load_features(
     Returns:
       None if the training of a classifier was asked to stop.
     """
-    loaders: list[Callable[[], Judge]] = []
+    loaders: list[Callable[[], FeatureNetwork]] = []
     for name in config.task.needs().features:
         if name == "inception":
             if from_main(lambda: os.path.exists(inception_file())):
@@ -168,7 +168,7 @@ def load_features(
             place = trained(load_experiment(name), loaded, options, train)
         if place is None:
             return None
-        loaders.append(functools.cache(functools.partial(load_judge, str(place))))
+        loaders.append(functools.cache(functools.partial(load_feature_network, str(place))))
     return tuple(loaders)
 
 
@@ -201,13 +201,17 @@ def trained(
         decisive |= {"config": {**record["config"], "data": dataset}}
         decisive |= {"data": {**record["data"], "name": "folder", "title": "folder"}}
     known = json.dumps([KIND, decisive], sort_keys=True)
-    place = judges_dir() / f"{experiment.name}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+    place = (
+        feature_networks_dir()
+        / f"{experiment.name}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+    )
     unusable = _unusable(place, record)
     if unusable and from_main(lambda: _removed(place)):
         log(f"{unusable}: it is made again")
     if not from_main((place / "summary.json").exists):
         from_main(lambda: check_writable(place, f"{FLAG}={experiment.name}"))
-        log(f"training {judge_name(loaded.data.name)} once, to compare samples in its features")
+        name = feature_network_name(loaded.data.name)
+        log(f"training {name} once, to compare samples in its features")
         run = Run(experiment.name, config, place, loaded, options)
         if train(run, config.task.adapt(loaded.data)) is None:
             return None
@@ -231,7 +235,7 @@ def _unusable(place: pathlib.Path, record: Record) -> str:
     try:
         kept = from_main(check)
         if "summary.json" in kept:
-            load_judge(str(place))
+            load_feature_network(str(place))
         elif from_main(lambda: any(place.glob("checkpoints/[0-9]*"))):
             load_state(place, whole=True)
     except UNUSABLE as error:
@@ -250,9 +254,9 @@ def _removed(place: pathlib.Path) -> bool:
     return True
 
 
-def judges_dir() -> pathlib.Path:
-    """Return where the judges are that `trained` makes."""
-    return cache_dir() / "judges"
+def feature_networks_dir() -> pathlib.Path:
+    """Return the folder of the classifiers that `trained` trains."""
+    return cache_dir() / "feature_networks"
 
 
 def inception_file() -> pathlib.Path:
@@ -269,19 +273,19 @@ def inception(params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Ar
     return logits, features
 
 
-def load_inception() -> Judge:
-    """Return the judge "inception", of the weights in `inception_file()`; it sees 8-bit images.
+def load_inception() -> FeatureNetwork:
+    """Return the network "inception", of the weights in `inception_file()`; it sees 8-bit images.
 
     Raises:
       UserError: there are none, or not those.
     """
     params = from_torch(read_tensors(inception_file()))
-    return judge_of("inception", inception, make().place(params), batch_size=50)._replace(
+    return feature_network("inception", inception, make().place(params), batch_size=50)._replace(
         about=INCEPTION
     )
 
 
-def judge_name(data: str) -> str:
+def feature_network_name(data: str) -> str:
     """Return what a classifier is called after the data set `data` that it was trained on.
 
     `mnist` -> classifier_mnist, `digits:28` -> classifier_digits_28, `folder:/a/birds` ->
@@ -293,8 +297,8 @@ def judge_name(data: str) -> str:
     return "_".join(["classifier", *re.findall(r"\w+", f"{source} {argument}")])
 
 
-def load_judge(place: str) -> Judge:
-    """Return the classifier in `place`, which `judge_name` names.
+def load_feature_network(place: str) -> FeatureNetwork:
+    """Return the classifier in `place`, which `feature_network_name` names.
 
     Raises:
       UserError: there is none.
@@ -306,7 +310,9 @@ def load_judge(place: str) -> Judge:
     assert isinstance(task, WithNetwork)
     data = theirs.record["data"]
     about = f"{theirs.title} on {data['title']}, step {int(state.step)}, {place}"
-    judge = judge_of(
-        judge_name(data["name"]), ClassifierFeatures(task.network), averaged(state, config)
+    network = feature_network(
+        feature_network_name(data["name"]),
+        ClassifierFeatures(task.network),
+        averaged(state, config),
     )
-    return judge._replace(about=about)
+    return network._replace(about=about)

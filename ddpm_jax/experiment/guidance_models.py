@@ -68,7 +68,7 @@ def _check_parameters(
     load_state(place, config)
 
 
-def check_guides_another(config: Config, workdir: pathlib.Path) -> None:
+def check_guidance_model_is_another(config: Config, workdir: pathlib.Path) -> None:
     """Check that a run is not its own guidance model, which would have no effect.
 
     Raises:

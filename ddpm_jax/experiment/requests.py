@@ -118,8 +118,8 @@ def resolve(task: Task, request: Request, model: GuidanceModel | None = None) ->
 
 def _check_classes(task: SamplingTask, request: Request, classes: int, guided: bool) -> None:
     """Raise UserError if a label or guidance is asked for that there is not."""
-    can_guide = classes > 0 or guided or "prompt" in task.request_fields
-    for flag, possible in (("guidance", can_guide), ("label", classes > 0)):
+    has_guidance = classes > 0 or guided or "prompt" in task.request_fields
+    for flag, possible in (("guidance", has_guidance), ("label", classes > 0)):
         if getattr(request, flag) is not None and not possible:
             raise UserError(
                 f"--{flag} needs a class-conditional run, or a classifier as "

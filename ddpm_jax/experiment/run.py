@@ -11,7 +11,7 @@ from ddpm_jax.data.types import Loaded
 from ddpm_jax.errors import ConfigError, UserError
 from ddpm_jax.experiment import resources
 from ddpm_jax.experiment.effects import check_effects
-from ddpm_jax.experiment.guidance_models import check_guides_another
+from ddpm_jax.experiment.guidance_models import check_guidance_model_is_another
 from ddpm_jax.experiment.inputs import load_data, record_of
 from ddpm_jax.experiment.preflight import check_parts
 from ddpm_jax.experiment.train import check, fit_run, open_directory, opened, train_alone
@@ -56,7 +56,7 @@ def train_run(run: Run) -> Record | None:
     run = run.bound()
     check_effects(run.config, run.options.overrides)
     run = run._replace(config=resources.prepare(run.config, run.loaded))
-    check_guides_another(run.config, run.workdir)
+    check_guidance_model_is_another(run.config, run.workdir)
     check(run)
     directory = open_directory(run)
     with contextlib.ExitStack() as stack:

@@ -33,7 +33,7 @@ def sample(
       workdir: the run's directory.
       options: what the command line says besides.
       request: how to sample.
-      out: the file; None: `images/drawn.png` of the run.
+      out: the file; None: `images/sampled.png` of the run.
       prompts: texts, in the place of the request's.
       count: how many images; of each of `prompts`, if there are any, a row of a .png each.
       overwrite: replace a file that this program did not write.
@@ -41,7 +41,7 @@ def sample(
     Raises:
       RunError: the images are not finite, or cannot be written.
     """
-    default = workdir / "images" / "drawn.png"
+    default = workdir / "images" / "sampled.png"
     out = out or default
 
     def check() -> None:

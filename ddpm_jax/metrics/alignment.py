@@ -79,13 +79,13 @@ def parse(caption: str) -> tuple[tuple[Group, ...], str | None, str | None]:
     return groups, relation and relation[1], background and background[1]
 
 
-def judge(image: Float[np.ndarray, "side side 3"], caption: str) -> Verdict:
+def check_caption(image: Float[np.ndarray, "side side 3"], caption: str) -> Verdict:
     """Return what of a caption of this set the pixels (in [-1, 1]) show.
 
     Shapes and their kinds are found as the module says.
     """
     groups, relation, background = parse(caption)
-    behind, seen, strays = look(image)
+    behind, seen, strays = find_shapes(image)
     wanted = [(g.colour, g.kind, g.size) for g in groups for _ in range(g.number)]
     count = len(seen) == len(wanted)
     colours = sorted(s.colour for s in seen) == sorted(w[0] for w in wanted)
@@ -107,7 +107,7 @@ def judge(image: Float[np.ndarray, "side side 3"], caption: str) -> Verdict:
     return Verdict(count, colours, kinds, placed, sizes, at, strays == 0)
 
 
-def look(image: Float[np.ndarray, "side side 3"]) -> tuple[str, list[Shape], int]:
+def find_shapes(image: Float[np.ndarray, "side side 3"]) -> tuple[str, list[Shape], int]:
     """Return (background, shapes, number of smaller parts) of an image in [-1, 1].
 
     A colour or kind that is none of the set's is called `UNCLEAR`.

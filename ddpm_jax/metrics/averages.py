@@ -40,7 +40,7 @@ def ratio_of_sums(
     return Average(float(mean), math.sqrt(square) / float(counts.sum()))
 
 
-def figures(
+def with_error(
     name: str, estimate: tuple[float, float | None], scale: float = 1.0
 ) -> dict[str, float]:
     """Return the metric `name` and, where there is one, its standard error as `name`_error.
@@ -55,12 +55,12 @@ def figures(
 
 
 def averages(values: dict[str, np.ndarray], scale: float = 1.0) -> dict[str, float]:
-    """Return the mean and the standard error of every array over its first axis, as `figures`.
+    """Return the mean and the standard error of every array over its first axis, as `with_error`.
 
     Args:
       values: by the metric's name, [N, ...], whose further axes are averaged for each example.
     """
     metrics: dict[str, float] = {}
     for name, array in values.items():
-        metrics |= figures(name, average(array.reshape(len(array), -1).mean(1)), scale)
+        metrics |= with_error(name, average(array.reshape(len(array), -1).mean(1)), scale)
     return metrics

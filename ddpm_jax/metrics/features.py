@@ -6,15 +6,15 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Judge(NamedTuple):
+class FeatureNetwork(NamedTuple):
     """A trained network in whose features images are compared.
 
     Attributes:
       name: What a distance in its features is called after.
-      see: Maps images [N, H, W, C] in [-1, 1] to features [N, D] and log p(y|x) [N, classes].
+      extract: Maps images [N, H, W, C] in [-1, 1] to features [N, D] and log p(y|x) [N, classes].
       about: Which network it is.
     """
 
     name: str
-    see: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    extract: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     about: str = ""

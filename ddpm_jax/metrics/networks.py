@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ddpm_jax.metrics.features import Judge
+from ddpm_jax.metrics.features import FeatureNetwork
 from ddpm_jax.parallel.partitioner import fetch
 from ddpm_jax.parallel.replicated import placed
 
@@ -30,17 +30,19 @@ def features_of(
     return features, jax.nn.log_softmax(logits)
 
 
-def judge_of(name: str, network: Network, params: PyTree, batch_size: int = 500) -> Judge:
-    """Return the judge that a network makes, on the devices on which its parameters lie.
+def feature_network(
+    name: str, network: Network, params: PyTree, batch_size: int = 500
+) -> FeatureNetwork:
+    """Return a network as a `FeatureNetwork`, on the devices on which its parameters lie.
 
     Args:
-      name: of the judge.
-      network: the network; the judges of equal ones share a compiled program.
+      name: of the feature network.
+      network: the network; equal networks share one compiled program.
       params: the network's parameters.
       batch_size: images at once.
     """
 
-    def see(
+    def extract(
         images: Float[np.ndarray, "n h w c"],
     ) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n classes"]]:
         partitioner, parts = placed(params), []
@@ -55,7 +57,7 @@ def judge_of(name: str, network: Network, params: PyTree, batch_size: int = 500)
         features, logs = zip(*parts, strict=True)
         return np.concatenate(features), np.concatenate(logs)
 
-    return Judge(name, see)
+    return FeatureNetwork(name, extract)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +90,11 @@ class ImageFeatures:
 
     def __call__(self, params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
         """Return logits of 0, and the features of images."""
-        features = self.network.apply(params, x, method="of_image")
+        features = self.network.apply(params, x, method="embed_image")
         assert isinstance(features, jax.Array)
         return jnp.zeros((len(x), 1)), features
 
 
-def image_judge(name: str, net: nn.Module, params: PyTree) -> Judge:
-    """Return the judge whose features are those of an image tower; it has one class."""
-    return judge_of(name, ImageFeatures(net), params)
+def image_tower(name: str, net: nn.Module, params: PyTree) -> FeatureNetwork:
+    """Return the image tower of a dual encoder as a feature network with one class."""
+    return feature_network(name, ImageFeatures(net), params)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ddpm_jax import plots
-from ddpm_jax.metrics.averages import figures, ratio_of_sums
+from ddpm_jax.metrics.averages import ratio_of_sums, with_error
 
 NOISE_LEVELS = 10  # of the table of errors
 
@@ -35,7 +35,7 @@ def noise_levels(
             means.append(mean * scale)
             if metric:
                 metrics.update(
-                    figures(f"{metric}_t_{row / NOISE_LEVELS:.1f}", (mean, error), scale)
+                    with_error(f"{metric}_t_{row / NOISE_LEVELS:.1f}", (mean, error), scale)
                 )
         return np.array(means)
 

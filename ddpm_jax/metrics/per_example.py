@@ -53,7 +53,7 @@ def per_example(
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 
-def spread_times(
+def evaluation_times(
     place: Int[Array, "batch"], keys: Key[Array, "batch"], count: int
 ) -> Float[Array, "batch count"]:
     """Return `count` times in [0, 1) for each image, together evenly spread over all images.

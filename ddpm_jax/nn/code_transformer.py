@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.fields import BOUND, Count, Layers, MoreLayers, Share
 from ddpm_jax.nn.layers import Context
-from ddpm_jax.nn.text_refiner import refined
+from ddpm_jax.nn.text_refiner import refine_text
 from ddpm_jax.nn.transformer import Block, check_width
 
 
@@ -21,7 +21,7 @@ class CodeTransformer(nn.Module):
       width: Width of a token.
       depth: Number of blocks.
       heads: Number of attention heads.
-      refiner_blocks: Blocks that read a caption's features anew (`nn.text_refiner`); 0: none.
+      text_refiner_blocks: Blocks that read a caption's features anew (`nn.text_refiner`); 0: none.
       dropout: Dropout rate behind each branch, in training.
       dtype: Type of the computation; norms, softmax and logits stay float32.
     """
@@ -30,7 +30,7 @@ class CodeTransformer(nn.Module):
     width: Count = 192
     depth: Layers = 6
     heads: Count = 6
-    refiner_blocks: MoreLayers = 0
+    text_refiner_blocks: MoreLayers = 0
     dropout: Share = 0.0
     dtype: Annotated[DTypeLike | None, BOUND] = None
 
@@ -42,8 +42,8 @@ class CodeTransformer(nn.Module):
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch places codes"]:
         """The logits; `keys` are the dropout's, None outside training."""
-        context = refined(
-            context, len(codes), self.width, self.refiner_blocks, self.heads, self.dtype
+        context = refine_text(
+            context, len(codes), self.width, self.text_refiner_blocks, self.heads, self.dtype
         )
         normal = nn.initializers.normal(0.02)
         # Number `codes` stands before the first.

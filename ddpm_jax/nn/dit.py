@@ -18,7 +18,7 @@ from ddpm_jax.nn.layers import (
     layer_norm,
     space_to_depth,
 )
-from ddpm_jax.nn.text_refiner import refined
+from ddpm_jax.nn.text_refiner import refine_text
 from ddpm_jax.nn.transformer import check_width
 
 
@@ -35,7 +35,7 @@ class DiT(nn.Module):
       heads: Number of attention heads.
       dropout: Dropout rate behind each block's two branches, in training.
       classes: Number of classes; label `classes` is "no class". 0: unconditional.
-      refiner_blocks: Blocks that read a caption's features anew (`nn.text_refiner`); 0: none.
+      text_refiner_blocks: Blocks that read a caption's features anew (`nn.text_refiner`); 0: none.
       dtype: Type of the computation; norms, softmax, time embedding and output stay float32.
       remat: Compute a block again in the backward pass instead of keeping its activations.
     """
@@ -47,7 +47,7 @@ class DiT(nn.Module):
     heads: Count = 6
     dropout: Share = 0.0
     classes: Annotated[int, BOUND] = 0
-    refiner_blocks: MoreLayers = 0
+    text_refiner_blocks: MoreLayers = 0
     dtype: Annotated[DTypeLike, BOUND] = jnp.float32
     remat: bool = False
 
@@ -65,8 +65,8 @@ class DiT(nn.Module):
         rows, columns = height // self.patch, width // self.patch
         default = nn.initializers.lecun_normal()
         if context is not None:
-            context = refined(
-                context, size, self.width, self.refiner_blocks, self.heads, self.dtype
+            context = refine_text(
+                context, size, self.width, self.text_refiner_blocks, self.heads, self.dtype
             )
         pooled = context and context.pooled
         emb = condition(time, labels, self.classes, 256, self.width, default, 0.02, pooled)

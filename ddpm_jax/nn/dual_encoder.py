@@ -78,11 +78,11 @@ class DualEncoder(nn.Module):
         """Return a caption's features, which a generation model is conditioned on."""
         return self.text(tokens)
 
-    def of_text(self, tokens: UInt8[Array, "batch length"]) -> Float[Array, "batch joint"]:
+    def embed_text(self, tokens: UInt8[Array, "batch length"]) -> Float[Array, "batch embedding"]:
         """Return a caption's place in the joint space, of length 1."""
         return _unit(self.text_out(self.text(tokens).pooled[:, SIZES[self.size].width :]))
 
-    def of_image(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch joint"]:
+    def embed_image(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch embedding"]:
         """Return an image's place in the joint space, of length 1."""
         return _unit(self.image(x))
 
@@ -92,8 +92,8 @@ class DualEncoder(nn.Module):
 
     def __call__(
         self, tokens: UInt8[Array, "batch length"], x: Float[Array, "batch h w c"]
-    ) -> tuple[Float[Array, "batch joint"], Float[Array, "batch joint"], Float[Array, ""]]:
-        return self.of_text(tokens), self.of_image(x), self.scale()
+    ) -> tuple[Float[Array, "batch embedding"], Float[Array, "batch embedding"], Float[Array, ""]]:
+        return self.embed_text(tokens), self.embed_image(x), self.scale()
 
     def check(self) -> None:
         """Check that both encoders can be built.
@@ -109,6 +109,6 @@ class DualEncoder(nn.Module):
                 )
 
 
-def _unit(x: Float[Array, "batch joint"]) -> Float[Array, "batch joint"]:
+def _unit(x: Float[Array, "batch embedding"]) -> Float[Array, "batch embedding"]:
     x = x.astype(jnp.float32)
     return x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)

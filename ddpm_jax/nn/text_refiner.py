@@ -11,7 +11,7 @@ from ddpm_jax.nn.layers import (
 from ddpm_jax.nn.transformer import NEAR, Block, masked_mean, norm_float32
 
 
-class Refiner(nn.Module):
+class TextRefiner(nn.Module):
     """A caption's features [B, L, any], read again: -> [B, L, width].
 
     A text encoder that was trained to distinguish images need not have kept what generation needs,
@@ -41,10 +41,10 @@ class Refiner(nn.Module):
         return Context(x, mask, pooled + masked_mean(x, mask))
 
 
-def refined(
+def refine_text(
     context: Context, size: int, width: int, depth: int, heads: int, dtype: DTypeLike | None
 ) -> Context:
-    """Return `context` as a generation model's `Refiner` reads it, repeated for every image.
+    """Return `context` as a generation model's `TextRefiner` reads it, repeated for every image.
 
     It is called within the model's compact method, whose submodule `refiner` it makes.
 
@@ -56,6 +56,6 @@ def refined(
       dtype: of the computation.
     """
     if depth:
-        context = Refiner(width, depth, heads, dtype, name="refiner")(context)
+        context = TextRefiner(width, depth, heads, dtype, name="refiner")(context)
     each = size // len(context.mask)
     return Context(*(a.repeat(each, 0) for a in context)) if each > 1 else context

@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 def check_width(width: int, heads: int) -> None:
-    """Check that a transformer and its `Refiner` can have this width.
+    """Check that a transformer and its `TextRefiner` can have this width.
 
     Raises:
       FieldError: they cannot.

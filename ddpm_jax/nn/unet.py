@@ -30,7 +30,7 @@ from ddpm_jax.nn.layers import (
     group_norm,
     space_to_depth,
 )
-from ddpm_jax.nn.text_refiner import refined
+from ddpm_jax.nn.text_refiner import refine_text
 
 
 def _init(scale: float) -> Initializer:
@@ -63,7 +63,7 @@ class UNet(nn.Module):
       head_channels: Channels of an attention head; 0: one head.
       dropout: Dropout rate in training.
       classes: Number of classes; label `classes` is "no class". 0: unconditional.
-      refiner_blocks: Blocks that read a caption's features anew (`nn.text_refiner`); 0: none.
+      text_refiner_blocks: Blocks that read a caption's features anew (`nn.text_refiner`); 0: none.
       scale_shift: Time scales and shifts after the norm (Nichol & Dhariwal 2021) instead of being
         added before it.
       dtype: Type of the computation; norms' statistics, softmax, time embedding and output stay
@@ -80,7 +80,7 @@ class UNet(nn.Module):
     head_channels: Annotated[int, AtLeast(0)] = 0
     dropout: Share = 0.1
     classes: Annotated[int, BOUND] = 0
-    refiner_blocks: MoreLayers = 0
+    text_refiner_blocks: MoreLayers = 0
     scale_shift: bool = False
     dtype: Annotated[DTypeLike, BOUND] = jnp.float32
     remat: bool = False
@@ -107,7 +107,9 @@ class UNet(nn.Module):
         deepest = self.channels * self.multipliers[-1]
         heads = deepest // self.head_channels if self.head_channels else 1
         if context is not None:
-            context = refined(context, len(xt), deepest, self.refiner_blocks, heads, self.dtype)
+            context = refine_text(
+                context, len(xt), deepest, self.text_refiner_blocks, heads, self.dtype
+            )
         emb = condition(
             time, labels, self.classes, self.channels, 4 * self.channels, _init(1.0), 1.0,
             context and context.pooled,

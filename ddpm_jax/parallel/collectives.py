@@ -82,12 +82,12 @@ class Collectives(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class GlobalView(Collectives):
+class GlobalCollectives(Collectives):
     """The step sees whole arrays, on one device or on many: `jit`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class DeviceView(Collectives):
+class DeviceCollectives(Collectives):
     """The step is called once for each device, with a whole state: `pmap`.
 
     Attributes:
@@ -114,7 +114,7 @@ class Split(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardedView(Collectives):
+class ShardedCollectives(Collectives):
     """The step sees whole arrays, of which each device holds a part: `fsdp`.
 
     The loss and its gradient are computed in the view of one device.
@@ -139,7 +139,7 @@ class ShardedView(Collectives):
         sizes = frozenset(array.size for array in jax.tree.leaves(params))
         examples, whole = PartitionSpec(self.mesh.axis_names), PartitionSpec()
         results: tuple[PyTree, PyTree, PyTree] = jax.shard_map(
-            functools.partial(compute, PartView(self.mesh, specs, sizes)),
+            functools.partial(compute, ShardCollectives(self.mesh, specs, sizes)),
             mesh=self.mesh,
             in_specs=(*specs, examples, examples),
             out_specs=(specs[0], whole, whole),
@@ -149,7 +149,7 @@ class ShardedView(Collectives):
 
 
 @dataclasses.dataclass(frozen=True)
-class PartView(Collectives):
+class ShardCollectives(Collectives):
     """One device's view of a sharded state.
 
     Each parameter is gathered where it is used, and again for the backward pass, never kept; its

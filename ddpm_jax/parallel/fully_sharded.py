@@ -1,7 +1,7 @@
 """Every array of the state is sharded, as ZeRO's third stage keeps it (Rajbhandari et al. 2020).
 
 The loss is computed in the view of one device, which gathers each parameter where it is used
-(`ShardedView`).  The optimizer has a global view of the parts.
+(`ShardedCollectives`).  The optimizer has a global view of the parts.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from ddpm_jax.parallel.collectives import ShardedView
+from ddpm_jax.parallel.collectives import ShardedCollectives
 from ddpm_jax.parallel.partitioner import (
     Lowered,
     Partitioner,
@@ -47,7 +47,7 @@ class FullySharded(Partitioner):
     def lower(self, step: Step, state: PyTree, batch: PyTree, *rest: PyTree) -> Lowered:
         """Lower step(state, batch, *rest, collectives=...), which donates `state`."""
         options = compiler_options(LATE_GATHERS) if on_cpu(self.mesh) else None
-        view = ShardedView(self.mesh, self._split)
+        view = ShardedCollectives(self.mesh, self._split)
         return lower_global(self, view, step, state, batch, *rest, options=options)
 
     def warning(self) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from ddpm_jax.parallel.collectives import DeviceView, GlobalView
+from ddpm_jax.parallel.collectives import DeviceCollectives, GlobalCollectives
 from ddpm_jax.parallel.flops import flops
 from ddpm_jax.parallel.partitioner import (
     Lowered,
@@ -32,7 +32,7 @@ class Replicated(Partitioner):
 
     def lower(self, step: Step, state: PyTree, batch: PyTree, *rest: PyTree) -> Lowered:
         """Lower step(state, batch, *rest, collectives=...), which donates `state`."""
-        return lower_global(self, GlobalView(), step, state, batch, *rest)
+        return lower_global(self, GlobalCollectives(), step, state, batch, *rest)
 
     def warning(self) -> str:
         """Return what a step lacks in this version of jaxlib; "": nothing."""
@@ -58,7 +58,7 @@ class PerDevice(Partitioner):
     def lower(self, step: Step, state: PyTree, batch: PyTree, *rest: PyTree) -> Lowered:
         """Lower step(state, batch, *rest, collectives=...), which donates `state`."""
         mapped = jax.pmap(
-            functools.partial(step, collectives=DeviceView(AXIS)),
+            functools.partial(step, collectives=DeviceCollectives(AXIS)),
             axis_name=AXIS,
             in_axes=(None, 0, *[None] * len(rest)),
             out_axes=None,

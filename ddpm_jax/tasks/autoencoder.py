@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from ddpm_jax import plots
 from ddpm_jax.data.types import UNBOUND, Batch, DataInfo
 from ddpm_jax.fields import BOUND, AtLeast, EvalBatch, NonNegative, RunPath, section
-from ddpm_jax.metrics.averages import averages, figures
+from ddpm_jax.metrics.averages import averages, with_error
 from ddpm_jax.metrics.distances import Grouped, frechet_distance
-from ddpm_jax.metrics.networks import image_judge
+from ddpm_jax.metrics.networks import image_tower
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.reconstruction import SIDE, psnr, ssim
 from ddpm_jax.nn.autoencoder import Autoencoder
@@ -306,7 +306,7 @@ def evaluate_latents(task: LatentAutoencoder, context: Context) -> Evaluation:
     del task
     z = context.shared(reconstructed).values["z"]
     mean, std = jax.tree.map(np.asarray, context.compile(latent_moments)(context.variables.extra))
-    return Evaluation({"latent_deviation": float(((z - mean) / std).std())})
+    return Evaluation({"latent_std": float(((z - mean) / std).std())})
 
 
 def evaluate_frechet_distance(task: LatentAutoencoder, context: Context) -> Evaluation:
@@ -318,7 +318,7 @@ def evaluate_frechet_distance(task: LatentAutoencoder, context: Context) -> Eval
     load = context.resources.dual_encoder
     if not context.full or load is None:
         return Evaluation()
-    tower = image_judge("text_encoder", *load())
+    tower = image_tower("text_encoder", *load())
     name = f"fd_{tower.name}"
     about = {"fd": f"of reconstructions to their originals, in {tower.name}'s features"}
     originals, images, _ = context.shared(reconstructed)
@@ -326,9 +326,9 @@ def evaluate_frechet_distance(task: LatentAutoencoder, context: Context) -> Eval
         log(f"left out, since it needs at least 2 images: {name}")
         return Evaluation(about=about)
     plots.check_finite(images)
-    sets = [Grouped(tower.see(part)[0]) for part in (images, originals)]
+    sets = [Grouped(tower.extract(part)[0]) for part in (images, originals)]
     distance = frechet_distance(sets[0], sets[1], paired=True)
-    return Evaluation(figures(name, (distance.value, distance.error)), about=about)
+    return Evaluation(with_error(name, (distance.value, distance.error)), about=about)
 
 
 def reconstruction_sheet(task: LatentAutoencoder, context: Context) -> Evaluation:

@@ -15,7 +15,7 @@ from ddpm_jax.diffusion.schedules import Cosine
 from ddpm_jax.errors import UserError
 from ddpm_jax.fields import BOUND, AtLeast, AtMost, EvalBatch
 from ddpm_jax.metrics.averages import averages
-from ddpm_jax.metrics.per_example import spread_times
+from ddpm_jax.metrics.per_example import evaluation_times
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.classifier import ClassifierNetwork
 from ddpm_jax.nn.layers import inner_dtype
@@ -203,7 +203,7 @@ def classify(
     """
     x0 = to_images(batch.images, task.info.levels)
     t_keys, eps_keys = split_keys(keys, 2)
-    times = spread_times(batch.index, t_keys, NOISE_LEVELS) if task.schedule else None
+    times = evaluation_times(batch.index, t_keys, NOISE_LEVELS) if task.schedule else None
 
     def classify_at(number: Array) -> tuple[Array, Array]:
         x, t = x0, None

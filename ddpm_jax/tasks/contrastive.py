@@ -116,7 +116,7 @@ class Contrastive(Task):
             return text, image, None, scale
         negatives = batch.captions[:, 1:]
         flat = negatives.reshape(-1, negatives.shape[-1])
-        vectors: PyTree = self.network.apply(params, flat, method="of_text")
+        vectors: PyTree = self.network.apply(params, flat, method="embed_text")
         return text, image, vectors.reshape(*negatives.shape[:2], -1), scale
 
     def loss(
@@ -144,7 +144,7 @@ class Contrastive(Task):
         )
         metrics = {"accuracy": correct.astype(nll.dtype), "scale": jnp.full_like(nll, scale)}
         if negatives is not None:
-            metrics["told_apart"] = beats_negatives(text, image, negatives)
+            metrics["hard_negative_accuracy"] = beats_negatives(text, image, negatives)
         return LossOutput(nll, metrics, {})
 
     def evaluations(self) -> "tuple[Evaluate[Contrastive], ...]":
@@ -221,7 +221,7 @@ def embed(
     if negatives is None:
         return pairs
     correct = beats_negatives(text, image, negatives)
-    return {**pairs, "negatives": negatives, "told_apart": correct}
+    return {**pairs, "negatives": negatives, "hard_negative_accuracy": correct}
 
 
 def embeddings(context: Context) -> dict[str, np.ndarray]:
@@ -272,7 +272,7 @@ def compare_among(
       size: pairs that are compared with each other.
       context: of the evaluation.
     """
-    vectors = {k: v for k, v in context.shared(embeddings).items() if k != "told_apart"}
+    vectors = {k: v for k, v in context.shared(embeddings).items() if k != "hard_negative_accuracy"}
     count, parts, compiled = len(captions), [], context.compile(compare)
     for start in range(0, count, size):
         rows = np.arange(start, start + size) % count
@@ -290,7 +290,7 @@ def evaluate_pairs(task: Contrastive, context: Context) -> Evaluation:
     scale = np.asarray(compiled(task, context.variables.params))
     captions = captions_alone(held_out.rows(np.arange(len(held_out.images))).captions)
     nll, correct = compare_among(captions, scale, task.batch_size, context)
-    negatives = {name: values[name] for name in ("told_apart",) if name in values}
+    negatives = {name: values[name] for name in ("hard_negative_accuracy",) if name in values}
     metrics = averages({"loss": nll, **negatives}) | {"scale": float(scale)}
     fewer = min(AMONG, len(captions))
     if fewer > 1:

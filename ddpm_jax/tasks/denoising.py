@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ddpm_jax.diffusion import losses
-from ddpm_jax.diffusion.prediction import Prediction, PredictionType, read
+from ddpm_jax.diffusion.prediction import Prediction, PredictionType, to_prediction
 from ddpm_jax.diffusion.process import q_sample
 from ddpm_jax.nn.denoising_networks import DenoisingNetwork
 from ddpm_jax.nn.layers import Context
@@ -93,7 +93,7 @@ def predict(
         fraction = (between + 1) / 2
 
     def convert(out: Array, xt: Array, logsnr: Array) -> Prediction:
-        return read(prediction, out, xt, logsnr)
+        return to_prediction(prediction, out, xt, logsnr)
 
     return jax.vmap(convert)(out, xt, logsnr)._replace(variance_fraction=fraction)
 

@@ -20,7 +20,7 @@ from ddpm_jax.diffusion.times import TIMES, Times
 from ddpm_jax.fields import BOUND, MAY_CHANGE, AtLeast, AtMost, FieldError, NonNegative, section
 from ddpm_jax.metrics.averages import averages
 from ddpm_jax.metrics.noise_levels import noise_levels
-from ddpm_jax.metrics.per_example import spread_times
+from ddpm_jax.metrics.per_example import evaluation_times
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.denoising_networks import DenoisingNetwork
 from ddpm_jax.nn.unet import UNet
@@ -261,7 +261,7 @@ def held_out_terms(
     labels = task.conditioning(batch.labels)
     t_keys, noise_keys, decoder_keys = split_keys(keys, 3)
     count, steps = task.evaluation.times_per_image, task.table_steps
-    times = spread_times(batch.index, t_keys, count)
+    times = evaluation_times(batch.index, t_keys, count)
 
     def at_time(number: Int[Array, ""]) -> dict[str, Array]:
         t = times[:, number]

@@ -121,7 +121,7 @@ class TextToImageEvaluation:
     Attributes:
       batch_size: Images of one batch of an evaluation.
       num_samples: Samples of test captions.
-      num_prompts: Prompts of each kind whose samples the exact judge of shapes sees.
+      num_prompts: Prompts of each kind whose samples the exact network of shapes sees.
       guidance_scales: Scales of guidance that the final evaluation tries.
       text_encoder: Run directory of the text encoder that computes CLIP scores and Frechet
         distances; none: the generator's own. With one encoder, generators on different text

@@ -64,7 +64,7 @@ def draw_trajectories(samples: Samples) -> Images:
         both = (np.concatenate([xt[frame], x0[frame]]) for frame in frames)
         return np.stack([plots.grid(images, columns=TRACED) for images in both])
 
-    return {"trajectories": sheet, "trajectories_movie": plots.attempt(animation)}
+    return {"trajectories": sheet, "trajectories_animation": plots.attempt(animation)}
 
 
 def edits(task: ImageDenoiser, context: Context) -> Evaluation:

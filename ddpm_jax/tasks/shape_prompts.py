@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ddpm_jax.data import shapes
-from ddpm_jax.metrics.alignment import judge
+from ddpm_jax.metrics.alignment import check_caption
 
 KINDS = ("single", "single held out", "relation", "relation held out")  # of `shapes.scene`
 
@@ -77,7 +77,7 @@ class ShapePrompts:
           images: in [-1, 1].
           texts: captions of the data set, one for every image.
         """
-        verdicts = [judge(x, text) for x, text in zip(images, texts, strict=True)]
+        verdicts = [check_caption(x, text) for x, text in zip(images, texts, strict=True)]
         names = ("aligned", "aligned_except_size_and_background")
         return {name: np.array([getattr(v, name) for v in verdicts], bool) for name in names}
 

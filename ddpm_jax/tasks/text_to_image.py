@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Key, PyTree
 from ddpm_jax import plots
 from ddpm_jax.data.tokenizer import tokenize
 from ddpm_jax.data.types import Batch
-from ddpm_jax.metrics.averages import Average, average, averages, figures
+from ddpm_jax.metrics.averages import Average, average, averages, with_error
 from ddpm_jax.metrics.clip_score import clip_scores, cosines
 from ddpm_jax.metrics.distances import Grouped, frechet_distance
-from ddpm_jax.metrics.features import Judge
-from ddpm_jax.metrics.networks import image_judge
+from ddpm_jax.metrics.features import FeatureNetwork
+from ddpm_jax.metrics.networks import image_tower
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.parallel.partitioner import fetch
@@ -74,16 +74,16 @@ def dual_encoder(context: Context) -> tuple[DualEncoder, PyTree]:
     return network, params
 
 
-def image_features(context: Context) -> Judge:
+def image_features(context: Context) -> FeatureNetwork:
     """Return the image tower of the dual encoder, in whose features images are compared."""
-    return image_judge(FEATURES, *context.shared(dual_encoder))
+    return image_tower(FEATURES, *context.shared(dual_encoder))
 
 
 def reference(context: Context) -> Grouped:
     """Return the features of held-out images, as many as there are samples."""
     images = context.held_out.some(len(context.shared(held_out_captions))).images
-    judge, levels = context.shared(image_features), context.data.levels
-    return Grouped(judge.see(to_images(images, levels))[0])
+    network, levels = context.shared(image_features), context.data.levels
+    return Grouped(network.extract(to_images(images, levels))[0])
 
 
 def own_samples(context: Context) -> TextSamples:
@@ -158,14 +158,14 @@ def distance_metrics(samples: TextSamples, context: Context) -> dict[str, float]
     """Return the Frechet distance of samples to held-out images, in the final evaluation."""
     if not context.full:
         return {}
-    judge = context.shared(image_features)
-    images = Grouped(judge.see(samples.images)[0])
-    return distance_to(context.shared(reference), images, f"fd_{judge.name}")
+    network = context.shared(image_features)
+    images = Grouped(network.extract(samples.images)[0])
+    return distance_to(context.shared(reference), images, f"fd_{network.name}")
 
 
 def clip_metrics(samples: TextSamples, context: Context) -> dict[str, float]:
     """Return the CLIP score of captions and their samples."""
-    return figures("clip_score", clip_score(samples.captions, samples.images, context))
+    return with_error("clip_score", clip_score(samples.captions, samples.images, context))
 
 
 def alignment_metrics(samples: TextSamples, context: Context) -> dict[str, float]:
@@ -195,7 +195,7 @@ def distance_to(truth: Grouped, images: Grouped, name: str) -> dict[str, float]:
         log_once(f"left out, since it needs at least 2 images: {name}")
         return {}
     distance = frechet_distance(images, truth)
-    return figures(name, (distance.value, distance.error))
+    return with_error(name, (distance.value, distance.error))
 
 
 def clip_score(
@@ -256,20 +256,20 @@ def reference_metrics(task: CaptionTask, context: Context) -> Evaluation:
     """
     if not context.full:
         return Evaluation()
-    captions, judge = context.shared(held_out_captions), context.shared(image_features)
-    name = f"fd_{judge.name}_of_training"
+    captions, network = context.shared(held_out_captions), context.shared(image_features)
+    name = f"fd_{network.name}_of_training"
     training = to_images(context.data.train.some(len(captions)).images, context.data.levels)
-    usual = Grouped(judge.see(training)[0])
+    usual = Grouped(network.extract(training)[0])
     metrics = distance_to(context.shared(reference), usual, name)
     metrics[f"{name}_images"] = float(usual.moments.size)
     real = to_images(context.held_out.first(len(captions)).images, context.data.levels)
-    metrics |= figures("clip_score_of_images", clip_score(captions, real, context))
+    metrics |= with_error("clip_score_of_images", clip_score(captions, real, context))
     tower = "this run's" if context.resources.dual_encoder is None else "another run's"
     about = {
         "generation": task.generator.about(),
-        "drawn": len(captions),
+        "num_samples": len(captions),
         "reference": f"{context.split} split",
-        "features": {judge.name: f"image tower beside {tower} text encoder"},
+        "features": {network.name: f"image tower beside {tower} text encoder"},
     }
     return Evaluation(metrics, about=about)
 

@@ -129,7 +129,7 @@ class VAE(SamplingTask):
     ) -> Float[Array, "batch h w c"]:
         """Return the mean of p(x|z) in [-1, 1]."""
         decoded: PyTree = self.network.apply(params, z, method="decode")
-        return self.pixels.picture(decoded)
+        return self.pixels.mean_image(decoded)
 
     def loss(
         self,

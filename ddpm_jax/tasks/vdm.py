@@ -28,7 +28,7 @@ from ddpm_jax.diffusion.process import alpha_sigma, q_sample
 from ddpm_jax.diffusion.times import StratifiedTimes
 from ddpm_jax.fields import BOUND, MAY_CHANGE, FieldError, Length, section
 from ddpm_jax.metrics.averages import averages
-from ddpm_jax.metrics.per_example import spread_times
+from ddpm_jax.metrics.per_example import evaluation_times
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.denoising_networks import DenoisingNetwork
 from ddpm_jax.nn.unet import UNet
@@ -222,7 +222,7 @@ def bounds(task: VDM, params: PyTree, batch: Batch, keys: Key[Array, "batch"]) -
     schedule, count = task.noise_schedule(params), task.evaluation.times_per_image
     end_keys, t_keys, eps_keys, _ = split_keys(keys, EVALUATION_PURPOSES)
     prior, decoder, _ = task.ends(params, x0, normal(end_keys, task.info.shape))
-    times = spread_times(batch.index, t_keys, count)
+    times = evaluation_times(batch.index, t_keys, count)
 
     def at_time(number: Int[Array, ""]) -> tuple[Array, Array]:
         noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(eps_keys)

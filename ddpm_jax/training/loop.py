@@ -219,7 +219,7 @@ class _Side(NamedTuple):
         )
         evaluation = evaluate(context)
         for name, image in evaluation.images.items():
-            self.run.picture(name, image, step, last=full)
+            self.run.write_image(name, image, step, last=full)
         self.run.log(step, evaluation.metrics)
         return evaluation
 

@@ -12,10 +12,10 @@ from ddpm_jax.system.record import Record
 
 
 class Board(NamedTuple):
-    """log(step, {name: value}); picture(step, name, uint8 [H, W, C]); flush(); close()."""
+    """log(step, {name: value}); log_image(step, name, uint8 [H, W, C]); flush(); close()."""
 
     log: Callable[[int, dict[str, float]], None]
-    picture: Callable[[int, str, np.ndarray], None]
+    log_image: Callable[[int, str, np.ndarray], None]
     flush: Callable[[], None]
     close: Callable[[], None]
 
@@ -41,10 +41,10 @@ def tensorboard(folder: pathlib.Path, step: int) -> Board:
         for name, value in metrics.items():
             write(step, summary=summary.scalar(name, value))
 
-    def picture(step: int, name: str, image: np.ndarray) -> None:
+    def log_image(step: int, name: str, image: np.ndarray) -> None:
         write(step, summary=summary.image(name, image, dataformats="HWC"))
 
-    return Board(log, picture, writer.flush, writer.close)
+    return Board(log, log_image, writer.flush, writer.close)
 
 
 def weights_and_biases(workdir: pathlib.Path, record: Record) -> Board:
@@ -69,10 +69,10 @@ def weights_and_biases(workdir: pathlib.Path, record: Record) -> Board:
     def log(step: int, metrics: dict[str, float]) -> None:
         run.log(metrics, step=step)
 
-    def picture(step: int, name: str, image: np.ndarray) -> None:
+    def log_image(step: int, name: str, image: np.ndarray) -> None:
         run.log({f"images/{name}": wandb.Image(image)}, step=step)
 
-    return Board(log, picture, lambda: None, run.finish)
+    return Board(log, log_image, lambda: None, run.finish)
 
 
 def check_wandb() -> None:

@@ -65,7 +65,7 @@ class RunDir(NamedTuple):
         """Append a line of what a clock says."""
         self._append("timing.jsonl", {"step": step, "time": time.time(), **seconds})
 
-    def picture(
+    def write_image(
         self, name: str, image: np.ndarray | errors.NonFinite, step: int, last: bool = False
     ) -> None:
         """Write an image or an animation.
@@ -84,8 +84,8 @@ class RunDir(NamedTuple):
             return
         with self._reporting(f"the picture {stem}"):
             for board in self.boards if image.ndim == 3 else ():
-                board.picture(step, name, image)
-            plots.save_picture(self.path / "images" / stem, image)
+                board.log_image(step, name, image)
+            plots.save_image(self.path / "images" / stem, image)
 
     @contextlib.contextmanager
     def _reporting(self, what: str) -> Iterator[None]:

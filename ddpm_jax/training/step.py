@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from ddpm_jax.data.types import Batch
 from ddpm_jax.errors import UserError
-from ddpm_jax.parallel.collectives import Collectives, GlobalView, ValueAndGrad
+from ddpm_jax.parallel.collectives import Collectives, GlobalCollectives, ValueAndGrad
 from ddpm_jax.parallel.partitioner import Step
 from ddpm_jax.rng import INIT, TRAIN, example_keys, purpose_key
 from ddpm_jax.task import Task, Variables
@@ -21,7 +21,7 @@ from ddpm_jax.training.ema import update_averages
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.settings import Settings
 
-ONE_VIEW = GlobalView()
+ONE_VIEW = GlobalCollectives()
 
 GradientOfPart = Callable[
     [PyTree, Batch, Array], tuple[PyTree, dict[str, Array], dict[str, PyTree]]

@@ -24,7 +24,7 @@ class Likelihood(NamedTuple):
 
     observe(key, image) -> x, from uint8 grey values in 0 ... levels - 1
     nll(out, x) -> nats
-    picture(out) -> the mean in [-1, 1]
+    mean_image(out) -> the mean in [-1, 1]
     show(x) -> x in [-1, 1]
     bias(mean of x) -> what a decoder that knows nothing yet puts out
     bits_per_dim(nats, dims), or None where bits have no meaning
@@ -32,7 +32,7 @@ class Likelihood(NamedTuple):
 
     observe: Callable[[Key[Array, ""], UInt8[Array, "h w c"]], Float[Array, "h w c"]]
     nll: Callable[[Output, Float[Array, "h w c"]], Float[Array, ""]]
-    picture: Callable[[Output], Float[Array, "..."]]
+    mean_image: Callable[[Output], Float[Array, "..."]]
     show: Callable[[Float[Array, "..."]], Float[Array, "..."]]
     bias: Callable[[Float[Array, "h w c"]], Float[Array, "h w c"]]
     bits_per_dim: Callable[[Float[Array, "*batch"], int], Float[Array, "*batch"]] | None
@@ -58,7 +58,7 @@ def bernoulli(levels: int) -> Likelihood:
     return Likelihood(
         observe=observe,
         nll=lambda out, x: vae.bernoulli_nll(out[0], x),
-        picture=lambda out: 2 * jax.nn.sigmoid(out[0]) - 1,
+        mean_image=lambda out: 2 * jax.nn.sigmoid(out[0]) - 1,
         show=lambda x: 2 * x - 1,
         bias=bias,
         bits_per_dim=None,  # the bits are drawn, so nothing about the grey values is bounded
@@ -86,7 +86,7 @@ def gaussian(levels: int, std: float | None) -> Likelihood:
     return Likelihood(
         observe=observe,
         nll=nll,
-        picture=lambda out: jnp.clip(out[0], -1, 1),
+        mean_image=lambda out: jnp.clip(out[0], -1, 1),
         show=lambda x: x,
         bias=lambda mean: mean,
         bits_per_dim=lambda nats, dims: vae.density_to_bits_per_dim(nats, dims, levels),

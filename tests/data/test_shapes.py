@@ -128,7 +128,7 @@ def test_an_altered_caption_is_wrong_of_its_picture_and_reveals_nothing_held_out
         image, one = picture(index)
         text = shape_negatives.hard_negative("train", index)
         assert text == shape_negatives.hard_negative("train", index)
-        assert not alignment.judge(image, text).aligned
+        assert not alignment.check_caption(image, text).aligned
         groups, relation, background = alignment.parse(text)
         assert not {(g.colour, g.kind) for g in groups} & shapes.ALL_HELD_OUT
         assert sum(g.number for g in groups) <= 3  # as every caption
@@ -151,7 +151,7 @@ def test_altered_captions_of_held_out_pictures_are_wrong_too():
         pairs = {(group.colour, group.kind) for group in one.groups}
         both += len(pairs & shapes.ALL_HELD_OUT) == 2
         text = shape_negatives.hard_negative("test", index)
-        assert not alignment.judge(image, text).aligned
+        assert not alignment.check_caption(image, text).aligned
         groups = alignment.parse(text)[0]
         assert {(g.colour, g.kind) for g in groups} & shapes.ALL_HELD_OUT <= pairs
     assert both > 3

@@ -51,7 +51,7 @@ def timed(made, kind, clip=False):
     def denoise(xt, logsnr):
         step = jnp.round(1000 * made.time(logsnr))  # the time itself is float32
         out = network(jnp, xt, step.astype(xt.dtype) / 1000)
-        return prediction.read(kind, out, xt, logsnr)
+        return prediction.to_prediction(kind, out, xt, logsnr)
 
     return prediction.clip_x0(denoise) if clip else denoise
 
@@ -149,7 +149,7 @@ def test_noising_and_v_are_diffusers():
         inputs = torch.from_numpy(x0), torch.from_numpy(eps), torch.tensor([t])
         found = process.q_sample(jnp.asarray(x0), jnp.asarray(eps), logsnr)
         np.testing.assert_allclose(found, scheduler.add_noise(*inputs), **FLOAT64)
-        found = prediction.write(
+        found = prediction.from_prediction(
             "v", prediction.Prediction(jnp.asarray(x0), jnp.asarray(eps)), logsnr
         )
         np.testing.assert_allclose(found, scheduler.get_velocity(*inputs), **FLOAT64)
@@ -168,7 +168,7 @@ def test_dynamic_thresholding_is_diffusers():
     x, out = draw(1, 2, *SHAPE) * np.array([0.3, 1.0, 3.0])[:, None, None, None]
     expected = scheduler.step(torch.from_numpy(out), 500, torch.from_numpy(x))
     denoise = prediction.threshold_x0(
-        lambda xt, logsnr: prediction.read("x0", jnp.asarray(out), xt, logsnr), 90.0
+        lambda xt, logsnr: prediction.to_prediction("x0", jnp.asarray(out), xt, logsnr), 90.0
     )
     found = denoise(jnp.asarray(x), made.logsnr(0.501))
     np.testing.assert_allclose(found.x0, expected.pred_original_sample, **FLOAT64)
@@ -182,7 +182,7 @@ def test_v_with_the_sign_turned_is_diffusers_edm_preconditioning():
         xt = scheduler.precondition_inputs(torch.from_numpy(y), sigma)
         np.testing.assert_allclose(process.alpha_sigma(logsnr)[0] * y, xt, **FLOAT64)
         expected = scheduler.precondition_outputs(torch.from_numpy(y), torch.from_numpy(out), sigma)
-        found = prediction.read("v", -jnp.asarray(out), jnp.asarray(xt.numpy()), logsnr)
+        found = prediction.to_prediction("v", -jnp.asarray(out), jnp.asarray(xt.numpy()), logsnr)
         np.testing.assert_allclose(found.x0, expected, **FLOAT64)
 
 
@@ -297,7 +297,9 @@ def test_ddim_is_diffusers(eta, clip, spacing, to_one):
 
 def conditioned_on_logsnr(kind):
     """Our denoiser around `network`, conditioned on log(sigma / alpha)."""
-    return lambda xt, logsnr: prediction.read(kind, network(jnp, xt, -logsnr / 2), xt, logsnr)
+    return lambda xt, logsnr: prediction.to_prediction(
+        kind, network(jnp, xt, -logsnr / 2), xt, logsnr
+    )
 
 
 def log_sigma(scheduler):
@@ -377,7 +379,7 @@ def test_edms_churn_is_diffusers(churn, give_noise):
         ys.append(y.numpy())
 
     def denoise(xt, logsnr):
-        return prediction.read("x0", jnp.asarray(x0), xt, logsnr)
+        return prediction.to_prediction("x0", jnp.asarray(x0), xt, logsnr)
 
     found = walk(samplers.edm(10, churn, low, high, scale), denoise, logsnrs, x, noises)
     np.testing.assert_allclose(found, np.stack(ys) * alphas(logsnrs[1:]), **FLOAT32)

@@ -224,8 +224,10 @@ def test_reading_undoes_writing(kind, logsnr):
     x0, eps = jax.random.normal(jax.random.key(0), (2, 3, 4))
     logsnr = jnp.asarray(logsnr)
     xt = process.q_sample(x0, eps, logsnr)
-    out = prediction.write(kind, Prediction(x0, eps), logsnr)
-    chex.assert_trees_all_close(prediction.read(kind, out, xt, logsnr), Prediction(x0, eps))
+    out = prediction.from_prediction(kind, Prediction(x0, eps), logsnr)
+    chex.assert_trees_all_close(
+        prediction.to_prediction(kind, out, xt, logsnr), Prediction(x0, eps)
+    )
 
 
 def test_edms_preconditioning_is_v_with_the_sign_turned():
@@ -235,7 +237,7 @@ def test_edms_preconditioning_is_v_with_the_sign_turned():
     denoised = y / (sigma**2 + 1) + sigma / np.sqrt(sigma**2 + 1) * out
     logsnr = jnp.asarray(-2 * np.log(sigma))
     xt = process.q_sample(x0, eps, logsnr)
-    chex.assert_trees_all_close(prediction.read("v", -out, xt, logsnr).x0, denoised)
+    chex.assert_trees_all_close(prediction.to_prediction("v", -out, xt, logsnr).x0, denoised)
 
 
 def test_clipping_keeps_x0_and_eps_consistent():
@@ -417,9 +419,9 @@ def test_guidance_0_is_unconditional_and_1_conditional():
     for scale, expected in ((0.0, other), (1.0, one)):
         guided = guidance.classifier_free(one, other, scale)(xt, logsnr)
         chex.assert_trees_all_close(guided, expected(xt, logsnr))
-    limited = guidance.limited(one, other, -1.0, 1.0)
-    chex.assert_trees_all_close(limited(xt, logsnr), one(xt, logsnr))
-    chex.assert_trees_all_close(limited(xt, jnp.asarray(2.0)), other(xt, jnp.asarray(2.0)))
+    within_interval = guidance.within_interval(one, other, -1.0, 1.0)
+    chex.assert_trees_all_close(within_interval(xt, logsnr), one(xt, logsnr))
+    chex.assert_trees_all_close(within_interval(xt, jnp.asarray(2.0)), other(xt, jnp.asarray(2.0)))
 
 
 def test_a_guided_prediction_stays_consistent():
@@ -557,10 +559,10 @@ def test_losses_are_one_error_with_different_weights():
     x0, eps, wrong = jax.random.normal(jax.random.key(14), (3, 9))
     logsnr = jnp.asarray(1.7)
     xt = process.q_sample(x0, eps, logsnr)
-    found = prediction.read("eps", wrong, xt, logsnr)
+    found = prediction.to_prediction("eps", wrong, xt, logsnr)
     mse = losses.simple(found, eps)
-    v = prediction.write("v", Prediction(x0, eps), logsnr)
-    v_hat = prediction.write("v", found, logsnr)
+    v = prediction.from_prediction("v", Prediction(x0, eps), logsnr)
+    v_hat = prediction.from_prediction("v", found, logsnr)
     assert losses.v_weight(logsnr) * mse == pytest.approx(float(jnp.mean((v - v_hat) ** 2)))
     x0_error = jnp.mean((x0 - found.x0) ** 2)
     assert jnp.exp(-logsnr) * mse == pytest.approx(float(x0_error))
@@ -606,7 +608,9 @@ def test_the_hybrid_trains_the_variance_alone_through_its_bound(logsnr_s):
     xt = process.q_sample(x0, eps, logsnr_t)
 
     def value(out, fraction, scale):
-        found = prediction.read("eps", out, xt, logsnr_t)._replace(variance_fraction=fraction)
+        found = prediction.to_prediction("eps", out, xt, logsnr_t)._replace(
+            variance_fraction=fraction
+        )
         mse = losses.simple(found, eps)
         vlb = losses.variance_bound(found, x0, xt, logsnr_t, logsnr_s, least, 1000, 9)
         return losses.hybrid(mse, vlb, scale)
@@ -617,7 +621,9 @@ def test_the_hybrid_trains_the_variance_alone_through_its_bound(logsnr_s):
     chex.assert_trees_all_close(with_bound[0], without[0])
     assert jnp.abs(with_bound[1]).min() > 0
     assert jnp.isfinite(with_bound[1]).all()
-    found = prediction.read("eps", wrong, xt, logsnr_t)._replace(variance_fraction=fraction)
+    found = prediction.to_prediction("eps", wrong, xt, logsnr_t)._replace(
+        variance_fraction=fraction
+    )
     if jnp.isfinite(logsnr_s):
         nats = elbo.step_kl(found, x0, xt, logsnr_t, logsnr_s, "learned")
     else:  # the decoder, whose deviation lies between the least and beta = sigma^2 of step 1

@@ -34,7 +34,7 @@ from ddpm_jax.experiment.registry import load_experiment
 from ddpm_jax.experiment.requests import Request, resolve
 from ddpm_jax.experiment.types import bind, checked_task
 from ddpm_jax.fields import FieldError
-from ddpm_jax.metrics.per_example import spread_times
+from ddpm_jax.metrics.per_example import evaluation_times
 from ddpm_jax.tasks.image_sampler import Sampling, check_start
 from ddpm_jax.training import step as step_module
 from helpers.sampling import NOTHING, edited
@@ -77,7 +77,9 @@ def check_gradients(made, steps, compare):
         xt = process.q_sample(x0, eps, logsnr_t)
 
         def found(out, share):
-            return prediction.read("eps", out, xt, logsnr_t)._replace(variance_fraction=share)
+            return prediction.to_prediction("eps", out, xt, logsnr_t)._replace(
+                variance_fraction=share
+            )
 
         def bound(out, share):
             rest = (x0, xt, logsnr_t, logsnr_s, least)
@@ -230,7 +232,7 @@ def test_a_drawn_time_is_below_1_and_its_step_at_most_the_last(monkeypatch, valu
         "stratified": stratified_times(keys, place, size),
         "uniform": uniform_times(keys, place, size),
         "importance": importance_times(history, keys)[0],
-        "spread": spread_times(place, keys, min(size, 100)).ravel(),
+        "spread": evaluation_times(place, keys, min(size, 100)).ravel(),
     }
     for name, times in drawn.items():
         assert (times >= 0).all(), name
@@ -258,7 +260,7 @@ def test_the_times_of_a_million_places_are_uniform():
     count = 1_000_000
     keys = jax.random.key(0)
     key_of = jax.vmap(lambda place: jax.random.fold_in(keys, place))
-    times = jax.jit(lambda place: spread_times(place, key_of(place), 1)[:, 0])
+    times = jax.jit(lambda place: evaluation_times(place, key_of(place), 1)[:, 0])
     place = np.arange(count, dtype=np.int32)
     found = np.asarray(times(place), np.float64)
     assert found.min() >= 0

@@ -14,7 +14,7 @@ from PIL import Image
 from ddpm_jax.data import cache as cache_module
 from ddpm_jax.data import loader
 from ddpm_jax.data.types import Loaded
-from ddpm_jax.experiment import feature_networks as judges
+from ddpm_jax.experiment import feature_networks
 from ddpm_jax.experiment.inputs import load_data, record_of
 from ddpm_jax.experiment.registry import load_experiment
 from ddpm_jax.experiment.train import train_alone
@@ -38,14 +38,14 @@ def pristine(tmp_path_factory):
     """A cache with a judge of a debug run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return judges.trained(CLASSIFIER, *of(debug=True), train_alone)
+        return feature_networks.trained(CLASSIFIER, *of(debug=True), train_alone)
 
 
 @pytest.fixture
 def cached(pristine, tmp_path, monkeypatch):
     """A copy of the judge, what trains none but notes it and copies, and what that noted."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    place = judges.judges_dir() / pristine.name
+    place = feature_networks.feature_networks_dir() / pristine.name
     shutil.copytree(pristine, place)
     made = []
 
@@ -62,14 +62,14 @@ def cached(pristine, tmp_path, monkeypatch):
 
 def test_debug_and_full_runs_and_other_splits_keep_judges_apart(cached):
     place, train, made, _ = cached
-    assert judges.trained(CLASSIFIER, *of(debug=True), train) == place
+    assert feature_networks.trained(CLASSIFIER, *of(debug=True), train) == place
     assert not made
-    full = judges.trained(CLASSIFIER, *of(debug=False), train)
+    full = feature_networks.trained(CLASSIFIER, *of(debug=False), train)
     loaded, options = of(debug=True)
     cut = loaded.data._replace(test=loaded.data.test.first(100))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judges, "load_for", lambda *_: cut)
-        other = judges.trained(CLASSIFIER, Loaded(cut), options, train)
+        patch.setattr(feature_networks, "load_for", lambda *_: cut)
+        other = feature_networks.trained(CLASSIFIER, Loaded(cut), options, train)
     assert len({place, full, other}) == 3
     assert made == [full, other]
 
@@ -87,10 +87,10 @@ def test_a_folder_that_moved_has_the_classifier_that_it_had(tmp_path, monkeypatc
 
     def trained(name):
         loaded = Loaded(loader.load(f"folder:{tmp_path / name}"))
-        return judges.trained(CLASSIFIER, loaded, Options(debug=True), train)
+        return feature_networks.trained(CLASSIFIER, loaded, Options(debug=True), train)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(judges, "load_judge", lambda *_: None)
+    monkeypatch.setattr(feature_networks, "load_feature_network", lambda *_: None)
     for number in range(20):
         write(tmp_path / "birds" / f"{number % 2}" / f"{number}.png", png(number))
     first = trained("birds")
@@ -152,17 +152,17 @@ def test_a_judge_that_cannot_be_used_is_made_again_and_said_so(cached, capfd, wh
     if not finished:
         (place / "summary.json").unlink()
     UNUSABLE[what](place)
-    assert judges.trained(CLASSIFIER, *of(debug=True), train) == place
+    assert feature_networks.trained(CLASSIFIER, *of(debug=True), train) == place
     assert made == [place]
     assert "it is made again" in capfd.readouterr().err
-    judges.load_judge(str(place))
+    feature_networks.load_feature_network(str(place))
 
 
 def test_a_judge_that_was_begun_in_the_same_setting_goes_on(cached, capfd):
     place, train, made, continued = cached
     (place / "summary.json").unlink()
     continued.append(place)
-    assert judges.trained(CLASSIFIER, *of(debug=True), train) == place
+    assert feature_networks.trained(CLASSIFIER, *of(debug=True), train) == place
     assert made == [place]
     assert "again" not in capfd.readouterr().err
 
@@ -182,10 +182,10 @@ def test_a_run_killed_while_its_judge_is_trained_blocks_no_later_run(tmp_path):
         )  # fmt: skip
 
     def killed_when_a_checkpoint_is_there(name, *flags):
-        before = set(cache.glob("ddpm_jax/judges/*/checkpoints/[0-9]*"))
+        before = set(cache.glob("ddpm_jax/feature_networks/*/checkpoints/[0-9]*"))
         process = start(name, *flags)
         while process.poll() is None:
-            if set(cache.glob("ddpm_jax/judges/*/checkpoints/[0-9]*")) - before:
+            if set(cache.glob("ddpm_jax/feature_networks/*/checkpoints/[0-9]*")) - before:
                 process.kill()
             time.sleep(0.01)
         process.communicate()
@@ -196,7 +196,7 @@ def test_a_run_killed_while_its_judge_is_trained_blocks_no_later_run(tmp_path):
         process = start(name, *flags)
         _, said = process.communicate(timeout=600)
         assert process.returncode == 0, said
-    assert len(list(cache.glob("ddpm_jax/judges/*"))) == 2
+    assert len(list(cache.glob("ddpm_jax/feature_networks/*"))) == 2
 
 
 # Decoded images and encoded captions.

@@ -80,7 +80,7 @@ def test_a_diffusion_run_is_evaluated_and_drawn_from_in_other_ways(launch, tmp_p
     about = json.loads((workdir / "eval.json").read_text())["about"]
     assert about["sampler"] == "ddim:0.5"
     assert about["steps"] == 3
-    out = tmp_path / "drawn.npz"
+    out = tmp_path / "sampled.npz"
     result = launch(
         "--mode=sample", f"--workdir={workdir}", "--label=3", "--guidance=2", "--steps=2",
         "--num_samples=5", f"--out={out}",
@@ -154,6 +154,6 @@ def test_a_handful_of_labelled_images_is_judged_by_a_classifier_of_their_own(lau
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     names = set(summary["metrics"])
     assert "test/score_classifier_folder_birds_error" in names
-    assert "test/recognised_error" in names
+    assert "test/classifier_accuracy_error" in names
     assert not [name for name in names if "mnist" in name or "precision" in name]
     assert summary["about"]["parameters"] == "EMA, half-life 50000 images"

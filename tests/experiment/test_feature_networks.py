@@ -7,8 +7,7 @@ from ddpm_jax.config import replace
 from ddpm_jax.data.loader import load
 from ddpm_jax.data.types import Loaded, info_of
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment import feature_networks as judges
-from ddpm_jax.experiment import inputs
+from ddpm_jax.experiment import feature_networks, inputs
 from ddpm_jax.experiment.registry import load_experiment
 from ddpm_jax.experiment.train import train_alone
 from ddpm_jax.experiment.types import Dataset, Options, bind
@@ -23,7 +22,7 @@ def test_a_judge_is_called_after_the_data_that_it_was_trained_on():
         "folder:/home/of/mnist birds/my.flowers": "classifier_folder_my_flowers",
         "imagenet_resized/32x32": "classifier_imagenet_resized_32x32",
     }
-    assert {data: judges.judge_name(data) for data in names} == names
+    assert {data: feature_networks.feature_network_name(data) for data in names} == names
 
 
 def test_a_classifier_is_trained_once_and_judges(tmp_path, monkeypatch, capfd):
@@ -36,31 +35,31 @@ def test_a_classifier_is_trained_once_and_judges(tmp_path, monkeypatch, capfd):
     def never(run, data):
         raise AssertionError("a network is trained again")
 
-    assert judges.check_features(config, loaded) == config
-    (first,) = judges.load_features(config, loaded, options, train_alone)
+    assert feature_networks.check_features(config, loaded) == config
+    (first,) = feature_networks.load_features(config, loaded, options, train_alone)
     assert "training classifier_digits once" in capfd.readouterr().err
-    (again,) = judges.load_features(config, loaded, options, never)
+    (again,) = feature_networks.load_features(config, loaded, options, never)
     assert "training" not in capfd.readouterr().err
-    place = judges.trained(load_experiment("classifier_digits"), loaded, options, never)
+    place = feature_networks.trained(load_experiment("classifier_digits"), loaded, options, never)
     by_place = replace(config, {"task.evaluation.features": (str(place),)})
-    assert judges.check_features(by_place, loaded) == by_place
-    (third,) = judges.load_features(by_place, loaded, options, never)
-    judge = judges.load_judge(str(place))
-    assert [load().about for load in (first, again, third)] == [judge.about] * 3
-    features, logs = judge.see(to_images(loaded.data.test.images[:7], 17))
-    assert judge.name == "classifier_digits"
+    assert feature_networks.check_features(by_place, loaded) == by_place
+    (third,) = feature_networks.load_features(by_place, loaded, options, never)
+    network = feature_networks.load_feature_network(str(place))
+    assert [load().about for load in (first, again, third)] == [network.about] * 3
+    features, logs = network.extract(to_images(loaded.data.test.images[:7], 17))
+    assert network.name == "classifier_digits"
     assert features.shape == (7, 64)
     np.testing.assert_allclose(np.exp(logs).sum(1), 1, rtol=1e-5)
     none = replace(config, {"task.evaluation.features": ()})
-    assert judges.check_features(none, loaded) == none
-    assert judges.load_features(none, loaded, options, never) == ()
+    assert feature_networks.check_features(none, loaded) == none
+    assert feature_networks.load_features(none, loaded, options, never) == ()
 
 
 def test_data_without_labels_have_no_classifier_and_an_unknown_one_is_named(capfd):
     loaded = Loaded(load("digits"))
     config = bind(load_experiment("ddpm_digits").config, info_of(loaded.data))
     bare = Loaded(loaded.data._replace(classes=()))
-    assert judges.check_features(config, bare).task.evaluation.features == ()
+    assert feature_networks.check_features(config, bare).task.evaluation.features == ()
     assert "no labels, so no classifier" in capfd.readouterr().err
     for name, says in (
         ("classifier_digit", 'no feature network "classifier_digit"; did you mean "classifier_d'),
@@ -69,7 +68,7 @@ def test_data_without_labels_have_no_classifier_and_an_unknown_one_is_named(capf
     ):
         odd = replace(config, {"task.evaluation.features": (name,)})
         with pytest.raises(UserError, match=says):
-            judges.check_features(odd, loaded)
+            feature_networks.check_features(odd, loaded)
 
 
 def test_a_judge_reads_its_data_where_the_run_read_them(monkeypatch):

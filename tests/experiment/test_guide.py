@@ -45,7 +45,7 @@ def config_of(guidance_model, classes=10):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The runs of a noisy classifier and of an unconditional model that it guides and judges."""
+    """The runs of a noisy classifier and of an unconditional model that they guide and evaluate."""
     place = tmp_path_factory.mktemp("runs")
     tiny = [f"--config.{name}={value}" for name, value in TINY.items()]
     its = ["--config.task.sampling.guidance_model=classifier", "--config.task.sampling.guidance=2",
@@ -88,13 +88,13 @@ def test_an_unconditional_run_is_drawn_with_the_labels_of_a_classifier(runs):
     found = summary(runs / "guided")
     assert found["about"]["guide"].startswith("classifier: classifier_digits, step 6, /")
     assert found["about"]["guidance"] == 2.0
-    assert 0 <= found["metrics"]["test/recognised"] <= 1
+    assert 0 <= found["metrics"]["test/classifier_accuracy"] <= 1
 
 
 @pytest.mark.slow
 def test_a_run_guided_by_itself_is_itself_and_a_classifier_changes_it(runs, tmp_path):
     def draw(guide, guidance, label=None):
-        run, out = read(runs / "guided")._replace(config=config_of(guide)), tmp_path / "drawn.npz"
+        run, out = read(runs / "guided")._replace(config=config_of(guide)), tmp_path / "sampled.npz"
         trained, request = (
             functools.partial(load_recorded, run),
             Request(label=label, guidance=guidance),

@@ -69,7 +69,7 @@ def leads_to(path, target):
 
 @pytest.mark.parametrize("mode", ["sample", "eval", "train"])
 @pytest.mark.parametrize(
-    "place", ["images/drawn.png", "images/samples.png", "eval.json", "profile/plugins/profile",
+    "place", ["images/sampled.png", "images/samples.png", "eval.json", "profile/plugins/profile",
               "config.json.draft", "tensorboard/events", "metrics.jsonl", "wandb_id"],
 )  # fmt: skip
 def test_no_file_outside_of_a_run_is_written_to(launch_here, run, tmp_path, mode, place):

@@ -13,9 +13,9 @@ def test_the_judge_reads_back_what_was_drawn(side):
     wrong = misplaced = 0
     for index in range(500):
         image, scene = picture(index, side=side)
-        verdict = alignment.judge(image, scene.caption)
+        verdict = alignment.check_caption(image, scene.caption)
         wrong += not verdict.aligned
-        behind, seen, strays = alignment.look(image)
+        behind, seen, strays = alignment.find_shapes(image)
         assert not strays
         assert behind == scene.behind
         found, drawn = (
@@ -41,8 +41,8 @@ def test_the_judge_of_another_caption_says_what_is_wrong():
         if same and relation is None:
             continue
         if not same:
-            rightly += not alignment.judge(image, other.caption).aligned
-            wrongly += alignment.judge(image, other.caption).aligned
+            rightly += not alignment.check_caption(image, other.caption).aligned
+            wrongly += alignment.check_caption(image, other.caption).aligned
         del there
     assert wrongly == 0
     assert rightly > 200
@@ -57,8 +57,8 @@ def test_a_relation_is_wrong_the_other_way_round():
         caption = scene.caption.replace(
             scene.relation, scene.relation.replace(turned, opposite[turned])
         )
-        assert alignment.judge(image, scene.caption).relation
-        verdict = alignment.judge(image, caption)
+        assert alignment.check_caption(image, scene.caption).relation
+        verdict = alignment.check_caption(image, caption)
         assert verdict.relation is False
         assert not verdict.aligned
         assert verdict.colours
@@ -70,11 +70,13 @@ def test_noise_and_flat_pictures_show_nothing():
     captions = [shapes.scene("train", i, "single").caption for i in range(50)]
     for caption in captions:
         noise = draws.normal(size=(32, 32, 3)).astype(np.float32)
-        assert not alignment.judge(noise, caption).aligned
-        assert not alignment.judge(np.full((32, 32, 3), draws.uniform(-1, 1)), caption).aligned
+        assert not alignment.check_caption(noise, caption).aligned
+        assert not alignment.check_caption(
+            np.full((32, 32, 3), draws.uniform(-1, 1)), caption
+        ).aligned
     motley = np.full((32, 32, 3), -1.0)  # a square whose every channel is black in most of it
     motley[8:20, 8:20] = np.eye(3)[np.arange(144) % 3].reshape(12, 12, 3) * 2 - 1
-    assert [shape.colour for shape in alignment.look(motley)[1]] == [alignment.UNCLEAR]
+    assert [shape.colour for shape in alignment.find_shapes(motley)[1]] == [alignment.UNCLEAR]
 
 
 def test_alignment_is_strict_and_the_lenient_verdict_stands_beside_it():
@@ -95,7 +97,7 @@ def test_alignment_is_strict_and_the_lenient_verdict_stands_beside_it():
             backgrounds += 1
         sizes += bool(scene.groups[0].size)
         for caption in wrong:
-            verdict = alignment.judge(image, caption)
+            verdict = alignment.check_caption(image, caption)
             assert verdict.aligned_except_size_and_background
             assert not verdict.aligned, caption
         corners = [(r, c) for r in (1, 28) for c in (1, 28)]
@@ -111,7 +113,7 @@ def test_alignment_is_strict_and_the_lenient_verdict_stands_beside_it():
                 if np.ptp([c, (ground + 1) * 127.5], 0).max() > 120
             )
             stray[row : row + 3, column : column + 3] = np.array(colour) / 127.5 - 1
-            verdict = alignment.judge(stray, scene.caption)
+            verdict = alignment.check_caption(stray, scene.caption)
             assert verdict.aligned_except_size_and_background
             assert not verdict.aligned
             strays += 1

@@ -7,14 +7,14 @@ from ddpm_jax.config import replace
 from ddpm_jax.data.loader import load
 from ddpm_jax.data.types import Data, Loaded, Split, info_of
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment import feature_networks as judges
+from ddpm_jax.experiment import feature_networks
 from ddpm_jax.experiment.registry import load_experiment
 from ddpm_jax.experiment.train import train_alone
 from ddpm_jax.experiment.types import Options, bind
 from ddpm_jax.metrics import distances
-from ddpm_jax.metrics.features import Judge
+from ddpm_jax.metrics.features import FeatureNetwork
 from ddpm_jax.metrics.pixels import to_images
-from ddpm_jax.metrics.quality import look, quality
+from ddpm_jax.metrics.quality import extract_features, quality
 
 
 def gaussian(size, mean, covariance, seed=0):
@@ -215,7 +215,7 @@ def test_the_nearest_is_the_nearest():
 
 
 def pixels(images):
-    """A judge that looks at the mean of four quarters, and knows no class."""
+    """A network that looks at the mean of four quarters, and knows no class."""
     x = np.asarray(images, np.float64)
     half = x.shape[1] // 2
     quarters = [x[:, a:, b:][:, :half, :half].mean((1, 2, 3)) for a in (0, half) for b in (0, half)]
@@ -224,16 +224,16 @@ def pixels(images):
 
 def test_quality_knows_the_training_set_from_new_images_and_from_noise():
     data = load("digits")
-    judge = Judge("quarters", pixels)
+    network = FeatureNetwork("quarters", pixels)
     train = to_images(data.train.images, data.levels)
-    copied = quality(judge, train[:500], data.train.labels[:500], data).metrics
+    copied = quality(network, train[:500], data.train.labels[:500], data).metrics
     assert copied["nearest_ratio"] < 0.01  # every image is a training image
-    held_out = quality(judge, to_images(data.test.images, data.levels), None, data).metrics
+    held_out = quality(network, to_images(data.test.images, data.levels), None, data).metrics
     assert held_out["nearest_ratio"] == pytest.approx(1)
     assert held_out["fd_quarters"] == pytest.approx(0, abs=1e-9)
-    assert "recognised" not in held_out
+    assert "classifier_accuracy" not in held_out
     noise = np.random.default_rng(0).uniform(-1, 1, (500, 8, 8, 1))
-    assert quality(judge, noise, None, data).metrics["fd_quarters_ratio"] > 20
+    assert quality(network, noise, None, data).metrics["fd_quarters_ratio"] > 20
 
 
 def few(size, seed=0, side=4):
@@ -250,8 +250,8 @@ def test_metrics_that_so_few_images_do_not_give_are_left_out(name, side, capfd):
         splits = few(sizes["training"], 1), few(sizes["held-out"], 2)
         data = Data("few", "few", *splits, 256, ("a", "b", "c"), "")
         drawn = to_images(few(sizes["generated"], 3).images, 256)
-        judge = Judge(name, pixels)
-        found = quality(judge, drawn, np.zeros(len(drawn), int), data).metrics
+        network = FeatureNetwork(name, pixels)
+        found = quality(network, drawn, np.zeros(len(drawn), int), data).metrics
         assert np.isfinite(list(found.values())).all()
         distance = "fid" if name == "inception" else "fd_quarters"
         expected = {f"{word}_{name}": number for word, number in least.items() if word != "fd"}
@@ -276,9 +276,11 @@ def test_a_perfect_model_has_a_ratio_near_1_whatever_the_number_of_training_imag
         train, test = few(60, 3 * seed), few(400, 3 * seed + 1)
         data = Data("few", "few", train, test, 256, ("a", "b", "c"), "")
         drawn = to_images(few(500, 3 * seed + 2).images, 256)
-        metrics = quality(Judge("quarters", pixels), drawn, None, data, pixels=False).metrics
+        metrics = quality(
+            FeatureNetwork("quarters", pixels), drawn, None, data, pixels=False
+        ).metrics
         assert metrics["fd_quarters_ratio_images"] == 60
-        assert metrics["drawn"] == 500
+        assert metrics["num_samples"] == 500
         found.append(np.log(metrics["fd_quarters_ratio"]))
     assert abs(np.mean(found)) < 3 * np.std(found, ddof=1) / 12**0.5
 
@@ -286,36 +288,36 @@ def test_a_perfect_model_has_a_ratio_near_1_whatever_the_number_of_training_imag
 def test_a_distance_is_called_fid_in_inceptions_features_alone(tmp_path, monkeypatch, capfd):
     data = load("digits")
     drawn = to_images(data.test.images[:50], data.levels)
-    found = quality(Judge("inception", pixels), drawn, None, data, pixels=False)
+    found = quality(FeatureNetwork("inception", pixels), drawn, None, data, pixels=False)
     assert found.metrics["fid"] > 0
     assert found.metrics["fid_to_training"] > 0
     assert found.neighbours is None
-    other = quality(Judge("quarters", pixels), drawn, None, data).metrics
-    assert not [name for name in other if "fid" in name]
+    other = quality(FeatureNetwork("quarters", pixels), drawn, None, data).metrics
+    assert not [name for name in other if name.startswith("fid")]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = load_experiment("ddpm_digits").config
     config = bind(replace(config, {"task.evaluation.features": ("inception",)}), info_of(data))
-    assert judges.check_features(config, Loaded(data)) == config
+    assert feature_networks.check_features(config, Loaded(data)) == config
     said = capfd.readouterr().err
     assert "no FID: put pt_inception-2015-12-05-6726825d.pth" in said
     assert len(said.splitlines()) == 1
     wanted = (config, Loaded(data), Options(), train_alone)
-    assert judges.load_features(*wanted) == ()
-    judges.inception_file().parent.mkdir()
-    judges.inception_file().write_bytes(b"nothing of the kind")
-    (judge,) = judges.load_features(*wanted)
+    assert feature_networks.load_features(*wanted) == ()
+    feature_networks.inception_file().parent.mkdir()
+    feature_networks.inception_file().write_bytes(b"nothing of the kind")
+    (network,) = feature_networks.load_features(*wanted)
     with pytest.raises(UserError):
-        judge()
+        network()
     with pytest.raises(UserError, match="is damaged or another file"):
-        judges.check_features(config, Loaded(data))
+        feature_networks.check_features(config, Loaded(data))
 
 
 def test_a_set_looked_at_in_parts_is_the_set_looked_at_whole():
     images = np.random.default_rng(0).uniform(-1, 1, (300, 8, 8, 1))
-    judge = Judge("quarters", pixels)
-    whole = look(judge, iter([images]))
-    parts = look(judge, iter([images[:7], images[7:150], images[150:]]))
+    network = FeatureNetwork("quarters", pixels)
+    whole = extract_features(network, iter([images]))
+    parts = extract_features(network, iter([images[:7], images[7:150], images[150:]]))
     np.testing.assert_allclose(parts.moments.covariance, whole.moments.covariance, atol=1e-12)
     np.testing.assert_array_equal(parts.features, whole.features)
     np.testing.assert_array_equal(parts.logs, whole.logs)

@@ -99,7 +99,7 @@ def test_a_block_sees_so_many_tokens_near_and_no_padding_at_once():
     "net",
     [
         UNet(channels=8, multipliers=(1,), blocks=1, attention_sizes=(4,), outputs=2),
-        DiT(patch=1, width=16, depth=2, heads=2, outputs=2, refiner_blocks=1),
+        DiT(patch=1, width=16, depth=2, heads=2, outputs=2, text_refiner_blocks=1),
     ],
     ids=["unet", "dit that reads again"],
 )
@@ -129,7 +129,7 @@ def test_a_generation_model_sees_text_and_no_padding(net):
 
 
 def test_codes_attend_to_those_before_them_alone():
-    net = CodeTransformer(11, width=16, depth=2, heads=2, refiner_blocks=1)
+    net = CodeTransformer(11, width=16, depth=2, heads=2, text_refiner_blocks=1)
     context = Context(jnp.ones((1, 3, 8)), jnp.ones((1, 3), bool), jnp.ones((1, 8)))
     codes = jnp.arange(6)[None]
     params = drawn(net.init, codes, context)

@@ -13,7 +13,7 @@ from ddpm_jax.diffusion.prediction import Prediction
 from ddpm_jax.diffusion.process import alpha_sigma
 from ddpm_jax.diffusion.schedules import cosine
 from ddpm_jax.experiment.requests import Request
-from ddpm_jax.metrics.features import Judge
+from ddpm_jax.metrics.features import FeatureNetwork
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.parallel.sharding import make
 from ddpm_jax.task import GuidanceModel, Resources, Variables
@@ -169,7 +169,7 @@ def rows_of(name):
         logs = np.log(np.where(means[:, :1] > 0, [0.9, 0.1], [0.1, 0.9]))
         return means, logs
 
-    return Judge(name, see, f"the network {name}")
+    return FeatureNetwork(name, see, f"the network {name}")
 
 
 @pytest.fixture
@@ -195,9 +195,9 @@ def test_the_samples_of_an_evaluation_are_made_once_and_shared(calls):
     # 150 samples are two batches of 104, the next number after 100 that 8 devices divide.
     np.testing.assert_array_equal(np.concatenate(calls), np.arange(208))
     assert len(calls) == 2
-    for name in ("samples", "trajectories", "trajectories_movie", "inpainting", "neighbours"):
+    for name in ("samples", "trajectories", "trajectories_animation", "inpainting", "neighbours"):
         assert name in evaluation.images
-    assert {"test/fd_rows", "test/fd_others", "test/recognised"} <= set(evaluation.metrics)
+    assert {"test/fd_rows", "test/fd_others", "test/classifier_accuracy"} <= set(evaluation.metrics)
     assert evaluation.metrics["test/drawn"] == 150
 
 

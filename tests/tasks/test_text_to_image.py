@@ -210,7 +210,7 @@ def test_an_evaluation_has_metrics_of_every_set_and_scale(monkeypatch):
         assert f"test/guidance_2/{name}" in final.metrics
         assert f"test/{name}" in final.metrics
     assert final.metrics["test/aligned_single"] == pytest.approx(1 / 3)
-    assert final.about["drawn"] == 4
+    assert final.about["num_samples"] == 4
     assert not undefined(final.metrics)
     quick = evaluated(full=False)
     assert "test/aligned" in quick.metrics

@@ -11,7 +11,7 @@ import scipy.special
 
 from ddpm_jax.data.types import Batch, Data, Split
 from ddpm_jax.diffusion import probability_flow, process
-from ddpm_jax.diffusion.prediction import Prediction, write
+from ddpm_jax.diffusion.prediction import Prediction, from_prediction
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.task import Variables
 from ddpm_jax.tasks.image_denoiser import SampleEvaluation
@@ -69,7 +69,7 @@ class GreyNetwork(DiT):
 
     def __call__(self, xt, time, labels=None, keys=None, context=None):
         logsnr = 9.0 - 18.0 * time[:, None, None, None]
-        return write("v", grey_denoiser(xt, logsnr), logsnr)
+        return from_prediction("v", grey_denoiser(xt, logsnr), logsnr)
 
 
 def test_the_odes_likelihood_of_a_known_discrete_model_is_within_its_numerical_error():
@@ -147,5 +147,5 @@ def test_the_three_routes_of_one_network_are_near_one_another(tiny):
     assert np.isfinite(metrics["bits_per_dim_ode"])
     numerical = metrics["bits_per_dim_ode_numerical_error"]
     assert 0 <= numerical < metrics["bits_per_dim_ode_error"]
-    assert evaluation.images["trajectories_movie"].ndim == 4
+    assert evaluation.images["trajectories_animation"].ndim == 4
     assert evaluation.images["schedule"].shape[-1] == 3
