@@ -1,4 +1,4 @@
-"""Hard negatives of `shapes`: captions that differ from an image's own in one statement."""
+"""Hard negatives of `shapes`: captions with one statement that is wrong for the image."""
 
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -25,7 +25,7 @@ from ddpm_jax.data.types import Computed, Data, Split
 from ddpm_jax.fields import Json
 
 T = TypeVar("T")
-VALUES: dict[str, Iterable[str | int]] = {  # of the fields of a group
+VALUES: dict[str, Iterable[str | int]] = {  # allowed values of the fields of `Group`
     "colour": COLOURS,
     "kind": KINDS,
     "number": NUMBERS,
@@ -34,74 +34,80 @@ VALUES: dict[str, Iterable[str | int]] = {  # of the fields of a group
 
 
 def hard_negative(split: str, index: int, number: int = 0) -> str:
-    """Return a caption with one wrong statement on example `index` (used by `contrastive.py`).
+    """Return hard negative `number` of example `index`: a caption with one wrong statement.
 
-    A number, size, colour, shape or background is a different one, two groups have exchanged
-    colours or shapes, or the relation is reversed: more often what is harder to distinguish.  No
-    held-out pair is named but the example's own.
+    A number, size, colour, shape or background is replaced, two groups exchange their colours or
+    shapes, or the relation is reversed. Changes that are harder to recognize are more frequent.
+    The caption contains no held-out pair of colour and shape, except those of the example.
     """
     true = scene(split, index)
-    unseen = ALL_HELD_OUT - {(group.colour, group.kind) for group in true.groups}
-    draw = stream(f"altered {split} {number}", index)
+    excluded = ALL_HELD_OUT - {(group.colour, group.kind) for group in true.groups}
+    rng = stream(f"altered {split} {number}", index)
     while True:
-        groups, relation, background = _hard_negative(draw, true)
+        groups, relation, background = _altered(rng, true)
         pairs = [(group.colour, group.kind) for group in groups]
         ordered = relation is None or pairs == [(g.colour, g.kind) for g in true.groups]
-        right = _describe(groups, true) and ordered
-        right &= (relation, background) == (true.relation, true.background)
+        correct = _describes(groups, true) and ordered
+        correct &= (relation, background) == (true.relation, true.background)
         colours = {group.colour for group in groups}
-        usual = len(set(pairs)) == len(pairs) and background not in colours
-        usual &= sum(group.number for group in groups) <= max(NUMBERS)
-        if usual and not right and not unseen.intersection(pairs):
-            return caption_of(draw, groups, relation, background)
+        plausible = len(set(pairs)) == len(pairs) and background not in colours
+        plausible &= sum(group.number for group in groups) <= max(NUMBERS)
+        if plausible and not correct and not excluded.intersection(pairs):
+            return caption_of(rng, groups, relation, background)
 
 
-def _describe(groups: Sequence[Group], scene: Scene) -> bool:
-    """Return whether groups, in any order, are a scene's, with its sizes where they have any."""
-    looks = {(group.number, group.colour, group.kind) for group in groups}
-    drawn = {(group.number, group.colour, group.kind) for group in scene.groups}
+def _describes(groups: Sequence[Group], scene: Scene) -> bool:
+    """Return whether groups are those of a scene in any order, with correct sizes if stated."""
+    described = {(group.number, group.colour, group.kind) for group in groups}
+    present = {(group.number, group.colour, group.kind) for group in scene.groups}
     sizes = {(s.colour, s.kind): "small" if s.width <= SMALL[1] else "large" for s in scene.shapes}
-    return looks == drawn and all(g.size in (None, sizes[g.colour, g.kind]) for g in groups)
+    return described == present and all(g.size in (None, sizes[g.colour, g.kind]) for g in groups)
 
 
-def _hard_negative(
-    draw: np.random.Generator, scene: Scene
+def _altered(
+    rng: np.random.Generator, scene: Scene
 ) -> tuple[tuple[Group, ...], str | None, str | None]:
-    """Return groups, relation and background of a scene, one of which is sampled anew."""
+    """Return the groups, relation and background of a scene after one random change.
+
+    The change can leave the scene as it is, because a new value may equal the old one.
+    """
     groups, relation, background = list(scene.groups), scene.relation, scene.background
-    which = draw.integers(len(groups))
-    group = groups[which]
-    kinds = ["colour", "number", "number", "kind", "kind", "kind"]
-    kinds += ["size"] if group.size else []
-    kinds += ["background"] if background else []
+    index = rng.integers(len(groups))
+    group = groups[index]
+    changes = ["colour", "number", "number", "kind", "kind", "kind"]
+    changes += ["size"] if group.size else []
+    changes += ["background"] if background else []
     if len(groups) == 2:
-        kinds += ["colours", "kinds"] * 2 + (["relation"] * 4 if relation else [])
-    what = _choose(draw, kinds)
-    if what == "background":
+        changes += ["colours", "kinds"] * 2 + (["relation"] * 4 if relation else [])
+    change = _choose(rng, changes)
+    if change == "background":
         colours = {group.colour for group in groups}
-        background = _choose(draw, (name for name in BACKGROUNDS if name not in colours))
-    elif what == "relation":
+        background = _choose(rng, (name for name in BACKGROUNDS if name not in colours))
+    elif change == "relation":
         axis, smaller = RELATIONS[str(relation)]
         opposite = (axis, not smaller)
-        relation = _choose(draw, (name for name in RELATIONS if RELATIONS[name] == opposite))
-    elif what in ("colours", "kinds"):
-        field, back = what[:-1], groups[::-1]
+        relation = _choose(rng, (name for name in RELATIONS if RELATIONS[name] == opposite))
+    elif change in ("colours", "kinds"):
+        field, swapped = change[:-1], groups[::-1]
         groups = [
-            g._replace(**{field: getattr(b, field)}) for g, b in zip(groups, back, strict=True)
+            g._replace(**{field: getattr(s, field)}) for g, s in zip(groups, swapped, strict=True)
         ]
     else:
-        value: dict[str, Json] = {what: _choose(draw, VALUES[what])}
-        groups[which] = group._replace(**value)
+        value: dict[str, Json] = {change: _choose(rng, VALUES[change])}
+        groups[index] = group._replace(**value)
     return tuple(groups), relation, background
 
 
-def _choose(draw: np.random.Generator, options: Iterable[T]) -> T:
+def _choose(rng: np.random.Generator, options: Iterable[T]) -> T:
     values = list(options)
-    return values[draw.integers(len(values))]
+    return values[rng.integers(len(values))]
 
 
 def with_hard_negatives(data: Data, count: int) -> Data:
-    """Return `data` with captions [1 + count, LENGTH]: an image's own and `count` negatives."""
+    """Return `data` with `count` hard negatives after each caption.
+
+    The captions become uint8 [N, 1 + count, LENGTH], and the correct caption of an image is first.
+    """
     train = _with_negatives("train", data.train, count)
     validation = data.validation and _with_negatives("validation", data.validation, count)
     test = _with_negatives("test", data.test, count)

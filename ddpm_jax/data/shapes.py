@@ -1,17 +1,17 @@
-"""`shapes`: an endless set of drawn shapes with captions, at 32 pixels, or `shapes:64`.
+"""`shapes`: an endless set of rendered shapes with captions, 32x32 pixels, or 64x64: `shapes:64`.
 
-One to three circles, squares and triangles, in one or two groups that a caption names by
-number, size, colour, shape and relation:
+An image has one to three circles, squares and triangles, in one or two groups of equal shapes. The
+caption states number, size, colour and shape of each group, and the relation of two groups:
 
     a small red circle to the left of a large blue square on a green background
 
-Two examples of three have two groups, which are the hardest to draw, and five of six of those a
-relation.  `HELD_OUT` pairs of colour and shape occur in no training example: every second example
-of the validation split has one of that split's pairs, and every second one of the test split one of
-the test split's, which no validation example has.  Example i of a split is a pure function of
-(split, i): drawn antialiased when it is asked for, and so never twice in a training.
+Two thirds of the examples have two groups, which are the hardest to generate, and five sixths of
+their captions state a relation.  The `HELD_OUT` pairs of colour and shape occur in no training
+example.  Every second validation example has a pair of `HELD_OUT["validation"]`, and every second
+test example has a pair of `HELD_OUT["test"]`.  Example i of a split is a pure function of
+(split, i) and is rendered when it is read, so no training example occurs twice.
 
-`ddpm_jax/metrics/alignment.py` reads all that back from an image's pixels.
+`ddpm_jax/metrics/alignment.py` recognizes these shapes in the pixels of an image.
 """
 
 import functools
@@ -27,8 +27,8 @@ from ddpm_jax.data.types import ENDLESS, SPLITS, Computed, Data, Split
 from ddpm_jax.errors import UserError
 
 SIDES = (32, 64)
-LENGTH = 96  # bytes of a caption, at most
-HELD_OUT_EXAMPLES = 2048  # of the validation split, and of the test split
+LENGTH = 96  # tokens (bytes) of a caption, padding included
+HELD_OUT_EXAMPLES = 2048  # examples in each of the validation and test splits
 KINDS = ("circle", "square", "triangle")
 COLOURS = {
     "red": (220, 30, 30),
@@ -55,10 +55,11 @@ HELD_OUT = {
     ),
 }
 ALL_HELD_OUT = frozenset().union(*HELD_OUT.values())
-SMALL, LARGE = (7.0, 8.5), (11.0, 13.5)  # pixels of 32 either way
-GAP = 2.0  # pixels of 32 between shapes, and one to the border
+# Sizes and positions are in pixels of a 32x32 image.
+SMALL, LARGE = (7.0, 8.5), (11.0, 13.5)  # range of the width of a shape
+GAP = 2.0  # smallest distance between shapes; the smallest distance to the border is 1
 NUMBERS = {1: ("a", "one"), 2: ("two",), 3: ("three",)}
-RELATIONS = {  # which axis, and whether the first group has the smaller coordinate on it
+RELATIONS = {  # (axis, True if the first group has the smaller coordinates on this axis)
     "to the left of": (0, True),
     "left of": (0, True),
     "to the right of": (0, False),
@@ -69,11 +70,18 @@ RELATIONS = {  # which axis, and whether the first group has the smaller coordin
     "under": (1, False),
 }
 OVERSAMPLE = 8
-TRIES = 64  # places of all shapes that are looked at, at once
+TRIES = 64  # random arrangements that are tried at once
 
 
 class Group(NamedTuple):
-    """So many shapes that are alike; `size` None: a caption does not say."""
+    """A group of shapes with the same properties.
+
+    Attributes:
+      number: The number of shapes.
+      size: "small" or "large"; None if the caption does not state it.
+      colour: A key of `COLOURS`.
+      kind: One of `KINDS`.
+    """
 
     number: int
     size: str | None
@@ -82,7 +90,7 @@ class Group(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """A drawn one: its group's looks, and its box in pixels of 32 (left, top, width)."""
+    """A shape: its colour, kind and square box, in pixels of a 32x32 image."""
 
     colour: str
     kind: str
@@ -92,10 +100,15 @@ class Shape(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What is drawn and what is said of it.
+    """The content of an image and its caption.
 
-    `background` and `relation` are None where the caption does not state them; `behind` is what is
-    behind the shapes.
+    Attributes:
+      groups: One or two groups of shapes.
+      relation: A key of `RELATIONS`; None if the caption does not state a relation.
+      background: The background colour in the caption; None if the caption does not state it.
+      behind: The background colour of the image, a key of `BACKGROUNDS`.
+      shapes: All shapes of the image.
+      caption: The caption.
     """
 
     groups: tuple[Group, ...]
@@ -109,117 +122,121 @@ class Scene(NamedTuple):
 # Scenes: pure functions of (split, index).
 
 
-@functools.lru_cache(4096)  # a picture and its caption ask one after the other
+@functools.lru_cache(4096)  # the image and the caption of an example need the same scene
 def scene(split: str, index: int, only: str | None = None) -> Scene:
-    """Return example `index` of a split.
+    """Return the scene of example `index` of a split.
 
     Args:
-      split: "train", "validation" or "test", and after a space any words, which name another
-        stream of examples of that split.
-      only: "single": one shape; "relation": two shapes with a relation; None: any.  With
-        " held out" behind it, one of the split's held-out pairs occurs, without, none does.
+      split: "train", "validation" or "test", optionally followed by a space and a name, which
+        selects another random stream of examples for that split.
+      index: The index of the example, from 0.
+      only: "single" for one shape, "relation" for two shapes with a relation. If " held out" is
+        appended, one of the held-out pairs of the split occurs, otherwise none does. If None, one
+        to three shapes, with a held-out pair if the split has some and `index` is odd.
 
     Raises:
-      AssertionError: the shapes of 1,000 attempts did not fit, which does not happen.
+      AssertionError: If no arrangement is found in 1,000 attempts, which does not happen.
     """
     allowed = HELD_OUT.get(split.partition(" ")[0], frozenset())
-    for attempt in range(1000):  # until the shapes fit
-        draw = stream(f"{split} {only}", index * 1000 + attempt)
-        groups, relation = _groups(draw, only)
-        unseen = ALL_HELD_OUT.intersection((group.colour, group.kind) for group in groups)
-        mixed = bool(allowed) and index % 2 == 1
-        wanted = mixed if only is None else only.endswith("held out")
-        if bool(unseen) != wanted or not unseen <= allowed:
+    for attempt in range(1000):
+        rng = stream(f"{split} {only}", index * 1000 + attempt)
+        groups, relation = _groups(rng, only)
+        held_out = ALL_HELD_OUT.intersection((group.colour, group.kind) for group in groups)
+        odd_index = bool(allowed) and index % 2 == 1
+        needs_held_out = odd_index if only is None else only.endswith("held out")
+        if bool(held_out) != needs_held_out or not held_out <= allowed:
             continue
         free = [name for name in BACKGROUNDS if name not in {group.colour for group in groups}]
-        behind = free[draw.integers(len(free))]
-        shapes = _place(draw, groups, relation)
+        behind = free[rng.integers(len(free))]
+        shapes = _arrange(rng, groups, relation)
         if shapes is not None:
-            background = behind if draw.random() < 0.6 else None
+            background = behind if rng.random() < 0.6 else None
             groups = tuple(
-                group._replace(size=None) if draw.random() < 0.3 else group for group in groups
+                group._replace(size=None) if rng.random() < 0.3 else group for group in groups
             )
-            caption = caption_of(draw, groups, relation, background)
+            caption = caption_of(rng, groups, relation, background)
             return Scene(groups, relation, background, behind, shapes, caption)
     raise AssertionError(f"no scene for {split} {index}")
 
 
 def stream(words: str, number: int) -> np.random.Generator:
-    """Return random stream `number` of the ones named `words`."""
+    """Return the random number generator of the stream (words, number)."""
     name = hashlib.blake2b(words.encode(), digest_size=8).digest()
     return np.random.Generator(np.random.Philox(key=[int.from_bytes(name, "little"), number]))
 
 
-def _group(draw: np.random.Generator, number: int) -> Group:
+def _group(rng: np.random.Generator, number: int) -> Group:
     colour, kind, size = (
-        values[draw.integers(len(values))] for values in (tuple(COLOURS), KINDS, ("small", "large"))
+        values[rng.integers(len(values))] for values in (tuple(COLOURS), KINDS, ("small", "large"))
     )
     return Group(number, size, colour, kind)
 
 
-def _groups(draw: np.random.Generator, only: str | None) -> tuple[tuple[Group, ...], str | None]:
-    kind = (only or "any").split()[0]
+def _groups(rng: np.random.Generator, only: str | None) -> tuple[tuple[Group, ...], str | None]:
+    """Sample the groups of a scene and their relation."""
+    layout = (only or "any").split()[0]
     numbers: tuple[int, ...] = ((1,), (2,), (3,), (1, 1), (1, 1), (1, 2), (2, 1))[
-        draw.choice(7, p=[0.18, 0.05, 0.04, 0.305, 0.305, 0.06, 0.06])
+        rng.choice(7, p=[0.18, 0.05, 0.04, 0.305, 0.305, 0.06, 0.06])
     ]
-    if kind == "single":
+    if layout == "single":
         numbers = (1,)
-    elif kind == "relation":
+    elif layout == "relation":
         numbers = (1, 1)
     while True:
-        groups = tuple(_group(draw, number) for number in numbers)
+        groups = tuple(_group(rng, number) for number in numbers)
         if len({(g.colour, g.kind) for g in groups}) == len(groups):  # distinct without sizes
             break
     relation = None
-    if len(groups) == 2 and (kind == "relation" or draw.random() < 0.85):
-        relation = tuple(RELATIONS)[draw.integers(len(RELATIONS))]
+    if len(groups) == 2 and (layout == "relation" or rng.random() < 0.85):
+        relation = tuple(RELATIONS)[rng.integers(len(RELATIONS))]
     return groups, relation
 
 
 def is_named(data: str) -> bool:
-    """Return whether `--config.data` names this set, of whatever size."""
+    """Return whether the data set name `data` is `shapes` or `shapes:SIZE`."""
     return data.partition(":")[0] == "shapes"
 
 
-def _place(
-    draw: np.random.Generator, groups: tuple[Group, ...], relation: str | None
+def _arrange(
+    rng: np.random.Generator, groups: tuple[Group, ...], relation: str | None
 ) -> tuple[Shape, ...] | None:
-    """Return boxes in 32 pixels, apart and in their relation; None if there was no room."""
-    owner = np.repeat(np.arange(len(groups)), [group.number for group in groups])
-    spans = np.array([SMALL if group.size == "small" else LARGE for group in groups])[owner]
-    width = spans[:, 0] + (spans[:, 1] - spans[:, 0]) * draw.random((TRIES, len(owner)))
-    # [tries, axes, shapes]: left and right, top and bottom.
-    low = 1 + (30 - width[:, None]) * draw.random((TRIES, 2, len(owner)))
+    """Sample positions of separate shapes that satisfy the relation; None if no try succeeds."""
+    group_of = np.repeat(np.arange(len(groups)), [group.number for group in groups])
+    ranges = np.array([SMALL if group.size == "small" else LARGE for group in groups])[group_of]
+    width = ranges[:, 0] + (ranges[:, 1] - ranges[:, 0]) * rng.random((TRIES, len(group_of)))
+    # [tries, axes, shapes]: low is (left, top), high is (right, bottom).
+    low = 1 + (30 - width[:, None]) * rng.random((TRIES, 2, len(group_of)))
     high = low + width[:, None]
-    good = np.ones(TRIES, bool)
-    for i in range(len(owner)):
+    valid = np.ones(TRIES, bool)
+    for i in range(len(group_of)):
         for j in range(i):
             before = high[:, :, i] + GAP <= low[:, :, j]
             after = high[:, :, j] + GAP <= low[:, :, i]
-            good &= (before | after).any(1)
+            valid &= (before | after).any(1)
     if relation is not None:
         axis, smaller = RELATIONS[relation]
-        less, more = (owner == 0, owner == 1) if smaller else (owner == 1, owner == 0)
-        good &= high[:, axis][:, less].max(1) + GAP <= low[:, axis][:, more].min(1)
-    if not good.any():
+        less, more = (group_of == 0, group_of == 1) if smaller else (group_of == 1, group_of == 0)
+        valid &= high[:, axis][:, less].max(1) + GAP <= low[:, axis][:, more].min(1)
+    if not valid.any():
         return None
-    first = int(good.argmax())
+    first = int(valid.argmax())
     return tuple(
-        Shape(groups[group].colour, groups[group].kind, *map(float, place))
-        for group, *place in zip(owner, *low[first], width[first], strict=True)
+        Shape(groups[group].colour, groups[group].kind, *map(float, box))
+        for group, *box in zip(group_of, *low[first], width[first], strict=True)
     )
 
 
 def related(first: Sequence[Shape], second: Sequence[Shape], relation: str) -> bool:
-    """Return whether all of `first` lie on their side of all of `second`."""
+    """Return whether every shape of `first` has the relation to every shape of `second`."""
     axis, smaller = RELATIONS[relation]
     low, high = (first, second) if smaller else (second, first)
     ends = [(s.left, s.top)[axis] + s.width for s in low]
     return max(ends) <= min((s.left, s.top)[axis] for s in high)
 
 
-def _noun(draw: np.random.Generator, group: Group) -> str:
-    number = NUMBERS[group.number][draw.integers(len(NUMBERS[group.number]))]
+def _noun(rng: np.random.Generator, group: Group) -> str:
+    """Return the words for a group, such as "two small red circles"."""
+    number = NUMBERS[group.number][rng.integers(len(NUMBERS[group.number]))]
     words = [number, group.size, group.colour, group.kind + "s" * (group.number > 1)]
     if group.size is None and number == "a" and group.colour[0] in "aeiou":
         words[0] = "an"
@@ -227,7 +244,7 @@ def _noun(draw: np.random.Generator, group: Group) -> str:
 
 
 def caption_of(
-    draw: np.random.Generator,
+    rng: np.random.Generator,
     groups: tuple[Group, ...],
     relation: str | None,
     background: str | None,
@@ -235,16 +252,16 @@ def caption_of(
     """Return a caption of a scene in one of several forms.
 
     Args:
-      draw: draws the form.
-      groups: of shapes.
-      relation: of the two groups; None: there is none, or it is left out.
-      background: its colour; None: it is left out.
+      rng: The random number generator that selects the form.
+      groups: One or two groups of shapes.
+      relation: The relation of the two groups; if None, the caption does not state a relation.
+      background: The background colour; if None, the caption does not state the background.
     """
-    names = [_noun(draw, group) for group in groups]
+    names = [_noun(rng, group) for group in groups]
     text = f" {relation} ".join(names) if relation else " and ".join(names)
     if background is None:
         return text
-    form = draw.integers(3)
+    form = rng.integers(3)
     if form == 0:
         return f"{text} on a {background} background"
     if form == 1:
@@ -252,11 +269,11 @@ def caption_of(
     return f"a {background} background with {text}"
 
 
-# Pictures.
+# Images.
 
 
 def render(scene: Scene, side: int = 32) -> np.ndarray:
-    """Return the picture of a scene, uint8 [side, side, 3]: drawn larger, and averaged."""
+    """Return the image of a scene, uint8 [side, side, 3], antialiased by oversampling."""
     scale = OVERSAMPLE * side / 32
     image = Image.new("RGB", (side * OVERSAMPLE,) * 2, BACKGROUNDS[scene.behind])
     pen = ImageDraw.Draw(image)
@@ -276,10 +293,10 @@ def draw_shape(
     """Draw one shape that fills a box.
 
     Args:
-      pen: draws into the picture.
-      kind: circle, square or triangle.
-      box: left, top, right, bottom; the last pixels lie within it.
-      colour: red, green and blue, or grey.
+      pen: The Pillow drawing context of the image.
+      kind: One of `KINDS`.
+      box: (left, top, right, bottom) in pixels; right and bottom are included.
+      colour: (red, green, blue) or grey, in 0 ... 255.
     """
     left, top, right, bottom = box
     if kind == "circle":
@@ -291,7 +308,7 @@ def draw_shape(
 
 
 def computed_split(split: str, rows: range, side: int) -> Split:
-    """Return a split's pictures and captions; there are no labels."""
+    """Return a split of images and captions without labels, computed when they are read."""
     images = Computed(lambda i: render(scene(split, i), side), rows, (side, side, 3))
     labels = Computed(lambda i: -1, rows, (), np.int32)
     captions = Computed(lambda i: tokenize([scene(split, i).caption], LENGTH)[0], rows, (LENGTH,))
@@ -299,10 +316,10 @@ def computed_split(split: str, rows: range, side: int) -> Split:
 
 
 def load(argument: str, data_dir: str | None) -> Data:
-    """Return all splits, whose images are rendered when they are read.
+    """Return the data set at `argument` pixels (32 by default), rendered when it is read.
 
     Raises:
-      UserError: `argument` is not a supported size.
+      UserError: If `argument` is not a supported size.
     """
     del data_dir  # there are no files
     side = int(argument) if argument.isdecimal() else 32
@@ -321,7 +338,7 @@ def load(argument: str, data_dir: str | None) -> Data:
 
 
 def _fingerprint(side: int) -> str:
-    """Return a checksum of the first images and captions: other rendering is another data set."""
+    """Return a checksum of the first images and captions, which detects changes in rendering."""
     digest = hashlib.sha256()
     for split in SPLITS:
         for index in range(32):

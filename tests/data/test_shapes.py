@@ -1,4 +1,4 @@
-"""The set of shapes with captions, and captions as bytes."""
+"""The data set of shapes with captions, and the byte tokenizer."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_an_example_is_a_function_of_its_split_and_index_alone():
     assert data.fingerprint == loader.load("shapes").fingerprint
 
 
-def test_endless_training_never_shows_an_example_twice():
+def test_endless_training_contains_no_example_twice():
     data = loader.load("shapes")
     plan = [(step, step + 1) for step in range(3)]
     batches = list(batches_module.training_batches(data.train, 0, 4, plan, None))
@@ -45,13 +45,13 @@ def test_endless_training_is_a_function_of_seed_and_step():
     seeds = [*range(50), 2**31 - 1, 2**31, 2**32 - 1]
     firsts = [batches_module.epoch_order(seed, types.ENDLESS)(0, 1)[0] for seed in seeds]
     assert np.diff(np.sort(firsts)).min() > 0
-    whole = batches_module.epoch_order(1, types.ENDLESS)(0, types.ENDLESS // 1000 * 2)[:: 2**10]
-    assert len(np.unique(whole)) == len(whole)
+    sampled = batches_module.epoch_order(1, types.ENDLESS)(0, types.ENDLESS // 1000 * 2)[:: 2**10]
+    assert len(np.unique(sampled)) == len(sampled)
     last = batches_module.epoch_order(1, types.ENDLESS)(types.ENDLESS - 3, types.ENDLESS)
     assert np.array_equal((last + 3) % types.ENDLESS, firsts[1] + np.arange(3))
 
 
-def test_shapes_are_apart_and_large_enough():
+def test_shapes_are_separate_and_large_enough():
     for index in range(1000):
         scene = shapes.scene("train", index)
         for number, a in enumerate(scene.shapes):
@@ -59,14 +59,14 @@ def test_shapes_are_apart_and_large_enough():
             assert min(a.left, a.top) >= 1
             assert max(a.left + a.width, a.top + a.width) <= 31
             for b in scene.shapes[:number]:
-                apart = max(
+                distance = max(
                     b.left - a.left - a.width, a.left - b.left - b.width,
                     b.top - a.top - a.width, a.top - b.top - b.width,
                 )  # fmt: skip
-                assert apart >= 2 - 1e-9
+                assert distance >= 2 - 1e-9
 
 
-def test_captions_fit_and_are_parsed_back():
+def test_captions_fit_and_can_be_parsed():
     longest = 0
     for index in range(5000):
         scene = shapes.scene("train", index)
@@ -76,67 +76,67 @@ def test_captions_fit_and_are_parsed_back():
 
 
 @pytest.mark.slow
-def test_held_out_pairs_are_never_drawn_in_training():
+def test_held_out_pairs_do_not_occur_in_training():
     for index in range(100_000):
-        looks = {(shape.colour, shape.kind) for shape in shapes.scene("train", index).shapes}
-        assert not looks & shapes.ALL_HELD_OUT
+        pairs = {(shape.colour, shape.kind) for shape in shapes.scene("train", index).shapes}
+        assert not pairs & shapes.ALL_HELD_OUT
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_held_out_pairs_are_what_is_asked_for(split):
-    own = shapes.HELD_OUT[split]
+def test_held_out_pairs_occur_only_where_requested(split):
+    held_out = shapes.HELD_OUT[split]
     for index in range(200):
         for only in ("single", "relation"):
             for held in ("", " held out"):
                 scene = shapes.scene(f"{split} prompts", index, only + held)
-                looks = {(shape.colour, shape.kind) for shape in scene.shapes}
-                assert bool(looks & own) == bool(held)
-                assert not looks & (shapes.ALL_HELD_OUT - own)
+                pairs = {(shape.colour, shape.kind) for shape in scene.shapes}
+                assert bool(pairs & held_out) == bool(held)
+                assert not pairs & (shapes.ALL_HELD_OUT - held_out)
                 assert len(scene.shapes) == (1 if only == "single" else 2)
                 assert (scene.relation is not None) == (only == "relation")
-        looks = {(s.colour, s.kind) for s in shapes.scene(split, index).shapes}
-        assert bool(looks & own) == bool(index % 2)
-        assert not looks & (shapes.ALL_HELD_OUT - own)
+        pairs = {(s.colour, s.kind) for s in shapes.scene(split, index).shapes}
+        assert bool(pairs & held_out) == bool(index % 2)
+        assert not pairs & (shapes.ALL_HELD_OUT - held_out)
 
 
-def test_validation_and_test_share_no_held_out_pair_and_no_stream():
+def test_validation_and_test_have_different_held_out_pairs_and_streams():
     assert not shapes.HELD_OUT["validation"] & shapes.HELD_OUT["test"]
     for words in ("", " prompts"):
         captions = [
             [shapes.scene(split + words, i, "relation").caption for i in range(50)]
             for split in ("train", "validation", "test")
         ]
-        assert not any(a == b for some in zip(*captions, strict=True) for a, b in
-                       [(some[0], some[1]), (some[1], some[2]), (some[0], some[2])])  # fmt: skip
+        assert not any(a == b for t in zip(*captions, strict=True) for a, b in
+                       [(t[0], t[1]), (t[1], t[2]), (t[0], t[2])])  # fmt: skip
 
 
-def test_another_size_is_reported_in_one_line():
+def test_an_unsupported_size_is_an_error():
     with pytest.raises(UserError, match="32 or 64"):
         loader.load("shapes:33")
 
 
-def test_bytes_are_the_text_again_and_cut_at_a_character():
+def test_untokenize_inverts_tokenize_and_texts_are_truncated_between_characters():
     texts = ["", "a red circle", "红色的圆", "🔴🔵", "é" * 10, "nul\0byte"]
     assert untokenize(tokenize(texts, 64)) == [text.replace("\0", "") for text in texts]
     assert untokenize(tokenize(["é" * 10, "🔴🔵", "abc"], 5)) == ["éé", "🔴", "abc"]
     assert tokenize(["x" * 10_000, "\ud800"], 16).shape == (2, 16)
 
 
-def test_an_altered_caption_is_wrong_of_its_picture_and_reveals_nothing_held_out():
+def test_a_hard_negative_is_wrong_for_its_image_and_contains_no_held_out_pair():
     kinds = set()
     for index in range(300):
-        image, one = picture(index)
+        image, scene = picture(index)
         text = shape_negatives.hard_negative("train", index)
         assert text == shape_negatives.hard_negative("train", index)
         assert not alignment.check_caption(image, text).aligned
         groups, relation, background = alignment.parse(text)
         assert not {(g.colour, g.kind) for g in groups} & shapes.ALL_HELD_OUT
-        assert sum(g.number for g in groups) <= 3  # as every caption
-        kinds |= {"relation"} if relation != one.relation else set()
-        kinds |= {"background"} if background != one.background else set()
+        assert sum(g.number for g in groups) <= 3  # the limit of every caption
+        kinds |= {"relation"} if relation != scene.relation else set()
+        kinds |= {"background"} if background != scene.background else set()
         kinds |= {
             field
-            for a, b in zip(groups, one.groups, strict=True)
+            for a, b in zip(groups, scene.groups, strict=True)
             for field in a._fields
             if getattr(a, field) != getattr(b, field)
         }
@@ -144,11 +144,11 @@ def test_an_altered_caption_is_wrong_of_its_picture_and_reveals_nothing_held_out
     assert shape_negatives.hard_negative("train", 0, 1) != shape_negatives.hard_negative("train", 0)
 
 
-def test_altered_captions_of_held_out_pictures_are_wrong_too():
-    both = 0  # two held-out pairs, which no one change takes away
+def test_hard_negatives_of_held_out_images_are_wrong():
+    both = 0  # scenes with two held-out pairs, of which one change cannot remove both
     for index in range(1, 600, 2):
-        image, one = picture(index, "test")
-        pairs = {(group.colour, group.kind) for group in one.groups}
+        image, scene = picture(index, "test")
+        pairs = {(group.colour, group.kind) for group in scene.groups}
         both += len(pairs & shapes.ALL_HELD_OUT) == 2
         text = shape_negatives.hard_negative("test", index)
         assert not alignment.check_caption(image, text).aligned
