@@ -1,1 +1,1 @@
-"""Data sets: `loader.load` finds one by name; each source is a file of its own."""
+"""Data sets: `loader.load` loads one by name; each source is a module of this package."""

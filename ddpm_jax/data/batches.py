@@ -1,4 +1,4 @@
-"""The batch of any step, a function of (seed, step)."""
+"""Batches of training and evaluation; a training batch is a function of (seed, step)."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -6,30 +6,31 @@ import numpy as np
 
 from ddpm_jax.data.types import ENDLESS, Batch, Leaf, Split
 
-ALL = slice(None)
+ALL_ROWS = slice(None)
 
-# Order: a function of (seed, step) alone, so that resuming needs no iterator state.
+# The order is a function of (seed, step) alone, so that a resumed run needs no iterator state.
 
 
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Return the order of epoch `epoch`: int64 [size]."""
+    """Return the order of the examples in epoch `epoch`, int64 [size]."""
     bits = np.random.Philox(key=[seed % 2**64, epoch])
     return np.random.Generator(bits).permutation(size)
 
 
 def epoch_order(seed: int, size: int) -> Callable[[int, int], np.ndarray]:
-    """Return rows(start, stop): which examples stand at places start ... stop - 1.
+    """Return the function `rows(start, stop)` of the training order.
 
-    Epoch after epoch is laid end to end, each a permutation of its own, so every epoch
-    shows every example once and a batch may straddle two epochs.
+    It returns the indices of the examples at positions start ... stop - 1 of the order, int64. The
+    order of a finite data set is a sequence of epochs, each a new permutation of all examples. A
+    batch may contain examples of two epochs.
 
-    Of an endless set the examples stand in their own order, from a first one that the seed draws
-    among all 2^31 - 1: no example is shown twice, and two runs of 200,000 examples whose seeds
-    differ share any with a probability of 2e-4.
+    An endless data set is read in the order of its indices, modulo 2^31 - 1, from a first index
+    that depends on the seed. No example occurs twice. Two runs of 200,000 examples with different
+    seeds have an example in common with a probability of 2e-4.
     """
     if size == ENDLESS:
-        draws = np.random.Generator(np.random.Philox(key=[seed % 2**64, ENDLESS]))
-        first = int(draws.integers(ENDLESS))
+        rng = np.random.Generator(np.random.Philox(key=[seed % 2**64, ENDLESS]))
+        first = int(rng.integers(ENDLESS))
         return lambda start, stop: (first + np.arange(start, stop)) % ENDLESS
     orders: dict[int, np.ndarray] = {}
 
@@ -37,7 +38,7 @@ def epoch_order(seed: int, size: int) -> Callable[[int, int], np.ndarray]:
         parts = []
         for epoch in range(start // size, (stop - 1) // size + 1):
             if epoch not in orders:
-                while len(orders) > 1:  # two epochs at most are ever in use
+                while len(orders) > 1:  # at most two epochs are in use at a time
                     orders.pop(min(orders))
                 orders[epoch] = permutation(seed, epoch, size)
             low, high = start - epoch * size, stop - epoch * size
@@ -53,25 +54,26 @@ def training_batches(
     batch_size: int,
     plan: Iterable[tuple[int, int]],
     stack: int | None,
-    mine: slice = ALL,
+    batch_rows: slice = ALL_ROWS,
 ) -> Iterator[Batch]:
-    """Yield the batches of steps [first, last) for every (first, last) of `plan`.
+    """Yield the batches of steps [first, last) for every pair (first, last) of `plan`.
 
     Args:
-      split: The examples.
-      seed: The seed of the order.
-      batch_size: Examples of a batch.
-      plan: The steps of each call.
-      stack: Batches along a leading axis, [stack, batch_size, ...]; those from `last` on are only
-        there to fill it. None: every call is one step.
-      mine: The rows that are read of each batch.
+      split: The split to read.
+      seed: The seed of the order of the examples.
+      batch_size: The number of examples in a batch.
+      plan: The steps of each call of the compiled program, as pairs (first, last).
+      stack: The number of batches that are stacked along a new first axis,
+        [stack, batch_size, ...]. Batches of steps from `last` on are padding. If None, every call
+        is one step and batches are not stacked.
+      batch_rows: The rows of each batch that this process reads.
     """
     rows = epoch_order(seed, len(split.images))
-    index = np.arange(batch_size, dtype=np.int32)[mine]
+    index = np.arange(batch_size, dtype=np.int32)[batch_rows]
     for first, _ in plan:
         steps = stack or 1
         order = rows(first * batch_size, (first + steps) * batch_size)
-        order = order.reshape(steps, batch_size)[:, mine].reshape(-1)
+        order = order.reshape(steps, batch_size)[:, batch_rows].reshape(-1)
         batch = batch_of(split, order, np.tile(index, steps))
         if stack:
             batch = _stacked(batch, stack)
@@ -79,30 +81,36 @@ def training_batches(
 
 
 def _stacked(tree: Leaf, stack: int) -> Leaf:
-    """Stack `stack` batches along a new axis of every array, within whatever tuples."""
+    """Reshape every array of nested tuples from [stack * rows, ...] to [stack, rows, ...]."""
     if isinstance(tree, tuple):
         return type(tree)(*(_stacked(array, stack) for array in tree))
     return tree if tree is None else tree.reshape(stack, -1, *tree.shape[1:])
 
 
 def evaluation_batches(
-    split: Split, batch_size: int, mine: slice = ALL
+    split: Split, batch_size: int, batch_rows: slice = ALL_ROWS
 ) -> Iterator[tuple[Batch, int]]:
-    """Yield every example once, in order: (batch, how many of the whole of it count).
+    """Yield pairs (batch, count) that contain every example of a split once, in order.
 
-    The last batch is filled up with its first example, so that one shape serves all; the
-    index is the example's place in the split.  Of each batch the rows `mine` are read.
+    All batches have the same size: the last one is padded with copies of its first example, and
+    `count` is the number of examples before the padding. The index of an example is its position
+    in the split.
+
+    Args:
+      split: The split to read.
+      batch_size: The number of examples in a batch.
+      batch_rows: The rows of each batch that this process reads; `count` is of the full batch.
     """
     size = len(split.images)
     for start in range(0, size, batch_size):
         count = min(batch_size, size - start)
         order = np.full(batch_size, start)
         order[:count] = np.arange(start, start + count)
-        order = order[mine]
+        order = order[batch_rows]
         yield batch_of(split, order, order.astype(np.int32)), count
 
 
 def batch_of(split: Split, rows: np.ndarray, index: np.ndarray) -> Batch:
-    """Return the examples at `rows` of a split."""
+    """Return a batch of the examples at positions `rows` of a split, with `index` as its index."""
     images, labels, captions = split.rows(rows)
     return Batch(images, labels, index, captions)

@@ -1,4 +1,4 @@
-"""Batches made one call ahead, in a thread, so that the device never waits for data."""
+"""Prefetching of batches in a thread, so that the device does not wait for data."""
 
 import dataclasses
 import queue
@@ -6,31 +6,35 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
-AHEAD = 2
+AHEAD = 2  # batches
 A = TypeVar("A")
 B = TypeVar("B")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Ready(Generic[B]):
-    """A batch that is ready."""
+    """A queue item that contains a batch."""
 
     batch: B
 
 
 class _End(NamedTuple):
-    """After the last batch: `error` is what making the next one raised, if anything."""
+    """The last queue item; `error` is the exception that ended the batches, or None."""
 
     error: BaseException | None = None
 
 
-def prefetch(batches: Iterator[A], place: Callable[[A], B]) -> Generator[B, None, None]:
-    """Yield `place(batch)` for every batch; up to two are computed ahead, in a thread.
+def prefetch(batches: Iterator[A], transfer: Callable[[A], B]) -> Generator[B, None, None]:
+    """Yield `transfer(batch)` for every batch, computed up to two batches ahead in a thread.
 
     Closing the generator ends the thread.
 
+    Args:
+      batches: The batches on the host.
+      transfer: A function that transfers a batch to the devices.
+
     Raises:
-      BaseException: whatever `batches` or `place` raised, where the next batch is asked for.
+      BaseException: The exception that `batches` or `transfer` raised, instead of the next batch.
     """
     ready: queue.Queue[_Ready[B] | _End] = queue.Queue(AHEAD)
     closed = threading.Event()
@@ -42,19 +46,19 @@ def prefetch(batches: Iterator[A], place: Callable[[A], B]) -> Generator[B, None
             except queue.Full:
                 continue
 
-    def make() -> None:
+    def produce() -> None:
         try:
             for batch in batches:
-                put(_Ready(place(batch)))
+                put(_Ready(transfer(batch)))
                 if closed.is_set():
                     return
             put(_End())
         except BaseException as error:
             put(_End(error))
 
-    thread = threading.Thread(target=make, daemon=True, name="prefetch")
+    thread = threading.Thread(target=produce, daemon=True, name="prefetch")
 
-    def take() -> Generator[B, None, None]:
+    def consume() -> Generator[B, None, None]:
         thread.start()
         try:
             while True:
@@ -69,4 +73,4 @@ def prefetch(batches: Iterator[A], place: Callable[[A], B]) -> Generator[B, None
             closed.set()
             thread.join()
 
-    return take()
+    return consume()

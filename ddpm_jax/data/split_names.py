@@ -1,8 +1,8 @@
-"""What folders and data sets call their splits."""
+"""Names that folders and data sets use for their splits."""
 
 from collections.abc import Iterable
 
-# What folders and data sets call their splits, in any case; the first name is preferred.
+# The names of each split, in lower case; the first name is preferred.
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
@@ -11,7 +11,10 @@ SPLIT_NAMES = {
 
 
 def split_folders(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return which of `names` mean each split, the preferred one first; only splits with any."""
+    """Return the members of `names` that are names of a split, in any case, for each split.
+
+    The preferred name of a split is first. A split is left out if no member is a name of it.
+    """
     names = sorted(names)
     folders = {
         split: [name for word in words for name in names if name.lower() == word]

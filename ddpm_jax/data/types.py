@@ -1,4 +1,4 @@
-"""What a data set is: images, labels and captions of its splits, and a batch of them."""
+"""Types of data sets: splits of images, labels and captions, and batches."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -6,25 +6,25 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import DTypeLike
 
-Leaf: TypeAlias = Any  # a numpy or jax array, or what stands in its place in a tree of batches
+Leaf: TypeAlias = Any  # a numpy or jax array, or another leaf of the tree of a batch
 
-ENDLESS = 2**31 - 1  # examples of a set that is drawn as it is asked for
+ENDLESS = 2**31 - 1  # the number of examples of a set that computes its examples when read
 
 SPLITS = ("train", "validation", "test")
 
 
 @runtime_checkable
 class RowArray(Protocol):
-    """An array, or what is indexed as one and computes its rows when it is asked for them."""
+    """An array, or an object that is indexed like one and computes its rows when indexed."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the whole; its first axis is over rows."""
+        """The shape; the first axis is over rows."""
         ...
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The type of an element."""
+        """The dtype of the elements."""
         ...
 
     def __len__(self) -> int: ...
@@ -33,10 +33,13 @@ class RowArray(Protocol):
 
 
 class Split(NamedTuple):
-    """Images [N, H, W, C], uint8 in 0 ... levels - 1, and labels [N], int32 (-1: none).
+    """The examples of a split.
 
-    captions: as tokens [N, L] (`ddpm_jax/data/tokenizer.py`), if there are any, or as a text
-      encoder takes them.
+    Attributes:
+      images: The images, uint8 [N, H, W, C] in 0 ... levels - 1.
+      labels: The indices of the classes, int32 [N]; -1 for an example without a class.
+      captions: The tokens of the captions, uint8 [N, L], by `ddpm_jax/data/tokenizer.py`, or the
+        inputs of a pretrained text encoder. None if there are no captions.
     """
 
     images: RowArray
@@ -44,38 +47,38 @@ class Split(NamedTuple):
     captions: Leaf = None
 
     def first(self, count: int) -> "Split":
-        """Return the first examples alone."""
+        """Return the first `count` examples."""
         return self._map(lambda array: array[:count])
 
     def some(self, count: int) -> "Split":
-        """Return a fixed sample of `count` examples, or all."""
+        """Return a fixed random sample of `count` examples, or all if there are fewer."""
         size = len(self.images)
         if size == ENDLESS:
             return self.rows(np.arange(count))
         if size <= count:
             return self
-        draws = np.random.Generator(np.random.Philox(key=[0, 1]))
-        return self.rows(np.sort(draws.permutation(size)[:count]))
+        rng = np.random.Generator(np.random.Philox(key=[0, 1]))
+        return self.rows(np.sort(rng.permutation(size)[:count]))
 
     def rows(self, rows: np.ndarray) -> "Split":
-        """Return the examples at `rows`, made."""
+        """Return the examples at positions `rows` as arrays in memory."""
         return self._map(lambda array: array[rows])
 
     def subset(self, rows: np.ndarray) -> "Split":
-        """Return the examples at `rows`, which are read when they are asked for."""
+        """Return the examples at positions `rows`, which are read when they are indexed."""
         return self._map(lambda array: take_rows(array, rows))
 
-    def _map(self, of: Callable[[RowArray], RowArray]) -> "Split":
-        captions = None if self.captions is None else of(self.captions)
-        return Split(of(self.images), of(self.labels), captions)
+    def _map(self, function: Callable[[RowArray], RowArray]) -> "Split":
+        captions = None if self.captions is None else function(self.captions)
+        return Split(function(self.images), function(self.labels), captions)
 
 
 class Rows:
-    """Some rows of an array, which are read when they are indexed: by a slice or by numbers.
+    """A subset of the rows of an array, read when it is indexed by a slice or by integers.
 
     Args:
-      array: an array, or what is indexed as one.
-      numbers: the rows, int64 [N].
+      array: The array.
+      numbers: The positions of the rows in `array`, int64 [N].
     """
 
     def __init__(self, array: RowArray, numbers: np.ndarray) -> None:
@@ -96,13 +99,13 @@ class Rows:
 
 
 class Computed:
-    """Rows [N, *shape] of `make(index)`, computed when they are indexed by a slice or by numbers.
+    """An array [N, *shape] whose rows are computed when it is indexed by a slice or by integers.
 
     Args:
-      make: computes the row of an example.
-      rows: the numbers of the examples.
-      shape: of a row.
-      dtype: of an element.
+      make: A function that returns the row of the example with a given index.
+      rows: The indices of the N examples.
+      shape: The shape of a row.
+      dtype: The dtype of the elements.
     """
 
     def __init__(
@@ -132,11 +135,19 @@ class Computed:
 
 
 class Data(NamedTuple):
-    """A data set with its splits; `title` is what tables and figures call it.
+    """A data set and its splits.
 
-    train: what gradients are computed on.
-    validation: what every choice is made on: curves during training, the best checkpoint.
-    test: what the final figures are computed on.
+    Attributes:
+      name: The name in `--config.data`, such as `digits` or `folder:PATH`.
+      title: The name in tables, figures and messages.
+      train: The training split.
+      test: The test split, for the final metrics.
+      levels: The number of grey levels of a pixel channel.
+      classes: The names of the classes, in the order of their labels; empty if there are no labels.
+      fingerprint: A hash of all splits.
+      notes: Notes for the user, for example about skipped files.
+      validation: The validation split, for metrics during training and the choice of the best
+        checkpoint. None if there is none or --config.data.validation is 0.
     """
 
     name: str
@@ -146,14 +157,14 @@ class Data(NamedTuple):
     levels: int
     classes: tuple[str, ...]
     fingerprint: str
-    notes: tuple[str, ...] = ()  # for the user, such as skipped files
-    validation: Split | None = None  # None: the source has none, or it was given up (validation 0)
+    notes: tuple[str, ...] = ()
+    validation: Split | None = None
 
     def part(self, split: str) -> Split:
         """Return the split "train", "validation" or "test".
 
         Raises:
-          ValueError: there is no validation split.
+          ValueError: If there is no validation split.
         """
         part = {"train": self.train, "validation": self.validation, "test": self.test}[split]
         if part is None:
@@ -162,17 +173,17 @@ class Data(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of an image."""
+        """The (height, width, channels) of an image."""
         height, width, channels = self.train.images.shape[1:]
         return height, width, channels
 
     @property
     def caption_length(self) -> int:
-        """Tokens of a caption, padding included; 0: there are no captions."""
+        """The number of tokens of a caption, padding included; 0 if there are no captions."""
         return 0 if self.train.captions is None else self.train.captions.shape[1]
 
     def describe(self) -> dict[str, str | int | list[int] | list[str]]:
-        """Return what `config.json` records: enough to know the same data again."""
+        """Return the description for `config.json`, which a later run compares with its data."""
         return {
             "name": self.name,
             "title": self.title,
@@ -188,7 +199,15 @@ class Data(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A batch of a step: images uint8, labels, each example's index in that batch, captions."""
+    """A batch of B examples.
+
+    Attributes:
+      images: The images, uint8 [B, H, W, C].
+      labels: The indices of the classes, int32 [B]; -1 for an example without a class.
+      index: The indices of the examples, int32 [B]: in training the position in the batch, in
+        evaluation the position in the split.
+      captions: The captions, as in `Split`; None if there are none.
+    """
 
     images: Leaf
     labels: Leaf
@@ -197,27 +216,33 @@ class Batch(NamedTuple):
 
 
 def take_rows(array: RowArray, rows: np.ndarray) -> RowArray:
-    """Return some rows of an array: at once if it is in memory, else when they are asked for."""
+    """Return the rows `rows`: copied if `array` is in memory, otherwise read when indexed."""
     return array[rows] if type(array) is np.ndarray else Rows(array, rows)
 
 
 class Loaded(NamedTuple):
-    """A data set, and a warning where it is not the one that was asked for."""
+    """A loaded data set.
+
+    Attributes:
+      data: The data set.
+      note: A warning if a fallback replaces the data set of the config; otherwise "".
+      data_dir: The directory of TFDS data sets that was read; None for the default one.
+    """
 
     data: Data
     note: str = ""
-    data_dir: str | None = None  # where it was read
+    data_dir: str | None = None
 
 
 class DataInfo(NamedTuple):
-    """What a task must know of a data set.
+    """The properties of a data set on which a task depends.
 
     Attributes:
-      name: The data set's name, such as `digits` or `folder:PATH`.
-      shape: (height, width, channels) of an image.
-      levels: Grey levels of a pixel.
-      classes: Number of classes; 0: there are no labels.
-      caption_length: Tokens of a caption; 0: there are no captions.
+      name: The name of the data set, such as `digits` or `folder:PATH`.
+      shape: The (height, width, channels) of an image.
+      levels: The number of grey levels of a pixel channel.
+      classes: The number of classes; 0 if there are no labels.
+      caption_length: The number of tokens of a caption; 0 if there are no captions.
     """
 
     name: str
@@ -227,9 +252,9 @@ class DataInfo(NamedTuple):
     caption_length: int = 0
 
 
-UNBOUND = DataInfo("", (0, 0, 0), 2)  # of a task that no data set is known for yet
+UNBOUND = DataInfo("", (0, 0, 0), 2)  # `info` of a task before `bind`
 
 
 def info_of(data: Data) -> DataInfo:
-    """Return what a task must know of `data`."""
+    """Return the properties of `data` on which a task depends."""
     return DataInfo(data.name, data.shape, data.levels, len(data.classes), data.caption_length)
