@@ -1,4 +1,4 @@
-"""Decoded images in the user's cache, as memory-mapped arrays."""
+"""Cache of decoded images, as memory-mapped arrays in the user's cache directory."""
 
 import hashlib
 import json
@@ -13,43 +13,50 @@ import numpy as np
 from ddpm_jax.data.types import SPLITS, Data, RowArray, Split
 from ddpm_jax.fields import Json
 
-# Decoded once: a folder with images.npy and labels.npy per split, and meta.json.
+# A cached data set is a directory with meta.json and, for each split, SPLIT_images.npy,
+# SPLIT_labels.npy and, if it has captions, SPLIT_captions.npy.
 
 
 def cache_dir() -> pathlib.Path:
-    """Return the folder of the cache: $XDG_CACHE_HOME/ddpm_jax or ~/.cache/ddpm_jax."""
+    """Return the cache directory: $XDG_CACHE_HOME/ddpm_jax or ~/.cache/ddpm_jax."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return pathlib.Path(root) / "ddpm_jax"
 
 
 def decoded_once(source: pathlib.Path, stamp: str, decode: Callable[[], Data]) -> Data:
-    """Return `decode()`, kept in the user's cache as memory-mapped arrays for the next time.
+    """Return the data set of `decode()` from the user's cache; decode and cache it if needed.
 
     Args:
-      source: the folder that the data come from; nothing is written there.
-      stamp: changes when what was decoded changes.
+      source: The directory of the original files. Nothing is written there.
+      stamp: A text that changes when the original files change.
+      decode: A function that reads and decodes the original files.
     """
     name = hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
-    place = cache_dir() / "decoded" / name
-    kept = _read_decoded(place, stamp)
-    if kept is not None:
-        return kept
+    directory = cache_dir() / "decoded" / name
+    cached = _read_decoded(directory, stamp)
+    if cached is not None:
+        return cached
     notes: list[str] = []
-    if (place / "meta.json").exists():
-        notes.append(f"decoded again: {place} is damaged, or of other files")
+    if (directory / "meta.json").exists():
+        notes.append(
+            f"decoded again: the cache {directory} is damaged, or the original files have changed"
+        )
     data = decode()
     try:
-        _write_decoded(place, stamp, data)
+        _write_decoded(directory, stamp, data)
     except OSError as error:
-        notes.append(f"cannot write {place} ({error.strerror}): decoded again at the next start")
-        kept = data
+        notes.append(
+            f"cannot write the cache {directory} ({error.strerror}); the images are decoded again "
+            "at the next start"
+        )
+        cached = data
     else:
-        kept = _read_decoded(place, stamp) or data
-    return kept._replace(notes=(*kept.notes, *notes))
+        cached = _read_decoded(directory, stamp) or data
+    return cached._replace(notes=(*cached.notes, *notes))
 
 
 def fingerprint(*splits: Split | None) -> str:
-    """Return a hash of every image and label; None is a split that there is not."""
+    """Return a hash of the arrays of all splits; a split may be None if it does not exist."""
     digest = hashlib.sha256()
     for split in (split for split in splits if split is not None):
         for array in (array for array in split if array is not None):
@@ -58,66 +65,67 @@ def fingerprint(*splits: Split | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_decoded(place: pathlib.Path, stamp: str) -> Data | None:
+def _read_decoded(directory: pathlib.Path, stamp: str) -> Data | None:
+    """Return a cached data set; None if it is absent, damaged or has another stamp."""
     try:
-        meta = json.loads((place / "meta.json").read_text())
+        meta = json.loads((directory / "meta.json").read_text())
         if meta.pop("stamp") != stamp:
             return None
-        forms = meta.pop("forms")
-        splits = {split: _read_split(place, split) for split in SPLITS if split in forms}
-        if {split: _forms(part) for split, part in splits.items()} != forms:
+        array_specs = meta.pop("forms")
+        splits = {split: _read_split(directory, split) for split in SPLITS if split in array_specs}
+        if {split: _array_specs(part) for split, part in splits.items()} != array_specs:
             return None
         meta |= {"classes": tuple(meta["classes"]), "notes": tuple(meta["notes"])}
         parts: dict[str, Json] = {"validation": None, **splits}
         data = Data(**parts, **meta)
         _check_decoded(data)
-    except Exception:
-        return None  # absent, torn, of another time or whatever else: decoded anew
+    except Exception:  # a damaged file may raise any exception
+        return None
     return data
 
 
-def _read_split(place: pathlib.Path, split: str) -> Split:
-    captions = place / f"{split}_captions.npy"
+def _read_split(directory: pathlib.Path, split: str) -> Split:
+    captions = directory / f"{split}_captions.npy"
     return Split(
-        np.load(place / f"{split}_images.npy", mmap_mode="r", allow_pickle=False),
-        np.load(place / f"{split}_labels.npy", allow_pickle=False),
+        np.load(directory / f"{split}_images.npy", mmap_mode="r", allow_pickle=False),
+        np.load(directory / f"{split}_labels.npy", allow_pickle=False),
         np.load(captions, allow_pickle=False) if captions.exists() else None,
     )
 
 
 def _check_decoded(data: Data) -> None:
-    """Raise ValueError unless the arrays of all splits belong together."""
+    """Raise ValueError if the arrays and the description of a data set do not agree."""
     captions = data.train.captions
     for part in (data.train, data.validation, data.test):
         if part is None:
             continue
         count = len(part.images)
         labels = np.asarray(part.labels)
-        known: list[tuple[RowArray, type[np.generic], tuple[int, ...]]] = [
+        expected: list[tuple[RowArray, type[np.generic], tuple[int, ...]]] = [
             (part.images, np.uint8, (count, *data.shape)),
             (labels, np.int32, (count,)),
         ]
         if captions is not None:
-            known.append((part.captions, np.uint8, (count, captions.shape[1])))
+            expected.append((part.captions, np.uint8, (count, captions.shape[1])))
         if (captions is None) != (part.captions is None) or any(
-            array.dtype != kind or array.shape != shape for array, kind, shape in known
+            array.dtype != dtype or array.shape != shape for array, dtype, shape in expected
         ):
-            raise ValueError("arrays that do not belong together")
+            raise ValueError("the shapes or types of the arrays do not agree")
         if count and not -1 <= labels.min() <= labels.max() < max(len(data.classes), 1):
-            raise ValueError("labels that are not classes")
+            raise ValueError("a label is not the index of a class")
     texts = (data.name, data.title, data.fingerprint, *data.classes, *data.notes)
     if not all(isinstance(text, str) for text in texts) or data.levels != 256:
-        raise ValueError("a description that is not text")
+        raise ValueError("the description is not text, or the number of levels is not 256")
 
 
-def _forms(split: Split | None) -> Json:
-    """Return the shape and the type of each array, as JSON has them."""
+def _array_specs(split: Split | None) -> Json:
+    """Return the shape and the dtype of each array of a split, as lists for JSON."""
     return [[list(a.shape), str(a.dtype)] for a in split or () if a is not None]
 
 
-def _write_decoded(place: pathlib.Path, stamp: str, data: Data) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    draft = pathlib.Path(tempfile.mkdtemp(prefix=place.name + ".", dir=place.parent))
+def _write_decoded(directory: pathlib.Path, stamp: str, data: Data) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    draft = pathlib.Path(tempfile.mkdtemp(prefix=directory.name + ".", dir=directory.parent))
     try:
         for split in SPLITS:
             part = getattr(data, split)
@@ -129,12 +137,14 @@ def _write_decoded(place: pathlib.Path, stamp: str, data: Data) -> None:
                 np.save(draft / f"{split}_captions.npy", part.captions)
         meta = {key: getattr(data, key) for key in Data._fields if key not in SPLITS}
         parts = {split: getattr(data, split) for split in SPLITS}
-        meta["forms"] = {name: _forms(part) for name, part in parts.items() if part is not None}
+        meta["forms"] = {
+            name: _array_specs(part) for name, part in parts.items() if part is not None
+        }
         (draft / "meta.json").write_text(json.dumps({"stamp": stamp, **meta}))
         draft.chmod(0o755)
-        if place.exists():
-            shutil.rmtree(place, ignore_errors=True)
-        draft.rename(place)  # whole or not at all, whoever else writes it meanwhile
+        if directory.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+        draft.rename(directory)  # atomic, also if another process writes the same data set
     except OSError:
         shutil.rmtree(draft, ignore_errors=True)
         raise

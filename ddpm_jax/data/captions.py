@@ -1,10 +1,12 @@
 """Captions of a folder's images: `.txt` files, `metadata.jsonl` and `metadata.csv`.
 
-`a.txt` (or `a.png.txt`) holds the caption of every image `a` beside it.  A line of
-`metadata.jsonl`, {"file_name": ..., "text": ...}, or a row of `metadata.csv` names an image by its
-path from where the file lies; the caption's key is `text`, `caption` or `prompt`.  Of several
-captions of an image the first is used, and one of metadata before one of a `.txt` file, of which
-`a.png.txt` goes before `a.txt`.  Names match in either Unicode form, composed or decomposed.
+`a.txt` contains the caption of every image `a` (with any ending) in the same directory; `a.png.txt`
+contains the caption of `a.png`.  A line of `metadata.jsonl`, {"file_name": ..., "text": ...}, or a
+row of `metadata.csv` contains the caption of the image at `file_name`, a path relative to the
+directory of the metadata file.  The key of the caption is `text`, `caption` or `prompt`.  If an
+image has several captions, one of metadata has priority over one of a `.txt` file, `a.png.txt` has
+priority over `a.txt`, and otherwise the first one is used.  File names are compared after Unicode
+normalization (NFC).
 """
 
 import csv
@@ -18,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ddpm_jax.data.tokenizer import fitting, tokenize
+from ddpm_jax.data.tokenizer import padded_length, tokenize
 from ddpm_jax.errors import UserError
 from ddpm_jax.fields import Json
 
@@ -28,24 +30,24 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 
 
 def is_captions(name: str) -> bool:
-    """Return whether a file of this name may hold captions."""
+    """Return whether a file of this name may contain captions."""
     return name.lower().endswith(".txt") or name.lower() in TABLES
 
 
 def read_text(path: pathlib.Path) -> str:
-    """Read a text file in UTF-8, without its byte-order mark; lines end at "\\n" only.
+    """Return the content of a UTF-8 text file, without a byte-order mark.
 
     Raises:
-      OSError: it cannot be read; a pipe or a device is not waited for.
-      UnicodeError: it is not UTF-8.
+      OSError: If the file cannot be read or is not a regular file.
+      UnicodeError: If the file is not UTF-8.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
+    if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe would block
         raise OSError(0, "it is not a regular file")
     return path.read_bytes().decode("utf-8-sig")
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the lines of a text: other separators than "\\n" and "\\r\\n" belong to a line."""
+    r"""Return the lines of a text, which only "\n" and "\r\n" separate."""
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
@@ -55,71 +57,71 @@ def read_captions(
     """Read the captions of a folder's images.
 
     Args:
-      root: the folder.
-      images: the paths of its images, from `root`, with "/" between the parts.
-      files: the paths of its files of captions, likewise.
+      root: The folder.
+      images: The paths of the images, relative to `root` and separated by "/".
+      files: The paths of the files of captions, relative to `root` and separated by "/".
 
     Returns:
-      The captions by an image's path, and notes about what was not used.
+      The captions by the path of their image, and notes about captions that are not used.
 
     Raises:
-      UserError: a file cannot be read, a line of it is not as it must be, or none of the images
-        that a file names exists.
+      UserError: If a file cannot be read, has an invalid line, or names no existing image.
     """
-    known = _Names(images)
+    image_names = _Names(images)
     tables = [file for file in files if posixpath.basename(file).lower() in TABLES]
     captions: dict[str, str] = {}
-    further = 0
+    duplicates = 0
     missing: list[str] = []
     for file in tables:
-        matched, lost = 0, len(missing)
-        for place, name, text in _rows(root, file):
-            image = _image(root, file, place, name, known)
+        matched, missing_before = 0, len(missing)
+        for line, name, text in _rows(root, file):
+            image = _image(root, file, line, name, image_names)
             if image is None:
-                missing.append(f"{file} {place}: {name}")
+                missing.append(f"{file} {line}: {name}")
                 continue
             matched += 1
-            further += image in captions
+            duplicates += image in captions
             captions.setdefault(image, text)
-        if len(missing) > lost and not matched:
+        if len(missing) > missing_before and not matched:
             raise UserError(
-                f"{root / file} names no image of the folder (such as {missing[-1]}); {FILE} must "
-                "be an image's path from where this file lies"
+                f"{root / file} names no image of the folder ({missing[-1]} does not exist); "
+                f"{FILE} must be the path of an image relative to the directory of this file"
             )
-    beside, unused, more = _beside(root, known, [file for file in files if file not in tables])
-    further += more + sum(image in captions for image in beside)
-    captions = {**beside, **captions}
+    text_files = [file for file in files if file not in tables]
+    of_text_files, unused, unused_captions = _text_captions(root, image_names, text_files)
+    duplicates += unused_captions + sum(image in captions for image in of_text_files)
+    captions = {**of_text_files, **captions}
     notes = []
-    if further:
-        notes.append(f"{further} further captions of images that have one are not used")
+    if duplicates:
+        notes.append(f"{duplicates} captions are not used: their images have another caption")
     if missing:
-        notes.append(f"{len(missing)} captions are of no image that is there ({missing[0]})")
+        notes.append(f"{len(missing)} captions name images that do not exist ({missing[0]})")
     if unused:
-        notes.append(f"{len(unused)} .txt files belong to no image ({unused[0]})")
+        notes.append(f"{len(unused)} .txt files have no image of the same name ({unused[0]})")
     return {image: text.strip() for image, text in captions.items()}, tuple(notes)
 
 
 class _Names:
-    """Paths of images, found in either Unicode form, an exact match first."""
+    """Paths of images; a look-up tries the exact path, then its composed Unicode form (NFC)."""
 
     def __init__(self, paths: Iterable[str]) -> None:
         self.paths = sorted(paths)
-        self._own = set(self.paths)
+        self._exact = set(self.paths)
         self._composed = {_composed(path): path for path in reversed(self.paths)}
 
     def find(self, path: str) -> str | None:
-        """Return the image of this path; None if there is no such image."""
-        return path if path in self._own else self._composed.get(_composed(path))
+        """Return the path of an image as the file system has it; None if it does not exist."""
+        return path if path in self._exact else self._composed.get(_composed(path))
 
 
 def _composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _beside(
+def _text_captions(
     root: pathlib.Path, images: _Names, files: Iterable[str]
 ) -> tuple[dict[str, str], list[str], int]:
-    """Return captions of `.txt` files by image, the files of no image, and how many are unused."""
+    """Return captions by image, files without an image, and the number of unused captions."""
     stems: dict[str, list[str]] = {}
     composed: dict[str, list[str]] = {}
     for image in images.paths:
@@ -127,43 +129,43 @@ def _beside(
         stems.setdefault(stem, []).append(image)
         composed.setdefault(_composed(stem), []).append(image)
     captions: dict[str, str] = {}
-    named: list[tuple[str, list[str]]] = []
-    others: list[tuple[str, list[str]]] = []
+    by_name: list[tuple[str, list[str]]] = []  # a.png.txt
+    by_stem: list[tuple[str, list[str]]] = []  # a.txt
     unused: list[str] = []
     for file in sorted(files):
         name = posixpath.splitext(file)[0]
-        whole = images.find(name)
-        owners = stems.get(name) or composed.get(_composed(name), [])
-        if whole is not None:
-            named.append((file, [whole]))
-        elif owners:
-            others.append((file, owners))
+        image_of_name = images.find(name)
+        images_of_stem = stems.get(name) or composed.get(_composed(name), [])
+        if image_of_name is not None:
+            by_name.append((file, [image_of_name]))
+        elif images_of_stem:
+            by_stem.append((file, images_of_stem))
         else:
             unused.append(file)
-    further = 0
-    for file, owners in named + others:
-        free = [image for image in owners if image not in captions]
-        further += len(owners) - len(free)
+    unused_captions = 0
+    for file, file_images in by_name + by_stem:
+        free = [image for image in file_images if image not in captions]
+        unused_captions += len(file_images) - len(free)
         if free:
             captions |= dict.fromkeys(free, _text(root / file))
-    return captions, unused, further
+    return captions, unused, unused_captions
 
 
 def _rows(root: pathlib.Path, file: str) -> Iterator[tuple[str, str, str]]:
-    """Yield (line, file name, caption) of each row of a table."""
+    """Yield ("line NUMBER", file name, caption) of each row of a metadata file."""
     path = root / file
     text = _text(path)
     rows: Iterator[tuple[int, Mapping[str, Json]]] = (
         _csv_rows(path, text) if file.lower().endswith(".csv") else _json_rows(path, text)
     )
     for number, row in rows:
-        place = f"line {number}"
+        line = f"line {number}"
         key = next((key for key in KEYS if row.get(key)), None)
         key = key or next((key for key in KEYS if key in row), None)
         if key is None or FILE not in row:
-            keys = ", ".join(str(key) for key in row) or "nothing"
+            keys = ", ".join(str(key) for key in row) or "no keys"
             raise UserError(
-                f"{path}, {place}: must have {FILE} and one of {', '.join(KEYS)}; it has {keys}"
+                f"{path}, {line}: must have {FILE} and one of {', '.join(KEYS)}; it has {keys}"
             )
         caption = row[key]
         if isinstance(caption, list) and caption:
@@ -171,9 +173,9 @@ def _rows(root: pathlib.Path, file: str) -> Iterator[tuple[str, str, str]]:
         for name, value in ((FILE, row[FILE]), (key, caption)):
             if not isinstance(value, str):
                 raise UserError(
-                    f"{path}, {place}: {name} must be a text, not {json.dumps(value)[:60]}"
+                    f"{path}, {line}: {name} must be a string, not {json.dumps(value)[:60]}"
                 )
-        yield place, row[FILE], caption
+        yield line, row[FILE], caption
 
 
 def _json_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, Json]]]:
@@ -186,7 +188,8 @@ def _json_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, J
             row = None
         if not isinstance(row, dict):
             raise UserError(
-                f'{path}, line {number}: must be {{"{FILE}": "...", "{KEYS[0]}": "..."}}'
+                f"{path}, line {number}: must be a JSON object such as "
+                f'{{"{FILE}": "...", "{KEYS[0]}": "..."}}'
             )
         yield number, row
 
@@ -196,34 +199,38 @@ def _csv_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, st
     try:
         names = [name.strip() for name in reader.fieldnames or ()]
         if len(set(names)) < len(names):
-            raise UserError(f"{path}, line 1: two columns have one name: {', '.join(names)}")
+            raise UserError(
+                f"{path}, line 1: two columns have the same name: {', '.join(names)}; rename one"
+            )
         for row in reader:
             if None in row:
                 cells = len(names) + len(row[None])
                 raise UserError(
-                    f"{path}, line {reader.line_num}: has {cells} cells, and the header "
-                    f"{len(names)}; put captions that hold commas in quotes"
+                    f"{path}, line {reader.line_num}: has {cells} cells, but the header has "
+                    f"{len(names)}; put captions that contain commas in quotes"
                 )
             yield (
                 reader.line_num,
                 {key.strip(): value for key, value in row.items() if isinstance(key, str)},
             )
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+        raise UserError(
+            f"{path}, line {reader.line_num}: {error}; the file must be valid CSV"
+        ) from None
 
 
-def _image(root: pathlib.Path, file: str, place: str, name: str, known: _Names) -> str | None:
-    """Return the image that a table names, from `root`; None if there is no such image."""
+def _image(root: pathlib.Path, file: str, line: str, name: str, images: _Names) -> str | None:
+    """Return the path of an image of a metadata file, relative to `root`; None if not found."""
     folder = posixpath.dirname(file)
     for path in dict.fromkeys((name, name.replace("\\", "/"))):
         image = posixpath.normpath(posixpath.join(folder, path))
-        match = known.find(image)
+        match = images.find(image)
         if match is not None:
             return match
         if image.startswith(("/", "../")) or image == "..":
             raise UserError(
-                f"{root / file}, {place}: {FILE} {json.dumps(name)[:80]} leads out of {root}; it "
-                "must be an image's path from where this file lies"
+                f"{root / file}, {line}: {FILE} {json.dumps(name)[:80]} is outside of {root}; it "
+                "must be the path of an image relative to the directory of this file"
             )
     return None
 
@@ -232,26 +239,31 @@ def _text(path: pathlib.Path) -> str:
     try:
         return read_text(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); make it readable, or remove it"
+        ) from None
     except UnicodeError as error:
-        raise UserError(f"{path} cannot be read as text in UTF-8: {error}") from None
+        raise UserError(
+            f"{path} cannot be read as UTF-8 text ({error}); convert it to UTF-8"
+        ) from None
 
 
 def usable_captions(
     texts: dict[str, list[str]],
 ) -> tuple[dict[str, np.ndarray | None], tuple[str, ...]]:
-    """Return captions of each split as tokens, all of one length, and notes about them.
+    """Tokenize the captions of all splits to one length.
 
     Args:
-      texts: by split.
+      texts: The captions of each split, by its name.
 
     Returns:
-      Tokens by split, or None for each where no training image has a caption.
+      The tokens uint8 [N, length] of each split, and notes for the user. If no training image has
+      a caption, the tokens of every split are None.
     """
     if not any(text.strip() for text in texts["train"]):
-        note = "all captions of the training images are empty: it counts as a set without captions"
+        note = "all captions of the training images are empty; the data are used without captions"
         return dict.fromkeys(texts, None), (note,)
-    needed = max(map(fitting, texts.values()))
+    length = max(map(padded_length, texts.values()))
     same = len(set(texts["train"])) == 1 < len(texts["train"])
     notes = ("all training images have the same caption",) if same else ()
-    return {split: tokenize(captions, needed) for split, captions in texts.items()}, notes
+    return {split: tokenize(captions, length) for split, captions in texts.items()}, notes

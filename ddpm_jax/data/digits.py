@@ -1,9 +1,9 @@
-"""`digits`: 1,797 real handwritten digits, 8x8 in 17 levels of grey, always at hand.
+"""`digits`: 1,797 real handwritten digits of 8x8 pixels and 17 grey levels.
 
-They come with scikit-learn (`sklearn.datasets.load_digits`: the test part of the UCI
-"optical recognition of handwritten digits" set).  `digits:28` is the same, resized to
-28x28 in 256 levels, which is what takes MNIST's place where that cannot be had.  The set
-has no official split: one example in five, drawn once, is the test split.
+scikit-learn contains them (`sklearn.datasets.load_digits`: the test part of the UCI "optical
+recognition of handwritten digits" set), so they need no download.  `digits:28` is the same set,
+resized to 28x28 pixels and 256 grey levels; it replaces MNIST where that is not available.  The set
+has no official split: a fixed random fifth of the examples is the test split.
 """
 
 import gzip
@@ -21,17 +21,19 @@ TEST_EXAMPLES = 360
 
 
 def load(argument: str, data_dir: str | None) -> Data:
-    """Return the digits at 8x8, or resized to `argument` pixels a side.
+    """Return the digits at 8x8 pixels, or resized to `argument` x `argument` pixels.
 
     Raises:
-      UserError: the size is not a number from 8 to 256.
+      UserError: If the size is not a number from 8 to 256, or scikit-learn is not installed.
     """
-    del data_dir  # they lie in scikit-learn's own folder
+    del data_dir  # the file is in the directory of scikit-learn
     images, labels = _read()
     levels, title = 17, "digits 8x8 (scikit-learn)"
     if argument:
         if not argument.isdecimal() or not 8 <= int(argument) <= 256:
-            raise UserError(f"digits:{argument}: the size must be a number from 8 to 256")
+            raise UserError(
+                f"digits:{argument}: the size must be a number from 8 to 256, as in digits:28"
+            )
         side = int(argument)
         images, levels = _resize(images, side), 256
         title = f"digits (scikit-learn) resized to {side}x{side}"
@@ -50,11 +52,11 @@ def load(argument: str, data_dir: str | None) -> Data:
 
 
 def _read() -> tuple[np.ndarray, np.ndarray]:
-    """Return images uint8 [1797, 8, 8, 1] in 0 ... 16 and labels int32 [1797]."""
+    """Return the images, uint8 [1797, 8, 8, 1] in 0 ... 16, and the labels, int32 [1797]."""
     spec = importlib.util.find_spec("sklearn")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("data set digits comes with scikit-learn: pip install scikit-learn")
-    # The file itself: importing sklearn takes two seconds.
+        raise UserError("data set digits requires scikit-learn: pip install scikit-learn")
+    # Read the file without importing sklearn, which takes two seconds.
     path = pathlib.Path(spec.submodule_search_locations[0]) / "datasets/data/digits.csv.gz"
     if path.exists():
         with gzip.open(path) as file:
@@ -68,7 +70,7 @@ def _read() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _resize(images: np.ndarray, side: int) -> np.ndarray:
-    """Resize by bicubic interpolation, from 17 to 256 levels."""
+    """Resize images of 17 levels to `side` pixels and 256 levels by bicubic interpolation."""
     from PIL import Image
 
     grey = np.round(images[..., 0] * (255 / 16)).astype(np.uint8)

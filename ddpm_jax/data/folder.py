@@ -1,14 +1,12 @@
-"""`folder:PATH`: images of the user's own, with labels from sub-folders.
+"""`folder:PATH`: images of the user, with labels from sub-folders.
 
-A sub-folder `train`, and `validation` and `test` beside it, are the splits (`SPLIT_NAMES` has
-their other names).  Where there is no `test`, `validation` is the test split; where there is
-neither, one file in ten, chosen by a hash of its name, is held out for testing.  A split's own
-sub-folders are its classes; an image beside them has no class.  A single folder of nothing but
-folders is passed: the splits and classes are those within it.  All images must have one size; a
-file that cannot be decoded is named, skipped and counted, and one of another ending is counted.
+`folder_splits.py` describes the splits.  The sub-folders of a split are its classes; an image that
+is in no sub-folder has no class.  All images must have the same size.  A file that cannot be
+decoded, or that is neither an image nor a file of captions, is skipped and reported.
 
-Names that begin with a dot and what other programs leave behind (`SKIPPED`) are not read.  A linked
-folder is read once.  `captions.py` describes the files of captions.
+Files and folders are ignored if their names begin with a dot or if they belong to the operating
+system or another program (`SKIPPED`, `SYSTEM_FILES`).  A linked folder is read once.  `captions.py`
+describes the files of captions.
 """
 
 import hashlib
@@ -28,19 +26,21 @@ from ddpm_jax.data.images import DARK_NOTE, ENDINGS, Decoded, decode, decoding, 
 from ddpm_jax.data.types import SPLITS, Data, Split
 from ddpm_jax.errors import UserError, printable
 
-VERSION = 5  # of what is kept: another where the same files are read in another way
+VERSION = 5  # of the cached data; increase it when the same files are decoded differently
 SKIPPED = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found"}
-OF_SYSTEMS = {"thumbs.db", "desktop.ini"}  # files that are not counted
-SHOWN = 5  # names in a note
+SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
+MAX_NAMES = 5  # the number of names in a note
 
 
 class Listing(NamedTuple):
-    """What lies below a folder.
+    """The files below a folder.
 
-    images, captions: paths from the folder, sorted.
-    stamp: changes when a file or its content changes.
-    notes: what was not read, and why.
-    others: notes on files of other endings, which change nothing of what is read.
+    Attributes:
+      images: The paths of the images relative to the folder, sorted.
+      captions: The paths of the files of captions relative to the folder, sorted.
+      stamp: A hash that changes when one of these files changes.
+      notes: Notes for the user about images, captions and folders that cannot be read.
+      others: Notes for the user about files that are neither images nor captions.
     """
 
     images: list[pathlib.PurePath]
@@ -51,16 +51,18 @@ class Listing(NamedTuple):
 
 
 def load(argument: str, data_dir: str | None) -> Data:
-    """Return the images below folder `argument`.
+    """Return the data set of the images below folder `argument`.
 
     Raises:
-      UserError: there is no such folder, it holds no images, or a file in it is wrong.
+      UserError: If the folder does not exist, contains no images, its splits are ambiguous, or the
+        images differ in size.
     """
     del data_dir
     path = os.path.expanduser(argument)
     if not argument or not os.path.isdir(path):
         raise UserError(
-            f'there is no folder "{printable(argument)}"; give one as --config.data=folder:PATH'
+            f'there is no folder "{printable(argument)}"; give an existing folder as '
+            "--config.data=folder:PATH"
         )
     root = pathlib.Path(path).resolve()
     listing = list_files(root)
@@ -68,7 +70,7 @@ def load(argument: str, data_dir: str | None) -> Data:
         endings = ", ".join(sorted(ENDINGS))
         notes = (*listing.notes, *listing.others)
         raise UserError(
-            "; ".join([f"there are no images in {root} (looked for {endings})", *notes])
+            "; ".join([f"there are no images in {root} (supported endings: {endings})", *notes])
         )
     splits = find_splits(root, listing.images)
     stamp = f"{VERSION} {listing.stamp}"
@@ -77,10 +79,10 @@ def load(argument: str, data_dir: str | None) -> Data:
 
 
 def list_files(root: pathlib.Path) -> Listing:
-    """Find the images and the files of captions below a folder."""
+    """List the images and the files of captions below a folder."""
     images: list[pathlib.PurePath] = []
     captions: list[pathlib.PurePath] = []
-    odd: list[str] = []
+    irregular: list[str] = []
     notes: list[str] = []
     others: list[pathlib.PurePath] = []
     digest = hashlib.sha256()
@@ -94,78 +96,79 @@ def list_files(root: pathlib.Path) -> Listing:
             try:
                 status = (root / path).stat()
             except OSError as error:
-                odd.append(f"{path} ({error.strerror})")
+                irregular.append(f"{path} ({error.strerror})")
                 continue
             if not stat.S_ISREG(status.st_mode):
-                odd.append(f"{path} (not a regular file)")
+                irregular.append(f"{path} (not a regular file)")
                 continue
             (images if image else captions).append(path)
             line = f" {status.st_size} {status.st_mtime_ns}\n"
             digest.update(os.fsencode(path) + line.encode())
-    if odd:
-        notes.append(f"skipped {len(odd)} names that are not files: {_shown(odd)}")
+    if irregular:
+        notes.append(f"skipped {len(irregular)} names that are not files: {_first_of(irregular)}")
     digest.update("\n".join(notes).encode(errors="surrogateescape"))
     return Listing(
         sorted(images, key=lambda path: path.parts),
         sorted(captions, key=lambda path: path.parts),
         digest.hexdigest(),
         tuple(notes),
-        _others(others),
+        _notes_on_others(others),
     )
 
 
-def _others(paths: list[pathlib.PurePath]) -> tuple[str, ...]:
+def _notes_on_others(paths: list[pathlib.PurePath]) -> tuple[str, ...]:
     """Return notes on the files that are neither images nor captions."""
     notes: tuple[str, ...] = ()
     tables = [path for path in paths if path.suffix.lower() in (".jsonl", ".csv")]
     if tables:
         notes += (
-            f"{len(tables)} tables are not read, such as {tables[0]}: captions are read from "
+            f"skipped {len(tables)} tables, such as {tables[0]}: captions are only read from "
             f"{' and '.join(TABLES)}",
         )
     endings = Counter(
         path.suffix.lower() or "no ending"
         for path in paths
-        if path not in tables and path.name.lower() not in OF_SYSTEMS
+        if path not in tables and path.name.lower() not in SYSTEM_FILES
     )
     if endings:
         ordered = sorted(endings.items(), key=lambda pair: (-pair[1], pair[0]))
-        shown = [f"{ending} ({count})" for ending, count in ordered]
-        notes += (f"left out {endings.total()} files of other endings: {_shown(shown)}",)
+        counts = [f"{ending} ({count})" for ending, count in ordered]
+        notes += (f"skipped {endings.total()} files with other endings: {_first_of(counts)}",)
     return notes
 
 
 def _folders(root: pathlib.Path, notes: list[str]) -> Iterator[tuple[pathlib.PurePath, list[str]]]:
-    """Yield each folder below `root`, from `root`, with the names of its files.
+    """Yield the path of each folder below `root`, relative to `root`, and its file names.
 
-    Linked folders come last, each once, so that a folder keeps its own name beside links to it.
+    Linked folders come last, so that a folder that is also linked is read by its own path.
     """
-    seen: set[str] = set()
-    waiting = [str(root)]
+    visited: set[str] = set()
+    pending = [str(root)]
 
     def unreadable(error: OSError) -> None:
         notes.append(f"cannot read the folder {error.filename}: {error.strerror}")
 
-    while waiting:
-        for folder, folders, files in os.walk(waiting.pop(0), onerror=unreadable):
+    while pending:
+        for folder, folders, files in os.walk(pending.pop(0), onerror=unreadable):
             real = os.path.realpath(folder)
-            if real in seen:
-                notes.append(f"the folder {folder} is not read again: {real} is read already")
+            if real in visited:
+                notes.append(f"skipped the folder {folder}: it is {real}, which was read already")
                 folders.clear()
                 continue
-            seen.add(real)
-            kept = sorted(name for name in folders if not _is_skipped(name))
-            for name in kept:
+            visited.add(real)
+            subfolders = sorted(name for name in folders if not _is_skipped(name))
+            for name in subfolders:
                 path = os.path.join(folder, name)
                 if not os.path.islink(path):
                     continue
                 target = os.path.realpath(path)
                 if os.path.commonpath([target, real]) == target:
-                    notes.append(f"the linked folder {path} is not read: it leads to {target}, "
-                                 "which it lies in")  # fmt: skip
+                    notes.append(
+                        f"skipped the folder {path}: it is a link to {target}, which contains it"
+                    )
                 else:
-                    waiting.append(path)
-            folders[:] = [name for name in kept if not os.path.islink(os.path.join(folder, name))]
+                    pending.append(path)
+            folders[:] = [n for n in subfolders if not os.path.islink(os.path.join(folder, n))]
             names = sorted(name for name in files if not _is_skipped(name))
             yield pathlib.PurePath(folder).relative_to(root), names
 
@@ -177,45 +180,47 @@ def _is_skipped(name: str) -> bool:
 def _decode(
     root: pathlib.Path,
     listing: Listing,
-    inner: list[pathlib.PurePath],
+    split_paths: list[pathlib.PurePath],
     splits: np.ndarray,
-    passed: str,
+    wrapper: str,
 ) -> Data:
-    images, kept, notes = _decoded(root, listing.images)
-    paths = [listing.images[row] for row in kept]
-    inner = [inner[row] for row in kept]
-    splits = resolve_hashed(inner, splits[kept])
-    names = [path.parts[0] if len(path.parts) > 1 else "" for path in inner]
-    keep = splits != ""
-    classes = tuple(sorted({n for n, k in zip(names, keep, strict=True) if n and k}))
-    numbers = {name: number for number, name in enumerate(classes)}
-    labels = np.array([numbers.get(name, -1) for name in names], np.int32)
-    known = [path.as_posix() for path in listing.images]
-    captions, more = read_captions(root, known, [path.as_posix() for path in listing.captions])
+    """Return the data set; the last three arguments are the results of `find_splits`."""
+    images, decoded, notes = _decode_images(root, listing.images)
+    paths = [listing.images[row] for row in decoded]
+    split_paths = [split_paths[row] for row in decoded]
+    splits = resolve_hashed(split_paths, splits[decoded])
+    names = [path.parts[0] if len(path.parts) > 1 else "" for path in split_paths]
+    used = splits != ""
+    classes = tuple(sorted({n for n, in_use in zip(names, used, strict=True) if n and in_use}))
+    class_index = {name: index for index, name in enumerate(classes)}
+    labels = np.array([class_index.get(name, -1) for name in names], np.int32)
+    captions, caption_notes = read_captions(
+        root,
+        [path.as_posix() for path in listing.images],
+        [path.as_posix() for path in listing.captions],
+    )
     texts = [captions.get(path.as_posix(), "") for path in paths]
-    whole = Split(images, labels)
     rows = {split: np.flatnonzero(splits == split) for split in SPLITS}
-    parts = {split: whole.rows(chosen) for split, chosen in rows.items()}
-    notes += listing.notes + more
-    if passed:
-        notes += (f"{passed} is the only folder: splits and classes are read from within it",)
+    parts = {split: Split(images[r], labels[r]) for split, r in rows.items()}
+    notes += listing.notes + caption_notes
+    if wrapper:
+        notes += (f"splits and classes are read from inside {wrapper}, which is the only folder",)
     if captions:
-        of_split = {split: [texts[row] for row in chosen] for split, chosen in rows.items()}
-        tokens, odd = usable_captions(of_split)
+        tokens, token_notes = usable_captions({s: [texts[i] for i in r] for s, r in rows.items()})
         parts = {s: part._replace(captions=tokens[s]) for s, part in parts.items()}
         empty = sum(not text for text in texts)
-        if empty and not odd:
-            notes += (f"{empty} of {len(texts)} images have no caption: theirs is the empty one",)
-        notes += odd
-    loose = int((labels[keep] < 0).sum())
-    if classes and loose:
-        notes += (f"{loose} of {keep.sum()} images lie beside the class folders: no class",)
-    trained = set(labels[splits == "train"])
-    untrained = [name for name in classes if numbers[name] not in trained]
+        if empty and not token_notes:
+            notes += (f"{empty} of {len(texts)} images have no caption; an empty caption is used",)
+        notes += token_notes
+    unlabelled = int((labels[used] < 0).sum())
+    if classes and unlabelled:
+        notes += (f"{unlabelled} of {used.sum()} images are in no class folder and have no class",)
+    train_labels = set(labels[splits == "train"])
+    untrained = [name for name in classes if class_index[name] not in train_labels]
     if untrained:
-        notes += (f"{len(untrained)} classes have no training images: {_shown(untrained)}",)
-    if not keep.all():
-        notes += (f"left out {(~keep).sum()} images outside the folders of its splits",)
+        notes += (f"{len(untrained)} classes have no training images: {_first_of(untrained)}",)
+    if not used.all():
+        notes += (f"skipped {(~used).sum()} images outside of the folders of the splits",)
     validation = parts["validation"] if len(parts["validation"].images) else None
     return Data(
         name=f"folder:{root}",
@@ -230,12 +235,12 @@ def _decode(
     )
 
 
-def _decoded(
+def _decode_images(
     root: pathlib.Path, files: list[pathlib.PurePath]
 ) -> tuple[np.ndarray, list[int], tuple[str, ...]]:
-    """Return the images that can be decoded, which files they are, and notes on the others."""
+    """Return the images of all valid files, the indices of these files, and notes on the others."""
     images: list[np.ndarray] = []
-    kept: list[int] = []
+    decoded: list[int] = []
     corrupt: list[str] = []
     animated: list[str] = []
     dark = 0
@@ -243,40 +248,45 @@ def _decoded(
         for row, path in enumerate(files):
             try:
                 image: Decoded = decode(root / path)
-            except Exception as error:  # Pillow raises whatever its decoders raise
+            except Exception as error:  # the decoders of Pillow may raise any exception
                 corrupt.append(f"{path} ({reason_of(error)})")
                 continue
             if images and image.pixels.shape[:2] != images[0].shape[:2]:
                 raise UserError(
-                    f"images must have one size: {root / files[kept[0]]} is {_size(images[0])}, "
-                    f"{root / path} is {_size(image.pixels)}; resize them, or move the odd ones "
-                    f"out of {root}"
+                    f"all images must have the same size: {root / files[decoded[0]]} is "
+                    f"{_size(images[0])}, {root / path} is {_size(image.pixels)} (width x height); "
+                    f"resize the images, or move those of another size out of {root}"
                 )
             if image.animated:
                 animated.append(str(path))
             dark += image.dark
             images.append(image.pixels)
-            kept.append(row)
+            decoded.append(row)
     if not images:
-        raise UserError(f"none of the {len(files)} images in {root} can be read: {_shown(corrupt)}")
-    channels = max(image.shape[2] for image in images)  # grey ones among colour ones join them
+        raise UserError(
+            f"none of the {len(files)} images in {root} can be read: {_first_of(corrupt)}; give a "
+            "folder of valid images"
+        )
+    channels = max(image.shape[2] for image in images)  # convert grey images if some are RGB
     stack = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images])
     notes: tuple[str, ...] = ()
     if corrupt:
-        notes += (f"skipped {len(corrupt)} corrupt of {len(files)} images: {_shown(corrupt)}",)
+        notes += (f"skipped {len(corrupt)} corrupt of {len(files)} images: {_first_of(corrupt)}",)
     if animated:
         notes += (
-            f"{len(animated)} images have several frames, of which the first is used: "
-            f"{_shown(animated)}",
+            f"{len(animated)} images have several frames; only the first frame is used: "
+            f"{_first_of(animated)}",
         )
     if dark:
         notes += (f"{dark} of {len(files)} {DARK_NOTE}",)
-    return stack, kept, notes
+    return stack, decoded, notes
 
 
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+def _first_of(names: list[str]) -> str:
+    """Return the first `MAX_NAMES` names, separated by commas."""
+    return ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
 
 
 def _size(image: np.ndarray) -> str:
+    """Return the size of an image [H, W, C] as "WIDTHxHEIGHT"."""
     return f"{image.shape[1]}x{image.shape[0]}"

@@ -1,9 +1,9 @@
-"""Which folders of images are splits, and which examples are held out where none are.
+"""The splits of a folder of images, from the names of its sub-folders.
 
-A sub-folder `train`, and `validation` and `test` beside it, are the splits (`SPLIT_NAMES` has their
-other names).  Where there is no `test`, `validation` is the test split; where there is neither, one
-file in ten, chosen by a hash of its name, is held out for testing.  A single folder of nothing but
-folders is passed: the splits and classes are those within it.
+The sub-folders `train`, `validation` and `test` are the splits (`SPLIT_NAMES` lists all allowed
+names).  If there is no `test`, `validation` is the test split.  If there is neither, one image
+in ten, selected by a hash of its path, is in the test split.  If a folder contains no images and
+only one sub-folder, which is not a split, the splits and classes are read from that sub-folder.
 """
 
 import hashlib
@@ -20,8 +20,9 @@ HASHED = "train or test"
 _SPLIT_OF = {word: split for split, words in SPLIT_NAMES.items() for word in words}
 _SPLIT = "(" + "|".join(sorted(_SPLIT_OF, key=len, reverse=True)) + ")"
 _WORDS = r"(?:sets?|datasets?|data|images?|imgs?|pictures?|photos?|splits?|samples?|files?)"
-# `train2017`, `test_set`, `valImages`: a split's name, then no other word; `train_a`, `testB`: then
-# anything that is a word of its own; `images-train`: at the end.
+# Three patterns of names that contain the name of a split: `train2017`, `test_set`, `valImages`
+# (followed by digits and words for data), `train_a`, `testB` (followed by any separate word),
+# `images-train` (at the end).
 _NAMED_AS = re.compile(rf"(?i:{_SPLIT}(?:[^a-z]|{_WORDS})*)")
 _BEGINS_AS = re.compile(rf"(?i:{_SPLIT})(?:[\W\d_].*|(?<=[a-z])[A-Z].*)", re.DOTALL)
 _ENDS_AS = re.compile(rf"(.*[\W\d_])(?i:{_SPLIT})", re.DOTALL)
@@ -30,36 +31,44 @@ _ENDS_AS = re.compile(rf"(.*[\W\d_])(?i:{_SPLIT})", re.DOTALL)
 def find_splits(
     root: pathlib.Path, paths: list[pathlib.PurePath]
 ) -> tuple[list[pathlib.PurePath], np.ndarray, str]:
-    """Return each file's path within its split, the split's name, and the folders passed for it.
+    """Return the split of each image.
 
-    The name is "" in none, and `HASHED` where a hash decides between training and testing.
+    Args:
+      root: The folder.
+      paths: The paths of the images relative to `root`.
+
+    Returns:
+      The path of each image relative to the folder of its split, the name of each image's split,
+      and the path of the folders without images that contain the splits or the classes ("" if
+      there are none). The name of the split is "" for an image that is in no split, and `HASHED`
+      for an image that `resolve_hashed` assigns to the training or test split.
 
     Raises:
-      UserError: it is not clear which folders are splits.
+      UserError: If the splits are ambiguous.
     """
-    paths, outer = _passed(paths)
-    inner, splits = _named_splits(root / outer, paths)
-    more = pathlib.PurePath()
-    if inner != paths:  # there are splits
-        inner, more = _passed(inner)
-    parts = outer.parts + (("each split's", *more.parts) if more.parts else ())
-    return inner, splits, "/".join(parts)
+    paths, outer = _strip_wrappers(paths)
+    split_paths, splits = _named_splits(root / outer, paths)
+    inner = pathlib.PurePath()
+    if split_paths != paths:  # there are splits
+        split_paths, inner = _strip_wrappers(split_paths)
+    parts = outer.parts + (("SPLIT", *inner.parts) if inner.parts else ())
+    return split_paths, splits, "/".join(parts)
 
 
-def _passed(
+def _strip_wrappers(
     paths: list[pathlib.PurePath],
 ) -> tuple[list[pathlib.PurePath], pathlib.PurePath]:
-    """Return paths without the folders above the splits or classes, and those folders.
+    """Return paths without the folders that only contain one folder, and the removed folders.
 
-    A folder that is the only one, holds no images and is not a split hides those within it.
+    A folder is removed if it is the only one, directly contains no images and is not a split.
     """
-    folders = pathlib.PurePath()
+    removed = pathlib.PurePath()
     while True:
         below = [path for path in paths if len(path.parts) > 1]
         tops = {path.parts[0] for path in below}
         if len(tops) != 1 or any(len(path.parts) == 2 for path in below) or split_folders(tops):
-            return paths, folders
-        folders /= tops.pop()
+            return paths, removed
+        removed /= tops.pop()
         paths = [
             pathlib.PurePath(*path.parts[1:]) if len(path.parts) > 1 else path for path in paths
         ]
@@ -68,30 +77,33 @@ def _passed(
 def _named_splits(
     root: pathlib.Path, paths: list[pathlib.PurePath]
 ) -> tuple[list[pathlib.PurePath], np.ndarray]:
-    """Return the first two of `find_splits`, of paths below `root`."""
+    """Return the first two results of `find_splits` for paths without wrapping folders."""
     tops = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]
     folders = {top for top in tops if top}
     _check_names(root, folders)
     named = split_folders(folders)
     others = sorted(folders - {name for names in named.values() for name in names})
     train, held_out = named.get("train"), named.keys() - {"train"}
-    deep = any(len(p.parts) > 2 for p, top in zip(paths, tops, strict=True) if top in (train or ()))
+    train_has_classes = any(
+        len(path.parts) > 2 for path, top in zip(paths, tops, strict=True) if top in (train or ())
+    )
     for split, names in named.items():
         if len(names) > 1:
             raise UserError(
-                f"{root} has {len(names)} folders of the {split} split: {', '.join(names)}; keep "
-                "one of them, or join them"
+                f"{root} has {len(names)} folders of the {split} split: {', '.join(names)}; merge "
+                "them into one folder, or remove all but one"
             )
     if held_out and not train:
-        have = " and ".join(names[0] for names in named.values())
+        splits_present = " and ".join(names[0] for names in named.values())
         raise UserError(
-            f"{root} has {have}, but no folder train beside; move the training images "
-            f"into {root / 'train'}, or rename {have} if it is a class"
+            f"{root} has {splits_present}, but no folder train; move the training images into "
+            f"{root / 'train'}, or rename {splits_present} if it is a class"
         )
-    if train and others and not held_out and deep:
+    if train and others and not held_out and train_has_classes:
         raise UserError(
-            f"{root} has a folder {train[0]} with classes of its own beside {', '.join(others[:3])}"
-            f"; name the held-out images' folder validation or test, or give {root / train[0]}"
+            f"{root} has a folder {train[0]} with class folders and also {', '.join(others[:3])}; "
+            "rename the folder of the held-out images to validation or test, or give "
+            f"folder:{root / train[0]}"
         )
     if not train or (others and not held_out):
         _check_inner(root, paths)
@@ -99,7 +111,7 @@ def _named_splits(
     inner = [pathlib.PurePath(*p.parts[1:]) if t else p for p, t in zip(paths, tops, strict=True)]
     split_of = {names[0]: split for split, names in named.items()}
     splits = np.array([split_of.get(top, "") for top in tops], object)
-    if "test" not in named and held_out:  # the only held-out images are for the final figures
+    if "test" not in named and held_out:  # the final metrics need a test split
         splits[splits == "validation"] = "test"
     if not held_out:
         splits[splits == "train"] = HASHED
@@ -107,51 +119,56 @@ def _named_splits(
 
 
 def _check_names(root: pathlib.Path, folders: set[str]) -> None:
-    """Raise UserError if folders have names like those of splits that are not read as such."""
-    real = {name for names in split_folders(folders).values() for name in names}
-    named, begun, ended = (
-        {name: match for name in sorted(folders - real) if (match := pattern.fullmatch(name))}
+    """Raise UserError if folders are not splits but have names like `train2017` and `val2017`."""
+    exact = {name for names in split_folders(folders).values() for name in names}
+    named, begins, ends = (
+        {name: match for name in sorted(folders - exact) if (match := pattern.fullmatch(name))}
         for pattern in (_NAMED_AS, _BEGINS_AS, _ENDS_AS)
     )
-    like = [name for name in named if len(named) + len(real) > 1]
-    splits = {_SPLIT_OF[match[1].lower()] for match in (named | begun).values()}
-    if len(splits | split_folders(real).keys()) > 1:
-        like += [*named, *begun]
-    for name, match in ended.items():
-        same = {m[2].lower() for m in ended.values() if m[1] == match[1]}
-        if len({_SPLIT_OF[word] for word in same}) > 1:
-            like.append(name)
-    if like:
+    similar = [name for name in named if len(named) + len(exact) > 1]
+    splits = {_SPLIT_OF[match[1].lower()] for match in (named | begins).values()}
+    if len(splits | split_folders(exact).keys()) > 1:
+        similar += [*named, *begins]
+    for name, match in ends.items():
+        words = {m[2].lower() for m in ends.values() if m[1] == match[1]}
+        if len({_SPLIT_OF[word] for word in words}) > 1:
+            similar.append(name)
+    if similar:
         raise UserError(
-            f"the folder {root / min(like)} is called like a split and would be a class; rename "
-            "the folders of splits to train, validation and test, or give it another name if it "
-            "is a class"
+            f"the folder {root / min(similar)} would be a class, but its name is like that of a "
+            "split; rename it to train, validation or test if it is a split, or to another name if "
+            "it is a class"
         )
 
 
 def _check_inner(root: pathlib.Path, paths: list[pathlib.PurePath]) -> None:
-    """Raise UserError if a sub-folder has splits of its own, whose images would be mixed."""
-    inside: dict[str, set[str]] = {}
+    """Raise UserError if a sub-folder contains splits, whose images would be mixed."""
+    folders_in: dict[str, set[str]] = {}
     for path in paths:
         if len(path.parts) > 2:
-            inside.setdefault(path.parts[0], set()).add(path.parts[1])
-    for top, names in inside.items():
+            folders_in.setdefault(path.parts[0], set()).add(path.parts[1])
+    for top, names in folders_in.items():
         splits = split_folders(names)
         if "train" in splits and len(splits) > 1:
-            have = " and ".join(folders[0] for folders in splits.values())
+            splits_present = " and ".join(folders[0] for folders in splits.values())
             raise UserError(
-                f"the splits {have} lie in {root / top}: give folder:{root / top}, or move them up "
-                f"into {root}, with the classes inside them"
+                f"the splits {splits_present} are in {root / top}; give folder:{root / top}, or "
+                f"move them to {root}, with the class folders inside of them"
             )
 
 
 def resolve_hashed(paths: list[pathlib.PurePath], splits: np.ndarray) -> np.ndarray:
-    """Return the splits; where `HASHED`, one image in ten by a hash of its name is for testing."""
-    mine = splits == HASHED
-    testing = np.array([_held_out(path) for path in paths]) & mine
-    if mine.sum() > 1 and (testing[mine].all() or not testing.any()):  # a handful: one for testing
-        testing = np.arange(len(paths)) == np.flatnonzero(mine)[0]
-    return np.where(mine, np.where(testing, "test", "train"), splits).astype(object)
+    """Replace every `HASHED` split by "train" or, for one image in ten, "test".
+
+    Args:
+      paths: The path of each image relative to the folder of its split; its hash decides.
+      splits: The name of each image's split, as `find_splits` returns it.
+    """
+    hashed = splits == HASHED
+    test = np.array([_held_out(path) for path in paths]) & hashed
+    if hashed.sum() > 1 and (test[hashed].all() or not test.any()):  # few images: test on the first
+        test = np.arange(len(paths)) == np.flatnonzero(hashed)[0]
+    return np.where(hashed, np.where(test, "test", "train"), splits).astype(object)
 
 
 def _held_out(path: pathlib.PurePath) -> bool:

@@ -1,4 +1,4 @@
-"""The one decoder of image files, for folders and for the records of TFDS."""
+"""Decoding of image files, for folders and for the records of TFDS."""
 
 import contextlib
 import io
@@ -12,25 +12,27 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ddpm_jax.errors import printable
 
-# Pillow also opens formats that start other programs (EPS) or hold no raster of their own.
+# Pillow also opens formats that start other programs (EPS) or contain no pixels.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
 ENDINGS = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif"}
 ENDINGS |= {".tif", ".tiff"}
 ORIENTATION = 0x0112  # the EXIF tag
 GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
-GREY_DEPTHS = {"L;2": 85, "L;4": 17}  # raw modes of PNG: the factor from a sample to 8 bits
-DARK = 2**12 >> 8  # what a 12-bit value is less than once it was read as one of 16 bits
+GREY_SCALES = {"L;2": 85, "L;4": 17}  # by raw mode of PNG: the factor from its values to 8 bits
+DARK_LIMIT = 2**12 >> 8  # 12-bit values that are read as 16 bits are less than this in 8 bits
 DARK_NOTE = (
-    "images of 16 bits hold no value above 4095 and are dark: values are read as 16 bits; convert "
-    "images of 12 bits or fewer"
+    "images of 16 bits have no value above 4095 and are therefore dark; if their values have 12 "
+    "bits or fewer, convert the files to 8 bits"
 )
 
 
 class Decoded(NamedTuple):
-    """An image, uint8 [H, W, 1 or 3].
+    """A decoded image.
 
-    animated: it is the first of several frames.
-    dark: its values have 16 bits or more, and are so small as if they had 12 bits.
+    Attributes:
+      pixels: The pixels, uint8 [H, W, 1 or 3].
+      animated: True if the file has several frames, of which this is the first.
+      dark: True if the values have 16 bits or more, but all of them are below 2^12.
     """
 
     pixels: np.ndarray
@@ -39,19 +41,20 @@ class Decoded(NamedTuple):
 
 
 def decode(file: bytes | pathlib.Path) -> Decoded:
-    """Decode an image file to 8 bits of grey or RGB, upright, with transparency laid on white.
+    """Decode an image file to 8-bit grey or RGB pixels, in the context of `decoding`.
 
-    Grey stays grey.  16-bit values lose their lower byte.  32-bit grey is read as 16-bit values if
-    it holds no larger ones, or else as values of 32 bits.
+    The image is turned upright by its EXIF orientation and composited on white. Grey images have
+    one channel. 16-bit and 32-bit values are reduced to their upper byte; 32-bit grey values are
+    read as 16-bit values if all of them are below 2^16.
 
     Args:
-      file: its path or its content; use it within `decoding`.
+      file: The path or the content of the file.
 
     Raises:
-      ValueError: its pixels have no known range.
-      Exception: whatever Pillow's decoders raise of a damaged file.
+      ValueError: If the pixels are floats, whose range is unknown.
+      Exception: Any exception that a decoder of Pillow raises for a damaged file.
     """
-    # Always the content: from a path Pillow maps some files into memory, and turns them wrongly.
+    # Pillow memory-maps some files that it opens by path, and then turns them wrongly.
     content = file if isinstance(file, bytes) else file.read_bytes()
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
@@ -59,12 +62,12 @@ def decode(file: bytes | pathlib.Path) -> Decoded:
         image.load()
         pixels = _upright(_pixels(image, raw), image)
         wide = image.mode in (*GREY_16, "I") or (";16" in raw and "BGR" not in raw)
-        return Decoded(pixels, animated, wide and bool(pixels.max() < DARK))
+        return Decoded(pixels, animated, wide and bool(pixels.max() < DARK_LIMIT))
 
 
 @contextlib.contextmanager
 def decoding() -> Iterator[None]:
-    """Make an image of too many pixels an error, and silence Pillow's other warnings."""
+    """Turn Pillow's warning of too many pixels into an error, and ignore its other warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -84,46 +87,51 @@ def reason_of(error: Exception) -> str:
 
 
 def _pixels(image: Image.Image, raw: str) -> np.ndarray:
-    """Return a loaded Pillow image's pixels, as stored; `raw` is its file's raw mode."""
+    """Return the pixels of an image before rotation, [H, W, 1 or 3].
+
+    Args:
+      image: The loaded image.
+      raw: The raw mode of its file.
+    """
     mode, key = image.mode, image.info.get("transparency")
     if mode in GREY_16 or mode == "I":
         wide = np.asarray(image).astype(np.int64)
         return _on_white(_eight_bits(wide), _alpha_of(wide, key))
     if mode == "F":
-        raise ValueError("float pixels have no known range")
+        raise ValueError("the range of float pixels is unknown")
     if mode in ("1", "L"):
         grey = np.asarray(image if mode == "L" else image.convert("L"))
-        if key is not None:  # PNG gives it as the sample that the file holds
-            key = 255 * key if mode == "1" else key * GREY_DEPTHS.get(raw, 1)
+        if key is not None:  # PNG stores the key in the bit depth of the file
+            key = 255 * key if mode == "1" else key * GREY_SCALES.get(raw, 1)
         return _on_white(grey, _alpha_of(grey, key))
     if mode in ("LA", "La"):
-        both = np.asarray(image.convert("LA"))
-        return _on_white(both[..., 0], both[..., 1])
+        grey_alpha = np.asarray(image.convert("LA"))
+        return _on_white(grey_alpha[..., 0], grey_alpha[..., 1])
     if mode == "RGB" and isinstance(key, tuple):
-        colour = np.asarray(image)
-        wanted = np.array(key) >> 8 if raw.startswith("RGB;16") else np.array(key)
-        return _on_white(colour, _alpha_of((colour == wanted).all(-1), True))
+        rgb = np.asarray(image)
+        transparent = np.array(key) >> 8 if raw.startswith("RGB;16") else np.array(key)
+        return _on_white(rgb, _alpha_of((rgb == transparent).all(-1), True))
     if mode == "LAB":
         return np.asarray(_from_lab(image))
     if mode in ("RGBA", "RGBa", "PA") or (mode == "P" and image.has_transparency_data):
-        both = np.asarray(image.convert("RGBA"))
-        return _on_white(both[..., :3], both[..., 3])
+        rgba = np.asarray(image.convert("RGBA"))
+        return _on_white(rgba[..., :3], rgba[..., 3])
     return np.asarray(image.convert("RGB"))
 
 
 def _eight_bits(grey: np.ndarray) -> np.ndarray:
-    """Return grey values of 8 bits from those of 16 or 32 bits (int64)."""
-    grey = np.where(grey < 0, grey + 2**32, grey)  # Pillow reads 32 bits as signed ones
+    """Convert grey values of 16 or 32 bits, int64, to 8 bits."""
+    grey = np.where(grey < 0, grey + 2**32, grey)  # Pillow reads 32-bit values as signed integers
     return (grey >> (8 if grey.max() < 2**16 else 24)).astype(np.uint8)
 
 
 def _alpha_of(values: np.ndarray, key: object) -> np.ndarray | None:
-    """Return the alpha of an image; the value `key`, if it is not None, is transparent."""
+    """Return alpha, 0 where a value equals `key` and 255 elsewhere; None if `key` is None."""
     return None if key is None else np.where(values == key, 0, 255).astype(np.uint8)
 
 
 def _on_white(pixels: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
-    """Lay [H, W] or [H, W, C] with alpha [H, W] on white: [H, W, C], rounded to the nearest."""
+    """Composite pixels [H, W] or [H, W, C] with alpha [H, W] on white, rounded, [H, W, C]."""
     pixels = pixels if pixels.ndim == 3 else pixels[..., None]
     if alpha is None:
         return pixels
@@ -134,17 +142,17 @@ def _on_white(pixels: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
 def _from_lab(image: Image.Image) -> Image.Image:
     lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
-    assert converted is not None  # it would be None if the image had been changed in its place
+    assert converted is not None  # None is only returned with inPlace=True
     return converted
 
 
 def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
-    """Turn and mirror pixels as the file's EXIF says; Pillow has turned those of TIFF already."""
-    if not image.info:  # as of most small images: no EXIF either
+    """Rotate and mirror pixels by the EXIF orientation; Pillow does so itself for TIFF."""
+    if not image.info:  # without metadata there is no EXIF
         return pixels
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged EXIF makes no image useless
+    except Exception:  # an image with damaged EXIF is used as it is
         return pixels
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)

@@ -1,8 +1,8 @@
-"""The one loader: a data set by name, decoded once, and the batch of any step.
+"""Loading of data sets by name.
 
-A data set is named `SOURCE[:ARGUMENT]`: the file `ddpm_jax/data/SOURCE.py` reads it (its
-function `load(argument, data_dir)`), and any other name is one of TFDS's.  A new source is
-a new file.  Nothing here imports jax.
+The name of a data set is `SOURCE[:ARGUMENT]`, which the function `load(argument, data_dir)` of the
+module `ddpm_jax/data/SOURCE.py` reads, or the name of a TFDS data set.  A new source is a new
+module.  The data package does not import jax.
 """
 
 import importlib
@@ -15,8 +15,8 @@ from ddpm_jax.data.types import Data
 from ddpm_jax.errors import UserError, printable
 from ddpm_jax.fields import Json
 
-COMMON = ("mnist", "fashion_mnist", "cifar10")  # names of TFDS that are spelled in many ways
-# Files of this folder that are not data sets.
+COMMON = ("mnist", "fashion_mnist", "cifar10")  # TFDS names that are often misspelled
+# Modules of this package that are not data sets.
 NO_SOURCES = {
     "__init__", "batches", "cache", "captions", "folder_splits", "images", "loader", "prefetch",
     "shape_negatives", "split_names", "splits", "tfds", "tfds_builders", "tokenizer",
@@ -34,13 +34,13 @@ def load(
 
     Args:
       name: `digits`, `digits:28`, `folder:PATH`, or a TFDS name such as `mnist`.
-      data_dir: where TFDS data sets lie or are prepared; TFDS's own default if None.
-      validation: as `with_validation` takes it.
-      may_prepare: whether a data set that is not in `data_dir` may be prepared there.
+      data_dir: The directory of prepared TFDS data sets. If None, TFDS's default directory.
+      validation: The number of validation images; `with_validation` describes 0 and None.
+      may_prepare: If True, a TFDS data set that is not in `data_dir` is downloaded and prepared.
 
     Raises:
-      MissingData: it is neither prepared nor can be downloaded.
-      UserError: the name or what it names is wrong.
+      MissingData: If the data set is not prepared and cannot be downloaded.
+      UserError: If the name is unknown, or the data set is invalid.
     """
     check_name(name)
     source, _, argument = name.partition(":")
@@ -53,56 +53,57 @@ def load(
         data = tfds.load(name, data_dir, may_prepare)
     for split, part in (("training", data.train), ("test", data.test)):
         if not len(part.images):
-            raise UserError(f"data set {name} has no {split} images")
+            raise UserError(f"data set {name} has no {split} images; add some, or give another")
     return with_validation(data, validation)
 
 
 def check_name(name: str) -> None:
-    """Check that the name of a data set is not a path, or a known name in another spelling.
+    """Check that the name of a data set is not a path or a known name in another spelling.
 
     Raises:
-      UserError: it is; the message gives the name to use.
+      UserError: If it is; the message contains the name to use.
     """
     source, colon, argument = name.partition(":")
-    files = {path.stem for path in pathlib.Path(__file__).parent.glob("*.py")} - NO_SOURCES
-    if source in files:
+    sources = {path.stem for path in pathlib.Path(__file__).parent.glob("*.py")} - NO_SOURCES
+    if source in sources:
         return
     path = pathlib.Path(os.path.expanduser(name)) if name.startswith("~") else pathlib.Path(name)
     if name.startswith((".", "/", "~")) or (os.sep in name and path.is_dir()):
         raise UserError(
-            f"--config.data={printable(name)}: is a path; a folder of images is given as "
-            f"--config.data=folder:{printable(name)}"
+            f"--config.data={printable(name)} is a path, not the name of a data set; give a folder "
+            f"of images as --config.data=folder:{printable(name)}"
         )
-    plain = re.sub(r"[\W_]", "", source.lower())
-    for known in sorted({*files, *COMMON}):
-        if source != known and plain == known.replace("_", ""):
+    letters = re.sub(r"[\W_]", "", source.lower())
+    for correct in sorted({*sources, *COMMON}):
+        if source != correct and letters == correct.replace("_", ""):
             raise UserError(
-                f"--config.data={printable(name)}: is spelled {known}; give "
-                f"--config.data={known}{colon}{printable(argument)}"
+                f"--config.data={printable(name)} is not a data set; its name is spelled "
+                f"{correct}: give --config.data={correct}{colon}{printable(argument)}"
             )
 
 
 def is_of_tfds(name: str) -> bool:
-    """Return whether a data set is none that a file here reads."""
-    files = {path.stem for path in pathlib.Path(__file__).parent.glob("*.py")}
-    return name.partition(":")[0] not in files - NO_SOURCES
+    """Return whether data set `name` is read by TFDS and not by a module of this package."""
+    modules = {path.stem for path in pathlib.Path(__file__).parent.glob("*.py")}
+    return name.partition(":")[0] not in modules - NO_SOURCES
 
 
 def check_recorded_dir(name: str, data_dir: Json) -> None:
-    """Check that the folder of TFDS data that a run's record names may be read, and is there.
+    """Check that the TFDS directory in a run's record may be read and contains the data set.
 
     Raises:
-      UserError: TFDS itself has no such data set, or it does not lie there.
+      UserError: If TFDS itself does not have a data set of this name, or it is not in `data_dir`.
     """
     from ddpm_jax.data import tfds_builders
 
     if not tfds_builders.is_known(name):
         raise UserError(
-            f'the data set "{name}" of this run is not one that TFDS itself has; give '
-            "--data_dir=DIR, the folder in which it lies"
+            f'the data set "{name}" of this run is not part of TFDS; give --data_dir=DIR, the '
+            "directory that contains it"
         )
     folder = data_dir if isinstance(data_dir, str) else ""
     if not os.path.isdir(os.path.join(folder, tfds_builders.base_name(name))):
         raise UserError(
-            f'"{data_dir}", where the data of this run were, holds no {name}; give --data_dir=DIR'
+            f'the directory "{data_dir}", from which this run read its data, does not contain '
+            f"{name}; give --data_dir=DIR, the directory that contains it"
         )

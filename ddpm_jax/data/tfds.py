@@ -1,16 +1,15 @@
-"""Any image data set of TFDS by name, read without TensorFlow.
+"""Image data sets of TFDS, read by name without TensorFlow.
 
-`tfds.data_source` needs no TensorFlow, and the builders of `tfds_builders` prepare the usual three
-without it; no class but TFDS's own is imported of a stranger's data set.  What was read once is
-kept in the user's cache as a memory-mapped array: image by image through `tfds.data_source` takes
-most of a millisecond each.
+`tfds.data_source` needs no TensorFlow, and the builders of `tfds_builders` prepare MNIST,
+Fashion-MNIST and CIFAR-10 without it.  Only feature classes of TFDS itself are imported, because
+the files of a data set may be untrusted.  Decoded images are cached as memory-mapped arrays,
+because `tfds.data_source` needs almost a millisecond for each image.
 """
 
 import contextlib
 import hashlib
 import os
 import pathlib
-import urllib.error
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,41 +24,38 @@ from ddpm_jax.data.tfds_builders import (
     PREPARED_HERE,
     Builder,
     Connector,
-    address,
     base_name,
     first_line,
-    have_tensorflow,
     known_names,
     library,
-    make_folder,
-    reachable,
-    without_tensorflow,
+    prepare,
 )
 from ddpm_jax.data.types import Data, Split
-from ddpm_jax.errors import MissingData, UserError, nearest, printable
+from ddpm_jax.errors import UserError, nearest, printable
 from ddpm_jax.system.terminal import print_error
 
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-CAPTIONS = ("caption", "captions", "text", "description")  # names of a feature, the first of them
-VERSION = 5  # of what is kept: another where the same records are read in another way
+CAPTIONS = ("caption", "captions", "text", "description")  # feature names, the preferred one first
+VERSION = 5  # of the cached data; increase it when the same records are decoded differently
 CHUNK = 1000  # records read at a time
-MANY = 5000  # records, from which on it takes seconds to decode them
+MANY = 5000  # more records than this take seconds to decode
 Label: TypeAlias = int | str | None
 Source: TypeAlias = Any  # TFDS's random access to the records of a split
-Record: TypeAlias = Any  # the features of a record by name, as protobuf holds them
+Record: TypeAlias = Any  # the protobuf features of a record by name
 
 
 def load(name: str, data_dir: str | None, may_prepare: bool = True) -> Data:
-    """Read TFDS data set `name` (`NAME[/CONFIG][:VERSION]`), preparing it where needed.
+    """Read a TFDS data set; download and prepare it if needed.
 
     Args:
-      data_dir: where it lies or is prepared; None: in TFDS's own folder.
-      may_prepare: whether it may be prepared there.
+      name: The name of the data set, `NAME[/CONFIG][:VERSION]`.
+      data_dir: The directory of prepared data sets. If None, TFDS's default directory.
+      may_prepare: If True, a data set that is not in `data_dir` is downloaded and prepared.
 
     Raises:
-      MissingData: it is not prepared and its host does not answer within 3 seconds.
-      UserError: TFDS knows no such data set, it holds no images of one size, it needs
-        TensorFlow to be prepared, or it has feature classes that are not TFDS's.
+      MissingData: If the data set is not prepared and its host does not answer within 3 seconds.
+      UserError: If TFDS has no data set of this name, it does not contain images of one size, its
+        preparation needs TensorFlow, or it has feature classes that are not part of TFDS.
     """
     tfds = library()
     root = pathlib.Path(os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)).absolute()
@@ -70,12 +66,15 @@ def load(name: str, data_dir: str | None, may_prepare: bool = True) -> Data:
     except tfds.core.DatasetNotFoundError:
         hint = nearest(base_name(name), [*known_names(), "digits"])
         raise UserError(f'there is no data set "{printable(name)}"{hint}') from None
-    except Exception as error:  # whatever TFDS raises of a name or of damaged files
+    except Exception as error:  # TFDS may raise any exception for an invalid name or damaged files
         raise UserError(f"data set {name}: {first_line(error)}") from None
     folder = pathlib.Path(str(builder.data_path))
     if not (folder / "dataset_info.json").exists():
         if not may_prepare:
-            raise UserError(f"there is no data set {name} in {root}; give --data_dir=DIR of one")
+            raise UserError(
+                f"there is no data set {name} in {root}; give --data_dir=DIR, the directory that "
+                "contains it"
+            )
         builder = prepare(builder.name if name in PREPARED_HERE else name, builder, root)
         folder = pathlib.Path(str(builder.data_path))
     stamp = hashlib.sha256(f"{VERSION} {name}".encode())
@@ -87,54 +86,15 @@ def load(name: str, data_dir: str | None, may_prepare: bool = True) -> Data:
     return decoded_once(folder, stamp.hexdigest(), lambda: _decode(name, builder))
 
 
-def prepare(
-    name: str, builder: Builder, root: pathlib.Path, manual_dir: str | None = None
-) -> Builder:
-    """Download and prepare a data set below `root`; returns a builder that can read it.
-
-    Args:
-      name: MNIST, Fashion-MNIST and CIFAR-10 need no TensorFlow; others may.
-      builder: TFDS's own builder of it.
-      root: the folder of TFDS data sets.
-      manual_dir: a folder of files that were downloaded already; checksums are compared.
-
-    Raises:
-      MissingData: it cannot be downloaded.
-      UserError: it needs TensorFlow, or its files cannot be read or written.
-    """
-    tfds = library()
-    here = name in PREPARED_HERE
-    if here:
-        with tfds.core.registered.skip_registration():
-            builder = without_tensorflow(name)(data_dir=root)
-    elif not have_tensorflow():
-        raise UserError(
-            f"data set {name} is not prepared in {root}, and TFDS needs TensorFlow to prepare "
-            "it: pip install tensorflow, or prepare it elsewhere and give --data_dir"
-        )
-    if manual_dir is None and not reachable(address(builder)):
-        raise MissingData(
-            f"data set {name} is not prepared in {root}, and its host does not answer; "
-            "give --data_dir=DIR where it is prepared, or try again with a network"
-        )
-    print_error(f"preparing {name} in {root}")
-    config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
-    try:
-        make_folder(root)
-        builder.download_and_prepare(download_config=config, file_format="array_record")
-    except UserError:
-        raise
-    except Exception as error:
-        import requests
-
-        network = isinstance(error, (requests.RequestException, urllib.error.URLError))
-        kind = MissingData if network or "DownloadError" in type(error).__name__ else UserError
-        raise kind(f"data set {name} could not be prepared: {first_line(error)}") from error
-    return tfds.builder(name, data_dir=root)
-
-
 class _Features(NamedTuple):
-    """Which features are read: a label (and its classes, if they are named) and a caption."""
+    """The features of a data set that are read, in addition to the image.
+
+    Attributes:
+      label: The name of the feature of labels; None if there are no labels.
+      classes: The names of the classes; None if the data set has no names for them.
+      caption: The name of the feature of captions; None if there are no captions.
+      notes: Notes for the user.
+    """
 
     label: str | None
     classes: tuple[str, ...] | None
@@ -143,7 +103,7 @@ class _Features(NamedTuple):
 
 
 class _Examples(NamedTuple):
-    """A split as it is read: labels are numbers or texts, None where there is none."""
+    """The decoded examples of a split; a label is a number, a text, or None if it is missing."""
 
     images: np.ndarray
     labels: list[Label]
@@ -151,7 +111,7 @@ class _Examples(NamedTuple):
     notes: tuple[str, ...]
 
     def rows(self, rows: np.ndarray) -> "_Examples":
-        """Return the examples at some rows, without the notes of the whole."""
+        """Return the examples at positions `rows`, without notes."""
         captions = [self.captions[row] for row in rows] if self.captions else []
         return _Examples(self.images[rows], [self.labels[row] for row in rows], captions, ())
 
@@ -160,31 +120,32 @@ def _decode(name: str, builder: Builder) -> Data:
     splits = split_folders(builder.info.splits)
     if "train" not in splits:
         raise UserError(
-            f"data set {name} has no train split, only {', '.join(builder.info.splits)}"
+            f"data set {name} has no train split, only {', '.join(builder.info.splits)}; give a "
+            "data set with training images"
         )
     features = _features(name, builder.info.features)
     if builder.info.splits.total_num_examples > MANY:
-        print_error(f"decoding {name}, once")
+        print_error(f"decoding {name}; later runs read the decoded images from the cache")
     names = {split: folders[0] for split, folders in splits.items()}
-    if "test" not in names and "validation" in names:  # the only held-out images are for the end
+    if "test" not in names and "validation" in names:  # the final metrics need a test split
         names["test"] = names.pop("validation")
     order = [split for split in ("train", "test", "validation") if split in names]
-    read = {split: _read(name, builder, names[split], features) for split in order}
-    notes = features.notes + tuple(note for part in read.values() for note in part.notes)
-    if "test" not in read:  # every tenth example is held out
-        held_out = np.arange(len(read["train"].images)) % 10 == 9
-        train, test = (read["train"].rows(np.flatnonzero(r)) for r in (~held_out, held_out))
-        read = {"train": train, "test": test}
-        notes += ("it has no test split: every tenth training example is held out instead",)
-    left = sorted(set(builder.info.splits) - set(names.values()))
-    if left:
-        notes += (f"its splits {', '.join(left)} are not used",)
-    labels, classes = _labels(name, features, {s: part.labels for s, part in read.items()})
-    parts = {s: Split(part.images, labels[s]) for s, part in read.items()}
+    examples = {split: _read(name, builder, names[split], features) for split in order}
+    notes = features.notes + tuple(note for part in examples.values() for note in part.notes)
+    if "test" not in examples:
+        held_out = np.arange(len(examples["train"].images)) % 10 == 9
+        train, test = (examples["train"].rows(np.flatnonzero(r)) for r in (~held_out, held_out))
+        examples = {"train": train, "test": test}
+        notes += ("it has no test split; every tenth training example is used as the test split",)
+    unused = sorted(set(builder.info.splits) - set(names.values()))
+    if unused:
+        notes += (f"its splits {', '.join(unused)} are not used",)
+    labels, classes = _labels(name, features, {s: part.labels for s, part in examples.items()})
+    parts = {s: Split(part.images, labels[s]) for s, part in examples.items()}
     if features.caption:
-        tokens, odd = usable_captions({s: part.captions for s, part in read.items()})
+        tokens, token_notes = usable_captions({s: part.captions for s, part in examples.items()})
         parts = {s: part._replace(captions=tokens[s]) for s, part in parts.items()}
-        notes += odd
+        notes += token_notes
     return Data(
         name=name,
         title=TITLES.get(builder.name, builder.name),
@@ -199,15 +160,18 @@ def _decode(name: str, builder: Builder) -> Data:
 
 
 def _features(name: str, features: Connector) -> _Features:
-    """Return which features of a data set are read."""
-    kinds = library().features
-    features = dict(features) if isinstance(features, kinds.FeaturesDict) else {}
+    """Return the features of a data set that are read."""
+    types = library().features
+    features = dict(features) if isinstance(features, types.FeaturesDict) else {}
     image = features.get("image")
-    if not isinstance(image, kinds.Image):
-        raise UserError(f"data set {name} holds no images: its features are {', '.join(features)}")
+    if not isinstance(image, types.Image):
+        raise UserError(
+            f"data set {name} has no images in a feature called image; its features are "
+            f"{', '.join(features)}"
+        )
     if np.dtype(image.np_dtype).kind != "u":
         raise UserError(
-            f"data set {name} holds {image.np_dtype} images, whose range is not known; write them "
+            f"data set {name} contains {image.np_dtype} images, whose range is unknown; write them "
             "to a folder of 8-bit images and use folder:PATH"
         )
     caption = next(
@@ -216,7 +180,7 @@ def _features(name: str, features: Connector) -> _Features:
     label = features.get("label")
     if label is None:
         return _Features(None, None, caption)
-    if isinstance(label, kinds.ClassLabel) and label.num_classes is not None:
+    if isinstance(label, types.ClassLabel) and label.num_classes is not None:
         return _Features("label", tuple(label.names), caption)
     if getattr(label, "shape", None) == () and (
         _is_text(label) or np.dtype(label.np_dtype).kind in "iub"
@@ -228,25 +192,28 @@ def _features(name: str, features: Connector) -> _Features:
 def _labels(
     name: str, features: _Features, labels_of: dict[str, list[Label]]
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Return numbers of classes [N] by split, -1 where there is none, and the classes.
+    """Return the labels of each split, int32 [N], -1 if missing, and the names of the classes.
 
-    Where the data set names no classes, they are the different labels, sorted.
+    If the data set does not name its classes, the classes are the distinct labels, sorted.
     """
     present = {label for labels in labels_of.values() for label in labels} - {None, -1, ""}
-    numbers: dict[Label, int]
+    class_index: dict[Label, int]
     if features.classes is None:
         # Labels of one data set are all numbers or all texts.
         ordered: list[Label] = sorted(present)  # type: ignore[type-var]
-        numbers = {label: number for number, label in enumerate(ordered)}
-        classes = tuple(str(label) for label in numbers)
+        class_index = {label: index for index, label in enumerate(ordered)}
+        classes = tuple(str(label) for label in class_index)
     else:
         classes = features.classes
-        numbers = {number: number for number in range(len(classes))}
-        if odd := present - numbers.keys():
-            least = min(odd)  # type: ignore[type-var]
-            raise UserError(f"data set {name} has a label {least}, and {len(classes)} classes")
+        class_index = {index: index for index in range(len(classes))}
+        if invalid := present - class_index.keys():
+            least = min(invalid)  # type: ignore[type-var]
+            raise UserError(
+                f"data set {name} has a label {least}, but labels must be from 0 to "
+                f"{len(classes) - 1}; prepare it again with valid labels"
+            )
     return {
-        split: np.array([numbers.get(label, -1) for label in labels], np.int32)
+        split: np.array([class_index.get(label, -1) for label in labels], np.int32)
         for split, labels in labels_of.items()
     }, classes
 
@@ -254,8 +221,8 @@ def _labels(
 def _read(name: str, builder: Builder, split: str, features: _Features) -> _Examples:
     """Return every example of a split that can be decoded.
 
-    The records come in bulk from TFDS's data source, and only the features that are
-    wanted are parsed and decoded: a fifth of the time of example after example.
+    The records are read in chunks, and only the features in use are decoded, which takes a fifth of
+    the time of reading the examples of `tfds.data_source` one by one.
     """
     images: np.ndarray | None = None
     examples = _Examples(np.empty(0), [], [], ())
@@ -266,27 +233,30 @@ def _read(name: str, builder: Builder, split: str, features: _Features) -> _Exam
         for number, record in enumerate(_records(source)):
             encoded = record["image"].bytes_list.value
             try:
-                image, moves, dim = decode(encoded[0] if encoded else b"")
-            except Exception as error:  # Pillow raises whatever its decoders raise
+                image, is_animated, is_dark = decode(encoded[0] if encoded else b"")
+            except Exception as error:  # the decoders of Pillow may raise any exception
                 corrupt.append(f"number {number} ({reason_of(error)})")
                 continue
             row = len(examples.labels)
-            images = _placed(name, images, row, image, len(source))
-            animated += moves
-            dark += dim
+            images = _with_image(name, images, row, image, len(source))
+            animated += is_animated
+            dark += is_dark
             examples.labels.append(_label(record, features.label))
-            if features.caption:  # the first of several
+            if features.caption:  # use the first of several captions
                 words = record[features.caption].bytes_list.value
                 examples.captions.append(words[0].decode(errors="replace").strip() if words else "")
     if images is None:
-        why = f": {corrupt[0]}" if corrupt else ""
-        raise UserError(f"split {split} of data set {name} has no image that can be read{why}")
+        reason = f" ({corrupt[0]})" if corrupt else ""
+        raise UserError(
+            f"split {split} of data set {name} has no image that can be read{reason}; prepare it "
+            "again, or give another data set"
+        )
     notes: tuple[str, ...] = ()
     if corrupt:
-        shown = ", ".join(corrupt[:5]) + (", ..." if len(corrupt) > 5 else "")
-        notes += (f"skipped {len(corrupt)} corrupt of {len(source)} {split} images: {shown}",)
+        listed = ", ".join(corrupt[:5]) + (", ..." if len(corrupt) > 5 else "")
+        notes += (f"skipped {len(corrupt)} corrupt of {len(source)} {split} images: {listed}",)
     if animated:
-        notes += (f"{animated} {split} images have several frames: the first is used",)
+        notes += (f"{animated} {split} images have several frames; only the first frame is used",)
     if dark:
         notes += (f"{dark} {split} {DARK_NOTE}",)
     return examples._replace(images=images[: len(examples.labels)], notes=notes)
@@ -294,7 +264,7 @@ def _read(name: str, builder: Builder, split: str, features: _Features) -> _Exam
 
 @contextlib.contextmanager
 def _readable(name: str, builder: Builder) -> Iterator[None]:
-    """Turn what TFDS raises about files that it cannot read into an error of one line."""
+    """Replace exceptions of TFDS about files that it cannot read by a UserError of one line."""
     try:
         yield
     except UserError:
@@ -302,12 +272,12 @@ def _readable(name: str, builder: Builder) -> Iterator[None]:
     except Exception as error:
         raise UserError(
             f"data set {name} in {builder.data_path} cannot be read ({first_line(error)}); "
-            "prepare it again in another folder, and give that as --data_dir"
+            "prepare it again in another directory, and give this as --data_dir=DIR"
         ) from error
 
 
 def _records(source: Source) -> Iterator[Record]:
-    """Yield the features of every record, as they are stored."""
+    """Yield the encoded features of every record."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     for start in range(0, len(source), CHUNK):
@@ -315,17 +285,20 @@ def _records(source: Source) -> Iterator[Record]:
             yield tf_example_pb2.Example.FromString(record).features.feature
 
 
-def _placed(
+def _with_image(
     name: str, images: np.ndarray | None, row: int, image: np.ndarray, count: int
 ) -> np.ndarray:
-    """Return `images` with `image` in its row; grey ones join the colour ones, if there are any."""
+    """Return `images` [count, H, W, C] with `image` in row `row`.
+
+    If some images are grey and others are RGB, all of them become RGB.
+    """
     if images is None:
         images = np.empty((count, *image.shape), np.uint8)
     if image.shape[:2] != images.shape[1:3]:
         sizes = " and ".join(f"{w}x{h}" for h, w in (images.shape[1:3], image.shape[:2]))
         raise UserError(
-            f"data set {name} holds images of different sizes ({sizes}); write them to a folder at "
-            "one size and use folder:PATH"
+            f"data set {name} contains images of different sizes ({sizes}); resize them to one "
+            "size, write them to a folder and use folder:PATH"
         )
     if image.shape[2] > images.shape[3]:
         images = np.repeat(images, image.shape[2], 3)
@@ -334,7 +307,7 @@ def _placed(
 
 
 def _label(record: Record, name: str | None) -> Label:
-    """Return a record's label; None: it has none."""
+    """Return the label of a record, the feature `name`; None if it is missing."""
     if name is None:
         return None
     words, numbers = record[name].bytes_list.value, record[name].int64_list.value
@@ -344,6 +317,6 @@ def _label(record: Record, name: str | None) -> Label:
 
 
 def _is_text(feature: Connector) -> bool:
-    """Return whether it is a text, or a list of some."""
-    kind = getattr(feature, "np_dtype", None)
-    return isinstance(kind, (np.dtype, type)) and np.dtype(kind) == object
+    """Return whether a feature is a text or a list of texts."""
+    dtype = getattr(feature, "np_dtype", None)
+    return isinstance(dtype, (np.dtype, type)) and np.dtype(dtype) == object

@@ -1,8 +1,8 @@
-"""TFDS, imported on demand, and builders of MNIST, Fashion-MNIST and CIFAR-10 without TensorFlow.
+"""Import of TFDS on demand, and preparation of its data sets.
 
-TFDS's own builders of these three need it to extract and encode.  TFDS encodes PIL images without
-it, so the builders here are TFDS's, with its downloads and checksums, and only the reading of the
-files is new.
+The builders of TFDS for MNIST, Fashion-MNIST and CIFAR-10 need TensorFlow to extract and encode
+images.  The builders of this module inherit downloads and checksums from them, read the original
+files without TensorFlow, and pass PIL images to TFDS, which it encodes without TensorFlow.
 """
 
 import contextlib
@@ -25,23 +25,24 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 from PIL import Image
 
-from ddpm_jax.errors import UserError, printable
+from ddpm_jax.errors import MissingData, UserError, printable
+from ddpm_jax.system.terminal import print_error
 
-Library: TypeAlias = Any  # the module, which has no types
-Builder: TypeAlias = Any  # TFDS's reader and preparer of one data set
-DownloadManager: TypeAlias = Any  # TFDS's, which compares checksums
-Connector: TypeAlias = Any  # TFDS's description of one feature, or its class
+Library: TypeAlias = Any  # the module tensorflow_datasets, which has no types
+Builder: TypeAlias = Any  # tfds.core.DatasetBuilder, which prepares and reads a data set
+DownloadManager: TypeAlias = Any  # tfds.download.DownloadManager, which compares checksums
+Connector: TypeAlias = Any  # tfds.features.FeatureConnector, or a subclass
 
-PREPARED_HERE = ("mnist", "fashion_mnist", "cifar10")
+PREPARED_HERE = ("mnist", "fashion_mnist", "cifar10")  # prepared without TensorFlow
 PROBE_SECONDS = 3.0
 NAME = re.compile(r"\w+(/[\w.\-]+)?(:[\d*]+(\.[\d*]+)*)?", re.ASCII)
-OWN_CLASS = re.compile(r"tensorflow_datasets(\.\w+)+", re.ASCII)
+TFDS_CLASS = re.compile(r"tensorflow_datasets(\.\w+)+", re.ASCII)
 Examples: TypeAlias = Iterator[tuple[int, dict[str, str | int | Image.Image]]]
 
 
 @functools.cache
 def library() -> Library:
-    """Import TFDS, which then imports no feature class but its own."""
+    """Import TFDS, restricted to its own feature classes, and return the module."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with contextlib.redirect_stderr(io.StringIO()):
         import tensorflow_datasets as tfds
@@ -51,18 +52,21 @@ def library() -> Library:
 
 
 def _refuse_other_classes(connector: Connector) -> None:
-    """Let TFDS import no feature class but its own: a file names it, which may be a stranger's."""
-    find = connector.cls_from_name  # the one function that imports what a file names
+    """Prevent TFDS from importing classes outside of TFDS that the files of a data set name.
 
-    def own_alone(cls: Connector, name: str) -> Connector:
-        if not OWN_CLASS.fullmatch(name):
+    The files may be untrusted, and an import runs code.
+    """
+    original = connector.cls_from_name  # the only function that imports a class by its name
+
+    def cls_from_name(cls: Connector, name: str) -> Connector:
+        if not TFDS_CLASS.fullmatch(name):
             raise ValueError(
-                f"features.json names the class {printable(name)[:80]}, which is not one of TFDS's "
-                "own and is not imported; prepare the data set with features of TFDS"
+                f"features.json names the class {printable(name)[:80]}, which is not part of TFDS "
+                "and is not imported; prepare the data set with features of TFDS"
             )
-        return find(name)
+        return original(name)
 
-    connector.cls_from_name = classmethod(own_alone)
+    connector.cls_from_name = classmethod(cls_from_name)
 
 
 def base_name(name: str) -> str:
@@ -71,40 +75,82 @@ def base_name(name: str) -> str:
 
 
 def is_known(name: str) -> bool:
-    """Return whether TFDS itself has the builder of a data set."""
+    """Return whether TFDS itself has a builder for data set `name`."""
     return bool(NAME.fullmatch(name)) and base_name(name) in known_names()
 
 
 @functools.cache
 def known_names() -> tuple[str, ...]:
-    """Return the data sets whose builders TFDS itself has."""
+    """Return the names of the data sets for which TFDS itself has builders."""
     return tuple(library().list_builders(with_community_datasets=False))
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
+    """Return the first line of the message of an error, or the name of its type."""
     lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)[:500]
+
+
+def prepare(
+    name: str, builder: Builder, root: pathlib.Path, manual_dir: str | None = None
+) -> Builder:
+    """Download and prepare a data set below `root`, and return a builder that reads it.
+
+    Args:
+      name: The name of the data set. Those in `PREPARED_HERE` need no TensorFlow; others may.
+      builder: The builder of TFDS for the data set.
+      root: The directory of prepared data sets.
+      manual_dir: A directory of files that are already downloaded. Their checksums are compared.
+
+    Raises:
+      MissingData: If the data set cannot be downloaded.
+      UserError: If the preparation needs TensorFlow, or files cannot be read or written.
+    """
+    tfds = library()
+    if name in PREPARED_HERE:
+        with tfds.core.registered.skip_registration():
+            builder = without_tensorflow(name)(data_dir=root)
+    elif not have_tensorflow():
+        raise UserError(
+            f"data set {name} is not prepared in {root}, and TFDS needs TensorFlow to prepare "
+            "it; pip install tensorflow, or prepare it on another machine and give --data_dir=DIR"
+        )
+    if manual_dir is None and not reachable(address(builder)):
+        raise MissingData(
+            f"data set {name} is not prepared in {root}, and its host does not answer; "
+            "give --data_dir=DIR, a directory that contains it, or connect to a network"
+        )
+    print_error(f"preparing {name} in {root}")
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
+    try:
+        make_folder(root)
+        builder.download_and_prepare(download_config=config, file_format="array_record")
+    except UserError:
+        raise
+    except Exception as error:
+        import requests
+
+        network = isinstance(error, (requests.RequestException, urllib.error.URLError))
+        download_failed = network or "DownloadError" in type(error).__name__
+        error_type = MissingData if download_failed else UserError
+        raise error_type(f"data set {name} could not be prepared: {first_line(error)}") from error
+    return tfds.builder(name, data_dir=root)
 
 
 # Builders that need no TensorFlow.
 
 
 def without_tensorflow(name: str) -> type[Builder]:
-    """Return TFDS's builder of a data set, which reads the original files in another way.
-
-    Raises:
-      NotImplementedError: from the builder, if TFDS asks it for examples outside of a split.
-    """
+    """Return a builder for a data set of `PREPARED_HERE` that does not need TensorFlow."""
     tfds = library()
     original = tfds.builder_cls(name)
     cifar = name == "cifar10"
 
     class Prepared(original):  # type: ignore[misc]
-        """TFDS's builder; its files are read with gzip and tarfile, its images through PIL."""
+        """Builder that reads files with gzip and tarfile, and images with PIL."""
 
         @classmethod
-        def _get_pkg_dir_path(cls) -> os.PathLike[str]:  # where TFDS keeps the checksums
+        def _get_pkg_dir_path(cls) -> os.PathLike[str]:  # the directory of TFDS's checksums
             directory: os.PathLike[str] = original._get_pkg_dir_path()
             return directory
 
@@ -113,9 +159,9 @@ def without_tensorflow(name: str) -> type[Builder]:
                 (path,) = dl_manager.download([address(self)])
                 return {s: _cifar10(path, s) for s in ("train", "test")}
             urls = {
-                (split, kind): urllib.parse.urljoin(self.URL, f"{prefix}-{kind}-ubyte.gz")
+                (split, content): urllib.parse.urljoin(self.URL, f"{prefix}-{content}-ubyte.gz")
                 for split, prefix in (("train", "train"), ("test", "t10k"))
-                for kind in ("images-idx3", "labels-idx1")
+                for content in ("images-idx3", "labels-idx1")
             }
             paths = dl_manager.download({"-".join(k): url for k, url in urls.items()})
             return {
@@ -124,7 +170,7 @@ def without_tensorflow(name: str) -> type[Builder]:
             }
 
         def _generate_examples(self) -> NoReturn:
-            raise NotImplementedError("each split above is its own generator")
+            raise NotImplementedError("_split_generators returns the examples of each split")
 
     Prepared.name = name
     Prepared.__module__ = original.__module__
@@ -132,19 +178,20 @@ def without_tensorflow(name: str) -> type[Builder]:
 
 
 def _idx(images: os.PathLike[str], labels: os.PathLike[str]) -> Examples:
-    """Yield the examples of gzipped IDX files: a header of 16 or 8 bytes, then raw bytes."""
+    """Yield the examples of gzipped IDX files; headers have 16 bytes (images) and 8 (labels)."""
     with gzip.open(str(images)) as file:
         pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
     with gzip.open(str(labels)) as file:
-        numbers = np.frombuffer(file.read(), np.uint8, offset=8)
-    for row, (image, number) in enumerate(zip(pixels, numbers, strict=True)):
-        yield row, {"image": Image.fromarray(image), "label": int(number)}
+        values = np.frombuffer(file.read(), np.uint8, offset=8)
+    for row, (image, label) in enumerate(zip(pixels, values, strict=True)):
+        yield row, {"image": Image.fromarray(image), "label": int(label)}
 
 
 def _cifar10(path: os.PathLike[str], split: str) -> Examples:
-    """Yield the images of the binary version: a label, then 3 x 32 x 32 bytes, channels first.
+    """Yield the examples of the binary version of CIFAR-10.
 
-    TFDS's `id` is the example's number within its split, and its keys are the same.
+    Each record is one byte of the label, then 3 x 32 x 32 bytes of the pixels, channels first. As
+    in TFDS, the key of an example and its `id` contain its number within the split.
     """
     batches = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
     row = 0
@@ -166,11 +213,11 @@ def _cifar10(path: os.PathLike[str], split: str) -> Examples:
                 row += 1
 
 
-# The network: known to be there, or not, before TFDS tries for minutes.
+# TFDS retries a failed download for minutes, so the connection is checked first.
 
 
 def address(builder: Builder) -> str | None:
-    """Return where a data set is downloaded from; None: it is not known."""
+    """Return the URL from which a data set is downloaded; None if it is unknown."""
     if hasattr(builder, "_cifar_info"):
         return str(builder._cifar_info.url)
     if hasattr(builder, "URL"):
@@ -179,24 +226,27 @@ def address(builder: Builder) -> str | None:
 
 
 def reachable(url: str | None, seconds: float = PROBE_SECONDS) -> bool:
-    """Return whether a HEAD request is answered within `seconds`, name look-up included."""
+    """Return whether the host of `url` answers a HEAD request within `seconds`.
+
+    The time includes the look-up of the host name. If `url` is None, return True.
+    """
     if url is None:
-        return True  # no address to ask: TFDS finds out
+        return True  # the download itself will fail if there is no connection
     answered = threading.Event()
 
-    def ask() -> None:
+    def request_head() -> None:
         request = urllib.request.Request(url, method="HEAD")
         try:
             urllib.request.urlopen(request, timeout=seconds).close()
         except urllib.error.HTTPError:
-            pass  # an answer, too
+            pass  # the host has answered
         except (OSError, ValueError):
             return
         answered.set()
 
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(seconds)
+    thread = threading.Thread(target=request_head, daemon=True)  # a look-up has no timeout
+    thread.start()
+    thread.join(seconds)
     return answered.is_set()
 
 
@@ -206,12 +256,14 @@ def have_tensorflow() -> bool:
 
 
 def make_folder(root: pathlib.Path) -> None:
-    """Make the folder of data sets, before anything is downloaded.
+    """Create the directory of data sets, before anything is downloaded.
 
     Raises:
-      UserError: it cannot be made.
+      UserError: If it cannot be created.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {root}: {error.strerror}") from None
+        raise UserError(
+            f"cannot create {root}: {error.strerror}; give --data_dir=DIR, a writable directory"
+        ) from None

@@ -1,6 +1,6 @@
-"""Captions as bytes: a tokenizer of any language without a vocabulary file.
+"""Byte tokenizer of captions, for all languages and without a vocabulary file.
 
-Token b is byte b of the text in UTF-8; 0, which a text does not hold, is padding.  Numpy alone.
+Each token is one byte of the text in UTF-8.  Token 0 is padding; byte 0 is removed from texts.
 """
 
 from collections.abc import Iterable
@@ -11,11 +11,14 @@ PADDING = 0
 
 
 def tokenize(texts: Iterable[str], length: int) -> np.ndarray:
-    """Return texts as rows of bytes [texts, length] uint8, cut at a character and padded."""
+    """Return the tokens of texts, uint8 [texts, length], truncated or padded to `length`.
+
+    A text is truncated between two characters, not within one.
+    """
     rows = [_bytes(text)[: length + 1] for text in texts]
     tokens = np.full((len(rows), length), PADDING, np.uint8)
     for row, content in zip(tokens, rows, strict=True):
-        if len(content) > length:  # not within a character: its first byte is not 10xxxxxx
+        if len(content) > length:  # in UTF-8, only the first byte of a character is not 10xxxxxx
             end = length
             while end and content[end] & 0xC0 == 0x80:
                 end -= 1
@@ -24,24 +27,27 @@ def tokenize(texts: Iterable[str], length: int) -> np.ndarray:
     return tokens
 
 
-LONGEST = 256  # tokens of a data set's captions, at the most
+MAX_LENGTH = 256  # the largest number of tokens of a caption of a data set
 
 
-def fitting(texts: Iterable[str]) -> int:
-    """Return how many tokens a data set's captions need, in sixteens, up to `LONGEST`."""
+def padded_length(texts: Iterable[str]) -> int:
+    """Return the number of tokens of the longest caption, rounded up to a multiple of 16.
+
+    The result is at most `MAX_LENGTH`; longer captions are truncated.
+    """
     longest = max((size(text) for text in texts), default=0)
-    return min(-(-max(longest, 1) // 16) * 16, LONGEST)
+    return min(-(-max(longest, 1) // 16) * 16, MAX_LENGTH)
 
 
 def untokenize(tokens: np.ndarray) -> list[str]:
-    """Return the texts of tokens [texts, length], as far as they were not cut."""
+    """Return the texts of tokens [texts, length]; truncated texts stay truncated."""
     return [bytes(row[row != PADDING]).decode(errors="replace") for row in tokens]
 
 
 def size(text: str) -> int:
-    """Return how many tokens the whole of a text has."""
+    """Return the number of tokens of a text before truncation and padding."""
     return len(_bytes(text))
 
 
 def _bytes(text: str) -> bytes:
-    return text.replace("\0", "").encode(errors="replace")  # lone surrogates are not UTF-8
+    return text.replace("\0", "").encode(errors="replace")  # UTF-8 cannot encode lone surrogates

@@ -1,4 +1,4 @@
-"""Data: real files through TFDS, the embedded digits, folders, order and batches."""
+"""Data sets: order and batches, digits, validation splits, folders and files of TFDS."""
 
 import json
 import pathlib
@@ -27,11 +27,11 @@ def test_every_epoch_shows_every_example_once():
 
 
 def test_order_is_a_function_of_seed_and_step_alone():
-    whole = batches_module.epoch_order(seed=3, size=10)(0, 40)
+    order = batches_module.epoch_order(seed=3, size=10)(0, 40)
     later = batches_module.epoch_order(seed=3, size=10)
-    for start in (36, 8, 20, 0):  # in any order, from a fresh start
-        assert np.array_equal(later(start, start + 4), whole[start : start + 4])
-    assert not np.array_equal(batches_module.epoch_order(seed=4, size=10)(0, 40), whole)
+    for start in (36, 8, 20, 0):  # in any order, by a new function
+        assert np.array_equal(later(start, start + 4), order[start : start + 4])
+    assert not np.array_equal(batches_module.epoch_order(seed=4, size=10)(0, 40), order)
 
 
 def test_a_batch_may_be_larger_than_the_data():
@@ -43,7 +43,7 @@ def split(size):
     return types.Split(images, np.arange(size, dtype=np.int32))
 
 
-def test_stacked_batches_are_the_single_ones():
+def test_stacked_batches_contain_the_single_batches():
     plan = [(0, 3), (3, 4), (4, 7)]
     single = batches_module.training_batches(split(50), 0, 8, [(i, i + 1) for i in range(7)], None)
     singles = list(single)
@@ -58,7 +58,7 @@ def test_stacked_batches_are_the_single_ones():
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 64])
-def test_evaluation_counts_every_example_once(batch_size):
+def test_evaluation_batches_contain_every_example_once(batch_size):
     seen = []
     for batch, count in batches_module.evaluation_batches(split(10), batch_size):
         assert len(batch.images) == batch_size
@@ -66,23 +66,23 @@ def test_evaluation_counts_every_example_once(batch_size):
     assert seen == list(range(10))
 
 
-def test_prefetching_changes_nothing_and_passes_errors_on():
+def test_prefetching_preserves_batches_and_raises_their_errors():
     assert list(prefetch(iter(range(50)), lambda x: x * 2)) == list(range(0, 100, 2))
 
     def breaks():
         yield 1
-        raise OSError("the disk is gone")
+        raise OSError("the disk has failed")
 
     batches = prefetch(breaks(), lambda x: x)
     assert next(batches) == 1
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(OSError, match="the disk has failed"):
         next(batches)
 
 
-# The embedded digits.
+# Digits.
 
 
-def test_digits_are_scikit_learns():
+def test_digits_are_those_of_scikit_learn():
     from sklearn.datasets import load_digits
 
     data = loader.load("digits", validation=0)
@@ -95,7 +95,7 @@ def test_digits_are_scikit_learns():
     assert together.max() == 16
 
 
-def test_resized_digits_say_what_they_are():
+def test_the_description_of_resized_digits_names_digits_and_size():
     data = loader.load("digits:28")
     assert data.shape == (28, 28, 1)
     assert "28x28" in data.title
@@ -107,7 +107,7 @@ def test_resized_digits_say_what_they_are():
 
 
 def numbered(size, validation=None):
-    """A data set whose images are their own numbers."""
+    """Return a data set whose images and labels are their indices."""
 
     def split(numbers):
         images = np.array(numbers, np.int64).view(np.uint8).reshape(-1, 8, 1, 1)
@@ -119,7 +119,7 @@ def numbered(size, validation=None):
 
 
 @pytest.mark.parametrize(
-    ("size", "asked", "count"),
+    ("size", "requested", "count"),
     [
         (2, None, 1),
         (9, None, 1),
@@ -129,8 +129,8 @@ def numbered(size, validation=None):
         (100, 99, 99),
     ],
 )
-def test_a_validation_split_is_cut_from_the_training_images_by_a_fixed_seed(size, asked, count):
-    data = splits.with_validation(numbered(size), asked)
+def test_a_fixed_seed_moves_training_images_to_the_validation_split(size, requested, count):
+    data = splits.with_validation(numbered(size), requested)
     assert len(data.validation.images) == count
     together = np.concatenate([data.train.labels, data.validation.labels])
     assert sorted(together) == list(range(size))
@@ -139,66 +139,68 @@ def test_a_validation_split_is_cut_from_the_training_images_by_a_fixed_seed(size
             np.asarray(part.images).reshape(-1, 8).view(np.int64)[:, 0], part.labels
         )
         assert (np.diff(part.labels) > 0).all()
-    again = splits.with_validation(numbered(size), asked)
+    again = splits.with_validation(numbered(size), requested)
     assert np.array_equal(again.validation.labels, data.validation.labels)
     assert list(data.test.labels) == [size, size + 1, size + 2]
 
 
-def test_a_set_that_no_validation_images_can_be_cut_from_is_refused():
+def test_a_set_without_enough_images_for_a_validation_split_is_refused():
     endless = numbered(1)
     endless = endless._replace(train=types.Split(range(types.ENDLESS), range(types.ENDLESS)))
-    for data, says in ((endless, "endless"), (numbered(1), "one training image")):
-        with pytest.raises(UserError, match=says):
+    for data, message in ((endless, "endless"), (numbered(1), "one training image")):
+        with pytest.raises(UserError, match=message):
             splits.with_validation(data, None)
         assert splits.with_validation(data, 0).validation is None
 
 
-def test_the_validation_images_are_spread_over_the_training_set():
-    places = splits.with_validation(numbered(10_000), None).validation.labels
-    assert abs(places.mean() - 5_000) < 4 * 10_000 / np.sqrt(12 * 1000)
-    assert np.histogram(places, 10, (0, 10_000))[0].min() > 60
+def test_validation_images_are_from_all_parts_of_the_training_set():
+    indices = splits.with_validation(numbered(10_000), None).validation.labels
+    assert abs(indices.mean() - 5_000) < 4 * 10_000 / np.sqrt(12 * 1000)
+    assert np.histogram(indices, 10, (0, 10_000))[0].min() > 60
 
 
-def test_a_data_sets_own_validation_split_is_used_and_may_be_cut_or_given_up():
-    own = numbered(100, validation=20)
-    assert np.array_equal(splits.with_validation(own, None).validation.labels, range(-20, 0))
-    assert len(splits.with_validation(own, 5).validation.images) == 5
-    for asked in (None, 0, 5):
-        assert len(splits.with_validation(own, asked).train.images) == 100
-    assert splits.with_validation(own, 0).validation is None
+def test_an_existing_validation_split_is_used_and_may_be_shortened_or_omitted():
+    data = numbered(100, validation=20)
+    assert np.array_equal(splits.with_validation(data, None).validation.labels, range(-20, 0))
+    assert len(splits.with_validation(data, 5).validation.images) == 5
+    for requested in (None, 0, 5):
+        assert len(splits.with_validation(data, requested).train.images) == 100
+    assert splits.with_validation(data, 0).validation is None
     assert splits.with_validation(numbered(100), 0).validation is None
     assert len(splits.with_validation(numbered(100), 0).train.images) == 100
 
 
-@pytest.mark.parametrize(("own", "asked"), [(None, 100), (None, 101), (20, 21)])
-def test_more_validation_images_than_there_are_is_an_error(own, asked):
-    with pytest.raises(UserError, match=rf"--config\.data\.validation={asked}: numbers has"):
-        splits.with_validation(numbered(100, own), asked)
+@pytest.mark.parametrize(("available", "requested"), [(None, 100), (None, 101), (20, 21)])
+def test_more_validation_images_than_available_are_an_error(available, requested):
+    with pytest.raises(UserError, match=rf"--config\.data\.validation={requested}: numbers has"):
+        splits.with_validation(numbered(100, available), requested)
 
 
-def test_rows_of_an_array_on_disk_are_read_as_they_would_be_in_memory(tmp_path):
-    whole = np.random.default_rng(0).integers(0, 256, (50, 2, 3), np.uint8)
-    np.save(tmp_path / "a.npy", whole)
+def test_rows_of_an_array_on_disk_equal_rows_in_memory(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (50, 2, 3), np.uint8)
+    np.save(tmp_path / "a.npy", array)
     kept = np.array([3, 4, 10, 40, 49])
     rows = types.Rows(np.load(tmp_path / "a.npy", mmap_mode="r"), kept)
     assert (len(rows), rows.shape, rows.dtype) == (5, (5, 2, 3), np.uint8)
-    assert np.array_equal(np.asarray(rows), whole[kept])
-    assert np.array_equal(rows[np.array([4, 0, 0])], whole[[49, 3, 3]])
-    assert np.array_equal(rows[np.array([True, False, False, True, False])], whole[[3, 40]])
-    assert np.array_equal(np.asarray(rows[1:4][1:]), whole[[10, 40]])
-    assert np.array_equal(np.asarray(rows, np.float32), whole[kept].astype(np.float32))
+    assert np.array_equal(np.asarray(rows), array[kept])
+    assert np.array_equal(rows[np.array([4, 0, 0])], array[[49, 3, 3]])
+    assert np.array_equal(rows[np.array([True, False, False, True, False])], array[[3, 40]])
+    assert np.array_equal(np.asarray(rows[1:4][1:]), array[[10, 40]])
+    assert np.array_equal(np.asarray(rows, np.float32), array[kept].astype(np.float32))
 
 
 @pytest.mark.parametrize("name", ["validation", "Val", "valid", "dev", "EVAL"])
-@pytest.mark.parametrize("tested", [True, False])
-def test_a_folders_own_validation_split_is_used(name, tested, tmp_path):
-    counts = {"train": 6, name: 3} | ({"Test": 2} if tested else {})
+@pytest.mark.parametrize("has_test", [True, False])
+def test_a_validation_split_of_a_folder_is_used(name, has_test, tmp_path):
+    counts = {"train": 6, name: 3} | ({"Test": 2} if has_test else {})
     for number, (split, count) in enumerate(counts.items()):
         for i in range(count):
             write(tmp_path / split / "a" / f"{i}.png", 10 * number + i)
     data = loader.load(f"folder:{tmp_path}")
     sizes = [len(part.images) for part in (data.train, data.validation, data.test)]
-    assert sizes == ([6, 3, 2] if tested else [5, 1, 3])  # the only held-out images are the test's
+    assert sizes == (
+        [6, 3, 2] if has_test else [5, 1, 3]
+    )  # without test, the held-out split is the test split
     assert data.classes == ("a",)
     again = loader.load(f"folder:{tmp_path}")  # from the cache
     assert np.array_equal(again.validation.images, data.validation.images)
@@ -214,7 +216,7 @@ def write(path, seed, size=(8, 8), mode="RGB"):
     return pixels
 
 
-def test_a_folder_gives_its_images_and_labels(tmp_path):
+def test_a_folder_is_read_with_its_images_and_labels(tmp_path):
     expected = {}
     for label in ("cat", "dog"):
         for i in range(20):
@@ -223,14 +225,14 @@ def test_a_folder_gives_its_images_and_labels(tmp_path):
     data = loader.load(f"folder:{tmp_path}", validation=0)
     assert data.classes == ("cat", "dog")
     assert len(data.test.images) > 0
-    found = {}
+    actual = {}
     for part in (data.train, data.test):
         for image, label in zip(part.images, part.labels, strict=True):
-            found[image.tobytes()] = data.classes[label]
-    assert found == expected
+            actual[image.tobytes()] = data.classes[label]
+    assert actual == expected
 
 
-def test_a_folder_with_train_and_test_keeps_them_apart(tmp_path):
+def test_folders_train_and_test_are_the_splits(tmp_path):
     for name, count in (("train", 5), ("test", 3)):
         for i in range(count):
             write(tmp_path / name / "a" / f"{i}.png", i)
@@ -239,21 +241,21 @@ def test_a_folder_with_train_and_test_keeps_them_apart(tmp_path):
     assert data.classes == ("a",)
 
 
-def test_a_corrupt_file_is_named_skipped_and_counted(tmp_path):
+def test_corrupt_files_are_skipped_named_and_counted(tmp_path):
     for i in range(10):
         write(tmp_path / f"{i}.png", i)
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n truncated")
     truncated = (tmp_path / "3.png").read_bytes()[:-100]
-    (tmp_path / "torn.png").write_bytes(truncated)
+    (tmp_path / "truncated.png").write_bytes(truncated)
     for _ in range(2):  # decoded, then from the cache
         data = loader.load(f"folder:{tmp_path}", validation=0)
         assert len(data.train.images) + len(data.test.images) == 10
         assert "skipped 2 corrupt of 12" in data.notes[0]
         assert "broken.png" in data.notes[0]
-        assert "torn.png" in data.notes[0]
+        assert "truncated.png" in data.notes[0]
 
 
-def test_a_changed_folder_is_read_anew(tmp_path):
+def test_a_changed_folder_is_decoded_again(tmp_path):
     for i in range(10):
         write(tmp_path / f"{i}.png", i)
     first = loader.load(f"folder:{tmp_path}", validation=0)
@@ -265,7 +267,7 @@ def test_a_changed_folder_is_read_anew(tmp_path):
 
 @pytest.mark.parametrize("way", ["txt", "metadata"])
 def test_a_folders_captions_are_read_beside_its_images(tmp_path, way):
-    texts = {f"{i}.png": f"a picture numbered {i} é" for i in range(10)}
+    texts = {f"{i}.png": f"an image numbered {i} é" for i in range(10)}
     for i, (name, text) in enumerate(texts.items()):
         write(tmp_path / "sub" / name, i)
         if way == "txt":
@@ -274,9 +276,9 @@ def test_a_folders_captions_are_read_beside_its_images(tmp_path, way):
         lines = [json.dumps({"file_name": name, "text": text}) for name, text in texts.items()]
         (tmp_path / "sub" / "metadata.jsonl").write_text("\n".join(lines[:-1]))
     data = loader.load(f"folder:{tmp_path}", validation=0)
-    found = untokenize(np.concatenate([data.train.captions, data.test.captions]))
+    actual = untokenize(np.concatenate([data.train.captions, data.test.captions]))
     last = texts["9.png"] if way == "txt" else ""
-    assert sorted(found) == sorted([*[*texts.values()][:9], last])
+    assert sorted(actual) == sorted([*[*texts.values()][:9], last])
     assert any("1 of 10 images have no caption" in note for note in data.notes) == (way != "txt")
     assert data.caption_length == 32
     again = loader.load(f"folder:{tmp_path}", validation=0)  # from the cache
@@ -284,12 +286,12 @@ def test_a_folders_captions_are_read_beside_its_images(tmp_path, way):
     if way == "txt":
         (tmp_path / "sub" / "0.txt").write_text("another")
     else:
-        lines[0] = lines[0].replace("picture", "drawing")
+        lines[0] = lines[0].replace("image", "photo")
         (tmp_path / "sub" / "metadata.jsonl").write_text("\n".join(lines))
     assert loader.load(f"folder:{tmp_path}", validation=0).fingerprint != data.fingerprint
 
 
-def test_a_line_of_metadata_that_is_none_is_named(tmp_path):
+def test_an_error_names_an_invalid_line_of_metadata(tmp_path):
     write(tmp_path / "a.png", 0)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n[1]\n')
     with pytest.raises(UserError, match=r"metadata\.jsonl, line 2"):
@@ -303,7 +305,7 @@ def test_images_of_two_sizes_are_an_error_that_names_both(tmp_path):
         loader.load(f"folder:{tmp_path}", validation=0)
 
 
-def test_grey_images_among_colour_ones_become_colour(tmp_path):
+def test_grey_images_become_rgb_if_others_are_rgb(tmp_path):
     for i in range(4):
         write(tmp_path / f"{i}.png", i, mode="RGB" if i % 2 else "L")
     assert loader.load(f"folder:{tmp_path}", validation=0).shape == (8, 8, 3)
@@ -331,7 +333,7 @@ def test_a_pickled_array_in_the_cache_is_not_loaded(tmp_path):
 
 @pytest.fixture(scope="session")
 def prepared(original_files, tmp_path_factory):
-    """MNIST and Fashion-MNIST, prepared from the original files, without TensorFlow."""
+    """Return a directory with MNIST and Fashion-MNIST, prepared from the original files."""
     from ddpm_jax.data.tfds import prepare
     from ddpm_jax.data.tfds_builders import library
 
@@ -351,21 +353,21 @@ def raw(path, header):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
-def test_prepared_sets_hold_the_original_files_bytes(name, prepared, original_files):
+def test_prepared_sets_contain_the_bytes_of_the_original_files(name, prepared, original_files):
     data = loader.load(name, str(prepared), 0)
     for split, prefix in (("train", "train"), ("test", "t10k")):
         part = getattr(data, split)
         images = raw(original_files / name / f"{prefix}-images-idx3-ubyte.gz", 16)
         labels = raw(original_files / name / f"{prefix}-labels-idx1-ubyte.gz", 8)
-        # TFDS shuffles what it writes: the same images with the same labels, in its order.
+        # TFDS shuffles the examples, so that only the set of (image, label) pairs is the same.
         pairs = sorted(zip(map(bytes, images.reshape(-1, 784)), labels, strict=True))
-        found = sorted(zip(map(bytes, part.images.reshape(-1, 784)), part.labels, strict=True))
-        assert pairs == found
-    assert loader.load(name, str(prepared), 0).fingerprint == data.fingerprint  # memory-mapped now
+        actual = sorted(zip(map(bytes, part.images.reshape(-1, 784)), part.labels, strict=True))
+        assert pairs == actual
+    assert loader.load(name, str(prepared), 0).fingerprint == data.fingerprint  # from the cache
 
 
 @pytest.mark.slow
-def test_what_is_read_is_what_tfds_data_source_gives(prepared):
+def test_images_and_labels_equal_those_of_tfds_data_source(prepared):
     import tensorflow_datasets
 
     data = loader.load("mnist", str(prepared))
@@ -394,7 +396,7 @@ def test_a_file_with_a_wrong_checksum_is_refused(original_files, tmp_path):
 
 
 def test_cifar10s_binary_records_become_images(original_files, tmp_path):
-    """The archive's format, rebuilt from real images: label, then channels first."""
+    """The test writes an archive in the format of CIFAR-10 from real images."""
     from ddpm_jax.data import tfds_builders
 
     sheet = np.asarray(Image.open(original_files / "cifar10" / "test_00.webp").convert("RGB"))
@@ -405,14 +407,14 @@ def test_cifar10s_binary_records_become_images(original_files, tmp_path):
     member.write_bytes(records.astype(np.uint8).tobytes())
     with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as archive:
         archive.add(member, "cifar-10-batches-bin/test_batch.bin")
-    found = dict(tfds_builders._cifar10(tmp_path / "cifar.tar.gz", "test"))
-    assert len(found) == 1000
-    for row, example in found.items():
+    actual = dict(tfds_builders._cifar10(tmp_path / "cifar.tar.gz", "test"))
+    assert len(actual) == 1000
+    for row, example in actual.items():
         assert np.array_equal(np.asarray(example["image"]), tiles[row])
         assert example["label"] == labels[row]
 
 
-def test_an_unreachable_host_is_found_out_within_seconds(tmp_path):
+def test_an_unreachable_host_is_detected_within_seconds(tmp_path):
     import time
 
     from ddpm_jax.data.tfds_builders import reachable

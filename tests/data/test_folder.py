@@ -1,4 +1,4 @@
-"""Folders of the user's own images: splits, classes, links, what is skipped, captions."""
+"""Folders of images: splits, classes, links, skipped files, captions and the cache."""
 
 import json
 import os
@@ -20,15 +20,15 @@ from helpers.launching import ROOT, user_environment
 
 
 def images(folder, count, first=0):
-    """Write so many images, of numbers from `first` on."""
+    """Write `count` images with the numbers from `first` on."""
     for number in range(first, first + count):
         write(folder / f"{number:03d}.png", png(number))
 
 
 def numbers(part, most=200):
-    """The numbers of a split's images, as `images` wrote them."""
-    known = {pixels(number).tobytes(): number for number in range(most)}
-    return [known[image.tobytes()] for image in np.asarray(part.images)]
+    """Return the numbers of the images of a split, as `images` wrote them."""
+    number_of = {pixels(number).tobytes(): number for number in range(most)}
+    return [number_of[image.tobytes()] for image in np.asarray(part.images)]
 
 
 def load(folder, validation=0):
@@ -36,9 +36,9 @@ def load(folder, validation=0):
 
 
 def note(data, text):
-    """The one note that begins with a text."""
-    (found,) = [some for some in data.notes if some.startswith(text)]
-    return found
+    """Return the only note that begins with `text`."""
+    (match,) = [note for note in data.notes if note.startswith(text)]
+    return match
 
 
 # Splits.
@@ -57,7 +57,7 @@ def test_held_out_folders_are_splits_in_any_case(train, held_out, tmp_path):
     assert numbers(data.test) == [6, 7, 8]
 
 
-def test_a_folder_train_alone_is_no_class_and_one_image_in_ten_is_held_out(tmp_path):
+def test_a_single_folder_train_is_not_a_class_and_one_image_in_ten_is_held_out(tmp_path):
     for label in ("cat", "dog"):
         images(tmp_path / "train" / label, 40, 40 * (label == "dog"))
     images(tmp_path, 1, 90)
@@ -68,7 +68,7 @@ def test_a_folder_train_alone_is_no_class_and_one_image_in_ten_is_held_out(tmp_p
     assert [data.classes[label] for label in data.train.labels] == [
         "dog" if number >= 40 else "cat" for number in numbers(data.train)
     ]
-    assert "left out 1 images outside the folders of its splits" in data.notes
+    assert "skipped 1 images outside of the folders of the splits" in data.notes
     without = tmp_path / "train" / "cat"
     os.rename(without, tmp_path / "moved")
     assert load(tmp_path / "moved").classes == ()
@@ -81,22 +81,22 @@ def test_a_class_may_be_called_train_among_others(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("folders", "says"),
+    ("folders", "message"),
     [
         (["train/a", "val/a", "valid/a"], "2 folders of the validation split: valid, val"),
         (["train/a", "Train/a", "test/a"], "2 folders of the train split: Train, train"),
-        (["test/a", "dev/a"], "has dev and test, but no folder train beside"),
-        (["a", "b", "val"], "has val, but no folder train beside"),
-        (["train/a", "extra/a"], "a folder train with classes of its own beside extra"),
-        (["a/train", "a/test", "b/train"], "the splits train and test lie in"),
+        (["test/a", "dev/a"], "has dev and test, but no folder train;"),
+        (["a", "b", "val"], "has val, but no folder train;"),
+        (["train/a", "extra/a"], "a folder train with class folders and also extra"),
+        (["a/train", "a/test", "b/train"], "the splits train and test are in"),
         (["birds/train/a", "birds/Train/a"], "birds has 2 folders of the train split"),
-        (["birds/test/a", "birds/b"], "birds has test, but no folder train beside"),
+        (["birds/test/a", "birds/b"], "birds has test, but no folder train;"),
     ],
 )  # fmt: skip
-def test_splits_that_are_not_clear_are_refused(folders, says, tmp_path):
+def test_ambiguous_splits_are_refused(folders, message, tmp_path):
     for number, folder in enumerate(folders):
         images(tmp_path / folder, 3, 3 * number)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         load(tmp_path)
 
 
@@ -115,11 +115,13 @@ def test_splits_that_are_not_clear_are_refused(folders, says, tmp_path):
         (["train/a", "val/a", "test_tubes"], "test_tubes"),
     ],
 )
-def test_folders_that_are_called_like_splits_are_refused(folders, name, tmp_path):
+def test_folders_with_names_like_splits_are_refused(folders, name, tmp_path):
     for number, folder in enumerate(folders):
         images(tmp_path / folder, 3, 3 * number)
-    says = f"/{name} is called like a split .* rename .* to train, validation and test"
-    with pytest.raises(UserError, match=says):
+    message = (
+        f"/{name} would be a class, .* like that of a split; rename it to train, validation or test"
+    )
+    with pytest.raises(UserError, match=message):
         load(tmp_path)
 
 
@@ -135,7 +137,7 @@ def test_folders_that_are_called_like_splits_are_refused(folders, name, tmp_path
         ["devils", "values"],
     ],
 )
-def test_classes_may_have_names_that_begin_like_splits(classes, tmp_path):
+def test_classes_may_have_names_that_begin_like_those_of_splits(classes, tmp_path):
     for number, folder in enumerate(classes):
         images(tmp_path / folder, 3, 3 * number)
     assert load(tmp_path).classes == tuple(classes)
@@ -145,7 +147,7 @@ def test_classes_may_have_names_that_begin_like_splits(classes, tmp_path):
     ("outer", "inner"),
     [("images", ""), ("a/b", ""), ("dataset", "train"), ("", "train"), ("data", "train/images")],
 )
-def test_a_folder_above_the_classes_is_passed(outer, inner, tmp_path):
+def test_classes_are_read_from_inside_a_single_folder(outer, inner, tmp_path):
     root = tmp_path / "root"
     for number, label in enumerate(("cat", "dog")):
         images(root / outer / inner / label, 20, 20 * number)
@@ -158,9 +160,9 @@ def test_a_folder_above_the_classes_is_passed(outer, inner, tmp_path):
     assert [numbers(data.train)[row] >= 20 for row in range(len(data.train.labels))] == [
         label == 1 for label in data.train.labels
     ]
-    passed = "/".join(filter(None, [outer, "each split's/images" if "/" in inner else ""]))
-    says = f"{passed} is the only folder: splits and classes are read from within it"
-    assert (says in data.notes) == bool(passed)
+    passed = "/".join(filter(None, [outer, "SPLIT/images" if "/" in inner else ""]))
+    message = f"splits and classes are read from inside {passed}, which is the only folder"
+    assert (message in data.notes) == bool(passed)
     if inner:
         assert numbers(data.test) == list(range(100, 110))
     (tmp_path / "direct").symlink_to(root / outer)
@@ -175,7 +177,7 @@ def test_a_single_folder_of_images_is_a_class(tmp_path):
     assert load(tmp_path).classes == ("cat",)
 
 
-def test_images_beside_class_folders_have_no_class_and_are_counted(tmp_path):
+def test_images_outside_of_class_folders_have_no_class_and_are_counted(tmp_path):
     images(tmp_path / "train" / "a", 3)
     images(tmp_path / "train", 2, 3)
     images(tmp_path / "test" / "a", 2, 5)
@@ -183,10 +185,10 @@ def test_images_beside_class_folders_have_no_class_and_are_counted(tmp_path):
     assert dict(zip(numbers(data.train), data.train.labels, strict=True)) == {
         0: 0, 1: 0, 2: 0, 3: -1, 4: -1,
     }  # fmt: skip
-    assert "2 of 7 images lie beside the class folders: no class" in data.notes
+    assert "2 of 7 images are in no class folder and have no class" in data.notes
 
 
-# What is not read.
+# Files and folders that are not read.
 
 
 def test_classes_without_training_images_are_named(tmp_path):
@@ -195,17 +197,17 @@ def test_classes_without_training_images_are_named(tmp_path):
     assert any("1 classes have no training images: cat" in note for note in load(tmp_path).notes)
 
 
-def test_of_several_keys_the_first_with_a_text_is_used(tmp_path):
+def test_the_first_caption_key_with_a_text_is_used(tmp_path):
     for number in range(3):
         write(tmp_path / f"{number}.png", png(number))
     lines = [{"file_name": f"{n}.png", "text": "", "caption": f"number {n}"} for n in range(3)]
     write(tmp_path / "metadata.jsonl", "\n".join(map(json.dumps, lines)).encode())
-    found = load(tmp_path)
-    texts = [*untokenize(found.train.captions), *untokenize(found.test.captions)]
+    data = load(tmp_path)
+    texts = [*untokenize(data.train.captions), *untokenize(data.test.captions)]
     assert sorted(texts) == ["number 0", "number 1", "number 2"]
 
 
-def test_what_programs_leave_behind_is_skipped(tmp_path):
+def test_files_and_folders_of_other_programs_are_skipped(tmp_path):
     images(tmp_path / "a", 5)
     for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".git", "#recycle", ".thumbnails"):
         images(tmp_path / name, 2, 50)
@@ -219,29 +221,29 @@ def test_what_programs_leave_behind_is_skipped(tmp_path):
     assert not data.notes
 
 
-def test_files_of_other_endings_are_counted(tmp_path):
+def test_files_with_other_endings_are_counted(tmp_path):
     images(tmp_path, 4)
     names = ["a.heic", "b.HEIC", "c.ppm", "README", "Thumbs.db", ".hidden.heic", "a.txt", "d.jsonl"]
     for name in names:
         (tmp_path / name).write_bytes(b"x")
     data = load(tmp_path)
-    assert "left out 4 files of other endings: .heic (2), .ppm (1), no ending (1)" in data.notes
-    assert note(data, "1 tables are not read, such as d.jsonl: captions are read from metadata")
+    assert "skipped 4 files with other endings: .heic (2), .ppm (1), no ending (1)" in data.notes
+    assert note(data, "skipped 1 tables, such as d.jsonl: captions are only read from metadata")
     (tmp_path / "e.ppm").touch()
     again = load(tmp_path)
-    assert "left out 5 files of other endings: .heic (2), .ppm (2), no ending (1)" in again.notes
+    assert "skipped 5 files with other endings: .heic (2), .ppm (2), no ending (1)" in again.notes
     assert not any(text.startswith("decoded again") for text in again.notes)
 
 
 @pytest.mark.parametrize("names", [["a.heic", "b/c.avif"], ["a.ppm"], ["a.svg", "a.txt"]])
-def test_a_folder_of_other_endings_alone_is_refused_with_their_names(names, tmp_path):
+def test_a_folder_that_only_has_other_endings_is_refused_with_their_names(names, tmp_path):
     for name in names:
         write(tmp_path / name, png())
     with pytest.raises(UserError, match=f"no images in .*other endings: .*\\{names[0][1:]}"):
         load(tmp_path)
 
 
-def test_a_folder_that_is_hidden_itself_is_read(tmp_path):
+def test_a_hidden_folder_that_the_user_gives_is_read(tmp_path):
     images(tmp_path / ".images", 5)
     assert len(load(tmp_path / ".images").train.images) == 4
 
@@ -251,7 +253,7 @@ def test_each_linked_folder_is_read_once_and_a_cycle_is_reported(tmp_path):
     images(root / "z", 4)
     images(outside / "inner", 4, 4)
     (outside / "inner" / "back").symlink_to(outside)
-    (root / "a").symlink_to("z")  # the folder's own name is kept
+    (root / "a").symlink_to("z")  # the folder is read as z, not by the link
     (root / "linked").symlink_to(outside)
     (root / "again").symlink_to(outside / "inner")
     (root / "z" / "loop").symlink_to(root)
@@ -263,12 +265,12 @@ def test_each_linked_folder_is_read_once_and_a_cycle_is_reported(tmp_path):
     assert sorted(numbers(data.train) + numbers(data.test)) == list(range(8))
     text = "\n".join(data.notes)
     for name in ("z/loop", "self", "up", "again/back"):
-        assert f"{name} is not read: it leads to" in text or f"{name} is not read again" in text
-    assert f"the folder {root / 'a'} is not read again" in text
-    assert f"{root / 'linked' / 'inner'} is not read again" in text
+        assert f"{name}: it is" in text
+    assert f"skipped the folder {root / 'a'}: it is {root / 'z'}, which was read" in text
+    assert f"skipped the folder {root / 'linked' / 'inner'}: it is " in text
 
 
-def test_names_that_are_no_files_are_named_and_nothing_waits_for_a_pipe(tmp_path):
+def test_names_that_are_not_files_are_reported_and_pipes_do_not_block(tmp_path):
     images(tmp_path, 5)
     for name in ("pipe.png", "000.txt", "metadata.jsonl", "metadata.csv"):
         os.mkfifo(tmp_path / name)
@@ -277,16 +279,16 @@ def test_names_that_are_no_files_are_named_and_nothing_waits_for_a_pipe(tmp_path
     images(tmp_path / "folder.png", 1, 5)
     data = load(tmp_path)
     assert sorted(numbers(data.train) + numbers(data.test)) == list(range(6))
-    found = note(data, "skipped 6 names that are not files")
-    assert "broken.png (No such file or directory)" in found
-    assert "000.txt (not a regular file)" in found
+    skipped = note(data, "skipped 6 names that are not files")
+    assert "broken.png (No such file or directory)" in skipped
+    assert "000.txt (not a regular file)" in skipped
 
 
 UNREADABLE = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from ddpm_jax.data import loader
-loader.load("folder:" + sys.argv[2] + "/other")  # whatever is imported, while it may be read
+loader.load("folder:" + sys.argv[2] + "/other")  # import all modules while their files may be read
 if os.geteuid() == 0:
     os.setuid(65534)
 data = loader.load("folder:" + sys.argv[2] + "/images", validation=0)
@@ -294,22 +296,22 @@ print(len(data.train.images) + len(data.test.images), *data.notes, sep="\\n")
 """
 
 
-def test_folders_and_files_that_may_not_be_read_are_named():
-    with tempfile.TemporaryDirectory() as place:
-        root = pathlib.Path(place)
+def test_folders_and_files_without_read_permission_are_reported():
+    with tempfile.TemporaryDirectory() as directory:
+        root = pathlib.Path(directory)
         root.chmod(0o777)
         images(root / "other", 4)
         images(root / "images" / "a", 5)
         images(root / "images" / "locked", 2, 5)
         (root / "images" / "a" / "000.png").chmod(0)
         (root / "images" / "locked").chmod(0)
-        found = subprocess.run(
-            [sys.executable, "-c", UNREADABLE, ROOT, place], capture_output=True, text=True,
-            env=user_environment(XDG_CACHE_HOME=f"{place}/cache"), timeout=60,
+        result = subprocess.run(
+            [sys.executable, "-c", UNREADABLE, ROOT, directory], capture_output=True, text=True,
+            env=user_environment(XDG_CACHE_HOME=f"{directory}/cache"), timeout=60,
         )  # fmt: skip
         (root / "images" / "locked").chmod(0o755)
-    assert found.returncode == 0, found.stderr
-    count, *notes = found.stdout.splitlines()
+    assert result.returncode == 0, result.stderr
+    count, *notes = result.stdout.splitlines()
     assert count == "4"
     assert f"cannot read the folder {root / 'images' / 'locked'}: Permission denied" in notes
     assert "skipped 1 corrupt of 5 images: a/000.png (Permission denied)" in notes
@@ -331,12 +333,12 @@ def test_names_that_are_not_utf_8_are_read(tmp_path):
 
 
 def captions(folder, validation=0):
-    """Captions by the numbers of images, and the data."""
+    """Return the captions by the numbers of their images, and the data set."""
     data = load(folder, validation)
-    found = {}
+    actual = {}
     for part in (data.train, data.test):
-        found |= dict(zip(numbers(part), untokenize(part.captions), strict=True))
-    return found, data
+        actual |= dict(zip(numbers(part), untokenize(part.captions), strict=True))
+    return actual, data
 
 
 def lines(path, rows):
@@ -345,7 +347,7 @@ def lines(path, rows):
 
 @pytest.mark.parametrize("key", ["text", "caption", "prompt"])
 @pytest.mark.parametrize("table", ["metadata.jsonl", "metadata.csv", "METADATA.JSONL"])
-def test_the_known_keys_of_metadata_are_read(key, table, tmp_path):
+def test_all_caption_keys_of_metadata_are_read(key, table, tmp_path):
     images(tmp_path / "sub", 4)
     path = tmp_path / "sub" / table
     if table.endswith("csv"):
@@ -357,45 +359,45 @@ def test_the_known_keys_of_metadata_are_read(key, table, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("table", "content", "says"),
+    ("table", "content", "message"),
     [
         (
             "metadata.jsonl", '{"file_name": "000.png", "texts": "a"}',
             "line 1: .*it has file_name, texts",
         ),
         ("metadata.jsonl", '\n{"image": "000.png", "text": "a"}', "line 2: .*it has image, text"),
-        ("metadata.jsonl", "{}", "line 1: .*it has nothing"),
+        ("metadata.jsonl", "{}", "line 1: .*it has no keys"),
         (
             "metadata.jsonl", '{"file_name": "000.png", "text": 5}',
-            "line 1: text must be a text, not 5",
+            "line 1: text must be a string, not 5",
         ),
         (
             "metadata.jsonl", '{"file_name": "000.png", "text": null}',
-            "text must be a text, not null",
+            "text must be a string, not null",
         ),
         (
             "metadata.jsonl", '{"file_name": "000.png", "text": []}',
-            r"text must be a text, not \[\]",
+            r"text must be a string, not \[\]",
         ),
         (
             "metadata.jsonl", '{"file_name": "000.png", "text": {"a": 1}}',
-            "text must be a text, not",
+            "text must be a string, not",
         ),
         (
             "metadata.jsonl", '{"file_name": ["000.png"], "text": "a"}',
-            "file_name must be a text, not",
+            "file_name must be a string, not",
         ),
         ("metadata.jsonl", '{"file_name": "000.png", "text": "a"}\n[1]', "line 2: must be"),
         ("metadata.jsonl", "[" * 100_000, "line 1: must be"),
         ("metadata.jsonl", '{"file_name": "000.png" "text": "a"}', "line 1: must be"),
-        ("metadata.jsonl", '{"file_name": "../000.png", "text": "a"}', r"file_name .*leads out of"),
+        ("metadata.jsonl", '{"file_name": "../000.png", "text": "a"}', r"file_name .*outside of"),
         (
             "metadata.jsonl", '{"file_name": "/etc/passwd", "text": "a"}',
-            r"file_name .*leads out of",
+            r"file_name .*outside of",
         ),
         (
             "metadata.jsonl", '{"file_name": "..\\\\..\\\\a.png", "text": "a"}',
-            r"file_name .*leads out",
+            r"file_name .*is outside",
         ),
         (
             "metadata.jsonl", '{"file_name": "9.png", "text": "a"}',
@@ -403,22 +405,22 @@ def test_the_known_keys_of_metadata_are_read(key, table, tmp_path):
         ),
         ("metadata.csv", "file_name,label\n000.png,a\n", "line 2: .*it has file_name, label"),
         ("metadata.csv", "image,text\n000.png,a\n", "it has image, text"),
-        ("metadata.csv", "file_name,text\n000.png\n", "line 2: text must be a text, not null"),
+        ("metadata.csv", "file_name,text\n000.png\n", "line 2: text must be a string, not null"),
         ("metadata.csv", 'file_name,text\n000.png,"a', "line 1: unexpected end of data"),
         ("metadata.csv", "file_name,text\n000.png," + "a" * 200_000, "field larger than"),
-        ("metadata.jsonl", b"\xff\xfe{\0", "cannot be read as text in UTF-8"),
-        ("000.txt", b"\xe9t\xe9", "000.txt cannot be read as text in UTF-8"),
+        ("metadata.jsonl", b"\xff\xfe{\0", "cannot be read as UTF-8 text"),
+        ("000.txt", b"\xe9t\xe9", "000.txt cannot be read as UTF-8 text"),
     ],
 )  # fmt: skip
-def test_metadata_that_is_not_as_it_must_be_is_named(table, content, says, tmp_path):
+def test_invalid_metadata_is_an_error_that_names_the_line(table, content, message, tmp_path):
     images(tmp_path, 4)
     content = content if isinstance(content, bytes) else content.encode()
     (tmp_path / table).write_bytes(content)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         load(tmp_path)
 
 
-def test_of_several_captions_the_first_is_used_and_the_rest_counted(tmp_path):
+def test_the_first_of_several_captions_is_used_and_the_others_are_counted(tmp_path):
     images(tmp_path, 4)
     rows = [
         {"file_name": "000.png", "text": ["first", "second"]},
@@ -427,33 +429,33 @@ def test_of_several_captions_the_first_is_used_and_the_rest_counted(tmp_path):
         {"file_name": "002.png", "text": "later"},
     ]
     lines(tmp_path / "metadata.jsonl", rows)
-    (tmp_path / "001.txt").write_text("of a text file")
-    (tmp_path / "003.txt").write_text("of a text file")
-    found, data = captions(tmp_path)
-    assert found == {0: "first", 1: "the first key", 2: "first", 3: "of a text file"}
-    assert note(data, "2 further captions of images that have one are not used")
+    (tmp_path / "001.txt").write_text("text file")
+    (tmp_path / "003.txt").write_text("text file")
+    actual, data = captions(tmp_path)
+    assert actual == {0: "first", 1: "the first key", 2: "first", 3: "text file"}
+    assert note(data, "2 captions are not used: their images have another caption")
 
 
-def test_captions_of_no_image_are_counted(tmp_path):
+def test_captions_without_an_image_are_counted(tmp_path):
     images(tmp_path, 4)
     rows = [{"file_name": f"{i:03d}.png", "text": f"image {i}"} for i in range(6)]
     lines(tmp_path / "metadata.jsonl", rows)
     (tmp_path / "000.txt").write_text("")
     (tmp_path / "readme.txt").write_text("about these images")
-    found, data = captions(tmp_path)
-    assert found == {i: f"image {i}" for i in range(4)}
-    assert note(data, "2 captions are of no image that is there (metadata.jsonl line 5: 004.png)")
-    assert note(data, "1 .txt files belong to no image (readme.txt)")
+    actual, data = captions(tmp_path)
+    assert actual == {i: f"image {i}" for i in range(4)}
+    assert note(data, "2 captions name images that do not exist (metadata.jsonl line 5: 004.png)")
+    assert note(data, "1 .txt files have no image of the same name (readme.txt)")
 
 
 @pytest.mark.parametrize("names", [["readme.txt"], ["4.txt", "sub/000.txt"]])
-def test_text_files_that_all_belong_to_no_image_are_counted(names, tmp_path):
+def test_text_files_without_images_are_counted(names, tmp_path):
     images(tmp_path, 4)
     for name in names:
         write(tmp_path / name, b"a caption")
     data = load(tmp_path)
     assert data.train.captions is None
-    assert note(data, f"{len(names)} .txt files belong to no image ({names[0]})")
+    assert note(data, f"{len(names)} .txt files have no image of the same name ({names[0]})")
 
 
 @pytest.mark.parametrize("forms", ["NFC NFD", "NFD NFC", "NFD NFD"])
@@ -477,15 +479,15 @@ def test_names_match_in_either_unicode_form(forms, table, tmp_path):
     assert captions(tmp_path)[0] == {0: "0", 1: "1", 2: "2"}
 
 
-def test_images_whose_names_differ_in_unicode_form_alone_keep_their_captions(tmp_path):
+def test_images_whose_names_only_differ_in_unicode_form_have_their_own_captions(tmp_path):
     for number, form in enumerate(("NFC", "NFD")):
         name = unicodedata.normalize(form, "caf\u00e9")
         write(tmp_path / f"{name}.png", png(number))
         (tmp_path / f"{name}.txt").write_text(form)
     images(tmp_path, 2, 2)
-    found, data = captions(tmp_path)
-    assert (found[0], found[1]) == ("NFC", "NFD")
-    assert not any("further captions" in text for text in data.notes)
+    actual, data = captions(tmp_path)
+    assert (actual[0], actual[1]) == ("NFC", "NFD")
+    assert not any("captions are not used" in text for text in data.notes)
 
 
 def test_two_text_files_of_one_image_are_counted(tmp_path):
@@ -493,15 +495,15 @@ def test_two_text_files_of_one_image_are_counted(tmp_path):
     for name in ("000.txt", "000.png.txt", "001.txt", "001.TXT", "003.png.txt"):
         (tmp_path / name).write_text(name)
     write(tmp_path / "003.jpg", png(4))
-    (tmp_path / "003.txt").write_text("of the other")
-    found, data = captions(tmp_path)
-    assert found[0] == "000.png.txt"
-    assert found[1] == "001.TXT"
-    assert (found[3], found[4]) == ("003.png.txt", "of the other")
-    assert note(data, "3 further captions of images that have one are not used")
+    (tmp_path / "003.txt").write_text("of the stem")
+    actual, data = captions(tmp_path)
+    assert actual[0] == "000.png.txt"
+    assert actual[1] == "001.TXT"
+    assert (actual[3], actual[4]) == ("003.png.txt", "of the stem")
+    assert note(data, "3 captions are not used: their images have another caption")
 
 
-def test_paths_in_metadata_may_have_backslashes_and_lead_down(tmp_path):
+def test_paths_in_metadata_may_have_backslashes_and_folders(tmp_path):
     images(tmp_path / "sub" / "deep", 2)
     images(tmp_path / "sub", 1, 2)
     images(tmp_path, 1, 3)
@@ -515,7 +517,7 @@ def test_paths_in_metadata_may_have_backslashes_and_lead_down(tmp_path):
     assert captions(tmp_path)[0] == {0: "zero", 1: "one", 2: "two", 3: "three"}
 
 
-def test_text_files_of_any_case_and_images_that_share_one(tmp_path):
+def test_text_files_may_have_any_case_and_several_images(tmp_path):
     images(tmp_path, 4)
     (tmp_path / "002.png").rename(tmp_path / "006.png")
     (tmp_path / "003.png").rename(tmp_path / "006.PNG")
@@ -526,7 +528,7 @@ def test_text_files_of_any_case_and_images_that_share_one(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["000.txt", "metadata.jsonl", "metadata.csv"])
-def test_a_byte_order_mark_and_other_line_separators_belong_to_no_line_end(where, tmp_path):
+def test_a_byte_order_mark_is_removed_and_other_separators_do_not_end_a_line(where, tmp_path):
     text = "a\u2028b\x85c\x0bd\x1ce"
     images(tmp_path, 4)
     content = {
@@ -539,13 +541,13 @@ def test_a_byte_order_mark_and_other_line_separators_belong_to_no_line_end(where
     for number in (0, 1, 2, 3):
         if where == "000.txt" and number:
             (tmp_path / f"{number:03d}.txt").write_text("b")
-    found, _ = captions(tmp_path)
-    assert found[0] == text
-    assert found[1] == "b"
+    actual, _ = captions(tmp_path)
+    assert actual[0] == text
+    assert actual[1] == "b"
 
 
 @pytest.mark.parametrize("empty", ["", " \n", "\ufeff", "\u2028"])
-def test_captions_that_are_all_empty_are_none(empty, tmp_path):
+def test_a_set_whose_captions_are_all_empty_has_no_captions(empty, tmp_path):
     images(tmp_path, 6)
     for number in range(6):
         (tmp_path / f"{number:03d}.txt").write_text(empty, encoding="utf-8")
@@ -555,59 +557,59 @@ def test_captions_that_are_all_empty_are_none(empty, tmp_path):
     assert note(data, "all captions of the training images are empty")
 
 
-def test_captions_that_are_all_the_same_are_logged(tmp_path):
+def test_a_note_reports_captions_that_are_all_the_same(tmp_path):
     images(tmp_path, 6)
     for number in range(6):
-        (tmp_path / f"{number:03d}.txt").write_text("a picture")
+        (tmp_path / f"{number:03d}.txt").write_text("an image")
     assert note(load(tmp_path), "all training images have the same caption")
 
 
-def test_lines_end_at_one_character_only(tmp_path):
+def test_only_line_feeds_end_lines(tmp_path):
     (tmp_path / "a").write_bytes("\ufeffa\u2028b\r\nc\x85d\n\ne\x0c".encode())
     assert lines_of(read_text(tmp_path / "a")) == ["a\u2028b", "c\x85d", "", "e\x0c"]
 
 
-# The decoded copy.
+# The cache.
 
 
-def broken(place):
-    """Ways in which the decoded arrays can disagree while each of them can be read."""
-    train = {n: np.load(place / f"train_{n}.npy") for n in ("images", "labels", "captions")}
-    meta = json.loads((place / "meta.json").read_text())
+def damages(directory):
+    """Return functions that damage a cached data set whose files can still be read."""
+    train = {n: np.load(directory / f"train_{n}.npy") for n in ("images", "labels", "captions")}
+    meta = json.loads((directory / "meta.json").read_text())
     forms = meta["forms"]["train"]
 
-    def saved(position, name, array):
+    def with_array(position, name, array):
         def save():
-            np.save(place / f"train_{name}.npy", array)
+            np.save(directory / f"train_{name}.npy", array)
             forms[position] = [list(array.shape), str(array.dtype)]
-            (place / "meta.json").write_text(json.dumps(meta))
+            (directory / "meta.json").write_text(json.dumps(meta))
 
         return save
 
-    def said(**values):
-        return lambda: (place / "meta.json").write_text(json.dumps(meta | values))
+    def with_meta(**values):
+        return lambda: (directory / "meta.json").write_text(json.dumps(meta | values))
 
     return {
-        "fewer labels": saved(1, "labels", train["labels"][1:]),
-        "labels of another type": saved(1, "labels", train["labels"].astype(np.int64)),
-        "labels that are not classes": saved(1, "labels", train["labels"] + 1),
-        "longer captions": saved(2, "captions", np.pad(train["captions"], ((0, 0), (0, 1)))),
-        "fewer captions": saved(2, "captions", train["captions"][1:]),
-        "images of another type": saved(0, "images", train["images"].astype(np.float32)),
-        "images of another size": saved(0, "images", train["images"][:, 1:]),
-        "forms that are none": said(forms=[1, 2]),
-        "no forms": said(forms={}),
-        "forms of another split": said(forms={**meta["forms"], "../x": forms}),
-        "classes that are numbers": said(classes=[1]),
-        "a number for notes": said(notes=3),
-        "levels": said(levels="many"),
-        "a list": lambda: (place / "meta.json").write_text("[]"),
-        "deep nesting": lambda: (place / "meta.json").write_text("[" * 100_000),
+        "fewer labels": with_array(1, "labels", train["labels"][1:]),
+        "labels of another type": with_array(1, "labels", train["labels"].astype(np.int64)),
+        "labels that are not classes": with_array(1, "labels", train["labels"] + 1),
+        "longer captions": with_array(2, "captions", np.pad(train["captions"], ((0, 0), (0, 1)))),
+        "fewer captions": with_array(2, "captions", train["captions"][1:]),
+        "images of another type": with_array(0, "images", train["images"].astype(np.float32)),
+        "images of another size": with_array(0, "images", train["images"][:, 1:]),
+        "invalid forms": with_meta(forms=[1, 2]),
+        "no forms": with_meta(forms={}),
+        "forms of another split": with_meta(forms={**meta["forms"], "../x": forms}),
+        "classes that are numbers": with_meta(classes=[1]),
+        "a number for notes": with_meta(notes=3),
+        "levels": with_meta(levels="many"),
+        "a list": lambda: (directory / "meta.json").write_text("[]"),
+        "deep nesting": lambda: (directory / "meta.json").write_text("[" * 100_000),
     }
 
 
-@pytest.mark.parametrize("way", range(15))
-def test_a_decoded_copy_whose_arrays_disagree_is_made_again(way, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damage", range(15))
+def test_a_damaged_cache_is_decoded_again(damage, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = tmp_path / "images"
     images(root / "a", 6)
@@ -615,14 +617,14 @@ def test_a_decoded_copy_whose_arrays_disagree_is_made_again(way, tmp_path, monke
         (root / "a" / f"{number:03d}.txt").write_text(f"image {number}")
     first, _ = captions(root)
     (meta,) = cache.cache_dir().glob("decoded/*/meta.json")
-    list(broken(meta.parent).values())[way]()
-    found, data = captions(root)
-    assert found == first
+    list(damages(meta.parent).values())[damage]()
+    actual, data = captions(root)
+    assert actual == first
     assert note(data, "decoded again: ")
     assert not captions(root)[1].notes
 
 
-def test_nothing_is_written_beside_the_images(tmp_path):
+def test_no_file_is_written_into_the_folder_of_images(tmp_path):
     images(tmp_path, 4)
     before = sorted(tmp_path.rglob("*"))
     load(tmp_path)

@@ -1,4 +1,4 @@
-"""The one decoder of image files, alone, through folders and through TFDS."""
+"""The decoder of image files, alone, for folders and for TFDS."""
 
 import io
 import re
@@ -32,7 +32,7 @@ def chunk(kind, body):
 
 
 def raw_png(samples, depth, colour, transparent=None):
-    """A PNG of packed rows, with a transparent sample: what Pillow itself does not write."""
+    """Return a PNG of packed rows with a transparent value, which Pillow cannot write."""
     head = struct.pack(">IIBBBBB", SIDE, SIDE, depth, colour, 0, 0, 0)
     rows = b"".join(b"\0" + row.tobytes() for row in samples)
     parts = [chunk(b"IHDR", head)]
@@ -43,7 +43,7 @@ def raw_png(samples, depth, colour, transparent=None):
 
 
 def packed(values, depth):
-    """Rows of samples of 1, 2 or 4 bits."""
+    """Return rows of values packed to `depth` (1, 2 or 4) bits."""
     bits = np.unpackbits(values[..., None].astype(np.uint8), axis=2)[..., 8 - depth :]
     return np.packbits(bits.reshape(SIDE, -1), axis=1)
 
@@ -60,7 +60,7 @@ def keyed_palette():
 
 
 def half_palette():
-    """A palette whose colours are all half transparent."""
+    """Return an image whose palette colours are all half transparent, and its pixels on white."""
     image, colours = palette()
     return encoded(image, transparency=bytes([100] * 16)), on_white(
         colours, np.full((SIDE, SIDE), 100)
@@ -141,20 +141,19 @@ LOSSY = {"CMYK JPEG": 3, "LAB": 6, "YCbCr": 4}  # the largest error
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pixels_of_every_kind_are_those_that_a_viewer_shows(kind):
+def test_pixels_of_every_file_kind_equal_those_in_an_image_viewer(kind):
     content, expected = KINDS[kind]()
     with decoding():
-        found = decode(content).pixels
-    assert found.dtype == np.uint8
-    assert found.ndim == 3
-    expected = np.broadcast_to(expected.reshape(SIDE, SIDE, -1), found.shape)
+        actual = decode(content).pixels
+    assert actual.dtype == np.uint8
+    assert actual.ndim == 3
+    expected = np.broadcast_to(expected.reshape(SIDE, SIDE, -1), actual.shape)
     grey = kind.startswith(("grey", "1 bit", "2", "4", "16-bit grey", "32"))
-    assert found.shape[2] == (1 if grey else 3)
-    assert np.abs(found.astype(int) - expected).max() <= LOSSY.get(kind, 0)
+    assert actual.shape[2] == (1 if grey else 3)
+    assert np.abs(actual.astype(int) - expected).max() <= LOSSY.get(kind, 0)
 
 
 def test_folders_and_tfds_give_the_same_pixels(tmp_path):
-    """Of all kinds, and in each the grey ones join the colour ones."""
     contents = [make()[0] for make in KINDS.values()]
     for number, content in enumerate(contents):
         write(tmp_path / "images" / f"{number:02d}.png", content)
@@ -169,8 +168,8 @@ def test_folders_and_tfds_give_the_same_pixels(tmp_path):
     assert both[0] == both[1]
     for (content, _), kind in zip((make() for make in KINDS.values()), KINDS, strict=True):
         with decoding():
-            found = np.broadcast_to(decode(content).pixels, (SIDE, SIDE, 3))
-        assert found.tobytes() in both[0], kind
+            actual = np.broadcast_to(decode(content).pixels, (SIDE, SIDE, 3))
+        assert actual.tobytes() in both[0], kind
 
 
 def deep(values, kind):
@@ -182,22 +181,22 @@ def deep(values, kind):
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "PNG", "colour", "32 bits"])
-def test_16_bit_images_of_12_bit_values_are_logged_once(kind, tmp_path):
+def test_one_note_reports_16_bit_images_with_12_bit_values(kind, tmp_path):
     for number in range(6):
         content = deep(WIDE >> 4 if number % 2 else WIDE, kind)
         assert decode(content).dark == bool(number % 2)
         write(tmp_path / "images" / f"{number}.png", content)
     data = loader.load(f"folder:{tmp_path / 'images'}", validation=0)
-    (found,) = [note for note in data.notes if "dark" in note]
-    assert found.startswith(
-        "3 of 6 images of 16 bits hold no value above 4095 and are dark: values"
+    (dark_note,) = [note for note in data.notes if "dark" in note]
+    assert dark_note.startswith(
+        "3 of 6 images of 16 bits have no value above 4095 and are therefore dark"
     )
     store(tmp_path, lambda f: {}, {"train": [{"image": deep(WIDE >> 4, kind)}] * 20})
     data = loader.load("strange", str(tmp_path), 0)
-    assert len([note for note in data.notes if "train images of 16 bits hold" in note]) == 1
+    assert len([note for note in data.notes if "train images of 16 bits have" in note]) == 1
 
 
-def test_dark_images_of_8_bits_are_not_logged():
+def test_dark_images_of_8_bits_are_not_reported():
     for image in (Image.fromarray(GREY // 32), Image.fromarray(RGB // 32)):
         for kind in ("PNG", "TIFF", "BMP"):
             assert not decode(encoded(image, kind)).dark
@@ -229,31 +228,31 @@ def test_exif_rotation_is_applied(kind, orientation):
         if kind == "JPEG"
         else {}
     )
-    found = decode(encoded(stored, kind, exif=exif, **options)).pixels
-    assert found.shape == upright.shape
+    actual = decode(encoded(stored, kind, exif=exif, **options)).pixels
+    assert actual.shape == upright.shape
     limit = 5 if kind == "JPEG" else 0
-    assert np.abs(found.astype(int) - upright).max() <= limit
+    assert np.abs(actual.astype(int) - upright).max() <= limit
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 8])
-def test_a_file_is_turned_as_its_content_is(orientation, tmp_path):
+def test_a_file_is_rotated_like_its_content(orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = encoded(Image.fromarray(RGB[..., 0]), "TIFF", exif=exif)
     (tmp_path / "a.tif").write_bytes(content)
-    found = decode(tmp_path / "a.tif").pixels
-    assert found.shape[:2] == RGB.shape[1::-1]
-    assert np.array_equal(found, decode(content).pixels)
+    actual = decode(tmp_path / "a.tif").pixels
+    assert actual.shape[:2] == RGB.shape[1::-1]
+    assert np.array_equal(actual, decode(content).pixels)
 
 
-def test_damaged_exif_makes_no_image_useless():
+def test_an_image_with_damaged_exif_is_decoded():
     content = encoded(Image.fromarray(RGB), exif=b"Exif\0\0MM\0\x2a\0\0\0\x08\xff\xff\0\1")
     assert np.array_equal(decode(content).pixels, RGB)
     assert np.array_equal(decode(encoded(Image.fromarray(RGB), exif=b"no EXIF")).pixels, RGB)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_of_several_frames_the_first_is_used_and_that_is_logged(kind, tmp_path):
+def test_the_first_of_several_frames_is_used_and_a_note_reports_it(kind, tmp_path):
     frames = [Image.fromarray(np.full((SIDE, SIDE, 3), v, np.uint8)) for v in (10, 200)]
     content = encoded(
         frames[0],
@@ -275,13 +274,13 @@ def test_of_several_frames_the_first_is_used_and_that_is_logged(kind, tmp_path):
 
 
 def huge():
-    """The head of a PNG of 40,000 x 40,000 pixels."""
+    """Return the start of a PNG of 40,000 x 40,000 pixels."""
     head = struct.pack(">IIBBBBB", 40_000, 40_000, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 999))
 
 
 def large():
-    """One above the number of pixels at which Pillow warns."""
+    """Return the start of a PNG with a few more pixels than Pillow reads without a warning."""
     head = struct.pack(">IIBBBBB", 10_000, 9_000, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 999))
 
@@ -292,20 +291,23 @@ def postscript():
     return file.getvalue()
 
 
-USELESS = {
+UNREADABLE = {
     "empty": (lambda: b"", "not an image"),
     "truncated": (lambda: png()[:-60], "truncated|broken"),
     "a page of HTML": (lambda: b"<!DOCTYPE html><html>404</html>", "not an image"),
     "too many pixels": (huge, "too many pixels"),
     "many pixels": (large, "too many pixels"),
-    "float": (lambda: encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "no known range"),
+    "float": (
+        lambda: encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"),
+        "range of float pixels is unknown",
+    ),
     "a program's input": (postscript, "not an image"),
 }
 
 
-@pytest.mark.parametrize("kind", USELESS)
-def test_a_useless_file_is_named_and_skipped_with_its_reason(kind, tmp_path, recwarn):
-    make, reason = USELESS[kind]
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_unreadable_file_is_skipped_and_reported_with_a_reason(kind, tmp_path, recwarn):
+    make, reason = UNREADABLE[kind]
     with decoding(), pytest.raises(Exception) as raised:  # noqa: PT011
         decode(make())
     assert re.search(reason, reason_of(raised.value))

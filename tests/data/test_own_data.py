@@ -1,4 +1,4 @@
-"""Runs on the user's own images: what is logged, and a folder that moved."""
+"""Runs on a folder of images: log lines, and folders that have moved or changed."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def images(folder, count, first=0):
         write(folder / f"{number}.png", png(number))
 
 
-def test_a_classifier_skips_loose_images_and_logs_them(tmp_path, launch_here):
+def test_a_classifier_skips_images_without_a_class_and_logs_them(tmp_path, launch_here):
     for name, first in (("a", 0), ("b", 30)):
         images(tmp_path / "images" / "train" / name, 10, first)
         images(tmp_path / "images" / "test" / name, 3, first + 10)
@@ -34,25 +34,29 @@ def test_a_classifier_skips_loose_images_and_logs_them(tmp_path, launch_here):
     result = launch_here(*CLASSIFIER, "--config.data=folder:images", "--workdir=run")
     assert result.returncode == 0, result.stderr
     assert "2 classes: a, b\n" in result.stderr
-    assert "6 of 32 images lie beside the class folders: no class" in result.stderr
+    assert "6 of 32 images are in no class folder and have no class" in result.stderr
     assert "test images that have no class" in result.stderr
     assert "folder images: skipped " in result.stderr
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder of images and a run on it, in one directory."""
-    place = tmp_path_factory.mktemp("own")
+    """Return a directory with a folder of images and a run on it."""
+    directory = tmp_path_factory.mktemp("own")
     for name, first in (("b", 0), ("a\u2028\x1b[31m", 20)):
-        images(place / "images" / name, 12, first)
-    command = [*VAE, f"--config.data=folder:{place / 'images'}", f"--workdir={place / 'run'}"]
+        images(directory / "images" / name, 12, first)
+    command = [
+        *VAE,
+        f"--config.data=folder:{directory / 'images'}",
+        f"--workdir={directory / 'run'}",
+    ]
     assert launch.report(command) == 0
-    return place
+    return directory
 
 
 @pytest.fixture
-def own(trained, tmp_path, monkeypatch):
-    """A copy of the run, whose images are in `moved` and no more where they were."""
+def moved_run(trained, tmp_path, monkeypatch):
+    """Return a directory with a copy of the run, whose images are now in `moved`."""
     shutil.copytree(trained / "run", tmp_path / "run")
     shutil.copytree(trained / "images", tmp_path / "moved")  # every file has a new time
     path = tmp_path / "run" / "config.json"
@@ -61,32 +65,32 @@ def own(trained, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_folder_that_moved_is_asked_for_in_one_line(own, launch_here):
+def test_a_missing_folder_is_an_error_of_one_line(moved_run, launch_here):
     result = launch_here("--mode=eval", "--workdir=run")
-    says = (
+    message = (
         "the folder .*gone, where the data .* were, is not there; give .* as --config.data=folder"
     )
-    expect_one_line(result, says)
+    expect_one_line(result, message)
 
 
-def test_an_evaluation_takes_a_folder_that_moved(own, launch_here):
+def test_an_evaluation_accepts_a_folder_that_moved(moved_run, launch_here):
     for where in ("moved", "./moved/../moved/"):
         result = launch_here("--mode=eval", "--workdir=run", f"--config.data=folder:{where}")
         assert result.returncode == 0, result.stderr
-    before = json.loads((own / "run" / "summary.json").read_text())["metrics"]
-    found = json.loads((own / "run" / "eval.json").read_text())["metrics"]
-    for name, value in found.items():
+    before = json.loads((moved_run / "run" / "summary.json").read_text())["metrics"]
+    actual = json.loads((moved_run / "run" / "eval.json").read_text())["metrics"]
+    for name, value in actual.items():
         assert value == pytest.approx(before[name], rel=1e-4), name
 
 
-def test_a_run_goes_on_with_a_folder_that_moved(own, launch_here):
+def test_a_run_resumes_with_a_folder_that_moved(moved_run, launch_here):
     result = launch_here(
         *VAE, "--config.data=folder:moved", "--config.train.steps=4", "--workdir=run"
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "resuming at step 2" in result.stderr
-    record = json.loads((own / "run" / "config.json").read_text())
-    assert record["data"]["name"] == f"folder:{own / 'moved'}"
+    record = json.loads((moved_run / "run" / "config.json").read_text())
+    assert record["data"]["name"] == f"folder:{moved_run / 'moved'}"
 
 
 def changed(folder):
@@ -102,8 +106,8 @@ def renamed(folder):
 
 
 @pytest.mark.parametrize("change", [changed, fewer, renamed])
-def test_other_images_are_refused(change, own, launch_here):
-    change(own / "moved")
+def test_other_images_are_refused(change, moved_run, launch_here):
+    change(moved_run / "moved")
     result = launch_here("--mode=eval", "--workdir=run", "--config.data=folder:moved")
     expect_one_line(
         result, "holds a run with another setting .*data (fingerprint|train|classes) was"
@@ -111,12 +115,12 @@ def test_other_images_are_refused(change, own, launch_here):
 
 
 @pytest.mark.parametrize("data", ["digits", "folder:nowhere", "nonsense", "folder:run"])
-def test_other_data_are_refused(data, own, launch_here):
+def test_other_data_are_refused(data, moved_run, launch_here):
     result = launch_here("--mode=eval", "--workdir=run", f"--config.data={data}")
-    expect_one_line(result, 'another setting|no folder "nowhere"|no data set "nonsense"|one size')
+    expect_one_line(result, 'another setting|no folder "nowhere"|no data set "nonsense"|same size')
 
 
-def test_sampling_takes_no_data(own, launch_here):
+def test_sampling_refuses_a_data_set(moved_run, launch_here):
     result = launch_here("--mode=sample", "--workdir=run", "--config.data=folder:moved")
     expect_one_line(result, "--config.data is what the run in run was trained with")
 
@@ -129,11 +133,11 @@ def test_classes_are_printed_without_control_characters(trained, tmp_path, launc
     assert all(character.isprintable() or character == "\n" for character in result.stderr)
 
 
-def test_labels_of_the_cache_are_those_that_were_decoded(tmp_path):
+def test_labels_from_the_cache_equal_the_decoded_labels(tmp_path):
     images(tmp_path / "a", 4)
     images(tmp_path, 4, 4)
     first = loader.load(f"folder:{tmp_path}", validation=0)
     again = loader.load(f"folder:{tmp_path}", validation=0)
-    for one, other in zip((first.train, first.test), (again.train, again.test), strict=True):
-        np.testing.assert_array_equal(one.labels, other.labels)
+    for part, cached in zip((first.train, first.test), (again.train, again.test), strict=True):
+        np.testing.assert_array_equal(part.labels, cached.labels)
     assert set(np.concatenate([first.train.labels, first.test.labels])) == {-1, 0}

@@ -1,4 +1,4 @@
-"""Sets in TFDS format of other makes than the usual three: splits, labels, captions."""
+"""Data sets in TFDS format with unusual splits, labels and captions."""
 
 import shutil
 
@@ -14,7 +14,7 @@ from helpers.launching import expect_one_line
 
 
 def rows(count, first=0, **features):
-    """Examples of numbered images, with each feature a function of the number."""
+    """Return examples of numbered images; each feature is a function of the number."""
     return [
         {"image": png(i), **{name: of(i) for name, of in features.items()}}
         for i in range(first, first + count)
@@ -26,10 +26,10 @@ def load(out, validation=0):
 
 
 def labels(part, most=100):
-    """Labels by the numbers of images."""
-    known = {pixels(number).tobytes(): number for number in range(most)}
+    """Return the labels of a split by the numbers of the images."""
+    number_of = {pixels(number).tobytes(): number for number in range(most)}
     pairs = zip(np.asarray(part.images), part.labels, strict=True)
-    return {known[image.tobytes()]: int(label) for image, label in pairs}
+    return {number_of[image.tobytes()]: int(label) for image, label in pairs}
 
 
 @pytest.mark.parametrize("train", ["train", "Training"])
@@ -46,8 +46,8 @@ def test_a_validation_and_a_test_split_are_both_used(tmp_path):
     splits = {"train": rows(4), "dev": rows(2, 4), "val": rows(2, 6), "test": rows(1, 8)}
     store(tmp_path, lambda f: {}, splits)
     data = load(tmp_path, None)
-    found = data.train, data.validation, data.test
-    assert [sorted(labels(part)) for part in found] == [[0, 1, 2, 3], [6, 7], [8]]
+    parts = data.train, data.validation, data.test
+    assert [sorted(labels(part)) for part in parts] == [[0, 1, 2, 3], [6, 7], [8]]
     assert "its splits dev are not used" in data.notes
 
 
@@ -80,10 +80,10 @@ def test_numbers_without_names_become_classes(numbers, tmp_path):
     splits = {"train": rows(6, label=of), "test": rows(3, 6, label=of)}
     store(tmp_path, lambda f: {"label": f.Scalar(np.int64)}, splits)
     data = load(tmp_path)
-    known = sorted(set(numbers) - {-1})
-    assert data.classes == tuple(map(str, known))
+    classes = sorted(set(numbers) - {-1})
+    assert data.classes == tuple(map(str, classes))
     for i, label in (labels(data.train) | labels(data.test)).items():
-        assert label == (-1 if of(i) == -1 else known.index(of(i)))
+        assert label == (-1 if of(i) == -1 else classes.index(of(i)))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_numbers_without_names_become_classes(numbers, tmp_path):
         (lambda f: f.FeaturesDict({"name": f.Text()}), lambda i: {"name": "a"}),
     ],
 )
-def test_labels_that_are_no_classes_are_not_used_and_that_is_logged(feature, of, tmp_path):
+def test_labels_that_are_not_classes_are_not_used_and_a_note_reports_it(feature, of, tmp_path):
     splits = {"train": rows(4, label=of), "test": rows(2, 4, label=of)}
     store(tmp_path, lambda f: {"label": feature(f)}, splits)
     data = load(tmp_path)
@@ -104,7 +104,7 @@ def test_labels_that_are_no_classes_are_not_used_and_that_is_logged(feature, of,
     assert "its labels are not classes and are not used" in data.notes
 
 
-def test_an_unknown_class_is_none(tmp_path):
+def test_a_label_of_minus_one_stays_minus_one(tmp_path):
     splits = {"train": rows(4, label=lambda i: i % 3 - 1), "test": rows(2, 4, label=lambda i: 0)}
     store(tmp_path, lambda f: {"label": f.ClassLabel(names=["a", "b"])}, splits)
     data = load(tmp_path)
@@ -112,7 +112,7 @@ def test_an_unknown_class_is_none(tmp_path):
     assert labels(data.train) == {0: -1, 1: 0, 2: 1, 3: -1}
 
 
-def test_captions_of_a_list_and_empty_ones(tmp_path):
+def test_the_first_caption_of_a_list_is_used_or_an_empty_one(tmp_path):
     def of(i):
         return [] if i == 2 else [f" image {i}\n", "another"]
 
@@ -123,7 +123,7 @@ def test_captions_of_a_list_and_empty_ones(tmp_path):
     assert data.caption_length == 16
 
 
-def test_captions_that_are_all_empty_are_none(tmp_path):
+def test_a_set_whose_captions_are_all_empty_has_no_captions(tmp_path):
     splits = {"train": rows(4, text=lambda i: " "), "test": rows(2, 4, text=lambda i: "a")}
     store(tmp_path, lambda f: {"text": f.Text()}, splits)
     data = load(tmp_path)
@@ -131,7 +131,7 @@ def test_captions_that_are_all_empty_are_none(tmp_path):
     assert any("all captions of the training images are empty" in note for note in data.notes)
 
 
-def test_grey_images_among_colour_ones_become_colour(tmp_path):
+def test_grey_images_become_rgb_if_others_are_rgb(tmp_path):
     grey = pixels(9, channels=1)
     examples = [{"image": encoded(Image.fromarray(grey[..., 0]))}, *rows(3)]
     store(tmp_path, lambda f: {}, {"train": examples, "test": rows(1, 4)})
@@ -146,12 +146,12 @@ def test_images_of_two_sizes_are_an_error(tmp_path):
         load(tmp_path)
 
 
-def test_a_set_that_is_refused_is_one_line(tmp_path, launch_here):
+def test_an_invalid_set_is_an_error_of_one_line(tmp_path, launch_here):
     arguments = ("--config.data=strange", f"--data_dir={tmp_path}", "--workdir=run")
     examples = [*rows(3), {"image": png(5, (8, 12))}]
     store(tmp_path, lambda f: {}, {"train": examples, "test": rows(2)})
     result = launch_here("--experiment=vae_digits", "--debug", *arguments)
-    expect_one_line(result, "data set strange holds images of different sizes")
+    expect_one_line(result, "data set strange contains images of different sizes")
     shutil.rmtree(tmp_path / "strange")
     examples = [{**row, "text": " "} for row in rows(4)]
     store(tmp_path, lambda f: {"text": f.Text()}, {"train": examples, "test": examples})
@@ -166,7 +166,7 @@ def test_a_set_without_training_images_is_an_error(names, tmp_path):
         load(tmp_path)
 
 
-def test_nothing_is_written_beside_the_records(tmp_path):
+def test_no_file_is_written_into_the_directory_of_the_records(tmp_path):
     store(tmp_path, lambda f: {}, {"train": rows(4), "test": rows(2)})
     before = sorted(tmp_path.rglob("*"))
     load(tmp_path)
