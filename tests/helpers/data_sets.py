@@ -1,4 +1,4 @@
-"""Small data sets of every kind, for tests: image files and sets in TFDS format."""
+"""Small data sets for tests: image files and data sets in TFDS format."""
 
 import io
 
@@ -7,31 +7,31 @@ from PIL import Image
 
 
 def png(seed=0, size=(8, 8)):
-    """The content of a PNG file of random colours, [height, width]."""
+    """Return the content of a PNG file of random colours; `size` is (height, width)."""
     return encoded(Image.fromarray(pixels(seed, size)))
 
 
 def pixels(seed=0, size=(8, 8), channels=3):
-    """Random values, uint8."""
+    """Return random pixels, uint8 [height, width, channels]."""
     return np.random.default_rng(seed).integers(0, 256, (*size, channels), np.uint8)
 
 
 def encoded(image, kind="PNG", **options):
-    """The content of a file of a Pillow image."""
+    """Return the content of an image file of a Pillow image in the format `kind`."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 def write(path, content):
-    """Write bytes to a file, with the folders that it lies in."""
+    """Write bytes to a file, create its parent directories, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
 
 
 def picture(index, split="train", only=None, side=32):
-    """(pixels in [-1, 1], scene) of an example of the set of shapes."""
+    """Return (pixels in [-1, 1], scene) of an example of `shapes`."""
     from ddpm_jax.data import shapes
 
     scene = shapes.scene(split, index, only)
@@ -39,7 +39,15 @@ def picture(index, split="train", only=None, side=32):
 
 
 def store(out, features, splits, name="strange", version="1.0.0"):
-    """Write {split: examples} as a data set in TFDS format; images are bytes of files."""
+    """Write a data set in TFDS format and return its directory.
+
+    Args:
+      out: The directory of prepared data sets.
+      features: A function of `tfds.features` that returns the features beside the image.
+      splits: The examples of each split; an image is the content of an image file.
+      name: The name of the data set.
+      version: The version of the data set.
+    """
     from ddpm_jax.data.tfds_builders import library
 
     tfds = library()
@@ -49,15 +57,15 @@ def store(out, features, splits, name="strange", version="1.0.0"):
             VERSION = tfds.core.Version(version)
 
             def _info(self):
-                everything = {"image": tfds.features.Image(), **features(tfds.features)}
-                features_dict = tfds.features.FeaturesDict(everything)
+                all_features = {"image": tfds.features.Image(), **features(tfds.features)}
+                features_dict = tfds.features.FeaturesDict(all_features)
                 return tfds.core.DatasetInfo(builder=self, features=features_dict)
 
             def _split_generators(self, dl_manager):
                 return {split: enumerate(map(opened, rows)) for split, rows in splits.items()}
 
             def _generate_examples(self):
-                raise NotImplementedError("each split above is its own generator")
+                raise NotImplementedError("_split_generators returns the examples of each split")
 
     def opened(row):
         return {**row, "image": io.BytesIO(row["image"])}
