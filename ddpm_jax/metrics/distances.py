@@ -83,7 +83,7 @@ class Grouped:
 
     @functools.cached_property
     def moments(self) -> Moments:
-        """The moments of the whole set."""
+        """The moments of the complete set."""
         return functools.reduce(_combined, self._groups.values())
 
     def without(self) -> Iterator[Moments]:
@@ -132,7 +132,7 @@ class Jackknife(NamedTuple):
     """A statistic of sets of images, with what its standard error is computed from.
 
     Attributes:
-      value: The statistic of the whole sets.
+      value: The statistic of the complete sets.
       without: For each set, the statistic [groups] without each of the groups of the set.
     """
 
@@ -255,7 +255,7 @@ def _squared_kernel(sums: Float[np.ndarray, "n"], square: float, n: int) -> floa
 def _kernel_sums(
     a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
 ) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"], float]:
-    """Return sums of k(a_i, b_j) over j, over i, and of its square; without i = j if b is a."""
+    """Return sum_j k(a_i, b_j), sum_i k(a_i, b_j) and sum_ij k(a_i, b_j)^2; i != j if b is a."""
     rows, columns, square = np.zeros(len(a)), np.zeros(len(b)), 0.0
     for start in range(0, len(a), CHUNK):
         k = a[start : start + CHUNK] @ b.T

@@ -156,14 +156,14 @@ class Measured(NamedTuple):
     sheet: np.ndarray | errors.NonFinite | None = None
 
 
-def compare(
+def _compare(
     network: FeatureNetwork,
     samples: Float[np.ndarray, "n h w c"],
     labels: np.ndarray | None,
     data: Data,
     split: str = "test",
 ) -> Comparison:
-    """Return the `Comparison` from which all metrics are computed; see it for the arguments."""
+    """Return the sets of images with their features; the arguments are those of `quality`."""
     train = data.train.some(len(samples))
     size = len(train.images)
     order = np.arange(len(samples))
@@ -320,7 +320,7 @@ def quality(
       split: Name of the split of the held-out images.
       pixels: Whether to also compare pixels with the nearest training images.
     """
-    sets = compare(network, samples, labels, data, split)
+    sets = _compare(network, samples, labels, data, split)
     metrics: dict[str, float] = {"num_samples": float(len(samples))}
     missing: list[str] = []
     sheet = None

@@ -73,8 +73,8 @@ def test_kid_is_unbiased_and_its_error_is_its_std_over_random_sets(n, m, shift):
     spread = estimates[:, 0].std(ddof=1)
     assert estimates[:, 0].mean() == pytest.approx(true_kid(shift, 8), abs=4 * spread / 300**0.5)
     error = np.sqrt(np.square(estimates[:, 1]).mean())
-    # For equal distributions, the lower bound of the variance holds half of the time. The excess is
-    # then less than the factor 2 of the jackknife.
+    # For equal distributions, about half of the estimates are replaced by the lower bound of the
+    # variance. The mean is then too large, but by less than the factor 2 of the jackknife.
     assert 0.85 < error / spread < (1.2 if shift else 2**0.5)
 
 
