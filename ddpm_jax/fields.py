@@ -82,8 +82,10 @@ MAY_CHANGE = "may change on resuming"
 OR_NONE = "an empty tuple means none"
 PATH = "path"  # a path of a run, or a word that stands for one
 Count = Annotated[int, AtLeast(1)]
-Layers = Annotated[int, AtLeast(1), AtMost(1000)]  # consecutive layers or blocks of a network
-MoreLayers = Annotated[int, AtLeast(0), AtMost(1000)]  # the same, or 0
+Layers = Annotated[
+    int, AtLeast(1), AtMost(1000)
+]  # a number of consecutive layers or blocks of a network
+MoreLayers = Annotated[int, AtLeast(0), AtMost(1000)]  # a number of layers that may be 0
 Few = Annotated[int, AtLeast(1), AtMost(1000)]  # copies of each example of a batch
 SampleSteps = Annotated[int, AtLeast(1), AtMost(1e6), MAY_CHANGE]  # steps of a sampler
 NoiseSteps = Annotated[int, AtLeast(2), AtMost(1e6)]  # steps of a table of betas
@@ -197,9 +199,8 @@ def _read(text: str, hint: Hint) -> Value:
         return values[text.lower()]
     if hint is int:
         try:
-            if (
-                text.strip("+-").isdecimal() and len(text) > 4000
-            ):  # Python parses at most 4300 digits
+            # Python parses at most 4300 digits.
+            if text.strip("+-").isdecimal() and len(text) > 4000:
                 return LARGEST_INT + 1
             value = float(text) if "e" in text.lower() else int(text)  # also 1e5 and 100_000
             if value != int(value):

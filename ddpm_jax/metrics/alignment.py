@@ -43,10 +43,10 @@ class CaptionCheck(NamedTuple):
     Attributes:
       number: Whether the image shows as many shapes as the caption names.
       colours: Whether the shapes have the colours of the caption.
-      kinds: Whether the pairs of colour and kind are those of the caption.
-      relation: Whether the two groups are in the relation; None if the caption states none.
-      sizes: Whether the shapes have the sizes; None if the caption states none.
-      background: Whether the background has the colour; None if the caption states none.
+      kinds: Whether the pairs of colour and kind agree with the caption.
+      relation: Whether the two groups are in the relation; None if the caption has no relation.
+      sizes: Whether the shapes have the sizes; None if the caption has no sizes.
+      background: Whether the background has the colour; None if the caption does not name it.
       no_fragments: Whether the image has no regions that are too small for a shape.
     """
 
@@ -60,13 +60,13 @@ class CaptionCheck(NamedTuple):
 
     @property
     def aligned(self) -> bool:
-        """Whether the image shows everything that the caption states, and no fragments."""
+        """True if the image shows everything that the caption states, and no fragments."""
         details = self.sizes is not False and self.background is not False
         return self.aligned_except_size_and_background and details and self.no_fragments
 
     @property
     def aligned_except_size_and_background(self) -> bool:
-        """Whether number, colours, kinds and relation are right; fragments are allowed."""
+        """True if number, colours, kinds and relation are right; fragments are allowed."""
         return self.number and self.colours and self.kinds and self.relation is not False
 
 
@@ -119,8 +119,8 @@ def check_caption(image: Float[np.ndarray, "side side 3"], caption: str) -> Capt
 def find_shapes(image: Float[np.ndarray, "side side 3"]) -> tuple[str, list[Shape], int]:
     """Return (background, shapes, number of fragments) of an image in [-1, 1].
 
-    A fragment is a region of `MIN_FRAGMENT_AREA` to `MIN_SHAPE_AREA` pixels. A shape whose colour
-    or kind is not one of the data set has `UNCLEAR` in its place.
+    A fragment is a region of `MIN_FRAGMENT_AREA` to `MIN_SHAPE_AREA` pixels. Colours and
+    kinds that the data set does not have are `UNCLEAR`.
     """
     from scipy import ndimage
 
