@@ -1,14 +1,14 @@
-"""Configs: frozen dataclasses of sections and fields, set from the command line and recorded.
+"""Configs: frozen dataclasses of fields and sections, which the command line can change.
 
-A field of a config is a value (see `fields`) or a section: a dataclass, or a union of dataclasses
-that are its alternatives. A Flax module is a section, too. Its path names a field:
+A field is a value (see `fields`) or a section. A section is a dataclass, such as a Flax module, or
+a union of dataclasses, which are its alternatives. A field is named by its path, such as
 `task.network.channels`. On the command line,
 
     --config.task.network.channels=64    sets a field
     --config.task.network=dit            chooses an alternative of a section
-    --config.data=folder:PATH            sets the `name` of a section that has one
+    --config.data=folder:PATH            sets the field `name` of a section
 
-in any order: alternatives are chosen before fields are set.
+The order of the flags does not matter: alternatives are chosen before fields are set.
 """
 
 import dataclasses
@@ -37,23 +37,23 @@ from ddpm_jax.fields import (
 )
 
 SET_BY_PROGRAM = {BOUND, FROM_PARTS}
-OF_FLAX = {"parent", "name"}  # fields that Flax adds to every module
-NAMES = {"DiT": "dit"}  # where snake case is another word
-SHOWN = 3  # paths that an error names
+FLAX_FIELDS = {"parent", "name"}  # fields that Flax adds to every module
+NAMES = {"DiT": "dit"}  # classes whose name on the command line is not in snake case
+MAX_SUGGESTIONS = 3  # largest number of paths in an error message
 T = TypeVar("T")
 Setting: TypeAlias = Any  # a section or the value of a field
-Alternatives: TypeAlias = Mapping[str, Sequence[Setting]]  # of sections, by their paths
+Alternatives: TypeAlias = Mapping[str, Sequence[Setting]]  # sections by their path
 
 
 class Field(NamedTuple):
     """A field of a config that is not a section.
 
     Attributes:
-      path: names of the sections and of the field, with dots between them.
-      value: what it is.
-      hint: its annotation.
-      marks: its marks, and those of the sections that it lies in.
-      owner: the class of the section that has it.
+      path: Names of the sections and of the field, separated by dots.
+      value: Value of the field.
+      hint: Annotation of the field.
+      marks: Marks of the field and of the sections that contain it.
+      owner: Class of the section that contains the field.
     """
 
     path: str
@@ -64,25 +64,25 @@ class Field(NamedTuple):
 
     @property
     def help(self) -> str:
-        """What its class's docstring says of it under "Attributes:"; "" if nothing."""
+        """The entry of the field under "Attributes:" in the docstring of its class, or ""."""
         return _attributes(self.owner).get(self.path.rpartition(".")[2], "")
 
 
 def hints_of(cls: type) -> dict[str, Hint]:
-    """Return the annotation of every field of a section's class that is its own."""
+    """Return the annotations of the fields of a section's class, without those of Flax."""
     return _hints_of(cls)
 
 
 @functools.cache
 def _hints_of(cls: type) -> dict[str, Hint]:
     hints = typing.get_type_hints(cls, include_extras=True)
-    skipped = OF_FLAX if hasattr(cls, "setup") and hasattr(cls, "apply") else set()
+    skipped = FLAX_FIELDS if hasattr(cls, "setup") and hasattr(cls, "apply") else set()
     names = [field.name for field in dataclasses.fields(cls) if field.init]
     return {name: hints[name] for name in names if name not in skipped}
 
 
 def alternatives_of(hint: Hint) -> tuple[type, ...]:
-    """Return the classes of a section's annotation; () of a field that is not a section."""
+    """Return the classes in the annotation of a section; () for a field with a value."""
     bare = bare_type(hint)
     args = typing.get_args(bare) if _is_union(bare) else (bare,)
     return tuple(
@@ -95,7 +95,7 @@ def _is_union(hint: Hint) -> bool:
 
 
 def choice_name(section: Setting) -> str:
-    """Return how an alternative is called on the command line: `LinearBetas` -> linear_betas."""
+    """Return the name of an alternative on the command line, such as linear_betas."""
     if section is None:
         return "none"
     name = (section if isinstance(section, type) else type(section)).__name__
@@ -104,7 +104,7 @@ def choice_name(section: Setting) -> str:
 
 def is_section(value: Setting, hint: Hint) -> bool:
     """Return whether a field is a section, by its value or its annotation."""
-    if BOUND in notes(hint):  # the program sets the whole of it
+    if BOUND in notes(hint):  # the user can set no field of it
         return False
     return (dataclasses.is_dataclass(value) and not isinstance(value, type)) or bool(
         alternatives_of(hint)
@@ -114,20 +114,20 @@ def is_section(value: Setting, hint: Hint) -> bool:
 def fields_of(
     config: Setting, prefix: str = "", marks: frozenset[str] = frozenset()
 ) -> Iterator[Field]:
-    """Yield every field of a config that is not a section, in order."""
+    """Yield the fields of a config and of its sections, with `prefix` before their paths."""
     if config is None:
         return
     for name, hint in hints_of(type(config)).items():
         value, path = getattr(config, name), prefix + name
-        whole = marks | {note for note in notes(hint) if isinstance(note, str)}
+        all_marks = marks | {note for note in notes(hint) if isinstance(note, str)}
         if is_section(value, hint):
-            yield from fields_of(value, f"{path}.", whole)
+            yield from fields_of(value, f"{path}.", all_marks)
         else:
-            yield Field(path, value, hint, whole, type(config))
+            yield Field(path, value, hint, all_marks, type(config))
 
 
 def sections_of(config: Setting, prefix: str = "") -> Iterator[tuple[str, Setting, Hint]]:
-    """Yield (path, section, annotation) of every section within a config."""
+    """Yield (path, section, annotation) for the sections of a config and their sections."""
     if config is None:
         return
     for name, hint in hints_of(type(config)).items():
@@ -138,7 +138,7 @@ def sections_of(config: Setting, prefix: str = "") -> Iterator[tuple[str, Settin
 
 
 def _attributes(cls: type) -> dict[str, str]:
-    """Return the entries under "Attributes:" in a class's docstring and those of its bases."""
+    """Return the entries under "Attributes:" in the docstrings of a class and its bases."""
     entries: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, text = (inspect.cleandoc(base.__dict__.get("__doc__") or "")).partition(
@@ -151,13 +151,13 @@ def _attributes(cls: type) -> dict[str, str]:
 
 
 def marked(config: Setting, mark: str) -> set[str]:
-    """Return the paths of the fields that carry `mark`, or lie in a section that does."""
+    """Return the paths of the fields with a mark, or in a section with the mark."""
     value = config() if isinstance(config, type) else config
     return {field.path for field in fields_of(value) if mark in field.marks}
 
 
 def flat(config: Setting) -> dict[str, Setting]:
-    """Return every field's value by its path, and the choice of every section that has several."""
+    """Return the values of all fields and the names of chosen alternatives, by their paths."""
     values = {field.path: field.value for field in fields_of(config) if BOUND not in field.marks}
     for path, section, hint in sections_of(config):
         if has_choice(hint):
@@ -166,7 +166,7 @@ def flat(config: Setting) -> dict[str, Setting]:
 
 
 def has_choice(hint: Hint) -> bool:
-    """Return whether a section has alternatives."""
+    """Return whether a section has at least two alternatives."""
     bare = bare_type(hint)
     return _is_union(bare) and len(typing.get_args(bare)) > 1
 
@@ -177,7 +177,7 @@ def get(config: Setting, path: str) -> Setting:
 
 
 def replace(config: T, values: Mapping[str, Setting]) -> T:
-    """Return `config` with the fields or sections at some paths replaced; shorter paths first."""
+    """Return `config` with fields or sections replaced by their paths, sections first."""
     for path in sorted(values, key=lambda path: path.count(".")):
         config = _replace_one(config, path.split("."), values[path])
     return config
@@ -196,18 +196,18 @@ def override(
     debug: Mapping[str, Setting] | None = None,
     alternatives: Alternatives | None = None,
 ) -> T:
-    """Return `config` with what the user typed.
+    """Return `config` with the values that the user has set.
 
     Args:
-      config: a frozen dataclass of sections and fields.
-      texts: path -> text, as in `--config.train.steps=100`.
-      debug: values of fields, or sections, by their paths, set after the choice of sections and
-        before `texts`; those that the chosen sections do not have are left out.
-      alternatives: by the path of a section, the experiment's tuned alternatives of it.
+      config: A frozen dataclass of fields and sections.
+      texts: Texts by path, such as {"train.steps": "100"} for `--config.train.steps=100`.
+      debug: Values of fields, or sections, by path. They are set after the choice of alternatives
+        and before the other `texts`. Paths that the chosen sections do not have are ignored.
+      alternatives: Tuned alternatives of the experiment by the path of their section.
 
     Raises:
-      UserError: an unknown field or alternative, a value that is not of the field's type or out of
-        its range, or a field that the program sets.
+      UserError: If a field or alternative is unknown, a value is not of the type of its field or is
+        out of range, or a field is set by the program.
     """
     sections = {path for path, _, _ in sections_of(config)}
     choices = {path: text for path, text in texts.items() if path in sections}
@@ -216,9 +216,9 @@ def override(
             choices[path] = texts[path]
     for path in sorted(choices, key=lambda path: path.count(".")):
         config = _choose(config, path, choices[path], alternatives or {})
-    there = {field.path for field in fields_of(config)}
-    there |= {path for path, _, _ in sections_of(config)} - choices.keys()
-    config = replace(config, {path: v for path, v in (debug or {}).items() if path in there})
+    paths = {field.path for field in fields_of(config)}
+    paths |= {path for path, _, _ in sections_of(config)} - choices.keys()
+    config = replace(config, {path: v for path, v in (debug or {}).items() if path in paths})
     fields = {field.path: field for field in fields_of(config)}
     values = {}
     for path, text in texts.items():
@@ -233,7 +233,7 @@ def override(
 def _in_alternative(
     config: Setting, path: str, choices: Mapping[str, str], alternatives: Alternatives
 ) -> bool:
-    """Return whether `path` is a section of an alternative that `choices` choose."""
+    """Return whether `path` is a section of an alternative in `choices`."""
     parent = path.rpartition(".")[0]
     if parent not in choices:
         return False
@@ -242,27 +242,27 @@ def _in_alternative(
 
 
 def _choose(config: T, path: str, text: str, alternatives: Alternatives) -> T:
-    """Return `config` with the section at `path` chosen, or its name set."""
+    """Return `config` with an alternative chosen at `path`, or the field `name` set there."""
     hint = {p: hint for p, _, hint in sections_of(config)}[path]
     section = get(config, path)
     if not has_choice(hint):
         if section is not None and "name" in hints_of(type(section)):
             field = next(f for f in fields_of(section, f"{path}.") if f.path == f"{path}.name")
             return replace(config, {f"{path}.name": _parse_field(field, text, f"--config.{path}")})
-        below = fields_of(section, f"{path}.")
-        first = next(field.path for field in below if not SET_BY_PROGRAM & field.marks)
+        fields = fields_of(section, f"{path}.")
+        first = next(field.path for field in fields if not SET_BY_PROGRAM & field.marks)
         raise UserError(
             f"--config.{path} has several fields; set one of them, such as --config.{first}=VALUE"
         )
     if choice_name(section) == text:
         return config
-    known: dict[str, type | None] = {choice_name(cls): cls for cls in alternatives_of(hint)}
+    classes: dict[str, type | None] = {choice_name(cls): cls for cls in alternatives_of(hint)}
     if type(None) in typing.get_args(bare_type(hint)):
-        known["none"] = None
-    if text not in known:
-        raise UserError(f'--config.{path}: there is no "{text}"{nearest(text, known)}')
+        classes["none"] = None
+    if text not in classes:
+        raise UserError(f'--config.{path}: there is no "{text}"{nearest(text, classes)}')
     tuned = [section for section in alternatives.get(path, ()) if choice_name(section) == text]
-    cls = known[text]
+    cls = classes[text]
     default = None if cls is None else cls()
     return replace(config, {path: tuned[0] if tuned else default})
 
@@ -270,9 +270,9 @@ def _choose(config: T, path: str, text: str, alternatives: Alternatives) -> T:
 def _parse_field(field: Field, text: str, flag: str | None = None) -> Value:
     flag = flag or f"--config.{field.path}"
     if BOUND in field.marks:
-        raise UserError(f"{flag} follows from the data set and cannot be set")
+        raise UserError(f"{flag} follows from the data set and cannot be set; leave it out")
     if FROM_PARTS in field.marks:
-        raise UserError(f"{flag} follows from the parts and cannot be set")
+        raise UserError(f"{flag} follows from the parts and cannot be set; leave it out")
     try:
         value = parse(text, field.hint)
     except ValueError as error:
@@ -283,18 +283,18 @@ def _parse_field(field: Field, text: str, flag: str | None = None) -> Value:
 
 
 def settable(config: Setting) -> list[str]:
-    """Return the paths that the command line takes: of fields, then of sections."""
+    """Return the paths that the command line can set: first fields, then sections."""
     paths = [field.path for field in fields_of(config) if not SET_BY_PROGRAM & field.marks]
     return paths + [path for path, _, _ in sections_of(config)]
 
 
 def paths_named(config: Setting, name: str) -> list[str]:
-    """Return the paths that the command line takes and that end in `name`, such as `steps`."""
+    """Return the paths that the command line can set and whose last word is `name`."""
     return [path for path in settable(config) if path == name or path.endswith(f".{name}")]
 
 
 def _unknown(config: Setting, path: str) -> str:
-    """Return the message of an unknown path, with at most three paths that end alike."""
+    """Return the error message of an unknown path, which suggests at most three others."""
     known = settable(config)
     message = f'unknown field "--config.{path}"'
     for section, value, hint in sections_of(config):
@@ -307,35 +307,39 @@ def _unknown(config: Setting, path: str) -> str:
                 f"{choice_name(value)}; give --config.{section}={choice_name(owner)}, too"
             )
     word = path.rpartition(".")[2]
-    same = paths_named(config, word)
-    if not same:
-        words = {p.rpartition(".")[2]: p for p in reversed(known)}
-        near = nearest(word, words)
-        if "did you mean" in near:
-            nearby = re.findall(r'"(\w+)"', near)[0]
-            same = paths_named(config, nearby)
+    similar = paths_named(config, word)
+    if not similar:
+        hint = nearest(word, {p.rpartition(".")[2] for p in known})
+        if "did you mean" in hint:
+            similar = paths_named(config, re.findall(r'"(\w+)"', hint)[0])
         elif all("." not in p for p in known):
-            return message + near
-    if not same:
+            return message + hint
+    if not similar:
         return f"{message}; --help lists the fields"
-    shown = " or ".join(f"--config.{p}" for p in same[:SHOWN])
-    if all("." not in p for p in same):
-        shown = f'"{same[0]}"'
-    return f"{message}; did you mean {shown}?"
+    suggestion = " or ".join(f"--config.{p}" for p in similar[:MAX_SUGGESTIONS])
+    if all("." not in p for p in similar):
+        suggestion = f'"{similar[0]}"'
+    return f"{message}; did you mean {suggestion}?"
 
 
 def expanded(flag: str, text: str) -> pathlib.Path:
-    """Return the path that a flag gives, `~` and `~user` replaced by the home directory.
+    """Return the path in `text`, with `~` and `~user` replaced by the home directory.
+
+    Args:
+      flag: The flag with the path, for error messages.
+      text: The path.
 
     Raises:
-      UserError: there is no such user, or the system takes no path of that length.
+      UserError: If there is no such user, or if the path is too long for the system.
     """
     try:
         path = pathlib.Path(text).expanduser()
         os.lstat(path)
     except RuntimeError:
         name = text.partition("/")[0]
-        raise UserError(f"{flag}={text}: there is no home directory of {name}") from None
+        raise UserError(
+            f"{flag}={text}: there is no home directory of {name}; give the full path"
+        ) from None
     except (OSError, ValueError) as error:
         if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
             reason = getattr(error, "strerror", None) or str(error)

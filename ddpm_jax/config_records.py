@@ -1,4 +1,4 @@
-"""The record of a config in config.json: written, and read back as an equal value."""
+"""Conversion of configs to the JSON values of config.json, and back to equal configs."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def to_record(config: Setting) -> dict[str, Json]:
-    """Return a config as JSON holds it: every field but bound ones, and the type of choices."""
+    """Return a config as JSON values: all fields except bound ones, and chosen alternatives."""
     record: dict[str, Json] = {}
     for name, hint in hints_of(type(config)).items():
         value = getattr(config, name)
@@ -29,52 +29,52 @@ def to_record(config: Setting) -> dict[str, Json]:
     return record
 
 
-def restore(like: T | type[T], values: Json, where: str | os.PathLike[str]) -> T:
-    """Return the config that config.json recorded.
+def restore(like: T | type[T], values: Json, directory: str | os.PathLike[str]) -> T:
+    """Return the config that `to_record` has converted to JSON values.
 
     Args:
-      like: the experiment's config, or its class: the types of the sections.
-      values: what `to_record` returned, from JSON. A field that it lacks keeps its class's default.
-      where: the run's directory, for errors.
+      like: The config of the experiment, or its class, which has the types of the sections.
+      values: The JSON values. A field that is missing has the default of its class.
+      directory: The run directory, for error messages.
 
     Raises:
-      UserError: the record has fields or sections that `like` lacks: it is of another version; or a
-        value that is not of its field's type or out of its range.
+      UserError: If `values` has fields or sections that `like` does not have, or a value that is
+        not of the type of its field or is out of range.
     """
     default: T = like() if isinstance(like, type) else like
-    return _restore(default, values, where, "")
+    return _restore(default, values, directory, "")
 
 
-def _restore(like: T, values: Json, where: str | os.PathLike[str], prefix: str) -> T:
-    damaged = f"the config.json of the run in {where} is damaged"
+def _restore(like: T, values: Json, directory: str | os.PathLike[str], prefix: str) -> T:
+    damaged = f"the config.json of the run in {directory} is damaged"
     if not isinstance(values, dict):
-        at = prefix.rstrip(".") or "config"
+        path = prefix.rstrip(".") or "config"
         raise UserError(
-            f"{damaged}: its {at} must be a section, and is {shorten(values)}; give another run"
+            f"{damaged}: its {path} must be a section, and is {shorten(values)}; give another run"
         )
     hints = hints_of(type(like))
-    odd = sorted(prefix + name for name in set(values) - set(hints))
-    if odd:
+    unknown = sorted(prefix + name for name in set(values) - set(hints))
+    if unknown:
         raise UserError(
-            f"the run in {where} was made by another version, with unknown config fields: "
-            f"{', '.join(odd)}"
+            f"the run in {directory} was made by another version, with unknown config fields: "
+            f"{', '.join(unknown)}; use that version, or give another run"
         )
-    known = {}
+    restored = {}
     for name, value in values.items():
-        hint, here = hints[name], getattr(like, name)
-        if is_section(here, hint):
-            known[name] = _restore_section(here, hint, value, where, prefix + name)
+        hint, default = hints[name], getattr(like, name)
+        if is_section(default, hint):
+            restored[name] = _restore_section(default, hint, value, directory, prefix + name)
             continue
         try:
-            known[name] = from_record(value, hint)
+            restored[name] = from_record(value, hint)
         except ValueError as error:
             raise UserError(
                 f"{damaged}: its {prefix}{name} {error}, and is {shorten(value)}; give another run"
             ) from None
     for field in dataclasses.fields(like):  # type: ignore[arg-type]
-        if field.name in hints and field.name not in known and _is_required(field):
+        if field.name in hints and field.name not in restored and _is_required(field):
             raise UserError(f"{damaged}: its {prefix}{field.name} is missing; give another run")
-    return type(like)(**known)
+    return type(like)(**restored)
 
 
 def _is_required(field: dataclasses.Field[Value]) -> bool:
@@ -82,19 +82,19 @@ def _is_required(field: dataclasses.Field[Value]) -> bool:
 
 
 def _restore_section(
-    here: Setting, hint: Hint, value: Json, where: str | os.PathLike[str], path: str
+    default: Setting, hint: Hint, value: Json, directory: str | os.PathLike[str], path: str
 ) -> Setting:
     if not has_choice(hint):
-        return _restore(here, value, where, f"{path}.")
+        return _restore(default, value, directory, f"{path}.")
     classes: dict[str, type] = {choice_name(cls): cls for cls in alternatives_of(hint)}
     if value is None and type(None) in typing.get_args(bare_type(hint)):
         return None
     chosen = value.get("type") if isinstance(value, dict) else None
     if not isinstance(chosen, str) or chosen not in classes:
         raise UserError(
-            f"the config.json of the run in {where} is damaged: its {path} must have a type, one "
-            f"of {', '.join(classes)}, and is {shorten(value)}; give another run"
+            f"the config.json of the run in {directory} is damaged: its {path} must have a type, "
+            f"one of {', '.join(classes)}, and is {shorten(value)}; give another run"
         )
     inner = {name: item for name, item in value.items() if name != "type"}
-    like = here if choice_name(here) == chosen else classes[chosen]()
-    return _restore(like, inner, where, f"{path}.")
+    like = default if choice_name(default) == chosen else classes[chosen]()
+    return _restore(like, inner, directory, f"{path}.")

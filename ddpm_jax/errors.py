@@ -1,10 +1,10 @@
-"""The two ways in which a run can end badly, each reported in one line."""
+"""Errors of users and of runs, which are reported in one line, and the text of such lines."""
 
 import difflib
 import re
 from collections.abc import Iterable
 
-# Control characters, lone surrogates, and what changes lines or the direction of the text.
+# Control characters, lone surrogates, and characters that break lines or reverse the text.
 HIDDEN = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     r"\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
@@ -12,14 +12,15 @@ HIDDEN = re.compile(
 
 
 class UserError(Exception):
-    """What the user asked for cannot be done; the message says what to do (exit code 2)."""
+    """A request that cannot be fulfilled; the message states what to change (exit code 2)."""
 
 
 class ConfigError(UserError):
-    """Fields of a config contradict each other, or the data.
+    """Fields of a config that contradict each other or the data.
 
-    The message begins with --config.PATH=VALUE; `others` are the paths of further fields that the
-    contradiction is about.
+    Attributes:
+      others: Paths of the other fields of the contradiction. The message begins with the first
+        field, as in --config.PATH=VALUE.
     """
 
     def __init__(self, message: str, *others: str) -> None:
@@ -28,47 +29,47 @@ class ConfigError(UserError):
 
 
 class RunError(Exception):
-    """The run itself went wrong, as a loss that is not finite does (exit code 1)."""
+    """A failure during a run, such as a loss that is not finite (exit code 1)."""
 
 
 def printable(text: str, lines: bool = False) -> str:
-    """Return `text` with every control character in a visible form, such as \\x1b.
+    r"""Return `text` with every control character escaped, such as \x1b.
 
-    A run directory, a data set or a file name may be a stranger's: nothing in them may reach the
-    terminal as a command, reverse the text or start a line of its own.
+    Texts of run directories, data sets and file names may come from a stranger. They must not send
+    commands to the terminal, reverse the text or start a line.
 
     Args:
-      text: the text.
-      lines: keep line breaks, of a text that the program itself laid out in lines.
+      text: The text.
+      lines: Whether to keep line breaks, of a text that this program has formatted.
     """
 
-    def visible(match: re.Match[str]) -> str:
+    def escape(match: re.Match[str]) -> str:
         character = match[0]
         if lines and character == "\n":
             return character
         return character.encode("unicode_escape").decode("ascii")
 
-    return HIDDEN.sub(visible, text)
+    return HIDDEN.sub(escape, text)
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return a hint such as `; did you mean "steps"?`, or the whole choice where none is near."""
+    """Return a hint such as `; did you mean "steps"?`, or all words if none is similar."""
     words = sorted(words)
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    if near:
-        return f'; did you mean "{near[0]}"?'
+    similar = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    if similar:
+        return f'; did you mean "{similar[0]}"?'
     return f"; there are: {', '.join(words)}" if words else ""
 
 
 def one_line(error: BaseException, length: int = 200) -> str:
-    """Return the end of what an error says, where the file system's own words are."""
+    """Return the last `length` characters of an error message, which state the cause."""
     text = " ".join(str(error).split())
     return text if len(text) <= length else f"...{text[-length:]}"
 
 
 class NonFinite(RunError):
-    """Images hold values that are not finite, so there is no picture of them."""
+    """Images with values that are not finite, which cannot be shown."""
 
 
 class MissingData(UserError):
-    """The data set is not at hand and cannot be had; a fallback may take its place."""
+    """A data set that is neither stored nor available for download; a fallback may replace it."""

@@ -1,9 +1,9 @@
-"""Fields of a config: their marks and ranges, and how a text or a value of JSON becomes a value.
+"""Types, ranges and marks of the fields of a config, and the parsing of texts and JSON values.
 
-A field's annotation says what it takes. `int`, `float`, `bool`, `str`, `Literal[...]`,
-`tuple[int, ...]` and `... | None` are parsed; `Annotated[int, AtLeast(1)]` is checked too.
-`Annotated[..., MAY_CHANGE]` may change when a run is resumed, and `Annotated[..., BOUND]` is set
-by the program.
+The annotation of a field states its type: `int`, `float`, `bool`, `str`, `Literal[...]`,
+`tuple[int, ...]` or `... | None`. Bounds and marks are added by `Annotated`:
+`Annotated[int, AtLeast(1)]` has a range, a field with `Annotated[..., MAY_CHANGE]` may change when
+a run is resumed, and a field with `Annotated[..., BOUND]` is set by the program.
 """
 
 import contextlib
@@ -14,30 +14,30 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
-Hint: TypeAlias = Any  # an annotation: a type, or what `typing` makes of several
-Json: TypeAlias = Any  # what `json` reads and writes
-Value: TypeAlias = int | float | bool | str | tuple[object, ...] | None  # of a field
+Hint: TypeAlias = Any  # an annotation: a type, or a form of `typing` such as int | None
+Json: TypeAlias = Any  # a value that `json` reads or writes
+Value: TypeAlias = int | float | bool | str | tuple[object, ...] | None  # the value of a field
 
 
-# Bounds are dataclasses, which are equal only to their own kind: Python 3.11.2 gives equal
-# annotations one object, so that with tuples `at least 0` became `more than 0`.
+# Bounds are dataclasses, since instances of two dataclasses are never equal. Named tuples with the
+# same number are equal, and Python 3.11.2 replaces an annotation by an equal, earlier one.
 @dataclasses.dataclass(frozen=True)
 class AtLeast:
-    """A lower bound of a number, itself allowed."""
+    """An inclusive lower bound of a number."""
 
     low: float | int
 
 
 @dataclasses.dataclass(frozen=True)
 class MoreThan:
-    """A lower bound of a number, itself not allowed."""
+    """An exclusive lower bound of a number."""
 
     low: float | int
 
 
 @dataclasses.dataclass(frozen=True)
 class AtMost:
-    """An upper bound of a number, itself allowed."""
+    """An inclusive upper bound of a number."""
 
     high: float | int
 
@@ -46,12 +46,13 @@ Mark: TypeAlias = str | AtLeast | MoreThan | AtMost
 
 
 class FieldError(ValueError):
-    """Fields of a section contradict each other, or the data.
+    """Fields of a section that contradict each other or the data.
 
-    The message begins with a field and its value, such as "channels=30: must divide by 4".
+    The message begins with a field and its value, such as "channels=30: must be divisible by 4".
 
     Attributes:
-      others: Further fields that the contradiction is about; the one that the user set is named.
+      others: The other fields of the contradiction. The message that the user reads begins with
+        the field that the user has set.
     """
 
     def __init__(self, message: str, *others: str) -> None:
@@ -61,10 +62,10 @@ class FieldError(ValueError):
 
 @contextlib.contextmanager
 def section(name: str) -> Iterator[None]:
-    """Put the name of a section before the fields that a FieldError names.
+    """Prefix the fields of a FieldError with the name of their section.
 
     Raises:
-      FieldError: the body raised one.
+      FieldError: If the body raises a FieldError.
     """
     try:
         yield
@@ -73,45 +74,47 @@ def section(name: str) -> Iterator[None]:
         raise FieldError(f"{name}.{error}", *others) from None
 
 
-LARGEST_INT = 2**31 - 1  # that a program counts with
-SMALLEST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # positive ones that float32 holds
+LARGEST_INT = 2**31 - 1  # of int32
+SMALLEST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # of normal float32, in absolute value
 BOUND = "bound"  # set from the data set, the batch size or the precision; not recorded
-FROM_PARTS = "from parts"  # from what was trained before, and is built on
+FROM_PARTS = "from parts"  # set from the trained runs that this run is built on
 MAY_CHANGE = "may change on resuming"
 OR_NONE = "an empty tuple means none"
-PATH = "path"  # of a run, or a word in its place
+PATH = "path"  # a path of a run, or a word that stands for one
 Count = Annotated[int, AtLeast(1)]
-Layers = Annotated[int, AtLeast(1), AtMost(1000)]  # that a network is built of, one after another
-MoreLayers = Annotated[int, AtLeast(0), AtMost(1000)]  # the same, or none
+Layers = Annotated[
+    int, AtLeast(1), AtMost(1000)
+]  # a number of consecutive layers or blocks of a network
+MoreLayers = Annotated[int, AtLeast(0), AtMost(1000)]  # a number of layers that may be 0
 Few = Annotated[int, AtLeast(1), AtMost(1000)]  # copies of each example of a batch
-SampleSteps = Annotated[int, AtLeast(1), AtMost(1e6), MAY_CHANGE]  # of a sampler
-NoiseSteps = Annotated[int, AtLeast(2), AtMost(1e6)]  # of a table of betas
-EvalTimes = Annotated[int, AtLeast(1), AtMost(1e6)]  # at which an image is evaluated
+SampleSteps = Annotated[int, AtLeast(1), AtMost(1e6), MAY_CHANGE]  # steps of a sampler
+NoiseSteps = Annotated[int, AtLeast(2), AtMost(1e6)]  # steps of a table of betas
+EvalTimes = Annotated[int, AtLeast(1), AtMost(1e6)]  # times of each image in an evaluation
 RunPath = Annotated[str, PATH, MAY_CHANGE]
-HOST_IMAGES = "images that the host's memory holds"
-EVAL_BATCH = "images of a batch of an evaluation"
+HOST_IMAGES = "number of images in the memory of the host"
+EVAL_BATCH = "number of images of an evaluation batch"
 NumSamples = Annotated[int, AtLeast(1), HOST_IMAGES, MAY_CHANGE]
-NumSamplesBetween = Annotated[int, AtLeast(0), HOST_IMAGES, MAY_CHANGE]  # 0: none
+NumSamplesBetween = Annotated[int, AtLeast(0), HOST_IMAGES, MAY_CHANGE]  # 0: do not sample
 EvalBatch = Annotated[int, AtLeast(1), EVAL_BATCH]
 Positive = Annotated[float, MoreThan(0.0)]
 NonNegative = Annotated[float, AtLeast(0.0)]
-Share = Annotated[float, AtLeast(0.0), AtMost(0.99999)]  # as of dropout; never all
-Length = Annotated[int, AtLeast(1), MAY_CHANGE]  # a number of steps, or of images to report on
+Share = Annotated[float, AtLeast(0.0), AtMost(0.99999)]  # such as a dropout rate, less than 1
+Length = Annotated[int, AtLeast(1), MAY_CHANGE]  # number of steps, or of images in a report
 Interval = Annotated[int, AtLeast(0), MAY_CHANGE]  # 0: only at the end
 
-# Validation images; none: the data set's own, or else a tenth of the training images, at most
-# 5,000; 0: every training image is trained on, and nothing is evaluated before the end.
+# Number of validation images. None: those of the data set or, if it has none, a tenth of the
+# training images, at most 5,000. 0: there is no validation split and no evaluation during training.
 ValidationImages = Annotated[int, AtLeast(0)] | None
 
 
 def origin_of(hint: Hint) -> object:
-    """Return what an annotation is made of, such as Literal, Union or tuple; None of a class."""
+    """Return the form of an annotation, such as Literal, Union or tuple; None for a class."""
     origin: object = typing.get_origin(hint)
     return origin
 
 
 def notes(hint: Hint) -> tuple[Mark, ...]:
-    """Return the marks and bounds of an annotation: what follows the type in `Annotated`."""
+    """Return the marks and bounds of an annotation, which follow the type in `Annotated`."""
     return tuple(hint.__metadata__) if origin_of(hint) is Annotated else ()
 
 
@@ -121,7 +124,7 @@ def bare_type(hint: Hint) -> Hint:
 
 
 def type_name(hint: Hint) -> str:
-    """Return how `--help` writes the type of a field, such as int,... or eps|x0|v."""
+    """Return the type of a field as `--help` shows it, such as int,... or eps|x0|v."""
     bare = bare_type(hint)
     if origin_of(bare) is Literal:
         return "|".join(str(value) for value in typing.get_args(bare))
@@ -134,10 +137,11 @@ def type_name(hint: Hint) -> str:
 
 
 def parse(text: str, hint: Hint) -> Value:
-    """Read `text` as a value of the annotated type `hint`.
+    """Return the value of `text` in the annotated type `hint`.
 
     Raises:
-      ValueError: it is not one, or out of range; the message says what is allowed.
+      ValueError: If the text is not a value of the type or is out of its range. The message states
+        what is allowed.
     """
     if OR_NONE in notes(hint) and text.strip().lower() in ("", "()", "none"):
         return ()
@@ -147,7 +151,7 @@ def parse(text: str, hint: Hint) -> Value:
 
 
 def _check_range(value: Value, hint: Hint) -> None:
-    """Raise ValueError unless a number is in the range of its annotation, and of a program's."""
+    """Raise ValueError if a number is outside the range of its annotation, int32 or float32."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if isinstance(value, float) and not math.isfinite(value):
@@ -163,8 +167,8 @@ def _check_range(value: Value, hint: Hint) -> None:
         raise ValueError(f"must be at most {LARGEST_INT:,}")
     if isinstance(value, float) and value and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
         raise ValueError(
-            f"must be a number that float32 holds: from {SMALLEST_FLOAT:g} to {LARGEST_FLOAT:g} "
-            "in size, or 0"
+            f"must be 0, or a number that float32 holds: from {SMALLEST_FLOAT:g} to "
+            f"{LARGEST_FLOAT:g} in absolute value"
         )
 
 
@@ -183,21 +187,22 @@ def _read(text: str, hint: Hint) -> Value:
     if origin is tuple:
         words = [word for word in text.strip("()[] ").split(",") if word.strip()]
         if not words:
-            raise ValueError("must be one value or more, with commas between them")
+            raise ValueError("must be one value or more, separated by commas")
         item = args[0]
         if args[-1] is not Ellipsis and len(words) != len(args):
-            raise ValueError(f"must be {len(args)} values with commas between them")
+            raise ValueError(f"must be {len(args)} values, separated by commas")
         return tuple(parse(word.strip(), item) for word in words)
     if hint is bool:
-        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if text.lower() not in known:
+        values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in values:
             raise ValueError("must be true or false")
-        return known[text.lower()]
+        return values[text.lower()]
     if hint is int:
         try:
-            if text.strip("+-").isdecimal() and len(text) > 4000:  # more than Python reads
+            # Python parses at most 4300 digits.
+            if text.strip("+-").isdecimal() and len(text) > 4000:
                 return LARGEST_INT + 1
-            value = float(text) if "e" in text.lower() else int(text)  # 1e5 and 100_000 too
+            value = float(text) if "e" in text.lower() else int(text)  # also 1e5 and 100_000
             if value != int(value):
                 raise ValueError
         except (ValueError, OverflowError):
@@ -214,10 +219,11 @@ def _read(text: str, hint: Hint) -> Value:
 
 
 def from_record(value: Json, hint: Hint) -> Value:
-    """Return a value of JSON as one of the annotated type `hint`.
+    """Return a JSON value as a value of the annotated type `hint`.
 
     Raises:
-      ValueError: it is not one, or out of range; the message says what is allowed.
+      ValueError: If the value is not of the type or is out of its range. The message states what
+        is allowed.
     """
     bare = bare_type(hint)
     origin, args = origin_of(bare), typing.get_args(bare)
@@ -230,11 +236,11 @@ def from_record(value: Json, hint: Hint) -> Value:
         (inner,) = (arg for arg in args if arg is not type(None))
         return from_record(value, inner)
     elif origin is tuple:
-        endless = args[-1] is Ellipsis
-        if not isinstance(value, list | tuple) or not (endless or len(value) == len(args)):
-            raise ValueError("must be a list" + ("" if endless else f" of {len(args)} values"))
-        items = [args[0]] * len(value) if endless else args
-        return tuple(from_record(item, kind) for item, kind in zip(value, items, strict=True))
+        any_length = args[-1] is Ellipsis
+        if not isinstance(value, list | tuple) or not (any_length or len(value) == len(args)):
+            raise ValueError("must be a list" + ("" if any_length else f" of {len(args)} values"))
+        item_hints = [args[0]] * len(value) if any_length else args
+        return tuple(from_record(item, h) for item, h in zip(value, item_hints, strict=True))
     else:
         allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}[bare]
         if type(value) not in allowed:
@@ -244,19 +250,19 @@ def from_record(value: Json, hint: Hint) -> Value:
                 raise ValueError(f"must be at most {LARGEST_FLOAT:g}")
             value = float(value)
         if bare is str and any(ord(letter) < 32 for letter in value):
-            raise ValueError("must be a text without control characters")
+            raise ValueError("must be text without control characters")
     result: Value = value
     _check_range(result, hint)
     return result
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def shorten(value: object, length: int = 60) -> str:
-    """Return a value as a message shows it."""
+    """Return at most `length` characters of a value, for an error message."""
     try:
         text = ascii(value)
-    except (ValueError, RecursionError):  # more digits or levels than Python writes
+    except (ValueError, RecursionError):  # too many digits or levels for Python
         return "too large to show"
     return text if len(text) <= length else f"{text[:length]}..."

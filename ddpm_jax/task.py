@@ -1,8 +1,8 @@
-"""The contract between training and everything that is trained.
+"""The interface between training and the models that are trained.
 
-A `Task` is a frozen dataclass of settings whose methods are pure functions of their arguments: it
-holds no arrays, so that it can be static to `jax.jit`. It calls no `jax.jit` and knows no device:
-whoever calls it compiles, through a `Compile`.
+A `Task` is a frozen dataclass of settings, without arrays, so that it can be a static argument of
+`jax.jit`. Its methods are pure functions. They do not call `jax.jit` and do not depend on devices:
+their callers compile them, or pass a `Compile`.
 """
 
 import abc
@@ -29,19 +29,19 @@ from ddpm_jax.system.record import Record
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-TaskT = TypeVar("TaskT", bound="Task")  # in the place of `Self`, which beartype does not take
+TaskT = TypeVar("TaskT", bound="Task")  # beartype does not support `Self`
 Ts = TypeVarTuple("Ts")
 T_contra = TypeVar("T_contra", contravariant=True)
 
-AllGather = Callable[[PyTree], PyTree]  # the devices' parts of arrays [B, ...] put together
+AllGather = Callable[[PyTree], PyTree]  # concatenates arrays [B, ...] of all devices
 
 
 class Variables(NamedTuple):
-    """What a trained task computes with.
+    """Parameters and other arrays of a task.
 
     Attributes:
-      params: Parameters, by which the step differentiates.
-      extra: What is not differentiated: frozen parts and carried statistics.
+      params: Parameters that the training step differentiates the loss by.
+      extra: Arrays without gradients: parameters of frozen parts, and running statistics.
     """
 
     params: PyTree
@@ -49,12 +49,12 @@ class Variables(NamedTuple):
 
 
 class LossOutput(NamedTuple):
-    """The loss of every example of a batch.
+    """Losses and metrics of the examples of a batch.
 
     Attributes:
-      losses: [B].
-      metrics: Other quantities [B] by name.
-      statistics: What `Task.update_extra` needs of the batch.
+      losses: The loss [B] of each example.
+      metrics: Metrics [B] of each example by name.
+      statistics: Statistics of the batch for `Task.update_extra`.
     """
 
     losses: Float[Array, "batch"]
@@ -64,7 +64,7 @@ class LossOutput(NamedTuple):
 
 @runtime_checkable
 class Compile(Protocol):
-    """Compiles a function once for its static arguments and the other arguments' shapes."""
+    """A `jax.jit` that compiles once for all calls with equal static arguments and shapes."""
 
     def __call__(
         self, fn: Callable[P, R], static_argnums: int | tuple[int, ...] = ()
@@ -73,14 +73,14 @@ class Compile(Protocol):
 
 
 class SampleRequest(NamedTuple):
-    """How images are sampled; None stands for the task's own setting.
+    """Settings of sampling; a field that is None has the value in the config of the task.
 
     Attributes:
-      labels: Class of every image; None: the images have no classes.
+      labels: Class of each image; None for a model without classes.
       sampler: Name of the sampler.
-      steps: Steps of the sampler.
-      prompt: Text that the images show.
-      negative_prompt: Text that guidance leads away from.
+      steps: Number of steps of the sampler.
+      prompt: Caption that the images are conditioned on.
+      negative_prompt: Caption in the place of the null conditioning of guidance.
     """
 
     labels: Int[Array, "batch"] | Int[np.ndarray, "batch"] | None = None
@@ -95,9 +95,9 @@ class Samples(NamedTuple):
 
     Attributes:
       images: [N, H, W, C] in [-1, 1].
-      labels: Class [N] of every image; None: they have no classes.
-      trace: x_t and the predicted x0 [steps, n, H, W, C] of the first n images at every step;
-        None: the task has no such steps.
+      labels: Class [N] of each image; None for a model without classes.
+      trace: x_t and the predicted x0 [steps, n, H, W, C] of the first n images at every step of the
+        sampler; None for a task without such steps.
     """
 
     images: Float[np.ndarray, "n h w c"]
@@ -106,15 +106,13 @@ class Samples(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation computes.
-
-    The caller puts the split before the name of a metric, as in "test/loss".
+    """Results of an evaluation.
 
     Attributes:
-      metrics: Numbers by name.
-      images: By name uint8 [H, W, C], an animation [F, H, W, C], or an error in the place of one
-        whose values are not finite (`plots.attempt`).
-      about: What metrics do not express: how images were sampled, what they were compared with.
+      metrics: Metrics by name. The caller adds the name of the split, as in "test/loss".
+      images: Images uint8 [H, W, C] or animations [F, H, W, C] by name. An error stands for an
+        image whose values are not finite (`plots.attempt`).
+      about: Further information for the record, such as the settings of sampling.
     """
 
     metrics: dict[str, float] = {}  # noqa: RUF012
@@ -123,15 +121,15 @@ class Evaluation(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Names of other runs that a task's settings hold.
+    """Other runs that the settings of a task name; "" stands for no run.
 
     Attributes:
-      features: Feature networks: classifiers' experiments or runs, and inception.
-      guidance_model: Run that guides sampling; "labels": none.
-      text_encoder: Run of the text encoder that the task is built on; "": none.
-      autoencoder: Run of the autoencoder that the task is built on; "": none.
-      dual_encoder: Run of the text encoder that computes metrics, with its image tower; "": none.
-      dual_encoder_field: Path of the field that names it, within the section `task`.
+      features: Feature networks: experiments or runs of classifiers, or "inception".
+      guidance_model: Run of the guidance model; "labels" for guidance without another model.
+      text_encoder: Run of the text encoder that the task contains.
+      autoencoder: Run of the autoencoder that the task contains.
+      dual_encoder: Run of the text encoder and its image tower, which compute metrics.
+      dual_encoder_field: Path of the field that names this run, within the section `task`.
     """
 
     features: tuple[str, ...] = ()
@@ -143,12 +141,12 @@ class Needs(NamedTuple):
 
 
 class GuidanceModel(NamedTuple):
-    """A trained network that guides what another one samples.
+    """A trained network that guides the sampling of another network.
 
     Attributes:
-      task: Its task, whose `guide` is not None.
-      params: Its parameters.
-      about: Which run it is, for the record.
+      task: Task of the network, whose `guide` does not return None.
+      params: Parameters of the network.
+      about: Description of its run, for the record.
     """
 
     task: "Task"
@@ -157,13 +155,13 @@ class GuidanceModel(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a task is given that lies in other runs; by default, nothing.
+    """Functions that load networks of other runs, as named by `Needs`.
 
     Attributes:
-      features: Functions that load the networks in whose features samples are compared.
-      guidance: Loads the model that guides sampling; None of it: there is none.
-      parts: Loads the parameters of the frozen parts that a new run starts from.
-      dual_encoder: Loads (network, parameters) of the dual encoder of the evaluation.
+      features: Functions that load the feature networks.
+      guidance: Loads the guidance model; returns None if there is no guidance model.
+      parts: Loads the parameters of the frozen parts of a new run.
+      dual_encoder: Loads the network and the parameters of the dual encoder of the evaluation.
     """
 
     features: tuple[Callable[[], FeatureNetwork], ...] = ()
@@ -174,14 +172,14 @@ class Resources(NamedTuple):
 
 @runtime_checkable
 class Task(Protocol):
-    """What is trained: the section `task` of a config, a frozen dataclass.
+    """A model and its loss: the section `task` of a config, a frozen dataclass.
 
-    The methods with a body here are those of a task that needs nothing of the kind; a task
-    subclasses this protocol to have them.
+    Tasks subclass this protocol. The methods with a body have defaults for tasks without classes,
+    frozen parts or other runs.
 
     Attributes:
-      provides: What a run of the task is, for other runs that name it: `classifier`, ...
-      init_examples: How many training examples `init` needs.
+      provides: Type of the run for other runs that name it, such as "classifier".
+      init_examples: Number of training examples that `init` needs.
     """
 
     provides: ClassVar[str]
@@ -189,50 +187,56 @@ class Task(Protocol):
 
     @property
     def info(self) -> DataInfo:
-        """The data set, once the task is bound."""
+        """Information about the data set, set by `bind`."""
 
     @property
     def classes(self) -> int:
-        """Number of classes that the network knows or is conditioned on; 0: none."""
+        """Number of classes that the network predicts or is conditioned on; 0 without classes."""
         return 0
 
     def needs(self) -> Needs:
-        """Return the names of other runs that the settings hold."""
+        """Return the other runs that the settings name."""
         return Needs()
 
     def fit_to(self: TaskT, data: Data) -> TaskT:
-        """Return the task adjusted to a data set, after `bind`.
+        """Return the bound task with its settings adapted to a data set.
 
         Raises:
-          UserError: it cannot be trained on these data.
+          UserError: If the task cannot be trained on the data set.
         """
         del data
         return self
 
     def adapt(self, data: Data) -> Data:
-        """Return the data as the task is trained on them, such as without unlabelled images."""
+        """Return the data that the task is trained on, for instance only the labelled images."""
         return data
 
     def bind(self: TaskT, info: DataInfo, precision: str, batch_size: int) -> TaskT:
-        """Return the task with its BOUND fields set."""
+        """Return the task with its fields set that are marked as BOUND.
+
+        Args:
+          info: Information about the data set.
+          precision: Name of the number type of the computation, such as "bfloat16".
+          batch_size: Number of examples of a training batch, over all devices.
+        """
 
     def check(self) -> None:
-        """Check that the fields of the bound task fit each other and the data.
+        """Check that the fields of the bound task do not contradict each other or the data.
 
         Raises:
-          FieldError: they do not.
+          FieldError: If fields contradict each other or the data.
         """
         return None
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
-        """Return the first variables; `batch` holds `init_examples` training examples."""
+        """Return initial variables; `batch` has `init_examples` training examples."""
 
     def load_extra(self, extra: PyTree, load: Callable[[], PyTree] | None) -> PyTree:
-        """Return the extra variables of a new run, with frozen parts in the place of zeros.
+        """Return the extra variables of a new run, with the trained parameters of frozen parts.
 
         Args:
-          extra: as `init` returns them.
-          load: loads the parts (`Resources.parts`).
+          extra: The extra variables of `init`, in which these parameters are zeros.
+          load: The function `Resources.parts`, which loads the parameters.
         """
         del load
         return extra
@@ -246,34 +250,34 @@ class Task(Protocol):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the loss of every example.
+        """Return the losses and metrics of the examples of a batch.
 
         Args:
-          variables: parameters and what is not differentiated.
-          batch: a batch, a device's share of it, or a part of it.
-          keys: one for every example.
-          train: whether dropout, augmentation and dropped labels are used.
-          all_gather: puts the shares of all devices together, for losses that compare examples,
-            or raises an error that it cannot.
+          variables: Parameters and extra variables.
+          batch: A batch, or the part of a batch on one device or of one accumulation step.
+          keys: One key for each example.
+          train: Whether to use dropout, augmentation and label dropout.
+          all_gather: Concatenates arrays of all devices, for losses that compare examples. With
+            gradient accumulation it raises an error.
         """
 
     def update_extra(self, extra: PyTree, statistics: PyTree) -> PyTree:
-        """Return the extra variables after a step; `statistics` are of the whole batch."""
+        """Return the extra variables after a step, given the statistics of the entire batch."""
         del statistics
         return extra
 
     def evaluations(self: TaskT) -> "tuple[Evaluate[TaskT], ...]":
         """Return the functions that evaluate the task.
 
-        Together they return the metric "loss": the mean of `loss` without dropout, augmentation and
-        dropped labels; on validation images it decides which checkpoint is the best. A metric that
-        `loss` returns, too, is the same quantity; another quantity has another name.
+        One of them returns the metric "loss": the mean of `loss` with `train` False. Its value on
+        the validation split decides which checkpoint is the best. A metric with the name of a
+        metric of `loss` is the same quantity.
         """
 
     def guide(self, params: PyTree, scale: float | Array) -> PyTree | None:
-        """Return how the trained task guides what another one samples; None: it cannot.
+        """Return a `diffusion.guidance.Method` that guides the sampling of another task.
 
-        It is a `diffusion.guidance.Method`.
+        None is returned if the network cannot guide another task.
         """
         del params, scale
         return None
@@ -284,31 +288,31 @@ class SamplingTask(Task, Protocol):
     """A task whose trained network samples images.
 
     Attributes:
-      request_fields: Fields of a request that mean something to the task.
+      request_fields: Names of the sampling options that the task supports.
     """
 
     @property
     def request_fields(self) -> tuple[str, ...]:
-        """Names of what can be asked for: label, sampler, steps, guidance, prompt, ..."""
+        """Names of supported options: label, sampler, steps, guidance, prompt, ..."""
         return ()
 
     def check_request(self, request: SampleRequest) -> None:
-        """Check that images can be sampled as a request says.
+        """Check that the task supports the settings of a request.
 
         Raises:
-          FieldError: they cannot.
+          FieldError: If a setting is not supported.
         """
         del request
 
     def guidance(self, scale: float | None, model: GuidanceModel | None) -> PyTree:
-        """Return the guidance of sampling, a `diffusion.guidance.Guidance`; None: there is none.
+        """Return the `diffusion.guidance.Guidance` of sampling; None without guidance.
 
         Args:
-          scale: its scale; None: that of the settings.
-          model: the guidance model; None: the labels or captions guide, if there are any.
+          scale: The guidance scale; None for the scale in the config.
+          model: The guidance model; None for classifier-free guidance by labels or captions.
 
         Raises:
-          FieldError: the network cannot be guided so.
+          FieldError: If the network does not support this guidance.
         """
         del scale, model
         return None
@@ -321,27 +325,27 @@ class SamplingTask(Task, Protocol):
         guidance: PyTree,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1], one for every key.
+        """Return sampled images [B, H, W, C] in [-1, 1].
 
         Args:
-          variables: of the trained task.
-          keys: one for every image.
-          request: how images are sampled.
-          guidance: as `guidance` returns it.
-          compile: compiles functions of the task.
+          variables: Variables of the trained task.
+          keys: One key for each image.
+          request: Settings of sampling.
+          guidance: Result of the method `guidance`.
+          compile: Compiles functions with the task as a static argument.
         """
 
     def sample_in_turn(
-        self, keys: Key[Array, "batch"], place: Array, context: "Context"
+        self, keys: Key[Array, "batch"], index: Array, context: "Context"
     ) -> tuple[Float[Array, "batch h w c"], tuple[Array, Array] | None]:
-        """Return the images of an evaluation, and the trace of the first (see `Samples`).
+        """Return the samples of an evaluation, and the trace of the first (see `Samples`).
 
         Args:
-          keys: one for every image.
-          place: the number [B] of every image, which chooses its class, if it has one.
-          context: of the evaluation.
+          keys: One key for each image.
+          index: Index [B] of each sample. Its class is the index modulo the number of classes.
+          context: Context of the evaluation.
         """
-        del place
+        del index
         images = self.sample(
             context.variables, keys, SampleRequest(), context.guidance, context.compile
         )
@@ -350,25 +354,26 @@ class SamplingTask(Task, Protocol):
 
 @runtime_checkable
 class Evaluate(Protocol[T_contra]):
-    """A function that evaluates a task; a new metric is one such function and its name."""
+    """A function that evaluates a task and computes one or several metrics."""
 
     def __call__(self, task: T_contra, context: "Context") -> Evaluation:
-        """Return metrics and images of the split of the context."""
+        """Return metrics and images of the split in the context."""
 
 
 class Context(abc.ABC):
-    """What the functions of one evaluation share.
+    """Arguments and cached results of the functions of one evaluation.
 
-    It is not a protocol: to check one at run time reads its properties, and so loads models.
+    It is not a protocol, because a run-time check of a protocol reads its properties, and these
+    load models.
 
     Attributes:
       task: The task.
-      variables: Its variables.
+      variables: Variables of the task.
       data: The data set.
-      split: Name of the split that is evaluated: validation or test.
+      split: Name of the split that is evaluated, "validation" or "test".
       seed: Seed of all random numbers.
-      full: Whether it is the final evaluation, or a quick one during training.
-      resources: What lies in other runs.
+      full: Whether this is the final evaluation. The evaluations during training are shorter.
+      resources: Functions that load networks of other runs.
     """
 
     task: Task
@@ -385,32 +390,32 @@ class Context(abc.ABC):
         """The examples of the split."""
 
     def examples(self, quick: int = 1000) -> Split:
-        """Return the examples of the split; before the final evaluation the first `quick` alone."""
+        """Return the examples of the split, only the first `quick` if `full` is False."""
         return self.held_out if self.full else self.held_out.first(quick)
 
     @property
     @abc.abstractmethod
     def compile(self) -> Compile:
-        """Compiles functions for the devices."""
+        """Function that compiles other functions for the devices of the evaluation."""
 
     @property
     @abc.abstractmethod
     def guidance_model(self) -> GuidanceModel | None:
-        """The model that guides sampling; None: there is none."""
+        """The guidance model; None if the settings name none."""
 
     @property
     @abc.abstractmethod
     def guidance(self) -> PyTree:
-        """The guidance of the task's settings, as `SamplingTask.guidance` returns it."""
+        """The guidance in the settings of the task, from `SamplingTask.guidance`."""
 
     @property
     @abc.abstractmethod
     def classes(self) -> int:
-        """Number of classes that samples have; see `sample_classes`."""
+        """Number of classes that samples are conditioned on; see `sample_classes`."""
 
     @abc.abstractmethod
     def shared(self, compute: "Callable[[Context], R]") -> R:
-        """Return `compute(context)`, which is computed once for an evaluation."""
+        """Return `compute(context)`, which is computed once in an evaluation and cached."""
 
     @abc.abstractmethod
     def per_example(
@@ -420,35 +425,40 @@ class Context(abc.ABC):
         batch_size: int,
         *arguments: *Ts,
     ) -> dict[str, np.ndarray]:
-        """Return `compute(task, *arguments, batch, keys)` of every example, in the split's order.
+        """Return the results of a function for every example, in the order of the split.
 
         Args:
-          compute: a function of a module, which is compiled with the task as a static argument.
-          split: the examples.
-          batch_size: examples at a time; it changes no result.
-          arguments: what the function needs besides, such as variables.
+          compute: Maps (task, *arguments, batch, keys) to arrays [B, ...] by name. It is a function
+            of a module, and is compiled with the task as a static argument.
+          split: The examples.
+          batch_size: Number of examples of a batch. The results do not depend on it.
+          arguments: Further arguments of `compute`, such as parameters.
 
         Returns:
-          By name [N, ...] in float64.
+          Arrays [N, ...] in float64 by name.
         """
 
     @abc.abstractmethod
     def samples(self, count: int) -> Samples:
-        """Return samples of the task's settings, the classes in turn; each is sampled once."""
+        """Return the first `count` samples, with the settings of the task.
+
+        The class of sample i is i modulo the number of classes. Samples are cached, so that a
+        second call returns the same samples.
+        """
 
     @abc.abstractmethod
     def round_up(self, batch_size: int) -> int:
-        """Return the next batch size that the devices divide."""
+        """Return the smallest multiple of the number of devices that is not below `batch_size`."""
 
     @abc.abstractmethod
     def place(self, tree: PyTree) -> PyTree:
-        """Return arrays of a whole batch, which all processes have, spread over the devices."""
+        """Partition arrays [B, ...] across devices; all processes have the entire batch."""
 
     @abc.abstractmethod
     def check_preemption(self) -> None:
-        """End the evaluation in all processes if it was asked for; called between batches."""
+        """Stop the evaluation in all processes on preemption; called between batches."""
 
 
 def sample_classes(task: SamplingTask, model: GuidanceModel | None) -> int:
-    """Return how many classes can be asked for: the network's, or those of its guidance model."""
+    """Return the number of classes of the task, or of its guidance model if the task has none."""
     return task.classes if task.classes or model is None else model.task.classes

@@ -1,4 +1,4 @@
-"""A config's fields are typed, checked, and named when they are wrong."""
+"""Fields and sections of configs: parsing, checks, error messages and records."""
 
 import ast
 import dataclasses
@@ -58,7 +58,7 @@ def test_text_becomes_a_value_of_the_fields_type(field, text, value):
 
 
 @pytest.mark.parametrize(
-    ("field", "text", "says"),
+    ("field", "text", "message"),
     [
         ("step", "3", 'did you mean "steps"'),
         ("zzz", "3", "there are: flag, kind"),
@@ -76,13 +76,13 @@ def test_text_becomes_a_value_of_the_fields_type(field, text, value):
         ("shape", "3,3,3", "follows from the data"),
     ],
 )
-def test_a_wrong_value_is_one_line_that_says_what_to_do(field, text, says):
-    with pytest.raises(UserError, match=says) as error:
+def test_a_wrong_value_raises_one_line_with_what_is_allowed(field, text, message):
+    with pytest.raises(UserError, match=message) as error:
         c.override(Config(), {field: text})
     assert "\n" not in str(error.value)
 
 
-def test_a_config_comes_back_from_its_record():
+def test_a_config_is_restored_from_its_record():
     config = dataclasses.replace(Config(), widths=(3,), maybe=4)
     record = json.loads(json.dumps(to_record(config)))
     assert restore(Config, record, "runs/x") == config
@@ -94,7 +94,7 @@ def test_a_record_of_another_version_is_refused():
         restore(Config, record, "runs/x")
 
 
-def test_a_run_of_before_a_field_was_there_keeps_its_default_and_a_lost_field_is_reported():
+def test_a_missing_field_has_its_default_and_an_unknown_field_is_an_error():
     recorded = {"steps": 7, "shape": [4, 4, 1]}
     assert restore(Config, recorded, "runs/x") == Config(steps=7, shape=(4, 4, 1))
     with pytest.raises(UserError, match="unknown config fields: colour"):
@@ -106,8 +106,8 @@ class Small:
     """A small network.
 
     Attributes:
-      width: of every layer, in units.
-      names: of its inputs,
+      width: Units of every layer.
+      names: Names of the inputs,
         in order.
     """
 
@@ -163,7 +163,7 @@ def test_a_tuned_alternative_comes_before_debug_and_debug_before_the_command_lin
 
 
 @pytest.mark.parametrize(
-    ("path", "text", "says"),
+    ("path", "text", "message"),
     [
         ("width", "3", "did you mean --config.network.width or --config.sampling.width"),
         ("network.widht", "3", "did you mean --config.network.width"),
@@ -175,8 +175,8 @@ def test_a_tuned_alternative_comes_before_debug_and_debug_before_the_command_lin
         ("data.name.x", "3", "unknown field"),
     ],
 )
-def test_a_wrong_path_names_the_right_one(path, text, says):
-    with pytest.raises(UserError, match=says) as error:
+def test_an_error_for_a_wrong_path_names_the_right_one(path, text, message):
+    with pytest.raises(UserError, match=message) as error:
         c.override(Whole(), {path: text})
     assert "\n" not in str(error.value)
 
@@ -188,47 +188,47 @@ def test_an_empty_tuple_means_none_where_that_is_allowed():
         c.override(Config(), {"widths": "()"})
 
 
-def test_sections_come_back_from_their_record_and_bound_fields_are_not_in_it():
+def test_sections_are_restored_from_their_record_which_has_no_bound_fields():
     config = Whole(network=Deep(3, Small(5, (), size=8)), extra=Deep())
     record = json.loads(json.dumps(to_record(config)))
     assert record["network"]["type"] == "deep"
     assert "size" not in record["network"]["inner"]
-    again = restore(Whole(), record, "runs/x")
-    assert again == c.replace(config, {"network.inner.size": 0})
-    assert hash(again) == hash(c.replace(config, {"network.inner.size": 0}))
+    restored = restore(Whole(), record, "runs/x")
+    assert restored == c.replace(config, {"network.inner.size": 0})
+    assert hash(restored) == hash(c.replace(config, {"network.inner.size": 0}))
     assert restore(Whole(), {}, "runs/x") == Whole()
     assert (
         restore(Whole(network=Deep(3)), {"network": {"type": "deep"}}, "runs/x").network == Deep()
     )
-    for wrong, says in (
+    for wrong, message in (
         ({"network": {"type": "wide"}}, "must have a type"),
         ({"network": {}}, "must have a type"),
         ({"network": 3}, "must have a type"),
         ({"data": []}, "its data must be a section"),
         ({"data": {"nam": "x"}}, "unknown config fields: data.nam"),
-        ({"data": {"name": 3}}, "its data.name must be a text"),
+        ({"data": {"name": 3}}, "its data.name must be text"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             restore(Whole(), wrong, "runs/x")
 
 
-def test_a_mark_on_a_section_holds_for_all_below_it():
+def test_a_mark_on_a_section_applies_to_all_of_its_fields():
     assert c.marked(Whole(), fields.MAY_CHANGE) == {
         "sampling.width", "sampling.names", "sampling.size"
     }  # fmt: skip
 
 
-def test_the_help_of_a_field_is_what_its_class_says_of_it():
-    rows = {path: (kind, default, text) for path, kind, default, text in describe(Whole())}
+def test_the_help_of_a_field_is_its_entry_in_the_docstring_of_its_class():
+    rows = {path: (hint, default, text) for path, hint, default, text in describe(Whole())}
     assert rows["network"] == ("small|deep", "small", "")
     assert rows["extra"] == ("deep|none", "none", "")
-    assert rows["network.width"] == ("int", "4", "of every layer, in units.")
-    assert rows["network.names"][2] == "of its inputs, in order."
+    assert rows["network.width"] == ("int", "4", "Units of every layer.")
+    assert rows["network.names"][2] == "Names of the inputs, in order."
     assert "network.size" not in rows
 
 
 @pytest.mark.parametrize("name", ["data", "task"])
-def test_a_record_that_lacks_what_has_no_default_is_damaged(name):
+def test_a_record_without_a_required_section_is_damaged(name):
     config = load_experiment("vae_digits").config
     record = to_record(config)
     del record[name]
@@ -236,17 +236,17 @@ def test_a_record_that_lacks_what_has_no_default_is_damaged(name):
         restore(config, record, "runs/x")
 
 
-# The configs of experiments/.
+# Configs of the experiments.
 
 EXPERIMENTS = names()
 
 
 @functools.cache
 def variants(name, debug):
-    """An experiment's config, and with every alternative of every section in its place."""
+    """Return the config of an experiment, and its variants with each alternative of a section."""
     experiment = load_experiment(name)
     values = experiment.debug if debug else {}
-    found = [c.override(experiment.config, {}, values, experiment.alternatives)]
+    configs = [c.override(experiment.config, {}, values, experiment.alternatives)]
     for path, section, hint in c.sections_of(experiment.config):
         others = [c.choice_name(cls) for cls in c.alternatives_of(hint)]
         if type(None) in typing.get_args(fields.bare_type(hint)):
@@ -254,8 +254,8 @@ def variants(name, debug):
         for choice in others if len(others) > 1 else ():
             if choice != c.choice_name(section):
                 texts, tuned = {path: choice}, experiment.alternatives
-                found.append(c.override(experiment.config, texts, values, tuned))
-    return found
+                configs.append(c.override(experiment.config, texts, values, tuned))
+    return configs
 
 
 def tree_of(name):
@@ -267,14 +267,14 @@ def test_every_field_of_an_experiment_has_a_help_text(name):
     for config in variants(name, False):
         missing = [field.path for field in c.fields_of(config) if not field.help]
         assert not missing
-        choices = {path for path, _, kind in c.sections_of(config) if c.has_choice(kind)}
+        choices = {path for path, _, hint in c.sections_of(config) if c.has_choice(hint)}
         rows = describe(config)
         assert len(rows) > 10
         assert [row[0] for row in rows if not row[3] and row[0] not in choices] == []
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_no_experiment_is_made_from_another(name):
+def test_no_experiment_imports_another(name):
     for node in ast.walk(tree_of(name)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0
@@ -286,8 +286,8 @@ def test_no_experiment_is_made_from_another(name):
             assert called not in ("import_module", "__import__", "load_experiment", "run_path")
 
 
-def test_experiment_is_the_only_name_that_is_looked_up_in_an_experiments_file(monkeypatch):
-    """A file that has nothing else is an experiment, and no other code imports experiments/."""
+def test_only_the_name_experiment_is_read_from_the_file_of_an_experiment(monkeypatch):
+    """A file with this name alone is an experiment, and no other code imports experiments/."""
     experiment = load_experiment("vae_digits")
     module = types.SimpleNamespace(EXPERIMENT=dataclasses.replace(experiment, name=""))
     monkeypatch.setattr(registry.importlib, "import_module", lambda name: module)
@@ -296,20 +296,20 @@ def test_experiment_is_the_only_name_that_is_looked_up_in_an_experiments_file(mo
         assert load_experiment("vae_digits") == experiment
     finally:
         load_experiment.cache_clear()
-    own = [ROOT / "launch.py", *(ROOT / "ddpm_jax").rglob("*.py")]
-    looked_up = []
-    for path in own:
+    sources = [ROOT / "launch.py", *(ROOT / "ddpm_jax").rglob("*.py")]
+    names_read = []
+    for path in sources:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 module = [getattr(node, "module", None), *(alias.name for alias in node.names)]
                 assert not [name for name in module if (name or "").startswith("experiments")]
             if isinstance(node, ast.Attribute) and "experiments." in ast.unparse(node.value):
-                looked_up.append((path.name, node.attr))
-    assert looked_up == [("registry.py", "EXPERIMENT")]
+                names_read.append((path.name, node.attr))
+    assert names_read == [("registry.py", "EXPERIMENT")]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiments_file_defines_its_config_and_its_experiment(name):
+def test_the_file_of_an_experiment_defines_its_config_and_its_experiment(name):
     defined = []
     for node in tree_of(name).body:
         if isinstance(node, ast.Assign):
@@ -321,20 +321,20 @@ def test_an_experiments_file_defines_its_config_and_its_experiment(name):
 
 @pytest.mark.parametrize("debug", [False, True], ids=["full", "debug"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_record_of_an_experiment_comes_back_equal_with_an_equal_hash(name, debug):
+def test_a_config_restored_from_its_record_is_equal_with_an_equal_hash(name, debug):
     experiment = load_experiment(name)
     for config in variants(name, debug):
         record = json.loads(json.dumps(to_record(config)))
-        again = restore(experiment.config, record, "runs/x")
-        assert again == config
-        assert hash(again) == hash(config)
-        assert to_record(again) == to_record(config)
+        restored = restore(experiment.config, record, "runs/x")
+        assert restored == config
+        assert hash(restored) == hash(config)
+        assert to_record(restored) == to_record(config)
         assert restore(config, record, "runs/x") == config
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_bound_config_has_the_record_that_it_had_before(name):
-    """What the program fills in from a data set, a batch size or a precision is not recorded."""
+def test_binding_a_config_does_not_change_its_record(name):
+    """Fields that follow from the data set, the batch size or the precision are not recorded."""
     config = load_experiment(name).config
     if not isinstance(config, experiments.Config):
         config = next(iter(config.parts(ROOT / "runs").values()))
@@ -343,13 +343,13 @@ def test_a_bound_config_has_the_record_that_it_had_before(name):
     assert bound != config
     assert hash(bound) != hash(config)
     assert to_record(bound) == to_record(config)
-    again = restore(config, json.loads(json.dumps(to_record(bound))), "runs/x")
-    assert experiments.bind(again, info) == bound
-    assert hash(experiments.bind(again, info)) == hash(bound)
+    restored = restore(config, json.loads(json.dumps(to_record(bound))), "runs/x")
+    assert experiments.bind(restored, info) == bound
+    assert hash(experiments.bind(restored, info)) == hash(bound)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_debug_values_are_of_fields_that_the_config_or_an_alternative_has(name):
+def test_debug_values_belong_to_fields_of_the_config_or_an_alternative(name):
     experiment = load_experiment(name)
     known = {}
     for config in variants(name, False):
@@ -367,34 +367,34 @@ def test_debug_values_are_of_fields_that_the_config_or_an_alternative_has(name):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_alternatives_are_tuned_ones_of_sections_that_have_them(name):
+def test_tuned_alternatives_belong_to_sections_with_alternatives(name):
     experiment = load_experiment(name)
     hints = {path: hint for path, _, hint in c.sections_of(experiment.config)}
     for path, tuned in experiment.alternatives.items():
         assert path in hints, path
-        for one in tuned:
-            assert type(one) in c.alternatives_of(hints[path]), path
-            assert type(one) is not type(c.get(experiment.config, path)), path
+        for section in tuned:
+            assert type(section) in c.alternatives_of(hints[path]), path
+            assert type(section) is not type(c.get(experiment.config, path)), path
             chosen = c.override(
-                experiment.config, {path: c.choice_name(one)}, None, experiment.alternatives
+                experiment.config, {path: c.choice_name(section)}, None, experiment.alternatives
             )
-            assert c.get(chosen, path) == one
+            assert c.get(chosen, path) == section
 
 
 @pytest.mark.parametrize("debug", [False, True], ids=["full", "debug"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_default_values_are_in_the_range_of_their_fields(name, debug):
-    """A value of the config itself passes the check that a recorded one must."""
+    """The default of a field passes the check of recorded values."""
     for config in variants(name, debug):
         for field in c.fields_of(config):
             if fields.BOUND not in field.marks:
-                found = fields.from_record(field.value, field.hint)
-                assert (found, type(found)) == (field.value, type(field.value)), field.path
+                value = fields.from_record(field.value, field.hint)
+                assert (value, type(value)) == (field.value, type(field.value)), field.path
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_default_values_are_read_from_the_text_that_help_shows(name):
-    """What `--help` shows as a default can be given on the command line and changes nothing."""
+def test_default_values_are_parsed_from_the_text_that_help_shows(name):
+    """A default as `--help` shows it can be given on the command line and changes nothing."""
     experiment = load_experiment(name)
     rows = {path: default for path, _, default, _ in describe(experiment.config)}
     texts = {path: text.strip("()").rstrip(",") or "none" for path, text in rows.items()}
@@ -405,7 +405,7 @@ def test_default_values_are_read_from_the_text_that_help_shows(name):
     assert c.override(experiment.config, texts) == experiment.config
 
 
-def test_vdm_has_no_field_of_the_process_that_it_does_not_use():
+def test_vdm_has_no_fields_of_the_diffusion_process_of_ddpm():
     process = {"schedule", "prediction", "variance", "times", "loss_weight", "label_dropout"}
     process |= {"vlb_weight", "flip"}
     assert process <= c.hints_of(Diffusion).keys()
@@ -426,7 +426,7 @@ DATA = {
 }
 
 
-# Alternatives that another choice of the experiment excludes, which its error names.
+# Alternatives that contradict another setting of the experiment, and the error message.
 EXCLUDED = {
     "iddpm_cifar10": "variance=learned: needs a table of betas",
     "text_to_image_shapes": "needs a quantised autoencoder",
@@ -438,8 +438,8 @@ EXCLUDED = {
     "debug", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "debug"]
 )
 @pytest.mark.parametrize("name", sorted(set(EXPERIMENTS) - {"generator_shapes"}))
-def test_every_variant_of_an_experiment_is_built_for_its_data_or_refused(name, debug):
-    """No default, debug value or tuned alternative contradicts another one."""
+def test_every_variant_of_an_experiment_is_bound_to_its_data_or_refused(name, debug):
+    """No default, debug value or tuned alternative contradicts another, except in `EXCLUDED`."""
     refused = []
     for number, config in enumerate(variants(name, debug)):
         try:
@@ -457,12 +457,12 @@ def test_every_variant_of_an_experiment_is_built_for_its_data_or_refused(name, d
     assert bool(refused) == (name in EXCLUDED)
 
 
-def test_bounds_of_different_kinds_are_different_whatever_python_keeps_of_annotations():
-    kinds = (fields.AtLeast, fields.MoreThan, fields.AtMost)
-    assert len({kind(0.0) for kind in kinds}) == len(kinds)
-    for first, kind in ((f, k) for f in kinds for k in kinds):
-        hints = Annotated[float, first(0.0)], Annotated[float, kind(0.0)]
-        assert [fields.notes(hint)[0] for hint in hints] == [first(0.0), kind(0.0)]
+def test_bounds_of_different_types_are_different_in_annotations():
+    bounds = (fields.AtLeast, fields.MoreThan, fields.AtMost)
+    assert len({bound(0.0) for bound in bounds}) == len(bounds)
+    for first, second in ((a, b) for a in bounds for b in bounds):
+        hints = Annotated[float, first(0.0)], Annotated[float, second(0.0)]
+        assert [fields.notes(hint)[0] for hint in hints] == [first(0.0), second(0.0)]
     assert fields.parse("0", fields.NonNegative) == 0.0
     with pytest.raises(ValueError, match="more than 0"):
         fields.parse("0", fields.Positive)

@@ -1,4 +1,4 @@
-"""Options that a user mistypes, that contradict each other, or that have no effect."""
+"""Error messages for options that are mistyped, contradict each other or have no effect."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ from helpers.launching import expect_one_line
 
 DIGITS, DDPM = "--experiment=vae_digits --debug", "--experiment=ddpm_digits --debug"
 WRONG = [
-    # The commonest mistakes name the path to use.
+    # Frequent mistakes, whose messages state the right path.
     ("--batch_size=32", r"unknown flag .--batch_size.; give --config\.train\.batch_size=VALUE"),
     (f"{DIGITS} --learning_rate=1e-4", r"give --config\.optimizer\.learning_rate=VALUE"),
     (f"{DIGITS} --lr=1e-4", r"give --config\.optimizer\.learning_rate=VALUE"),
@@ -51,14 +51,14 @@ WRONG = [
     (f"{DDPM} --config.task.sampling.guidance=1 --config.task.sampling.guidance_rescale=0.5",
      "no effect: there is no guidance to rescale"),
     (f"{DDPM} --config.task.conditional=false --config.task.label_dropout=0.2", "no effect"),
-    (f"{DDPM} --config.task.network.text_refiner_blocks=1", 
+    (f"{DDPM} --config.task.network.text_refiner_blocks=1",
      "no effect: the network reads no captions"),
     (f"{DDPM} --config.task.vlb_weight=2", "no effect: the variance is not learned"),
     ("--experiment=autoencoder_shapes --debug --config.task.commitment_weight=1", "no effect"),
     ("--experiment=autoencoder_shapes --debug --config.task.codes=8 --config.task.kl_weight=1",
      "no effect: codes have no KL"),
     (f"{DDPM} --config.task.network.attention_sizes=5", "no feature map has the side 5"),
-    # Contradictions, named by the field that the user set.
+    # Contradictions. The message begins with the field that the user has set.
     (f"{DDPM} --config.task.label_dropout=0", r"--config\.task\.label_dropout=0: the network is n"),
     (f"{DDPM} --config.task.network.head_channels=3", r"task\.network\.head_channels=3: 8"),
     (f"{DDPM} --config.task.network.space_to_depth=3",
@@ -74,11 +74,11 @@ WRONG = [
     ("--experiment=vdm_digits --debug --config.task.conditional=true "
      "--config.task.sampling.guidance=2", r"--config\.task\.sampling\.guidance.*never trained"),
     ("--experiment=generator_shapes --debug --config.task.caption_dropout=0", "no finished run"),
-    # Feature networks and guidance models that are not there.
+    # Feature networks and guidance models that do not exist.
     (f"{DDPM} --config.task.evaluation.features=runs/none", "no finished run of a classifier"),
     (f"{DDPM} --config.task.evaluation.features=classifier_digit", "did you mean .classifier_dig"),
     (f"{DDPM} --config.task.sampling.guidance_model=runs/none", "there is no run"),
-    # Runs of one command that would share a directory.
+    # Runs of one command with the same directory.
     ("--experiment=beta_vae_mnist --debug --config.base.data=digits --config.values=1,1.0",
      r"--config\.values=1\.0,1\.0: two runs would share the directory beta_1"),
     ("--experiment=text_encoder_scaling --debug --config.channels=8,8", "two runs would share"),
@@ -86,7 +86,7 @@ WRONG = [
     ("--experiment=text_encoder_scaling --debug --config.data=digits", "known of shapes alone"),
     ("--experiment=text_to_image_shapes --debug --config.generator.task.text_encoder=runs/x",
      "the chain trains it"),
-    # Fields of a part are named as the user gives them.
+    # Fields of a part of a chain, whose messages state the path of the command line.
     ("--experiment=text_to_image_shapes --debug --config.generator.task.generator=autoregressive",
      r"--config\.generator\.task\.generator\.network\.codes=0"),
     ("--experiment=beta_vae_mnist --debug --config.base.data=digits --config.base.train.batch_size="
@@ -98,16 +98,16 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "says"), WRONG, ids=[row[0] for row in WRONG])
-def test_a_wrong_option_is_one_line_that_says_what_to_do(launch_here, arguments, says):
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[row[0] for row in WRONG])
+def test_a_wrong_option_is_an_error_of_one_line(launch_here, arguments, message):
     result = launch_here(*arguments.split(" "))
-    expect_one_line(result, says)
+    expect_one_line(result, message)
     assert not list(pathlib.Path("runs").glob("*/checkpoints/*"))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of ddpm_digits of one step, conditional and without label dropout."""
+    """Return the directory of a conditional ddpm_digits, one step without label dropout."""
     import launch
 
     workdir = tmp_path_factory.mktemp("options") / "run"
@@ -120,7 +120,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ("--mode=sample --guidance=2", "--guidance=2: .*never trained without labels"),
         ("--mode=eval --seed=1", "--seed: an evaluation uses the seed of the run"),
@@ -135,13 +135,15 @@ def trained(tmp_path_factory):
     ],
 )
 def test_an_option_without_effect_on_a_trained_run_is_refused(
-    launch_here, trained, arguments, says
+    launch_here, trained, arguments, message
 ):
     words = [word.replace("SELF", str(trained)) for word in arguments.split(" ")]
-    expect_one_line(launch_here(f"--workdir={trained}", *words), says)
+    expect_one_line(launch_here(f"--workdir={trained}", *words), message)
 
 
-def test_a_run_of_an_older_format_is_named_with_the_commit_that_reads_it(launch_here, tmp_path):
+def test_the_error_for_a_run_of_an_older_format_names_the_commit_that_reads_it(
+    launch_here, tmp_path
+):
     old = {"experiment": "vae_digits", "config": {"steps": 3}, "seed": 0, "data": {}}
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text(json.dumps(old))
@@ -153,21 +155,21 @@ def test_a_run_of_an_older_format_is_named_with_the_commit_that_reads_it(launch_
     expect_one_line(result, "of format 99, and this version reads format 2")
 
 
-def test_a_contradiction_is_named_by_the_field_that_the_user_set():
+def test_the_error_of_a_contradiction_begins_with_the_field_that_the_user_set():
     with pytest.raises(FieldError) as caught, section("network"):
         raise FieldError("heads=3: must divide the width", "width")
     error = ConfigError(
         f"--config.task.{caught.value}", *(f"task.{o}" for o in caught.value.others)
     )
-    for set_by_user, begins in (
+    for set_by_user, beginning in (
         ({}, "--config.task.network.heads=3: must"),
         ({"task.network.heads": "3"}, "--config.task.network.heads=3: must"),
         ({"task.network.width": "4"}, "--config.task.network.width=4: --config.task.network.heads"),
     ):
-        assert str(named_by_user(error, set_by_user)).startswith(begins)
+        assert str(named_by_user(error, set_by_user)).startswith(beginning)
 
 
-def test_every_field_that_may_be_idle_exists_in_an_experiment():
+def test_every_field_that_may_have_no_effect_exists_in_an_experiment():
     from ddpm_jax.config import fields_of
     from ddpm_jax.experiment.registry import load_experiment, names
 
@@ -178,10 +180,10 @@ def test_every_field_that_may_be_idle_exists_in_an_experiment():
 @pytest.mark.parametrize(
     "name", ["digits", "digits:28", "folder:/a/b", "mnist", "shapes:64", "emoji"]
 )
-def test_a_right_name_of_a_data_set_is_left_alone(name):
+def test_a_valid_name_of_a_data_set_is_accepted(name):
     loader.check_name(name)
 
 
-def test_a_name_that_nothing_is_near_is_left_to_tfds():
+def test_a_name_unlike_every_data_set_is_an_error_of_tfds():
     with pytest.raises(UserError, match="there is no data set"):
         loader.load("zzzzzz")

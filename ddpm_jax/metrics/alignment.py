@@ -1,8 +1,8 @@
-"""Whether an image shows what a caption of `shapes` says, read back from its pixels.
+"""Check from the pixels whether an image of the data set `shapes` shows what a caption states.
 
-An exact judge: it knows how the set is drawn (`ddpm_jax/data/shapes.py`), and nothing is trained.
-Connected parts that are not of the background's colour are shapes; each is of the kind whose
-drawing, of the same area and centre of mass, covers the same pixels best.
+The check trains no network: it uses the code that renders the data set (`ddpm_jax/data/shapes.py`).
+A shape is a connected region of pixels that differ from the background colour. Each kind of shape
+is rendered with the area and the centre of mass of the region, and the closest kind is chosen.
 """
 
 import re
@@ -24,21 +24,30 @@ from ddpm_jax.data.shapes import (
     related,
 )
 
-APART = 60.0  # of 255: how far from the background's a shape's colour is
-FAR = 80.0  # of 255: how far a shape's colour may be from the one that it is called after
-FIT = 0.1  # squared error of what a shape covers, of the kind it is called after, over its area
-AREA = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # over the width's square
-CENTRE = {"circle": 1 / 2, "square": 1 / 2, "triangle": 2 / 3}  # of mass, from the top, over width
-UNCLEAR = "unclear"
-LEAST = 12.0  # pixels of 32 x 32 that a shape covers, at the least
-STRAY = 4.0  # pixels of 32 x 32 from which on a smaller part is something else in the picture
-BETWEEN = 9.75  # pixels of 32: where small is parted from large
+# Distances of colours are Euclidean, of RGB values in [0, 255]. Areas are numbers of pixels, and
+# widths are in pixels, of an image of 32 x 32.
+FOREGROUND_DISTANCE = 60.0  # smallest distance from the background colour to a pixel of a shape
+COLOUR_TOLERANCE = 80.0  # largest distance from a named colour to a shape of that colour
+MAX_FIT_ERROR = 0.1  # largest sum of squared errors of a shape's coverage, over its area
+MIN_SHAPE_AREA = 12.0  # smaller regions are not shapes
+MIN_FRAGMENT_AREA = 4.0  # smaller regions are ignored
+SIZE_BOUNDARY = 9.75  # widths below are small, the others large
+AREA = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # of a shape of width 1
+CENTRE = {"circle": 1 / 2, "square": 1 / 2, "triangle": 2 / 3}  # mean y, from the top, at width 1
+UNCLEAR = "unclear"  # the name of every other colour and kind of shape
 
 
-class Verdict(NamedTuple):
-    """What of a caption an image shows; None: the caption does not say.
+class CaptionCheck(NamedTuple):
+    """The parts of a caption that an image shows.
 
-    clear: nothing is in the picture besides the shapes.
+    Attributes:
+      number: Whether the image shows as many shapes as the caption names.
+      colours: Whether the shapes have the colours of the caption.
+      kinds: Whether the pairs of colour and kind agree with the caption.
+      relation: Whether the two groups are in the relation; None if the caption has no relation.
+      sizes: Whether the shapes have the sizes; None if the caption has no sizes.
+      background: Whether the background has the colour; None if the caption does not name it.
+      no_fragments: Whether the image has no regions that are too small for a shape.
     """
 
     number: bool
@@ -47,23 +56,22 @@ class Verdict(NamedTuple):
     relation: bool | None
     sizes: bool | None
     background: bool | None
-    clear: bool
+    no_fragments: bool
 
     @property
     def aligned(self) -> bool:
-        """The image shows everything that the caption says, and nothing else."""
-        said = self.sizes is not False and self.background is not False
-        return self.aligned_except_size_and_background and said and self.clear
+        """True if the image shows everything that the caption states, and no fragments."""
+        details = self.sizes is not False and self.background is not False
+        return self.aligned_except_size_and_background and details and self.no_fragments
 
     @property
     def aligned_except_size_and_background(self) -> bool:
-        """Number, colours, kinds and relation are as the caption says; parts of fewer than 12
-        pixels of 32 x 32 do not count as shapes."""
+        """True if number, colours, kinds and relation are right; fragments are allowed."""
         return self.number and self.colours and self.kinds and self.relation is not False
 
 
 def parse(caption: str) -> tuple[tuple[Group, ...], str | None, str | None]:
-    """Return the (groups, relation, background) that a caption of this set states."""
+    """Return the (groups, relation, background) that a caption of this data set states."""
     numbers = {word: number for number, words in NUMBERS.items() for word in words} | {"an": 1}
     matches = re.findall(
         rf"\b(?:({'|'.join(numbers)}) )?(?:(small|large) )?({'|'.join(COLOURS)}) "
@@ -79,94 +87,105 @@ def parse(caption: str) -> tuple[tuple[Group, ...], str | None, str | None]:
     return groups, relation and relation[1], background and background[1]
 
 
-def check_caption(image: Float[np.ndarray, "side side 3"], caption: str) -> Verdict:
-    """Return what of a caption of this set the pixels (in [-1, 1]) show.
-
-    Shapes and their kinds are found as the module says.
-    """
+def check_caption(image: Float[np.ndarray, "side side 3"], caption: str) -> CaptionCheck:
+    """Return which parts of a caption of this data set an image in [-1, 1] shows."""
     groups, relation, background = parse(caption)
-    behind, seen, strays = find_shapes(image)
-    wanted = [(g.colour, g.kind, g.size) for g in groups for _ in range(g.number)]
-    count = len(seen) == len(wanted)
-    colours = sorted(s.colour for s in seen) == sorted(w[0] for w in wanted)
-    kinds = sorted(s[:2] for s in seen) == sorted(w[:2] for w in wanted)
-    members = [[s for s in seen if s[:2] == (g.colour, g.kind)] for g in groups]
-    there = all(members)
-    placed = None
+    image_background, shapes, fragments = find_shapes(image)
+    expected = sorted((g.colour, g.kind) for g in groups for _ in range(g.number))
+    actual = sorted((s.colour, s.kind) for s in shapes)
+    members = [[s for s in shapes if (s.colour, s.kind) == (g.colour, g.kind)] for g in groups]
+    relation_holds = None
     if relation is not None and len(groups) == 2:
-        placed = there and related(members[0], members[1], relation)
-    sizes = None
+        relation_holds = all(members) and related(members[0], members[1], relation)
+    sizes_agree = None
     if any(group.size for group in groups):
-        sizes = there and all(
-            ("small" if s.width < BETWEEN else "large") == group.size
-            for group, shapes in zip(groups, members, strict=True)
-            for s in shapes
+        sizes_agree = all(members) and all(
+            ("small" if s.width < SIZE_BOUNDARY else "large") == group.size
+            for group, group_shapes in zip(groups, members, strict=True)
+            for s in group_shapes
             if group.size
         )
-    at = None if background is None else background == behind
-    return Verdict(count, colours, kinds, placed, sizes, at, strays == 0)
+    return CaptionCheck(
+        number=len(actual) == len(expected),
+        colours=[colour for colour, _ in actual] == [colour for colour, _ in expected],
+        kinds=actual == expected,
+        relation=relation_holds,
+        sizes=sizes_agree,
+        background=None if background is None else background == image_background,
+        no_fragments=fragments == 0,
+    )
 
 
 def find_shapes(image: Float[np.ndarray, "side side 3"]) -> tuple[str, list[Shape], int]:
-    """Return (background, shapes, number of smaller parts) of an image in [-1, 1].
+    """Return (background, shapes, number of fragments) of an image in [-1, 1].
 
-    A colour or kind that is none of the set's is called `UNCLEAR`.
+    A fragment is a region of `MIN_FRAGMENT_AREA` to `MIN_SHAPE_AREA` pixels. Colours and
+    kinds that the data set does not have are `UNCLEAR`.
     """
     from scipy import ndimage
 
     pixels = (np.clip(np.asarray(image, np.float64), -1, 1) + 1) * 127.5
-    side = len(pixels)
-    scale = side / 32
+    scale = len(pixels) / 32
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    behind = _nearest(np.median(border, 0), BACKGROUNDS)
-    ground = np.array(BACKGROUNDS[behind], np.float64)
-    apart = np.sqrt(np.square(pixels - ground).sum(-1))
-    parts, count = ndimage.label(apart > APART)
-    shapes, strays = [], 0
+    background = _nearest_colour(np.median(border, 0), BACKGROUNDS)
+    background_rgb = np.array(BACKGROUNDS[background], np.float64)
+    distance = np.sqrt(np.square(pixels - background_rgb).sum(-1))
+    labels, count = ndimage.label(distance > FOREGROUND_DISTANCE)
+    shapes, fragments = [], 0
     for number in range(1, count + 1):
-        part = parts == number
-        if part.sum() < LEAST * scale**2:
-            strays += bool(part.sum() >= STRAY * scale**2)
+        region = labels == number
+        if region.sum() < MIN_SHAPE_AREA * scale**2:
+            fragments += bool(region.sum() >= MIN_FRAGMENT_AREA * scale**2)
             continue
-        inside = part & (ndimage.binary_erosion(part) if part.sum() > 24 * scale**2 else part)
-        shade = np.median(pixels[inside if inside.any() else part], 0)
-        colour, tint = _nearest(shade, COLOURS), shade - ground
-        if np.sqrt(np.square(shade - COLOURS[colour]).sum()) > FAR:
+        # Pixels at the edge of a shape are mixed with the background.
+        inside = region
+        if region.sum() > 24 * scale**2:
+            inside = region & ndimage.binary_erosion(region)
+        rgb = np.median(pixels[inside if inside.any() else region], 0)
+        colour, contrast = _nearest_colour(rgb, COLOURS), rgb - background_rgb
+        if np.sqrt(np.square(rgb - COLOURS[colour]).sum()) > COLOUR_TOLERANCE:
             colour = UNCLEAR
-        # How much of each pixel the shape covers, within a pixel of the part.
-        near = ndimage.binary_dilation(part, np.ones((3, 3)))
-        if tint.any():
-            cover = np.clip((pixels - ground) @ tint / (tint @ tint), 0, 1) * near
-        else:  # of many colours, whose medians are the background's
-            colour, cover = UNCLEAR, part.astype(np.float64)
-        shapes.append(_fit(colour, cover, scale))
-    return behind, shapes, strays
+        if contrast.any():  # project the pixels in and next to the region on the contrast
+            surroundings = ndimage.binary_dilation(region, np.ones((3, 3)))
+            coverage = (pixels - background_rgb) @ contrast / (contrast @ contrast)
+            coverage = np.clip(coverage, 0, 1) * surroundings
+        else:  # a region of many colours, whose median is the background colour
+            colour, coverage = UNCLEAR, region.astype(np.float64)
+        shapes.append(_closest_shape(colour, coverage, scale))
+    return background, shapes, fragments
 
 
-def _nearest(colour: np.ndarray, among: dict[str, tuple[int, int, int]]) -> str:
-    return min(among, key=lambda name: np.square(colour - np.array(among[name])).sum())
+def _nearest_colour(rgb: np.ndarray, colours: dict[str, tuple[int, int, int]]) -> str:
+    return min(colours, key=lambda name: np.square(rgb - np.array(colours[name])).sum())
 
 
-def _fit(colour: str, cover: np.ndarray, scale: float) -> Shape:
-    """Return the kind whose drawing, of the area and centre of mass of `cover`, is closest."""
-    place = np.arange(len(cover)) + 0.5
-    area = cover.sum()
-    x, y = (cover.sum(0) @ place) / area, (cover.sum(1) @ place) / area
+def _closest_shape(colour: str, coverage: Float[np.ndarray, "side side"], scale: float) -> Shape:
+    """Return the shape whose rendering has the smallest squared error from `coverage`.
+
+    Args:
+      colour: The colour of the shape.
+      coverage: The share of every pixel that the shape covers, in [0, 1].
+      scale: The side of the image over 32.
+    """
+    position = np.arange(len(coverage)) + 0.5
+    area = coverage.sum()
+    x, y = (coverage.sum(0) @ position) / area, (coverage.sum(1) @ position) / area
     candidates = []
     for kind in KINDS:
         width = np.sqrt(area / AREA[kind])
         left, top = x - width / 2, y - width * CENTRE[kind]
-        apart = np.square(cover - _drawn(kind, left, top, width, len(cover))).sum() / area
+        rendered = _render_coverage(kind, left, top, width, len(coverage))
+        error = np.square(coverage - rendered).sum() / area
         box = (float(length / scale) for length in (left, top, width))
-        candidates.append((apart, Shape(colour, kind, *box)))
-    apart, best = min(candidates)
-    return best if apart <= FIT else best._replace(kind=UNCLEAR)
+        candidates.append((error, Shape(colour, kind, *box)))
+    error, shape = min(candidates)
+    return shape if error <= MAX_FIT_ERROR else shape._replace(kind=UNCLEAR)
 
 
-def _drawn(
+def _render_coverage(
     kind: str, left: float, top: float, width: float, side: int
 ) -> Float[np.ndarray, "side side"]:
-    """Return how much of every pixel a shape covers."""
+    """Return the share of every pixel, in [0, 1], that a shape covers."""
     from PIL import Image, ImageDraw
 
     image = Image.new("L", (side * OVERSAMPLE,) * 2)

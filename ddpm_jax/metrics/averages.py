@@ -1,4 +1,4 @@
-"""Averages over a whole split, every example counted once, in float64 on the host."""
+"""Averages over a split in which every example counts once, in float64 on the host."""
 
 import math
 from typing import NamedTuple
@@ -8,14 +8,14 @@ from jaxtyping import Bool, Float
 
 
 class Average(NamedTuple):
-    """A mean over examples with its standard error, None of a single example."""
+    """A mean over examples and its standard error, which is None for a single example."""
 
     mean: float
     error: float | None
 
 
 def average(values: np.ndarray) -> Average:
-    """Return the mean and its standard error s / sqrt(n); a single example has none."""
+    """Return the mean of n values and its standard error s / sqrt(n), None for n = 1."""
     values = np.asarray(values, np.float64)
     size = len(values)
     error = float(values.std(ddof=1)) / math.sqrt(size) if size > 1 else None
@@ -23,15 +23,16 @@ def average(values: np.ndarray) -> Average:
 
 
 def ratio_of_sums(
-    values: Float[np.ndarray, "examples times"], chosen: Bool[np.ndarray, "examples times"]
+    values: Float[np.ndarray, "examples times"], mask: Bool[np.ndarray, "examples times"]
 ) -> Average:
-    """Return the mean of the chosen values, with its standard error over examples.
+    """Return the mean of the values that a mask selects, with its standard error over examples.
 
-    An example's values belong together: of sums s_i and counts c_i of n examples that have any, the
-    error is sqrt(n / (n - 1) sum_i (s_i - mean c_i)^2) / sum_i c_i (Cochran 1977, eq. 6.9).
+    The values of one example are not independent. With s_i the sum of the selected values of
+    example i, c_i their number, and n the number of examples with c_i > 0, the standard error is
+    sqrt(n / (n - 1) sum_i (s_i - mean c_i)^2) / sum_i c_i (Cochran 1977, eq. 6.9).
     """
-    counts = chosen.sum(1)
-    sums = np.where(chosen, values, 0.0).sum(1)[counts > 0]
+    counts = mask.sum(1)
+    sums = np.where(mask, values, 0.0).sum(1)[counts > 0]
     counts = counts[counts > 0]
     mean, size = sums.sum() / counts.sum(), len(counts)
     if size < 2:
@@ -43,11 +44,12 @@ def ratio_of_sums(
 def with_error(
     name: str, estimate: tuple[float, float | None], scale: float = 1.0
 ) -> dict[str, float]:
-    """Return the metric `name` and, where there is one, its standard error as `name`_error.
+    """Return a metric `name` and its standard error `name`_error as a dictionary.
 
     Args:
-      estimate: a value and its standard error, or None.
-      scale: that both are multiplied by, positive.
+      name: Name of the metric.
+      estimate: The value, and its standard error or None. If None, the dictionary has no error.
+      scale: Positive factor of the value and of its error.
     """
     value, error = estimate
     metrics = {name: value * scale}
@@ -55,10 +57,11 @@ def with_error(
 
 
 def averages(values: dict[str, np.ndarray], scale: float = 1.0) -> dict[str, float]:
-    """Return the mean and the standard error of every array over its first axis, as `with_error`.
+    """Return the mean and the standard error over examples of every array (see `with_error`).
 
     Args:
-      values: by the metric's name, [N, ...], whose further axes are averaged for each example.
+      values: Arrays [N, ...] by the name of the metric. Further axes are averaged first.
+      scale: Positive factor of the means and of their errors.
     """
     metrics: dict[str, float] = {}
     for name, array in values.items():

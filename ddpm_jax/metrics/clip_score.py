@@ -9,7 +9,7 @@ from ddpm_jax.nn.dual_encoder import DualEncoder
 
 
 def clip_scores(cosines: Float[np.ndarray, "pairs"]) -> Float[np.ndarray, "pairs"]:
-    """Return max(0, 100 cos) of each caption and its image (Hessel et al. 2021, eq. 1, w = 100)."""
+    """Return max(0, 100 cos) of each pair's cosine (Hessel et al. 2021, eq. 1, with w = 100)."""
     return np.maximum(100 * np.asarray(cosines, np.float64), 0.0)
 
 
@@ -19,13 +19,13 @@ def cosines(
     tokens: UInt8[Array, "pairs length"] | UInt8[np.ndarray, "pairs length"],
     images: Float[Array, "pairs h w c"] | Float[np.ndarray, "pairs h w c"],
 ) -> Float[Array, "pairs"]:
-    """Return the cosine of each caption and its image in the space of both.
+    """Return the cosine similarity of the embeddings of each caption and its image.
 
     Args:
-      network: the dual encoder.
-      params: its parameters.
-      tokens: of captions.
-      images: in [-1, 1].
+      network: The dual encoder. Its embeddings have length 1.
+      params: Its parameters.
+      tokens: Bytes of the captions, [pairs, length].
+      images: Images [pairs, H, W, C] in [-1, 1].
     """
     text, image, _ = cast(tuple[Array, Array, Array], network.apply(params, tokens, images))
     return (text * image).sum(-1)

@@ -1,4 +1,4 @@
-"""Distances of sets of images in features [N, D]; a distance is named after their network."""
+"""Distances of sets of images in features [N, D], with standard errors; float64 on the host."""
 
 import dataclasses
 import functools
@@ -7,19 +7,18 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from ddpm_jax.metrics.averages import average
 
-CHUNK = 1000  # rows of a matrix of distances held at once
-GROUPS = 20  # random parts of a set, for standard errors
-RANK = 3  # which neighbour's distance is the radius, in precision and recall
-_ORDER = np.random.Generator(np.random.Philox(key=[0, 3]))
-_GROUP = _ORDER.permuted(np.tile(np.arange(GROUPS), (997, 1)), axis=1).ravel()  # of image i
+CHUNK = 1000  # rows of a kernel matrix in memory at once
+GROUPS = 20  # random groups of a set, for the standard errors of the jackknife
+_RNG = np.random.Generator(np.random.Philox(key=[0, 3]))
+_GROUP = _RNG.permuted(np.tile(np.arange(GROUPS), (997, 1)), axis=1).ravel()  # group of image i
 
 
 class Estimate(NamedTuple):
-    """A value with its standard error, None where so few examples give none."""
+    """A value and its standard error, which is None if there are too few examples."""
 
     value: float
     error: float | None
@@ -27,9 +26,12 @@ class Estimate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moments:
-    """Size, mean and scatter of a set of features; sums over parts, so that sets can be streamed.
+    """Size, mean and scatter of a set of features; the moments of parts can be combined.
 
-    scatter: sum of (x - mean) (x - mean)^T.
+    Attributes:
+      size: Number of features.
+      mean: Their mean.
+      scatter: Sum of (x - mean) (x - mean)^T.
     """
 
     size: int
@@ -38,140 +40,159 @@ class Moments:
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:
-        """The unbiased one."""
+        """The unbiased covariance matrix."""
         return self.scatter / max(self.size - 1, 1)
 
 
-def moments(features: Float[np.ndarray, "n d"], before: Moments | None = None) -> Moments:
-    """Return the moments of `features`, added to those of what came `before` (Chan et al. 1983)."""
+def moments(features: Float[np.ndarray, "n d"], previous: Moments | None = None) -> Moments:
+    """Return the moments of `features`, combined with `previous` moments (Chan et al. 1983)."""
     features = np.asarray(features, np.float64)
     mean = features.mean(0)
     centred = features - mean
     added = Moments(len(features), mean, centred.T @ centred)
-    return added if before is None else _joined(before, added)
+    return added if previous is None else _combined(previous, added)
 
 
-def _joined(a: Moments, b: Moments, sign: int = 1) -> Moments:
-    """Return the moments of two sets together; with `sign` -1, of `a` without its subset `b`."""
-    total, apart = a.size + sign * b.size, b.mean - a.mean
+def _combined(a: Moments, b: Moments, sign: int = 1) -> Moments:
+    """Return the moments of the union of two sets; if `sign` is -1, of `a` without `b`."""
+    total, shift = a.size + sign * b.size, b.mean - a.mean
     if total == 0:
         return Moments(0, np.zeros_like(a.mean), np.zeros_like(a.scatter))
-    mean = a.mean + sign * apart * (b.size / total)
-    between = np.outer(apart, apart) * (a.size * b.size / total)
+    mean = a.mean + sign * shift * (b.size / total)
+    between = np.outer(shift, shift) * (a.size * b.size / total)
     return Moments(total, mean, a.scatter + sign * (b.scatter + between))
 
 
 class Grouped:
-    """Moments of random groups of a set, of which each can be left out.
+    """Moments of random groups of a set, for a jackknife that leaves out one group at a time.
 
-    Group by group they are as large as each other but for one image, and the same ones every time:
-    each run of `GROUPS` images has one of every group, in random order.
+    The groups are always the same: of each `GROUPS` consecutive images, every group has one. So
+    the sizes of two groups differ by at most one image.
     """
 
-    def __init__(self, features: Float[np.ndarray, "n d"], before: "Grouped | None" = None) -> None:
-        """Add the groups of `features` to those of what came `before`."""
-        start = before.moments.size if before else 0
+    def __init__(
+        self, features: Float[np.ndarray, "n d"], previous: "Grouped | None" = None
+    ) -> None:
+        """Append `features` to the `previous` features of the set."""
+        start = previous.moments.size if previous else 0
         group = _GROUP[(start + np.arange(len(features))) % len(_GROUP)]
-        self._groups: dict[int, Moments] = dict(before._groups) if before else {}
+        self._groups: dict[int, Moments] = dict(previous._groups) if previous else {}
         for number in np.unique(group):
             rows = features[group == number]
             self._groups[number] = moments(rows, self._groups.get(number))
 
     @functools.cached_property
     def moments(self) -> Moments:
-        """Those of the whole set."""
-        return functools.reduce(_joined, self._groups.values())
+        """The moments of the complete set."""
+        return functools.reduce(_combined, self._groups.values())
 
     def without(self) -> Iterator[Moments]:
-        """Yield the moments of the set without each of its groups, in turn."""
+        """Yield, for each group, the moments of the set without the group."""
         for number in sorted(self._groups):
-            yield _joined(self.moments, self._groups[number], -1)
+            yield _combined(self.moments, self._groups[number], -1)
 
 
 def frechet(a: Moments, b: Moments) -> float:
-    """Frechet distance of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017).
+    """Return the Frechet distance of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017).
 
-    |m_a - m_b|^2 + tr C_a + tr C_b - 2 tr (C_a^1/2 C_b C_a^1/2)^1/2, whose last trace is the
-    sum of the roots of a symmetric matrix's eigenvalues: real, whatever the covariances.
+    |m_a - m_b|^2 + tr C_a + tr C_b - 2 tr (C_a^1/2 C_b C_a^1/2)^1/2. The last trace is the sum of
+    the square roots of the eigenvalues of a symmetric matrix, which is always real.
 
     Raises:
-      ValueError: one set has fewer than 2 images, which have no covariance.
+      ValueError: If a set has fewer than 2 images and so no covariance.
     """
     return _frechet(a, b)[0]
 
 
 def _frechet(a: Moments, b: Moments) -> tuple[float, np.ndarray, np.ndarray]:
-    """Return the distance, and its derivatives by C_a and C_b, of which I - T is the first.
+    """Return the distance and its derivatives with respect to C_a and C_b.
 
-    T is the optimal transport map from a to b, T C_a T = C_b (Takatsu 2011, lemma 2.3), where no
-    covariance is singular; directions in which one has next to no variance are left out.
+    The first derivative is I - T, with T the optimal transport map from a to b: T C_a T = C_b
+    (Takatsu 2011, lemma 2.3, for regular covariances). Directions in which either set has almost
+    no variance are left out of T.
     """
     if min(a.size, b.size) < 2:
-        raise ValueError(f"a covariance needs at least 2 images, not {min(a.size, b.size)}")
+        raise ValueError(
+            f"sets of {a.size} and {b.size} images: a covariance needs at least 2; give more images"
+        )
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
     inner, vectors = np.linalg.eigh(root @ b.covariance @ root)
     scales = np.sqrt(np.maximum(inner, 0.0))
-    apart = np.square(a.mean - b.mean).sum()
-    distance = apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * scales.sum()
-    kept = scales > 1e-5 * scales.max()
-    half, inverse = root @ vectors[:, kept], scales[kept] ** -0.5
-    of_a, of_b = b.covariance @ half * inverse**3, half * inverse
+    squared_shift = np.square(a.mean - b.mean).sum()
+    distance = squared_shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * scales.sum()
+    regular = scales > 1e-5 * scales.max()
+    half, inverse = root @ vectors[:, regular], scales[regular] ** -0.5
+    factor_a, factor_b = b.covariance @ half * inverse**3, half * inverse
     identity = np.eye(len(a.mean))
-    return float(distance), identity - of_a @ of_a.T, identity - of_b @ of_b.T
+    return float(distance), identity - factor_a @ factor_a.T, identity - factor_b @ factor_b.T
 
 
 class Jackknife(NamedTuple):
-    """A statistic of sets of images, and for each set its values without each of the groups."""
+    """A statistic of sets of images, with what its standard error is computed from.
+
+    Attributes:
+      value: The statistic of the complete sets.
+      without: For each set, the statistic [groups] without each of the groups of the set.
+    """
 
     value: float
     without: tuple[Float[np.ndarray, "groups"], ...]
 
     @property
     def error(self) -> float | None:
-        """The standard error by the delete-a-group jackknife; None for fewer than two groups.
+        """The standard error by the delete-a-group jackknife, None for fewer than two groups.
 
         Its square is the sum over sets of (G - 1) / G sum_g (s_g - mean of s)^2, where s_g is the
-        value without group g (Shao & Tu 1995, sec. 2.3).  The relative standard error of the
-        error itself is about 1 / sqrt(2 (G - 1)).  On average its square is not too small (Efron &
-        Stein 1981), and twice the variance where the statistic has no linear part, as a distance
-        between equal distributions has none.
+        value without group g (Shao & Tu 1995, sec. 2.3). Its own relative standard error is about
+        1 / sqrt(2 (G - 1)). The expectation of the square is at least the variance (Efron & Stein
+        1981). It is twice the variance if the statistic has no linear part, such as a distance of
+        equal distributions.
         """
         if any(len(values) < 2 for values in self.without):
             return None
         return math.sqrt(sum((len(values) - 1) * values.var() for values in self.without))
 
-    def over(self, denominator: "Jackknife") -> "Jackknife | None":
-        """Return the ratio of distances to one second set, to first order; None for x / 0."""
+    def divided_by(self, denominator: "Jackknife") -> "Jackknife | None":
+        """Return the ratio of two distances with the same second set, to first order.
+
+        The changes of the second set enter both distances. None is returned for a denominator of 0.
+        """
         if not denominator.value > 0:
             return None
         ratio = self.value / denominator.value
-        ours, shared = ((values - self.value) / denominator.value for values in self.without)
-        theirs, again = (ratio * (values / denominator.value - 1) for values in denominator.without)
-        return Jackknife(ratio, (ratio + ours, ratio - theirs, ratio + shared - again))
+        first, second = ((values - self.value) / denominator.value for values in self.without)
+        denominator_first, denominator_second = (
+            ratio * (values / denominator.value - 1) for values in denominator.without
+        )
+        without_second = ratio + second - denominator_second
+        return Jackknife(ratio, (ratio + first, ratio - denominator_first, without_second))
 
 
 def frechet_distance(a: Grouped, b: Grouped, paired: bool = False) -> Jackknife:
-    """Return `frechet` of two sets, with what its standard error needs.
+    """Return `frechet` of two sets, with the distances without each group.
 
-    The distances without a group are those to first order in the moments, for which one
-    decomposition serves all groups.
+    The distances without a group are of first order in the moments, so that one decomposition
+    serves all groups.
 
     Args:
-      paired: group by group both sets are of the same images, which are left out of both.
+      a: The first set.
+      b: The second set.
+      paired: Whether image i of both sets belongs together, as an image and its reconstruction.
+        Then a group is left out of both sets at once.
 
     Raises:
-      ValueError: as `frechet`.
+      ValueError: If a set has fewer than 2 images.
     """
     distance, *slopes = _frechet(a.moments, b.moments)
-    apart = a.moments.mean - b.moments.mean
+    shift = a.moments.mean - b.moments.mean
     changes = []
-    for sets, slope, sign in zip((a, b), slopes, (1, -1), strict=True):
-        whole, by_mean, change = sets.moments, 2 * sign * apart, []
-        for part in sets.without():
+    for groups, slope, sign in zip((a, b), slopes, (1, -1), strict=True):
+        full, mean_slope, change = groups.moments, 2 * sign * shift, []
+        for part in groups.without():
             if part.size > 1:
-                moved = np.vdot(slope, part.covariance) - np.vdot(slope, whole.covariance)
-                change.append(by_mean @ (part.mean - whole.mean) + moved)
+                by_covariance = np.vdot(slope, part.covariance) - np.vdot(slope, full.covariance)
+                change.append(mean_slope @ (part.mean - full.mean) + by_covariance)
         changes.append(np.array(change))
     if paired:
         changes = [changes[0] + changes[1]]
@@ -179,24 +200,25 @@ def frechet_distance(a: Grouped, b: Grouped, paired: bool = False) -> Jackknife:
 
 
 def kernel_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> Estimate:
-    """KID: the unbiased squared MMD of the kernel k = (x.y / D + 1)^3 (Binkowski et al. 2018).
+    """Return KID: the unbiased squared MMD of k = (x.y / D + 1)^3 (Binkowski et al. 2018).
 
-    MMD^2 = sum_{i != j} k(x_i, x_j) / (n (n - 1)) + the same of y - 2 sum_ij k(x_i, y_j) / (n m)
+    MMD^2 = sum_{i != j} k(x_i, x_j) / (n (n - 1)) + sum_{i != j} k(y_i, y_j) / (m (m - 1))
+      - 2 sum_ij k(x_i, y_j) / (n m)
 
-    over all pairs, a U-statistic.  Its variance is V1 + V2, of a linear and a quadratic part
-    (Hoeffding 1948).  The delete-one jackknife over both samples has the expectation V1 + 2 V2, but
-    for factors (n - 1) / (n - 2) (Efron & Stein 1981, sec. 4).  So V2, estimated without bias from
-    doubly centred kernels, is taken away once; what remains is at least V2.
+    This U-statistic has the variance V1 + V2, of its linear and its quadratic part (Hoeffding
+    1948). The delete-one jackknife over both sets has the expectation V1 + 2 V2, up to factors
+    (n - 1) / (n - 2) (Efron & Stein 1981, sec. 4). So an unbiased estimate of V2, from doubly
+    centred kernels, is subtracted once. The result is bounded below by V2.
 
     Returns:
-      The value and its standard error (None for fewer than 4 features in a set).
+      The value and its standard error, None if a set has fewer than 4 features.
 
     Raises:
-      ValueError: there are fewer than 2 features in a set.
+      ValueError: If a set has fewer than 2 features.
     """
     n, m = len(a), len(b)
     if min(n, m) < 2:
-        raise ValueError(f"KID needs at least 2 features in each set, not {n} and {m}")
+        raise ValueError(f"KID of {n} and {m} features: it needs at least 2 features in each set")
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     (xx, _, xx_square), (yy, _, yy_square) = _kernel_sums(a, a), _kernel_sums(b, b)
     xy, yx, xy_square = _kernel_sums(a, b)
@@ -211,21 +233,21 @@ def kernel_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) ->
 
     between = xy_square - xy @ xy / m - yx @ yx / n + sums[2] ** 2 / (n * m)
     across = 4 * max(between, 0.0) / ((n - 1) * (m - 1) * n * m)
-    of_x, of_y = 2 * _squared_kernel(xx, xx_square, n), 2 * _squared_kernel(yy, yy_square, m)
-    quadratic = of_x / (n * (n - 1)) + of_y / (m * (m - 1)) + across
-    variance -= of_x / ((n - 1) * (n - 2)) + of_y / ((m - 1) * (m - 2)) + across
+    x_part, y_part = 2 * _squared_kernel(xx, xx_square, n), 2 * _squared_kernel(yy, yy_square, m)
+    quadratic = x_part / (n * (n - 1)) + y_part / (m * (m - 1)) + across
+    variance -= x_part / ((n - 1) * (n - 2)) + y_part / ((m - 1) * (m - 2)) + across
     return Estimate(distance, math.sqrt(max(variance, quadratic)))
 
 
 def _squared_mmd(
     xx: float | np.ndarray, yy: float | np.ndarray, xy: float | np.ndarray, n: int, m: int
 ) -> np.ndarray:
-    """Return the squared MMD of n and m features from the kernel's sums over pairs."""
+    """Return the squared MMD of n and m features from sums of the kernel over pairs."""
     return np.asarray(xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m))
 
 
 def _squared_kernel(sums: Float[np.ndarray, "n"], square: float, n: int) -> float:
-    """E of the squared kernel, doubly centred, without bias (Szekely & Rizzo 2014)."""
+    """Return an unbiased estimate of E[k^2] of the doubly centred k (Szekely & Rizzo 2014)."""
     centred = square - 2 * (sums @ sums) / (n - 2) + sums.sum() ** 2 / ((n - 1) * (n - 2))
     return float(max(centred, 0.0)) / (n * (n - 3))
 
@@ -233,7 +255,7 @@ def _squared_kernel(sums: Float[np.ndarray, "n"], square: float, n: int) -> floa
 def _kernel_sums(
     a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
 ) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"], float]:
-    """Return sums over rows and columns of k(a_i, b_j), and of its squares; if b is a, i != j."""
+    """Return sum_j k(a_i, b_j), sum_i k(a_i, b_j) and sum_ij k(a_i, b_j)^2; i != j if b is a."""
     rows, columns, square = np.zeros(len(a)), np.zeros(len(b)), 0.0
     for start in range(0, len(a), CHUNK):
         k = a[start : start + CHUNK] @ b.T
@@ -249,15 +271,18 @@ def _kernel_sums(
 
 
 def inception_score(probabilities: Float[np.ndarray, "n classes"]) -> float:
-    """exp of the mean KL(p(y|x) || p(y)) (Salimans et al. 2016): 1 ... the number of classes."""
+    """Return exp of the mean KL(p(y|x) || p(y)) over images (Salimans et al. 2016).
+
+    The score is between 1 and the number of classes.
+    """
     return math.exp(_divergences(probabilities).mean())
 
 
 def inception_score_error(probabilities: Float[np.ndarray, "n classes"]) -> float | None:
-    """Return the score's standard error, to first order: the score times that of the mean of KL.
+    """Return the standard error of the score to first order, None for a single image.
 
-    A first-order error of p(y), the mean of p(y|x), does not change the score.  None for a single
-    image.
+    It is the score times the standard error of the mean KL: the derivative of the mean KL with
+    respect to p(y) is constant, so that an error of p(y) has no effect of first order.
     """
     mean, error = average(_divergences(probabilities))
     return None if error is None else math.exp(mean) * error
@@ -276,8 +301,8 @@ def share_error(share: float, count: int) -> float | None:
 def median(values: Float[np.ndarray, "n"]) -> Estimate:
     """Return the median and its standard error (Maritz & Jarrett 1978), None for a single value.
 
-    The error is the standard deviation of the median of a bootstrap sample, in closed form: that
-    the i-th of n values is the median has a Beta distribution's mass between (i - 1) / n and i / n.
+    The error is the std of the median of a bootstrap sample, in closed form: the i-th of n sorted
+    values is that median with the probability of ((i - 1) / n, i / n) under a Beta distribution.
     """
     from scipy.special import betainc
 
@@ -290,59 +315,10 @@ def median(values: Float[np.ndarray, "n"]) -> Estimate:
 
 
 def quotient(a: Estimate, b: Estimate) -> Estimate | None:
-    """a / b of independent estimates: relative errors add in squares.  None where b is 0."""
+    """Return a / b of independent estimates, to first order; None if b is 0."""
     if not b.value > 0:
         return None
     ratio = a.value / b.value
     if a.error is None or b.error is None:
         return Estimate(ratio, None)
     return Estimate(ratio, math.hypot(a.error, ratio * b.error) / b.value)
-
-
-def nearest(
-    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
-) -> tuple[Float[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-    """Return how far each of `a` is from its nearest of `b`, and which that is."""
-    parts = []
-    for part in _chunks(a):
-        distances = _distances(part, b)
-        which = distances.argmin(1)
-        parts.append((distances[np.arange(len(part)), which], which))
-    distance, which = zip(*parts, strict=True)
-    return np.concatenate(distance), np.concatenate(which)
-
-
-def precision_recall(
-    real: Float[np.ndarray, "n d"], drawn: Float[np.ndarray, "m d"], rank: int = RANK
-) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, alg. 1).
-
-    The share of `drawn` within a ball around some real image that reaches to its `rank`-th
-    nearest real neighbour; and the same the other way round.
-
-    Raises:
-      ValueError: a set has no more than `rank` images.
-    """
-    if min(len(real), len(drawn)) <= rank:
-        raise ValueError(f"needs more than {rank} images of each, not {len(real)}, {len(drawn)}")
-
-    def share(of: np.ndarray, among: np.ndarray) -> float:
-        # Of each row the nearest is the row itself, so its rank-th neighbour has place `rank`.
-        radius = np.concatenate(
-            [np.partition(_distances(part, among), rank, 1)[:, rank] for part in _chunks(among)]
-        )
-        inside = [(_distances(part, among) <= radius).any(1) for part in _chunks(of)]
-        return float(np.concatenate(inside).mean())
-
-    real, drawn = np.asarray(real, np.float64), np.asarray(drawn, np.float64)
-    return share(drawn, real), share(real, drawn)
-
-
-def _chunks(a: np.ndarray) -> list[np.ndarray]:
-    return [a[start : start + CHUNK] for start in range(0, len(a), CHUNK)]
-
-
-def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return Euclidean distances [n, m]; between equal rows near 0, not always exactly."""
-    squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * (a @ b.T)
-    return np.asarray(np.sqrt(np.maximum(squares, 0.0)))

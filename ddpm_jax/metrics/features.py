@@ -1,4 +1,4 @@
-"""What images are compared in: the features of a trained network."""
+"""The type of a trained network in whose features sets of images are compared."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,12 +7,12 @@ import numpy as np
 
 
 class FeatureNetwork(NamedTuple):
-    """A trained network in whose features images are compared.
+    """A trained network in whose features sets of images are compared.
 
     Attributes:
-      name: What a distance in its features is called after.
+      name: The part of a metric's name that stands for the network, as in `fd_NAME`.
       extract: Maps images [N, H, W, C] in [-1, 1] to features [N, D] and log p(y|x) [N, classes].
-      about: Which network it is.
+      about: A description of the network for the records of a run.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Feature networks that images are compared in: classifiers and image towers."""
+"""Networks as feature networks: classifiers, and the image encoders of dual encoders."""
 
 import dataclasses
 from typing import Protocol, runtime_checkable
@@ -16,16 +16,16 @@ from ddpm_jax.parallel.replicated import placed
 
 @runtime_checkable
 class Network(Protocol):
-    """A network of images: a hashable value, static to `jax.jit`."""
+    """A function of images; a hashable value that is a static argument of `jax.jit`."""
 
     def __call__(self, params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
-        """Return (logits, features) of images in [-1, 1]."""
+        """Return the logits and the features of images in [-1, 1]."""
 
 
 def features_of(
     network: Network, params: PyTree, x: Float[Array, "batch h w c"]
 ) -> tuple[Array, Array]:
-    """Return the features of images and log p(y|x)."""
+    """Return the features and log p(y|x) of images in [-1, 1]."""
     logits, features = network(params, x)
     return features, jax.nn.log_softmax(logits)
 
@@ -33,13 +33,13 @@ def features_of(
 def feature_network(
     name: str, network: Network, params: PyTree, batch_size: int = 500
 ) -> FeatureNetwork:
-    """Return a network as a `FeatureNetwork`, on the devices on which its parameters lie.
+    """Return a `FeatureNetwork` that runs on the devices that hold its parameters.
 
     Args:
-      name: of the feature network.
-      network: the network; equal networks share one compiled program.
-      params: the network's parameters.
-      batch_size: images at once.
+      name: Name of the feature network.
+      network: The network. Equal networks share one compiled program.
+      params: Parameters of the network.
+      batch_size: Number of images of one call, rounded up to a multiple of the devices.
     """
 
     def extract(
@@ -48,14 +48,15 @@ def feature_network(
         partitioner, parts = placed(params), []
         size = partitioner.round_up(batch_size)
         compiled = partitioner.compile(features_of, static_argnums=0)
-        for start in range(0, len(images), size):  # one shape, compiled once
+        for start in range(0, len(images), size):
             part = np.asarray(images[start : start + size], np.float32)
-            filled = np.concatenate([part, np.repeat(part[:1], size - len(part), 0)])
-            batch = partitioner.shard(filled[partitioner.rows(size)])
-            seen = fetch(compiled(network, params, batch))
-            parts.append([a.astype(np.float64)[: len(part)] for a in seen])
-        features, logs = zip(*parts, strict=True)
-        return np.concatenate(features), np.concatenate(logs)
+            # The last batch is padded to the same shape, so that the program compiles once.
+            padded = np.concatenate([part, np.repeat(part[:1], size - len(part), 0)])
+            batch = partitioner.shard(padded[partitioner.rows(size)])
+            outputs = fetch(compiled(network, params, batch))
+            parts.append([a.astype(np.float64)[: len(part)] for a in outputs])
+        features, log_probs = zip(*parts, strict=True)
+        return np.concatenate(features), np.concatenate(log_probs)
 
     return FeatureNetwork(name, extract)
 
@@ -65,13 +66,13 @@ class ClassifierFeatures:
     """A classifier of clean images.
 
     Attributes:
-      network: The classifier's network.
+      network: The network of the classifier.
     """
 
     network: nn.Module
 
     def __call__(self, params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
-        """Return the logits, and the features that they are computed from."""
+        """Return the logits, and the features from which the last layer computes them."""
         logits, features = self.network.apply(params, x)
         assert isinstance(features, jax.Array)
         assert isinstance(logits, jax.Array)
@@ -80,7 +81,7 @@ class ClassifierFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFeatures:
-    """The image tower of a dual encoder, as a network of one class.
+    """The image encoder of a dual encoder, as a network with a single class.
 
     Attributes:
       network: The dual encoder.
@@ -89,12 +90,12 @@ class ImageFeatures:
     network: nn.Module
 
     def __call__(self, params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
-        """Return logits of 0, and the features of images."""
+        """Return the logits [B, 1], which are 0, and the embeddings of images."""
         features = self.network.apply(params, x, method="embed_image")
         assert isinstance(features, jax.Array)
         return jnp.zeros((len(x), 1)), features
 
 
 def image_tower(name: str, net: nn.Module, params: PyTree) -> FeatureNetwork:
-    """Return the image tower of a dual encoder as a feature network with one class."""
+    """Return the image encoder of a dual encoder as a feature network with a single class."""
     return feature_network(name, ImageFeatures(net), params)

@@ -1,4 +1,4 @@
-"""Compute a function of every example of a split."""
+"""Compute a function of every example of a split, and the times of an evaluation."""
 
 from collections.abc import Callable
 from typing import TypeVarTuple
@@ -27,19 +27,25 @@ def per_example(
     check: Callable[[], None] = lambda: None,
     static_argnums: int | tuple[int, ...] = (),
 ) -> dict[str, np.ndarray]:
-    """Return what a function computes of every example of a split, in its order.
+    """Return the results of a function for every example, in the order of the split.
+
+    The random numbers of an example depend only on `seed` and on its index in the split. They are
+    the same at every evaluation, so that two evaluations differ only by the parameters.
 
     Args:
-      compute: (*arguments, batch, keys) -> {name: [B, ...]}; compiled here, once for each function
-        and its static arguments.
-      split: the examples.
-      batch_size: examples at a time, rounded up to what the devices divide; it changes no result.
-      seed: with an example's place in the split, keys its random numbers: the same at every
-        evaluation, so that two of them differ by the parameters alone.
-      partitioner: the devices.
-      arguments: what the function needs besides, such as parameters.
-      check: called before every batch; may end the evaluation.
-      static_argnums: arguments that are static.
+      compute: Maps (*arguments, batch, keys) to arrays [B, ...] by name. It is compiled once for
+        each function and its static arguments.
+      split: The examples.
+      batch_size: Number of examples of a batch, rounded up to a multiple of the devices. The
+        results do not depend on it.
+      seed: Seed of the keys.
+      partitioner: Partitions the batches across devices.
+      arguments: The first arguments of `compute`, such as parameters.
+      check: A function that is called before every batch. It may end the evaluation by an error.
+      static_argnums: Positions of the static arguments of `compute`.
+
+    Returns:
+      Arrays [N, ...] in float64 by name.
     """
     key = purpose_key(seed, EVALUATE)
     rows: dict[str, list[np.ndarray]] = {}
@@ -54,15 +60,21 @@ def per_example(
 
 
 def evaluation_times(
-    place: Int[Array, "batch"], keys: Key[Array, "batch"], count: int
+    index: Int[Array, "batch"], keys: Key[Array, "batch"], count: int
 ) -> Float[Array, "batch count"]:
-    """Return `count` times in [0, 1) for each image, together evenly spread over all images.
+    """Return `count` times in [0, 1) for each image, which cover [0, 1) evenly over all images.
 
-    An image's times are a comb, whose start is its place's in a low-discrepancy sequence:
-    place (sqrt(5) - 1) / 2 modulo 1, in integers (Knuth 1998, sec. 6.4: 2654435769 / 2^32), so
-    that any place is as exact as the first.
+    The times of image i are (j + s_ij) / count for j = 0 ... count - 1, where s_ij is the
+    low-discrepancy sequence i (sqrt(5) - 1) / 2 plus noise below 1 / 997, modulo 1. The sequence
+    is computed in integers (Knuth 1998, sec. 6.4: 2654435769 / 2^32), so that it is as exact for
+    the last image as for the first.
+
+    Args:
+      index: Index of each image in its split.
+      keys: One key for each image.
+      count: Number of times of an image.
     """
-    draws = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
-    turn = place.astype(jnp.uint32) * jnp.uint32(2654435769)
-    start = (turn >> 8).astype(draws.dtype) / 2**24
-    return within(jnp.arange(count), (start[:, None] + draws / 997) % 1, count)
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+    product = index.astype(jnp.uint32) * jnp.uint32(2654435769)
+    start = (product >> 8).astype(noise.dtype) / 2**24
+    return within(jnp.arange(count), (start[:, None] + noise / 997) % 1, count)

@@ -1,4 +1,4 @@
-"""Pixel values: from the levels of a data set to [-1, 1]."""
+"""Conversion of the grey levels of a data set to pixel values in [-1, 1]."""
 
 import jax
 import numpy as np
@@ -7,7 +7,12 @@ from ddpm_jax.data.types import Leaf
 
 
 def to_images(images: Leaf, levels: int) -> Leaf:
-    """Map grey values 0 ... levels - 1, of jax or numpy, to float32 in [-1, 1]."""
+    """Map grey levels 0 ... levels - 1 to float32 in [-1, 1].
+
+    Args:
+      images: An array of jax or numpy, or rows that are read or rendered on access.
+      levels: Number of grey levels, such as 256.
+    """
     if not isinstance(images, jax.Array):
-        images = np.asarray(images)  # rows that a file or a drawing makes when they are asked for
+        images = np.asarray(images)
     return 2 * images.astype(np.float32) / np.float32(levels - 1) - 1

@@ -1,4 +1,4 @@
-"""PyTorch's files of weights, read without PyTorch and without running what they hold."""
+"""A reader of PyTorch weight files that needs no PyTorch and runs no code of the files."""
 
 import io
 import os
@@ -14,7 +14,7 @@ import numpy as np
 
 from ddpm_jax.errors import UserError
 
-MAGIC = 0x1950A86A20F9469CFC6C  # of the older format, whose version is 1001
+MAGIC = 0x1950A86A20F9469CFC6C  # first number of the older format, whose version is 1001
 DTYPES = {
     "FloatStorage": np.dtype("<f4"),
     "DoubleStorage": np.dtype("<f8"),
@@ -29,39 +29,39 @@ DTYPES = {
 }
 
 
-Stated: TypeAlias = Any  # what a file states: of whatever type, until it is checked
+Untrusted: TypeAlias = Any  # a value of the file, which may have any type until it is checked
 
 
 class _Storage(NamedTuple):
-    """Bytes that tensors share: `length` elements of a type named as in `DTYPES`."""
+    """Memory that tensors share: `length` elements of `DTYPES[type_name]`."""
 
     key: str
-    kind: str
+    type_name: str
     length: int
 
 
 class _Tensor(NamedTuple):
-    """A view of a storage, in elements, as the file states it: nothing is checked yet."""
+    """A view of a storage as the file describes it, in elements and not yet checked."""
 
-    storage: Stated
-    offset: Stated
-    size: Stated
-    stride: Stated
+    storage: Untrusted
+    offset: Untrusted
+    size: Untrusted
+    stride: Untrusted
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Return the tensors of a file that `torch.save` wrote of a state dict.
+    """Return the tensors of a state dict that `torch.save` wrote.
 
-    Both formats are read: the zip archive, and the stream that PyTorch wrote before 1.6.  A
-    pickle in them can name the few things below and no others, and makes only descriptions of
-    tensors; a tensor is viewed once offset, size and strides lie within its storage.
+    The file is a zip archive, or the stream that PyTorch wrote before version 1.6. The pickles in
+    it may only name the functions and types in `ALLOWED`, which return descriptions of tensors. An
+    array is created after its offset, size and strides are checked to be within its storage.
 
     Returns:
-      Arrays that may share memory and cannot be written to; bfloat16 is that of ml_dtypes.
+      Read-only arrays by name, which may share memory. bfloat16 is the type of ml_dtypes.
 
     Raises:
-      UserError: the file cannot be read, is truncated, or holds anything but a dict of names
-        and tensors (a nested dict, a number: nothing is skipped).
+      UserError: If the file cannot be read, is truncated, or contains anything but a dict of names
+        and tensors. Nested dicts and numbers are not skipped.
     """
     try:
         content = pathlib.Path(path).read_bytes()
@@ -71,122 +71,124 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         state_dict, data = (_zip if content.startswith(b"PK\3\4") else _stream)(content)
         if not isinstance(state_dict, dict):
             raise pickle.UnpicklingError(
-                f"it holds {_short(type(state_dict).__name__)}, not a dict"
+                f"it contains {_short(type(state_dict).__name__)}, not a dict"
             )
         tensors = {}
         for name, tensor in state_dict.items():
             if not isinstance(name, str) or not isinstance(tensor, _Tensor):
-                raise pickle.UnpicklingError(f"its {_short(name)} is not a tensor")
+                raise pickle.UnpicklingError(f"its entry {_short(name)} is not a tensor")
             tensors[name] = _view(name, tensor, data)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is not a PyTorch state dict: {error}") from None
-    except Exception as error:  # a pickle of random bytes raises anything
+    except Exception as error:  # a pickle of random bytes can raise any exception
         reason = _short(f"{type(error).__name__}: {error}")
         raise UserError(f"{path} is not a PyTorch state dict, or is incomplete: {reason}") from None
     return tensors
 
 
-def _zip(content: bytes) -> tuple[Stated, dict[str, bytes]]:
-    """Return what data.pkl describes, and the bytes of the storages that it names."""
+def _zip(content: bytes) -> tuple[Untrusted, dict[str, bytes]]:
+    """Return the object that data.pkl describes, and the bytes of its storages by key."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise pickle.UnpicklingError("it is compressed")
         if sum(member.file_size for member in members) > len(content):
-            raise pickle.UnpicklingError("its parts are larger than the whole")
+            raise pickle.UnpicklingError("its members are larger than the file")
         names = archive.namelist()
         pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
-            raise pickle.UnpicklingError("it is a zip archive with no data.pkl")
+            raise pickle.UnpicklingError("it is a zip archive without data.pkl")
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
             raise pickle.UnpicklingError("its byte order is not little-endian")
         reader = _Unpickler(io.BytesIO(archive.read(pickles[0])))
-        described = reader.load()
-        return described, {key: archive.read(f"{root}data/{key}") for key in reader.storages}
+        state_dict = reader.load()
+        return state_dict, {key: archive.read(f"{root}data/{key}") for key in reader.storages}
 
 
-def _stream(content: bytes) -> tuple[Stated, dict[str, bytes]]:
-    """Return the same of the older format.
+def _stream(content: bytes) -> tuple[Untrusted, dict[str, bytes]]:
+    """Return the object of a file in the older format, and the bytes of its storages by key.
 
-    Pickles of a magic number, a version, the system, the object and the storages' keys; then,
-    of each key, how many elements and their bytes.
+    The stream has five pickles: a magic number, a version, the system, the object, and the keys of
+    the storages. For each key, the number of elements and their bytes follow.
     """
     stream = io.BytesIO(content)
     if _Unpickler(stream).load() != MAGIC or _Unpickler(stream).load() != 1001:
-        raise pickle.UnpicklingError("it does not start as one")
+        raise pickle.UnpicklingError("it does not start with the magic number and version")
     _Unpickler(stream).load()
     reader = _Unpickler(stream)
-    described = reader.load()
+    state_dict = reader.load()
     data = {}
     for key in _Unpickler(stream).load():
         storage = reader.storages[key]
         (count,) = struct.unpack("<q", stream.read(8))
         if count != storage.length:
-            raise pickle.UnpicklingError(f"its storage {_short(key)} has {count} elements")
-        data[key] = stream.read(count * DTYPES[storage.kind].itemsize)
-    return described, data
+            raise pickle.UnpicklingError(
+                f"its storage {_short(key)} has {count} elements, not {storage.length}"
+            )
+        data[key] = stream.read(count * DTYPES[storage.type_name].itemsize)
+    return state_dict, data
 
 
 def _view(name: str, tensor: _Tensor, data: dict[str, bytes]) -> np.ndarray:
-    """Return the array that `tensor` describes, of storages' bytes."""
+    """Return the array that `tensor` describes; `data` has the bytes of the storages by key."""
     storage, offset, size, stride = tensor
     if not isinstance(storage, _Storage):
-        raise pickle.UnpicklingError(f"its {_short(name)} has no storage")
-    dtype, content = DTYPES[storage.kind], data[storage.key]
+        raise pickle.UnpicklingError(f"its tensor {_short(name)} has no storage")
+    dtype, content = DTYPES[storage.type_name], data[storage.key]
     if len(content) != storage.length * dtype.itemsize:
         raise pickle.UnpicklingError(
-            f"the storage of its {_short(name)} does not have the stated size"
+            f"the storage of its tensor {_short(name)} does not have the stated size"
         )
-    whole = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride)
-    if not whole or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
-        raise pickle.UnpicklingError(f"its {_short(name)} has no shape that could be")
+    valid = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride)
+    if not valid or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
+        raise pickle.UnpicklingError(f"its tensor {_short(name)} has an invalid shape")
     steps = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if offset + (steps + 1 if all(size) else 0) > storage.length:
-        raise pickle.UnpicklingError(f"its {_short(name)} reaches beyond its storage")
+        raise pickle.UnpicklingError(f"its tensor {_short(name)} is larger than its storage")
     if not all(size):
         return np.zeros(size, dtype)
     strides = [step * dtype.itemsize for step in stride]
     return np.ndarray(size, dtype, content, offset * dtype.itemsize, strides)
 
 
-class _Ordered(dict[Stated, Stated]):
-    """Stands in for an OrderedDict, and forgets the `_metadata` that a module sets on it."""
+class _Ordered(dict[Untrusted, Untrusted]):
+    """A dict in the place of OrderedDict, which ignores the `_metadata` of a module."""
 
     __slots__ = ()
 
-    def __setstate__(self, state: Stated) -> None:
+    def __setstate__(self, state: Untrusted) -> None:
         pass
 
 
 class _Call:
-    """A function that a pickle may name and call, and change in nothing."""
+    """A function that a pickle may call but not modify."""
 
     __slots__ = ("_function",)
 
-    def __init__(self, function: Callable[..., Stated]) -> None:
+    def __init__(self, function: Callable[..., Untrusted]) -> None:
         self._function = function
 
-    def __call__(self, *arguments: Stated) -> Stated:
+    def __call__(self, *arguments: Untrusted) -> Untrusted:
         return self._function(*arguments)
 
-    def __setstate__(self, state: Stated) -> NoReturn:
+    def __setstate__(self, state: Untrusted) -> NoReturn:
         raise pickle.UnpicklingError("it sets the state of a function")
 
 
 def _rebuild_tensor(
-    storage: Stated,
-    offset: Stated,
-    size: Stated,
-    stride: Stated,
-    requires_grad: Stated,
-    hooks: Stated,
-    metadata: Stated = None,
+    storage: Untrusted,
+    offset: Untrusted,
+    size: Untrusted,
+    stride: Untrusted,
+    requires_grad: Untrusted,
+    hooks: Untrusted,
+    metadata: Untrusted = None,
 ) -> _Tensor:
     return _Tensor(storage, offset, size, stride)
 
 
-def _rebuild_parameter(tensor: Stated, requires_grad: Stated, hooks: Stated) -> Stated:
+def _rebuild_parameter(tensor: Untrusted, requires_grad: Untrusted, hooks: Untrusted) -> Untrusted:
     return tensor
 
 
@@ -194,50 +196,52 @@ ALLOWED: dict[tuple[str, str], _Call | str] = {
     ("collections", "OrderedDict"): _Call(_Ordered),
     ("torch._utils", "_rebuild_tensor_v2"): _Call(_rebuild_tensor),
     ("torch._utils", "_rebuild_parameter"): _Call(_rebuild_parameter),
-    **{("torch", kind): kind for kind in DTYPES},
+    **{("torch", name): name for name in DTYPES},
 }
 
 
 class _Unpickler(pickle._Unpickler):
-    """Makes `_Tensor`s and `_Ordered`s of a pickle, beside what has an opcode of its own.
+    """An unpickler that creates only `_Tensor`, `_Ordered` and the built-in types of pickle.
 
-    No class is within a pickle's reach, and nothing that it reaches keeps a state.  It is the
-    one written in Python, since the other's memo takes as much memory as a file asks for.
+    A pickle cannot name a class, and cannot change the state of the functions in `ALLOWED`. The
+    base class is the one in Python, because the memo of the one in C allocates as much memory as a
+    file requests.
     """
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, _Storage] = {}
 
-    def find_class(self, module: Stated, name: Stated) -> _Call | str:
-        """Return what a name of the file stands for.
+    def find_class(self, module: Untrusted, name: Untrusted) -> _Call | str:
+        """Return the function or the name of a type that a global name stands for.
 
         Raises:
-          UnpicklingError: it is not allowed.
+          UnpicklingError: If the name is not in `ALLOWED`.
         """
         if (module, name) not in ALLOWED:
             full = _short(f"{module}.{name}")
-            raise pickle.UnpicklingError(f"it names {full}, which no tensor needs")
+            raise pickle.UnpicklingError(f"it names {full}, which is not allowed")
         return ALLOWED[module, name]
 
-    def persistent_load(self, stated: Stated) -> _Storage:
-        """Return the storage that a tensor of the file names.
+    def persistent_load(self, pid: Untrusted) -> _Storage:
+        """Return the storage that a persistent id describes.
 
         Raises:
-          UnpicklingError: it is not one, or differs from an earlier one of the same key.
+          UnpicklingError: If `pid` does not describe a storage, or contradicts an earlier
+            description with the same key.
         """
-        if not isinstance(stated, tuple) or len(stated) < 5 or stated[5:] not in ((), (None,)):
-            raise pickle.UnpicklingError("a storage is not described as one")
-        word, kind, key, _, count = stated[:5]
-        right = isinstance(kind, str) and kind in DTYPES and isinstance(key, str)
-        if word != "storage" or not right or type(count) is not int or count < 0:
-            raise pickle.UnpicklingError("a storage is not described as one")
-        storage = _Storage(key, kind, count)
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[5:] not in ((), (None,)):
+            raise pickle.UnpicklingError("the description of a storage is invalid")
+        word, type_name, key, _, count = pid[:5]
+        valid = isinstance(type_name, str) and type_name in DTYPES and isinstance(key, str)
+        if word != "storage" or not valid or type(count) is not int or count < 0:
+            raise pickle.UnpicklingError("the description of a storage is invalid")
+        storage = _Storage(key, type_name, count)
         if self.storages.setdefault(key, storage) != storage:
             raise pickle.UnpicklingError(f"its storage {_short(key)} is described in two ways")
         return storage
 
 
-def _short(stated: Stated) -> str:
-    """Return at most 100 printable characters of a name in a file, for one line."""
-    return ascii(stated if isinstance(stated, str | int) else type(stated).__name__)[:100]
+def _short(name: Untrusted) -> str:
+    """Return at most 100 printable characters of a name in the file, for an error message."""
+    return ascii(name if isinstance(name, str | int) else type(name).__name__)[:100]

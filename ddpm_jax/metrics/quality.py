@@ -1,4 +1,4 @@
-"""How good a set of samples is, judged in a network's features and in pixels."""
+"""Quality of samples: their distances to images of a data set, in features and in pixels."""
 
 import dataclasses
 import functools
@@ -12,7 +12,6 @@ from ddpm_jax import errors, plots
 from ddpm_jax.data.types import Data, Split
 from ddpm_jax.metrics.averages import averages, with_error
 from ddpm_jax.metrics.distances import (
-    RANK,
     Grouped,
     Jackknife,
     Moments,
@@ -21,33 +20,44 @@ from ddpm_jax.metrics.distances import (
     inception_score_error,
     kernel_distance,
     median,
-    nearest,
-    precision_recall,
     quotient,
     share_error,
 )
 from ddpm_jax.metrics.features import FeatureNetwork
+from ddpm_jax.metrics.neighbours import NEIGHBOUR_RANK, nearest_neighbours, precision_recall
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.progress import log
 
-WHOLE = 100_000  # images of a training set that are looked at, at the most: an endless one's
-CHUNK = 1000  # images that are looked at, and added to the moments, at once
-KEPT = 10_000  # of a set: features for KID, precision and recall, images for neighbours
+WHOLE = 100_000  # largest number of training images that samples are compared with
+CHUNK = 1000  # images of one call of a feature network
+MAX_FEATURES = 10_000  # features per set that KID, precision and recall are computed from
+MAX_PIXEL_SAMPLES = 10_000  # samples whose nearest training images are searched
 
 
 class Quality(NamedTuple):
-    """Metrics by name, and a sheet of samples beside their nearest training images."""
+    """Quality of a set of samples.
+
+    Attributes:
+      metrics: Metrics by name.
+      neighbours: Samples above their nearest training images; None without comparing pixels.
+    """
 
     metrics: dict[str, float]
     neighbours: np.ndarray | errors.NonFinite | None
 
 
-class Features(NamedTuple):
-    """Features of a set of images: the moments of all, the first `KEPT` features, and log p(y|x)."""
+class FeatureSet(NamedTuple):
+    """Features of a set of images.
+
+    Attributes:
+      grouped: The moments of all features.
+      features: The first `MAX_FEATURES` features [n, D].
+      log_probs: log p(y|x) [N, classes] of all images.
+    """
 
     grouped: Grouped
     features: np.ndarray
-    logs: np.ndarray
+    log_probs: np.ndarray
 
     @property
     def moments(self) -> Moments:
@@ -56,38 +66,44 @@ class Features(NamedTuple):
 
 
 def extract_features(
-    network: FeatureNetwork, parts: Iterator[np.ndarray], before: Features | None = None
-) -> Features:
-    """Return the features of images, which come in parts, added to those of `before`."""
-    grouped = before.grouped if before else None
-    kept = [before.features] if before else []
-    logs = [before.logs] if before else []
-    for part in parts:
-        features, log_probs = network.extract(part)
+    network: FeatureNetwork, chunks: Iterator[np.ndarray], previous: FeatureSet | None = None
+) -> FeatureSet:
+    """Return the features of images, appended to those of `previous`.
+
+    Args:
+      network: The feature network.
+      chunks: Yields images [n, H, W, C] in [-1, 1].
+      previous: The features of images that come first in the set, or None.
+    """
+    grouped = previous.grouped if previous else None
+    stored = [previous.features] if previous else []
+    stored_log_probs = [previous.log_probs] if previous else []
+    for chunk in chunks:
+        features, log_probs = network.extract(chunk)
         grouped = Grouped(features, grouped)
-        room = KEPT - sum(len(rows) for rows in kept)
-        kept.append(features[:room].astype(np.float32))
-        logs.append(log_probs.astype(np.float32))
+        room = MAX_FEATURES - sum(len(rows) for rows in stored)
+        stored.append(features[:room].astype(np.float32))
+        stored_log_probs.append(log_probs.astype(np.float32))
     assert grouped is not None
-    return Features(grouped, np.concatenate(kept), np.concatenate(logs))
+    return FeatureSet(grouped, np.concatenate(stored), np.concatenate(stored_log_probs))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Comparison:
-    """Samples beside held-out and training ones, as a feature network sees them.
+    """Samples, training images and held-out images, and their features in one network.
 
     Attributes:
       network: The feature network.
-      samples: Images in [-1, 1].
-      labels: The class that each was sampled for; None: no class.
-      order: In which `of_samples` has the samples.
+      samples: Images [N, H, W, C] in [-1, 1].
+      labels: Class [N] that each sample is conditioned on; None without classes.
+      order: Index in `samples` of each row of `sample_features`.
       data: The data set.
-      split: Whose images are the held-out ones.
-      size: Images of both sides of a ratio.
-      of_equally_many: `size` of the samples.
-      of_samples: All samples.
-      of_training: `size` training images.
-      of_held_out: All held-out images.
+      split: Name of the split of the held-out images.
+      size: Number of images in `matched_sample_features` and in `training_features`.
+      sample_features: Features of all samples.
+      matched_sample_features: Features of `size` samples.
+      training_features: Features of `size` training images.
+      held_out_features: Features of all held-out images.
     """
 
     network: FeatureNetwork
@@ -97,175 +113,177 @@ class Comparison:
     data: Data
     split: str
     size: int
-    of_equally_many: Features
-    of_samples: Features
-    of_training: Features
-    of_held_out: Features
+    sample_features: FeatureSet
+    matched_sample_features: FeatureSet
+    training_features: FeatureSet
+    held_out_features: FeatureSet
 
     @property
     def distance_name(self) -> str:
-        """What the Frechet distance is called: Inception's is FID."""
+        """Name of the Frechet distance: `fid` for the Inception network, else `fd_<network>`."""
         return "fid" if self.network.name == "inception" else f"fd_{self.network.name}"
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many images each set has."""
+        """Number of images of each set."""
         return {
-            "generated": len(self.samples),
-            "held-out": self.of_held_out.moments.size,
+            "sampled": len(self.samples),
+            "held-out": self.held_out_features.moments.size,
             "training": len(self.data.train.images),
         }
 
     @functools.cached_property
     def distance(self) -> Jackknife:
-        """The Frechet distance of samples to held-out images."""
-        return frechet_distance(self.of_samples.grouped, self.of_held_out.grouped)
+        """Frechet distance of samples and held-out images."""
+        return frechet_distance(self.sample_features.grouped, self.held_out_features.grouped)
 
-    def has(self, least: int, *sets: str) -> bool:
-        """Return whether each of some sets, by their names in `counts`, has `least` images."""
-        return min(self.counts[name] for name in sets) >= least
+    def has_images(self, count: int, *sets: str) -> bool:
+        """Return whether each of the sets, named as in `counts`, has at least `count` images."""
+        return min(self.counts[name] for name in sets) >= count
 
 
 class Measured(NamedTuple):
-    """Metrics by name, the names of those that there are too few images for, and a sheet."""
+    """Metrics that one function of `METRICS` computes.
+
+    Attributes:
+      metrics: Metrics by name.
+      missing: Names of the metrics that need more images.
+      sheet: An image to save with the metrics, if there is one.
+    """
 
     metrics: dict[str, float]
     missing: tuple[str, ...] = ()
     sheet: np.ndarray | errors.NonFinite | None = None
 
 
-def compare(
+def _compare(
     network: FeatureNetwork,
     samples: Float[np.ndarray, "n h w c"],
     labels: np.ndarray | None,
     data: Data,
     split: str = "test",
 ) -> Comparison:
-    """Return what all metrics of `quality` are computed from; the arguments are its own.
-
-    Args:
-      network: the feature network.
-      samples: in [-1, 1].
-      labels: the class that each was sampled for; None: no class.
-      data: the data set.
-      split: whose images are the held-out ones.
-    """
+    """Return the sets of images with their features; the arguments are those of `quality`."""
     train = data.train.some(len(samples))
     size = len(train.images)
     order = np.arange(len(samples))
-    if size < len(samples):  # a part of them, which need not be in a random order
+    if size < len(samples):  # a random subset, since the samples may be sorted by class
         order = np.random.Generator(np.random.Philox(key=[0, 4])).permutation(len(samples))
-    of_equally_many = extract_features(network, _chunks(samples, order[:size]))
-    of_samples = (
-        extract_features(network, _chunks(samples, order[size:]), of_equally_many)
-        if size < len(samples)
-        else of_equally_many
-    )
-    of_training = extract_features(network, _parts(train, data.levels))
-    held_out = extract_features(network, _parts(data.part(split), data.levels))
+    matched = extract_features(network, _sample_chunks(samples, order[:size]))
+    every_sample = matched
+    if size < len(samples):
+        every_sample = extract_features(network, _sample_chunks(samples, order[size:]), matched)
     return Comparison(
-        network,
-        samples,
-        labels,
-        order,
-        data,
-        split,
-        size,
-        of_equally_many,
-        of_samples,
-        of_training,
-        held_out,
-    )
+        network, samples, labels, order, data, split, size,
+        sample_features=every_sample,
+        matched_sample_features=matched,
+        training_features=extract_features(network, _split_chunks(train, data.levels)),
+        held_out_features=extract_features(network, _split_chunks(data.part(split), data.levels)),
+    )  # fmt: skip
 
 
 def frechet_of_samples(sets: Comparison) -> Measured:
-    """Measure the Frechet distance of samples to held-out images."""
-    if not sets.has(2, "generated", "held-out"):
+    """Measure the Frechet distance of samples and held-out images."""
+    if not sets.has_images(2, "sampled", "held-out"):
         return Measured({}, (sets.distance_name,))
-    return Measured(_of(sets.distance_name, sets.distance))
+    return Measured(_with_jackknife_error(sets.distance_name, sets.distance))
 
 
 def frechet_ratio(sets: Comparison) -> Measured:
-    """Measure the Frechet distance of training images, and the ratio of equally many samples."""
+    """Measure the ratio of Frechet distances of equally many samples and training images."""
     name = sets.distance_name
-    if not sets.has(2, *sets.counts):
+    if not sets.has_images(2, *sets.counts):
         return Measured({}, (f"{name}_ratio",))
-    apart, usual = (
-        sets.distance,
-        frechet_distance(sets.of_training.grouped, sets.of_held_out.grouped),
-    )
-    if sets.of_equally_many is not sets.of_samples:
-        apart = frechet_distance(sets.of_equally_many.grouped, sets.of_held_out.grouped)
-    metrics, ratio = _of(f"{name}_of_training", usual), apart.over(usual)
+    held_out, of_samples = sets.held_out_features.grouped, sets.distance
+    if sets.size < len(sets.samples):
+        of_samples = frechet_distance(sets.matched_sample_features.grouped, held_out)
+    of_training = frechet_distance(sets.training_features.grouped, held_out)
+    metrics = _with_jackknife_error(f"{name}_of_training", of_training)
+    ratio = of_samples.divided_by(of_training)
     if ratio is None:
         return Measured(metrics, (f"{name}_ratio",))
-    metrics |= _of(f"{name}_ratio", ratio)
+    metrics |= _with_jackknife_error(f"{name}_ratio", ratio)
     return Measured({**metrics, f"{name}_ratio_images": float(sets.size)})
 
 
 def kernel_of_samples(sets: Comparison) -> Measured:
-    """Measure the kernel distance (KID) of samples to held-out ones."""
+    """Measure the kernel distance (KID) of samples and held-out images."""
     name = f"kid_{sets.network.name}"
-    if not sets.has(2, "generated", "held-out"):
+    if not sets.has_images(2, "sampled", "held-out"):
         return Measured({}, (name,))
-    return Measured(
-        with_error(name, kernel_distance(sets.of_samples.features, sets.of_held_out.features))
-    )
+    distance = kernel_distance(sets.sample_features.features, sets.held_out_features.features)
+    return Measured(with_error(name, distance))
 
 
 def score(sets: Comparison) -> Measured:
-    """Measure the Inception score of samples."""
+    """Measure the Inception score of samples, in the classes of the feature network."""
     name = f"score_{sets.network.name}"
-    if not sets.has(2, "generated"):
+    if not sets.has_images(2, "sampled"):
         return Measured({}, (name,))
-    p = np.exp(sets.of_samples.logs)
+    p = np.exp(sets.sample_features.log_probs)
     return Measured(with_error(name, (inception_score(p), inception_score_error(p))))
 
 
 def precision_and_recall(sets: Comparison) -> Measured:
-    """Measure how many samples lie near held-out ones, and the other way round."""
+    """Measure precision and recall of samples with respect to held-out images."""
     names = f"precision_{sets.network.name}", f"recall_{sets.network.name}"
-    if not sets.has(RANK + 1, "generated", "held-out"):
+    if not sets.has_images(NEIGHBOUR_RANK + 1, "sampled", "held-out"):
         return Measured({}, (", ".join(names),))
     metrics: dict[str, float] = {}
-    shares = precision_recall(sets.of_held_out.features, sets.of_samples.features)
-    counts = len(sets.of_samples.features), len(sets.of_held_out.features)
-    for name, share, count in zip(names, shares, counts, strict=True):
+    held_out, samples = sets.held_out_features.features, sets.sample_features.features
+    shares = precision_recall(held_out, samples)
+    for name, share, count in zip(names, shares, (len(samples), len(held_out)), strict=True):
         metrics |= with_error(name, (share, share_error(share, count)))
     return Measured(metrics)
 
 
 def fid_to_training(sets: Comparison) -> Measured:
-    """Measure FID against the whole training set, as papers report it: of Inception alone."""
+    """Measure the FID of samples and the training set, as papers report it (Inception only)."""
     if sets.network.name != "inception":
         return Measured({})
-    if not sets.has(2, "generated", "training"):
+    if not sets.has_images(2, "sampled", "training"):
         return Measured({}, ("fid_to_training",))
-    all_training = extract_features(
-        sets.network, _parts(sets.data.train.some(WHOLE), sets.data.levels)
-    )
-    return Measured(
-        _of("fid_to_training", frechet_distance(sets.of_samples.grouped, all_training.grouped))
-    )
+    train = _split_chunks(sets.data.train.some(WHOLE), sets.data.levels)
+    training = extract_features(sets.network, train).grouped
+    distance = frechet_distance(sets.sample_features.grouped, training)
+    return Measured(_with_jackknife_error("fid_to_training", distance))
 
 
 def classifier_shares(sets: Comparison) -> Measured:
-    """Measure the accuracy of a classifier on samples, and the share of confident answers."""
+    """Measure the accuracy of a classifier on samples, and how often it is confident."""
     if sets.network.name == "inception":
         return Measured({})
-    right = {"confident_share": np.exp(sets.of_samples.logs).max(1) > 0.9}
+    log_probs = sets.sample_features.log_probs
+    values = {"confident_share": np.exp(log_probs).max(1) > 0.9}
     if sets.labels is not None:
-        right["classifier_accuracy"] = (
-            sets.of_samples.logs.argmax(1) == np.asarray(sets.labels)[sets.order]
-        )
-    return Measured(averages(right))
+        labels = np.asarray(sets.labels)[sets.order]
+        values["classifier_accuracy"] = log_probs.argmax(1) == labels
+    return Measured(averages(values))
 
 
 def nearest_training_images(sets: Comparison) -> Measured:
-    """Measure how far samples are, in pixels, from the nearest training ones."""
-    metrics, sheet = neighbours(sets.samples[:KEPT], sets.data, sets.split)
-    missing = () if "nearest_ratio" in metrics else ("nearest_ratio",)
-    return Measured(metrics, missing, sheet)
+    """Measure the median distance, in pixels, of samples to their nearest training images.
+
+    Its ratio to the same median of held-out images is well below 1 if the model repeats training
+    images. There is no ratio if at least half of the held-out images are training images.
+    """
+    samples, levels = sets.samples[:MAX_PIXEL_SAMPLES], sets.data.levels
+    train = to_images(sets.data.train.some(WHOLE).images, levels)
+    held_out = to_images(sets.data.part(sets.split).images, levels)
+    rows = [images.reshape(len(images), -1) for images in (samples, held_out, train)]
+    distances, indices = nearest_neighbours(rows[0], rows[2])
+    held_out_distances, _ = nearest_neighbours(rows[1], rows[2])
+    distance = median(distances)
+    metrics = with_error("nearest", distance)
+    ratio = quotient(distance, median(held_out_distances))
+    if ratio is not None:
+        metrics |= with_error("nearest_ratio", ratio)
+    missing = ("nearest_ratio",) if ratio is None else ()
+    shown = []  # rows of ten samples, each above a row of their nearest training images
+    for start in range(0, min(40, len(samples)) // 10 * 10, 10):
+        shown += [samples[start : start + 10], train[indices[start : start + 10]]]
+    sheet = np.concatenate(shown) if shown else samples
+    return Measured(metrics, missing, plots.attempt(plots.grid, sheet, columns=10))
 
 
 METRICS: tuple[Callable[[Comparison], Measured], ...] = (
@@ -287,24 +305,22 @@ def quality(
     split: str = "test",
     pixels: bool = True,
 ) -> Quality:
-    """Compare `samples` with the held-out images, and as many training images with them, too.
+    """Compute every metric of `METRICS` for samples, each with its standard error `..._error`.
 
-    A distance between two finite sets is not 0: a perfect model reaches that of training images to
-    the held-out ones.  Both depend on the number of images, so the ratio is of the distances of
-    equally many, min(samples, training), which `..._ratio_images` reports.  The metrics are named
-    after the network; Inception's is FID, also against the whole training set.  Every
-    metric has its standard error beside it, `..._error`; a metric that there are too few images for
-    is left out, and a line says so.
+    The distance of two finite sets depends on their sizes, and is not 0 for a perfect model. The
+    distance of training images to held-out images is what a perfect model reaches, so the ratio
+    compares it with the distance of equally many samples (`..._ratio_images`). A metric that needs
+    more images than there are is left out, and a warning is logged.
 
     Args:
-      network: the feature network.
-      samples: in [-1, 1].
-      labels: the class that each was sampled for; None: no class.
-      data: the data set.
-      split: whose images are the held-out ones.
-      pixels: compare with the nearest training images, too.
+      network: The feature network. The names of metrics contain its name.
+      samples: Images [N, H, W, C] in [-1, 1].
+      labels: Class [N] that each sample is conditioned on; None without classes.
+      data: The data set.
+      split: Name of the split of the held-out images.
+      pixels: Whether to also compare pixels with the nearest training images.
     """
-    sets = compare(network, samples, labels, data, split)
+    sets = _compare(network, samples, labels, data, split)
     metrics: dict[str, float] = {"num_samples": float(len(samples))}
     missing: list[str] = []
     sheet = None
@@ -315,44 +331,19 @@ def quality(
         sheet = measured.sheet if measured.sheet is not None else sheet
     if missing:
         sizes = ", ".join(f"{count} {name}" for name, count in sets.counts.items())
-        log(f"metrics that {sizes} images do not give are left out: {', '.join(missing)}")
+        log(f"too few images ({sizes}): {', '.join(missing)} are left out")
     return Quality(metrics, sheet)
 
 
-def neighbours(
-    samples: Float[np.ndarray, "n h w c"], data: Data, split: str = "test"
-) -> tuple[dict[str, float], np.ndarray | errors.NonFinite]:
-    """Return distances in pixels of samples to the nearest training ones, and a sheet.
-
-    The median distance, and its ratio to that of held-out images: under 1 is memorising.  The ratio
-    is left out where half of the held-out images are training images, too.
-    """
-    train = to_images(data.train.some(WHOLE).images, data.levels)
-    held_out = to_images(data.part(split).images, data.levels)
-    flat = [images.reshape(len(images), -1) for images in (samples, held_out, train)]
-    distance, which = nearest(flat[0], flat[2])
-    usual, _ = nearest(flat[1], flat[2])
-    rows = []
-    for start in range(0, min(40, len(samples)) // 10 * 10, 10):
-        rows += [samples[start : start + 10], train[which[start : start + 10]]]
-    apart = median(distance)
-    metrics = with_error("nearest", apart)
-    ratio = quotient(apart, median(usual))
-    if ratio is not None:
-        metrics |= with_error("nearest_ratio", ratio)
-    shown = np.concatenate(rows) if rows else samples
-    return metrics, plots.attempt(plots.grid, shown, columns=10)
-
-
-def _of(name: str, distance: Jackknife) -> dict[str, float]:
+def _with_jackknife_error(name: str, distance: Jackknife) -> dict[str, float]:
     return with_error(name, (distance.value, distance.error))
 
 
-def _chunks(images: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
-    for at in range(0, len(rows), CHUNK):
-        yield images[rows[at : at + CHUNK]]
+def _sample_chunks(images: np.ndarray, indices: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(indices), CHUNK):
+        yield images[indices[start : start + CHUNK]]
 
 
-def _parts(split: Split, levels: int) -> Iterator[np.ndarray]:
-    for at in range(0, len(split.images), CHUNK):
-        yield to_images(split.images[at : at + CHUNK], levels)
+def _split_chunks(split: Split, levels: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(split.images), CHUNK):
+        yield to_images(split.images[start : start + CHUNK], levels)

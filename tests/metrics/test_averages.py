@@ -1,4 +1,4 @@
-"""Values of every example of a split, and their averages."""
+"""Functions of every example of a split, and averages of their results."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from ddpm_jax.parallel.sharding import make
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_every_example_is_counted_once_with_the_same_draws_in_any_batch(batch_size):
+def test_every_example_counts_once_with_the_same_noise_in_any_batch(batch_size):
     split = Split(np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1), np.zeros(10, np.int32))
 
     def compute(batch, keys):
@@ -34,22 +34,22 @@ def test_a_static_argument_an_array_and_a_check_reach_every_batch():
         traced.append(power)
         return {"value": batch.images[:, 0, 0, 0].astype(jnp.float32) ** power + shift}
 
-    def of(power, shift):
+    def compute_all(power, shift):
         check = lambda: checked.append(power)  # noqa: E731
         return per_example(
             compute, split, 4, 0, make(), power, shift, check=check, static_argnums=0
         )["value"]
 
-    np.testing.assert_array_equal(of(2, 0.5), np.arange(10.0) ** 2 + 0.5)
-    np.testing.assert_array_equal(of(2, 1.5), np.arange(10.0) ** 2 + 1.5)
-    assert traced == [2]  # one program
-    assert checked == [2, 2, 2, 2]  # 8 devices take batches of 8, so that there are two
-    of(3, 0.5)
+    np.testing.assert_array_equal(compute_all(2, 0.5), np.arange(10.0) ** 2 + 0.5)
+    np.testing.assert_array_equal(compute_all(2, 1.5), np.arange(10.0) ** 2 + 1.5)
+    assert traced == [2]  # compiled once
+    assert checked == [2, 2, 2, 2]  # two calls of two batches, since 8 devices round 4 up to 8
+    compute_all(3, 0.5)
     assert traced == [2, 3]
 
 
 def test_an_average_reports_its_standard_error():
     values = np.random.default_rng(0).normal(3.0, 2.0, 10_000)
-    found = average(values)
-    assert abs(found.mean - 3) < 4 * found.error
-    assert found.error == pytest.approx(2 / 100, rel=0.05)
+    mean, error = average(values)
+    assert abs(mean - 3) < 4 * error
+    assert error == pytest.approx(2 / 100, rel=0.05)

@@ -1,4 +1,4 @@
-"""A reader of PyTorch's files that no file can misuse."""
+"""The reader of PyTorch files, with valid, damaged and malicious files."""
 
 import pickle
 import struct
@@ -11,7 +11,7 @@ import pytest
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics.pth import MAGIC, read_tensors
 
-# A state dict, written in pickle's own opcodes: what follows needs no PyTorch.
+# State dicts written as opcodes of pickle, so that these tests need no PyTorch.
 
 NUMBERS = np.arange(6, dtype="<f4")
 
@@ -65,6 +65,7 @@ WRITERS = pytest.mark.parametrize("write", [zipped, streamed])
 
 
 def refused(path, *words):
+    """Check that reading a file raises a UserError of one line with certain words."""
     with pytest.raises(UserError) as caught:
         read_tensors(path)
     message = str(caught.value)
@@ -74,17 +75,17 @@ def refused(path, *words):
 
 
 @WRITERS
-def test_a_hand_made_file_is_read(tmp_path, write):
+def test_a_file_of_pickle_opcodes_is_read(tmp_path, write):
     last = (None,) if write is streamed else ()
     whole = tensor(storage(*last))
-    turned = tensor(storage(*last), 1, (2, 2), (1, 3))
+    transposed = tensor(storage(*last), 1, (2, 2), (1, 3))
     parameter = called("torch._utils", "_rebuild_parameter", whole, literal(True), b"N")
-    found = read_tensors(write(tmp_path / "it.pth", state_dict(whole, turned, parameter)))
-    np.testing.assert_array_equal(found["w0"], [[0, 1, 2], [3, 4, 5]])
-    np.testing.assert_array_equal(found["w1"], [[1, 4], [2, 5]])
-    np.testing.assert_array_equal(found["w2"], found["w0"])
-    assert found["w0"].dtype == np.float32
-    assert not found["w0"].flags.writeable
+    tensors = read_tensors(write(tmp_path / "it.pth", state_dict(whole, transposed, parameter)))
+    np.testing.assert_array_equal(tensors["w0"], [[0, 1, 2], [3, 4, 5]])
+    np.testing.assert_array_equal(tensors["w1"], [[1, 4], [2, 5]])
+    np.testing.assert_array_equal(tensors["w2"], tensors["w0"])
+    assert tensors["w0"].dtype == np.float32
+    assert not tensors["w0"].flags.writeable
 
 
 @WRITERS
@@ -99,7 +100,7 @@ def test_a_hand_made_file_is_read(tmp_path, write):
         ("torch._utils", "_rebuild_tensor_v2.__globals__"),
     ],
 )
-def test_no_code_of_a_file_is_run(tmp_path, write, module, name):
+def test_a_file_cannot_run_code(tmp_path, write, module, name):
     mark = tmp_path / "mark"
     run = called(module, name, literal(f"touch {mark}"))
     for pickled in (run, run + b"0" + state_dict(), state_dict(run), state_dict(tensor(run))):
@@ -107,7 +108,7 @@ def test_no_code_of_a_file_is_run(tmp_path, write, module, name):
     assert not mark.exists()
 
 
-def test_every_way_to_name_a_function_is_refused(tmp_path):
+def test_every_opcode_that_names_a_function_is_refused(tmp_path):
     mark = tmp_path / "mark"
     command = literal(f"touch {mark}")
     ways = [
@@ -134,17 +135,17 @@ def test_every_way_to_name_a_function_is_refused(tmp_path):
         ("torch", "FloatStorage"),
     ],
 )
-def test_what_a_file_may_name_it_cannot_change(tmp_path, module, name):
+def test_a_file_cannot_change_the_functions_that_it_may_call(tmp_path, module, name):
     allowed = named(module, name)
     for state in ({"_function": "x"}, (None, {"_function": "x", "__call__": "x"})):
         refused(zipped(tmp_path / "it.pth", allowed + literal(state) + b"b0" + state_dict()))
-        made = tensor(storage()) + literal(state) + b"b"
-        refused(zipped(tmp_path / "it.pth", state_dict(made)))
+        changed = tensor(storage()) + literal(state) + b"b"
+        refused(zipped(tmp_path / "it.pth", state_dict(changed)))
     refused(zipped(tmp_path / "it.pth", allowed + b")\x81"))  # NEWOBJ
     read_tensors(zipped(tmp_path / "it.pth", state_dict(tensor(storage()))))
 
 
-def test_what_a_module_says_of_itself_is_forgotten(tmp_path):
+def test_the_metadata_of_a_module_is_ignored(tmp_path):
     ordered = called("collections", "OrderedDict") + literal("w0") + tensor(storage()) + b"s"
     about = literal({"_metadata": {"": {"version": 1}}, "__class__": 5, "items": None}) + b"b"
     assert set(read_tensors(zipped(tmp_path / "it.pth", ordered + about))) == {"w0"}
@@ -177,7 +178,7 @@ OUTSIDE = [
 
 @WRITERS
 @pytest.mark.parametrize("view", OUTSIDE, ids=str)
-def test_no_tensor_reaches_outside_its_storage(tmp_path, write, view):
+def test_a_tensor_outside_its_storage_is_refused(tmp_path, write, view):
     refused(write(tmp_path / "it.pth", state_dict(tensor(storage(), **view))))
 
 
@@ -205,14 +206,14 @@ def test_a_storage_that_differs_from_its_description_is_refused(tmp_path, write,
     refused(write(tmp_path / "it.pth", two))
 
 
-def test_a_storage_is_described_in_one_way(tmp_path):
+def test_two_descriptions_of_one_storage_are_refused(tmp_path):
     path = tmp_path / "it.pth"
     two = state_dict(tensor(storage()), tensor(storage(kind="IntStorage")))
     refused(zipped(path, two), "described in two ways")
     refused(streamed(path, state_dict(tensor(storage())), length=5), "has 5 elements")
 
 
-def test_nothing_but_storages_has_a_persistent_id(tmp_path):
+def test_a_persistent_id_of_anything_but_a_storage_is_refused(tmp_path):
     for pickled in (b"Pos.system\n", literal(("storage",)) + b"Q", literal([1]) + b"Q", b"NQ"):
         refused(zipped(tmp_path / "it.pth", state_dict(pickled)), "storage")
     viewed = storage(("1", 0, 2**40))  # a view of a view, as PyTorch before 0.4 wrote it
@@ -220,7 +221,7 @@ def test_nothing_but_storages_has_a_persistent_id(tmp_path):
     refused(zipped(tmp_path / "it.pth", state_dict(tensor(literal("0")))), "w0", "no storage")
 
 
-def test_a_dict_of_other_things_is_refused_by_name(tmp_path):
+def test_an_entry_that_is_not_a_tensor_is_refused_by_name(tmp_path):
     path = tmp_path / "it.pth"
     refused(zipped(path, tensor(storage())), "not a dict")
     refused(zipped(path, state_dict(literal(5))), "'w0' is not a tensor")
@@ -231,7 +232,7 @@ def test_a_dict_of_other_things_is_refused_by_name(tmp_path):
     refused(zipped(path, b"}" + long), "is not a tensor")
 
 
-def test_a_file_cannot_ask_for_more_memory_than_it_has(tmp_path):
+def test_a_file_cannot_allocate_more_memory_than_its_size(tmp_path):
     path = tmp_path / "it.pth"
     lots = b"N" + b"r\xff\xff\xff\xff" + b"0" + state_dict()  # LONG_BINPUT
     assert read_tensors(zipped(path, lots)) == {}
@@ -241,11 +242,11 @@ def test_a_file_cannot_ask_for_more_memory_than_it_has(tmp_path):
     with zipfile.ZipFile(zipped(path, whole), "a") as archive:
         archive.writestr("last", b"x" * 1000)
         archive.filelist.extend([archive.filelist[-1]] * 100)  # the same bytes, listed again
-    refused(path, "larger than the whole")
+    refused(path, "larger than the file")
 
 
 @WRITERS
-def test_every_truncation_is_one_line(tmp_path, write):
+def test_every_truncated_file_is_refused_in_one_line(tmp_path, write):
     path = write(tmp_path / "it.pth", state_dict(tensor(storage())))
     content = path.read_bytes()
     for length in range(len(content)):
@@ -259,10 +260,10 @@ def test_a_damaged_file_is_read_or_refused(tmp_path, write):
         tmp_path / "it.pth", state_dict(tensor(storage()), tensor(storage(), 2, (2,), (1,)))
     )
     content = np.frombuffer(path.read_bytes(), np.uint8)
-    draws = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for _ in range(300):
         damaged = content.copy()
-        damaged[draws.integers(0, len(content), 2)] = draws.integers(0, 256, 2)
+        damaged[rng.integers(0, len(content), 2)] = rng.integers(0, 256, 2)
         path.write_bytes(damaged.tobytes())
         try:
             read_tensors(path)
@@ -272,7 +273,7 @@ def test_a_damaged_file_is_read_or_refused(tmp_path, write):
         assert "\n" not in message
 
 
-def test_what_is_no_pth_file_is_one_line(tmp_path):
+def test_a_file_that_is_not_a_pth_file_is_refused_in_one_line(tmp_path):
     path = tmp_path / "it.pth"
     refused(path, "cannot be read")
     refused(tmp_path, "cannot be read")
@@ -281,27 +282,27 @@ def test_what_is_no_pth_file_is_one_line(tmp_path):
         refused(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
-    refused(path, "no data.pkl")
+    refused(path, "without data.pkl")
     path.write_bytes(pickle.dumps({"w": 1}))
-    refused(path, "does not start as one")
+    refused(path, "does not start with the magic number")
 
 
-# Files that PyTorch writes.
+# Tests with PyTorch.
 
 FORMATS = pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "stream"])
 
 
 @FORMATS
-def test_what_torch_saves_is_read(tmp_path, zip_format):
+def test_a_state_dict_of_every_type_is_read(tmp_path, zip_format):
     torch = pytest.importorskip("torch")
     floats = ["float32", "float64", "float16", "bfloat16"]
-    kinds = [*floats, "int64", "int32", "int16", "int8", "uint8", "bool"]
+    types = [*floats, "int64", "int32", "int16", "int8", "uint8", "bool"]
     numbers = torch.arange(24).reshape(2, 3, 4)
-    state = {kind: (numbers % 5).to(getattr(torch, kind)) for kind in kinds}
+    state = {name: (numbers % 5).to(getattr(torch, name)) for name in types}
     whole = torch.randn(4, 6)
     state |= {
         "whole": whole,
-        "turned": whole.T,
+        "transposed": whole.T,
         "part": whole[1:3, ::2],
         "expanded": whole[:, :1].expand(4, 5),
         "scalar": torch.tensor(3.5),
@@ -310,16 +311,16 @@ def test_what_torch_saves_is_read(tmp_path, zip_format):
     }
     path = tmp_path / "it.pth"
     torch.save(state, path, _use_new_zipfile_serialization=zip_format)
-    found = read_tensors(path)
-    assert list(found) == list(state)
+    tensors = read_tensors(path)
+    assert list(tensors) == list(state)
     for name, value in state.items():
         expected = value.detach()
         if name == "bfloat16":
-            assert found[name].dtype == ml_dtypes.bfloat16
-            found[name], expected = found[name].astype(np.float32), expected.float()
-        assert found[name].dtype == expected.numpy().dtype, name
-        np.testing.assert_array_equal(found[name], expected.numpy(), err_msg=name)
-    assert np.shares_memory(found["whole"], found["part"])
+            assert tensors[name].dtype == ml_dtypes.bfloat16
+            tensors[name], expected = tensors[name].astype(np.float32), expected.float()
+        assert tensors[name].dtype == expected.numpy().dtype, name
+        np.testing.assert_array_equal(tensors[name], expected.numpy(), err_msg=name)
+    assert np.shares_memory(tensors["whole"], tensors["part"])
 
 
 @FORMATS
@@ -331,10 +332,10 @@ def test_a_modules_state_dict_is_read_whatever_the_pickle_protocol(tmp_path, zip
         path = tmp_path / f"{protocol}.pth"
         options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zip_format}
         torch.save(state, path, **options)
-        found = read_tensors(path)
-        assert list(found) == list(state)
+        tensors = read_tensors(path)
+        assert list(tensors) == list(state)
         for name, value in state.items():
-            np.testing.assert_array_equal(found[name], value.numpy(), err_msg=name)
+            np.testing.assert_array_equal(tensors[name], value.numpy(), err_msg=name)
 
 
 def test_a_saved_module_or_checkpoint_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""How near a reconstruction is to its image."""
+"""PSNR and SSIM of reconstructions."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ def test_psnr_and_ssim_of_known_pairs():
     np.testing.assert_allclose(psnr(x, x + 0.2), 20.0)  # (2 / 0.2)^2 is 20 dB
     np.testing.assert_allclose(ssim(x, x), 1.0)
     a, b = np.full((1, 16, 16, 1), 0.5), np.full((1, 16, 16, 1), -0.25)
-    c1 = (0.01 * 2) ** 2  # flat images: their means alone
+    c1 = (0.01 * 2) ** 2  # constant images: only the term of the means remains
     expected = (2 * 0.5 * -0.25 + c1) / (0.5**2 + 0.25**2 + c1)
     np.testing.assert_allclose(ssim(a, b), expected)
-    assert (ssim(0.5 + 0.3 * x, 0.5 - 0.3 * x) < 0).all()  # of one brightness, and opposite
+    assert (ssim(0.5 + 0.3 * x, 0.5 - 0.3 * x) < 0).all()  # equal means, and a negative covariance
