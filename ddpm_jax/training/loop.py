@@ -258,7 +258,7 @@ class _Hooks(NamedTuple):
             return True
         log(
             f"the checkpoint of step {step} is left out, because metrics of earlier steps could "
-            f"not be written; the run continues; free disk space for {self.run.path}"
+            f"not be written; the run continues; free disk space on the disk of {self.run.path}"
         )
         return False
 

@@ -97,12 +97,13 @@ class MetricAccumulator:
             name = "loss" if "loss" in bad else bad[0]
             size = self._train.batch_size
             examples = self._order((step - 1) * size, step * size)[~finite]
+            newest = self._checkpoints.newest()
+            state = "there is no" if newest is None else f"step {newest} has the newest"
             raise RunError(
-                _not_finite(name, values[name], step, examples)
-                + f"; the newest checkpoint is of step {self._checkpoints.newest() or 0}; train "
+                f"{_not_finite(name, values[name], step, examples)}; {state} checkpoint; train "
                 "again in another --workdir with a smaller --config.optimizer.learning_rate or "
-                "with --config.optimizer.grad_clip_norm=1, or continue this run with "
-                "--config.train.max_consecutive_nonfinite_steps=10 to skip such steps"
+                "with --config.optimizer.grad_clip_norm=1, or continue this run with a larger "
+                "--config.train.max_consecutive_nonfinite_steps, such as 10, to skip such steps"
             )
         for name, value in {"skipped": 1.0}.items() if bad else {**values, "count": 1.0}.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
