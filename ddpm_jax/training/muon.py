@@ -26,7 +26,7 @@ NEWTON_SCHULZ = 5 * ((3.4445, -4.775, 2.0315),)  # (a, b, c) of each iteration (
 MOMENTUM = 0.95
 # Root mean square of an update, divided by the learning rate; for Adam it is about 0.2 to 0.4.
 RMS = 0.4
-INPUT_AND_OUTPUT_LAYERS = ("conv_in", "conv_out", "patches", "out")  # of a network; Adam's
+INPUT_AND_OUTPUT_LAYERS = ("conv_in", "conv_out", "patches", "out")  # trained by Adam
 
 
 @jax.jit  # traced once per shape; a network has few different shapes

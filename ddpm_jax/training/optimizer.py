@@ -20,7 +20,7 @@ class Adam:
       warmup_steps: Number of steps of a linear warm-up of the learning rate, at least 0.
       lr_schedule: Learning rate after the warm-up: constant, or a cosine decay to 0 at the last
         step.
-      beta2: Decay rate of the second-moment average, at least 0 and less than 1.
+      beta2: Decay rate of the second-moment average, from 0 to 0.99999.
       weight_decay: Decoupled weight decay, at least 0, which is multiplied by the learning rate.
       grad_clip_norm: Largest global L2 norm of the gradient, to which larger gradients are scaled;
         0 disables clipping.
@@ -43,7 +43,7 @@ class Muon:
       warmup_steps: Number of steps of a linear warm-up of the learning rate, at least 0.
       lr_schedule: Learning rate after the warm-up: constant, or a cosine decay to 0 at the last
         step.
-      beta2: Decay rate of Adam's second-moment average, at least 0 and less than 1.
+      beta2: Decay rate of Adam's second-moment average, from 0 to 0.99999.
       weight_decay: Decoupled weight decay, at least 0, which is multiplied by the learning rate.
       grad_clip_norm: Largest global L2 norm of the gradient, to which larger gradients are scaled;
         0 disables clipping.

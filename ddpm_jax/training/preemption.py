@@ -26,7 +26,7 @@ class Interrupted(Exception):
 
 
 class Preemption:
-    """Handlers of SIGTERM and Ctrl-C that request a training to stop in all its processes.
+    """Handlers of SIGTERM and Ctrl-C, which stop a training in all its processes.
 
     A second Ctrl-C ends the process at once. With several processes, each process puts a flag on
     the devices between the steps and reads the flags of all processes. All processes therefore stop

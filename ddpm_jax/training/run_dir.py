@@ -37,7 +37,11 @@ from ddpm_jax.training.records import (
 
 Line = Record  # a JSON object: a step, and values by name
 
-TRAINED = ("checkpoints/[0-9]*", "damaged/[0-9]*", "*/config.json")  # traces of a training
+TRAINED = (
+    "checkpoints/[0-9]*",
+    "damaged/[0-9]*",
+    "*/config.json",
+)  # they exist once training started
 
 OF_SYSTEMS = ("lost+found", "desktop.ini")  # files that operating systems create on a disk
 
