@@ -1,4 +1,4 @@
-"""Eight devices forced on the host, float64 where a test asks for it, real data where it is."""
+"""Eight devices simulated on the CPU, and fixtures for float64, real data and `launch.py`."""
 
 import os
 
@@ -19,11 +19,11 @@ pytest.register_assert_rewrite("helpers")
 from helpers.launching import ROOT, Result, user_environment  # noqa: E402
 
 
-@pytest.hookimpl(trylast=True)  # the package is type-checked from its first import on
+@pytest.hookimpl(trylast=True)  # after the plugin that type-checks the package during import
 def pytest_configure():
-    """Compile for haste, as `--debug` does: it takes far longer than to run what tests compute.
+    """Compile with few optimisations, as `--debug` does, because tests spend most time compiling.
 
-    What they state does not depend on it.  (What `launch` runs is compiled as for users.)
+    The results of tests do not depend on it. `launch` compiles with all optimisations, as users do.
     """
     from ddpm_jax.parallel.xla_flags import tune_cpu
 
@@ -33,33 +33,33 @@ def pytest_configure():
 
 @pytest.fixture(autouse=True, scope="session")
 def _caches(tmp_path_factory):
-    """Tests share a compile cache of their own, and decode into no folder of the user's."""
-    place = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # all workers the same
-        place = place.parent
-    (place / "cache").mkdir(exist_ok=True)
-    os.environ["XDG_CACHE_HOME"] = str(place / "cache")
+    """Let all tests share a temporary cache directory instead of that of the user."""
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # all workers share one directory
+        directory = directory.parent
+    (directory / "cache").mkdir(exist_ok=True)
+    os.environ["XDG_CACHE_HOME"] = str(directory / "cache")
 
 
 @pytest.fixture
 def x64():
-    """Formulas are compared in float64."""
+    """Enable float64, in which tests compare formulas."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(scope="session")
 def original_files():
-    """The folder of data sets' original files that DDPM_JAX_TEST_DATA names."""
+    """The directory of original data set files, which DDPM_JAX_TEST_DATA names."""
     folder = os.environ.get("DDPM_JAX_TEST_DATA")
     if not folder or not pathlib.Path(folder).is_dir():
-        pytest.skip("DDPM_JAX_TEST_DATA names no folder of original files")
+        pytest.skip("DDPM_JAX_TEST_DATA does not name a directory of original files")
     return pathlib.Path(folder).resolve()
 
 
 @pytest.fixture
 def launch(tmp_path):
-    """Run launch.py as a user would: launch("--experiment=...", ...) -> CompletedProcess."""
+    """Return launch("--experiment=...", ...) -> CompletedProcess, which runs launch.py."""
 
     def run(*arguments, timeout=240, **environment):
         return subprocess.run(
@@ -76,7 +76,7 @@ def launch(tmp_path):
 
 @pytest.fixture
 def launch_here(tmp_path, monkeypatch, capfd):
-    """Run launch.py's `report` in this process, in a fraction of the time of `launch`."""
+    """Return a function that runs launch.py in this process, which is faster than `launch`."""
     import launch
 
     monkeypatch.chdir(tmp_path)

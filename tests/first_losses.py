@@ -1,12 +1,12 @@
-"""The first 20 losses and four samples of every experiment, against which a rewrite is compared.
+"""Compare the first 20 losses and four samples of every experiment with a stored record.
 
     python tests/first_losses.py --check [NAME ...]
     python tests/first_losses.py --write [NAME ...]
 
-Every experiment trains for 20 steps under --debug from seed 0, through the command line, on data
-that are always at hand.  `tests/data/first_losses.json` holds the losses and samples of the commit
-that it names.  Its numbers are not written again when the code is moved: where another machine
-disagrees, that commit and the new one are compared side by side on that machine.
+Every experiment trains for 20 steps with --debug and seed 0, through the command line, on data that
+are always available. `tests/data/first_losses.json` stores the losses and samples of one commit,
+which it names. A refactoring must not write new numbers. If another machine computes other numbers,
+compare that commit with the new one on that machine.
 """
 
 import argparse
@@ -36,11 +36,11 @@ PARTS = "text_to_image_shapes"
 
 
 def of_parts(*parts: str) -> list[str]:
-    """Return the flags `ONCE` of every part of an experiment of several runs."""
+    """Return the flags in `ONCE` for every part of an experiment that trains several models."""
     return [flag.replace("config.", f"config.{part}.") for part in parts for flag in ONCE]
 
 
-# The flags of each experiment, beside --debug; the name of each part's directory, "" for one run.
+# For each experiment, the flags besides --debug and the directories of its parts ("": no parts).
 EXPERIMENTS: dict[str, tuple[list[str], list[str]]] = {
     **{name: (ONCE, [""]) for name in ("vae_digits", "ddpm_digits", "vdm_digits")},
     **{name: (ONCE, [""]) for name in ("classifier_digits", "text_encoder_shapes")},
@@ -83,10 +83,10 @@ EXPERIMENTS: dict[str, tuple[list[str], list[str]]] = {
 
 
 def train(name: str, folder: pathlib.Path) -> None:
-    """Train experiment `name` into `folder`/name, and what it stands on first.
+    """Train experiment `name` in the directory `folder`/name, and first the runs that it needs.
 
     Raises:
-      RuntimeError: the command failed; the message is what it printed.
+      RuntimeError: If the command fails. The message is its output.
     """
     workdir = folder / name
     if (workdir / "summary.json").exists():
@@ -107,13 +107,13 @@ def train(name: str, folder: pathlib.Path) -> None:
 
 
 def losses_of(workdir: pathlib.Path) -> list[float]:
-    """Return the training loss of each of the first steps."""
+    """Return the training losses of the first 20 steps."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
     return [line["train/loss"] for line in lines if "train/loss" in line][:STEPS]
 
 
 def samples_of(workdir: pathlib.Path) -> np.ndarray | None:
-    """Return float32 [4, H, W, C] in [-1, 1] of a run; None if it does not generate images."""
+    """Return samples of a run, float32 [4, H, W, C] in [-1, 1]; None if it cannot sample."""
     import jax.numpy as jnp
 
     from ddpm_jax.errors import UserError
@@ -165,9 +165,10 @@ def differences(
     """Return a line for each part of experiment `name` that differs from its record.
 
     Args:
-      name: the experiment.
-      record, measured: as `measure` returns them.
-      factor: what the tolerances are multiplied by: more than 1 on another machine.
+      name: The name of the experiment.
+      record: The stored result of `measure`.
+      measured: A new result of `measure`.
+      factor: The factor of the tolerances, which is more than 1 on another machine.
     """
     loss_tolerance, sample_tolerance = factor * LOSS_TOLERANCE, factor * SAMPLE_TOLERANCE
     lines = []
@@ -178,12 +179,12 @@ def differences(
         if len(new["losses"]) != len(old["losses"]):
             lines.append(f"{name}/{part}: {len(new['losses'])} losses, not {len(old['losses'])}")
             continue
-        apart = np.abs(np.subtract(new["losses"], old["losses"]) / np.abs(old["losses"]))
-        if not apart.max() <= loss_tolerance:
-            step = int(np.argmax(~(apart <= loss_tolerance)))
+        relative = np.abs(np.subtract(new["losses"], old["losses"]) / np.abs(old["losses"]))
+        if not relative.max() <= loss_tolerance:
+            step = int(np.argmax(~(relative <= loss_tolerance)))
             lines.append(
                 f"{name}/{part}: the loss of step {step + 1} is {new['losses'][step]:.8g}, not "
-                f"{old['losses'][step]:.8g}; relative differences of at most {apart.max():.1e}"
+                f"{old['losses'][step]:.8g}; relative differences of at most {relative.max():.1e}"
             )
         if (old["samples"] is None) != (new["samples"] is None):
             lines.append(f"{name}/{part}: samples are {'missing' if old['samples'] else 'new'}")
@@ -199,7 +200,7 @@ def differences(
 
 
 def machine() -> dict[str, Any]:
-    """Return the versions and the CPU's flags, on which the last bits depend."""
+    """Return package versions and CPU flags, on which the last bits of a result depend."""
     import jax
     import jaxlib
 
@@ -213,7 +214,7 @@ def machine() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def debug_settings(folder: pathlib.Path) -> Iterator[None]:
-    """Sample as `--debug` runs do, with programs compiled in a cache of this script's own."""
+    """Set up JAX as `--debug` does, with a compilation cache in `folder`."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     from ddpm_jax.experiment import inputs
 
@@ -222,22 +223,24 @@ def debug_settings(folder: pathlib.Path) -> Iterator[None]:
 
 
 def main() -> int:
-    """Write or check the record, of all experiments or of those that are named."""
+    """Write or check the record of all experiments, or of those named on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with the record")
-    parser.add_argument("--write", action="store_true", help="write the record again")
-    parser.add_argument("names", nargs="*", help="experiments; all of them by default")
+    parser.add_argument("--write", action="store_true", help="write a new record")
+    parser.add_argument(
+        "names", nargs="*", help="names of experiments; by default, all experiments"
+    )
     arguments = parser.parse_args()
     if arguments.check == arguments.write:
         parser.error("give --check or --write")
     names = arguments.names or list(EXPERIMENTS)
     if unknown := set(names) - set(EXPERIMENTS):
-        parser.error(f"there is no {', '.join(sorted(unknown))} in this script")
+        parser.error(f"unknown experiments: {', '.join(sorted(unknown))}")
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {"experiments": {}}
     lines: list[str] = []
-    with tempfile.TemporaryDirectory() as place, debug_settings(pathlib.Path(place)):
+    with tempfile.TemporaryDirectory() as directory, debug_settings(pathlib.Path(directory)):
         for name in names:
-            measured = measure(name, pathlib.Path(place))
+            measured = measure(name, pathlib.Path(directory))
             if arguments.write:
                 record["experiments"][name] = measured
             elif name not in record["experiments"]:

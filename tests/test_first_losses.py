@@ -1,4 +1,4 @@
-"""The first 20 losses and four samples of every experiment are what the record says."""
+"""The first 20 losses and four samples of every experiment equal those in the record."""
 
 import base64
 import json
@@ -9,8 +9,9 @@ import pytest
 from first_losses import EXPERIMENTS, RECORD, ROOT, decoded, differences, machine, measure
 
 FAST = ("vae_digits", "ddpm_digits", "text_encoder_shapes")
-# On another machine or other versions the last bits of a product differ, and grow with the steps.
-ELSEWHERE = 100.0
+# Factor of the tolerances on another machine or with other versions: the last bits of products
+# differ there, and the differences grow with the steps.
+OTHER_MACHINE = 100.0
 
 
 def with_samples(parts, images):
@@ -34,16 +35,16 @@ def folder(tmp_path_factory):
     "name",
     [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in EXPERIMENTS],
 )
-def test_an_experiment_trains_as_its_record_says(name, folder):
+def test_an_experiment_trains_to_the_losses_in_its_record(name, folder):
     recorded = record()
     same = recorded["machine"] == machine()
     measured = measure(name, folder)
     assert not differences(
-        name, recorded["experiments"][name], measured, 1.0 if same else ELSEWHERE
+        name, recorded["experiments"][name], measured, 1.0 if same else OTHER_MACHINE
     )
 
 
-def test_every_experiment_has_its_record():
+def test_every_experiment_has_a_record():
     files = {path.stem for path in (ROOT / "experiments").glob("[a-z]*.py")}
     assert files == EXPERIMENTS.keys() == record()["experiments"].keys()
     for parts in record()["experiments"].values():
@@ -52,7 +53,7 @@ def test_every_experiment_has_its_record():
             assert part["samples"] is None or len(decoded(part["samples"])) == 4
 
 
-def test_a_loss_a_sample_or_a_part_that_differs_is_named():
+def test_the_differences_name_each_loss_sample_or_part_that_differs():
     name = "beta_vae_mnist"
     old = record()["experiments"][name]
     assert differences(name, old, old) == []

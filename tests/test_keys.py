@@ -1,4 +1,4 @@
-"""No key is used for two purposes: every key that is drawn from is recorded while tasks run."""
+"""No random key is used for two purposes: the tests record every use of a key in a task."""
 
 import collections
 import functools
@@ -28,21 +28,21 @@ from ddpm_jax.variational.likelihoods import Bernoulli
 from helpers.sampling import evaluated, sample
 from helpers.tasks import bound, first_variables, loss_of
 
-DRAWS = ("normal", "uniform", "bernoulli", "randint", "categorical", "bits", "rademacher")
+SAMPLERS = ("normal", "uniform", "bernoulli", "randint", "categorical", "bits", "rademacher")
 PACKAGE = str(pathlib.Path(rng.__file__).parent)
 SHAPE, LEVELS = (4, 4, 1), 17
 
 
 class Record:
-    """The keys that were drawn from and those that others were derived from, with the lines."""
+    """The keys that were sampled from and that others were derived from, with the lines of code."""
 
     def __init__(self):
-        self.drawn, self.parents = collections.defaultdict(list), collections.defaultdict(list)
+        self.sampled, self.parents = collections.defaultdict(list), collections.defaultdict(list)
 
     def watch(self, monkeypatch):
-        """Record every draw and derivation from here on."""
-        for name in DRAWS:
-            self._wrap(monkeypatch, name, self.drawn)
+        """Start to record every use of a key."""
+        for name in SAMPLERS:
+            self._wrap(monkeypatch, name, self.sampled)
         for name in ("split", "fold_in"):
             self._wrap(monkeypatch, name, self.parents)
 
@@ -56,7 +56,7 @@ class Record:
         def wrapped(key, *rest, **named):
             frame = sys._getframe(1)
             while not frame.f_code.co_filename.startswith(PACKAGE):
-                if frame.f_back is None:  # JAX's own draws
+                if frame.f_back is None:  # called by JAX itself
                     return original(key, *rest, **named)
                 frame = frame.f_back
             line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -66,14 +66,14 @@ class Record:
         monkeypatch.setattr(jax.random, name, wrapped)
 
     def check(self, again=False):
-        """No key is drawn from on two lines, nor drawn from and derived from.
+        """Check that no key is sampled from on two lines, or both sampled from and derived from.
 
         Args:
-          again: a line may draw from a key again, as two passes over one image's draws do.
+          again: Whether one line may sample from a key twice, as two passes over an image do.
         """
         jax.effects_barrier()
-        assert self.drawn
-        for key, lines in self.drawn.items():
+        assert self.sampled
+        for key, lines in self.sampled.items():
             assert len(set(lines)) == 1, lines
             assert again or len(lines) == 1, lines
             assert key not in self.parents, (lines, self.parents[key])
@@ -81,7 +81,7 @@ class Record:
 
 @pytest.fixture
 def record(monkeypatch):
-    jax.clear_caches()  # a program that is compiled already holds no record of its draws
+    jax.clear_caches()  # a program that was compiled before does not record its keys
     record = Record()
     record.watch(monkeypatch)
     for module in ("diffusion", "vdm"):
@@ -90,7 +90,7 @@ def record(monkeypatch):
     jax.clear_caches()
 
 
-# A U-Net: a draw within a DiT's scan over blocks cannot be watched in jax 0.12.
+# A U-Net, because jax 0.12 cannot call back from a DiT's scan over blocks.
 NETWORK = UNet(channels=8, multipliers=(1,), blocks=1, attention_sizes=(), dropout=0.1)
 CLASSIFIER = ClassifierNetwork(channels=(8,), features=8)
 SHARED = dict(sampling=Sampling("ancestral_beta", 2), evaluation=SampleEvaluation(8, 2))
@@ -107,7 +107,7 @@ TASKS = {
 
 
 def task_of(name):
-    """A task bound to three classes of tiny images."""
+    """Return a task that is bound to three classes of images of 4 x 4 pixels."""
     return bound(TASKS[name], SHAPE, LEVELS, classes=3)
 
 
@@ -116,57 +116,58 @@ def data():
     labels = (np.arange(8) % 3).astype(np.int32)
     batch = Batch(images, labels, np.arange(8, dtype=np.int32))
     split = Split(images, labels)
-    whole = Data("tiny", "tiny", split, split, LEVELS, ("a", "b", "c"), "x")
-    return jax.tree.map(jnp.asarray, batch), whole
+    data_set = Data("tiny", "tiny", split, split, LEVELS, ("a", "b", "c"), "x")
+    return jax.tree.map(jnp.asarray, batch), data_set
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_tasks_loss_draws_from_each_key_for_one_purpose(name, monkeypatch):
+def test_the_loss_of_a_task_uses_each_key_for_one_purpose(name, monkeypatch):
     task, (batch, _) = task_of(name), data()
     shapes = jax.eval_shape(task.init, jax.random.key(0), batch)
     variables = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     record = Record()
-    of_examples = example_keys(purpose_key(0, TRAIN), 0, batch.index)
+    keys = example_keys(purpose_key(0, TRAIN), 0, batch.index)
     record.watch(monkeypatch)
 
-    @jax.jit  # of no result, so that the draws alone are compiled
-    def losses(variables, of_examples):
-        loss_of(task, variables, batch, of_examples)
+    @jax.jit  # it returns no result, so that XLA compiles only the sampling
+    def losses(variables, keys):
+        loss_of(task, variables, batch, keys)
 
-    losses(variables, of_examples)
+    losses(variables, keys)
     record.check()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "classifier"])
-def test_a_tasks_evaluation_draws_from_each_key_for_one_purpose(name, record):
-    task, (batch, whole) = task_of(name), data()
+def test_the_evaluation_of_a_task_uses_each_key_for_one_purpose(name, record):
+    task, (batch, data_set) = task_of(name), data()
     variables = first_variables(task, batch)
     jax.effects_barrier()
-    record.drawn.clear()
+    record.sampled.clear()
     record.parents.clear()
-    evaluated(task, variables, whole, full=False)
-    record.check(again=name == "vae")  # whose pictures are of the draws that its figures are of
+    evaluated(task, variables, data_set, full=False)
+    # The images and the metrics of a VAE use the same latent samples.
+    record.check(again=name == "vae")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["diffusion", "vae"])
-def test_a_tasks_samples_draw_from_each_key_for_one_purpose(name, record):
+def test_sampling_of_a_task_uses_each_key_for_one_purpose(name, record):
     task, (batch, _) = task_of(name), data()
     variables = first_variables(task, batch)
     jax.effects_barrier()
-    record.drawn.clear()
+    record.sampled.clear()
     record.parents.clear()
     sample(task, variables, example_keys(purpose_key(0, SAMPLE), 0, batch.index))
     record.check()
 
 
-def test_a_key_that_is_used_twice_is_found(monkeypatch):
+def test_the_check_fails_if_a_key_is_used_twice(monkeypatch):
     record = Record()
     record.watch(monkeypatch)
-    two = jax.random.split(jax.random.key(0), 2)
-    uniform_times(two, jnp.arange(2), 2)
+    keys = jax.random.split(jax.random.key(0), 2)
+    uniform_times(keys, jnp.arange(2), 2)
     record.check()
-    uniform_times(two, jnp.arange(2), 2)
+    uniform_times(keys, jnp.arange(2), 2)
     with pytest.raises(AssertionError):
         record.check()

@@ -104,7 +104,7 @@ def test_a_final_run_trains_on_all_of_the_training_images(launch, tmp_path):
     result = launch(*DIGITS, "--config.data.validation=0", "--workdir=run")
     assert result.returncode == 0, result.stderr
     assert "1437 images to train on, 128 to test on" in result.stderr
-    assert "no validation split: nothing is evaluated before the end" in result.stderr
+    assert "there is no validation split; the test split is evaluated after" in result.stderr
     assert json.loads((tmp_path / "run/config.json").read_text())["data"]["validation"] == 0
     assert "validation/" not in (tmp_path / "run/metrics.jsonl").read_text()
     result = launch("--mode=eval", "--split=validation", "--workdir=run")
@@ -210,7 +210,7 @@ def test_help_lists_experiments_and_their_fields_at_once(launch):
 def test_profile_leaves_a_trace_of_five_steps(launch, tmp_path):
     traced = launch(*DIGITS, "--profile", "--workdir=run")
     assert traced.returncode == 0, traced.stderr
-    assert "profiled: tensorboard --logdir=" in traced.stderr
+    assert "wrote a profiler trace; to view it, run tensorboard --logdir=" in traced.stderr
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 

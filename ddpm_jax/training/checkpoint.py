@@ -1,12 +1,12 @@
-"""Checkpoints, through orbax: the only file that imports it.
+"""Write and read checkpoints with orbax; no other file imports orbax.
 
-A checkpoint is a state's arrays and a small record of the host's (JSON).  It is written in
-the background and appears under its name whole or not at all, so a process killed at any
-moment leaves the one before it.
+A checkpoint consists of the arrays of a state and a small JSON record of the host. It is written in
+the background and gets its name only when it is complete, so a process that is killed at any moment
+leaves the previous checkpoint.
 
-With several processes, each writes and reads its part.  If one of them cannot, all of them give
-up: they try the folder before they write, meet when they have written, and compare what they have
-read.
+With several processes, each process writes and reads its part. If one of them fails, all of them
+give up the checkpoint: they test the directory before they write, wait for each other at a barrier
+after they have written, and compare their results after they have read.
 """
 
 import contextlib
@@ -41,22 +41,23 @@ from ddpm_jax.training.records import FORMAT
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
-WRITE_SECONDS = 600  # after which a process that has not written its part is not waited for
+WRITE_SECONDS = 600  # time limit for every process to write its part
 KEEP_NEWEST = 3
 KEEP_BEST = 1
-BEST = "validation/loss"  # lower is better
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, or what a user may use of it
-SUMS = "check_sums"  # in the host's record
+BEST = "validation/loss"  # the metric of the best checkpoint, which has the lowest value
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space on the disk or within the quota
+SUMS = "check_sums"  # key in the host record
 
-STRUCTURE = "tree structures do not match"  # of a checkpoint and a state, as orbax says it
+# Parts of messages, the first by orbax, about a checkpoint that another version of the code wrote.
+OTHER_VERSION = ("tree structures do not match", "its format is")
 
 
 class Checkpoints(NamedTuple):
     """The checkpoints of one run directory."""
 
     manager: "ocp.CheckpointManager"
-    meeting: Meeting
-    read_only: bool = False
+    meeting: Meeting  # the barrier of all processes after they have written their parts
+    read_only: bool = False  # True: the directory is not changed
 
     def save(
         self,
@@ -65,23 +66,25 @@ class Checkpoints(NamedTuple):
         host: Mapping[str, object],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Start writing `state` and the host's record; returns before they are on disk.
+        """Start to write a checkpoint in the background.
 
-        Both are copied first: a training step donates, and so overwrites, its state, and the
-        host goes on with its record.  A failure to write is logged, and the ones before stay.
+        The state and the host record are copied first, because the next training step overwrites
+        the donated state and the host updates its record. A failure to write is logged, and earlier
+        checkpoints remain.
 
         Args:
-          step: number of steps done.
-          state: arrays.
-          host: the host's record, of JSON's types.
-          metrics: of the evaluation, which decide on the best checkpoint; None: none.
+          step: Number of training steps taken.
+          state: The arrays.
+          host: The host record, whose values have JSON types.
+          metrics: Metrics of an evaluation at this step, one of which selects the best checkpoint;
+            None if there was no evaluation.
         """
         import orbax.checkpoint as ocp
 
         self.wait()
         why = "" if alone() else complaint(self._refusal())
         if why:
-            log(f"cannot write the checkpoint of step {step}: {why}; the run goes on without it")
+            self._log_failure(f" of step {step}", why)
             return
         self.meeting.begin()
         record = copy.deepcopy(dict(host))
@@ -95,7 +98,7 @@ class Checkpoints(NamedTuple):
             self.manager.save(step, args=args, metrics=best, force=True)
 
     def _refusal(self) -> str:
-        """Return why this process cannot write into the folder, by trying; "" if it can."""
+        """Return why a test file cannot be written to the directory; "" if it can be written."""
         probe = pathlib.Path(self.manager.directory) / f"probe.{jax.process_index()}"
         try:
             try:
@@ -107,25 +110,29 @@ class Checkpoints(NamedTuple):
         return ""
 
     def newest(self) -> int | None:
-        """Return the step of the newest checkpoint, if there is one."""
+        """Return the step of the newest checkpoint; None if there is no checkpoint."""
         return cast(int | None, self.manager.latest_step())
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, object]]:
-        """Return (state, host record) of a step; `like` has the state's shapes and placement.
+        """Return the state and the host record of a checkpoint.
 
-        What is `...` in it is not read, and is `...` in the state.
+        Args:
+          step: The step of the checkpoint.
+          like: A tree with the shapes, types and shardings of the state. A leaf `...` is not read
+            and is `...` in the result.
 
         Raises:
-          UserError: it is damaged, here or where another process reads it.
+          UserError: If this or another process finds the checkpoint damaged, or if another version
+            of the code wrote it.
         """
         import orbax.checkpoint as ocp
 
         state: PyTree = None
         host: dict[str, object] = {}
         sums, why = None, ""
-        how = ocp.checkpoint_utils.construct_restore_args(like)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(like)
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(like, how), host=ocp.args.JsonRestore()
+            state=ocp.args.PyTreeRestore(like, restore_args), host=ocp.args.JsonRestore()
         )
         try:
             with quiet_event_loop(), contextlib.closing(_reader()) as reader:
@@ -133,29 +140,31 @@ class Checkpoints(NamedTuple):
             state, host = read.state, dict(read.host)
             version = host.pop("format", 1)
             if version != FORMAT:
-                raise ValueError(f"it is of format {version}; this version reads {FORMAT}")
-            # A checkpoint of before there were any has none.
+                raise ValueError(f"its format is {version}; this version reads {FORMAT} only")
+            # Checkpoints that were written before check sums were added have none.
             sums = check_record(host, host.pop(SUMS, None))
         except (MemoryError, jax.errors.JaxRuntimeError):
-            raise  # of the machine, not of the file
-        except Exception as error:  # of many kinds, from orbax's own to the JSON reader's
+            raise  # caused by the machine, not by the files
+        except Exception as error:  # orbax and its libraries raise exceptions of many types
             why = " ".join(str(error).split())[:200] or repr(error)
         why = complaint(why)
-        if not why:  # all have their part, of which the sums are taken together
+        if not why:  # every process has read its part; all processes compute the sums together
             same = sums is None or agree(sums, check_sums(state, host))
             why = complaint("" if same else "its check sums differ")
         if why:
-            kind = "of another version of the code" if STRUCTURE in why else "damaged"
-            raise UserError(f"the checkpoint of step {step} is {kind}: {why}")
+            other = any(text in why for text in OTHER_VERSION)
+            problem = "was written by another version of the code" if other else "is damaged"
+            raise UserError(f"the checkpoint of step {step} {problem}: {why}")
         return state, host
 
     def restore_newest(self, like: PyTree) -> tuple[int, PyTree | None, dict[str, object]]:
-        """Return (step, state, host record) of the newest undamaged one, or (0, None, {}).
+        """Return (step, state, host record) of the newest readable checkpoint, as `restore` does.
 
-        Damaged ones are logged and, where this may write and there is a good one, set aside.
+        Return (0, None, {}) if there is no checkpoint. Newer checkpoints that cannot be read are
+        logged and, unless `read_only`, moved to the directory `damaged`.
 
         Raises:
-          UserError: all of them are.
+          UserError: If there are checkpoints and none of them can be read.
         """
         steps = from_main(lambda: sorted(self.manager.all_steps(), reverse=True))
         damaged = []
@@ -163,7 +172,7 @@ class Checkpoints(NamedTuple):
             try:
                 state, host = self.restore(step, like)
             except UserError as error:
-                log(f"{error}; trying the one before")
+                log(f"{error}; trying the checkpoint before it")
                 damaged.append(step)
                 continue
             for bad_step in [] if self.read_only else damaged:
@@ -171,34 +180,36 @@ class Checkpoints(NamedTuple):
             return step, state, host
         if steps:
             raise UserError(
-                f"every checkpoint in {self.manager.directory} is damaged, or of another version "
-                "of the code; they stay as they are: give another --workdir"
+                f"every checkpoint in {self.manager.directory} is damaged or was written by "
+                "another version of the code, and none was changed; give another --workdir, or use "
+                "the version of the code that config.json names as git_commit"
             )
         return 0, None, {}
 
     def _set_aside(self, step: int) -> None:
-        folder = pathlib.Path(self.manager.directory)
-        aside = folder.with_name("damaged") / str(step)
+        source = pathlib.Path(self.manager.directory) / str(step)
+        target = source.parent.with_name("damaged") / str(step)
 
         def move() -> None:
             try:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.parent.mkdir(exist_ok=True)
-                (folder / str(step)).rename(aside)
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(exist_ok=True)
+                source.rename(target)
             except OSError as error:
                 raise RunError(
-                    f"cannot move the damaged checkpoint {folder / str(step)} to {aside}: "
-                    f"{error.strerror}"
+                    f"cannot move the damaged checkpoint {source} to {target}: {error.strerror}; "
+                    "move it yourself, then run the same command again to continue"
                 ) from None
 
         from_main(move)
+        log(f"moved the checkpoint of step {step} to {target}")
         self.manager.reload()
 
     def check_written(self, step: int) -> None:
-        """Check that the checkpoint of `step`, the last one, is on disk; waits for it.
+        """Wait for the checkpoint of `step`, the last step, and check that it is on disk.
 
         Raises:
-          RunError: it is not; the message names the newest one that is.
+          RunError: If it is not on disk. The message names the newest checkpoint that is.
         """
         self.wait()
 
@@ -209,15 +220,15 @@ class Checkpoints(NamedTuple):
         written = from_main(newest)
         if written == step:
             return
-        left = "there is none" if written is None else f"the newest is of step {written}"
+        start = "the beginning" if written is None else f"the newest checkpoint, of step {written}"
         raise RunError(
-            f"the checkpoint of step {step}, the last one, could not be written to "
-            f"{self.manager.directory}: {left}; see to it that there is room and that the "
-            "directory can be written to, and the same command goes on from there"
+            f"the last checkpoint, of step {step}, could not be written to "
+            f"{self.manager.directory}; check the free space and the permissions of this "
+            f"directory, then run the same command again to continue from {start}"
         )
 
     def wait(self) -> None:
-        """Wait until what was started is on disk, or log that it could not be written."""
+        """Wait until the checkpoint in progress is on disk; log a failure to write it."""
         with self._reporting():
             self.manager.wait_until_finished()
 
@@ -227,24 +238,29 @@ class Checkpoints(NamedTuple):
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # of many kinds, as the file system and orbax please
-            folder = pathlib.Path(self.manager.directory)
-            drafts = sorted(folder.glob("*.orbax-checkpoint-tmp"))
-            for draft in drafts if is_main() else []:  # what is there of it takes room
+        except Exception as error:  # orbax and the file system raise exceptions of many types
+            directory = pathlib.Path(self.manager.directory)
+            drafts = sorted(directory.glob("*.orbax-checkpoint-tmp"))
+            for draft in drafts if is_main() else []:  # free the space of the incomplete checkpoint
                 shutil.rmtree(draft, ignore_errors=True)
-            which = f" of step {drafts[-1].name.partition('.')[0]}" if drafts else ""
-            log(
-                f"cannot write the checkpoint{which}: {one_line(error)}; the run goes on without it"
-            )
+            of_step = f" of step {drafts[-1].name.partition('.')[0]}" if drafts else ""
+            self._log_failure(of_step, one_line(error))
+
+    def _log_failure(self, of_step: str, why: str) -> None:
+        log(
+            f"cannot write the checkpoint{of_step}: {why}; the run continues without it, and "
+            "earlier checkpoints remain; check the free space and the permissions of "
+            f"{self.manager.directory}"
+        )
 
     def close(self) -> None:
-        """Finish writing and let go."""
+        """Finish writing and release the directory."""
         self.wait()
         self.manager.close()
 
 
 def open_checkpoints(folder: pathlib.Path, read_only: bool = False) -> Checkpoints:
-    """Return the checkpoints below `folder`, which keeps the newest few and the best."""
+    """Open the checkpoints in `folder`; saving deletes all but the newest three and the best."""
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers
 
@@ -276,76 +292,75 @@ def open_checkpoints(folder: pathlib.Path, read_only: bool = False) -> Checkpoin
 
 
 def check_store(folder: pathlib.Path) -> None:
-    """Check, by writing and reading a tiny one, that checkpoints can be kept below `folder`.
+    """Write and read a small checkpoint, to check that checkpoints can be stored in `folder`.
 
-    Of several processes, of which one alone cannot save, it only tries to write a file.
+    If there are several processes, only a file is written, because one process alone cannot write a
+    checkpoint. If `folder` has a checkpoint already, a full disk is only logged.
 
     Raises:
-      UserError: they cannot; there are paths that the store cannot take.
-      RunError: the disk is full, and there is no checkpoint that a run could go on from; where
-        there is one, the full disk is logged.
+      UserError: If checkpoints cannot be stored. Orbax does not accept every path.
+      RunError: If the disk is full and there is no checkpoint.
     """
     import orbax.checkpoint as ocp
 
     folder = folder.resolve()
-    refused = f"checkpoints cannot be kept in {folder}: "
+    refused = f"cannot store checkpoints in {folder}: "
     try:
         str(folder).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{refused}the path is not UTF-8; give another --workdir") from None
-    if "\\" in str(folder):  # which the store reads as a slash
-        raise UserError(f"{refused}the path holds a backslash; give another --workdir")
+        raise UserError(f"{refused}the path is not valid UTF-8; give another --workdir") from None
+    if "\\" in str(folder):  # orbax reads it as a slash
+        raise UserError(f"{refused}the path contains a backslash; give another --workdir")
     state, host = {"probe": np.arange(3)}, {"probe": 1}
     args = {"state": ocp.args.StandardSave(state), "host": ocp.args.JsonSave(host)}
     like = {"state": ocp.args.StandardRestore(state), "host": ocp.args.JsonRestore()}
-    place = None
+    probe = None
     try:
         folder.mkdir(exist_ok=True)
-        # A new folder: an open manager removes unfinished checkpoints that lie beside its own.
-        place = pathlib.Path(tempfile.mkdtemp(prefix=".probe.", dir=folder))
-        (place / "file").write_bytes(bytes(4096))
+        # In a new directory, because an open manager removes incomplete checkpoints beside its own.
+        probe = pathlib.Path(tempfile.mkdtemp(prefix=".probe.", dir=folder))
+        (probe / "file").write_bytes(bytes(4096))
         if not alone():
             return
-        with quiet_event_loop(), contextlib.closing(_reader()) as store:
-            store.save(place / "0", args=ocp.args.Composite(**args))
-            read = store.restore(place / "0", args=ocp.args.Composite(**like))
+        with quiet_event_loop(), contextlib.closing(_reader()) as checkpointer:
+            checkpointer.save(probe / "0", args=ocp.args.Composite(**args))
+            read = checkpointer.restore(probe / "0", args=ocp.args.Composite(**like))
         if read.state["probe"].tolist() != [0, 1, 2] or read.host != host:
-            raise ValueError("what was written is not what is read")
-    except Exception as error:  # of many kinds, from the store's to Python's own
+            raise ValueError("a checkpoint that was read differs from what was written")
+    except Exception as error:  # orbax and the file system raise exceptions of many types
         text = str(error)
         why = next((os.strerror(n) for n in FULL if os.strerror(n) in text), None)
         if why and not any(folder.glob("[0-9]*")):
-            raise RunError(f"{refused}{why}; make room") from None
+            raise RunError(f"{refused}{why}; free disk space, then run the command again") from None
         if why:
-            log(f"cannot write to {folder}: {why}; make room, the run goes on")
+            log(f"{refused}{why}; the run continues from its newest checkpoint; free disk space")
             return
         if isinstance(error, OSError):
             raise UserError(f"{refused}{one_line(error)}; give another --workdir") from None
         raise UserError(
-            f"{refused}the store does not take this path ({one_line(error)}); give another "
-            "--workdir"
+            f"{refused}orbax does not accept this path ({one_line(error)}); give another --workdir"
         ) from None
     finally:
-        if place is not None:
-            shutil.rmtree(place, ignore_errors=True)
+        if probe is not None:
+            shutil.rmtree(probe, ignore_errors=True)
 
 
-def _processes(numbers: Iterable[int]) -> Any:
-    """Return orbax's options for the processes that wait for each other.
+def _processes(indices: Iterable[int]) -> Any:
+    """Return orbax's options for a set of processes that wait for each other.
 
-    Named, they wait through the coordinator, for at most 5 minutes. By default they would wait
-    through the devices, without a limit, even for a process that has given up.
+    Processes that are listed wait through the coordinator, for at most 5 minutes. By default orbax
+    waits through the devices, without a limit, even for a process that has given up.
     """
     import orbax.checkpoint as ocp
 
-    active = set(numbers)
+    active = set(indices)
     if alone():
         return ocp.options.MultiprocessingOptions()
     return ocp.options.MultiprocessingOptions(primary_host=min(active), active_processes=active)
 
 
 def _reader() -> Any:
-    """Return a reader that does not wait for other processes, which may have failed."""
+    """Return a checkpointer that does not wait for other processes, which may have failed."""
     import orbax.checkpoint as ocp
 
     options = _processes([jax.process_index()])

@@ -10,8 +10,8 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from ddpm_jax.fields import MAY_CHANGE, OR_NONE, AtMost, MoreThan, NonNegative
 
-EMA_WARMUP = 0.05  # the half-life is at most this share of the images seen (Karras et al. 2024)
-# Beyond a width of 1 / sqrt(12) the weights of a power-function average would fall with time.
+EMA_WARMUP = 0.05  # largest half-life, as a share of the images seen so far (Karras et al. 2024)
+# With a width above 1 / sqrt(12) the weights of a power-function average would fall with time.
 Width = Annotated[float, MoreThan(0.0), AtMost(0.28)]
 
 
@@ -20,11 +20,13 @@ class EMA:
     """Moving averages of the parameters, one of which is evaluated and sampled from.
 
     Attributes:
-      half_life_images: Half-life of the average, in training images; 0: no averaging.
-      more_half_lives_images: Half-lives of further averages, in training images.
-      power_widths: Relative widths of power-function averages (Karras et al. 2024), such as 0.05.
-      evaluated: The average that is evaluated and sampled from: "first", or the name of another
-        one, such as half_life=50000 or power=0.05.
+      half_life_images: Half-life of the first average, in training images; 0 disables averaging.
+      more_half_lives_images: Half-lives of additional averages, in training images; 0 stands for
+        the parameters without averaging.
+      power_widths: Relative widths of additional power-function averages (Karras et al. 2024), more
+        than 0 and at most 0.28.
+      evaluated: Name of the average that is evaluated and sampled from: "first", or a name such as
+        half_life=50000 or power=0.05.
     """
 
     half_life_images: NonNegative = 0.0
@@ -34,42 +36,43 @@ class EMA:
 
     @property
     def half_lives(self) -> tuple[float, ...]:
-        """All half-lives, in training images."""
+        """The half-lives of all exponential averages, in training images."""
         return (self.half_life_images, *self.more_half_lives_images)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The averages' names, in the order in which a state holds them."""
+        """The names of the averages, in the order of `TrainState.ema`."""
         lives = [f"half_life={life:.9g}" for life in self.half_lives]
         return (*lives, *(f"power={width:.9g}" for width in self.power_widths))
 
     @property
     def is_average(self) -> tuple[bool, ...]:
-        """Return for each name whether it is an average, and not the parameters themselves."""
+        """For each name: False if its half-life is 0, so that it stands for the parameters."""
         return (*(life > 0 for life in self.half_lives), *(True for _ in self.power_widths))
 
     @property
     def index(self) -> int:
-        """The place of the average that is evaluated.
+        """The index in `names` of the average that is evaluated.
 
         Raises:
-          ValueError: there is no average of that name.
+          ValueError: If no average has the name `evaluated`.
         """
         if self.evaluated == "first":
             return 0
         if self.evaluated not in self.names:
             raise ValueError(
-                f'evaluated: there is no average "{self.evaluated}"; there are: first, '
-                f"{', '.join(self.names)}"
+                f"evaluated={self.evaluated}: this run has no average of that name; choose one of "
+                f"first, {', '.join(self.names)}"
             )
         return self.names.index(self.evaluated)
 
 
 def ema_decay(step: Int[Array, ""] | int, batch_size: int, half_life: float) -> Float[Array, ""]:
-    """Return the share of the old average that a step keeps: 2^(-batch / half-life).
+    """Return the decay of an exponential average at a step: 2^(-batch_size / half_life).
 
-    The half-life, in images, is cut to 5 % of the images seen, so that the average is
-    never mostly the first values (Karras et al. 2024, `training_loop.py`).
+    The half-life is limited to 5 % of the images seen so far, so that the initial parameters do not
+    dominate the average early in training (Karras et al. 2024, `training_loop.py`). It is counted
+    in images, and steps are counted from 1.
     """
     seen = jnp.asarray(step, jnp.float32) * batch_size
     images = jnp.maximum(jnp.minimum(half_life, EMA_WARMUP * seen), 1e-8)
@@ -77,10 +80,11 @@ def ema_decay(step: Int[Array, ""] | int, batch_size: int, half_life: float) -> 
 
 
 def power_decay(step: Int[ArrayLike, "*steps"], width: float) -> Float[Array, "*steps"]:
-    """Return the share that a power-function average keeps: (1 - 1 / step)^(g + 1).
+    """Return the decay of a power-function average at each step: (1 - 1 / step)^(g + 1).
 
-    Its weights grow as time^g; their standard deviation is `width` of the time that has passed,
-    width^2 = (g + 1) / ((g + 2)^2 (g + 3)) (Karras et al. 2024, eq. 121 and 123).
+    The average weighs the parameters at time t by t^g. The standard deviation of this weight over
+    time, relative to the time so far, is `width`: width^2 = (g + 1) / ((g + 2)^2 (g + 3)) (Karras
+    et al. 2024, eq. 121 and 123).
     """
     t = width**-2
     power = float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
@@ -90,9 +94,9 @@ def power_decay(step: Int[ArrayLike, "*steps"], width: float) -> Float[Array, "*
 def ema_decays(
     ema: EMA, step: Int[Array, ""] | int, batch_size: int
 ) -> list[Float[Array, ""] | None]:
-    """Return what step `step` keeps of every average, in the order of `EMA.names`.
+    """Return the decay of every average at a step, in the order of `EMA.names`.
 
-    None stands for the parameters themselves, which are not an average.
+    The entry is None for a half-life of 0, which stands for the parameters without averaging.
     """
     return [
         *(ema_decay(step, batch_size, life) if life else None for life in ema.half_lives),
@@ -110,11 +114,11 @@ def update_averages(
     """Return the averages after a step, in the order of `EMA.names`.
 
     Args:
-      ema: which averages are kept.
-      averages: before the step; None: no average but the parameters themselves.
-      params: after the step.
-      step: the number of the step, from 1.
-      batch_size: on all devices.
+      ema: The settings of the averages.
+      averages: The averages before the step; None for a half-life of 0.
+      params: The parameters after the step.
+      step: The number of the step, starting at 1.
+      batch_size: Images per step, on all devices together.
     """
     return tuple(
         None if decay is None else optax.incremental_update(params, old, 1 - decay)
@@ -123,9 +127,9 @@ def update_averages(
 
 
 def parameters_used(ema: EMA) -> str:
-    """Return which parameters are evaluated, for the record: as trained, or which average."""
-    number, lives = ema.index, ema.half_lives
-    if number >= len(lives):
-        return f"power EMA, width {ema.power_widths[number - len(lives)]:g}"
-    life = lives[number]
+    """Return a description of the parameters that are evaluated, for the record of a run."""
+    index, lives = ema.index, ema.half_lives
+    if index >= len(lives):
+        return f"power EMA, width {ema.power_widths[index - len(lives)]:g}"
+    life = lives[index]
     return f"EMA, half-life {life:g} images" if life else "as trained"

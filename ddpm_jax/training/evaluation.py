@@ -1,4 +1,4 @@
-"""Evaluate a task on a split, and write its metrics and images."""
+"""The evaluation of a task on a split."""
 
 import functools
 import math
@@ -30,7 +30,7 @@ from ddpm_jax.task import (
 from ddpm_jax.training.ema import parameters_used
 from ddpm_jax.training.settings import Settings
 
-SAMPLES_AT_ONCE = 100  # images of one call of a sampler
+SAMPLES_AT_ONCE = 100  # batch size of a sampler
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -38,7 +38,13 @@ Ts = TypeVarTuple("Ts")
 
 
 class EvaluationContext(Context):
-    """What the functions of one evaluation share; see `task.Context`."""
+    """The context that the functions of one evaluation share; `task.Context` lists its attributes.
+
+    Args:
+      partitioner: The partitioner of the devices.
+      check_preemption: A function that is called between batches and may raise an exception to end
+        the evaluation early.
+    """
 
     def __init__(
         self,
@@ -68,22 +74,22 @@ class EvaluationContext(Context):
 
     @property
     def compile(self) -> Compile:
-        """Compiles functions for the devices."""
+        """The function that compiles functions for the devices."""
         return self.partitioner.compile
 
     @functools.cached_property
     def guidance_model(self) -> GuidanceModel | None:
-        """The model that guides sampling; None: there is none."""
+        """The guidance model; None if the run names none."""
         return self.resources.guidance()
 
     @functools.cached_property
     def guidance(self) -> PyTree:
-        """The guidance of the task's settings."""
+        """The guidance that the settings of the task select."""
         return self._sampling_task.guidance(None, self.guidance_model)
 
     @property
     def classes(self) -> int:
-        """Number of classes that samples have."""
+        """Number of classes of the samples; 0 if samples have no classes."""
         return sample_classes(self._sampling_task, self.guidance_model)
 
     @property
@@ -92,7 +98,7 @@ class EvaluationContext(Context):
         return self.task
 
     def shared(self, compute: Callable[[Context], R]) -> R:
-        """Return `compute(context)`, which is computed once for an evaluation."""
+        """Return `compute(context)`; compute it at the first call and cache the result."""
         if compute not in self._results:
             self._results[compute] = compute(self)
         result: R = self._results[compute]
@@ -105,62 +111,60 @@ class EvaluationContext(Context):
         batch_size: int,
         *arguments: *Ts,
     ) -> dict[str, np.ndarray]:
-        """Return `compute(task, *arguments, batch, keys)` of every example, in the split's order.
-
-        Args:
-          compute: a function of a module, which is compiled with the task as a static argument.
-          split: the examples.
-          batch_size: examples at a time; it changes no result.
-          arguments: what the function needs besides, such as variables.
-        """
+        """Return `compute(task, *arguments, batch, keys)` for all examples; see `task.Context`."""
         return per_example(
             compute,
             split,
             batch_size,
             self.seed,
             self.partitioner,
-            cast(T, self.task),  # whose functions evaluate it
+            cast(T, self.task),  # evaluation functions take the type of their task
             *arguments,
             check=self._check,
             static_argnums=0,
         )
 
     def samples(self, count: int) -> Samples:
-        """Return samples of the task's settings, the classes in turn; each is sampled once."""
+        """Return `count` samples; sample i has class i modulo the number of classes.
+
+        Samples are cached: an evaluation samples each image once.
+        """
         size = self.round_up(SAMPLES_AT_ONCE)
-        while sum(map(len, self._batches)) < count:  # one shape, compiled once
+        while sum(map(len, self._batches)) < count:  # all batches have one shape: one compilation
             self.check_preemption()
-            place = self.partitioner.indices(sum(map(len, self._batches)), size)
-            keys = example_keys(purpose_key(self.seed, SAMPLE), 0, place)
+            index = self.partitioner.indices(sum(map(len, self._batches)), size)
+            keys = example_keys(purpose_key(self.seed, SAMPLE), 0, index)
             task = self._sampling_task
-            images, trace = task.sample_in_turn(keys, place, self)
+            images, trace = task.sample_in_turn(keys, index, self)
             self._batches.append(fetch(images))
             self._trace = self._trace or fetch(trace)
         if len(self._batches) > 1:
-            self._batches = [np.concatenate(self._batches)]  # held once
+            self._batches = [np.concatenate(self._batches)]  # avoid two copies in memory
         labels = np.arange(count) % self.classes if self.classes else None
         return Samples(self._batches[0][:count], labels, self._trace)
 
     def round_up(self, batch_size: int) -> int:
-        """Return the next batch size that the devices divide."""
+        """Return the smallest multiple of the number of devices that is at least `batch_size`."""
         return self.partitioner.round_up(batch_size)
 
     def place(self, tree: PyTree) -> PyTree:
-        """Return arrays of a whole batch, which all processes have, spread over the devices."""
+        """Partition a batch, which every process holds in full, across the devices."""
         size = len(jax.tree.leaves(tree)[0])
         rows = self.partitioner.rows(size)
         return self.partitioner.shard(jax.tree.map(lambda array: array[rows], tree))
 
     def check_preemption(self) -> None:
-        """End the evaluation in all processes if it was asked for."""
+        """End the evaluation in all processes if one of them received a stop signal."""
         self._check()
 
 
 def evaluate(context: EvaluationContext) -> Evaluation:
-    """Return what all functions of a task find of a split, whose name stands before every metric's.
+    """Call all evaluation functions of a task and return their metrics and images.
+
+    The name of the split is put before the name of every metric, as in "test/loss".
 
     Raises:
-      RunError: a metric is not finite.
+      RunError: If a metric is not finite.
     """
     metrics: dict[str, float] = {}
     images: dict[str, np.ndarray | NonFinite] = {}
@@ -176,21 +180,22 @@ def evaluate(context: EvaluationContext) -> Evaluation:
 
 
 def check_finite_metrics(metrics: dict[str, float]) -> None:
-    """Check that metrics are numbers.
+    """Check that all metrics are finite.
 
     Raises:
-      RunError: one is not finite.
+      RunError: If a metric is not finite.
     """
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise RunError(
-                f"{name} is {value}: training diverged; train again with a lower "
-                "--config.optimizer.learning_rate"
+                f"{name} is {value}, so training has diverged; train again in another --workdir "
+                "with a smaller --config.optimizer.learning_rate or with "
+                "--config.optimizer.grad_clip_norm=1"
             )
 
 
 def describe_evaluation(evaluation: Evaluation, config: Settings) -> Record:
-    """Return what the record states about an evaluation, with the parameters that it used."""
+    """Return the description of an evaluation for its record, with the average that it used."""
     return {
         **evaluation.about,
         "ema": config.ema.names[config.ema.index],

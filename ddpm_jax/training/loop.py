@@ -1,13 +1,14 @@
-"""Training: the state, the step and the one loop for every task.
+"""The training loop, which is the same for every task.
 
-The loop's order is fixed, so that a run cut off at any moment and started again ends as
-if it had never been:
+The order of events is fixed, so that a run that is interrupted at any moment and started again ends
+with the same result, to the last bit, as a run without interruption:
 
-    evaluate, if due -> checkpoint, if due -> next call of some steps -> log the metrics of
-    the call before it
+    evaluate, if due -> write a checkpoint, if due -> dispatch the next call -> log the metrics
+    of the previous call
 
-A step is logged once the next call is on its way, so the device never waits for the host; before an
-evaluation or a checkpoint everything is logged first.
+A call is one dispatch of the step program, which runs up to `steps_per_call` training steps. The
+metrics of a call are fetched after the next call has been dispatched, so that the devices do not
+wait for the host. Before an evaluation or a checkpoint the metrics of all steps are logged.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from ddpm_jax.progress import Clock, log, log_once
 from ddpm_jax.task import Evaluation, Resources, Task, Variables
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.evaluation import EvaluationContext, evaluate
-from ddpm_jax.training.ledger import Call, Ledger
+from ddpm_jax.training.metric_accumulator import Call, MetricAccumulator
 from ddpm_jax.training.preemption import Preemption
 from ddpm_jax.training.program import StepProgram, calls
 from ddpm_jax.training.run_dir import RunDir
@@ -39,7 +40,7 @@ from ddpm_jax.training.step import TrainState, averaged, initializer
 
 
 class Watch(NamedTuple):
-    """What is watched of a run: a profiler's trace of a few steps; Weights & Biases."""
+    """Options of monitoring: a profiler trace of a few steps, and Weights & Biases."""
 
     profile: bool = False
     wandb: bool = False
@@ -49,7 +50,13 @@ UNWATCHED = Watch()
 
 
 class Fit(NamedTuple):
-    """How `fit` ended: the state, its step, and the final evaluation, unless it was stopped."""
+    """The result of `fit`.
+
+    Attributes:
+      state: The last state.
+      step: Number of steps taken.
+      final: The final evaluation; None if the training was stopped before its end.
+    """
 
     state: TrainState
     step: int
@@ -67,66 +74,71 @@ def fit(
     watch: Watch = UNWATCHED,
     resources: Resources = Resources(),
 ) -> Fit:
-    """Train to the last step, from the newest checkpoint where there is one, and evaluate.
+    """Train to the last step and evaluate; start from the newest checkpoint if there is one.
 
     Args:
-      task: what is trained.
-      config: of the run.
-      data: the run's data set.
-      run: the run's directory.
-      checkpoints: of the run.
-      seed: of the run.
-      partitioner: the devices.
-      watch: what is watched of the run.
-      resources: what the task needs of other runs.
+      task: The task that is trained.
+      config: The config of the run.
+      data: The data set.
+      run: The run directory.
+      checkpoints: The checkpoints of the run.
+      seed: The seed of the run.
+      partitioner: The partitioner of the devices.
+      watch: Options of monitoring.
+      resources: Models from other runs that the task needs.
 
     Raises:
-      RunError: a loss is not finite; the last checkpoint is older and good.
+      RunError: If a loss or another metric is not finite. Checkpoints of earlier steps remain.
     """
     total = config.train.steps
     with Preemption(partitioner) as preemption, contextlib.ExitStack() as stack:
         steps = StepProgram(task, config, data.train, seed, partitioner)
-        start = _restore_or_initialise(steps, checkpoints, resources)  # and compile
+        start = _restore_or_initialise(steps, checkpoints, resources)
         state = start.state
         processes.from_main(lambda: run.begin(start.step, start.step == total, watch.wandb))
         profiler = _Profiler(run.path / "profile", start.step, watch.profile)
         plan = functools.partial(calls, start.step, config, profiler.cuts)
-        batches = prefetch(steps.batches(plan()), steps.place)  # made ahead of the calls
+        batches = prefetch(steps.batches(plan()), steps.place)
         stack.enter_context(contextlib.closing(batches))
         clock = Clock(start.step, total, show=processes.is_main())
         stack.enter_context(contextlib.closing(clock))
         order = epoch_order(seed, len(data.train.images))
-        ledger = Ledger(config.train, run, clock, checkpoints, order, start.flops, start.host)
+        accumulator = MetricAccumulator(
+            config.train, run, clock, checkpoints, order, start.flops, start.host
+        )
         if config.train.eval_every and data.validation is None:
-            log("no validation split: nothing is evaluated before the end")
-        side = _Side(steps, data, run, checkpoints, preemption, clock, ledger, resources)
+            log(
+                f"--config.train.eval_every={config.train.eval_every} has no effect, because there "
+                "is no validation split; the test split is evaluated after the last step"
+            )
+        hooks = _Hooks(steps, data, run, checkpoints, preemption, clock, accumulator, resources)
         for first, last in itertools.chain(plan(), [(total, total)]):
-            evaluated = side.evaluate(first, state) if side.evaluation_due(first) else None
-            if evaluated or side.checkpoint_due(first):
-                side.checkpoint(first, state, evaluated)
+            metrics = hooks.evaluate(first, state) if hooks.evaluation_due(first) else None
+            if metrics or hooks.checkpoint_due(first):
+                hooks.checkpoint(first, state, metrics)
             if first == total or preemption.requested():
                 break
-            profiler.reach(first, ledger)
+            profiler.reach(first, accumulator)
             with clock.waiting():
                 batch = next(batches)
             preemption.announce()
             assert start.program is not None
-            state, metrics = steps.run(start.program, state, batch, last - first)
-            ledger.add(Call(first, last, metrics))
+            state, step_metrics = steps.run(start.program, state, batch, last - first)
+            accumulator.add(Call(first, last, step_metrics))
         profiler.finish(first)
-        final = side.evaluate_finally(state) if first == total else None
+        final = hooks.evaluate_finally(state) if first == total else None
         return Fit(state, first, final)
 
 
 class _Start(NamedTuple):
-    """Where a training starts.
+    """The state and the program with which a training starts.
 
     Attributes:
-      step: Steps taken.
-      state: The newest checkpoint's, or a new one.
-      host: The host's record in the checkpoint; empty: a new run.
-      program: The compiled steps; None: there are no more.
-      flops: Operations of one step on one device; 0: unknown.
+      step: Number of steps taken before.
+      state: The state of the newest checkpoint, or a new state.
+      host: The host record of the checkpoint; empty for a new run.
+      program: The compiled training steps; None if no step remains.
+      flops: Floating-point operations of one step on one device; 0 if unknown.
     """
 
     step: int
@@ -139,13 +151,13 @@ class _Start(NamedTuple):
 def _restore_or_initialise(
     steps: StepProgram, checkpoints: Checkpoints, resources: Resources
 ) -> _Start:
-    """Restore the newest checkpoint, or make a new state, while the program is compiled."""
+    """Restore the newest checkpoint or initialise a new state, while the program is compiled."""
     partitioner, total = steps.partitioner, steps.config.train.steps
     if partitioner.warning():
         log_once(partitioner.warning())
     size = min(steps.task.init_examples, len(steps.split.images))
     examples = batch_of(steps.split, np.arange(size), np.arange(size))
-    init = jax.jit(initializer(steps.task, steps.config, steps.seed))  # so traced once, here
+    init = jax.jit(initializer(steps.task, steps.config, steps.seed))  # traced only once
     shapes = jax.eval_shape(init, examples)
     like = partitioner.like(shapes)
     with ThreadPoolExecutor(1) as background:
@@ -158,14 +170,14 @@ def _restore_or_initialise(
             state = state._replace(extra=partitioner.place(extra))
         else:
             log(f"resuming at step {step}")
-    if step < total and lowered is None:  # the newest checkpoint is damaged
+    if step < total and lowered is None:  # the checkpoint of the last step is damaged
         lowered = steps.lower(like)
     program = compiled.result() if compiled else lowered and lowered()
     return _Start(step, cast(TrainState, state), host, program, lowered.flops if lowered else 0.0)
 
 
-class _Side(NamedTuple):
-    """What a loop does between the calls of its program: evaluate, and write checkpoints."""
+class _Hooks(NamedTuple):
+    """Evaluations and checkpoints between the calls of the step program."""
 
     steps: StepProgram
     data: Data
@@ -173,21 +185,25 @@ class _Side(NamedTuple):
     checkpoints: Checkpoints
     preemption: Preemption
     clock: Clock
-    ledger: Ledger
+    accumulator: MetricAccumulator
     resources: Resources
 
     def ends(self, step: int) -> bool:
-        """Return whether no step follows, for now."""
+        """Return whether this process takes no further step."""
         return step == self.steps.config.train.steps or self.preemption.requested()
 
     def evaluation_due(self, step: int) -> bool:
-        """Return whether the validation split is evaluated before the next call."""
+        """Return whether to evaluate the validation split before the next call."""
         every = self.steps.config.train.eval_every if self.data.validation is not None else 0
         return _due(step, every) and not self.ends(step)
 
     def evaluate(self, step: int, state: TrainState) -> Mapping[str, float] | None:
-        """Evaluate the validation split; None if it was done before, or is interrupted."""
-        self.ledger.settle()
+        """Evaluate the validation split and return its metrics.
+
+        Returns:
+          None if metrics.jsonl already has this evaluation, or if a stop request interrupts it.
+        """
+        self.accumulator.flush()
         if processes.from_main(functools.partial(self.run.evaluated, step)):
             return None
         with self.preemption.interrupting(), self.clock.pause("evaluation"):
@@ -195,16 +211,16 @@ class _Side(NamedTuple):
         return None
 
     def evaluate_finally(self, state: TrainState) -> Evaluation | None:
-        """Evaluate the test split; None if the training is asked to stop."""
+        """Evaluate the test split; return None if a stop is requested before the end."""
         if self.preemption.requested():
             return None
-        log("evaluating")
+        log("evaluating on the test split")
         with self.preemption.interrupting():
             return self._evaluated(self.steps.config.train.steps, state, full=True)
         return None
 
     def _evaluated(self, step: int, state: TrainState, full: bool) -> Evaluation:
-        """Evaluate the chosen average of the parameters; write its metrics and images."""
+        """Evaluate the average of the parameters that the config selects; write the results."""
         steps = self.steps
         context = EvaluationContext(
             steps.task,
@@ -224,60 +240,69 @@ class _Side(NamedTuple):
         return evaluation
 
     def checkpoint_due(self, step: int) -> bool:
-        """Return whether a checkpoint is written before the next call."""
+        """Return whether to write a checkpoint before the next call."""
         return _due(step, self.steps.config.train.checkpoint_every) or self.ends(step)
 
     def checkpoint(self, step: int, state: TrainState, metrics: Mapping[str, float] | None) -> None:
-        """Write a checkpoint, unless there is one of this step."""
-        self.ledger.settle()
+        """Write a checkpoint, unless this step has one already."""
+        self.accumulator.flush()
         if processes.from_main(functools.partial(self._may_save, step)):
             with self.clock.pause("checkpoint"):
-                self.checkpoints.save(step, state, self.ledger.host(), metrics)
+                self.checkpoints.save(step, state, self.accumulator.host(), metrics)
 
     def _may_save(self, step: int) -> bool:
-        """Return whether a checkpoint is wanted, and all lines of the log before it are on disk."""
+        """Return whether this step lacks a checkpoint and all metrics up to it are on disk."""
         if step == 0 or self.checkpoints.newest() == step:
             return False
         if self.run.flush():
             return True
-        log(f"no checkpoint of step {step}: the figures before it could not be written")
+        log(
+            f"the checkpoint of step {step} is left out, because metrics of earlier steps could "
+            f"not be written; the run continues; free disk space on the disk of {self.run.path}"
+        )
         return False
 
 
 class _Profiler:
-    """A trace of steps 10 to 15 after the first.
+    """A profiler trace of five training steps, after the first ten steps of the process.
 
     Args:
-      folder: where the trace is written.
-      first: the step that the run starts at.
-      wanted: whether there is to be one.
+      directory: The directory to which the trace is written.
+      first: Number of steps taken before the training starts.
+      enabled: Whether to write a trace.
     """
 
-    def __init__(self, folder: pathlib.Path, first: int, wanted: bool) -> None:
-        self._folder, self._tracing = folder, False
-        self.cuts: Sequence[int] = (first + 10, first + 15) if wanted else ()
+    def __init__(self, directory: pathlib.Path, first: int, enabled: bool) -> None:
+        self._directory, self._tracing = directory, False
+        self.cuts: Sequence[int] = (first + 10, first + 15) if enabled else ()
 
-    def reach(self, step: int, ledger: Ledger) -> None:
-        """Start or stop the trace, if it is time to; all steps before are settled then."""
+    def reach(self, step: int, accumulator: MetricAccumulator) -> None:
+        """Start or stop the trace if `step` is its first or last; wait for earlier steps first."""
         if step in self.cuts:
-            ledger.settle()
+            accumulator.flush()
             if step == self.cuts[0]:
                 self._tracing = True
-                jax.profiler.start_trace(str(self._folder))
+                jax.profiler.start_trace(str(self._directory))
             else:
                 self._stop()
 
     def finish(self, step: int) -> None:
-        """Stop the trace where the steps end."""
+        """Stop the trace if training ends during it; log if training ended before it."""
         if self._tracing:
             self._stop()
         elif self.cuts and step <= self.cuts[0]:
-            log("nothing profiled: a trace is of steps 10 to 15 after the first")
+            log(
+                f"--profile: no trace was written, because training ended at step {step}, before "
+                f"the trace begins at step {self.cuts[0] + 1}; train for more steps"
+            )
 
     def _stop(self) -> None:
         self._tracing = False
         jax.profiler.stop_trace()
-        log(f"profiled: tensorboard --logdir={self._folder}, or ui.perfetto.dev")
+        log(
+            "wrote a profiler trace; to view it, run "
+            f"tensorboard --logdir={self._directory} or open it at ui.perfetto.dev"
+        )
 
 
 def _due(step: int, every: int) -> bool:

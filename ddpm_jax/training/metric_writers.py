@@ -1,4 +1,4 @@
-"""Where figures and pictures can be watched besides the run directory's own files."""
+"""Writers of metrics and images for TensorBoard and Weights & Biases."""
 
 import pathlib
 import time
@@ -11,8 +11,8 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.system.record import Record
 
 
-class Board(NamedTuple):
-    """log(step, {name: value}); log_image(step, name, uint8 [H, W, C]); flush(); close()."""
+class MetricWriter(NamedTuple):
+    """A writer: log(step, {name: value}); log_image(step, name, uint8 [H, W, C])."""
 
     log: Callable[[int, dict[str, float]], None]
     log_image: Callable[[int, str, np.ndarray], None]
@@ -20,20 +20,21 @@ class Board(NamedTuple):
     close: Callable[[], None]
 
 
-def tensorboard(folder: pathlib.Path, step: int) -> Board:
-    """Return a writer of TensorBoard's event files in `folder`; events after `step` are hidden.
+def tensorboard(directory: pathlib.Path, step: int) -> MetricWriter:
+    """Return a writer of TensorBoard event files; TensorBoard hides earlier events after `step`.
 
-    Written in the caller's thread: tensorboardX's own hangs for good when the clock jumps back.
+    Events are written in the caller's thread: the thread of tensorboardX's `SummaryWriter` hangs
+    forever when the system clock is set back.
     """
     from tensorboardX import summary
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    folder.mkdir(exist_ok=True)
-    writer = EventsWriter(str(folder / "events"), filename_suffix=f".{step}")
+    directory.mkdir(exist_ok=True)
+    writer = EventsWriter(str(directory / "events"), filename_suffix=f".{step}")
 
-    def write(step: int, **what: Any) -> None:
-        writer.write_event(Event(wall_time=time.time(), step=step, **what))
+    def write(step: int, **content: Any) -> None:
+        writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
     write(step + 1, session_log=SessionLog(status=SessionLog.START))
 
@@ -44,23 +45,25 @@ def tensorboard(folder: pathlib.Path, step: int) -> Board:
     def log_image(step: int, name: str, image: np.ndarray) -> None:
         write(step, summary=summary.image(name, image, dataformats="HWC"))
 
-    return Board(log, log_image, writer.flush, writer.close)
+    return MetricWriter(log, log_image, writer.flush, writer.close)
 
 
-def weights_and_biases(workdir: pathlib.Path, record: Record) -> Board:
-    """Return a run of Weights & Biases, named as `workdir` and resumed with it.
+def weights_and_biases(workdir: pathlib.Path, record: Record) -> MetricWriter:
+    """Return a writer to Weights & Biases, where the run has the name of its directory.
+
+    The identifier is stored in the directory, so that a resumed run continues the same W&B run.
 
     Raises:
-      UserError: it is not installed.
+      UserError: If Weights & Biases is not installed.
     """
     wandb = _wandb()
-    known = workdir / "wandb_id"
-    if not known.exists():
-        known.write_text(wandb.util.generate_id() + "\n")
+    id_file = workdir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(wandb.util.generate_id() + "\n")
     run = wandb.init(
         project="ddpm_jax",
         name=workdir.name,
-        id=known.read_text().strip(),
+        id=id_file.read_text().strip(),
         resume="allow",
         dir=str(workdir),
         config=record,
@@ -72,14 +75,14 @@ def weights_and_biases(workdir: pathlib.Path, record: Record) -> Board:
     def log_image(step: int, name: str, image: np.ndarray) -> None:
         run.log({f"images/{name}": wandb.Image(image)}, step=step)
 
-    return Board(log, log_image, lambda: None, run.finish)
+    return MetricWriter(log, log_image, lambda: None, run.finish)
 
 
 def check_wandb() -> None:
     """Check that Weights & Biases is installed.
 
     Raises:
-      UserError: it is not.
+      UserError: If it is not installed.
     """
     _wandb()
 
@@ -88,5 +91,5 @@ def _wandb() -> Any:
     try:
         import wandb
     except ImportError:
-        raise UserError("--wandb: Weights & Biases is not installed; pip install wandb") from None
+        raise UserError("--wandb: wandb is not installed; run pip install wandb") from None
     return wandb

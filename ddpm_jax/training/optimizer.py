@@ -1,4 +1,4 @@
-"""The optimizer of a config: Adam, AdamW or Muon, with warm-up, decay and clipping."""
+"""The optimizers: Adam, AdamW and Muon, with learning rate schedules and gradient clipping."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -13,15 +13,17 @@ from ddpm_jax.training.muon import muon
 
 @dataclasses.dataclass(frozen=True)
 class Adam:
-    """Adam (Kingma & Ba 2015); AdamW (Loshchilov & Hutter 2019) with a weight decay.
+    """Adam (Kingma & Ba 2015), or AdamW (Loshchilov & Hutter 2019) if the weight decay is not 0.
 
     Attributes:
-      learning_rate: Largest learning rate.
-      warmup_steps: Steps of linear warm-up.
-      lr_schedule: The learning rate after the warm-up: constant, or a cosine to 0 at the last step.
-      beta2: Decay of the second moment.
-      weight_decay: Decoupled weight decay, times the learning rate; 0 is Adam.
-      grad_clip_norm: Largest global norm of the gradient; 0: no clipping.
+      learning_rate: Largest learning rate, more than 0.
+      warmup_steps: Number of steps of a linear warm-up of the learning rate, at least 0.
+      lr_schedule: Learning rate after the warm-up: constant, or a cosine decay to 0 at the last
+        step.
+      beta2: Decay rate of the second-moment average, from 0 to 0.99999.
+      weight_decay: Decoupled weight decay, at least 0, which is multiplied by the learning rate.
+      grad_clip_norm: Largest global L2 norm of the gradient, to which larger gradients are scaled;
+        0 disables clipping.
     """
 
     learning_rate: Positive = 1e-3
@@ -34,15 +36,17 @@ class Adam:
 
 @dataclasses.dataclass(frozen=True)
 class Muon:
-    """Muon (Jordan et al. 2024) of matrices, and Adam of all other parameters.
+    """Muon (Jordan et al. 2024) for matrices, and Adam for all other parameters.
 
     Attributes:
-      learning_rate: Largest learning rate.
-      warmup_steps: Steps of linear warm-up.
-      lr_schedule: The learning rate after the warm-up: constant, or a cosine to 0 at the last step.
-      beta2: Decay of Adam's second moment.
-      weight_decay: Decoupled weight decay, times the learning rate.
-      grad_clip_norm: Largest global norm of the gradient; 0: no clipping.
+      learning_rate: Largest learning rate, more than 0.
+      warmup_steps: Number of steps of a linear warm-up of the learning rate, at least 0.
+      lr_schedule: Learning rate after the warm-up: constant, or a cosine decay to 0 at the last
+        step.
+      beta2: Decay rate of Adam's second-moment average, from 0 to 0.99999.
+      weight_decay: Decoupled weight decay, at least 0, which is multiplied by the learning rate.
+      grad_clip_norm: Largest global L2 norm of the gradient, to which larger gradients are scaled;
+        0 disables clipping.
     """
 
     learning_rate: Positive = 1e-3
@@ -54,11 +58,11 @@ class Muon:
 
 
 def make_optimizer(optimizer: Adam | Muon, steps: int) -> optax.GradientTransformation:
-    """Return the optax transformation of a config's optimizer.
+    """Return the optax transformation for the settings of an optimizer.
 
     Args:
-      optimizer: the section of the config.
-      steps: of the training, at the end of which a cosine reaches 0.
+      optimizer: The settings.
+      steps: Number of training steps, at the end of which a cosine schedule reaches 0.
     """
     peak = optax.constant_schedule(optimizer.learning_rate)
     if optimizer.lr_schedule == "cosine":

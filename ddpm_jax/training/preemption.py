@@ -1,4 +1,4 @@
-"""Stop a training when it is asked to, in all its processes after the same step."""
+"""Stop a training after a signal, in all its processes after the same step."""
 
 import contextlib
 import signal
@@ -14,37 +14,41 @@ from ddpm_jax.progress import log
 from ddpm_jax.system import interrupts
 
 WAITING = (
-    "waiting for the current step and its checkpoint; press Ctrl-C again to end at once (the "
-    "newest checkpoint stays)"
+    "stopping: waiting for the current step and its checkpoint; press Ctrl-C again to end at once "
+    "with the newest checkpoint written so far"
 )
 
-Handler = Callable[[int, FrameType | None], object] | int | None  # as `signal.signal` has it
+Handler = Callable[[int, FrameType | None], object] | int | None  # the type of `signal.signal`
 
 
 class Interrupted(Exception):
-    """An evaluation is ended, which can be done again later."""
+    """Raised to end an evaluation, which a resumed run repeats."""
 
 
 class Preemption:
-    """Whether a training is asked to stop: by SIGTERM or Ctrl-C, here or in another process.
+    """Handlers of SIGTERM and Ctrl-C, which stop a training in all its processes.
 
-    A second Ctrl-C ends the process at once.  Of several processes each announces its flag on the
-    devices, in turn with the steps, and reads what all announced: so all stop after the same step.
+    A second Ctrl-C ends the process at once. With several processes, each process puts a flag on
+    the devices between the steps and reads the flags of all processes. All processes therefore stop
+    after the same step.
+
+    Args:
+      partitioner: The partitioner of the devices.
     """
 
     def __init__(self, partitioner: Partitioner) -> None:
         self._partitioner = partitioner
         self._signalled = False
         self._ends_at_once = False
-        self._flags: Array | None = None  # of all processes; None: nothing is announced
+        self._flags: Array | None = None  # of all processes; None before the first `announce`
         self._before: dict[int, Handler] = {}
-        # In a thread of its own, and at once: the main thread may be compiling.
+        # A separate thread logs at once, because the main thread may be compiling.
         notice = interrupts.warning(lambda: log(WAITING), signal.SIGTERM, signal.SIGINT)
         self._watch = interrupts.watched(notice)
 
     def __enter__(self) -> "Preemption":
-        """Handle the signals."""
-        with contextlib.suppress(ValueError):  # not in the main thread: nobody signals it
+        """Install the signal handlers."""
+        with contextlib.suppress(ValueError):  # only the main thread receives signals
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._handle)
         self._watch.__enter__()
@@ -56,7 +60,7 @@ class Preemption:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Handle the signals as before."""
+        """Restore the previous signal handlers."""
         self._watch.__exit__(None, None, None)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -67,23 +71,27 @@ class Preemption:
             raise Interrupted
 
     def announce(self) -> None:
-        """Put this process's flag on the devices; not waited for."""
+        """Put the flag of this process on the devices, without waiting for the result."""
         if not processes.alone():
             rows = self._partitioner.rows(self._partitioner.devices)
             flags = np.full(rows.stop - rows.start, self._signalled, np.int32)
             self._flags = replicate(self._partitioner.shard(flags))
 
     def requested(self) -> bool:
-        """Return whether a process was asked to stop by the latest announcement; alone, by now."""
+        """Return whether a process had received a signal at the last `announce`.
+
+        A process that runs alone does not announce: its result is that of this moment.
+        """
         if processes.alone():
             return self._signalled
         return self._flags is not None and bool(np.max(self._flags))
 
     def check(self) -> None:
-        """Announce and read the flags, between the batches of an evaluation.
+        """Announce and read the flags; called between the batches of an evaluation.
 
         Raises:
-          Interrupted: the training is asked to stop. A process alone is interrupted at once.
+          Interrupted: If a process received a signal. In a process that runs alone the signal
+            handler raises it instead, at once.
         """
         if not processes.alone():
             self.announce()
@@ -92,8 +100,8 @@ class Preemption:
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """End what can be done again later as soon as the training is asked to stop."""
-        self._ends_at_once = processes.alone()  # or others wait for this one's share of the work
+        """End the body, which a resumed run repeats, as soon as a stop is requested."""
+        self._ends_at_once = processes.alone()  # other processes would wait for this one
         try:
             yield
         except Interrupted:

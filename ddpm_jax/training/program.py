@@ -1,4 +1,4 @@
-"""The program of a run's steps, and the batches that it takes."""
+"""The compiled training steps of a run, and their batches."""
 
 import dataclasses
 import functools
@@ -15,7 +15,11 @@ from ddpm_jax.training.step import TrainState, train_step, train_steps
 
 
 def calls(first: int, config: Settings, cuts: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
-    """Yield (first, last) of each call: at most `steps_per_call` steps, none across a boundary."""
+    """Yield (first, last), the numbers of steps taken before and after each call of the program.
+
+    A call runs at most `steps_per_call` steps. It ends where metrics are logged, the model is
+    evaluated or a checkpoint is written, and at the numbers of steps in `cuts`.
+    """
     train = config.train
     intervals = (train.log_every, train.eval_every, train.checkpoint_every)
     while first < train.steps:
@@ -28,14 +32,14 @@ def calls(first: int, config: Settings, cuts: Sequence[int] = ()) -> Iterator[tu
 
 @dataclasses.dataclass(frozen=True)
 class StepProgram:
-    """The steps of a run as one program: of one step, or of `steps_per_call` of them.
+    """The training steps of a run as one compiled program, which runs up to `steps_per_call` steps.
 
     Attributes:
-      task: What is trained.
-      config: Of the run.
+      task: The task that is trained.
+      config: The config of the run.
       split: The training examples.
-      seed: Of the run.
-      partitioner: The devices.
+      seed: The seed of the run.
+      partitioner: The partitioner of the devices.
     """
 
     task: Task
@@ -46,22 +50,22 @@ class StepProgram:
 
     @property
     def stack(self) -> int | None:
-        """Batches of one call, along a new first axis; None: one batch without that axis."""
+        """Number of batches that a call stacks along a new first axis; None without that axis."""
         count = self.config.train.steps_per_call
         return count if count > 1 else None
 
     def batches(self, plan: Iterable[tuple[int, int]]) -> Iterator[Batch]:
-        """Yield this process's rows of the batches of each call (first, last)."""
+        """Yield the rows of this process of the batches of each call (first, last) in `plan`."""
         size = self.config.train.batch_size
         mine = self.partitioner.rows(size)
         return training_batches(self.split, self.seed, size, plan, self.stack, mine)
 
     def place(self, batch: Batch) -> PyTree:
-        """Put the batches of a call on the devices."""
+        """Put the batches of a call on the devices, partitioned along the examples."""
         return self.partitioner.feed(batch, axis=1 if self.stack else 0)
 
     def lower(self, like: TrainState) -> Lowered:
-        """Lower the program, for a state of these shapes and this placement."""
+        """Lower the program for a state with the shapes and shardings of `like`."""
         step = functools.partial(train_step, self.task, self.config, self.seed)
         batch = self.place(next(self.batches([(0, 1)])))
         if self.stack:
@@ -74,9 +78,9 @@ class StepProgram:
         """Run `count` steps; return the next state and the metrics.
 
         Args:
-          program: compiled, from `lower`.
-          state: the state before the first of the steps.
-          batch: from `place`.
-          count: number of steps of the call.
+          program: The compiled result of `lower`.
+          state: The state before the first step.
+          batch: The result of `place`.
+          count: Number of steps, at most `steps_per_call`.
         """
         return program(state, batch, count) if self.stack else program(state, batch)

@@ -1,4 +1,4 @@
-"""The record of a run, config.json, and the files of its directory."""
+"""The record of a run (config.json) and checks of its directory."""
 
 import contextlib
 import importlib.metadata
@@ -15,7 +15,7 @@ from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.system.files import draft_of
 from ddpm_jax.system.record import Record
 
-FORMAT = 2  # of config.json and of checkpoints; 1 had flat configs
+FORMAT = 2  # the format of config.json and of checkpoints; format 1 had flat configs
 
 LAST_OF_FORMAT_1 = "97e069b"  # the last commit that reads runs of format 1
 
@@ -29,10 +29,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-da
 
 
 def read_record(workdir: pathlib.Path) -> Record | None:
-    """Return what config.json of a run directory says; None where there is none.
+    """Return the content of config.json in a run directory; None if the file does not exist.
 
     Raises:
-      UserError: there is one, and it cannot be read.
+      UserError: If the file exists but cannot be read or is not the record of a run.
     """
     path = workdir / "config.json"
     try:
@@ -41,63 +41,65 @@ def read_record(workdir: pathlib.Path) -> Record | None:
         text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+    except (OSError, ValueError) as error:  # ValueError: a path that contains NUL
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}") from None
     record = _parsed(text)
-    kinds = {"experiment": str, "config": dict, "data": dict, "seed": int}
+    types = {"experiment": str, "config": dict, "data": dict, "seed": int}
     if not isinstance(record, dict) or not all(
-        isinstance(record.get(name), kind) for name, kind in kinds.items()
+        isinstance(record.get(name), value_type) for name, value_type in types.items()
     ):
         raise UserError(
-            f"{path} is damaged, or is another program's and not the record of a run; give "
-            "another --workdir"
+            f"{path} is damaged or was not written by this program; give another --workdir"
         )
     return record
 
 
 def check_entries(workdir: pathlib.Path) -> None:
-    """Check that nothing in a run directory leads out of it, or is of another kind than it must be.
+    """Check that a run directory contains no links and only the expected types of files.
 
-    It may be a stranger's. What begins with a dot is left out: no file of a run does.
+    The directory may come from an untrusted source. Entries whose names begin with a dot are not
+    checked, because a run writes no such files.
 
     Raises:
-      UserError: there is a link, a pipe, or a file in the place of a folder.
+      UserError: If there is a link, a pipe, or a file instead of a directory or the reverse.
     """
-    folders = [workdir]
-    while folders:
-        folder = folders.pop()
+    directories = [workdir]
+    while directories:
+        directory = directories.pop()
         try:
-            with os.scandir(folder) as scan:
+            with os.scandir(directory) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name)
-        except FileNotFoundError:  # removed meanwhile, by a process that trains there
+        except FileNotFoundError:  # removed by another process that trains in this directory
             continue
         except OSError as error:
-            raise UserError(f"cannot read {folder}: {error.strerror}") from None
+            raise UserError(
+                f"cannot read {directory}: {error.strerror}; give another --workdir"
+            ) from None
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             _check_entry(entry)
-            # Nothing is written into a checkpoint, nor by us into what Weights & Biases keeps.
-            within = folder != workdir and folder.name in ("checkpoints", "damaged")
-            sealed = within or entry.name == "wandb"
-            if entry.is_dir(follow_symlinks=False) and not sealed:
-                folders.append(folder / entry.name)
+            # This program writes nothing into an existing checkpoint or into the directory wandb.
+            is_checkpoint = directory != workdir and directory.name in ("checkpoints", "damaged")
+            skipped = is_checkpoint or entry.name == "wandb"
+            if entry.is_dir(follow_symlinks=False) and not skipped:
+                directories.append(directory / entry.name)
 
 
 def _check_entry(entry: os.DirEntry[str]) -> None:
-    is_folder = entry.is_dir(follow_symlinks=False)
-    wrong = ""
+    is_directory = entry.is_dir(follow_symlinks=False)
+    problem = ""
     if entry.is_symlink():
-        wrong = "is a link, which nothing is written through"
-    elif is_folder and entry.name in FILES:
-        wrong = "is a directory, where a run has a file"
-    elif not is_folder and entry.name in FOLDERS:
-        wrong = "is a file, where a run has a directory"
-    elif not is_folder and not entry.is_file(follow_symlinks=False):
-        wrong = "is neither a file nor a directory"
-    if wrong:
-        raise UserError(f"{entry.path} {wrong}; move it away, or give another --workdir")
+        problem = "is a link, and a run writes nothing through links"
+    elif is_directory and entry.name in FILES:
+        problem = "is a directory, but must be a file"
+    elif not is_directory and entry.name in FOLDERS:
+        problem = "is a file, but must be a directory"
+    elif not is_directory and not entry.is_file(follow_symlinks=False):
+        problem = "is neither a file nor a directory"
+    if problem:
+        raise UserError(f"{entry.path} {problem}; move it away, or give another --workdir")
 
 
 def check_same(
@@ -106,16 +108,16 @@ def check_same(
     record: Record,
     may_change: Collection[str] = (),
 ) -> None:
-    """Check that `record` goes on with the run of `earlier`.
+    """Check that a run can be continued with the settings of `record`.
 
     Args:
-      workdir: the run's directory, for messages.
-      earlier: the record in the directory.
-      record: the record of this run.
-      may_change: paths of config fields that may differ.
+      workdir: The run directory, for messages.
+      earlier: The record in the directory.
+      record: The record with the settings of this command.
+      may_change: Paths of the config fields that may differ.
 
     Raises:
-      UserError: the records differ in something else, which it names.
+      UserError: If the records differ in other values. The message names up to four of them.
     """
     if earlier["experiment"] != record["experiment"]:
         raise UserError(
@@ -130,14 +132,10 @@ def check_same(
     new |= {f"data {key}": value for key, value in record["data"].items()}
     same = json.loads(_json(new))
     if same.get("data fingerprint") and same["data fingerprint"] == old.get("data fingerprint"):
-        may_change = {
-            *may_change,
-            "data.name",
-            "data name",
-            "data title",
-        }  # the same data by any name
+        # The fingerprints are equal, so the data are the same under another name.
+        may_change = {*may_change, "data.name", "data name", "data title"}
     differ = [
-        f"{name} was {old.get(name)}, is {same.get(name)}"
+        f"{name} was {old.get(name)}, is {same.get(name)} now"
         for name in [*same, *(name for name in old if name not in same)]
         if old.get(name) != same.get(name) and name not in may_change
     ]
@@ -160,7 +158,7 @@ def flatten(config: Record, prefix: str = "") -> Record:
 
 
 def provenance() -> Record:
-    """Return versions and git commit; None for a package that is not installed, nor needed yet."""
+    """Return package versions and the git commit; None for a package that is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -171,11 +169,10 @@ def provenance() -> Record:
 
 
 def _git_commit() -> str | None:
-    here = pathlib.Path(__file__).parent
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
+            cwd=pathlib.Path(__file__).parent,
             capture_output=True,
             text=True,
             timeout=5,
@@ -190,7 +187,7 @@ def _json(value: Any) -> bytes:
 
 
 def _parsed(text: bytes) -> Any:
-    """Return what a JSON text says; None if it is none."""
+    """Return the value of a JSON text; None if the text is not valid JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -198,30 +195,31 @@ def _parsed(text: bytes) -> Any:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a record, whole or not at all.
+    """Write a JSON file atomically.
 
     Raises:
-      RunError: it cannot be written.
+      RunError: If it cannot be written.
     """
     replace_file(path, _json(value))
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically: it has either the old or the new content."""
     with can_write(path), draft_of(path, durable=True) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
 def can_write(path: pathlib.Path) -> Iterator[None]:
-    """Turn a failure to write into an error that names `path`.
+    """Turn an OSError in the body into an error that names `path`.
 
     Raises:
-      RunError: something cannot be written.
+      RunError: If the body raises an OSError.
     """
     try:
         yield
     except OSError as error:
         raise RunError(
-            f"cannot write {path}: {error.strerror}; make room, and the same command goes on"
+            f"cannot write {path}: {error.strerror}; free disk space or correct the permissions, "
+            "then run the same command again"
         ) from None

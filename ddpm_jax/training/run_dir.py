@@ -1,12 +1,13 @@
-"""A run's directory: what it is (config.json), what it said (metrics.jsonl), what came out.
+"""The run directory, with the record, the metrics, the images and the checkpoints of a run.
 
 config.json       experiment, config, seed, data, versions, devices, git commit
 metrics.jsonl     one line per logged step, reproducible to the bit
-timing.jsonl      all that a clock says
-tensorboard/      the same for TensorBoard
-images/           pictures
+timing.jsonl      times in seconds, and memory and compute use
+tensorboard/      metrics and images for TensorBoard
+images/           images and animations
 checkpoints/      see checkpoint.py
-summary.json      the final figures
+damaged/          checkpoints that could not be read
+summary.json      the final metrics
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.progress import log
 from ddpm_jax.system.files import append
 from ddpm_jax.system.record import Record
-from ddpm_jax.training.metric_writers import Board, tensorboard, weights_and_biases
+from ddpm_jax.training.metric_writers import MetricWriter, tensorboard, weights_and_biases
 from ddpm_jax.training.records import (
     check_entries,
     check_same,
@@ -34,35 +35,39 @@ from ddpm_jax.training.records import (
     write_json,
 )
 
-Line = Record  # of JSON: a step, and figures by name
+Line = Record  # a JSON object: a step, and values by name
 
-TRAINED = ("checkpoints/[0-9]*", "damaged/[0-9]*", "*/config.json")
+TRAINED = (
+    "checkpoints/[0-9]*",
+    "damaged/[0-9]*",
+    "*/config.json",
+)  # they exist once training started
 
-OF_SYSTEMS = ("lost+found", "desktop.ini")  # what a new disk or a shared drive holds
+OF_SYSTEMS = ("lost+found", "desktop.ini")  # files that operating systems create on a disk
 
 
 class RunDir(NamedTuple):
-    """An open run directory; one process at a time has it, and of a run's several the first.
+    """An open run directory, which only one run at a time can use.
 
-    A failure to write, as on a full disk, is logged and does not end the training: lines are
-    kept for later, and `flush` returns whether all of them are written.
+    In a run of several processes only the first process writes. A failure to write, such as on a
+    full disk, is logged and does not end the training: the lines are stored and written later.
     """
 
     path: pathlib.Path
-    record: Record  # what config.json says
-    lock: IO[str] | None  # None: another process of this run writes
-    boards: list[Board]  # that follow, once training has begun
-    late: dict[str, list[Line]]  # by file, lines not written yet
+    record: Record  # the content of config.json
+    lock: IO[str] | None  # the open lock file; None in a process that does not write
+    writers: list[MetricWriter]  # further writers of metrics, which `begin` adds
+    pending: dict[str, list[Line]]  # lines that could not be written yet, by the name of their file
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append a line of figures."""
+        """Append a line to metrics.jsonl, and send it to the other writers."""
         self._append("metrics.jsonl", {"step": step, **metrics})
-        with self._reporting("what TensorBoard shows"):
-            for board in self.boards:
-                board.log(step, metrics)
+        with self._reporting("the events of TensorBoard"):
+            for writer in self.writers:
+                writer.log(step, metrics)
 
     def time(self, step: int, **seconds: float) -> None:
-        """Append a line of what a clock says."""
+        """Append a line to timing.jsonl."""
         self._append("timing.jsonl", {"step": step, "time": time.time(), **seconds})
 
     def write_image(
@@ -71,34 +76,38 @@ class RunDir(NamedTuple):
         """Write an image or an animation.
 
         Args:
-          name: of the file, without its ending.
-          image: [h, w, c], or [frames, h, w, c]; or why there is none, which is logged.
-          step: number of steps done, which the file's name states unless `last`.
-          last: whether it is the only one by that name.
+          name: The name of the file, without its extension.
+          image: uint8 [H, W, C], or [F, H, W, C] for an animation. An error in place of an image
+            is logged.
+          step: Number of steps taken, which is appended to the name of the file.
+          last: Whether this is the final image of this name, whose file name has no step.
         """
         if self.lock is None:
             return
         stem = name if last else f"{name}_{step:08d}"
         if isinstance(image, errors.NonFinite):
-            log(f"no picture {stem}: {image}")
+            log(f"no image {stem}: {image}; the run continues without it")
             return
-        with self._reporting(f"the picture {stem}"):
-            for board in self.boards if image.ndim == 3 else ():
-                board.log_image(step, name, image)
+        with self._reporting(f"the image {stem}"):
+            for writer in self.writers if image.ndim == 3 else ():
+                writer.log_image(step, name, image)
             plots.save_image(self.path / "images" / stem, image)
 
     @contextlib.contextmanager
-    def _reporting(self, what: str) -> Iterator[None]:
+    def _reporting(self, output: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            log(f"cannot write {what}: {error.strerror}")
+            log(
+                f"cannot write {output}: {error.strerror}; the run continues; check the free space "
+                f"and the permissions of {self.path}"
+            )
 
     def check_there(self) -> None:
-        """Check that the directory is where it was opened.
+        """Check that the directory still exists under its name.
 
         Raises:
-          RunError: it was removed or renamed.
+          RunError: If it was removed or renamed.
         """
         if self.lock is None:
             return
@@ -107,24 +116,27 @@ class RunDir(NamedTuple):
                 (self.path / name).stat()
                 return
         raise RunError(
-            f"{self.path} is gone: it was removed or renamed during the run, of which nothing "
-            "more can be written; rename it back, and the same command goes on"
+            f"{self.path} was removed or renamed during the run, so nothing more can be written; "
+            "restore the directory, then run the same command again to continue"
         )
 
     def _append(self, name: str, line: Line) -> None:
         if self.lock is None:
             return
         self.check_there()
-        self.late.setdefault(name, []).append(line)
-        self._write_late(name)
+        self.pending.setdefault(name, []).append(line)
+        self._write_pending(name)
 
-    def _write_late(self, name: str) -> bool:
-        lines = self.late[name]
+    def _write_pending(self, name: str) -> bool:
+        lines = self.pending[name]
         path = self.path / name
         try:
             append(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
         except OSError as error:
-            log(f"cannot write to {path}: {error.strerror}; kept for later")
+            log(
+                f"cannot write to {path}: {error.strerror}; the run continues and writes these "
+                "lines later; free disk space or correct the permissions"
+            )
             return False
         lines.clear()
         return True
@@ -134,96 +146,102 @@ class RunDir(NamedTuple):
         return plots.read_lines(self.path / "metrics.jsonl")
 
     def evaluated(self, step: int) -> bool:
-        """Return whether there is a line of an evaluation on the validation split at `step`."""
+        """Return whether metrics.jsonl has an evaluation on the validation split at `step`."""
         return any(line["step"] == step and "validation/loss" in line for line in self.lines())
 
     def begin(self, step: int, last: bool = False, wandb: bool = False) -> None:
-        """Make it as it was at `step`: what was said later, and torn lines, are cut.
+        """Remove incomplete lines and lines of later steps than `step`; open the other writers.
 
-        With `last`, the final evaluation at `step` is dropped, too: it may be incomplete.
+        If `step` is the last step, lines of a final evaluation are removed too, because that
+        evaluation may be incomplete.
         """
 
         def final(line: Line) -> bool:
             return "run_seconds" in line or any(name.startswith("test/") for name in line)
 
-        def kept_line(line: Line) -> bool:
+        def is_valid(line: Line) -> bool:
             return line["step"] < step or (line["step"] == step and not (last and final(line)))
 
         for name in ("metrics.jsonl", "timing.jsonl"):
             path = self.path / name
             if not path.exists():
                 continue
-            kept = []
+            valid = []
             for line in path.read_bytes().splitlines(keepends=True):
                 try:
-                    if line.endswith(b"\n") and kept_line(json.loads(line)):
-                        kept.append(line)
+                    if line.endswith(b"\n") and is_valid(json.loads(line)):
+                        valid.append(line)
                 except (ValueError, KeyError, TypeError, RecursionError):
                     pass
-            replace_file(path, b"".join(kept))
-        with self._reporting("what TensorBoard shows"):
-            self.boards.append(tensorboard(self.path / "tensorboard", step))
+            replace_file(path, b"".join(valid))
+        with self._reporting("the events of TensorBoard"):
+            self.writers.append(tensorboard(self.path / "tensorboard", step))
         if wandb:
-            self.boards.append(weights_and_biases(self.path, self.record))
+            self.writers.append(weights_and_biases(self.path, self.record))
 
     def finish(self, summary: dict[str, object], title: str) -> None:
-        """Write the final figures, and the curves of all of them.
+        """Write summary.json, and a plot of all metrics under `title`.
 
         Raises:
-          RunError: they cannot be written; the run is not finished then.
+          RunError: If the metrics or the summary cannot be written. The run is then not finished.
         """
         if not self.flush():
-            raise RunError(f"cannot write to {self.path}; make room, and the same command goes on")
-        with self._reporting("the curves"):
+            raise RunError(
+                f"cannot write {self.path / 'metrics.jsonl'}; free disk space or correct the "
+                "permissions, then run the same command again to finish the run"
+            )
+        with self._reporting("images/curves.png"):
             plots.curves(self.path / "images" / "curves.png", self.lines(), title)
         write_json(self.path / "summary.json", summary)
 
     def write_record(self) -> None:
-        """Write config.json: from here on the directory is this run's."""
+        """Write config.json, which marks the directory as that of this run."""
         write_json(self.path / "config.json", self.record)
 
     def flush(self) -> bool:
-        """Put everything on disk; whether every line of figures is there.
+        """Write pending lines to disk; return whether metrics.jsonl is complete.
 
         Raises:
-          RunError: the directory is gone.
+          RunError: If the directory was removed or renamed.
         """
         self.check_there()
-        with self._reporting("what TensorBoard shows"):
-            for board in self.boards:
-                board.flush()
-        late = [name for name, lines in self.late.items() if lines and not self._write_late(name)]
-        return "metrics.jsonl" not in late
+        with self._reporting("the events of TensorBoard"):
+            for writer in self.writers:
+                writer.flush()
+        failed = [
+            name for name, lines in self.pending.items() if lines and not self._write_pending(name)
+        ]
+        return "metrics.jsonl" not in failed
 
     def close(self) -> None:
-        """Let go of the directory."""
-        with self._reporting("what TensorBoard shows"):
-            for board in self.boards:
-                board.close()
+        """Close the writers and release the lock."""
+        with self._reporting("the events of TensorBoard"):
+            for writer in self.writers:
+                writer.close()
         if self.lock is not None:
             self.lock.close()
 
 
 def open_run(workdir: pathlib.Path, record: Record, may_change: set[str]) -> RunDir:
-    """Open a run directory for training, new or to go on with; writes nothing but the lock.
+    """Open a run directory for a new run or to resume one; write only the lock file.
 
-    A directory that nothing was trained in yet may become another run's.
+    A run of other settings may use the directory if no training has started in it.
 
     Args:
-      workdir: the directory.
-      record: what this run is: experiment, config, seed, data, ...
-      may_change: fields of the config that need not be what they were.
+      workdir: The directory, which is created if it does not exist.
+      record: The record of this run, with its experiment, config, seed and data.
+      may_change: Paths of config fields that may differ from the record in the directory.
 
     Raises:
-      UserError: it belongs to another experiment, config, seed or data; another process
-        is using it; it cannot be written.
+      UserError: If the directory contains a run with another experiment, config, seed or data set,
+        if another process uses it, or if it cannot be written.
     """
     try:
         if workdir.exists() and not workdir.is_dir():
             raise UserError(f"{workdir} is a file; give a directory as --workdir")
         if workdir.is_symlink() and not workdir.exists():
             raise UserError(
-                f"{workdir} is a link to {workdir.readlink()}, which is not there; make that "
+                f"{workdir} is a link to {workdir.readlink()}, which does not exist; create that "
                 "directory, or give another --workdir"
             )
         workdir.mkdir(parents=True, exist_ok=True)
@@ -231,16 +249,18 @@ def open_run(workdir: pathlib.Path, record: Record, may_change: set[str]) -> Run
         if earlier is None:
             _check_free(workdir)
         check_entries(workdir)
-        if earlier is not None and any(any(workdir.glob(place)) for place in TRAINED):
+        if earlier is not None and any(any(workdir.glob(pattern)) for pattern in TRAINED):
             check_same(workdir, earlier, record, may_change)
         lock = _locked(workdir)
     except OSError as error:
-        raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
+        raise UserError(
+            f"cannot write to {workdir}: {error.strerror}; give another --workdir"
+        ) from None
     return RunDir(workdir, record, lock, [], {})
 
 
 def _locked(workdir: pathlib.Path) -> IO[str]:
-    """Return the open lock of a directory, held until it is closed."""
+    """Lock a directory; return the lock file, whose closing releases the lock."""
     handle = os.open(workdir / "lock", os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
     lock = os.fdopen(handle, "w")
     try:
@@ -248,40 +268,41 @@ def _locked(workdir: pathlib.Path) -> IO[str]:
     except BlockingIOError:
         lock.close()
         raise UserError(
-            f"another process is training in {workdir}; wait for it, or give another --workdir"
+            f"another process is training in {workdir}; wait until it ends, or give another "
+            "--workdir"
         ) from None
-    except OSError as error:  # some mounted drives know no locks
+    except OSError as error:  # some network drives do not support locks
         log(
-            f"{workdir} cannot be locked ({error.strerror}): see to it that no other process "
-            "trains there"
+            f"cannot lock {workdir} ({error.strerror}); the run continues without a lock; make "
+            "sure that no other process trains in this directory"
         )
     return lock
 
 
 def _check_free(workdir: pathlib.Path) -> None:
-    """Raise UserError if a directory without a record holds more than a run's very beginning."""
+    """Raise UserError if a directory without a record contains more than an empty new run."""
     inner = next(workdir.glob("*/config.json"), None)
     if inner is not None:
         raise UserError(
-            f"{workdir} holds other runs, such as {inner.parent.name}; give a directory of this "
-            "run's own as --workdir"
+            f"{workdir} holds other runs, such as {inner.parent.name}; give a new directory as "
+            "--workdir"
         )
-    if any(any(workdir.glob(place)) for place in TRAINED):
+    if any(any(workdir.glob(pattern)) for pattern in TRAINED):
         raise UserError(f"{workdir} holds checkpoints but no config.json; give another --workdir")
     for path in sorted(workdir.iterdir()):
-        begun = path.name == "lock" or (path.name == "checkpoints" and not _has_entries(path))
-        if not begun and not path.name.startswith(".") and path.name not in OF_SYSTEMS:
+        expected = path.name == "lock" or (path.name == "checkpoints" and not _has_entries(path))
+        if not expected and not path.name.startswith(".") and path.name not in OF_SYSTEMS:
             raise UserError(
-                f"{workdir} is not empty and holds no run ({path.name} is there, config.json is "
+                f"{workdir} is not empty and holds no run ({path.name} exists, config.json does "
                 "not); give another --workdir"
             )
 
 
 def _has_entries(path: pathlib.Path) -> bool:
-    """Return whether it is anything but a directory without entries, hidden ones left out."""
+    """Return whether a path is a file, or a directory with entries that are not hidden."""
     return not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())
 
 
 def bystander(workdir: pathlib.Path, record: Record) -> RunDir:
-    """Return the directory for a process that leaves writing to another one of its run."""
+    """Return the run directory for a process that writes nothing, because the first one does."""
     return RunDir(workdir, record, None, [], {})

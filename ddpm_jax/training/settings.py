@@ -1,4 +1,4 @@
-"""How a run trains: the section `train` of a config, and what training reads of a config."""
+"""The section `train` of a config, and the sections that training reads."""
 
 import dataclasses
 from typing import Annotated, Literal, Protocol, runtime_checkable
@@ -10,19 +10,22 @@ from ddpm_jax.training.optimizer import Adam, Muon
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """How long a run trains, and how often it reports.
+    """Settings of the training loop.
 
     Attributes:
-      steps: Steps of training. Changing it changes a learning rate that decays, too.
-      batch_size: Training images of one step, on all devices together.
-      log_every: Steps between two lines of the log.
-      eval_every: Steps between two evaluations on the validation split; 0: only at the end.
-      checkpoint_every: Steps between two checkpoints; 0: only at the end.
-      steps_per_call: Steps that one dispatch runs on the device.
-      grad_accum_steps: Parts that a batch is taken in, one after another.
-      precision: Type that networks compute in; parameters are float32.
-      max_consecutive_nonfinite_steps: Steps in a row whose update is skipped because it is not
-        finite, before the run stops; 0: stop at the first.
+      steps: Number of training steps, at the end of which a cosine learning rate reaches 0.
+      batch_size: Number of training images per step, on all devices together.
+      log_every: Number of steps between two logged lines of metrics.
+      eval_every: Number of steps between two evaluations on the validation split; with 0, only the
+        final evaluation on the test split runs.
+      checkpoint_every: Number of steps between two checkpoints; with 0, a checkpoint is written
+        only when training ends or is stopped.
+      steps_per_call: Number of training steps that one dispatch to the devices runs.
+      grad_accum_steps: Number of equal parts of a batch, whose gradients are computed one after
+        another to save memory and then averaged.
+      precision: Number format in which networks compute; parameters are always float32.
+      max_consecutive_nonfinite_steps: Number of consecutive steps with a loss or gradient that is
+        not finite whose updates are skipped before the run stops; with 0, it stops at the first.
     """
 
     steps: Length = 1000
@@ -38,16 +41,16 @@ class Train:
 
 @runtime_checkable
 class Settings(Protocol):
-    """What training reads of a run's config."""
+    """The sections of a config that training reads."""
 
     @property
     def optimizer(self) -> Adam | Muon:
-        """The optimizer."""
+        """The settings of the optimizer."""
 
     @property
     def ema(self) -> EMA:
-        """The averages of the parameters."""
+        """The settings of the averages of the parameters."""
 
     @property
     def train(self) -> Train:
-        """How long the run trains, and how often it reports."""
+        """The settings of the training loop."""

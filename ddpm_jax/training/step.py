@@ -1,4 +1,4 @@
-"""The state of a training and one step, a pure function of state and batch."""
+"""The training state and the training step, a pure function of state and batch."""
 
 import functools
 from collections.abc import Callable
@@ -21,23 +21,23 @@ from ddpm_jax.training.ema import update_averages
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.settings import Settings
 
-ONE_VIEW = GlobalCollectives()
+GLOBAL_VIEW = GlobalCollectives()  # XLA inserts the communication between devices
 
 GradientOfPart = Callable[
     [PyTree, Batch, Array], tuple[PyTree, dict[str, Array], dict[str, PyTree]]
-]  # of (params, batch, keys)
+]  # (params, batch, keys) -> (gradient, means, values of each example)
 
 
 class TrainState(NamedTuple):
-    """All that a step reads and writes, and all that a checkpoint holds.
+    """The state that a training step updates and that a checkpoint stores.
 
     Attributes:
-      step: Steps taken.
+      step: Number of steps taken.
       params: The parameters.
-      extra: What is carried along but not trained by gradients.
-      opt_state: The optimizer's state.
-      ema: The parameters' averages, in the order of `EMA.names`; None in the place of one that is
-        no average but the parameters themselves.
+      extra: Variables without gradients: frozen parts and statistics that steps update.
+      opt_state: The state of the optimizer.
+      ema: The averages of the parameters, in the order of `EMA.names`; None for a half-life of 0,
+        which stands for the parameters without averaging.
     """
 
     step: Array
@@ -48,45 +48,51 @@ class TrainState(NamedTuple):
 
 
 def averaged(state: TrainState, config: Settings) -> PyTree:
-    """Return the parameters that are evaluated and sampled from, as `config.ema` chooses."""
+    """Return the parameters that `config.ema` selects for evaluation and sampling."""
     index = config.ema.index
     return state.ema[index] if config.ema.is_average[index] else state.params
 
 
 def without_training(
-    state: TrainState, config: Settings, nothing: EllipsisType | None
+    state: TrainState, config: Settings, placeholder: EllipsisType | None
 ) -> TrainState:
-    """Return `state` with `nothing` in place of what only training reads: all but one average."""
+    """Return the part of a state that evaluation and sampling read.
 
-    def blank(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda _: nothing, tree)
+    Args:
+      state: The state.
+      config: The config of the run, which selects one average of the parameters.
+      placeholder: Replaces every array that only training reads.
+    """
 
-    kept = config.ema.index
-    params = blank(state.params) if config.ema.is_average[kept] else state.params
-    ema = tuple(tree if number == kept else blank(tree) for number, tree in enumerate(state.ema))
-    return state._replace(params=params, opt_state=blank(state.opt_state), ema=ema)
+    def replaced(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda _: placeholder, tree)
+
+    selected = config.ema.index
+    params = replaced(state.params) if config.ema.is_average[selected] else state.params
+    ema = tuple(tree if i == selected else replaced(tree) for i, tree in enumerate(state.ema))
+    return state._replace(params=params, opt_state=replaced(state.opt_state), ema=ema)
 
 
 def init_state(task: Task, config: Settings, batch: Batch, seed: int) -> TrainState:
     """Return the state before the first step.
 
     Args:
-      task: the task.
-      config: the optimizer's, the averages' and the training's settings.
-      batch: training examples for `Task.init`.
-      seed: of the run.
+      task: The task.
+      config: The settings of the optimizer, the averages and the training loop.
+      batch: Training examples for `Task.init`.
+      seed: The seed of the run.
     """
-    init = jax.jit(initializer(task, config, seed))  # not a hundred small programs
+    init = jax.jit(initializer(task, config, seed))  # one program, not one for each operation
     return cast(TrainState, init(batch))
 
 
 def initializer(task: Task, config: Settings, seed: int) -> Callable[[Batch], TrainState]:
-    """Return `init_state` of a batch, to be compiled."""
+    """Return the function batch -> state before the first step, which the caller compiles."""
 
     def init(batch: Batch) -> TrainState:
         params, extra = task.init(purpose_key(seed, INIT), batch)
         opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
-        # An average starts as a copy: a step donates both, and not one array twice.
+        # Copies, because a step donates all arrays and no array can be donated twice.
         ema = tuple(
             jax.tree.map(jnp.copy, params) if is_average else None
             for is_average in config.ema.is_average
@@ -97,7 +103,7 @@ def initializer(task: Task, config: Settings, seed: int) -> Callable[[Batch], Tr
 
 
 def state_shapes(task: Task, config: Settings, shape: tuple[int, ...]) -> TrainState:
-    """Return what `init_state` would make of images of `shape`, as shapes alone."""
+    """Return the shapes and types of the state for images of `shape` [H, W, C]."""
     images = np.zeros((2, *shape), np.uint8)
     batch = Batch(images, np.zeros(2, np.int32), np.arange(2))
     return cast(TrainState, jax.eval_shape(initializer(task, config, 0), batch))
@@ -110,20 +116,22 @@ def train_step(
     state: TrainState,
     batch: Batch,
     *,
-    collectives: Collectives = ONE_VIEW,
+    collectives: Collectives = GLOBAL_VIEW,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Take one step: loss -> gradient -> mean -> optimizer -> averages.
+    """Take one training step: loss -> gradient -> mean over devices -> optimizer -> averages.
 
     Args:
-      task: what is trained.
-      config: of the run.
-      seed: of the run.
-      state: of all devices.
-      batch: this device's part of the batch; `batch.index` places it in the whole.
-      collectives: communicate with the other devices.
+      task: The task that is trained.
+      config: The config of the run.
+      seed: The seed of the run.
+      state: The state before the step.
+      batch: The part of the batch on this device; `batch.index` holds the index of each of its
+        examples in the full batch.
+      collectives: The communication with the other devices.
 
     Returns:
-      The next state, and by name the step's means and `finite`, whether each example's loss is.
+      The next state and a dictionary of metrics: means over the batch, and `finite`, bool [B],
+      True for each example whose loss is finite.
     """
     keys = example_keys(purpose_key(seed, TRAIN), state.step, batch.index)
     compute = functools.partial(_gradient, task, config.train.grad_accum_steps)
@@ -151,8 +159,8 @@ def _gradient(
     batch: Batch,
     keys: Key[Array, "batch"],
 ) -> tuple[PyTree, dict[str, Array], dict[str, PyTree]]:
-    """Return (gradient, means, what is known of each example), in the view of one device."""
-    all_gather = collectives.all_gather if parts == 1 else _refuse_to_compare
+    """Return (gradient, means, values of each example), as one device computes them."""
+    all_gather = collectives.all_gather if parts == 1 else _all_gather_in_parts
     loss = functools.partial(_mean_loss, task, all_gather)
     gradient_of = functools.partial(_gradient_of_part, collectives.value_and_grad(loss), extra)
     gradient, means, examples = _accumulated(gradient_of, params, batch, keys, parts)
@@ -171,7 +179,7 @@ def _mean_loss(
     batch: Batch,
     keys: Key[Array, "batch"],
 ) -> tuple[Float[Array, ""], tuple[dict[str, Array], dict[str, PyTree]]]:
-    """Return the mean loss, and (means of the metrics, what is known of each example)."""
+    """Return the mean loss, and (means of the metrics, values of each example)."""
     losses, metrics, statistics = task.loss(
         Variables(params, extra), batch, keys, train=True, all_gather=all_gather
     )
@@ -186,7 +194,7 @@ def _gradient_of_part(
     batch: Batch,
     keys: Key[Array, "batch"],
 ) -> tuple[PyTree, dict[str, Array], dict[str, PyTree]]:
-    """Return (gradient, means with the loss, what is known of each example) of a part."""
+    """Return (gradient, means of loss and metrics, values of each example) for part of a batch."""
     (loss, (means, examples)), gradient = value_and_grad(params, extra, batch, keys)
     return gradient, {"loss": loss, **means}, examples
 
@@ -198,48 +206,51 @@ def _accumulated(
     keys: Key[Array, "batch"],
     parts: int,
 ) -> tuple[PyTree, dict[str, Array], dict[str, PyTree]]:
-    """Return (gradient, means, examples) of a batch that is taken in `parts`, one by one.
+    """Return (gradient, means, values of each example) of a batch, computed in `parts` parts.
 
-    Example i goes to part i mod `parts`, so that every part lies on all devices as the batch does.
+    Example i belongs to part i mod `parts`, so that every part is partitioned across all devices
+    in the same way as the batch.
     """
     if parts == 1:
         return gradient_of(params, batch, keys)
 
-    def apart(a: Array) -> Array:
+    def divided(a: Array) -> Array:
         return jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1)
 
     def add(total: PyTree, part: tuple[Batch, Array]) -> tuple[PyTree, PyTree]:
         gradient, means, examples = gradient_of(params, *part)
         return jax.tree.map(jnp.add, total, (gradient, means)), examples
 
-    split = jax.tree.map(apart, (batch, keys))
+    split = jax.tree.map(divided, (batch, keys))
     shapes = jax.eval_shape(gradient_of, params, *jax.tree.map(lambda a: a[0], split))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes[:2])
     total, examples = jax.lax.scan(add, zeros, split)
     gradient, means = jax.tree.map(lambda a: a / parts, total)
-    together = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1, *a.shape[2:]), examples)
-    return gradient, means, together
+    examples = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1, *a.shape[2:]), examples)
+    return gradient, means, examples
 
 
 def _unless_nonfinite(new: TrainState, old: TrainState, metrics: dict[str, Array]) -> TrainState:
-    """Return the new state; the old one, at the next step, if a metric is not finite."""
-    good = jnp.all(jnp.array([jnp.isfinite(value) for value in metrics.values()]))
-    kept: TrainState = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
-    return kept._replace(step=old.step + 1)
+    """Return the new state; if a metric is not finite, the old state with the next step number."""
+    is_finite = jnp.all(jnp.array([jnp.isfinite(value) for value in metrics.values()]))
+    result: TrainState = jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
+    return result._replace(step=old.step + 1)
 
 
-def _refuse_to_compare(tree: PyTree) -> PyTree:
+def _all_gather_in_parts(tree: PyTree) -> PyTree:
+    """Raise UserError, because a part of a batch lacks the other examples of the batch."""
     raise UserError(
-        "--config.train.grad_accum_steps: this experiment's loss compares the examples of a batch "
-        "with each other, so a batch cannot be taken in parts; use a smaller "
+        "--config.train.grad_accum_steps must be 1, because the loss of this experiment compares "
+        "the examples of a batch with each other; to save memory, use a smaller "
         "--config.train.batch_size"
     )
 
 
 def _norm(tree: PyTree) -> Float[Array, ""]:
-    """Return the global norm, by products, which a CPU sums on all its cores.
+    """Return the global L2 norm.
 
-    Nothing is reshaped, for which a sharded array would be put together.
+    A dot product uses all cores of a CPU. The arrays are not reshaped, because that would replicate
+    a sharded array.
     """
 
     def square(leaf: Array) -> Array:
@@ -250,11 +261,11 @@ def _norm(tree: PyTree) -> Float[Array, ""]:
 
 
 def train_steps(step: Step) -> Step:
-    """Return call(state, batches [K, B, ...], count, collectives=): several steps in one dispatch.
+    """Return call(state, batches [K, B, ...], count, collectives=), which takes several steps.
 
-    It runs the first `count` <= K of the batches and returns metrics [K, ...] of which as many
-    mean something.  One program serves every count, so where the calls are cut changes no
-    bit of the result.
+    The call takes one step for each of the first `count` <= K batches and returns metrics [K, ...],
+    of which the first `count` rows are valid. The same compiled program is used for every `count`,
+    so the number of steps in a call does not change any bit of the result.
     """
 
     def call(

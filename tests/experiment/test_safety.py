@@ -79,7 +79,7 @@ def test_no_file_outside_of_a_run_is_written_to(launch_here, run, tmp_path, mode
     how = {"train": [*DIGITS, "--config.train.steps=25", "--profile"]}.get(mode, [f"--mode={mode}"])
     result = launch_here(*how, "--workdir=run")
     assert victim.read_text() == "precious"
-    expect_one_line(result, "is a link, which nothing is written through")
+    expect_one_line(result, "is a link, and a run writes nothing through links")
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "damaged", "wandb"])
@@ -91,7 +91,7 @@ def test_links_are_refused_whatever_a_run_directory_is_called(launch_here, run, 
     more = ["--config.train.steps=25", "--profile"]
     result = launch_here(*DIGITS, *more, f"--workdir={name}")
     assert not list(victim.iterdir())
-    expect_one_line(result, "is a link, which nothing is written through")
+    expect_one_line(result, "is a link, and a run writes nothing through links")
 
 
 def test_what_systems_and_a_killed_start_leave_behind_is_no_obstacle(launch_here, tmp_path):
@@ -113,7 +113,7 @@ def test_nothing_is_written_into_a_folder_outside_of_a_run(launch_here, run, tmp
     how = {"train": [*DIGITS, "--config.train.steps=25", "--profile"]}.get(mode, [f"--mode={mode}"])
     result = launch_here(*how, "--workdir=run")
     assert sorted(victim.rglob("*")) == before
-    expect_one_line(result, "is a link, which nothing is written through")
+    expect_one_line(result, "is a link, and a run writes nothing through links")
 
 
 @pytest.mark.parametrize("mode", ["sample", "eval"])
@@ -297,8 +297,8 @@ def test_training_goes_on_without_a_picture_that_is_not_finite(launch_here, tmp_
     )
     result = launch_here("--experiment=ddpm_digits", "--debug", *diverging, "--workdir=run")
     assert result.returncode == 0, result.stderr
-    assert "no picture samples: " in result.stderr
-    assert "no picture samples_00000004: " in result.stderr
+    assert "no image samples: " in result.stderr
+    assert "no image samples_00000004: " in result.stderr
     assert not (tmp_path / "run" / "images" / "samples.png").exists()
     assert (tmp_path / "run" / "images" / "levels.png").exists()
 
@@ -406,8 +406,8 @@ def test_a_run_whose_last_checkpoint_could_not_be_written_does_not_end_well(laun
         result = launch_here(*LONG)
     assert result.returncode == 1, result.stderr
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("stopped: the checkpoint of step 30, the last one, could not be written")
-    assert "there is none" in last
+    assert last.startswith("stopped: the last checkpoint, of step 30, could not be written")
+    assert last.endswith("to continue from the beginning")
     assert not (tmp_path / "run" / "summary.json").exists()
     assert launch_here(*LONG).returncode == 0  # with room again
     assert (tmp_path / "run" / "checkpoints" / "30").exists()
@@ -417,7 +417,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(launch_here):
     with files_end_at(4000):
         result = launch_here(*LONG)
     assert result.returncode == 1, result.stderr
-    expect_one_line(result, "cannot be kept in .*File too large; make room", code=1)
+    expect_one_line(result, "cannot store checkpoints in .*File too large; free disk space", code=1)
 
 
 def during(workdir, fault):
@@ -446,9 +446,9 @@ def replaced_by_a_file(run):
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        (removed, "run is gone: it was removed or renamed"),
-        (lambda run: run.rename(run.with_name("b")), "run is gone: it was removed or renamed"),
-        (replaced_by_a_file, "the checkpoint of step .*, the last one, could not be written"),
+        (removed, "run was removed or renamed during the run"),
+        (lambda run: run.rename(run.with_name("b")), "run was removed or renamed during the run"),
+        (replaced_by_a_file, "the last checkpoint, of step .*, could not be written"),
     ],
 )
 def test_a_directory_that_vanishes_during_training_is_reported(launch_here, tmp_path, fault, says):
@@ -477,7 +477,7 @@ def test_a_run_that_is_stopped_without_a_checkpoint_does_not_end_well(tmp_path):
     process.send_signal(signal.SIGTERM)
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 1, rest
-    assert "the last one, could not be written" in rest.splitlines()[-1]
+    assert "the last checkpoint, of step " in rest.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["a?#%20b", "a\n*b", "~é -"])

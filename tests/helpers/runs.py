@@ -1,4 +1,4 @@
-"""Short runs in processes of their own: started, interrupted, and what they leave behind."""
+"""Start short runs in separate processes, interrupt them and read their results."""
 
 import subprocess
 import sys
@@ -15,6 +15,7 @@ COMMAND = [
     "--config.train.eval_every=50", "--config.train.log_every=10",
     "--config.task.eval_batch_size=180",
 ]  # fmt: skip
+# A program that limits the size of files, as on a full disk, and then runs the command `argv`.
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
@@ -25,6 +26,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def start(workdir):
+    """Start a run; its output goes to NAME.log beside its directory NAME."""
     log = (workdir.parent / f"{workdir.name}.log").open("a")
     return subprocess.Popen(
         [*COMMAND, f"--workdir={workdir}"], env=user_environment(), stdout=log, stderr=log
@@ -32,23 +34,26 @@ def start(workdir):
 
 
 def wait_for(condition, process, timeout=60.0):
+    """Wait until a condition is true, the process ends or `timeout` seconds have passed."""
     begun = time.monotonic()
     while not condition() and process.poll() is None and time.monotonic() - begun < timeout:
         time.sleep(0.02)
 
 
 def finish(workdir):
+    """Start or resume a run, and wait until it is finished."""
     process = start(workdir)
     assert process.wait(timeout=180) == 0, (workdir.parent / f"{workdir.name}.log").read_text()
 
 
 def steps_of(workdir):
+    """Return the number of lines in metrics.jsonl."""
     path = workdir / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def end_of(workdir):
-    """(parameters' bytes, metrics file) of a finished run."""
+def result_of(workdir):
+    """Return (bytes of each array of the last checkpoint, bytes of metrics.jsonl)."""
     import orbax.checkpoint as ocp
 
     with ocp.CheckpointManager(workdir / "checkpoints") as manager:
@@ -59,11 +64,12 @@ def end_of(workdir):
 
 
 def steps_kept(workdir):
+    """Return the steps of the checkpoints, in rising order."""
     return sorted(
         int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
     )
 
 
-def largest_file(folder):
-    files = [path for path in folder.rglob("*") if path.is_file()]
+def largest_file(directory):
+    files = [path for path in directory.rglob("*") if path.is_file()]
     return max(files, key=lambda path: path.stat().st_size)

@@ -144,7 +144,7 @@ def test_a_full_disk_at_one_of_two_is_logged_and_the_run_goes_on(tmp_path):
     for step in (12, 16, 24):
         assert f"cannot write the checkpoint of step {step}: process 1: " in logs(workdir)
     assert steps_kept(workdir) == [8]
-    assert "the last one, could not be written" in logs(workdir)
+    assert "the last checkpoint, of step 24, could not be written" in logs(workdir)
     both = start_two(workdir, *more)  # with room again
     assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
     assert "resuming at step 8" in (tmp_path / "run4.log").read_text()

@@ -1,4 +1,4 @@
-"""What long runs meet, injected for real into a training process: nothing is lost."""
+"""Faults of long runs, injected into a real training process, lose no result."""
 
 import contextlib
 import json
@@ -31,9 +31,9 @@ from helpers.launching import ROOT, user_environment
 from helpers.runs import (
     COMMAND,
     LIMITED,
-    end_of,
     finish,
     largest_file,
+    result_of,
     start,
     steps_kept,
     steps_of,
@@ -43,7 +43,7 @@ from helpers.runs import (
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A run directory with checkpoints of steps 20, 40 and 60, stopped on its way to 400."""
+    """A run directory with checkpoints of steps 20, 40 and 60, of a run of 400 steps."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
     process = start(workdir)
     wait_for(lambda: (workdir / "checkpoints" / "60").exists(), process)
@@ -53,53 +53,56 @@ def stopped(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted(tmp_path_factory):
+    """The result of a run without faults."""
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
     finish(workdir)
-    return end_of(workdir)
+    return result_of(workdir)
 
 
 def newest(workdir):
     return workdir / "checkpoints" / str(steps_kept(workdir)[-1])
 
 
-def truncate(folder):
-    path = largest_file(folder / "state")
+def truncate(checkpoint):
+    path = largest_file(checkpoint / "state")
     os.truncate(path, path.stat().st_size // 2)
 
 
-def flip(folder):
-    path = largest_file(folder / "state")
+def flip(checkpoint):
+    """Invert four bytes."""
+    path = largest_file(checkpoint / "state")
     content = bytearray(path.read_bytes())
-    for place in range(len(content) // 2, len(content) // 2 + 4):
-        content[place] ^= 0xFF
+    for i in range(len(content) // 2, len(content) // 2 + 4):
+        content[i] ^= 0xFF
     path.write_bytes(content)
 
 
-def flip_all(folder):
-    """Whatever is read of the arrays, some of it is damaged."""
-    for path in (folder / "state").rglob("d/*"):
+def flip_all(checkpoint):
+    """Damage every array: invert every 50th byte of every file."""
+    for path in (checkpoint / "state").rglob("d/*"):
         content = bytearray(path.read_bytes())
         content[::50] = bytes(byte ^ 0xFF for byte in content[::50])
         path.write_bytes(content)
 
 
-def flip_record(folder):
-    (path,) = (file for file in (folder / "host").iterdir() if "window" in file.read_text())
+def flip_record(checkpoint):
+    """Change one digit of the host record."""
+    (path,) = (file for file in (checkpoint / "host").iterdir() if "window" in file.read_text())
     text = path.read_text()
     path.write_text(text.replace("1", "2", 1))
 
 
-def half_write(folder):
-    shutil.rmtree(folder / "state")
+def half_write(checkpoint):
+    shutil.rmtree(checkpoint / "state")
 
 
 @pytest.mark.parametrize(
     "damage",
     [truncate, *(pytest.param(f, marks=pytest.mark.slow) for f in (flip, flip_record, half_write))],
 )
-def test_a_damaged_checkpoint_is_logged_and_the_one_before_it_used(
-    damage, stopped, whole, tmp_path
+def test_a_run_logs_a_damaged_checkpoint_and_resumes_from_the_one_before_it(
+    damage, stopped, uninterrupted, tmp_path
 ):
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
@@ -108,27 +111,26 @@ def test_a_damaged_checkpoint_is_logged_and_the_one_before_it_used(
     finish(workdir)
     log = (tmp_path / "run.log").read_text()
     assert f"the checkpoint of step {last} is damaged" in log
+    assert f"moved the checkpoint of step {last} to {workdir / 'damaged'}" in log
     assert f"resuming at step {before}" in log
-    assert end_of(workdir) == whole
+    assert result_of(workdir) == uninterrupted
 
 
-def test_sampling_from_a_damaged_checkpoint_takes_the_one_before_and_changes_nothing(
-    stopped, tmp_path, launch
-):
+def test_sampling_skips_a_damaged_checkpoint_and_changes_no_file(stopped, tmp_path, launch):
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
     *_, before, last = steps_kept(workdir)
     flip_all(newest(workdir))
-    drawn = launch("--mode=sample", f"--workdir={workdir}", "--num_samples=4")
-    assert drawn.returncode == 0, drawn.stderr
-    damaged, sampling = drawn.stderr.strip().splitlines()
+    result = launch("--mode=sample", f"--workdir={workdir}", "--num_samples=4")
+    assert result.returncode == 0, result.stderr
+    damaged, sampling = result.stderr.strip().splitlines()
     assert damaged.startswith(f"the checkpoint of step {last} is damaged")
     assert sampling.startswith("sampling 4 images in 1 batch")
-    assert f"step {before}:" in drawn.stdout
+    assert f"step {before}:" in result.stdout
     assert int(newest(workdir).name) == last
 
 
-def test_a_directory_with_damaged_checkpoints_alone_is_refused(stopped, tmp_path, launch):
+def test_sampling_refuses_a_run_whose_checkpoints_are_all_damaged(stopped, tmp_path, launch):
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
     for step in steps_kept(workdir):
@@ -136,6 +138,7 @@ def test_a_directory_with_damaged_checkpoints_alone_is_refused(stopped, tmp_path
     refused = launch("--mode=sample", f"--workdir={workdir}")
     assert refused.returncode == 2
     assert "every checkpoint in" in refused.stderr
+    assert "none was changed; give another --workdir" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -143,13 +146,13 @@ def test_a_directory_with_damaged_checkpoints_alone_is_refused(stopped, tmp_path
     [({"window": 5}, None), ({"window": {"loss": "x"}}, None), ({"skipped": "y"}, None),
      ({}, 5), ({}, []), ({}, {}), ({}, {"arrays": 5, "host": 1})],
 )  # fmt: skip
-def test_a_checkpoints_record_of_another_form_is_an_error(host, sums):
-    with pytest.raises(ValueError, match="another form"):
+def test_a_host_record_or_check_sums_of_wrong_types_raise_an_error(host, sums):
+    with pytest.raises(ValueError, match="values of wrong types"):
         check_record(host, sums)
     check_record({"window": {"loss": 1.5}, "skipped": 0}, {"arrays": [1, None], "host": 2})
 
 
-def test_one_bit_anywhere_in_a_state_changes_its_check_sum():
+def test_a_change_of_any_bit_of_a_state_changes_its_check_sums():
     rng = np.random.default_rng(0)
     state = {"a": rng.normal(size=(5, 7)).astype(np.float32), "b": np.arange(3, dtype=np.int32)}
 
@@ -168,18 +171,18 @@ def test_one_bit_anywhere_in_a_state_changes_its_check_sum():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
-def test_a_check_sum_is_the_same_by_numpy_and_on_devices(dtype):
+def test_numpy_and_devices_compute_the_same_check_sum(dtype):
     array = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)) * 3).astype(dtype)
     expected = int(sum_on_devices(array))
     assert int(sum_on_host(array)) == expected
     devices = jax.make_mesh((8,), ("devices",))
-    spread = jax.device_put(array, NamedSharding(devices, PartitionSpec("devices")))
-    assert int(sum_on_devices(spread)) == int(sum_on_host(spread)) == expected
+    sharded = jax.device_put(array, NamedSharding(devices, PartitionSpec("devices")))
+    assert int(sum_on_devices(sharded)) == int(sum_on_host(sharded)) == expected
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_logged_and_the_run_goes_on(stopped, whole, tmp_path):
-    """No file may grow: from a checkpoint on, everything that is written fails."""
+def test_a_full_disk_is_logged_and_the_run_continues(stopped, uninterrupted, tmp_path):
+    """A limit on the size of files makes every write after a checkpoint fail."""
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
     last = newest(workdir)
@@ -193,11 +196,11 @@ def test_a_full_disk_is_logged_and_the_run_goes_on(stopped, whole, tmp_path):
     assert "cannot write the checkpoint" in full.stderr, full.stderr
     assert "step 400/400" in full.stderr, full.stderr  # it trained to its end
     assert before == {path: path.read_bytes() for path in last.rglob("*") if path.is_file()}
-    finish(workdir)  # with room again
-    assert end_of(workdir) == whole
+    finish(workdir)  # without the limit
+    assert result_of(workdir) == uninterrupted
 
 
-def test_a_clock_that_jumps_back_changes_nothing(tmp_path, whole):
+def test_a_clock_that_jumps_back_does_not_change_the_result(tmp_path, uninterrupted):
     patch = tmp_path / "patch"
     patch.mkdir()
     (patch / "sitecustomize.py").write_text(
@@ -218,11 +221,11 @@ def test_a_clock_that_jumps_back_changes_nothing(tmp_path, whole):
     )  # fmt: skip
     times = [json.loads(line)["time"] for line in (workdir / "timing.jsonl").open()]
     assert min(np.diff(times)) < -86400 * 300  # it did jump
-    assert end_of(workdir) == whole
+    assert result_of(workdir) == uninterrupted
 
 
 @pytest.mark.slow
-def test_a_data_directory_may_disappear_in_mid_run(tmp_path, launch):
+def test_a_run_ends_well_if_its_data_directory_is_removed_during_it(tmp_path, launch):
     from PIL import Image
 
     folder, workdir = tmp_path / "images", tmp_path / "run"
@@ -249,18 +252,18 @@ def test_a_data_directory_may_disappear_in_mid_run(tmp_path, launch):
     assert str(folder) in again.stderr
 
 
-# Files from strangers.
+# Files from untrusted sources.
 
 EVIL = b"cos\nsystem\n(S'touch EVIL'\ntR."  # a pickle that runs a command
 
 
 def test_no_file_of_a_run_directory_is_unpickled(stopped, tmp_path, launch):
-    """Every file of a checkpoint in turn is a pickle that would run a command."""
+    """Each file of a checkpoint in turn is replaced by a pickle that would run a command."""
     config = recorded.read(stopped).config
     shapes = step_module.state_shapes(checked_task(config), config, config.task.info.shape)
     like = sharding.make().like(shapes)
     checkpoints = open_checkpoints(stopped / "checkpoints", read_only=True)
-    checkpoints.restore(steps_kept(stopped)[-1], like)  # as it is, it is read
+    checkpoints.restore(steps_kept(stopped)[-1], like)  # the original can be read
     checkpoints.close()
     for number, file in enumerate(sorted(path for path in newest(stopped).rglob("*"))):
         if not file.is_file() or file.stat().st_size == 0:
@@ -276,20 +279,20 @@ def test_no_file_of_a_run_directory_is_unpickled(stopped, tmp_path, launch):
         assert not pathlib.Path("EVIL").exists()
 
 
-def test_the_sources_load_nothing_through_pickle():
+def test_the_sources_do_not_use_pickle():
     for path in (
         *ROOT.glob("ddpm_jax/**/*.py"),
         *ROOT.glob("experiments/*.py"),
         ROOT / "launch.py",
     ):
         text = path.read_text()
-        if path.name == "pth.py":  # which reads tensors alone: test_inception.py
+        if path.name == "pth.py":  # it reads only tensors: test_inception.py
             continue
         for word in ("import pickle", "cloudpickle", "joblib", "torch.load", "allow_pickle=True"):
             assert word not in text, f"{path} has {word}"
 
 
-def test_a_path_in_a_strangers_config_is_not_written_to(stopped, tmp_path, launch):
+def test_a_run_does_not_write_to_a_path_in_its_config_json(stopped, tmp_path, launch):
     workdir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     shutil.copytree(stopped, workdir)
     path = workdir / "config.json"
@@ -308,7 +311,7 @@ def test_a_path_in_a_strangers_config_is_not_written_to(stopped, tmp_path, launc
 
 
 @pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "images", "checkpoints/99"])
-def test_nothing_is_written_through_a_link_in_a_run_directory(name, stopped, tmp_path, launch):
+def test_a_run_writes_nothing_through_a_link_in_its_directory(name, stopped, tmp_path, launch):
     workdir, outside = tmp_path / "run", tmp_path / "outside"
     shutil.copytree(stopped, workdir)
     outside.write_text("precious")
@@ -317,14 +320,14 @@ def test_nothing_is_written_through_a_link_in_a_run_directory(name, stopped, tmp
     path.symlink_to(outside)
     refused = launch(*COMMAND[2:], f"--workdir={workdir}")
     assert refused.returncode == 2
-    assert "is a link" in refused.stderr
+    assert "is a link, and a run writes nothing through links" in refused.stderr
     assert outside.read_text() == "precious"
 
 
-def test_checkpoints_of_another_version_of_the_code_stay_where_they_are(stopped, tmp_path):
+def test_checkpoints_of_another_version_of_the_code_are_not_changed(stopped, tmp_path):
     checkpoints = open_checkpoints(shutil.copytree(stopped, tmp_path / "run") / "checkpoints")
     before = steps_kept(tmp_path / "run")
-    with pytest.raises(UserError, match="damaged, or of another version of the code"):
+    with pytest.raises(UserError, match="was written by another version of the code"):
         checkpoints.restore_newest({"w": jax.ShapeDtypeStruct((3,), np.float32)})
     checkpoints.close()
     assert steps_kept(tmp_path / "run") == before

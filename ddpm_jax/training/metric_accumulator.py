@@ -1,4 +1,4 @@
-"""Metrics of the steps: checked, summed and logged once the next call is on its way."""
+"""Metrics of training steps: checked, averaged and logged after the next call is dispatched."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,12 +17,12 @@ from ddpm_jax.training.settings import Train
 
 
 class Call(NamedTuple):
-    """One call of the program.
+    """One dispatched call of the step program.
 
     Attributes:
-      first: The step before it.
-      last: Its last step.
-      metrics: What it computed, still on the devices.
+      first: Number of steps taken before the call.
+      last: Number of steps taken after the call.
+      metrics: Metrics of its steps, on the devices.
     """
 
     first: int
@@ -30,17 +30,18 @@ class Call(NamedTuple):
     metrics: PyTree
 
 
-class Ledger:
-    """The metrics since the last line of the log, and the steps that were skipped.
+class MetricAccumulator:
+    """Sums of the metrics since the last logged line, and the number of skipped steps.
 
     Args:
-      train: the section of the config.
-      run: where lines are written.
-      clock: shows the progress.
-      checkpoints: of the run, named when a step is not finite.
-      order: (start, stop) -> which training examples stand there.
-      flops: of a step on one device.
-      host: what `host` returned when the run was checkpointed; empty: a new run.
+      train: The section `train` of the config.
+      run: The run directory, to which lines are written.
+      clock: The progress display.
+      checkpoints: The checkpoints of the run; an error names the newest one.
+      order: A function (start, stop) -> indices of the training examples at these positions of the
+        sequence of all training examples that the run trains on.
+      flops: Floating-point operations of one step on one device.
+      host: The result of the method `host` from a checkpoint; empty for a new run.
     """
 
     def __init__(
@@ -55,24 +56,24 @@ class Ledger:
     ) -> None:
         self._train, self._run, self._clock = train, run, clock
         self._checkpoints, self._order, self._flops = checkpoints, order, flops
-        self._sums = cast(dict[str, float], host.get("window", {}))  # since the last line
-        self._skipped = cast(int, host.get("skipped", 0))  # steps in a row
+        self._sums = cast(dict[str, float], host.get("window", {}))  # since the last logged line
+        self._skipped = cast(int, host.get("skipped", 0))  # consecutive skipped steps
         self._pending: Call | None = None
 
     def host(self) -> dict[str, object]:
-        """Return what a checkpoint keeps of it."""
+        """Return the state of this object, for the host record of a checkpoint."""
         return {"window": self._sums, "skipped": self._skipped}
 
     def add(self, call: Call) -> None:
-        """Settle the call before this one, and keep this one for later."""
-        self.settle()
+        """Process the metrics of the previous call, and store this call for later."""
+        self.flush()
         self._pending = call
 
-    def settle(self) -> None:
-        """Fetch the metrics of the latest call; check, sum and log them.
+    def flush(self) -> None:
+        """Fetch the metrics of the stored call; check, sum and log them.
 
         Raises:
-          RunError: a metric is not finite.
+          RunError: If metrics of more consecutive steps than the config allows are not finite.
         """
         if self._pending is None:
             return
@@ -96,11 +97,13 @@ class Ledger:
             name = "loss" if "loss" in bad else bad[0]
             size = self._train.batch_size
             examples = self._order((step - 1) * size, step * size)[~finite]
+            newest = self._checkpoints.newest()
+            state = "there is no" if newest is None else f"step {newest} has the newest"
             raise RunError(
-                _not_finite(name, values[name], step, examples)
-                + f"; the newest checkpoint is of step {self._checkpoints.newest() or 0}: try a "
-                "smaller --config.optimizer.learning_rate, --config.optimizer.grad_clip_norm=1 or "
-                "--config.train.max_consecutive_nonfinite_steps=10, in another --workdir"
+                f"{_not_finite(name, values[name], step, examples)}; {state} checkpoint; train "
+                "again in another --workdir with a smaller --config.optimizer.learning_rate or "
+                "with --config.optimizer.grad_clip_norm=1, or continue this run with a larger "
+                "--config.train.max_consecutive_nonfinite_steps, such as 10, to skip such steps"
             )
         for name, value in {"skipped": 1.0}.items() if bad else {**values, "count": 1.0}.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -117,7 +120,8 @@ class Ledger:
 
 
 def _not_finite(name: str, value: float, step: int, examples: np.ndarray) -> str:
-    """Describe what is wrong with a step, and with which training examples, by their place."""
+    """Return a message that names the step and the indices of the training examples."""
     listed = ", ".join(map(str, examples[:5])) + ", ..." * (len(examples) > 5)
-    which = f"of training examples {listed}" if len(examples) else "though every example's loss is"
-    return f"{name} is {value} at step {step}, {which}"
+    if len(examples):
+        return f"{name} is {value} at step {step}, for training examples {listed}"
+    return f"{name} is {value} at step {step}, although the loss of every example is finite"
