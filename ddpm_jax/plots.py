@@ -180,6 +180,8 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Json]]:
 def curves(path: pathlib.Path, lines: Iterable[dict[str, Json]], title: str) -> None:
     """Write a plot with one panel for each metric over steps, with one curve for each split.
 
+    If no metric has values at two steps, no file is written.
+
     Args:
       path: Path of the PNG file.
       lines: Lines of `metrics.jsonl`, each with the entry `step`.
@@ -219,7 +221,7 @@ def curves(path: pathlib.Path, lines: Iterable[dict[str, Json]], title: str) -> 
         axis.legend()
     for axis in axes.flat[len(series) :]:
         axis.remove()
-    figure.suptitle(printable(title), parse_math=False)  # it contains names of the user's files
+    figure.suptitle(printable(title), parse_math=False)  # users chose its names
     write_with(path, lambda file: figure.savefig(file, dpi=100, format="png"))
 
 

@@ -21,13 +21,13 @@ from ddpm_jax.nn.layers import Conv, depth_to_space, space_to_depth
 
 
 class Residual(nn.Module):
-    """x + f(x), where f is an RMS norm and twice swish and a 3x3 convolution; initially f = 0."""
+    """A residual block x + f(x): f is an RMS norm, then twice swish and a 3x3 convolution."""
 
     dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
-        """Return x + f(x), of the shape of x."""
+        """Return x + f(x), which is initially x."""
 
         def conv(h: Array, name: str, init: Initializer) -> Array:
             layer = Conv(x.shape[-1], (3, 3), kernel_init=init, dtype=self.dtype, name=name)

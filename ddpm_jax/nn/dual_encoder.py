@@ -53,7 +53,7 @@ class DualEncoder(nn.Module):
 
     Attributes:
       size: Size of the text encoder: tiny, small or base (`text_encoder.SIZES`).
-      length: Tokens of the longest caption.
+      length: Number of bytes of the longest caption.
       channels: Channels of the image tower's convolutions.
       embedding_dim: Dimensions of the embeddings by which captions and images are compared.
       dtype: Type of the computation.

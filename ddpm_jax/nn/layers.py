@@ -216,7 +216,7 @@ def condition(
     label_std: float,
     pooled: Float[Array, "batch d"] | None = None,
 ) -> Float[Array, "batch width"]:
-    """Return the embedding of the conditioning: the sum of those of time, label and caption.
+    """Return the embedding of the conditioning: swish of the sum for time, label and caption.
 
     It is called within a module's compact method, and creates the submodules time_1, time_2, label
     and pooled of that module.

@@ -182,8 +182,9 @@ class UNet(nn.Module):
         """Check that the network can be built for images of `shape` [H, W, C].
 
         Raises:
-          FieldError: If the sides are not multiples of the total reduction, a number of channels
-            does not suit its layers, or an attention size is not the side of a feature map.
+          FieldError: If the sides are not multiples of the total reduction, a number of channels is
+            not a multiple of 4 or of `head_channels`, or an attention size is not the side of a
+            feature map.
         """
         halvings, side = len(self.multipliers) - 1, self.space_to_depth
         (height, width, _), multipliers = shape, ",".join(map(str, self.multipliers))

@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 @runtime_checkable
 class Loss(Protocol):
-    """loss(params, extra, batch, keys) -> (mean loss, auxiliary results)."""
+    """A loss as a function of parameters, extra variables, a batch and keys."""
 
     def __call__(
         self, params: PyTree, extra: PyTree, batch: PyTree, keys: PyTree

@@ -49,7 +49,7 @@ class FullySharded(Partitioner):
         return partition(shape, self.mesh.devices.shape, self.mesh.axis_names)
 
     def lower(self, step: Step, state: PyTree, batch: PyTree, *rest: PyTree) -> Lowered:
-        """Lower step(state, batch, *rest, collectives=...), which donates `state`."""
+        """Lower step(state, batch, *rest, collectives=...), with `state` donated."""
         options = compiler_options(LATE_GATHERS) if on_cpu(self.mesh) else None
         collectives = ShardedCollectives(self.mesh, self._partition)
         return lower_global(self, collectives, step, state, batch, *rest, options=options)

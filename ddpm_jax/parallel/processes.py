@@ -50,7 +50,7 @@ def coordination_client() -> Coordinator | None:
 
 
 def without_client() -> str:
-    """Return a warning for several processes if this jax has no known client; "": no warning."""
+    """Return a warning if several processes run without jax's client; "": no warning."""
     if alone() or coordination_client() is not None:
         return ""
     return (

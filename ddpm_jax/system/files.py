@@ -98,7 +98,7 @@ def is_ours(path: pathlib.Path) -> bool:
                 return PNG_MARK in file.read(HEAD)
         with np.load(path, allow_pickle=False) as arrays:
             return str(arrays["software"]) == SOFTWARE
-    except Exception:  # of many types, if it is another type of file
+    except Exception:  # of many types, if the file has another format
         return False
 
 

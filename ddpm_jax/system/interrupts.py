@@ -95,7 +95,7 @@ def ending_at_once() -> Iterator[None]:
         if number == signal.SIGINT:
             end_now()
 
-    before = signal.signal(signal.SIGINT, lambda *_: None)  # the thread alone ends the process
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # only the thread ends the process
     try:
         with watched(on_signal):
             yield
