@@ -120,13 +120,7 @@ def captioned(
 
 
 def _shorten(caption: str, width: int, length: Callable[[str], float]) -> str:
-    """Return a caption in one line, shortened to `width` pixels, with "..." in place of the rest.
-
-    Args:
-      caption: Text.
-      width: Maximum length, in pixels.
-      length: Function that returns the length of a text, in pixels.
-    """
+    """Return a caption in one line, shortened to `width` pixels, which `length` measures."""
     text = printable(" ".join(caption.split()))
     if len(text) <= width and length(text) <= width:
         return text

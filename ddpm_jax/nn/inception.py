@@ -66,10 +66,6 @@ def resize(x: Float[Array, "batch h w c"], side: int = SIDE) -> Float[Array, "ba
 
     Output pixel i samples the input at i * length / side: without an offset of half a pixel,
     without smoothing, and with the edge pixel repeated beyond the edge.
-
-    Args:
-      x: Images.
-      side: Height and width of the result, in pixels.
     """
     for axis in (2, 1):
         length = x.shape[axis]

@@ -23,12 +23,7 @@ HEARTBEAT = 30  # seconds without a heartbeat after which jax regards a process 
 
 
 def check_cluster(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Check the flags that describe the processes, before anything starts.
-
-    Args:
-      coordinator: Value of --coordinator; None: not given.
-      processes: Value of --num_processes; None: not given.
-      process: Value of --process_id; None: not given.
+    """Check the values of --coordinator, --num_processes and --process_id; None: not given.
 
     Raises:
       UserError: If the coordinator's address is not HOST:PORT, or the index of the process is not
@@ -50,10 +45,7 @@ def check_cluster(coordinator: str | None, processes: int | None, process: int |
 
 
 def check_host(coordinator: str) -> None:
-    """Check that the name of the coordinator's host resolves within `RESOLVE_SECONDS`.
-
-    Args:
-      coordinator: Address HOST:PORT.
+    """Check that the host of the address HOST:PORT resolves within `RESOLVE_SECONDS`.
 
     Raises:
       UserError: If the name does not resolve.

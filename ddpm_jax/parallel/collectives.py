@@ -134,15 +134,7 @@ class ShardedCollectives(Collectives):
     def per_device(
         self, compute: Compute, params: PyTree, extra: PyTree, batch: PyTree, keys: PyTree
     ) -> tuple[PyTree, PyTree, PyTree]:
-        """Return `compute(collectives, params, extra, batch, keys)`, computed on each device.
-
-        Args:
-          compute: Function that computes the gradient of a batch.
-          params: Parameters, partitioned.
-          extra: Extra variables, partitioned.
-          batch: Arrays whose first axis is the examples.
-          keys: One key for each example.
-        """
+        """Return `compute(collectives, ...)`, computed on each device; see `Collectives`."""
         specs = jax.tree.map(lambda array: self.split(array.shape), (params, extra))
         sizes = frozenset(array.size for array in jax.tree.leaves(params))
         examples, replicated = PartitionSpec(self.mesh.axis_names), PartitionSpec()

@@ -34,9 +34,6 @@ class FullySharded(Partitioner):
 
     The mesh has one axis for each prime factor of the number of devices, so that an array can be
     partitioned across as many devices as its shape allows.  A batch is partitioned across all axes.
-
-    Attributes:
-      mesh: The devices.
     """
 
     mesh: Mesh

@@ -119,12 +119,8 @@ class Partitioner(Protocol):
     ) -> Callable[P, T]:
         """Return a compiled version of `fn`, whose results are replicated on every device.
 
-        Compilation happens once for each set of static arguments and of shapes, however many
-        callers there are.
-
-        Args:
-          fn: Function of arrays and static arguments.
-          static_argnums: Positions of the static arguments, which are hashable.
+        It is compiled once for each set of static arguments (at the positions `static_argnums`)
+        and of shapes, also if several callers compile it.
         """
         return cast(Callable[P, T], compiled(self.replicated, fn, static_argnums))
 
@@ -176,14 +172,9 @@ def on_cpu(mesh: Mesh) -> bool:
 def compiled(
     sharding: NamedSharding, fn: Callable[..., Any], static_argnums: int | tuple[int, ...] = ()
 ) -> Callable[..., Any]:
-    """Return the jitted `fn`; equal arguments return the same object.
+    """Return the jitted `fn`; calls with equal arguments return the same object.
 
-    The outputs' sharding is stated, because one that jax infers may not divide their shapes.
-
-    Args:
-      sharding: Sharding of the outputs.
-      fn: Function of arrays and static arguments.
-      static_argnums: Positions of the static arguments, which are hashable.
+    The sharding of the outputs is stated, because one that jax infers may not divide their shapes.
     """
     return jax.jit(fn, static_argnums=static_argnums, out_shardings=sharding)
 

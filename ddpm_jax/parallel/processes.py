@@ -60,11 +60,7 @@ def without_client() -> str:
 
 
 def check_same_everywhere(what: str, value: str) -> None:
-    """Check that all processes have the same `value`.
-
-    Args:
-      what: Name of the value in the error message.
-      value: Value of this process.
+    """Check that all processes have the same `value`, which `what` names in the error message.
 
     Raises:
       UserError: If the value differs from that of the first process.
@@ -83,10 +79,7 @@ def is_main() -> bool:
 
 
 def from_main(fn: Callable[[], T]) -> T:
-    """Call `fn` in the first process, and return its result in all processes.
-
-    Args:
-      fn: Function whose result consists of the types of JSON.
+    """Call `fn` in the first process, and return its result, of JSON types, in all processes.
 
     Raises:
       Exception: If `fn` raises it; in the first process.
@@ -115,13 +108,7 @@ def from_main(fn: Callable[[], T]) -> T:
 def from_main_alone(fn: Callable[[], T], otherwise: T) -> T:
     """Return `fn()` in the first process, and `otherwise` in the other processes.
 
-    Args:
-      fn: Function with any result.
-      otherwise: Result in the other processes.
-
-    Raises:
-      Exception: If `fn` raises it; in the first process.
-      RunError: If `fn` raises an exception; in the other processes, with its message.
+    Errors of `fn` are raised in all processes, as by `from_main`.
     """
     result = otherwise
 
@@ -181,13 +168,9 @@ class Meeting:
         return None if without_client() else self.wait
 
     def wait(self, *, key: str, timeout_ms: int) -> None:
-        """Wait for the other processes, which must send the same `key`.
+        """Wait at most `timeout_ms` milliseconds for the other processes, which send the same key.
 
         After an error, further calls return at once.
-
-        Args:
-          key: Key of this process.
-          timeout_ms: Time limit in milliseconds.
 
         Raises:
           OSError: If a process has failed, with its reason, or has not arrived in time.

@@ -26,11 +26,7 @@ AXIS = "data"  # name of the mesh axis of devices
 
 @dataclasses.dataclass(frozen=True)
 class Replicated(Partitioner):
-    """The partitioner of `jit`: batches are partitioned, and XLA inserts the communication.
-
-    Attributes:
-      mesh: The devices.
-    """
+    """The partitioner of `jit`: batches are partitioned, and XLA inserts the communication."""
 
     mesh: Mesh
 
@@ -45,11 +41,7 @@ class Replicated(Partitioner):
 
 @dataclasses.dataclass(frozen=True)
 class PerDevice(Partitioner):
-    """The partitioner of `pmap`: the step is called for each device.
-
-    Attributes:
-      mesh: The devices, which are the first axis of a batch.
-    """
+    """The partitioner of `pmap`: the step is called for each device, the first axis of a batch."""
 
     mesh: Mesh
 

@@ -23,11 +23,7 @@ MODES = PARALLEL
 
 
 def make(mode: str = "jit", devices: list[jax.Device] | None = None) -> Partitioner:
-    """Return the partitioner of a mode.
-
-    Args:
-      mode: One of `MODES`.
-      devices: The devices; None: all devices.
+    """Return the partitioner of a mode on `devices`; None: all devices.
 
     Raises:
       UserError: If `mode` is not one of `MODES`.
@@ -44,11 +40,7 @@ def make(mode: str = "jit", devices: list[jax.Device] | None = None) -> Partitio
 
 
 def check_batch(batch_size: int, accumulate: int = 1) -> None:
-    """Check that a training batch divides evenly over the devices and the accumulated parts.
-
-    Args:
-      batch_size: Examples of a batch, on all devices.
-      accumulate: Parts of a batch whose gradients are accumulated.
+    """Check that a training batch divides evenly over devices and gradient accumulation steps.
 
     Raises:
       UserError: If the batch does not divide evenly.

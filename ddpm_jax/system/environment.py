@@ -51,14 +51,7 @@ def check_device() -> None:
 
 
 def _check_cpu_devices(count: int) -> None:
-    """Check that the number of CPU devices is from 1 to `MAX_CPU_DEVICES`.
-
-    Args:
-      count: Value of jax's option `jax_num_cpu_devices`; -1: not set.
-
-    Raises:
-      UserError: If this option or a flag in `XLA_FLAGS` is outside the range.
-    """
+    """Check the number of CPU devices, by `count` (-1: not set) and by `XLA_FLAGS`."""
     name = "--xla_force_host_platform_device_count"
     numbers = [("JAX_NUM_CPU_DEVICES", count)] if count != -1 else []
     for text in re.findall(rf"{name}=(-?\d+)(?!\S)", os.environ.get("XLA_FLAGS", "")):
@@ -70,14 +63,7 @@ def _check_cpu_devices(count: int) -> None:
 
 @contextlib.contextmanager
 def _one_line(names: Iterable[str]) -> Iterator[None]:
-    """Turn a ValueError about one of these variables into a UserError; re-raise other errors.
-
-    Args:
-      names: Names of environment variables.
-
-    Raises:
-      UserError: If the context raises a ValueError about one of the variables.
-    """
+    """Turn a ValueError about one of these variables into a UserError; re-raise other errors."""
     try:
         yield
     except ValueError as error:

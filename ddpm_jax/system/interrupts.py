@@ -18,12 +18,7 @@ before_end: list[Callable[[], None]] = []  # functions that `end_now` calls
 
 
 def end_now(line: str = "interrupted: by Ctrl-C", code: int = ENDED) -> None:
-    """Print a line and end the process at once, without waiting for other threads.
-
-    Args:
-      line: Line for stderr.
-      code: Exit code.
-    """
+    """Print a line to stderr and end the process at once, without waiting for other threads."""
     for function in before_end:
         function()
     terminal.print_error(line)
@@ -36,9 +31,6 @@ def watched(on_signal: Callable[[int], None]) -> Iterator[None]:
 
     Only signals with a Python handler are reported.  Outside of the main thread, this context has
     no effect.
-
-    Args:
-      on_signal: Function of the number of the signal.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)

@@ -57,8 +57,8 @@ class Contrastive(SmallTask):
     def features(self, params, x, keys):
         noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
         hidden = jnp.tanh((x + 0.1 * noise) @ params["in"])
-        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, (24,)))(keys)
-        features = jnp.where(kept, hidden / 0.8, 0) @ params["out"] + params["bias"]
+        mask = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, (24,)))(keys)
+        features = jnp.where(mask, hidden / 0.8, 0) @ params["out"] + params["bias"]
         return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
     def loss(self, variables, batch, keys, *, train, all_gather):
