@@ -1,4 +1,4 @@
-"""Pictures, curves and tables."""
+"""Image grids, plots and tables, and the files that they are written to."""
 
 import bisect
 import json
@@ -15,31 +15,31 @@ from ddpm_jax.errors import NonFinite, printable
 from ddpm_jax.fields import Json
 from ddpm_jax.system.files import SOFTWARE, write_with
 
-if TYPE_CHECKING:  # it takes long to import
+if TYPE_CHECKING:  # importing it is slow
     import matplotlib.axes
     import matplotlib.figure
 
 P = ParamSpec("P")
-warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box is drawn for it
+warnings.filterwarnings("ignore", message="Glyph .* missing from")  # matplotlib shows a box instead
 
 
 def check_finite(images: Float[np.ndarray, "*batch"]) -> None:
     """Check that all values of the images are finite.
 
     Raises:
-      NonFinite: some are not.
+      NonFinite: If a value is NaN or infinite.
     """
     finite = np.isfinite(images)
     if not finite.all():
-        wrong = images.size - np.count_nonzero(finite)
-        raise NonFinite(f"{wrong} of {images.size} values of the images are non-finite (NaN, inf)")
+        count = images.size - np.count_nonzero(finite)
+        raise NonFinite(f"{count} of {images.size} values of the images are non-finite (NaN, inf)")
 
 
 def to_uint8(images: Float[np.ndarray, "*batch"]) -> UInt8[np.ndarray, "*batch"]:
-    """Return images of [-1, 1] as 0 ... 255, clipped.
+    """Return images with values of [-1, 1] as integers 0 ... 255; other values are clipped.
 
     Raises:
-      NonFinite: a value is not finite: it would be black, as a real one may be.
+      NonFinite: If a value is NaN or infinite, because it would become a valid colour.
     """
     check_finite(images)
     levels = np.round((np.clip(images, -1, 1) + 1) * 127.5)
@@ -47,11 +47,11 @@ def to_uint8(images: Float[np.ndarray, "*batch"]) -> UInt8[np.ndarray, "*batch"]
 
 
 def attempt(
-    make: Callable[P, np.ndarray], *arguments: P.args, **named: P.kwargs
+    function: Callable[P, np.ndarray], *args: P.args, **kwargs: P.kwargs
 ) -> np.ndarray | NonFinite:
-    """Return the picture that `make` makes, or in its place the error that there is none."""
+    """Return the image that `function` computes, or the NonFinite error that it raises."""
     try:
-        return make(*arguments, **named)
+        return function(*args, **kwargs)
     except NonFinite as error:
         return error
 
@@ -61,15 +61,16 @@ def grid(
     columns: int | None = None,
     side: int = 56,
 ) -> UInt8[np.ndarray, "H W c"]:
-    """Return images in rows, from the top left, with lines between them.
+    """Return a grid of images, filled row by row, with lines between them.
 
     Args:
-      images: in [-1, 1], or in 0 ... 255 if they are uint8.
-      columns: how many in a row; as many as rows by default.
-      side: small images are enlarged, pixel by pixel, to at least about this many pixels.
+      images: Images with values in [-1, 1], or in 0 ... 255 if they are uint8.
+      columns: Number of images in a row; None: about the number of rows.
+      side: Approximate minimum side of an image, in pixels; smaller images are enlarged by an
+        integer factor.
 
     Raises:
-      NonFinite: a value is not finite.
+      NonFinite: If a value is NaN or infinite.
     """
     count, height, width, channels = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
@@ -79,9 +80,9 @@ def grid(
     cells = cells.repeat(zoom, 1).repeat(zoom, 2)
     height, width = height * zoom, width * zoom
     sheet = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, channels), 96, np.uint8)
-    for number, cell in enumerate(cells):
-        top = number // columns * (height + 2) + 2
-        left = number % columns * (width + 2) + 2
+    for index, cell in enumerate(cells):
+        top = index // columns * (height + 2) + 2
+        left = index % columns * (width + 2) + 2
         sheet[top : top + height, left : left + width] = cell
     return sheet
 
@@ -90,44 +91,40 @@ def captioned(
     rows: list[tuple[str, Float[np.ndarray, "n h w c"] | UInt8[np.ndarray, "n h w c"]]],
     side: int = 64,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Return rows of images, each below its text, which is cut to their width.
+    """Return rows of images, each below its caption, which is shortened to the width of the row.
 
     Args:
-      rows: texts, and images as in `grid`.
-      side: as in `grid`.
+      rows: Pairs of a caption and images, as in `grid`.
+      side: Approximate minimum side of an image, in pixels, as in `grid`.
 
     Raises:
-      NonFinite: a value is not finite.
+      NonFinite: If a value is NaN or infinite.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    line, font, parts = 18, ImageFont.load_default(12), []
-    for words, images in rows:
+    line_height, font, parts = 18, ImageFont.load_default(12), []
+    for caption, images in rows:
         pixels = grid(images, columns=len(images), side=side)
         pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
-        head = Image.new("RGB", (pixels.shape[1], line), "white")
-        text = _cut(words, head.width - 6, font.getlength)
-        ImageDraw.Draw(head).text((3, 2), text, "black", font)
-        parts += [np.asarray(head), pixels]
-    wide = max(part.shape[1] for part in parts)
+        header = Image.new("RGB", (pixels.shape[1], line_height), "white")
+        text = _shorten(caption, header.width - 6, font.getlength)
+        ImageDraw.Draw(header).text((3, 2), text, "black", font)
+        parts += [np.asarray(header), pixels]
+    width = max(part.shape[1] for part in parts)
     return np.concatenate(
         [
-            np.pad(part, ((0, 0), (0, wide - part.shape[1]), (0, 0)), constant_values=255)
+            np.pad(part, ((0, 0), (0, width - part.shape[1]), (0, 0)), constant_values=255)
             for part in parts
         ]
     )
 
 
-def _cut(words: str, width: int, length: Callable[[str], float]) -> str:
-    """Return a text in one line, and what of it fits into so many pixels.
-
-    Args:
-      length: of a text, in pixels.
-    """
-    text = printable(" ".join(words.split()))
+def _shorten(caption: str, width: int, length: Callable[[str], float]) -> str:
+    """Return a caption in one line, shortened to `width` pixels, which `length` measures."""
+    text = printable(" ".join(caption.split()))
     if len(text) <= width and length(text) <= width:
         return text
-    text = text[:width]  # no more letters than pixels
+    text = text[:width]  # a letter has at least one pixel
 
     def pixels(count: int) -> int:
         return math.ceil(length(text[:count] + "..."))
@@ -136,33 +133,31 @@ def _cut(words: str, width: int, length: Callable[[str], float]) -> str:
 
 
 def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w c"]) -> None:
-    """Write a grey or colour picture, with this program's mark."""
+    """Write a grey or colour image as a PNG with this program's mark (`files.SOFTWARE`)."""
     from PIL import Image, PngImagePlugin
 
-    about = PngImagePlugin.PngInfo()
-    about.add_text("Software", SOFTWARE)
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    write_with(path, lambda file: picture.save(file, "png", pnginfo=about))
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_text("Software", SOFTWARE)
+    png = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    write_with(path, lambda file: png.save(file, "png", pnginfo=metadata))
 
 
 def save_gif(path: pathlib.Path, frames: UInt8[np.ndarray, "f h w c"]) -> None:
-    """Write a animation of ten frames a second, whose last frame stays for two."""
+    """Write an animation of ten frames per second; the last frame is shown for two seconds."""
     from PIL import Image
 
-    pictures = [
-        Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames
-    ]
-    times = [100] * (len(pictures) - 1) + [2000]
-    first, *others = pictures
+    images = [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
+    times = [100] * (len(images) - 1) + [2000]  # milliseconds
+    first, *rest = images
 
     def save(file: IO[bytes]) -> None:
-        first.save(file, "gif", save_all=True, append_images=others, duration=times, loop=0)
+        first.save(file, "gif", save_all=True, append_images=rest, duration=times, loop=0)
 
     write_with(path, save)
 
 
 def save_image(stem: pathlib.Path, image: np.ndarray) -> pathlib.Path:
-    """Write a picture [H, W, C] as STEM.png, or a animation [F, H, W, C] as STEM.gif."""
+    """Write an image [H, W, C] as STEM.png, or an animation [F, H, W, C] as STEM.gif."""
     animation = image.ndim == 4
     path = stem.with_name(stem.name + (".gif" if animation else ".png"))
     (save_gif if animation else save_png)(path, image)
@@ -170,22 +165,30 @@ def save_image(stem: pathlib.Path, image: np.ndarray) -> pathlib.Path:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Json]]:
-    """Return the lines of a .jsonl file; none where there is no file."""
+    """Return the lines of a .jsonl file, or an empty list if the file does not exist."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def curves(path: pathlib.Path, lines: Iterable[dict[str, Json]], title: str) -> None:
-    """Draw one panel for each metric over steps, with every split in the same."""
+    """Write a plot with one panel for each metric over steps, with one curve for each split.
+
+    If no metric has values at two steps, no file is written.
+
+    Args:
+      path: Path of the PNG file.
+      lines: Lines of `metrics.jsonl`, each with the entry `step`.
+      title: Title of the plot.
+    """
     from matplotlib.figure import Figure
 
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for line in lines:
         for name, value in line.items():
             split, _, metric = name.partition("/")
-            known = split in ("train", "validation", "test") and not is_error(name, line)
-            if known and isinstance(value, (int, float)):
+            plotted = split in ("train", "validation", "test") and not is_error(name, line)
+            if plotted and isinstance(value, (int, float)):
                 points = series.setdefault(metric, {}).setdefault(split, [])
                 points.append((line["step"], value))
     series = {m: s for m, s in series.items() if any(len(points) > 1 for points in s.values())}
@@ -193,11 +196,11 @@ def curves(path: pathlib.Path, lines: Iterable[dict[str, Json]], title: str) -> 
         return
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
-    wide, high = 4 * columns, 3 * rows
-    figure = Figure(figsize=(wide, high))
-    # Margins in inches: to measure them by what is drawn takes as long as to draw.
+    width, height = 4 * columns, 3 * rows
+    figure = Figure(figsize=(width, height))
+    # Margins in inches: matplotlib's automatic layout takes as long as plotting.
     figure.subplots_adjust(
-        0.7 / wide, 0.5 / high, 1 - 0.1 / wide, 1 - 0.7 / high, wspace=0.25, hspace=0.4
+        0.7 / width, 0.5 / height, 1 - 0.1 / width, 1 - 0.7 / height, wspace=0.25, hspace=0.4
     )
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (metric, splits) in zip(axes.flat, series.items(), strict=False):
@@ -205,28 +208,30 @@ def curves(path: pathlib.Path, lines: Iterable[dict[str, Json]], title: str) -> 
             steps, values = zip(*points, strict=True)
             axis.plot(steps, values, label=split, marker="." if len(points) < 30 else None)
             late = [v for s, v in points if s >= 0.05 * points[-1][0]]
-            if split == "train" and len(late) > 2:  # the first steps would flatten the rest
+            if split == "train" and len(late) > 2:  # the first steps would dominate the scale
                 axis.set_ylim(top=max(late) + 0.1 * (max(late) - min(late) or 1))
         axis.set_title(printable(metric), parse_math=False)
         axis.set_xlabel("step")
         axis.legend()
     for axis in axes.flat[len(series) :]:
         axis.remove()
-    figure.suptitle(printable(title), parse_math=False)  # which a stranger may have named
+    figure.suptitle(printable(title), parse_math=False)  # users chose its names
     write_with(path, lambda file: figure.savefig(file, dpi=100, format="png"))
 
 
-def new_axis(wide: float, high: float) -> tuple["matplotlib.figure.Figure", "matplotlib.axes.Axes"]:
-    """Return a figure of so many inches, and its only axis."""
+def new_axis(
+    width: float, height: float
+) -> tuple["matplotlib.figure.Figure", "matplotlib.axes.Axes"]:
+    """Return a figure of a width and a height in inches, and its only axis."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(wide, high), dpi=100)
-    figure.subplots_adjust(0.8 / wide, 0.55 / high, 1 - 0.15 / wide, 1 - 0.4 / high)
+    figure = Figure(figsize=(width, height), dpi=100)
+    figure.subplots_adjust(0.8 / width, 0.55 / height, 1 - 0.15 / width, 1 - 0.4 / height)
     return figure, figure.subplots()
 
 
 def figure_pixels(figure: "matplotlib.figure.Figure") -> UInt8[np.ndarray, "h w c"]:
-    """Return a figure as a picture."""
+    """Return the pixels of a figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -238,13 +243,13 @@ def figure_pixels(figure: "matplotlib.figure.Figure") -> UInt8[np.ndarray, "h w 
 def lines(
     x: Float[np.ndarray, "points"], ys: dict[str, np.ndarray], xlabel: str, title: str
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Return curves over one axis, as a picture.
+    """Return a plot of curves that have the same values of x.
 
     Args:
-      x: of every point.
-      ys: the curves by their names.
-      xlabel: of the axis.
-      title: of the picture.
+      x: Values of x.
+      ys: Values of y of each curve, by the curve's name in the legend.
+      xlabel: Label of the x axis.
+      title: Title of the plot.
     """
     figure, axis = new_axis(6.0, 4.0)
     for name, y in ys.items():
@@ -260,14 +265,18 @@ def paths(
     labels: tuple[str, str],
     title: str,
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Return a plot of lines through points (x, y), each point with its word beside it."""
+    """Return a plot of lines through points (x, y), with a label at each point.
+
+    Args:
+      lines: x values, y values and point labels of each line, by the line's name in the legend.
+      labels: Labels of the x axis and the y axis.
+      title: Title of the plot.
+    """
     figure, axis = new_axis(6.5, 4.5)
-    for name, (x, y, words) in lines.items():
+    for name, (x, y, point_labels) in lines.items():
         axis.plot(x, y, "o-", label=name)
-        for word, *place in zip(words, x, y, strict=True):
-            axis.annotate(
-                word, (place[0], place[1]), xytext=(5, 4), textcoords="offset points", fontsize=8
-            )
+        for label, x_i, y_i in zip(point_labels, x, y, strict=True):
+            axis.annotate(label, (x_i, y_i), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.set_xlabel(labels[0])
     axis.set_ylabel(labels[1])
     axis.set_title(printable(title), parse_math=False)
@@ -278,7 +287,7 @@ def paths(
 
 
 def table(rows: list[tuple[str, str]], title: str) -> str:
-    """Return a table of two columns under a title, each row in one line."""
+    """Return a table of two columns as text: the title, then one line for each row."""
     rows = [(printable(name), printable(value)) for name, value in rows]
     width = max((len(name) for name, _ in rows), default=0)
     lines = [f"  {name:<{width}}  {value}" for name, value in rows]
@@ -286,21 +295,23 @@ def table(rows: list[tuple[str, str]], title: str) -> str:
 
 
 def is_error(name: str, metrics: Iterable[str]) -> bool:
-    """Return whether a metric is the standard error of another one."""
+    """Return whether `name` is the standard error of another one of `metrics`."""
     return name.endswith("_error") and name.removesuffix("_error") in metrics
 
 
 def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
-    """Return metrics as a table shows them, each with its standard error where there is one."""
+    """Return (name, text) of each metric, the text with the standard error if there is one."""
     rows = []
     for name, value in metrics.items():
         if is_error(name, metrics) or not isinstance(value, (int, float)):
             continue
         error = metrics.get(f"{name}_error")
-        if error and 0 < error < math.inf:  # two digits of it, and as many of the value
-            places = max(1 - math.floor(math.log10(error)), 0)
-            text = f"{value:.{places}f} +- {error:.{places}f}"
-            if places > 6:
+        if (
+            error and 0 < error < math.inf
+        ):  # two digits of the error, and as many decimals of the value
+            decimals = max(1 - math.floor(math.log10(error)), 0)
+            text = f"{value:.{decimals}f} +- {error:.{decimals}f}"
+            if decimals > 6:
                 text = f"{value:.2g} +- {error:.1g}"
         else:
             text = f"{value:.4g}" if abs(value) < 100 else f"{value:.2f}"
@@ -311,16 +322,16 @@ def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
 def comparison_rows(
     runs: Mapping[str, dict[str, float]], names: Sequence[str], prefix: str = ""
 ) -> list[tuple[str, str]]:
-    """Return a row of chosen metrics for each run or setting that a table compares.
+    """Return (run, text) for each run or setting, where the text lists some of its metrics.
 
     Args:
-      runs: metrics by the row's name.
-      names: of the metrics; those that a run does not have are left out.
-      prefix: of the metrics' names, such as "test/", which the table does not show.
+      runs: Metrics of each run, by the run's name.
+      names: Names of the listed metrics; metrics that a run does not have are omitted.
+      prefix: Prefix of the names in `runs`, such as "test/", which is not shown.
     """
     rows = []
     for run, metrics in runs.items():
         texts = dict(metric_rows(metrics))
-        shown = [f"{name} {texts[prefix + name]}" for name in names if prefix + name in texts]
-        rows.append((run, "  ".join(shown)))
+        listed = [f"{name} {texts[prefix + name]}" for name in names if prefix + name in texts]
+        rows.append((run, "  ".join(listed)))
     return rows

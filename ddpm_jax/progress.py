@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on: loss, steps/s, time left."""
+"""Log lines and the progress bar of a run: loss, steps per second, remaining time."""
 
 import contextlib
 import functools
@@ -9,38 +9,39 @@ from collections.abc import Iterator
 from ddpm_jax.parallel.processes import is_main
 from ddpm_jax.system import terminal
 
-SECONDS_BETWEEN_LINES = 10.0  # where stderr is not a terminal
+SECONDS_BETWEEN_LINES = 10.0  # if stderr is not a terminal
 
 
 def log(line: str) -> None:
-    """Print a line to stderr, from the first process alone; a full disk behind it ends nothing."""
+    """Print a line to stderr, only in the first process; errors of writing are ignored."""
     if is_main():
         terminal.print_error(line)
 
 
-log_once = functools.cache(log)  # for what may come up several times in one process
+log_once = functools.cache(log)  # prints each line once per process
 
 
 def print_result(text: str) -> None:
-    """Print a result to stdout, from the first process alone."""
+    """Print a result to stdout, only in the first process."""
     if is_main():
         terminal.show(text)
 
 
 class Clock:
-    """The progress bar, and the seconds that went into steps, evaluations and checkpoints.
+    """The progress bar, and the seconds spent on steps, evaluations and checkpoints.
 
     Args:
-      step, total: where it starts and ends.
-      show: to a person.
-      unit: what is counted.
+      step: Step at which the run starts.
+      total: Step at which the run ends.
+      show: Show a progress bar, or log lines if stderr is not a terminal.
+      unit: Noun for a step in the bar and the lines.
     """
 
     def __init__(self, step: int, total: int, show: bool = True, unit: str = "step") -> None:
         self._unit = unit
         self._first, self._total = step, total
         self._lap_step, self._lap_start = step, time.perf_counter()
-        self._start: float | None = None  # of the steps after the first call, which compiles
+        self._start: float | None = None  # of timing, after the first call, which compiles
         self._paused: dict[str, float] = {}
         self._waited = 0.0
         self._last_line = time.perf_counter()
@@ -52,7 +53,7 @@ class Clock:
             self._bar = tqdm(total=total, initial=step, unit=unit, dynamic_ncols=True)
 
     def show(self, step: int, loss: float | None = None) -> None:
-        """Report that `step` is done."""
+        """Show that `step` is complete, with its loss if given."""
         if self._bar is not None:
             if loss is not None:
                 self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
@@ -68,8 +69,8 @@ class Clock:
         elif now - self._last_line > SECONDS_BETWEEN_LINES or step == self._total:
             busy = now - self._start - (sum(self._paused.values()) - self._excluded)
             rate = (step - self._first) / max(busy, 1e-9)
-            left = (self._total - step) / max(rate, 1e-9)
-            self._print(f"{line}  {rate:.1f} {self._unit}s/s  {_minutes(left)} left")
+            remaining = (self._total - step) / max(rate, 1e-9)
+            self._print(f"{line}  {rate:.1f} {self._unit}s/s  {_minutes(remaining)} left")
             self._last_line = now
 
     def _print(self, line: str) -> None:
@@ -77,7 +78,7 @@ class Clock:
             log(line)
 
     def lap(self, step: int) -> dict[str, float]:
-        """Return the seconds since the last lap, by what they went into, and the steps/s."""
+        """Return the seconds since the last lap, by activity, and the steps per second."""
         now = time.perf_counter()
         paused, self._paused = self._paused, {}
         if self._start is not None:
@@ -85,24 +86,24 @@ class Clock:
         seconds = now - self._lap_start - sum(paused.values())
         rate = (step - self._lap_step) / max(seconds, 1e-9)
         self._lap_step, self._lap_start = step, now
-        pauses = {f"{what}_seconds": spent for what, spent in paused.items()}
+        pauses = {f"{activity}_seconds": spent for activity, spent in paused.items()}
         waited, self._waited = self._waited, 0.0
         timing = {"seconds": seconds, "steps_per_second": rate, "data_seconds": waited}
         return {**timing, **pauses}
 
     @contextlib.contextmanager
-    def pause(self, what: str) -> Iterator[None]:
-        """Count the seconds in here as `what`, not as training."""
+    def pause(self, activity: str) -> Iterator[None]:
+        """Count the time in this context as `activity`, not as training."""
         start = time.perf_counter()
         try:
             yield
         finally:
             spent = time.perf_counter() - start
-            self._paused[what] = self._paused.get(what, 0.0) + spent
+            self._paused[activity] = self._paused.get(activity, 0.0) + spent
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the seconds in here as training that waits for data."""
+        """Count the time in this context as training that waits for data."""
         start = time.perf_counter()
         try:
             yield
@@ -110,7 +111,7 @@ class Clock:
             self._waited += time.perf_counter() - start
 
     def close(self) -> None:
-        """Leave the bar where it is."""
+        """Close the progress bar, which stays on the terminal."""
         if self._bar is not None:
             self._bar.close()
 

@@ -92,7 +92,7 @@ WRONG = [
     ("--experiment=beta_vae_mnist --debug --config.base.data=digits --config.base.train.batch_size="
      "1000000000000", r"--config\.base\.train\.batch_size"),
     ("--experiment=noise_in_sampling --debug --config.model.task.network.channels=6",
-     r"--config\.model\.task\.network\.channels=6: must divide by 4"),
+     r"--config\.model\.task\.network\.channels=6: must be a multiple of 4"),
     ("--experiment=noise_in_sampling --debug --config.samplers=ddmi", 'there is no "ddmi"'),
     ("--experiment=noise_in_sampling --debug --config.model.task.conditional=false", "every class"),
 ]  # fmt: skip

@@ -55,6 +55,6 @@ def test_the_layout_of_a_text_of_any_length_takes_less_than_a_second(text):
 
 
 def test_a_long_text_is_cut_where_it_no_longer_fits():
-    fits = plots._cut("abcdefghij", 50, lambda text: 5.0 * len(text))
+    fits = plots._shorten("abcdefghij", 50, lambda text: 5.0 * len(text))
     assert fits == "abcdefghij"
-    assert plots._cut("abcdefghijk", 50, lambda text: 5.0 * len(text)) == "abcdefg..."
+    assert plots._shorten("abcdefghijk", 50, lambda text: 5.0 * len(text)) == "abcdefg..."

@@ -1,1 +1,1 @@
-"""Networks, as Flax modules: batches [B, *event] in and out."""
+"""Networks, written as Flax modules; inputs and outputs are batches [B, *event]."""

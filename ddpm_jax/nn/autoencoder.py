@@ -1,10 +1,11 @@
-"""The autoencoder whose latents are images of their own, f times smaller either way.
+"""The autoencoder of latent diffusion; its latents are images with f times shorter sides.
 
-The shape of latent diffusion's (Rombach et al. 2022, app. E): residual blocks, halved or doubled
-between levels.  The first two pixels either way are folded into channels, so that nothing runs at
-an image's full size.  There is no group norm, which takes away what is the same all over an image,
-and of flat images that is most.  With no norm at all, training on `shapes` broke down at a learning
-rate of 3e-3; the root mean square of each place, before a block, keeps it on its way.
+The architecture follows Rombach et al. 2022, app. E: residual blocks, with the sides halved or
+doubled between levels.  The first level moves squares of 2x2 pixels into channels, so that no
+convolution runs at the full image size.  Group norm is not used: it removes what is constant across
+an image, which is most of the content of an image of uniform areas.  Without any norm, training on
+`shapes` diverged at a learning rate of 3e-3; an RMS norm over the channels of each pixel, before
+each block, prevents this.
 """
 
 from typing import Annotated
@@ -20,12 +21,14 @@ from ddpm_jax.nn.layers import Conv, depth_to_space, space_to_depth
 
 
 class Residual(nn.Module):
-    """x + two 3x3 convolutions, each behind a swish, of x over its size; at first x."""
+    """A residual block x + f(x): f is an RMS norm, then twice swish and a 3x3 convolution."""
 
     dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+        """Return x + f(x), which is initially x."""
+
         def conv(h: Array, name: str, init: Initializer) -> Array:
             layer = Conv(x.shape[-1], (3, 3), kernel_init=init, dtype=self.dtype, name=name)
             return layer(nn.swish(h))
@@ -36,14 +39,15 @@ class Residual(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """x [B, H, W, C] -> (mean, logvar) of z [B, H / f, W / f, latent] -> x.
+    """An autoencoder of images x [B, H, W, C], with latents z [B, H / f, W / f, latent_channels].
 
     Attributes:
-      shape: (height, width, channels) of an image.
-      channels: Channels of each level, from the image on; each halves the image, so f = 2^levels.
+      shape: Height, width and channels of an image.
+      channels: Channels of each level, starting at the image; each level halves the sides, so
+        f = 2^levels.
       latent_channels: Channels of z.
-      blocks: Residual blocks of each level, either way.
-      dtype: Type of the computation, but for norms, z and the image.
+      blocks: Residual blocks of each level, in the encoder and in the decoder.
+      dtype: Type of the computation; norms, z and the decoded image stay float32.
     """
 
     shape: Annotated[tuple[int, int, int], BOUND] = (0, 0, 0)
@@ -54,51 +58,52 @@ class Autoencoder(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(rows, columns, channels) of z."""
+        """The number of rows, columns and channels of z."""
         factor = 2 ** len(self.channels)
         return self.shape[0] // factor, self.shape[1] // factor, self.latent_channels
 
     def setup(self) -> None:
-        """Make the encoder and the decoder."""
+        """Create the encoder and the decoder."""
         self.encoder = Encoder(self.channels, 2 * self.latent_channels, self.blocks, self.dtype)
         self.decoder = Decoder(self.channels, self.shape[2], self.blocks, self.dtype)
 
     def encode(
         self, x: Float[Array, "batch h w c"]
     ) -> tuple[Float[Array, "batch rows columns d"], Float[Array, "batch rows columns d"]]:
-        """q(z|x): (mean, logvar); the variance, a sigmoid, is never larger than the prior's.
+        """Return (mean, logvar) of q(z|x); the variance is a sigmoid, at most the prior's (1).
 
-        A wider q(z|x) costs more nats than that of variance 1 and carries less information, so
-        that nothing is lost.  Without a bound, one large output of the encoder gives that image a
-        variance of its exponential, and noise as large as that ruins the decoder in one step.
+        A variance above 1 has a larger KL divergence and carries less information, so the bound
+        costs nothing.  Without it, one large encoder output gives an image a variance of
+        exp(output), and noise of that size ruins the decoder in one step.
         """
         mean, logit = jnp.split(self.encoder(x), 2, -1)
         return mean, jnp.maximum(nn.log_sigmoid(logit), -20.0)
 
     def decode(self, z: Float[Array, "batch rows columns d"]) -> Float[Array, "batch h w c"]:
-        """Return the image of z."""
+        """Return the images that the latents z decode to."""
         return self.decoder(z)
 
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+        """Return the reconstruction of x from the mean of q(z|x)."""
         return self.decode(self.encode(x)[0])
 
     def check(self) -> None:
         """Check that the network can be built for images of this size.
 
         Raises:
-          FieldError: it cannot.
+          FieldError: If the height or the width is not a multiple of f.
         """
         factor, (height, width, _) = 2 ** len(self.channels), self.shape
         if height % factor or width % factor:
             raise FieldError(
-                f"channels={','.join(map(str, self.channels))}: the autoencoder makes images "
-                f"{factor} times smaller, and {height}x{width} does not divide; give fewer "
-                "channels, or images of another size"
+                f"channels={','.join(map(str, self.channels))}: the autoencoder divides the "
+                f"sides of images by {factor}, and {height}x{width} does not divide by {factor}; "
+                "give fewer channels, or images of another size"
             )
 
 
 class Encoder(nn.Module):
-    """Down: every level but the first halves."""
+    """The convolutional encoder; each level halves the sides, the first by `space_to_depth`."""
 
     channels: tuple[int, ...]
     outputs: int
@@ -107,18 +112,22 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch rows columns d"]:
+        """Return the mean of q(z|x), and the logits of its variance, as channels."""
         x = space_to_depth(x, 2)
         for level, width in enumerate(self.channels):
             strides = 2 if level else 1
             x = Conv(width, (3, 3), strides, dtype=self.dtype, name=f"conv_{level}")(x)
-            for number in range(self.blocks):
-                x = Residual(self.dtype, name=f"block_{level}_{number}")(x)
+            for index in range(self.blocks):
+                x = Residual(self.dtype, name=f"block_{level}_{index}")(x)
         x = nn.swish(x).astype(jnp.float32)
         return Conv(self.outputs, (3, 3), name="out")(x)
 
 
 class Decoder(nn.Module):
-    """The way back; a doubling writes a pixel's four children as channels (Shi et al. 2016)."""
+    """The convolutional decoder; each level doubles the sides, by `depth_to_space`.
+
+    A convolution computes four pixels as channels of one (Shi et al. 2016).
+    """
 
     channels: tuple[int, ...]
     outputs: int
@@ -127,11 +136,12 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "batch rows columns d"]) -> Float[Array, "batch h w c"]:
+        """Return the images that the latents z decode to."""
         width = self.channels[-1]
         x = Conv(width, (3, 3), dtype=self.dtype, name="conv_in")(z)
         for level in reversed(range(len(self.channels))):
-            for number in range(self.blocks):
-                x = Residual(self.dtype, name=f"block_{level}_{number}")(x)
+            for index in range(self.blocks):
+                x = Residual(self.dtype, name=f"block_{level}_{index}")(x)
             if level:
                 width = self.channels[level - 1]
                 x = Conv(4 * width, (3, 3), dtype=self.dtype, name=f"conv_{level}")(x)

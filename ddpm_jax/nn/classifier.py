@@ -1,4 +1,4 @@
-"""A small convolutional classifier, whose last layer but one serves as features."""
+"""A small convolutional classifier; the layer before the logits gives an image's features."""
 
 from typing import Annotated
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 from ddpm_jax.fields import BOUND, Count, Share
 from ddpm_jax.nn.layers import Conv, Dropout, condition
 
-SMALLEST = 8  # a side that is not halved any more
+SMALLEST = 8  # convolutions halve longer sides only
 SINES = 64  # width of the time embedding
 
 
@@ -19,11 +19,11 @@ class ClassifierNetwork(nn.Module):
 
     Attributes:
       classes: Number of classes.
-      channels: Channels of the 3x3 convolutions, each of which halves a side longer than 8.
+      channels: Channels of the 3x3 convolutions, each of which halves sides longer than 8.
       features: Width of the layer before the logits.
       dropout: Dropout rate on the features, in training.
-      noisy: Images are x_t, and t is an input behind every convolution.
-      dtype: Type of the computation, but for the logits; None: the images'.
+      noisy: Classify noisy images x_t; an embedding of t is added after every convolution.
+      dtype: Type of the computation; the logits stay float32. None: the type of the images.
     """
 
     classes: Annotated[int, BOUND] = 0
@@ -40,17 +40,23 @@ class ClassifierNetwork(nn.Module):
         keys: Key[Array, "batch"] | None = None,
         time: Float[Array, "batch"] | None = None,
     ) -> tuple[Float[Array, "batch classes"], Float[Array, "batch features"]]:
-        """A noisy classifier is conditioned on `time` in [0, 1] (1 is pure noise; None: 0)."""
+        """Return the logits and the features.
+
+        Args:
+          x: Images in [-1, 1].
+          keys: Keys of dropout, one for each image; None outside training.
+          time: Times in [0, 1], where 1 is pure noise, for a noisy classifier. If None, all are 0.
+        """
         emb = None
         if self.noisy:
             time = jnp.zeros(len(x)) if time is None else time
             init = nn.initializers.lecun_normal()
             emb = condition(time, None, 0, SINES, 2 * SINES, init, 0.0)
-        for number, width in enumerate(self.channels):
+        for index, width in enumerate(self.channels):
             strides = 2 if x.shape[1] > SMALLEST else 1
-            x = Conv(width, (3, 3), strides, dtype=self.dtype, name=f"conv_{number}")(x)
+            x = Conv(width, (3, 3), strides, dtype=self.dtype, name=f"conv_{index}")(x)
             if emb is not None:
-                shift = nn.Dense(width, dtype=self.dtype, name=f"told_{number}")(emb)
+                shift = nn.Dense(width, dtype=self.dtype, name=f"told_{index}")(emb)
                 x += shift[:, None, None]
             x = nn.gelu(x)
         x = x.reshape(x.shape[0], -1)

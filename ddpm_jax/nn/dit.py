@@ -1,4 +1,4 @@
-"""The diffusion transformer of Peebles & Xie 2023, with the U-Net's interface."""
+"""The diffusion transformer (DiT) of Peebles & Xie 2023, with the interface of the U-Net."""
 
 from typing import Annotated
 
@@ -23,21 +23,22 @@ from ddpm_jax.nn.transformer import check_width
 
 
 class DiT(nn.Module):
-    """x_t [B, H, W, C] -> [B, H, W, outputs]: patches, transformer blocks, patches.
+    """A diffusion transformer: x_t [B, H, W, C] -> [B, H, W, outputs].
 
-    The blocks are one module scanned `depth` times, so that depth costs no compile time.
+    The tokens are patches of the image.  The blocks are one module, scanned `depth` times, so that
+    the compile time does not depend on `depth`.
 
     Attributes:
       outputs: Channels of the output.
-      patch: Side of a patch in pixels; a patch is a token.
+      patch: Side of a patch, in pixels; a patch is a token.
       width: Width of a token.
       depth: Number of blocks.
       heads: Number of attention heads.
-      dropout: Dropout rate behind each block's two branches, in training.
-      classes: Number of classes; label `classes` is "no class". 0: unconditional.
-      text_refiner_blocks: Blocks that read a caption's features anew (`nn.text_refiner`); 0: none.
+      dropout: Dropout rate after attention and after the MLP of each block, in training.
+      classes: Number of classes; the label `classes` is the null label. 0: unconditional.
+      text_refiner_blocks: Blocks of the text refiner (`nn.text_refiner`). 0: no text refiner.
       dtype: Type of the computation; norms, softmax, time embedding and output stay float32.
-      remat: Compute a block again in the backward pass instead of keeping its activations.
+      remat: Recompute the activations of a block in the backward pass instead of storing them.
     """
 
     outputs: Annotated[int, BOUND] = 3
@@ -60,7 +61,7 @@ class DiT(nn.Module):
         keys: Key[Array, "batch"] | None = None,
         context: Context | None = None,
     ) -> Float[Array, "batch h w outputs"]:
-        """The network's raw output; arguments as the U-Net's."""
+        """Return the network's raw output; the arguments are those of `UNet.__call__`."""
         size, height, width, _ = xt.shape
         rows, columns = height // self.patch, width // self.patch
         default = nn.initializers.lecun_normal()
@@ -95,20 +96,23 @@ class DiT(nn.Module):
         """Check that the network can be built for images of `shape` [H, W, C].
 
         Raises:
-          FieldError: it cannot.
+          FieldError: If the height or the width is not a multiple of `patch`, or if `width` is
+            odd or not a multiple of `heads`.
         """
         if shape[0] % self.patch or shape[1] % self.patch:
             raise FieldError(
-                f"patch={self.patch}: the DiT cuts images into patches, and {shape[0]}x{shape[1]} "
-                "does not divide by it"
+                f"patch={self.patch}: the DiT cuts images into patches of this side, and "
+                f"{shape[0]}x{shape[1]} does not divide by it; give a divisor of both sides"
             )
         check_width(self.width, self.heads)
 
 
 class DiTBlock(nn.Module):
-    """Attention and an MLP, each normed, scaled and shifted by the time, and gated (adaLN-Zero).
+    """A DiT block with adaLN-Zero (Peebles & Xie 2023, sec. 3.2).
 
-    Between them, where there is a caption, attention to its tokens.
+    The input of attention and of the MLP is normalised, scaled and shifted, and their output is
+    gated, all by functions of the embedding.  With a caption, attention to its tokens is between
+    them.
     """
 
     heads: int
@@ -124,6 +128,7 @@ class DiTBlock(nn.Module):
         context: Context | None,
         number: Int[Array, ""],
     ) -> tuple[Float[Array, "batch tokens d"], None]:
+        """Return the new tokens, and None as the output of `nn.scan`."""
         size, tokens, width = x.shape
         drop = Dropout(self.dropout, name="drop")
         modulation = _modulation(self, emb, 6, "modulation")
@@ -137,9 +142,7 @@ class DiTBlock(nn.Module):
         q, k, v = (a.reshape(size, tokens, self.heads, width // self.heads) for a in (q, k, v))
         h = dense(width, "project")(attention(q, k, v).reshape(x.shape))
         x += (gate_1 * drop(h, keys, 2 * number)).astype(x.dtype)
-        if (
-            context is not None
-        ):  # as in PixArt (Chen et al. 2024), whose last projection starts at 0
+        if context is not None:  # as in PixArt (Chen et al. 2024); initially the branch is 0
             x += CrossAttention(self.heads, self.dtype, name="cross")(x, context).astype(x.dtype)
         h = (layer_norm(x) * (1 + scale_2) + shift_2).astype(self.dtype)
         h = dense(width, "mlp_2")(nn.gelu(dense(4 * width, "mlp_1")(h)))
@@ -150,7 +153,7 @@ class DiTBlock(nn.Module):
 def _modulation(
     module: nn.Module, emb: Float[Array, "batch d"], parts: int, name: str
 ) -> list[Float[Array, "batch 1 d"]]:
-    """Return `parts` vectors of the embedding, all zero at first."""
+    """Return `parts` linear functions of the embedding, initially zero."""
     zeros = nn.initializers.zeros
     dense = nn.Dense(parts * emb.shape[-1], kernel_init=zeros, name=name, parent=module)
     return jnp.split(dense(emb)[:, None], parts, -1)

@@ -1,4 +1,4 @@
-"""Layers that Flax lacks or does otherwise: convolution, dropout, time embedding, attention."""
+"""Layers that Flax lacks or implements differently: convolution, dropout, attention and others."""
 
 import functools
 import zlib
@@ -14,7 +14,13 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class Context(NamedTuple):
-    """A caption's features, to condition on: of its tokens, which of them are text, and pooled."""
+    """Features of captions, to condition a network on.
+
+    Attributes:
+      tokens: Features of the tokens.
+      mask: True for tokens that are text, False for padding.
+      pooled: Features of each caption as a whole.
+    """
 
     tokens: Float[Array, "batch length width"]
     mask: Bool[Array, "batch length"]
@@ -22,7 +28,7 @@ class Context(NamedTuple):
 
 
 def convolution(
-    x: Float[Array, "batch *places inputs"],
+    x: Float[Array, "batch *in_sides inputs"],
     kernel: Float[Array, "*window fan outputs"],
     strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
@@ -32,48 +38,54 @@ def convolution(
     dimension_numbers: jax.lax.ConvDimensionNumbers | None = None,
     feature_group_count: int = 1,
     precision: jax.lax.PrecisionLike = None,
-) -> Float[Array, "batch *sides outputs"]:
-    """Convolve channels-last arrays, with fast gradients in CPU loops (`conv_general_dilated`).
+) -> Float[Array, "batch *out_sides outputs"]:
+    """Convolve as `jax.lax.conv_general_dilated`, with gradients that are fast in loops on CPUs.
 
-    XLA for CPUs puts the dimensions of a convolution into the order that its fast kernels need
-    (its pass ConvCanonicalization), but only outside of loops; within a loop it computes the
-    gradients that jax derives 20 to 50 times slower.  So on CPUs both gradients are convolutions
-    whose dimensions have that order already; the values are the same:
+    XLA for CPUs reorders the dimensions of a convolution for its fast kernels (in its pass
+    ConvCanonicalization), but only outside of loops; within a loop, the gradients that jax derives
+    are 20 to 50 times slower.  So on CPUs both gradients are written as convolutions with the
+    dimensions in that order; the values are the same:
 
-        dL/dx = conv(dL/dy, the kernel reversed in space, its channels exchanged)
-        dL/dkernel = conv(x, dL/dy), the batch being the channels that are summed over
+        dL/dx = conv(dL/dy, kernel), with the kernel reversed in space and its channels exchanged
+        dL/dkernel = conv(x, dL/dy), with the batch as the channels that are summed over
 
-    It has reverse-mode derivatives of any order, and no forward mode.
+    Reverse-mode derivatives of any order exist, forward-mode derivatives do not.
 
     Args:
-      x: the input.
-      kernel: the weights; fan = inputs / feature_group_count.
-      strides: of the window, a number for each dimension in space.
-      padding: "SAME", "VALID" or (low, high) for each dimension in space.
-      lhs_dilation, rhs_dilation: of the input and of the kernel.
-      dimension_numbers: as flax states them: batch first, channels last.
-      feature_group_count: groups of channels; with more than one, the gradients are jax's own.
-      precision: of the products.
+      x: Input, batch first and channels last.
+      kernel: Weights, with fan = inputs / feature_group_count.
+      strides: Strides of the window, one for each spatial dimension.
+      padding: "SAME", "VALID", or (low, high) for each spatial dimension.
+      lhs_dilation: Dilation of the input in each spatial dimension; None: 1.
+      rhs_dilation: Dilation of the kernel in each spatial dimension; None: 1.
+      dimension_numbers: Order of the dimensions, as Flax passes it: batch first, channels last.
+      feature_group_count: Groups of channels; with more than one, jax derives the gradients.
+      precision: Precision of the products.
 
     Returns:
-      The output.
+      The output, batch first and channels last.
     """
     ones = (1,) * (x.ndim - 2)
-    at, across = tuple(lhs_dilation or ones), tuple(rhs_dilation or ones)
+    input_dilation, kernel_dilation = tuple(lhs_dilation or ones), tuple(rhs_dilation or ones)
     numbers = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
     if isinstance(padding, str):
-        wide = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:-2], across, strict=True)]
-        sides = [(n - 1) * d + 1 for n, d in zip(x.shape[1:-1], at, strict=True)]
-        padding = jax.lax.padtype_to_pads(sides, wide, strides, padding)
+        kernel_sides = _dilated(kernel.shape[:-2], kernel_dilation)
+        padding = jax.lax.padtype_to_pads(
+            _dilated(x.shape[1:-1], input_dilation), kernel_sides, strides, padding
+        )
     pads = tuple((int(low), int(high)) for low, high in padding)
-    window = _Window(tuple(strides), pads, at, across, numbers, precision)
+    window = _Window(tuple(strides), pads, input_dilation, kernel_dilation, numbers, precision)
     if feature_group_count != 1:
         return _convolved(x, kernel, window, feature_group_count)
     return _convolution(window, x, kernel)
 
 
+def _dilated(sizes: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    return [(size - 1) * step + 1 for size, step in zip(sizes, dilation, strict=True)]
+
+
 class _Window(NamedTuple):
-    """How a convolution's window moves: the arguments of `convolution` other than arrays."""
+    """Settings of a convolution; the arguments of `convolution` that are not arrays."""
 
     strides: tuple[int, ...]
     pads: tuple[tuple[int, int], ...]
@@ -99,7 +111,7 @@ def _convolution_forward(
 
 
 def _convolution_backward(
-    window: _Window, kept: tuple[Array, Array], dy: Array
+    window: _Window, residuals: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
     def native(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
         (dx,) = jax.linear_transpose(lambda x: _convolved(x, kernel, window), x)(dy)
@@ -107,33 +119,27 @@ def _convolution_backward(
         return dx, dkernel
 
     def ordered(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
-        """Return both gradients as convolutions of batch, space and channels in that order."""
+        """Return both gradients as convolutions of arrays ordered as batch, space, channels."""
+        x_sides = _dilated(x.shape[1:-1], window.lhs_dilation)
+        kernel_sides = _dilated(kernel.shape[:-2], window.rhs_dilation)
+        dy_sides = _dilated(dy.shape[1:-1], window.strides)
         low = [pad[0] for pad in window.pads]
-        sizes = (x.shape[1:-1], kernel.shape[:-2], dy.shape[1:-1])
-        dilations = (window.lhs_dilation, window.rhs_dilation, window.strides)
-        sides, wide, out = (
-            [(n - 1) * d + 1 for n, d in zip(size, dilation, strict=True)]
-            for size, dilation in zip(sizes, dilations, strict=True)
-        )
-        of_input = window._replace(
+        sides = list(zip(x_sides, kernel_sides, dy_sides, low, strict=True))
+        dx_window = window._replace(
             strides=window.lhs_dilation,
             lhs_dilation=window.strides,
-            pads=tuple(
-                (k - 1 - p, n + p - o) for n, k, o, p in zip(sides, wide, out, low, strict=True)
-            ),
+            pads=tuple((k - 1 - p, n + p - o) for n, k, o, p in sides),
         )
-        of_kernel = window._replace(
+        dkernel_window = window._replace(
             strides=window.rhs_dilation,
             rhs_dilation=window.strides,
-            pads=tuple(
-                (p, k + o - 1 - n - p) for n, k, o, p in zip(sides, wide, out, low, strict=True)
-            ),
+            pads=tuple((p, k + o - 1 - n - p) for n, k, o, p in sides),
         )
         reverse = jax.lax.rev(kernel, tuple(range(kernel.ndim - 2))).swapaxes(-1, -2)
-        dkernel = _convolved(x.swapaxes(0, -1), jnp.moveaxis(dy, 0, -2), of_kernel)
-        return _convolved(dy, reverse, of_input), jnp.moveaxis(dkernel, 0, -2)
+        dkernel = _convolved(x.swapaxes(0, -1), jnp.moveaxis(dy, 0, -2), dkernel_window)
+        return _convolved(dy, reverse, dx_window), jnp.moveaxis(dkernel, 0, -2)
 
-    dx, dkernel = jax.lax.platform_dependent(*kept, dy, cpu=ordered, default=native)
+    dx, dkernel = jax.lax.platform_dependent(*residuals, dy, cpu=ordered, default=native)
     return dx, dkernel
 
 
@@ -143,10 +149,13 @@ Conv = functools.partial(nn.Conv, conv_general_dilated=convolution)
 
 
 class Dropout(nn.Module):
-    """Dropout with a key for each example, so that a draw does not depend on the batch.
+    """Dropout with a key for each example, so that an example's mask is the same in any batch.
 
-    The layer's path is folded into the keys, so that no two layers drop the same units.
-    Without keys (outside training) it does nothing.
+    The layer's path is folded into the keys, so that layers have independent masks.  Without keys
+    (outside training), the layer is the identity.
+
+    Attributes:
+      rate: Probability that a unit is dropped.
     """
 
     rate: float
@@ -157,7 +166,13 @@ class Dropout(nn.Module):
         keys: Key[Array, "batch"] | None,
         number: Int[Array, ""] | int = 0,
     ) -> Float[Array, "batch *event"]:
-        """`number` distinguishes the calls of one layer, as those of a scan."""
+        """Return x with random units set to 0 and the others divided by (1 - rate).
+
+        Args:
+          x: Activations.
+          keys: One key for each example; None outside training.
+          number: Number of the call, where one layer is called several times, such as in a scan.
+        """
         if keys is None or self.rate == 0.0:
             return x
         path = zlib.crc32("/".join(self.path).encode())
@@ -172,9 +187,10 @@ class Dropout(nn.Module):
 
 
 def time_embedding(time: Float[Array, "batch"], width: int) -> Float[Array, "batch width"]:
-    """Sines, then cosines, of 1000 t at frequencies from 1 down to 1 / 10,000.
+    """Return the sinusoidal embedding of times in [0, 1] (Ho et al. 2020, from tensor2tensor).
 
-    Ho et al. 2020's (from tensor2tensor): its step i of T = 1000 is 1000 t here.
+    It consists of the sines, then the cosines, of 1000 t at width / 2 frequencies, which decrease
+    geometrically from 1 to 1 / 10,000.  Step i of Ho et al.'s T = 1000 steps is 1000 t here.
     """
     half = width // 2
     rates = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / max(half - 1, 1))
@@ -183,7 +199,7 @@ def time_embedding(time: Float[Array, "batch"], width: int) -> Float[Array, "bat
 
 
 def grid_embedding(height: int, width: int, channels: int) -> Float[Array, "height width channels"]:
-    """Embed a pixel's row in half of the channels, its column in the others."""
+    """Return position embeddings: half of the channels embed the row, the others the column."""
     half = channels // 2
     rows, columns = (time_embedding(jnp.arange(side) / 1000, half) for side in (height, width))
     both = (rows[:, None], columns[None])
@@ -200,17 +216,23 @@ def condition(
     label_std: float,
     pooled: Float[Array, "batch d"] | None = None,
 ) -> Float[Array, "batch width"]:
-    """Return what a network is conditioned on: an MLP of the time, the label's vector, a caption's.
+    """Return the embedding of the conditioning: swish of the sum for time, label and caption.
 
-    Called within a module's compact method, whose parameters time_1, time_2, label and pooled it
-    makes.
+    It is called within a module's compact method, and creates the submodules time_1, time_2, label
+    and pooled of that module.
 
     Args:
-      labels: label `classes` is "no class"; not read where `classes` is 0.
-      sines: width of the time embedding; `width`: of the rest.
+      time: Times in [0, 1], where 1 is pure noise.
+      labels: Class labels; the label `classes` is the null label. Unused if `classes` is 0.
+      classes: Number of classes. 0: the network is not conditioned on labels.
+      sines: Width of the sinusoidal time embedding.
+      width: Width of the result.
+      kernel_init: Initializer of the dense layers' weights.
+      label_std: Standard deviation of the initial label embeddings.
+      pooled: Features of each caption as a whole; None: there are no captions.
 
     Raises:
-      ValueError: there are classes, and no labels.
+      ValueError: If `classes` is not 0 and `labels` is None.
     """
     emb = nn.Dense(width, kernel_init=kernel_init, name="time_1")(time_embedding(time, sines))
     emb = nn.Dense(width, kernel_init=kernel_init, name="time_2")(nn.swish(emb))
@@ -228,27 +250,36 @@ def attention(
     query: Float[Array, "batch q heads d"],
     key: Float[Array, "batch k heads d"],
     value: Float[Array, "batch k heads d"],
-    seen: Bool[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "batch q heads d"]:
-    """softmax(q k^T / sqrt(d)) v; logits, softmax and sums in float32, whatever the inputs' type.
+    """Return softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1), for each head.
+
+    Logits, softmax and sums are computed in float32, also for inputs of lower precision.
 
     Args:
-      query, key, value: of every head.
-      seen: which key a query may look at, broadcast to [batch, heads, q, k]; at least one key each.
+      query: The queries q.
+      key: The keys k.
+      value: The values v, one for each key.
+      mask: True where a query attends to a key, broadcast to [batch, heads, q, k], with at least
+        one key for each query. None: every query attends to all keys.
     """
     scale = query.shape[-1] ** -0.5
     float32 = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=float32) * scale
-    if seen is not None:
-        logits = jnp.where(seen, logits, -1e30)
+    if mask is not None:
+        logits = jnp.where(mask, logits, -1e30)
     out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value.astype(float32))
     return out.astype(value.dtype)
 
 
 class CrossAttention(nn.Module):
-    """Attention of [B, L, width] to a context's tokens and one of its own, "nothing".
+    """Attention from x [B, L, width] to the tokens of captions and to a learned null token.
 
-    So an empty caption can be attended to.  The last projection starts at 0.
+    The null token makes attention to an empty caption possible.  The output is initially 0.
+
+    Attributes:
+      heads: Number of attention heads.
+      dtype: Type of the computation; None: the type of the inputs.
     """
 
     heads: int
@@ -258,19 +289,20 @@ class CrossAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "batch length width"], context: Context
     ) -> Float[Array, "batch length width"]:
+        """Return the result of the attention, of the shape of x."""
         size, _, width = x.shape
         tokens = context.tokens
         normal = nn.initializers.normal(0.02)
-        nothing = self.param("nothing", normal, (tokens.shape[-1],)).astype(tokens.dtype)
-        tokens = jnp.concatenate([tokens, jnp.broadcast_to(nothing, (size, 1, len(nothing)))], 1)
-        seen = jnp.pad(context.mask, ((0, 0), (0, 1)), constant_values=True)
+        null = self.param("null", normal, (tokens.shape[-1],)).astype(tokens.dtype)
+        tokens = jnp.concatenate([tokens, jnp.broadcast_to(null, (size, 1, len(null)))], 1)
+        mask = jnp.pad(context.mask, ((0, 0), (0, 1)), constant_values=True)
 
         def heads(a: Array, name: str) -> Array:
             projected = nn.Dense(width, dtype=self.dtype, name=name)(a)
             return projected.reshape(size, a.shape[1], self.heads, width // self.heads)
 
         attended = attention(
-            heads(x, "query"), heads(tokens, "key"), heads(tokens, "value"), seen[:, None, None]
+            heads(x, "query"), heads(tokens, "key"), heads(tokens, "value"), mask[:, None, None]
         )
         zeros = nn.initializers.zeros
         out = nn.Dense(width, kernel_init=zeros, dtype=self.dtype, name="out")
@@ -278,7 +310,7 @@ class CrossAttention(nn.Module):
 
 
 def group_norm(x: Float[Array, "batch h w c"], name: str) -> Float[Array, "batch h w c"]:
-    """Group norm of 32 groups (of fewer where there are few channels), statistics in float32."""
+    """Apply group norm with 32 groups, or fewer for few channels; statistics are in float32."""
     groups = min(32, x.shape[-1] // 4)
     while x.shape[-1] % groups:
         groups -= 1
@@ -287,7 +319,7 @@ def group_norm(x: Float[Array, "batch h w c"], name: str) -> Float[Array, "batch
 
 
 def layer_norm(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens d"]:
-    """Layer norm without parameters, in float32."""
+    """Apply layer norm without parameters, in float32."""
     norm = nn.LayerNorm(use_bias=False, use_scale=False, epsilon=1e-6)
     out: Array = norm(x.astype(jnp.float32))
     return out
@@ -296,7 +328,7 @@ def layer_norm(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens 
 def space_to_depth(
     x: Float[Array, "batch h w c"], side: int
 ) -> Float[Array, "batch rows columns d"]:
-    """Move side x side pixels into the channels of one."""
+    """Move each square of side x side pixels into the channels of one pixel."""
     size, height, width, channels = x.shape
     x = x.reshape(size, height // side, side, width // side, side, channels).swapaxes(2, 3)
     return x.reshape(size, height // side, width // side, side * side * channels)
@@ -312,5 +344,5 @@ def depth_to_space(
 
 
 def inner_dtype(precision: str) -> str | None:
-    """Return the type that a network computes in; None: that of its inputs."""
+    """Return the `dtype` of a network for a precision; None: the type of the network's inputs."""
     return None if precision == "float32" else precision

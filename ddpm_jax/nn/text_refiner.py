@@ -1,27 +1,26 @@
-"""Blocks that a generation model reads a caption's features with."""
+"""The text refiner: trained blocks of a generation model over the frozen features of captions."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ddpm_jax.nn.layers import (
-    Context,
-    time_embedding,
-)
-from ddpm_jax.nn.transformer import NEAR, Block, masked_mean, norm_float32
+from ddpm_jax.nn.layers import Context, time_embedding
+from ddpm_jax.nn.transformer import CONV_RADIUS, Block, masked_mean, norm_float32
 
 
 class TextRefiner(nn.Module):
-    """A caption's features [B, L, any], read again: -> [B, L, width].
+    """Transformer blocks over the features of captions: [B, L, any] -> [B, L, width].
 
-    A text encoder that was trained to distinguish images need not have kept what generation needs,
-    and is frozen.  So a generation model reads its features with blocks of its own, which are
-    trained with it (the token refiner of Kong et al. 2024, sec. 4.2, without its input of the
-    time), and which get the tokens' places again, as sines.
+    The text encoder is frozen, and was trained to distinguish images; its features may lack what
+    generation needs.  The refiner transforms them and is trained with the generation model (the
+    token refiner of Kong et al. 2024, sec. 4.2, but without the time as input).  It adds sinusoidal
+    embeddings of the tokens' positions.
 
     Attributes:
-      width, depth, heads: of the blocks.
-      dtype: of the computation.
+      width: Width of a token.
+      depth: Number of blocks.
+      heads: Number of attention heads.
+      dtype: Type of the computation; None: the type of the inputs.
     """
 
     width: int
@@ -31,11 +30,15 @@ class TextRefiner(nn.Module):
 
     @nn.compact
     def __call__(self, context: Context) -> Context:
+        """Return the transformed features of captions."""
         tokens, mask, pooled = context
         x = nn.Dense(self.width, dtype=self.dtype, name="tokens")(tokens)
         x += time_embedding(jnp.arange(x.shape[1]) / 1000, self.width).astype(x.dtype)
-        for number in range(self.depth):
-            x = Block(self.heads, near=NEAR, dtype=self.dtype, name=f"block_{number}")(x, mask)
+        for index in range(self.depth):
+            block = Block(
+                self.heads, conv_radius=CONV_RADIUS, dtype=self.dtype, name=f"block_{index}"
+            )
+            x = block(x, mask)
         x = norm_float32(x, "norm_out")
         pooled = nn.Dense(self.width, use_bias=False, name="pooled")(pooled)
         return Context(x, mask, pooled + masked_mean(x, mask))
@@ -44,18 +47,20 @@ class TextRefiner(nn.Module):
 def refine_text(
     context: Context, size: int, width: int, depth: int, heads: int, dtype: DTypeLike | None
 ) -> Context:
-    """Return `context` as a generation model's `TextRefiner` reads it, repeated for every image.
+    """Return the output of the text refiner, repeated for every image of a caption.
 
-    It is called within the model's compact method, whose submodule `refiner` it makes.
+    It is called within a module's compact method, and creates the submodule `refiner` of that
+    module.
 
     Args:
-      context: of as many captions as images, or of fewer; each is read once, and belongs to as many
-        images, side by side, as there are for each caption.
-      size: images of the batch.
-      width, depth, heads: of the refiner's blocks; depth 0: there is no refiner.
-      dtype: of the computation.
+      context: Features of B / n captions, each of which belongs to n images side by side.
+      size: The number B of images.
+      width: Width of a token of the refiner.
+      depth: Number of blocks of the refiner. 0: there is no refiner, and `context` is repeated.
+      heads: Number of attention heads of the refiner.
+      dtype: Type of the computation; None: the type of the inputs.
     """
     if depth:
         context = TextRefiner(width, depth, heads, dtype, name="refiner")(context)
-    each = size // len(context.mask)
-    return Context(*(a.repeat(each, 0) for a in context)) if each > 1 else context
+    repeats = size // len(context.mask)
+    return Context(*(a.repeat(repeats, 0) for a in context)) if repeats > 1 else context

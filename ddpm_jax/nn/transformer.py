@@ -1,4 +1,4 @@
-"""Transformer blocks, which text encoders and models over codes are built of."""
+"""The transformer block of text encoders, text refiners and models over codes."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,28 +14,28 @@ from ddpm_jax.nn.layers import (
     attention,
 )
 
-NEAR = 3  # words on either side that a block sees at once: "small red circle to the left"
+CONV_RADIUS = 3  # words on either side in the convolution: "small red circle to the left"
 
 
 class Block(nn.Module):
-    """Self-attention, attention to a context if there is one, and an MLP, each with its norm.
+    """A pre-norm transformer block: self-attention, cross-attention if there is a context, an MLP.
 
-    With `near`, a linear convolution comes first, so that words side by side, "large blue square",
-    are together at once (Allen-Zhu 2025, "Canon layers"; Gulati et al. 2020, "Conformer").
+    If `conv_radius` is not 0, a linear convolution precedes them, which mixes adjacent words such
+    as "large blue square" (Allen-Zhu 2025, "Canon layers"; Gulati et al. 2020, "Conformer").
 
     Attributes:
-      heads: of either attention.
-      causal: a place sees those before it and itself.
-      dropout: rate behind each branch, in training.
-      dtype: of the computation.
-      near: tokens on either side that a convolution sees, before the attention; 0: there is none.
+      heads: Number of attention heads.
+      causal: Restrict self-attention to the position itself and the positions before it.
+      dropout: Dropout rate after each branch, in training.
+      dtype: Type of the computation; None: the type of the inputs.
+      conv_radius: Number of tokens on either side in the convolution. 0: no convolution.
     """
 
     heads: int
     causal: bool = False
     dropout: float = 0.0
     dtype: DTypeLike | None = None
-    near: int = 0
+    conv_radius: int = 0
 
     @nn.compact
     def __call__(
@@ -45,6 +45,15 @@ class Block(nn.Module):
         context: Context | None = None,
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch length width"]:
+        """Return the new tokens, of the shape of x.
+
+        Args:
+          x: Tokens.
+          mask: True for tokens that are text, False for padding; unused in a causal block. None:
+            there is no padding.
+          context: Features of captions for cross-attention; None: there is no cross-attention.
+          keys: Keys of dropout, one for each example; None outside training.
+        """
         size, length, width = x.shape
 
         def dense(features: int, name: str) -> nn.Dense:
@@ -53,17 +62,17 @@ class Block(nn.Module):
         def drop(h: Array, name: str) -> Array:
             return Dropout(self.dropout, name=name)(h, keys)
 
-        seen = None if mask is None else mask[:, None, None]
+        attended = None if mask is None else mask[:, None, None]
         if self.causal:
-            seen = jnp.tril(jnp.ones((length, length), bool))[None, None]
-        if self.near:
+            attended = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        if self.conv_radius:
             h = norm_float32(x, "norm_near")
             h = h if mask is None else h * mask[..., None]
-            conv = Conv(width, (2 * self.near + 1,), dtype=self.dtype, name="near")
+            conv = Conv(width, (2 * self.conv_radius + 1,), dtype=self.dtype, name="near")
             x += drop(conv(h), "drop_near")
         parts = jnp.split(dense(3 * width, "qkv")(norm_float32(x, "norm_1")), 3, -1)
         q, k, v = (a.reshape(size, length, self.heads, width // self.heads) for a in parts)
-        x += drop(dense(width, "project")(attention(q, k, v, seen).reshape(x.shape)), "drop_1")
+        x += drop(dense(width, "project")(attention(q, k, v, attended).reshape(x.shape)), "drop_1")
         if context is not None:
             cross = CrossAttention(self.heads, self.dtype, name="cross")
             x += drop(cross(norm_float32(x, "norm_cross"), context), "drop_cross")
@@ -75,24 +84,24 @@ def check_width(width: int, heads: int) -> None:
     """Check that a transformer and its `TextRefiner` can have this width.
 
     Raises:
-      FieldError: they cannot.
+      FieldError: If `width` is odd or not a multiple of `heads`.
     """
     if width % heads:
-        raise FieldError(f"width={width}: must divide by heads={heads}", "heads")
+        raise FieldError(f"width={width}: must be a multiple of heads={heads}", "heads")
     if width % 2:
-        raise FieldError(f"width={width}: must be even, for sines and cosines")
+        raise FieldError(f"width={width}: must be even, for pairs of a sine and a cosine")
 
 
 def masked_mean(
     x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"]
 ) -> Float[Array, "batch width"]:
-    """Return the mean over the tokens that are text; 0 where there are none."""
+    """Return the mean over the tokens that are text; 0 for a caption without tokens."""
     return jnp.einsum("bl,bld->bd", mask / jnp.maximum(mask.sum(1, keepdims=True), 1), x)
 
 
 def norm_float32(
     x: Float[Array, "batch length width"], name: str
 ) -> Float[Array, "batch length width"]:
-    """Layer norm, in float32."""
+    """Apply layer norm in float32."""
     out: Array = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=name)(x)
     return out.astype(x.dtype)

@@ -1,4 +1,4 @@
-"""The U-Net of Ho et al. 2020, appendix B, with the options that came after it."""
+"""The U-Net of Ho et al. 2020, appendix B, with options of later papers."""
 
 from typing import Annotated, NamedTuple
 
@@ -34,12 +34,18 @@ from ddpm_jax.nn.text_refiner import refine_text
 
 
 def _init(scale: float) -> Initializer:
-    """DDPM's: variance scaling over the mean fan, uniform; `scale` 0 is (almost) zero."""
+    """Return the initializer of DDPM: uniform, of variance `scale` / mean fan; 0 becomes 1e-10."""
     return nn.initializers.variance_scaling(max(scale, 1e-10), "fan_avg", "uniform")
 
 
 class Conditioning(NamedTuple):
-    """What blocks get beside the image: embedding of time and class, dropout keys, caption."""
+    """The inputs of a block other than the image.
+
+    Attributes:
+      emb: Embedding of the time and the class.
+      keys: Keys of dropout, one for each image; None outside training.
+      context: Features of captions.
+    """
 
     emb: Float[Array, "batch e"]
     keys: Key[Array, "batch"] | None
@@ -47,28 +53,28 @@ class Conditioning(NamedTuple):
 
 
 class UNet(nn.Module):
-    """x_t [B, H, W, C] -> [B, H, W, C] (2 C with a learned variance).
+    """A U-Net: x_t [B, H, W, C] -> [B, H, W, outputs].
 
-    The defaults are CIFAR-10's of Ho et al.: 35,746,307 parameters.
+    The defaults are the network of Ho et al. for CIFAR-10, with 35,746,307 parameters.
 
     Attributes:
-      outputs: Channels of the output.
-      space_to_depth: Side of the squares of pixels that become channels on the way in, and pixels
-        again on the way out: a network for small machines.
+      outputs: Channels of the output: C, or 2 C with a learned variance.
+      space_to_depth: Side of the squares of pixels that are moved into channels at the input, and
+        back at the output. 1: no squares; larger sides make the network faster.
       channels: Channels of the first level.
-      multipliers: Multiples of the channels, one for each level; every level but the last halves
-        the image.
-      blocks: Residual blocks of each level on the way down (one more on the way up).
-      attention_sizes: Sides of the feature maps at which the blocks are followed by attention.
-      head_channels: Channels of an attention head; 0: one head.
+      multipliers: Channels of each level, as multiples of `channels`; every level but the last
+        halves the sides.
+      blocks: Residual blocks of each level on the way down; there is one more on the way up.
+      attention_sizes: Sides of the feature maps at which every block is followed by attention.
+      head_channels: Channels of an attention head. 0: one head.
       dropout: Dropout rate in training.
-      classes: Number of classes; label `classes` is "no class". 0: unconditional.
-      text_refiner_blocks: Blocks that read a caption's features anew (`nn.text_refiner`); 0: none.
-      scale_shift: Time scales and shifts after the norm (Nichol & Dhariwal 2021) instead of being
-        added before it.
+      classes: Number of classes; the label `classes` is the null label. 0: unconditional.
+      text_refiner_blocks: Blocks of the text refiner (`nn.text_refiner`). 0: no text refiner.
+      scale_shift: Let the time embedding scale and shift after the norm (Nichol & Dhariwal 2021)
+        instead of adding it before the norm.
       dtype: Type of the computation; norms' statistics, softmax, time embedding and output stay
         float32.
-      remat: Compute a block again in the backward pass instead of keeping its activations.
+      remat: Recompute the activations of a block in the backward pass instead of storing them.
     """
 
     outputs: Annotated[int, BOUND] = 3
@@ -94,77 +100,79 @@ class UNet(nn.Module):
         keys: Key[Array, "batch"] | None = None,
         context: Context | None = None,
     ) -> Float[Array, "batch h w outputs"]:
-        """The network's raw output.
+        """Return the network's raw output.
 
         Args:
-          time: in [0, 1]; 1 is pure noise.
-          labels: classes, or `classes` for none; required by a class-conditional network.
-          keys: of the dropout; None outside training.
-          context: a caption's features: its tokens are attended to wherever there is attention,
-            and what is pooled of them is added to the time.  Of B / n captions, each belongs to n
-            images side by side.
+          xt: Noisy images x_t.
+          time: Times in [0, 1], where 1 is pure noise.
+          labels: Class labels, or `classes` for the null label; required if `classes` is not 0.
+          keys: Keys of dropout, one for each image; None outside training.
+          context: Features of B / n captions, each of which belongs to n images side by side.  All
+            attention attends to their tokens, and their pooled features are added to the time's.
         """
-        deepest = self.channels * self.multipliers[-1]
-        heads = deepest // self.head_channels if self.head_channels else 1
+        deepest_channels = self.channels * self.multipliers[-1]
+        heads = deepest_channels // self.head_channels if self.head_channels else 1
         if context is not None:
             context = refine_text(
-                context, len(xt), deepest, self.text_refiner_blocks, heads, self.dtype
+                context, len(xt), deepest_channels, self.text_refiner_blocks, heads, self.dtype
             )
         emb = condition(
             time, labels, self.classes, self.channels, 4 * self.channels, _init(1.0), 1.0,
             context and context.pooled,
         )  # fmt: skip
-        given = Conditioning(emb, keys, context)
+        conditioning = Conditioning(emb, keys, context)
 
         x = self._conv(space_to_depth(xt, self.space_to_depth), self.channels, "conv_in")
-        x, skips = self._down(x, given)
-        x = self._block(x, x.shape[-1], "middle_0", given)
-        x = self._attend(x, "middle", given)
-        x = self._block(x, x.shape[-1], "middle_1", given)
-        x = self._up(x, skips, given)
+        x, skips = self._down(x, conditioning)
+        x = self._block(x, x.shape[-1], "middle_0", conditioning)
+        x = self._attend(x, "middle", conditioning)
+        x = self._block(x, x.shape[-1], "middle_1", conditioning)
+        x = self._up(x, skips, conditioning)
 
         x = nn.swish(group_norm(x, "norm_out"))
         features = self.outputs * self.space_to_depth**2
         out = Conv(features, (3, 3), kernel_init=_init(0.0), name="conv_out")
         return depth_to_space(out(x.astype(jnp.float32)), self.space_to_depth)
 
-    # The parts of `__call__`, which is the compact method that their submodules belong to.
+    # Parts of `__call__`, the compact method to which their submodules belong.
 
-    def _down(self, x: Array, given: Conditioning) -> tuple[Array, list[Array]]:
-        """Return (the smallest feature map, the maps for the way up in the order they arise)."""
+    def _down(self, x: Array, conditioning: Conditioning) -> tuple[Array, list[Array]]:
+        """Return (the smallest feature map, the maps of the skip connections, in order)."""
         skips = [x]
         for level, multiplier in enumerate(self.multipliers):
-            for number in range(self.blocks):
-                x = self._level(x, self.channels * multiplier, f"down_{level}_{number}", given)
+            for index in range(self.blocks):
+                x = self._level(
+                    x, self.channels * multiplier, f"down_{level}_{index}", conditioning
+                )
                 skips.append(x)
             if level < len(self.multipliers) - 1:
                 x = self._conv(x, x.shape[-1], f"down_{level}", strides=2)
                 skips.append(x)
         return x, skips
 
-    def _up(self, x: Array, skips: list[Array], given: Conditioning) -> Array:
+    def _up(self, x: Array, skips: list[Array], conditioning: Conditioning) -> Array:
         for level, multiplier in reversed(list(enumerate(self.multipliers))):
-            for number in range(self.blocks + 1):
+            for index in range(self.blocks + 1):
                 x = jnp.concatenate([x, skips.pop()], -1)
-                x = self._level(x, self.channels * multiplier, f"up_{level}_{number}", given)
+                x = self._level(x, self.channels * multiplier, f"up_{level}_{index}", conditioning)
             if level > 0:
                 x = self._conv(x.repeat(2, 1).repeat(2, 2), x.shape[-1], f"up_{level}")
         return x
 
-    def _level(self, x: Array, features: int, name: str, given: Conditioning) -> Array:
-        """A residual block, and attention where the map's side is one of `attention_sizes`."""
-        x = self._block(x, features, name, given)
-        return self._attend(x, name, given) if x.shape[1] in self.attention_sizes else x
+    def _level(self, x: Array, features: int, name: str, conditioning: Conditioning) -> Array:
+        """Apply a residual block, and attention if the map's side is one of `attention_sizes`."""
+        x = self._block(x, features, name, conditioning)
+        return self._attend(x, name, conditioning) if x.shape[1] in self.attention_sizes else x
 
-    def _block(self, x: Array, features: int, name: str, given: Conditioning) -> Array:
+    def _block(self, x: Array, features: int, name: str, conditioning: Conditioning) -> Array:
         block = nn.remat(ResBlock) if self.remat else ResBlock
         layer = block(features, self.dropout, self.scale_shift, self.dtype, name=name)
-        out: Array = layer(x, given.emb, given.keys)
+        out: Array = layer(x, conditioning.emb, conditioning.keys)
         return out
 
-    def _attend(self, x: Array, name: str, given: Conditioning) -> Array:
+    def _attend(self, x: Array, name: str, conditioning: Conditioning) -> Array:
         layer = AttentionBlock(self.head_channels, self.dtype, name=f"{name}_attention")
-        return layer(x, given.context)
+        return layer(x, conditioning.context)
 
     def _conv(self, x: Array, features: int, name: str, strides: int = 1) -> Array:
         layer = Conv(features, (3, 3), strides, kernel_init=_init(1.0), dtype=self.dtype, name=name)
@@ -174,35 +182,37 @@ class UNet(nn.Module):
         """Check that the network can be built for images of `shape` [H, W, C].
 
         Raises:
-          FieldError: it cannot.
+          FieldError: If the sides are not multiples of the total reduction, a number of channels is
+            not a multiple of 4 or of `head_channels`, or an attention size is not the side of a
+            feature map.
         """
-        halvings, folded = len(self.multipliers) - 1, self.space_to_depth
-        (height, width, _), words = shape, ",".join(map(str, self.multipliers))
-        least = folded * 2**halvings
-        if height % least or width % least:
-            first = f"takes squares of {folded}x{folded} pixels together and " * (folded > 1)
+        halvings, side = len(self.multipliers) - 1, self.space_to_depth
+        (height, width, _), multipliers = shape, ",".join(map(str, self.multipliers))
+        reduction = side * 2**halvings
+        if height % reduction or width % reduction:
+            squares = f"moves squares of {side}x{side} pixels into channels and " * (side > 1)
             raise FieldError(
-                f"multipliers={words}: the U-Net {first}halves images {halvings} times, and "
-                f"{height}x{width} does not divide by {least}; give fewer multipliers, or images "
-                "of another size",
+                f"multipliers={multipliers}: the U-Net {squares}halves images {halvings} times, "
+                f"and {height}x{width} does not divide by {reduction}; give fewer multipliers, or "
+                "images of another size",
                 "space_to_depth",
             )
         if self.channels % 4:
-            raise FieldError(f"channels={self.channels}: must divide by 4")
+            raise FieldError(f"channels={self.channels}: must be a multiple of 4")
         for multiplier in self.multipliers:
             if self.head_channels and self.channels * multiplier % self.head_channels:
                 raise FieldError(
-                    f"head_channels={self.head_channels}: {self.channels * multiplier} channels do "
-                    "not divide into heads of that size",
+                    f"head_channels={self.head_channels}: {self.channels * multiplier}, the "
+                    "channels of a level, must be a multiple of it",
                     "channels",
                     "multipliers",
                 )
-        sizes = [height // folded // 2**level for level in range(halvings + 1)]
+        sizes = [height // side // 2**level for level in range(halvings + 1)]
         for size in self.attention_sizes:
             if size not in sizes:
                 raise FieldError(
                     f"attention_sizes={','.join(map(str, self.attention_sizes))}: no feature map "
-                    f"has the side {size}; of images of {height}x{width} they have "
+                    f"has the side {size}; for images of {height}x{width} the sides are "
                     f"{', '.join(map(str, sizes))}; give some of these, or none",
                     "multipliers",
                     "space_to_depth",
@@ -210,7 +220,10 @@ class UNet(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Norm, swish, 3x3 convolution, time; norm, swish, dropout, 3x3 convolution; shortcut."""
+    """A residual block of two 3x3 convolutions, conditioned on the time (Ho et al. 2020, app. B).
+
+    Norm, swish, convolution, time embedding; norm, swish, dropout, convolution; shortcut.
+    """
 
     features: int
     dropout: float
@@ -224,6 +237,7 @@ class ResBlock(nn.Module):
         emb: Float[Array, "batch e"],
         keys: Key[Array, "batch"] | None,
     ) -> Float[Array, "batch h w features"]:
+        """Return the feature map, with `features` channels."""
         h = nn.swish(group_norm(x, "norm_1"))
         h = Conv(self.features, (3, 3), kernel_init=_init(1.0), dtype=self.dtype, name="conv_1")(h)
         if self.scale_shift:
@@ -243,9 +257,10 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Norm, self-attention over all places, residual; and the same over a caption's tokens.
+    """Residual self-attention over all pixels, and cross-attention to the tokens of a caption.
 
-    The queries to a caption's tokens hold a pixel's place: "left" means nothing without it.
+    The queries of the cross-attention include a 2-D position embedding, without which words such as
+    "left" have no meaning.
     """
 
     head_channels: int
@@ -255,6 +270,7 @@ class AttentionBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "batch h w c"], context: Context | None = None
     ) -> Float[Array, "batch h w c"]:
+        """Return the feature map, of the shape of x."""
         batch, height, width, channels = x.shape
         heads = channels // self.head_channels if self.head_channels else 1
         h = group_norm(x, "norm")
@@ -262,8 +278,8 @@ class AttentionBlock(nn.Module):
         def dense(name: str, scale: float = 1.0) -> nn.Dense:
             return nn.Dense(channels, kernel_init=_init(scale), dtype=self.dtype, name=name)
 
-        places = (batch, height * width, heads, channels // heads)
-        q, k, v = (dense(name)(h).reshape(places) for name in ("query", "key", "value"))
+        shape = (batch, height * width, heads, channels // heads)
+        q, k, v = (dense(name)(h).reshape(shape) for name in ("query", "key", "value"))
         h = attention(q, k, v).reshape(x.shape)
         x = x + dense("out", 0.0)(h)
         if context is None:

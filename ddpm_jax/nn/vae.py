@@ -1,4 +1,4 @@
-"""The VAE's two networks: q(z|x)'s (mean, logvar) and p(x|z)'s parameters."""
+"""The networks of the VAE: the encoder of q(z|x) and the decoder of p(x|z)."""
 
 import math
 from typing import Annotated
@@ -14,7 +14,7 @@ from ddpm_jax.nn.layers import Conv
 
 
 class MLP(nn.Module):
-    """Dense layers with GELU between them: [B, *] -> [B, outputs]."""
+    """A multilayer perceptron with GELU: [B, *event] -> [B, outputs]."""
 
     hidden: tuple[int, ...]
     outputs: int
@@ -23,6 +23,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *event"]) -> Float[Array, "batch outputs"]:
+        """Return the output of the last layer."""
         x = x.reshape(x.shape[0], -1)
         for width in self.hidden:
             x = nn.gelu(nn.Dense(width, dtype=self.dtype)(x))
@@ -30,7 +31,7 @@ class MLP(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """3x3 convolutions of stride 2, each halving the image: [B, H, W, C] -> [B, outputs]."""
+    """3x3 convolutions, each of which halves the sides: [B, H, W, C] -> [B, outputs]."""
 
     channels: tuple[int, ...]
     outputs: int
@@ -38,16 +39,17 @@ class ConvEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch outputs"]:
+        """Return the output of the last layer."""
         for width in self.channels:
             x = nn.gelu(Conv(width, (3, 3), strides=2, dtype=self.dtype)(x))
         return nn.Dense(self.outputs, name="out")(x.reshape(x.shape[0], -1))
 
 
 class ConvDecoder(nn.Module):
-    """The way back: 3x3 convolutions, each doubling the image; [B, Z] -> [B, H, W, C].
+    """3x3 convolutions, each of which doubles the sides: [B, Z] -> [B, H, W, C].
 
-    A doubling writes a pixel's four children as channels and lays them out (Shi et al.
-    2016), so that every convolution runs on the smaller image.
+    Each convolution runs on the smaller image: it computes four pixels as channels of one, which
+    are then moved to their positions (Shi et al. 2016).
     """
 
     channels: tuple[int, ...]
@@ -56,6 +58,7 @@ class ConvDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "batch latent"]) -> Float[Array, "batch h w c"]:
+        """Return the logits or the means of images."""
         scale = 2 ** len(self.channels)
         height, width = self.shape[0] // scale, self.shape[1] // scale
         x = nn.gelu(nn.Dense(height * width * self.channels[-1], dtype=self.dtype)(z))
@@ -73,15 +76,15 @@ def _double(x: Float[Array, "batch h w four_c"]) -> Float[Array, "batch two_h tw
 
 
 class VAENetwork(nn.Module):
-    """An encoder and a decoder of one kind, with a Gaussian's one variance beside them.
+    """An encoder, a decoder, and one log variance for a Gaussian p(x|z).
 
     Attributes:
-      shape: (height, width, channels) of an image.
+      shape: Height, width and channels of an image.
       latents: Dimensions of z.
-      hidden: Widths of the MLP's layers, from the image to z (reversed on the way back),
-        or, with `conv`, channels of the convolutions, each of which halves the image.
+      hidden: Widths of the MLP's hidden layers from the image to z, reversed in the decoder; with
+        `conv`, channels of the convolutions, each of which halves the sides.
       conv: Use convolutional networks instead of MLPs.
-      dtype: Type of the hidden layers' computation; None: the images'.
+      dtype: Type of the computation of the hidden layers; None: the type of the images.
     """
 
     shape: Annotated[tuple[int, int, int], BOUND] = (0, 0, 0)
@@ -91,7 +94,7 @@ class VAENetwork(nn.Module):
     dtype: Annotated[DTypeLike | None, BOUND] = None
 
     def setup(self) -> None:
-        """Make the encoder, the decoder, and the one variance."""
+        """Create the encoder, the decoder and the log variance."""
         pixels = math.prod(self.shape)
         self.encoder: nn.Module = (
             ConvEncoder(self.hidden, 2 * self.latents, self.dtype)
@@ -108,27 +111,28 @@ class VAENetwork(nn.Module):
     def encode(
         self, x: Float[Array, "batch h w c"]
     ) -> tuple[Float[Array, "batch latent"], Float[Array, "batch latent"]]:
-        """q(z|x): (mean, logvar)."""
+        """Return (mean, logvar) of q(z|x)."""
         mean, logvar = jnp.split(self.encoder(x), 2, axis=-1)
         return mean, logvar
 
     def decode(
         self, z: Float[Array, "batch latent"]
     ) -> tuple[Float[Array, "batch h w c"], Float[Array, ""]]:
-        """p(x|z): (logits or mean, the one learned logvar, which only a Gaussian reads)."""
+        """Return (logits or mean, logvar) of p(x|z); only a Gaussian p(x|z) uses `logvar`."""
         return self.decoder(z).reshape(z.shape[0], *self.shape), self.logvar
 
     def __call__(
         self, x: Float[Array, "batch h w c"]
     ) -> tuple[Float[Array, "batch h w c"], Float[Array, ""]]:
+        """Return p(x|z) as `decode` does, with z the mean of q(z|x)."""
         return self.decode(self.encode(x)[0])
 
 
 def check_shape(net: VAENetwork) -> None:
-    """Check that the networks can be built for the images' size.
+    """Check that the networks can be built for images of this size.
 
     Raises:
-      FieldError: they cannot.
+      FieldError: If a convolutional network cannot halve the sides as often as it has layers.
     """
     height, width, _ = net.shape
     scale = 2 ** len(net.hidden)
@@ -136,7 +140,7 @@ def check_shape(net: VAENetwork) -> None:
         raise FieldError(
             f"hidden={','.join(map(str, net.hidden))}: the convolutional VAE halves images "
             f"{len(net.hidden)} times, and {height}x{width} does not divide by {scale}; give fewer "
-            "hidden layers, or a data set of another size",
+            "hidden layers, or images of another size",
             "conv",
         )
 
@@ -144,11 +148,12 @@ def check_shape(net: VAENetwork) -> None:
 def with_data_moments(
     params: PyTree, bias: Float[Array, "h w c"], logvar: Float[Array, ""]
 ) -> PyTree:
-    """Return the parameters of a decoder that knows nothing but the data's mean and variance yet.
+    """Return parameters in which p(x|z) starts at the mean and the variance of the data.
 
     Args:
-      bias: of the output, what `Likelihood.bias` makes of the mean.
-      logvar: log of the pixels' mean variance around it.
+      params: Parameters of a `VAENetwork`.
+      bias: Bias of the decoder's output, which is `Likelihood.bias` of the mean image.
+      logvar: Log of the variance around the mean image, averaged over pixels.
     """
     decoder = dict(params["params"]["decoder"])
     if "bias" in decoder:

@@ -1,3 +1,3 @@
-"""How a step is spread over devices and processes."""
+"""Parallelism: training steps and arrays partitioned across devices and processes."""
 
-PARALLEL = ["jit", "pmap", "fsdp"]  # values of --parallel: how a step is spread over devices
+PARALLEL = ["jit", "pmap", "fsdp"]  # values of --parallel

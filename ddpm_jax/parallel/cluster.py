@@ -1,4 +1,4 @@
-"""Start and end the processes of a run on several hosts."""
+"""Start and end of the processes of a run on several hosts."""
 
 import atexit
 import contextlib
@@ -15,28 +15,24 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.parallel.processes import coordination_client, is_main
 from ddpm_jax.system import interrupts
 
-RESOLVE_SECONDS = 10.0  # in which the name of the coordinator's host must be known
-
+RESOLVE_SECONDS = 10.0  # time limit for resolving the name of the coordinator's host
 HOST = re.compile(r"[^\s:/\[\]]+|\[[0-9A-Fa-f:.]+(?:%[^\s\]]+)?\]")  # a name, or [an IPv6 address]
-LEAVE_SECONDS = 5.0
-
-SILENT_SECONDS = 10.0  # of waiting for the coordinator, after which that is logged
-
-HEARTBEAT = 30  # seconds after which a silent process is taken for dead
-
-# Processes.
+LEAVE_SECONDS = 5.0  # time limit for the processes of a failed run to wait for each other
+SILENT_SECONDS = 10.0  # after which waiting for the coordinator is logged
+HEARTBEAT = 30  # seconds without a heartbeat after which jax regards a process as dead
 
 
 def check_cluster(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Check what the command line says of the processes, before anything starts.
+    """Check the values of --coordinator, --num_processes and --process_id; None: not given.
 
     Raises:
-      UserError: the coordinator's address is not HOST:PORT, or there is no such process.
+      UserError: If the coordinator's address is not HOST:PORT, or the index of the process is not
+        less than the number of processes.
     """
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
-        known = HOST.fullmatch(host) and re.fullmatch("[0-9]{1,5}", port)
-        if not known or not 0 < int(port) < 2**16:
+        matches = HOST.fullmatch(host) and re.fullmatch("[0-9]{1,5}", port)
+        if not matches or not 0 < int(port) < 2**16:
             raise UserError(
                 f"--coordinator={coordinator}: must be HOST:PORT, with a port from 1 to 65535 and "
                 "an IPv6 address in brackets"
@@ -49,26 +45,26 @@ def check_cluster(coordinator: str | None, processes: int | None, process: int |
 
 
 def check_host(coordinator: str) -> None:
-    """Check that the name of the coordinator's host is known, within `RESOLVE_SECONDS`.
+    """Check that the host of the address HOST:PORT resolves within `RESOLVE_SECONDS`.
 
     Raises:
-      UserError: it is not.
+      UserError: If the name does not resolve.
     """
-    host, answers = coordinator.rpartition(":")[0].strip("[]"), threading.Event()
+    host, resolved = coordinator.rpartition(":")[0].strip("[]"), threading.Event()
 
     def look_up() -> None:
-        while not gone.is_set():
+        while not cancelled.is_set():
             with contextlib.suppress(OSError, UnicodeError):
                 socket.getaddrinfo(host, None)
-                answers.set()
+                resolved.set()
                 return
-            gone.wait(1.0)
+            cancelled.wait(1.0)
 
-    gone = threading.Event()
+    cancelled = threading.Event()
     threading.Thread(target=look_up, daemon=True).start()
-    known = answers.wait(RESOLVE_SECONDS)
-    gone.set()
-    if not known:
+    success = resolved.wait(RESOLVE_SECONDS)
+    cancelled.set()
+    if not success:
         raise UserError(
             f"--coordinator={coordinator}: no host of the name {host} was found within "
             f"{RESOLVE_SECONDS:g} s; give the address of process 0"
@@ -76,10 +72,18 @@ def check_host(coordinator: str) -> None:
 
 
 def initialize(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Join the other processes; what is None is asked of the cluster (TPU, SLURM, Kubernetes).
+    """Connect this process to the others (`jax.distributed.initialize`).
+
+    Arguments that are None are read from the cluster's environment (TPU, SLURM, Kubernetes).
+
+    Args:
+      coordinator: Address HOST:PORT of the first process.
+      processes: Number of processes.
+      process: Index of this process, starting at 0.
 
     Raises:
-      UserError: there is no cluster to ask, or no coordinator answers.
+      UserError: If there is no cluster environment to read None arguments from, or the coordinator
+        does not answer.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if coordinator is not None:
@@ -97,19 +101,19 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
         _start_exit_watchdog()
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"--distributed: {str(error).splitlines()[0]}; outside of a cluster give "
+            f"--distributed: {str(error).splitlines()[0]}; without a cluster manager, give "
             "--coordinator=HOST:PORT --num_processes=N --process_id=I"
         ) from None
     finally:
         waiting.cancel()
 
 
-# jax aborts a process when another one is gone, which no Python code of its own survives.
+# jax aborts a process when another one is dead, without running any more Python code in it.
 EXIT_WATCHDOG = """
 import sys
 if not sys.stdin.read():
-    print("stopped: this process ended before its run did: it was killed, or another process of "
-          "the run is gone; start all of them again, and the run goes on from its newest "
+    print("stopped: this process ended before its run was complete, because it or another process "
+          "of the run was killed; start all of them again, and the run resumes from its newest "
           "checkpoint", file=sys.stderr)
 """
 
@@ -117,7 +121,7 @@ _watchdogs: list[subprocess.Popen[bytes]] = []
 
 
 def _start_exit_watchdog() -> None:
-    """Start a small process that reports this one's end, unless `leave` was called before it."""
+    """Start a process that prints a message if this one ends without a call of `leave`."""
     _watchdogs.append(
         subprocess.Popen(
             [sys.executable, "-c", EXIT_WATCHDOG], stdin=subprocess.PIPE, start_new_session=True
@@ -128,23 +132,23 @@ def _start_exit_watchdog() -> None:
 
 
 def leave() -> None:
-    """End the exit watchdog, as this process ends by itself."""
+    """Stop the exit watchdog, because this process ends normally."""
     while _watchdogs:
         _watchdogs.pop().communicate(b"farewell")
 
 
 def meet_before_leaving() -> None:
-    """Let all processes of a run that failed end by themselves.
+    """Wait until all processes of a failed run can end, for at most `LEAVE_SECONDS`.
 
-    jax aborts a process whose coordinator, the first process, is gone: so those that fail together
-    wait for each other, for `LEAVE_SECONDS` at most, and the first one ends last.
+    jax aborts a process when the coordinator, which is the first process, has ended.  So processes
+    that fail together wait for each other, and the first process ends last.
     """
     client = coordination_client()
     if client is None:
         return
     try:
         client.wait_at_barrier("ddpm_jax/leaving", round(1000 * LEAVE_SECONDS))
-    except jax.errors.JaxRuntimeError:  # the others go on, or are gone
+    except jax.errors.JaxRuntimeError:  # the other processes are still running, or are dead
         return
     if is_main():
         time.sleep(1.0)

@@ -1,7 +1,8 @@
-"""What one step asks of the devices that it is spread over.
+"""Collective operations of a training step, for each way of parallelism.
 
-A step is written in the view of one device: its part of the batch, and collectives that communicate
-with the others.  In a global view there is nothing to communicate, as XLA inserts it.
+A step is written for one device: it computes with the device's part of the batch, and communicates
+with the other devices through `Collectives`.  Under `jit` a step computes with global arrays; the
+collectives do nothing, and XLA inserts the communication.
 """
 
 import dataclasses
@@ -16,12 +17,12 @@ from jaxtyping import Array, PyTree
 
 @runtime_checkable
 class Loss(Protocol):
-    """loss(params, extra, batch, keys) -> (mean loss, auxiliary results)."""
+    """A loss as a function of parameters, extra variables, a batch and keys."""
 
     def __call__(
         self, params: PyTree, extra: PyTree, batch: PyTree, keys: PyTree
     ) -> tuple[Array, PyTree]:
-        """Return the mean loss of a batch, and what is computed beside it."""
+        """Return the mean loss of a batch, and auxiliary results."""
 
 
 @runtime_checkable
@@ -36,23 +37,24 @@ class ValueAndGrad(Protocol):
 
 @runtime_checkable
 class Compute(Protocol):
-    """The gradient of a batch, computed in the view of one device."""
+    """A function that computes the gradient of a batch, from the arrays of one device."""
 
     def __call__(
         self, collectives: "Collectives", params: PyTree, extra: PyTree, batch: PyTree, keys: PyTree
     ) -> tuple[PyTree, PyTree, PyTree]:
         """Return (gradient, means, examples), each the same on all devices.
 
-        `means` are of the whole batch; the arrays of `examples` have its examples as first axis.
+        `means` are means over the global batch; `examples` are arrays whose first axis is the
+        examples of the global batch.
         """
 
 
 @runtime_checkable
 class Collectives(Protocol):
-    """Communication of one step between devices; by default there is none."""
+    """Communication of one step between devices; the default methods do not communicate."""
 
     def value_and_grad(self, loss: Loss) -> ValueAndGrad:
-        """Differentiate a loss by its first argument."""
+        """Return the function that computes a loss and its gradient by the first argument."""
         return jax.value_and_grad(loss, has_aux=True)
 
     def mean(self, tree: PyTree) -> PyTree:
@@ -70,25 +72,26 @@ class Collectives(Protocol):
     def per_device(
         self, compute: Compute, params: PyTree, extra: PyTree, batch: PyTree, keys: PyTree
     ) -> tuple[PyTree, PyTree, PyTree]:
-        """Call `compute(collectives, params, extra, batch, keys)` in the view of one device.
+        """Return `compute(collectives, params, extra, batch, keys)`, computed on each device.
 
         Args:
-          compute: the gradient of a batch.
-          params, extra: parameters and extra variables.
-          batch: arrays with the examples as first axis.
-          keys: one for every example.
+          compute: Function that computes the gradient of a batch.
+          params: Parameters.
+          extra: Extra variables.
+          batch: Arrays whose first axis is the examples.
+          keys: One key for each example.
         """
         return compute(self, params, extra, batch, keys)
 
 
 @dataclasses.dataclass(frozen=True)
 class GlobalCollectives(Collectives):
-    """The step sees whole arrays, on one device or on many: `jit`."""
+    """Collectives of `jit`, in which the step computes with global arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceCollectives(Collectives):
-    """The step is called once for each device, with a whole state: `pmap`.
+    """Collectives of `pmap`, in which the step is called for each device, with the whole state.
 
     Attributes:
       axis: Name of the axis of devices.
@@ -107,21 +110,22 @@ class DeviceCollectives(Collectives):
 
 @runtime_checkable
 class Split(Protocol):
-    """How an array of a shape is split over the axes of a mesh."""
+    """A function that partitions arrays across the axes of a mesh."""
 
     def __call__(self, shape: tuple[int, ...]) -> PartitionSpec:
-        """Return the partition of an array."""
+        """Return the partition of an array of a shape."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardedCollectives(Collectives):
-    """The step sees whole arrays, of which each device holds a part: `fsdp`.
+    """Collectives of `fsdp`, in which arrays of the state are partitioned across devices.
 
-    The loss and its gradient are computed in the view of one device.
+    The step computes with global arrays, except for the loss and its gradient, which are computed
+    on each device (`per_device`).
 
     Attributes:
       mesh: The devices.
-      split: How an array of the state is split.
+      split: Function that partitions an array of the state.
     """
 
     mesh: Mesh
@@ -130,19 +134,15 @@ class ShardedCollectives(Collectives):
     def per_device(
         self, compute: Compute, params: PyTree, extra: PyTree, batch: PyTree, keys: PyTree
     ) -> tuple[PyTree, PyTree, PyTree]:
-        """Call `compute(collectives, params, extra, batch, keys)` in the view of one device.
-
-        Args:
-          compute, params, extra, batch, keys: see `Collectives.per_device`.
-        """
+        """Return `compute(collectives, ...)`, computed on each device; see `Collectives`."""
         specs = jax.tree.map(lambda array: self.split(array.shape), (params, extra))
         sizes = frozenset(array.size for array in jax.tree.leaves(params))
-        examples, whole = PartitionSpec(self.mesh.axis_names), PartitionSpec()
+        examples, replicated = PartitionSpec(self.mesh.axis_names), PartitionSpec()
         results: tuple[PyTree, PyTree, PyTree] = jax.shard_map(
             functools.partial(compute, ShardCollectives(self.mesh, specs, sizes)),
             mesh=self.mesh,
             in_specs=(*specs, examples, examples),
-            out_specs=(specs[0], whole, whole),
+            out_specs=(specs[0], replicated, replicated),
             check_vma=False,
         )(params, extra, batch, keys)
         return results
@@ -150,15 +150,15 @@ class ShardedCollectives(Collectives):
 
 @dataclasses.dataclass(frozen=True)
 class ShardCollectives(Collectives):
-    """One device's view of a sharded state.
+    """Collectives of one device that holds a part of each array of the state.
 
-    Each parameter is gathered where it is used, and again for the backward pass, never kept; its
-    gradient is summed and scattered at once.
+    Each parameter is gathered where it is used, in the forward and again in the backward pass, and
+    is not stored in between; its gradient is summed and scattered in one operation.
 
     Attributes:
       mesh: The devices.
-      specs: How the arrays of (params, extra) are split.
-      sizes: The parameters' sizes before they were split.
+      specs: The partitions of the arrays of (params, extra).
+      sizes: The sizes (numbers of elements) of the parameters when gathered.
     """
 
     mesh: Mesh
@@ -166,25 +166,25 @@ class ShardCollectives(Collectives):
     sizes: frozenset[int]
 
     def value_and_grad(self, loss: Loss) -> ValueAndGrad:
-        """Differentiate a loss by its first argument, given the devices' parts."""
+        """Return the function that computes a loss and its gradient, given one device's parts."""
 
-        def of_parts(params: PyTree, extra: PyTree, *rest: PyTree) -> tuple[Array, PyTree]:
+        def loss_of_parts(params: PyTree, extra: PyTree, *rest: PyTree) -> tuple[Array, PyTree]:
             return loss(*jax.tree.map(_gather, (params, extra), self.specs), *rest)
 
-        policy = functools.partial(_is_kept, self.sizes)
-        return jax.value_and_grad(jax.checkpoint(of_parts, policy=policy), has_aux=True)
+        policy = functools.partial(_is_stored, self.sizes)
+        return jax.value_and_grad(jax.checkpoint(loss_of_parts, policy=policy), has_aux=True)
 
     def mean(self, tree: PyTree) -> PyTree:
         """Return the mean over devices."""
         return jax.lax.pmean(tree, self.mesh.axis_names)
 
     def mean_gradient(self, gradient: PyTree) -> PyTree:
-        """Return the mean over devices, given sums over the axes that an array is split over."""
+        """Return the mean over devices, given sums over the mesh axes of each array's partition."""
 
         def mean(array: Array, spec: PartitionSpec) -> Array:
             summed = jax.tree.leaves(tuple(spec))
-            left = tuple(name for name in self.mesh.axis_names if name not in summed)
-            total: Array = jax.lax.psum(array, left)
+            remaining = tuple(name for name in self.mesh.axis_names if name not in summed)
+            total: Array = jax.lax.psum(array, remaining)
             return total / self.mesh.size
 
         return jax.tree.map(mean, gradient, self.specs[0])
@@ -199,18 +199,18 @@ def _all_gather(tree: PyTree, names: str | tuple[str, ...], axis: int = 0) -> Py
 
 
 def _gather(array: Array, spec: PartitionSpec) -> Array:
-    """Gather an array of which a device holds a part."""
+    """Return the whole array, of which each device holds a part."""
     for axis, names in enumerate(spec):
         array = _all_gather(array, names, axis) if names else array
     return array
 
 
-def _is_kept(
+def _is_stored(
     sizes: frozenset[int], primitive: Primitive, /, *inputs: PyTree, **parameters: object
 ) -> bool:
-    """Return whether a result is kept for the backward pass: not a gathered parameter.
+    """Return whether a result is stored for the backward pass; gathered parameters are not.
 
-    It may be of another type or shape than the parameter, whose size is among `sizes`.
+    A gathered parameter may be cast or reshaped; it is recognised by its size, one of `sizes`.
     """
     if primitive.name in ("convert_element_type", "reshape", "transpose"):
         return bool(inputs[0].size not in sizes)

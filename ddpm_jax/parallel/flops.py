@@ -1,7 +1,7 @@
-"""Floating-point operations of a program, counted in the program as it was traced.
+"""Number of floating-point operations of a program, counted in its jaxpr.
 
-XLA's own count of a compiled program lacks what it hands to libraries, such as convolutions to
-cuDNN.  The count here is the same on every platform.
+XLA's count of a compiled program excludes library calls, such as the convolutions of cuDNN.  The
+count of a jaxpr is the same on every platform.
 """
 
 import math
@@ -15,14 +15,14 @@ from jax.interpreters import partial_eval
 def flops(program: ClosedJaxpr) -> float:
     """Count the operations of a program's matrix products and convolutions, on all devices.
 
-    A multiplication and its addition are two operations.  Of a convolution only the products with
-    elements of its input count, not those with padding or with the holes of a dilated input, as in
-    XLA's HloCostAnalysis.  The body of `lax.scan` counts as often as it runs, the body of a
-    `while` loop, whose number of rounds is unknown, once; of the branches of `lax.cond`, the one
-    with the most operations counts.  What no result depends on does not count.
+    A multiplication and its addition are two operations.  A convolution's products with padding or
+    with the holes of a dilated input are not counted, as in XLA's HloCostAnalysis.  The body of
+    `lax.scan` is counted for every iteration, and the body of a `while` loop once, because its
+    number of iterations is unknown.  For `lax.cond`, the branch with the most operations is
+    counted.  Operations on which no result depends are not counted.
 
     Args:
-      program: as jax traces it.
+      program: The traced program.
 
     Returns:
       The number of operations.
@@ -36,16 +36,16 @@ def _flops(jaxpr: Jaxpr) -> float:
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
-            total += _of_product(equation)
+            total += _product_flops(equation)
         elif name == "conv_general_dilated":
-            total += _of_convolution(equation)
+            total += _convolution_flops(equation)
         else:
             inner = [_flops(body) for body in _bodies(params)]
             if name == "cond":
                 total += max(inner)
             elif name == "scan":
                 total += params["length"] * sum(inner)
-            elif name == "shard_map":  # its body is of one device
+            elif name == "shard_map":  # its body is the program of one device
                 total += math.prod(params["mesh"].shape.values()) * sum(inner)
             else:
                 total += sum(inner)
@@ -53,7 +53,7 @@ def _flops(jaxpr: Jaxpr) -> float:
 
 
 def _bodies(params: dict[str, object]) -> Iterator[Jaxpr]:
-    """Yield the programs within an equation."""
+    """Yield the programs in the parameters of an equation."""
     for value in params.values():
         for body in value if isinstance(value, tuple | list) else (value,):
             if isinstance(body, ClosedJaxpr):
@@ -62,7 +62,7 @@ def _bodies(params: dict[str, object]) -> Iterator[Jaxpr]:
                 yield body
 
 
-def _of_product(equation: JaxprEqn) -> float:
+def _product_flops(equation: JaxprEqn) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = _shape(equation.invars[0])
     size = math.prod(_shape(equation.outvars[0]))
@@ -74,18 +74,19 @@ def _shape(variable: Var | Literal) -> tuple[int, ...]:
     return tuple(variable.aval.shape)  # type: ignore[attr-defined]
 
 
-def _of_convolution(equation: JaxprEqn) -> float:
+def _convolution_flops(equation: JaxprEqn) -> float:
     params = equation.params
     x, kernel = map(_shape, equation.invars)
     out = _shape(equation.outvars[0])
     numbers = params["dimension_numbers"]
-    # A kernel's inputs are those of a group; a group of the batch has its own outputs.
+    # Each output is a sum over the window and the input channels of one group, as in the kernel.
     channels = kernel[numbers.rhs_spec[1]]
     total: float = 2.0 * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * channels
-    for number, (low, _) in enumerate(params["padding"]):
-        side = x[numbers.lhs_spec[2 + number]]
-        places = np.arange(out[numbers.out_spec[2 + number]]) * params["window_strides"][number]
-        window = np.arange(kernel[numbers.rhs_spec[2 + number]]) * params["rhs_dilation"][number]
-        at, dilation = places[:, None] + window - low, params["lhs_dilation"][number]
-        total *= int(((at >= 0) & (at <= (side - 1) * dilation) & (at % dilation == 0)).sum())
+    for axis, (low, _) in enumerate(params["padding"]):
+        side = x[numbers.lhs_spec[2 + axis]]
+        starts = np.arange(out[numbers.out_spec[2 + axis]]) * params["window_strides"][axis]
+        window = np.arange(kernel[numbers.rhs_spec[2 + axis]]) * params["rhs_dilation"][axis]
+        index, dilation = starts[:, None] + window - low, params["lhs_dilation"][axis]
+        inside = (index >= 0) & (index <= (side - 1) * dilation)
+        total *= int((inside & (index % dilation == 0)).sum())
     return total

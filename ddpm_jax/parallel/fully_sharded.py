@@ -1,7 +1,8 @@
-"""Every array of the state is sharded, as ZeRO's third stage keeps it (Rajbhandari et al. 2020).
+"""Fully sharded data parallelism: every array of the state is partitioned across devices.
 
-The loss is computed in the view of one device, which gathers each parameter where it is used
-(`ShardedCollectives`).  The optimizer has a global view of the parts.
+This is stage 3 of ZeRO (Rajbhandari et al. 2020).  The loss is computed on each device, which
+gathers each parameter where it is used (`ShardedCollectives`); the optimizer computes with global
+arrays.
 """
 
 import dataclasses
@@ -23,40 +24,40 @@ from ddpm_jax.parallel.xla_flags import (
     FAST_CONVOLUTIONS,
     LATE_GATHERS,
     compiler_options,
-    lost,
+    missing_flags_warning,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class FullySharded(Partitioner):
-    """`fsdp`: batches are sharded, and so is each array of the state.
+    """The partitioner of `fsdp`: batches and all arrays of the state are partitioned.
 
-    The mesh has one axis for each prime factor of the number of devices, so that an array is
-    sharded over as many devices as some split of its axes allows; a batch lies along all of them.
+    The mesh has one axis for each prime factor of the number of devices, so that an array can be
+    partitioned across as many devices as its shape allows.  A batch is partitioned across all axes.
     """
 
     mesh: Mesh
 
     def shardings(self, tree: PyTree) -> PyTree:
-        """Return where each array of a state lies."""
-        return jax.tree.map(lambda a: NamedSharding(self.mesh, self._split(a.shape)), tree)
+        """Return the sharding of each array of a state."""
+        return jax.tree.map(lambda a: NamedSharding(self.mesh, self._partition(a.shape)), tree)
 
-    def _split(self, shape: tuple[int, ...]) -> PartitionSpec:
-        return split(shape, self.mesh.devices.shape, self.mesh.axis_names)
+    def _partition(self, shape: tuple[int, ...]) -> PartitionSpec:
+        return partition(shape, self.mesh.devices.shape, self.mesh.axis_names)
 
     def lower(self, step: Step, state: PyTree, batch: PyTree, *rest: PyTree) -> Lowered:
-        """Lower step(state, batch, *rest, collectives=...), which donates `state`."""
+        """Lower step(state, batch, *rest, collectives=...), with `state` donated."""
         options = compiler_options(LATE_GATHERS) if on_cpu(self.mesh) else None
-        view = ShardedCollectives(self.mesh, self._split)
-        return lower_global(self, view, step, state, batch, *rest, options=options)
+        collectives = ShardedCollectives(self.mesh, self._partition)
+        return lower_global(self, collectives, step, state, batch, *rest, options=options)
 
     def warning(self) -> str:
-        """Return what a step lacks in this version of jaxlib; "": nothing."""
-        return lost(FAST_CONVOLUTIONS, *LATE_GATHERS) if on_cpu(self.mesh) else ""
+        """Return a warning if this version of jaxlib makes steps slow or large; "": no warning."""
+        return missing_flags_warning(FAST_CONVOLUTIONS, *LATE_GATHERS) if on_cpu(self.mesh) else ""
 
 
 def prime_factors(number: int) -> tuple[int, ...]:
-    """Return the prime factors, largest first; (1,) of 1."""
+    """Return the prime factors of a number, the largest first, or (1,) for 1."""
     factors, factor = [], 2
     while number > 1:
         if number % factor:
@@ -67,22 +68,30 @@ def prime_factors(number: int) -> tuple[int, ...]:
     return tuple(reversed(factors)) or (1,)
 
 
-def split(shape: tuple[int, ...], factors: tuple[int, ...], axes: tuple[str, ...]) -> PartitionSpec:
-    """Return which axes of the mesh, of sizes `factors`, divide which axis of an array.
+def partition(
+    shape: tuple[int, ...], factors: tuple[int, ...], axes: tuple[str, ...]
+) -> PartitionSpec:
+    """Return the partition of an array across the axes of a mesh.
 
-    All of them one axis, the longest that they divide, so that what is sent is sent at once; else
-    each the longest part that it divides, and nothing if it divides none.
+    If all mesh axes together divide an axis of the array, they partition the longest such axis, so
+    that gathering is one transfer.  Otherwise each mesh axis in turn partitions the longest
+    remaining axis that it divides; a mesh axis that divides none is not used.
+
+    Args:
+      shape: Shape of the array.
+      factors: Sizes of the mesh axes.
+      axes: Names of the mesh axes.
     """
-    left: list[int] = list(shape)
-    given: list[tuple[str, ...]] = [()] * len(shape)
-    whole = [i for i, size in enumerate(shape) if size % math.prod(factors) == 0]
-    if whole:
-        given[max(whole, key=lambda i: shape[i])] = axes
-        return PartitionSpec(*(names or None for names in given))
+    sides: list[int] = list(shape)  # of one device's part
+    names: list[tuple[str, ...]] = [()] * len(shape)
+    divisible = [i for i, size in enumerate(shape) if size % math.prod(factors) == 0]
+    if divisible:
+        names[max(divisible, key=lambda i: shape[i])] = axes
+        return PartitionSpec(*(axis_names or None for axis_names in names))
     for factor, axis in zip(factors, axes, strict=True):
-        fitting = [i for i, size in enumerate(left) if size % factor == 0]
-        if fitting:
-            longest = max(fitting, key=lambda i: left[i])
-            left[longest] //= factor
-            given[longest] += (axis,)
-    return PartitionSpec(*(names or None for names in given))
+        candidates = [i for i, size in enumerate(sides) if size % factor == 0]
+        if candidates:
+            longest = max(candidates, key=lambda i: sides[i])
+            sides[longest] //= factor
+            names[longest] += (axis,)
+    return PartitionSpec(*(axis_names or None for axis_names in names))

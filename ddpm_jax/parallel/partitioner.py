@@ -1,8 +1,8 @@
-"""How arrays are placed on devices and a step is spread over them: the contract.
+"""The interface of partitioners, which partition arrays and training steps across devices.
 
-A step is a pure function step(state, batch, ..., collectives=) -> (state, metrics).  A batch's rows
-lie on the devices in the order of the processes, so each process reads one run of rows and no
-other.
+A step is a pure function step(state, batch, ..., collectives=) -> (state, metrics).  The rows of a
+batch are partitioned across the devices in the order of the processes, so each process reads one
+contiguous range of rows.
 """
 
 import functools
@@ -23,28 +23,28 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Step(Protocol):
-    """A step that can be spread over devices."""
+    """A step that can be partitioned across devices."""
 
     def __call__(
         self, state: PyTree, batch: PyTree, *rest: PyTree, collectives: Collectives
     ) -> tuple[PyTree, PyTree]:
-        """Return the next state, and metrics."""
+        """Return the next state and metrics."""
 
 
 @runtime_checkable
 class Program(Protocol):
-    """A compiled step; it donates the state."""
+    """A compiled step; it donates the memory of the state."""
 
     def __call__(self, state: PyTree, batch: PyTree, *rest: PyTree) -> tuple[PyTree, PyTree]:
-        """Return the next state, and metrics."""
+        """Return the next state and metrics."""
 
 
 class Lowered(NamedTuple):
     """A step before it is compiled.
 
     Attributes:
-      compile: Compiles it.
-      flops: Operations of one step on one device; 0: unknown.
+      compile: Function that compiles the step.
+      flops: Floating-point operations of one step on one device; 0: unknown.
     """
 
     compile: Callable[[], Program]
@@ -57,7 +57,7 @@ class Lowered(NamedTuple):
 
 @runtime_checkable
 class Partitioner(Protocol):
-    """The devices, how arrays are placed on them, and how a step is spread over them.
+    """The devices, and the partition of arrays and steps across them.
 
     Attributes:
       mesh: The devices, in the order of their processes.
@@ -72,11 +72,11 @@ class Partitioner(Protocol):
 
     @property
     def replicated(self) -> NamedSharding:
-        """Where an array lies of which every device holds the whole."""
+        """The sharding of an array that is replicated on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def shardings(self, tree: PyTree) -> PyTree:
-        """Return where each array of a state lies."""
+        """Return the sharding of each array of a state."""
         return jax.tree.map(lambda _: self.replicated, tree)
 
     def place(self, tree: PyTree) -> PyTree:
@@ -84,52 +84,52 @@ class Partitioner(Protocol):
         return jax.device_put(tree, self.shardings(tree))
 
     def like(self, tree: PyTree) -> PyTree:
-        """Return a state's shapes with the placement, for restoring."""
+        """Return the shapes, types and shardings of a state, for restoring a checkpoint."""
         return jax.tree.map(
-            lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
             tree,
             self.shardings(tree),
         )
 
     def rows(self, size: int) -> slice:
-        """Return the rows that this process reads, of a batch of `size` on all devices."""
+        """Return the rows of a global batch of `size` examples that this process reads."""
         processes = [device.process_index for device in self.mesh.devices.flat]
-        mine = [i for i, process in enumerate(processes) if process == jax.process_index()]
-        return slice(mine[0] * size // self.devices, (mine[-1] + 1) * size // self.devices)
+        local = [i for i, process in enumerate(processes) if process == jax.process_index()]
+        return slice(local[0] * size // self.devices, (local[-1] + 1) * size // self.devices)
 
     def shard(self, tree: PyTree, axis: int = 0) -> PyTree:
-        """Put this process's rows of a batch, which lie along `axis`, on the devices."""
-        where = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, self.mesh.axis_names))
-        return jax.tree.map(lambda array: put(np.asarray(array), where), tree)
+        """Put this process's rows of a batch on the devices, partitioned along `axis`."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, self.mesh.axis_names))
+        return jax.tree.map(lambda array: put(np.asarray(array), sharding), tree)
 
     def feed(self, tree: PyTree, axis: int = 0) -> PyTree:
-        """Put this process's rows of a batch on the devices as the step takes them."""
+        """Put this process's rows of a batch on the devices, in the form that the step takes."""
         return self.shard(tree, axis)
 
     def lower(self, step: Step, state: PyTree, batch: PyTree, *rest: PyTree) -> Lowered:
-        """Lower step(state, batch, *rest, collectives=...), which donates `state`."""
+        """Lower step(state, batch, *rest, collectives=...), with `state` donated."""
         ...
 
     def warning(self) -> str:
-        """Return what a step lacks in this version of jaxlib; "": nothing."""
+        """Return a warning if this version of jaxlib makes steps slow or large; "": no warning."""
         return ""
 
     def compile(
         self, fn: Callable[P, T], static_argnums: int | tuple[int, ...] = ()
     ) -> Callable[P, T]:
-        """Return `fn` compiled; all that it returns lies whole on every device.
+        """Return a compiled version of `fn`, whose results are replicated on every device.
 
-        It is compiled once for its static arguments and the others' shapes, whatever calls it
-        again.
+        It is compiled once for each set of static arguments (at the positions `static_argnums`)
+        and of shapes, also if several callers compile it.
         """
         return cast(Callable[P, T], compiled(self.replicated, fn, static_argnums))
 
     def round_up(self, batch_size: int) -> int:
-        """Return the next batch size that the devices divide, for batches that are padded."""
+        """Return the smallest multiple of the number of devices that is at least `batch_size`."""
         return -(-batch_size // self.devices) * self.devices
 
     def indices(self, start: int, size: int) -> Int[Array, "size"]:
-        """Return start ... start + size - 1, spread as a batch is."""
+        """Return the integers start ... start + size - 1, partitioned like a batch."""
         numbers = np.arange(start, start + size, dtype=np.int32)
         return cast(Array, self.shard(numbers[self.rows(size)]))
 
@@ -143,16 +143,16 @@ def lower_global(
     *rest: PyTree,
     options: dict[str, str | bool] | None = None,
 ) -> Lowered:
-    """Lower a step in a global view of its arrays.
+    """Lower a step that computes with global arrays.
 
     Args:
-      partitioner: says where the next state lies.
-      collectives: what the step is given.
-      step: it donates its state.
-      state: or its shapes, as the following.
-      batch: on all devices.
-      *rest: further arguments.
-      options: of XLA's compiler.
+      partitioner: Partitioner that gives the shardings of the next state.
+      collectives: Collectives that the step is called with.
+      step: The step; the memory of its state is donated.
+      state: State, as arrays or as shapes with shardings.
+      batch: Global batch, as arrays or as shapes with shardings.
+      *rest: Further arguments of the step.
+      options: Options of XLA's compiler; None: the defaults.
     """
     traced = jax.jit(
         functools.partial(step, collectives=collectives),
@@ -170,21 +170,24 @@ def on_cpu(mesh: Mesh) -> bool:
 
 @functools.lru_cache(maxsize=128)
 def compiled(
-    where: NamedSharding, fn: Callable[..., Any], static_argnums: int | tuple[int, ...] = ()
+    sharding: NamedSharding, fn: Callable[..., Any], static_argnums: int | tuple[int, ...] = ()
 ) -> Callable[..., Any]:
-    """Compile `fn`; jax infers no output's placement, which the devices may not divide."""
-    return jax.jit(fn, static_argnums=static_argnums, out_shardings=where)
+    """Return the jitted `fn`; calls with equal arguments return the same object.
+
+    The sharding of the outputs is stated, because one that jax infers may not divide their shapes.
+    """
+    return jax.jit(fn, static_argnums=static_argnums, out_shardings=sharding)
 
 
-def put(array: np.ndarray, where: NamedSharding) -> jax.Array:
+def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """Put this process's rows of an array on the devices."""
     if jax.process_count() == 1:
-        return cast(jax.Array, jax.device_put(array, where))
-    return cast(jax.Array, jax.make_array_from_process_local_data(where, array))
+        return cast(jax.Array, jax.device_put(array, sharding))
+    return cast(jax.Array, jax.make_array_from_process_local_data(sharding, array))
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """Return numpy arrays of what may lie on devices of other processes; all of them call it."""
+    """Return the arrays as global numpy arrays; all processes must call it together."""
     return jax.tree.map(_fetch, tree)
 
 
@@ -197,11 +200,11 @@ def _fetch(array: PyTree) -> np.ndarray:
 
 
 def replicate(array: jax.Array) -> jax.Array:
-    """Return a sharded array whole on every device of its mesh."""
-    where = array.sharding
-    assert isinstance(where, NamedSharding)
-    whole = NamedSharding(where.mesh, PartitionSpec())
-    return cast(jax.Array, compiled(whole, _identity)(array))
+    """Return an array replicated on every device of its mesh."""
+    sharding = array.sharding
+    assert isinstance(sharding, NamedSharding)
+    replicated = NamedSharding(sharding.mesh, PartitionSpec())
+    return cast(jax.Array, compiled(replicated, _identity)(array))
 
 
 def _identity(tree: PyTree) -> PyTree:

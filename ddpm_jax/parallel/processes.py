@@ -1,4 +1,4 @@
-"""The processes of a run on several hosts: start, agree, meet and end together."""
+"""Communication between the processes of a run on several hosts."""
 
 import itertools
 import json
@@ -14,31 +14,31 @@ from jax.experimental import multihost_utils
 from ddpm_jax.errors import RunError, UserError, one_line
 
 T = TypeVar("T")
-LONGEST = 256  # bytes of what a process says of itself to the others
+MAX_MESSAGE_BYTES = 256  # of an error message that a process sends to the others
 
 
 @runtime_checkable
 class Coordinator(Protocol):
-    """What the processes of a run talk through: barriers with a time limit, and keys."""
+    """The client of jax's coordination service: barriers with a time limit, key-value store."""
 
     def wait_at_barrier(self, barrier_id: str, timeout_in_ms: int) -> None:
-        """Wait until all processes have come, or raise JaxRuntimeError."""
+        """Wait until all processes have arrived, or raise JaxRuntimeError."""
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
         """Store a value."""
 
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
-        """Return the keys below a key, and their values."""
+        """Return (key, value) of all keys below a key."""
 
     def key_value_delete(self, key: str) -> None:
-        """Delete what is below a key."""
+        """Delete a key and all keys below it."""
 
 
 def coordination_client() -> Coordinator | None:
-    """Return what the processes of a run talk through; None in a run of one process.
+    """Return jax's client of the coordination service; None in a run of one process.
 
-    It is private to jax, which has no public barrier with a time limit.  Where a version of jax
-    has it elsewhere, None is returned in a run of several processes, too (`without_client`).
+    The client is private to jax, which has no public barrier with a time limit.  For a version of
+    jax that has moved it, None is returned in a run of several processes, too (`without_client`).
     """
     try:
         from jax._src import distributed
@@ -50,37 +50,40 @@ def coordination_client() -> Coordinator | None:
 
 
 def without_client() -> str:
-    """Return what a run of several processes lacks in this version of jax; "": nothing."""
+    """Return a warning if several processes run without jax's client; "": no warning."""
     if alone() or coordination_client() is not None:
         return ""
     return (
-        f"jax {jax.__version__} is not known: the processes wait for each other's checkpoints as "
-        "orbax does, and which of them failed to write one is not logged"
+        f"ddpm_jax was not tested with jax {jax.__version__}: checkpoints use the barriers of "
+        "orbax, and a process that fails to write one is not named in the log"
     )
 
 
 def check_same_everywhere(what: str, value: str) -> None:
-    """Check that all processes have the same `value`.
+    """Check that all processes have the same `value`, which `what` names in the error message.
 
     Raises:
-      UserError: it differs from that of the first process.
+      UserError: If the value differs from that of the first process.
     """
     first = from_main(lambda: value)
     if first != value:
-        raise UserError(f"{what} is {value} here and {first} in the first process")
+        raise UserError(
+            f"{what} is {value} in process {jax.process_index()} and {first} in the first process; "
+            "give all processes the same"
+        )
 
 
 def is_main() -> bool:
-    """Return whether this process writes what is for people."""
+    """Return whether this process is the first one, which alone prints and writes records."""
     return bool(jax.process_index() == 0)
 
 
 def from_main(fn: Callable[[], T]) -> T:
-    """Call `fn` in the first process; return its result, of JSON's types, in all processes.
+    """Call `fn` in the first process, and return its result, of JSON types, in all processes.
 
     Raises:
-      Exception: what `fn` raised, in the first process.
-      RunError: the same message, in the other processes.
+      Exception: If `fn` raises it; in the first process.
+      RunError: If `fn` raises an exception; in the other processes, with its message.
     """
     if jax.process_count() == 1:
         return fn()
@@ -89,7 +92,7 @@ def from_main(fn: Callable[[], T]) -> T:
     if is_main():
         try:
             message = {"value": fn()}
-        except Exception as error:  # whatever it is, the others wait for word of it
+        except Exception as error:  # the other processes wait for the message
             message, failure = {"error": str(error)}, error
     text = json.dumps(message).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
@@ -98,46 +101,49 @@ def from_main(fn: Callable[[], T]) -> T:
     sent = multihost_utils.broadcast_one_to_all(padded)
     message = json.loads(np.asarray(sent, np.uint8).tobytes()[:size])
     if "error" in message:
-        raise failure or RunError(f"the first process ended: {message['error']}")
+        raise failure or RunError(f"the first process failed: {message['error']}")
     return cast(T, message["value"])
 
 
 def from_main_alone(fn: Callable[[], T], otherwise: T) -> T:
-    """Return `fn()` in the first process, `otherwise` in the others; UserErrors in all."""
-    kept = otherwise
+    """Return `fn()` in the first process, and `otherwise` in the other processes.
+
+    Errors of `fn` are raised in all processes, as by `from_main`.
+    """
+    result = otherwise
 
     def run() -> None:
-        nonlocal kept
-        kept = fn()
+        nonlocal result
+        result = fn()
 
     from_main(run)
-    return kept
+    return result
 
 
 def alone() -> bool:
-    """Return whether there is one process."""
+    """Return whether the run has only one process."""
     return bool(jax.process_count() == 1)
 
 
 def complaint(text: str) -> str:
-    """Return a process's complaint, the same in all processes; "" if there is none."""
+    """Return in all processes the error message of the first that has one; "": no error."""
     if alone():
         return text
-    padded = np.zeros(LONGEST, np.uint8)
-    content = text.encode()[:LONGEST]
+    padded = np.zeros(MAX_MESSAGE_BYTES, np.uint8)
+    content = text.encode()[:MAX_MESSAGE_BYTES]
     padded[: len(content)] = np.frombuffer(content, np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(padded))
-    words = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
-    number, first = next(((i, text) for i, text in enumerate(words) if text), (0, ""))
-    return first if all(words) or not first else f"process {number}: {first}"
+    texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
+    process, first = next(((i, text) for i, text in enumerate(texts) if text), (0, ""))
+    return first if all(texts) or not first else f"process {process}: {first}"
 
 
-_meetings = itertools.count()
+_barriers = itertools.count()
 
 
 @runtime_checkable
 class Barrier(Protocol):
-    """A barrier, as orbax takes it."""
+    """A barrier function, as an argument of orbax."""
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
         """Wait for the other processes."""
@@ -146,44 +152,48 @@ class Barrier(Protocol):
 class Meeting:
     """A barrier for the background threads of all processes.
 
-    It uses no devices, which belong to the main threads.  Each process announces a key; if the keys
-    differ, a process has given up, and the barrier fails in all of them.
+    It does not use the devices, because only the main threads may.  Each process sends a key; if
+    the keys differ, a process has failed, and the barrier raises an error in all processes.
     """
 
     def __init__(self) -> None:
-        self._place, self._count, self._over = "", 0, False
+        self._directory, self._count, self._failed = "", 0, False
 
     def begin(self) -> None:
-        """Begin a new barrier; all main threads call it before their background threads wait."""
-        self._place, self._count, self._over = f"ddpm_jax/{next(_meetings)}", 0, False
+        """Start a new barrier; all main threads call it before their background threads wait."""
+        self._directory, self._count, self._failed = f"ddpm_jax/{next(_barriers)}", 0, False
 
     def barrier(self) -> Barrier | None:
-        """Return `wait`; None where there is nothing to wait through, and orbax uses its own."""
+        """Return `wait`; None if there is no client, in which case orbax uses its own barrier."""
         return None if without_client() else self.wait
 
     def wait(self, *, key: str, timeout_ms: int) -> None:
-        """Wait for the other processes, which must announce the same `key`.
+        """Wait at most `timeout_ms` milliseconds for the other processes, which send the same key.
+
+        After an error, further calls return at once.
 
         Raises:
-          OSError: one gave up, and why, or none came in time; from then on nobody waits.
+          OSError: If a process has failed, with its reason, or has not arrived in time.
         """
-        if alone() or self._over:
+        if alone() or self._failed:
             return
         client = coordination_client()
         assert client is not None
-        before, here = (f"{self._place}/{self._count + i}/" for i in range(2))
+        previous, current = (f"{self._directory}/{self._count + i}/" for i in range(2))
         self._count += 1
-        failure = sys.exception()  # that ends what others go on with
+        failure = sys.exception()  # the error that this thread is handling, if any
         reason = f"process {jax.process_index()}: {one_line(failure, 150)}" if failure else ""
         try:
-            client.key_value_set(here + key, reason, allow_overwrite=True)
-            client.wait_at_barrier(here, timeout_ms)
-            said = client.key_value_dir_get(here)
+            client.key_value_set(current + key, reason, allow_overwrite=True)
+            client.wait_at_barrier(current, timeout_ms)
+            messages = client.key_value_dir_get(current)
             if is_main():
-                client.key_value_delete(before)
+                client.key_value_delete(previous)
         except jax.errors.JaxRuntimeError:
-            self._over = True
-            raise TimeoutError(f"a process was not done in {timeout_ms / 1000:.0f} s") from None
-        if len(said) > 1:
-            self._over = True
-            raise OSError("; ".join(text for _, text in said if text) or "a process gave up")
+            self._failed = True
+            raise TimeoutError(
+                f"a process did not finish within {timeout_ms / 1000:.0f} s"
+            ) from None
+        if len(messages) > 1:
+            self._failed = True
+            raise OSError("; ".join(text for _, text in messages if text) or "a process failed")

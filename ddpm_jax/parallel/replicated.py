@@ -1,4 +1,4 @@
-"""Every device holds the whole state: under `jit` in a global view, under `pmap` in its own."""
+"""Data parallelism with a replicated state: `jit` with global arrays, `pmap` with local ones."""
 
 import dataclasses
 import functools
@@ -19,44 +19,44 @@ from ddpm_jax.parallel.partitioner import (
     on_cpu,
     put,
 )
-from ddpm_jax.parallel.xla_flags import FAST_CONVOLUTIONS, lost
+from ddpm_jax.parallel.xla_flags import FAST_CONVOLUTIONS, missing_flags_warning
 
-AXIS = "data"  # the name of the axis of devices
+AXIS = "data"  # name of the mesh axis of devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Replicated(Partitioner):
-    """`jit`: batches are sharded, the state is replicated, and XLA inserts the communication."""
+    """The partitioner of `jit`: batches are partitioned, and XLA inserts the communication."""
 
     mesh: Mesh
 
     def lower(self, step: Step, state: PyTree, batch: PyTree, *rest: PyTree) -> Lowered:
-        """Lower step(state, batch, *rest, collectives=...), which donates `state`."""
+        """Lower step(state, batch, *rest, collectives=...), with `state` donated."""
         return lower_global(self, GlobalCollectives(), step, state, batch, *rest)
 
     def warning(self) -> str:
-        """Return what a step lacks in this version of jaxlib; "": nothing."""
-        return lost(FAST_CONVOLUTIONS) if on_cpu(self.mesh) else ""
+        """Return a warning if this version of jaxlib makes steps slow or large; "": no warning."""
+        return missing_flags_warning(FAST_CONVOLUTIONS) if on_cpu(self.mesh) else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class PerDevice(Partitioner):
-    """`pmap`: the step is called for each device; its batches have the devices as first axis."""
+    """The partitioner of `pmap`: the step is called for each device, the first axis of a batch."""
 
     mesh: Mesh
 
     def feed(self, tree: PyTree, axis: int = 0) -> PyTree:
-        """Put this process's rows of a batch on the devices as the step takes them."""
+        """Put this process's rows of a batch on the devices, with the devices as first axis."""
         return jax.tree.map(functools.partial(self._feed, axis=axis), tree)
 
     def _feed(self, array: PyTree, axis: int) -> jax.Array:
         array = np.asarray(array)
-        here = len(self.mesh.local_devices)
-        parts = array.reshape(*array.shape[:axis], here, -1, *array.shape[axis + 1 :])
+        devices = len(self.mesh.local_devices)
+        parts = array.reshape(*array.shape[:axis], devices, -1, *array.shape[axis + 1 :])
         return put(np.moveaxis(parts, axis, 0), NamedSharding(self.mesh, PartitionSpec(AXIS)))
 
     def lower(self, step: Step, state: PyTree, batch: PyTree, *rest: PyTree) -> Lowered:
-        """Lower step(state, batch, *rest, collectives=...), which donates `state`."""
+        """Lower step(state, batch, *rest, collectives=...), with `state` donated."""
         mapped = jax.pmap(
             functools.partial(step, collectives=DeviceCollectives(AXIS)),
             axis_name=AXIS,
@@ -68,7 +68,7 @@ class PerDevice(Partitioner):
         )
         arguments = (state, batch, *rest)
         if jax.process_count() == 1:
-            traced = jax.make_jaxpr(mapped)(*arguments)  # which lowering does not do again
+            traced = jax.make_jaxpr(mapped)(*arguments)  # cached for the lowering
             return Lowered(mapped.lower(*arguments).compile, flops(traced) / self.devices)
 
         def call(state: PyTree, batch: PyTree, *rest: PyTree) -> tuple[PyTree, PyTree]:
@@ -83,30 +83,30 @@ class PerDevice(Partitioner):
         return Lowered(program, 0.0)
 
     def _on_all_processes(self, array: jax.Array) -> jax.Array:
-        """Return a replicated array; what pmap returns is of this process's devices."""
+        """Return the replicated array whose parts on this process's devices `pmap` returned."""
         parts = [part.data for part in array.addressable_shards]
         return jax.make_array_from_single_device_arrays(array.shape, self.replicated, parts)
 
     def warning(self) -> str:
-        """Return what a step lacks in this version of jaxlib; "": nothing."""
-        return lost(FAST_CONVOLUTIONS) if on_cpu(self.mesh) else ""
+        """Return a warning if this version of jaxlib makes steps slow or large; "": no warning."""
+        return missing_flags_warning(FAST_CONVOLUTIONS) if on_cpu(self.mesh) else ""
 
 
-def line(devices: list[jax.Device]) -> Mesh:
-    """Return the mesh of `jit` and `pmap`; a program takes all its arguments on one mesh."""
+def data_mesh(devices: list[jax.Device]) -> Mesh:
+    """Return the mesh of `jit` and `pmap`, with one axis."""
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def placed(tree: PyTree) -> Replicated:
-    """Return the partitioner of the devices on which a tree's arrays lie.
+    """Return the partitioner of the devices that hold the arrays of a tree.
 
-    The first device where the tree has no array of jax.
+    If the tree has no jax arrays, it is the partitioner of the first device.
     """
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     devices = list(arrays[0].sharding.device_set) if arrays else jax.devices()[:1]
-    return Replicated(line(sorted(devices, key=in_order)))
+    return Replicated(data_mesh(sorted(devices, key=device_order)))
 
 
-def in_order(device: jax.Device) -> tuple[int, int]:
-    """Return a device's place in a mesh: by process, then by number."""
+def device_order(device: jax.Device) -> tuple[int, int]:
+    """Return the key by which devices are sorted in a mesh: process, then number."""
     return device.process_index, device.id

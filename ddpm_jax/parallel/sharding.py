@@ -1,4 +1,4 @@
-"""Choose how arrays are placed and a step is spread: `jit`, `pmap` or `fsdp`."""
+"""Creation of the partitioner of a mode of parallelism: `jit`, `pmap` or `fsdp`."""
 
 import jax
 import numpy as np
@@ -8,7 +8,14 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.parallel import PARALLEL
 from ddpm_jax.parallel.fully_sharded import FullySharded, prime_factors
 from ddpm_jax.parallel.partitioner import Partitioner, fetch
-from ddpm_jax.parallel.replicated import AXIS, PerDevice, Replicated, in_order, line, placed
+from ddpm_jax.parallel.replicated import (
+    AXIS,
+    PerDevice,
+    Replicated,
+    data_mesh,
+    device_order,
+    placed,
+)
 
 __all__ = ["MODES", "Partitioner", "check_batch", "fetch", "make", "placed"]
 
@@ -16,32 +23,32 @@ MODES = PARALLEL
 
 
 def make(mode: str = "jit", devices: list[jax.Device] | None = None) -> Partitioner:
-    """Return the partitioner of a mode, over `devices` or all that there are.
+    """Return the partitioner of a mode on `devices`; None: all devices.
 
     Raises:
-      UserError: there is no such mode.
+      UserError: If `mode` is not one of `MODES`.
     """
     if mode not in MODES:
-        raise UserError(f"--parallel={mode}: there are {', '.join(MODES)}")
-    devices = sorted(devices or jax.devices(), key=in_order)
+        raise UserError(f"--parallel={mode}: must be one of {', '.join(MODES)}")
+    devices = sorted(devices or jax.devices(), key=device_order)
     if mode == "fsdp":
         factors = prime_factors(len(devices))
-        axes = tuple(f"{AXIS}_{number}" for number in range(len(factors)))
+        axes = tuple(f"{AXIS}_{index}" for index in range(len(factors)))
         array = np.reshape(np.array(devices), factors)
         return FullySharded(Mesh(array, axes, axis_types=(AxisType.Auto,) * len(axes)))
-    return PerDevice(line(devices)) if mode == "pmap" else Replicated(line(devices))
+    return PerDevice(data_mesh(devices)) if mode == "pmap" else Replicated(data_mesh(devices))
 
 
 def check_batch(batch_size: int, accumulate: int = 1) -> None:
-    """Check that a training batch is split evenly over the devices and the parts.
+    """Check that a training batch divides evenly over devices and gradient accumulation steps.
 
     Raises:
-      UserError: it does not divide.
+      UserError: If the batch does not divide evenly.
     """
     parts = jax.device_count() * accumulate
     if batch_size % parts:
-        over = f"{jax.device_count()} devices" + f" x {accumulate} parts" * (accumulate > 1)
+        divisors = f"{jax.device_count()} devices" + f" x {accumulate} parts" * (accumulate > 1)
         raise UserError(
-            f"--config.train.batch_size={batch_size} does not divide over {over}; "
+            f"--config.train.batch_size={batch_size} does not divide over {divisors}; "
             f"give a multiple of {parts}"
         )

@@ -1,4 +1,4 @@
-"""Flags of XLA and of jaxlib, each set for the versions that it was tried with."""
+"""Flags of XLA; each is set only for the versions of jaxlib that it was tested with."""
 
 import functools
 import importlib.metadata
@@ -11,29 +11,30 @@ from ddpm_jax.errors import UserError
 
 
 class Flag(NamedTuple):
-    """A flag of XLA for CPUs, and the versions of jaxlib that it was tried with.
+    """A flag of XLA for CPUs.
 
     Attributes:
-      name: The flag, without dashes.
-      value: Its value.
-      versions: Of jaxlib; one that does not know a flag aborts the process.
-      lost: What a run lacks without it; "": nothing that a person would notice.
+      name: Name of the flag, without dashes.
+      value: Value of the flag.
+      versions: Versions of jaxlib that it was tested with; others may abort the process.
+      effect: Effect on a run without the flag; "": no effect that a user would notice.
     """
 
     name: str
     value: str | bool
     versions: tuple[str, ...]
-    lost: str = ""
+    effect: str = ""
 
     @property
-    def is_known(self) -> bool:
-        """Whether the installed jaxlib is one of `versions`."""
+    def is_supported(self) -> bool:
+        """True if the installed jaxlib is one of `versions`."""
         return importlib.metadata.version("jaxlib") in self.versions
 
 
-# Of the environment.  The first makes a convolution's gradients 2 to 3 times faster; the second
-# makes compiling a third faster and the program slower; the third cuts a program for the half of
-# the cores that another, compiled beside it, leaves it, and not into 32 parts.
+# Flags of the environment.  FAST_CONVOLUTIONS makes the gradients of convolutions 2 to 3 times
+# faster.  The first of FAST_COMPILATION makes compilation 1/3 faster and programs slower; the
+# second splits compilation into parts for half of the cores, because often two programs compile at
+# the same time, instead of into 32 parts.
 FAST_CONVOLUTIONS = Flag(
     "xla_cpu_experimental_ynn_fusion_type",
     "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
@@ -48,8 +49,9 @@ FAST_COMPILATION = (
         ("0.10.2", "0.12.0.1"),
     ),
 )
-# Of the compiler, for a sharded state.  Without them XLA gathers as early as it can, and takes what
-# is gathered again for what it has already: a device would hold the whole after all.
+# Flags of the compiler, for a partitioned state.  Without them XLA gathers parameters as early as
+# possible, and merges the gathers of the forward and the backward pass, so that a device holds all
+# parameters at once.
 LATE_GATHERS = (
     Flag(
         "xla_cpu_scheduler_type",
@@ -62,53 +64,55 @@ LATE_GATHERS = (
 
 
 def compiler_options(flags: tuple[Flag, ...]) -> dict[str, str | bool] | None:
-    """Return flags as options of the compiler; None where jaxlib does not know all of them."""
-    return {flag.name: flag.value for flag in flags} if all(f.is_known for f in flags) else None
+    """Return flags as options of the compiler; None if this jaxlib does not support all of them."""
+    supported = all(flag.is_supported for flag in flags)
+    return {flag.name: flag.value for flag in flags} if supported else None
 
 
-def lost(*flags: Flag) -> str:
-    """Return what a run lacks without the flags that jaxlib is not known for; "": nothing."""
-    texts = [flag.lost for flag in flags if flag.lost and not flag.is_known]
+def missing_flags_warning(*flags: Flag) -> str:
+    """Return a warning of the effects of flags that this jaxlib does not support; "": no effect."""
+    effects = [flag.effect for flag in flags if flag.effect and not flag.is_supported]
     version = importlib.metadata.version("jaxlib")
-    return f"jaxlib {version} is not known: {'; '.join(texts)}" if texts else ""
+    text = f"ddpm_jax was not tested with jaxlib {version}: {'; '.join(effects)}"
+    return text if effects else ""
 
 
 def tune_cpu(debug: bool = False) -> None:
-    """Set `FAST_CONVOLUTIONS`, and `FAST_COMPILATION` for runs of a few steps, where known.
+    """Set the supported ones of `FAST_CONVOLUTIONS` and, for debug runs, of `FAST_COMPILATION`.
 
-    Before the first computation, or it does nothing.
+    It has an effect only before the first computation.
     """
     for flag in (FAST_CONVOLUTIONS, *(FAST_COMPILATION if debug else ())):
         flags = os.environ.get("XLA_FLAGS", "")
-        if flag.is_known and f"--{flag.name}" not in flags:
+        if flag.is_supported and f"--{flag.name}" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} --{flag.name}={flag.value}".strip()
 
 
 def tune_gpu() -> None:
-    """Give the same bits at each run of a program: no atomic additions, no autotuning.
+    """Make programs on GPUs reproducible to the bit, without atomic additions and autotuning.
 
-    It costs speed, of scatters and of convolutions' gradients above all; a CPU and a TPU need
-    nothing.  Before the first computation, or it does nothing.
+    Scatters and the gradients of convolutions become slower.  Programs on CPUs and TPUs are
+    reproducible by default.  It has an effect only before the first computation.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    wanted = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
-    os.environ["XLA_FLAGS"] = f"{flags} {wanted}".strip()
+    added = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+    os.environ["XLA_FLAGS"] = f"{flags} {added}".strip()
 
 
 @functools.cache
 def check_flags(flags: str) -> None:
-    """Check the user's `XLA_FLAGS` in another process, which XLA ends where it lacks one of them.
+    """Check the value of `XLA_FLAGS` in another process, because XLA ends a process on errors.
 
     Raises:
-      UserError: XLA lacks one of them.
+      UserError: If XLA does not accept the flags.
     """
     if not flags:
         return
     code = "from jaxlib import xla_client; xla_client.CompileOptions()"
-    tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if tried.returncode:
-        reason = next((line for line in tried.stderr.splitlines() if "XLA_FLAGS" in line), "")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if result.returncode:
+        reason = next((line for line in result.stderr.splitlines() if "XLA_FLAGS" in line), "")
         raise UserError(
-            f"XLA_FLAGS={flags}: {reason.rpartition('] ')[2] or 'XLA refuses it'}; correct it, or "
-            "unset XLA_FLAGS"
+            f"XLA_FLAGS={flags}: {reason.rpartition('] ')[2] or 'XLA does not accept it'}; correct "
+            "it, or unset XLA_FLAGS"
         )

@@ -1,1 +1,1 @@
-"""Files, the terminal and signals."""
+"""Files, the terminal, signals and environment variables."""

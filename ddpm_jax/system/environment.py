@@ -1,4 +1,4 @@
-"""Environment variables of jax: a value that it refuses, or cannot work with here, is one line."""
+"""Checks of jax's environment variables, with errors of one line."""
 
 import contextlib
 import os
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from ddpm_jax.errors import UserError
 
-MOST_CPU_DEVICES = 1024  # more of them take minutes to start
-# Options of jax, for debugging it, under which no step of this program can be compiled or run.
+MAX_CPU_DEVICES = 1024  # more devices take minutes to start
+# Options for debugging jax; with these values, no training step can be compiled or run.
 REFUSED: dict[str, tuple[bool | str, ...]] = {
     "jax_disable_jit": (True,),
     "jax_no_execution": (True,),
@@ -20,10 +20,10 @@ REFUSED: dict[str, tuple[bool | str, ...]] = {
 
 
 def import_jax() -> None:
-    """Import jax and jaxtyping, which read their environment variables then.
+    """Import jax and jaxtyping, which read their environment variables on import.
 
     Raises:
-      UserError: a variable has a value that is not allowed.
+      UserError: If a variable has a value that is not allowed.
     """
     with _one_line(name for name in os.environ if name.startswith("JAX")):
         import jax
@@ -32,8 +32,8 @@ def import_jax() -> None:
         variable = option.upper()
         if getattr(jax.config, option, None) in values and variable in os.environ:
             raise UserError(
-                f"{variable}={os.environ[variable]}: is for debugging jax, and this program does "
-                f"not run with it; unset {variable}"
+                f"{variable}={os.environ[variable]}: is for debugging jax, and this program "
+                f"cannot run with it; unset {variable}"
             )
     _check_cpu_devices(jax.config.values["jax_num_cpu_devices"])
 
@@ -42,7 +42,7 @@ def check_device() -> None:
     """Check that jax can put an array on its default device.
 
     Raises:
-      UserError: it cannot.
+      UserError: If `JAX_DEFAULT_DEVICE` is not a device.
     """
     import jax
 
@@ -51,32 +51,31 @@ def check_device() -> None:
 
 
 def _check_cpu_devices(count: int) -> None:
-    """Raise UserError if a variable asks for fewer than one CPU device, or for too many."""
+    """Check the number of CPU devices, by `count` (-1: not set) and by `XLA_FLAGS`."""
     name = "--xla_force_host_platform_device_count"
-    asked = [("JAX_NUM_CPU_DEVICES", count)] if count != -1 else []  # -1: not given
+    numbers = [("JAX_NUM_CPU_DEVICES", count)] if count != -1 else []
     for text in re.findall(rf"{name}=(-?\d+)(?!\S)", os.environ.get("XLA_FLAGS", "")):
-        asked.append((f"XLA_FLAGS: {name}", int(text[:20])))
-    for flag, number in asked:
-        if not 1 <= number <= MOST_CPU_DEVICES:
-            raise UserError(f"{flag}={number}: must be from 1 to {MOST_CPU_DEVICES}")
+        numbers.append((f"XLA_FLAGS: {name}", int(text[:20])))
+    for flag, number in numbers:
+        if not 1 <= number <= MAX_CPU_DEVICES:
+            raise UserError(f"{flag}={number}: must be from 1 to {MAX_CPU_DEVICES}")
 
 
 @contextlib.contextmanager
 def _one_line(names: Iterable[str]) -> Iterator[None]:
-    """Make one line of a ValueError about one of some variables; other errors stay."""
+    """Turn a ValueError about one of these variables into a UserError; re-raise other errors."""
     try:
         yield
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         values = {name: os.environ.get(name) for name in names}
-        for named in (
+        for matching in (
             [name for name in values if re.search(rf"\b{name}\b", reason, re.IGNORECASE)],
             [name for name, value in values.items() if value and repr(value) in reason],
         ):
-            if named:
-                name = named[0]
+            if matching:
+                name = matching[0]
                 raise UserError(
-                    f"{name}={values[name]}: is not a value of it ({reason}); correct it, or "
-                    f"unset {name}"
+                    f"{name}={values[name]}: is not allowed ({reason}); correct it, or unset {name}"
                 ) from None
         raise

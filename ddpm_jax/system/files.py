@@ -1,4 +1,4 @@
-"""Write files so that they appear whole or not at all, and never through a link."""
+"""Writing of files, which are replaced atomically, and never through a symbolic link."""
 
 import contextlib
 import os
@@ -12,21 +12,21 @@ from ddpm_jax.errors import UserError
 
 SOFTWARE = "ddpm_jax"  # the mark in a file that this program may replace
 PNG_MARK = b"tEXtSoftware\0" + SOFTWARE.encode()
-HEAD = 512  # bytes of a PNG in which the mark is
+HEAD = 512  # the mark is in the first bytes of a PNG
 
 
 @contextlib.contextmanager
 def draft_of(path: pathlib.Path, durable: bool = False) -> Iterator[IO[bytes]]:
-    """Open a new file that takes the place of `path` once it is written.
+    """Open a new temporary file that replaces `path` when the context ends without an error.
 
-    Whatever is at `path`, a link included, is replaced, not written to.
+    An existing file or symbolic link at `path` is replaced, not written to.
 
     Args:
-      path: where the file appears.
-      durable: wait until the content is on the disk.
+      path: Path of the file.
+      durable: Wait until the content is on the disk (`fsync`).
 
     Raises:
-      OSError: it cannot be written; what was there stays.
+      OSError: If the file cannot be written; `path` is then unchanged.
     """
     draft = path.with_name(f".{os.getpid()}.draft")
     with contextlib.suppress(FileNotFoundError):
@@ -46,10 +46,10 @@ def draft_of(path: pathlib.Path, durable: bool = False) -> Iterator[IO[bytes]]:
 
 
 def append(path: pathlib.Path, content: bytes) -> None:
-    """Append to a file, which is not a link; nothing of it where it cannot be written whole.
+    """Append all of `content` to a file, or nothing; symbolic links are not followed.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: If the content cannot be written, or `path` is a symbolic link.
     """
     flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW
     with os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0) as file:
@@ -60,15 +60,15 @@ def append(path: pathlib.Path, content: bytes) -> None:
                 written += file.write(content[written:])
         except OSError:
             with contextlib.suppress(OSError):
-                os.truncate(file.fileno(), size)  # no torn line before the next
+                os.truncate(file.fileno(), size)  # remove an incomplete line
             raise
 
 
 def write_npz(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays with this program's mark, the entry `software`.
+    """Write arrays to a .npz file with this program's mark, the entry `software`.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: If the file cannot be written.
     """
     entries: dict[str, Any] = {**arrays, "software": np.array(SOFTWARE)}
     with draft_of(path) as file:
@@ -76,10 +76,14 @@ def write_npz(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def write_with(path: pathlib.Path, save: Callable[[IO[bytes]], object]) -> None:
-    """Write a file by `save`, which writes to an open one, in a folder that is made if needed.
+    """Write a file, whose directory is created if needed.
+
+    Args:
+      path: Path of the file.
+      save: Function that writes the content to an open file.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: If the file cannot be written.
     """
     path.parent.mkdir(exist_ok=True)
     with draft_of(path) as file:
@@ -87,39 +91,43 @@ def write_with(path: pathlib.Path, save: Callable[[IO[bytes]], object]) -> None:
 
 
 def is_ours(path: pathlib.Path) -> bool:
-    """Return whether a .png or .npz has this program's mark."""
+    """Return whether a .png or .npz file has this program's mark."""
     try:
         if path.suffix.lower() == ".png":
             with path.open("rb") as file:
                 return PNG_MARK in file.read(HEAD)
         with np.load(path, allow_pickle=False) as arrays:
             return str(arrays["software"]) == SOFTWARE
-    except Exception:  # of many kinds: it is not such a file at all
+    except Exception:  # of many types, if the file has another format
         return False
 
 
-def check_writable(folder: pathlib.Path, flag: str) -> None:
-    """Check that files can be made in a folder, or in the nearest one above it that is there.
+def check_writable(directory: pathlib.Path, flag: str) -> None:
+    """Check that files can be created in a directory, or in its nearest existing parent.
+
+    Args:
+      directory: The directory.
+      flag: Flag and value for the error message.
 
     Raises:
-      UserError: they cannot.
+      UserError: If files cannot be created there.
     """
-    reason = _refusal(folder)
+    reason = _unwritable_reason(directory)
     if reason:
-        raise UserError(f"{flag}: cannot write to {folder}: {reason}; give another place")
+        raise UserError(f"{flag}: cannot write to {directory}: {reason}; give another directory")
 
 
-def is_writable(folder: pathlib.Path) -> bool:
-    """Return whether files can be made in a folder, or in the nearest one above it."""
-    return not _refusal(folder)
+def is_writable(directory: pathlib.Path) -> bool:
+    """Return whether files can be created in a directory, or in its nearest existing parent."""
+    return not _unwritable_reason(directory)
 
 
-def _refusal(folder: pathlib.Path) -> str:
-    """Return why no files can be made in a folder; "" if they can."""
-    place = folder.absolute()
-    while not os.path.exists(place) and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        return f"{place} is not a folder"
-    writable = os.access(place, os.W_OK | os.X_OK)
-    return "" if writable else f"permission denied in {place}"
+def _unwritable_reason(directory: pathlib.Path) -> str:
+    """Return the reason why files cannot be created in a directory; "" if they can."""
+    directory = directory.absolute()
+    while not os.path.exists(directory) and directory != directory.parent:
+        directory = directory.parent
+    if not directory.is_dir():
+        return f"{directory} is not a directory"
+    writable = os.access(directory, os.W_OK | os.X_OK)
+    return "" if writable else f"permission denied in {directory}"

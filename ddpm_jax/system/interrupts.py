@@ -1,8 +1,8 @@
-"""Ctrl-C that is noticed at once, also while the main thread compiles or computes.
+"""Signal handling that is immediate, also while the main thread compiles or computes.
 
-Python calls a signal's handler in the main thread, and only between two of its instructions: not
-while XLA compiles, which may take minutes.  The interpreter's C code writes each signal's number
-to a pipe at once (`signal.set_wakeup_fd`), and a thread reads it there.
+Python calls the handler of a signal in the main thread, between two Python instructions; so it
+waits while XLA compiles, which may take minutes.  But the interpreter's C code writes the number of
+each signal to a pipe at once (`signal.set_wakeup_fd`), and a thread reads the pipe.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from ddpm_jax.system import terminal
 
 ENDED = 130  # the exit code after Ctrl-C
-before_end: list[Callable[[], None]] = []  # what is called before the process ends at once
+before_end: list[Callable[[], None]] = []  # functions that `end_now` calls
 
 
 def end_now(line: str = "interrupted: by Ctrl-C", code: int = ENDED) -> None:
-    """End the process at once, with a line and an exit code: nothing else is waited for."""
+    """Print a line to stderr and end the process at once, without waiting for other threads."""
     for function in before_end:
         function()
     terminal.print_error(line)
@@ -26,11 +26,11 @@ def end_now(line: str = "interrupted: by Ctrl-C", code: int = ENDED) -> None:
 
 
 @contextlib.contextmanager
-def watched(notice: Callable[[int], None]) -> Iterator[None]:
-    """Call `notice` with a signal's number, in a thread and at once, for each that is handled.
+def watched(on_signal: Callable[[int], None]) -> Iterator[None]:
+    """Call `on_signal(number)` at once, in a thread, for each signal that arrives in this context.
 
-    Only signals with a handler in Python are noticed, and only where this is called in the main
-    thread; elsewhere nothing is watched.
+    Only signals with a Python handler are reported.  Outside of the main thread, this context has
+    no effect.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -44,7 +44,7 @@ def watched(notice: Callable[[int], None]) -> Iterator[None]:
 
     def listen() -> None:
         while number := os.read(read, 1)[0]:
-            notice(number)
+            on_signal(number)
 
     thread = threading.Thread(target=listen, daemon=True, name="interrupts")
     thread.start()
@@ -59,14 +59,16 @@ def watched(notice: Callable[[int], None]) -> Iterator[None]:
 
 
 def warning(warn: Callable[[], None], *numbers: int) -> Callable[[int], None]:
-    """Return what `watched` calls: a first signal of `numbers` warns, a Ctrl-C after it ends.
+    """Return an `on_signal` function for `watched`: a first signal warns, a later Ctrl-C ends.
 
     Args:
-      warn: says what is waited for.
+      warn: Function that is called at the first signal of `numbers`; it logs what the program waits
+        for.
+      *numbers: Numbers of the signals.
     """
     warned = False
 
-    def notice(number: int) -> None:
+    def on_signal(number: int) -> None:
         nonlocal warned
         if number == signal.SIGINT and warned:
             end_now()
@@ -74,20 +76,20 @@ def warning(warn: Callable[[], None], *numbers: int) -> Callable[[int], None]:
             warned = True
             warn()
 
-    return notice
+    return on_signal
 
 
 @contextlib.contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Let Ctrl-C end the process at once, unless a training handles it (`training.loop.fit`)."""
+    """End the process at once at Ctrl-C, unless training handles it (`training.loop.fit`)."""
 
-    def notice(number: int) -> None:
+    def on_signal(number: int) -> None:
         if number == signal.SIGINT:
             end_now()
 
-    before = signal.signal(signal.SIGINT, lambda *_: None)  # the thread alone ends the process
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # only the thread ends the process
     try:
-        with watched(notice):
+        with watched(on_signal):
             yield
     finally:
         signal.signal(signal.SIGINT, before)

@@ -1,7 +1,7 @@
-"""What the JSON files of a run hold."""
+"""The type of the records in the JSON files of a run."""
 
 from typing import Any, TypeAlias
 
-# An object of JSON: config.json, eval.json, summary.json, or a part of one of them. Its values are
-# what `json` reads and writes, which no type of Python states.
+# A JSON object: config.json, eval.json, summary.json, or a part of one of them. Python has no
+# precise type for the values that `json` reads and writes.
 Record: TypeAlias = dict[str, Any]

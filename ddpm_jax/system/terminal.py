@@ -1,6 +1,6 @@
-"""Standard output and standard error, which may be closed, full, or of a narrow encoding.
+"""Printing to stdout and stderr, which may be closed, full, or of an encoding such as ASCII.
 
-Control characters never reach them: what is printed may come from a stranger's files.
+Control characters are escaped, because printed text may come from files of unknown origin.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ _failures: list[str] = []  # why lines could not be printed to standard output
 
 
 def prepare() -> None:
-    """Make both streams usable, whatever the process was started with.
+    """Make both streams usable, also if they were closed when the process started.
 
-    A closed descriptor is opened on the null device, or the next file that is opened would get
-    its number; characters that an encoding lacks are printed as escapes.
+    A closed descriptor is opened on the null device, because otherwise the next open file would get
+    its number.  Characters that the encoding lacks are printed as escapes.
     """
     closed = []
     for number in range(3):
@@ -35,7 +35,7 @@ def prepare() -> None:
 
 
 def show(text: str) -> None:
-    """Print to standard output; what cannot be printed is kept for `failure` and ends nothing."""
+    """Print to standard output; an error is stored for `failure` instead of raised."""
     if _failures:
         return
     try:
@@ -46,20 +46,20 @@ def show(text: str) -> None:
 
 
 def failure() -> str:
-    """Return why standard output could not be written, and forget it; "" where it could."""
+    """Return the reason why printing to standard output failed, and clear it; "" if it did not."""
     reason = next(iter(_failures), "")
     _failures.clear()
     return reason
 
 
 def print_error(line: str) -> None:
-    """Print to standard error, which may be gone."""
+    """Print to standard error; errors are ignored."""
     with contextlib.suppress(OSError, ValueError):
         print(printable(line, lines=True), file=sys.stderr, flush=True)
 
 
 def flush() -> None:
-    """Flush both streams, so that nothing is left to fail while the interpreter ends."""
+    """Flush both streams, so that flushing cannot fail when the interpreter ends."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()
@@ -68,7 +68,7 @@ def flush() -> None:
 
 
 def _discard(number: int) -> None:
-    """Send what a stream still holds to the null device."""
+    """Redirect a stream, with its unwritten content, to the null device."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, number)
     os.close(null)

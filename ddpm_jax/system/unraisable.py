@@ -1,4 +1,4 @@
-"""Errors that Python can only print, as nobody is there to catch them."""
+"""Errors that Python cannot raise, but only print (`sys.unraisablehook`)."""
 
 import contextlib
 import sys
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_event_loop() -> Iterator[None]:
-    """Print the first error alone of a read of many arrays that fails.
+    """Suppress the errors that follow the first one when a parallel read of arrays fails.
 
-    Those of the arrays that are read beside it find asyncio's loop closed, some of them later: so
-    where one has failed they are kept quiet from then on.
+    After the first error, asyncio's event loop is closed, and the other reads fail with "Event loop
+    is closed", some of them after this context; so after an error, such messages stay suppressed.
     """
     before = sys.unraisablehook
 

@@ -1,4 +1,4 @@
-"""The convolution of all networks: flax's, with gradients that loops on a CPU do not slow down."""
+"""The convolution of all networks equals that of Flax, and its gradients are fast in CPU loops."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ import pytest
 
 from ddpm_jax.nn.layers import Conv
 
-# (input, features, kernel, options): every kind that a network here uses, and more.
+# (input, features, kernel, options): all kinds that the networks use, and more.
 CASES = [
     ((2, 8, 8, 3), 4, (3, 3), {}),
     ((2, 8, 8, 3), 4, (3, 3), {"strides": 2}),
@@ -28,11 +28,11 @@ CASES = [
 ]
 
 
-def test_outputs_and_gradients_are_those_of_flax(x64):
+def test_outputs_and_gradients_equal_those_of_flax(x64):
     layers = [[make(f, k, **o) for make in (Conv, nn.Conv)] for _, f, k, o in CASES]
 
     @jax.jit
-    def of_all(key):
+    def evaluate(key):
         values = []
         for pair, (shape, *_) in zip(layers, CASES, strict=True):
             x = jax.random.normal(key, shape)
@@ -43,26 +43,27 @@ def test_outputs_and_gradients_are_those_of_flax(x64):
                 return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), y
 
             for layer in pair:
-                of_layer = functools.partial(loss, layer)
-                gradient, y = jax.grad(of_layer, (0, 1), has_aux=True)(params, x)
+                layer_loss = functools.partial(loss, layer)
+                gradient, y = jax.grad(layer_loss, (0, 1), has_aux=True)(params, x)
                 values.append((gradient, y, layer.init(key, x)))
         return values
 
-    values = of_all(jax.random.key(0))
+    values = evaluate(jax.random.key(0))
     for (gradient, y, first), expected in zip(values[::2], values[1::2], strict=True):
         jax.tree.map(np.testing.assert_array_equal, (y, first), expected[1:])
         chex.assert_trees_all_close(gradient, expected[0], rtol=0, atol=1e-12)
 
 
-def test_gradients_of_gradients_are_those_of_flax(x64):
+def test_second_derivatives_equal_those_of_flax(x64):
     x = jax.random.normal(jax.random.key(0), (2, 6, 6, 2))
     params = nn.Conv(3, (3, 3), strides=2).init(jax.random.key(1), x)
 
     @functools.partial(jax.jit, static_argnums=0)
     def twice(make, params, x):
         def slope(params, x):
-            of_x = jax.grad(lambda x: jnp.sin(make(3, (3, 3), strides=2).apply(params, x)).sum())(x)
-            return jnp.square(of_x).sum()
+            layer = make(3, (3, 3), strides=2)
+            dx = jax.grad(lambda x: jnp.sin(layer.apply(params, x)).sum())(x)
+            return jnp.square(dx).sum()
 
         return jax.grad(slope, (0, 1))(params, x)
 
@@ -90,8 +91,8 @@ def test_every_convolution_in_a_cpu_loop_has_its_dimensions_in_the_order_of_the_
 
 
 @pytest.mark.slow
-def test_steps_in_a_loop_cost_at_most_half_as_much_again_as_single_steps(launch, tmp_path):
-    """Gradient accumulation and several steps per call, through the command line."""
+def test_a_step_in_a_loop_takes_at_most_1_5_times_as_long_as_a_single_step(launch, tmp_path):
+    """Time gradient accumulation and several steps per call, through the command line."""
     options = ("", "grad_accum_steps=2", "grad_accum_steps=4", "steps_per_call=10")
 
     def seconds_per_step(number, option):
@@ -108,7 +109,7 @@ def test_steps_in_a_loop_cost_at_most_half_as_much_again_as_single_steps(launch,
         assert result.returncode == 0, result.stderr
         lines = (workdir / "timing.jsonl").read_text().splitlines()
         rates = [json.loads(line).get("steps_per_second", 0) for line in lines]
-        return 1 / max(rates)  # the least disturbed lap
+        return 1 / max(rates)  # the fastest interval between log lines
 
     rounds = [[seconds_per_step(number, option) for option in options] for number in range(2)]
     plain, *loops = np.min(rounds, axis=0)

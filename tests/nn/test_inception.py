@@ -1,4 +1,4 @@
-"""Inception beside torch-fidelity's."""
+"""The Inception network, compared with that of torch-fidelity."""
 
 import importlib
 import importlib.util
@@ -17,29 +17,29 @@ from ddpm_jax.nn.inception import Inception, from_torch, resize
 
 @pytest.fixture(scope="module")
 def state():
-    """Random weights that neither blow up nor fade, under PyTorch's names."""
+    """Random weights under their PyTorch names, scaled to keep activations of order 1."""
     expected = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    draws = np.random.default_rng(0)
-    made = {}
+    rng = np.random.default_rng(0)
+    arrays = {}
     for name, layer in expected["params"].items():
         shape = layer["kernel"].shape
         if name == "fc":
-            made["fc.weight"] = draws.normal(size=shape[::-1]) / shape[0] ** 0.5
-            made["fc.bias"] = draws.normal(size=shape[1])
+            arrays["fc.weight"] = rng.normal(size=shape[::-1]) / shape[0] ** 0.5
+            arrays["fc.bias"] = rng.normal(size=shape[1])
             continue
-        high, wide, inputs, outputs = shape
-        deviation = (2 / (high * wide * inputs)) ** 0.5
-        made[f"{name}.conv.weight"] = draws.normal(0, deviation, (outputs, inputs, high, wide))
-        made[f"{name}.bn.weight"] = draws.uniform(0.8, 1.2, outputs)
-        made[f"{name}.bn.bias"] = draws.normal(0, 0.1, outputs)
-        made[f"{name}.bn.running_mean"] = draws.normal(0, 0.1, outputs)
-        made[f"{name}.bn.running_var"] = draws.uniform(0.5, 1.5, outputs)
-    return {key: value.astype(np.float32) for key, value in made.items()}
+        height, width, inputs, outputs = shape
+        std = (2 / (height * width * inputs)) ** 0.5
+        arrays[f"{name}.conv.weight"] = rng.normal(0, std, (outputs, inputs, height, width))
+        arrays[f"{name}.bn.weight"] = rng.uniform(0.8, 1.2, outputs)
+        arrays[f"{name}.bn.bias"] = rng.normal(0, 0.1, outputs)
+        arrays[f"{name}.bn.running_mean"] = rng.normal(0, 0.1, outputs)
+        arrays[f"{name}.bn.running_var"] = rng.uniform(0.5, 1.5, outputs)
+    return {key: value.astype(np.float32) for key, value in arrays.items()}
 
 
 @pytest.fixture
 def fidelity(monkeypatch):
-    """Imports a module of torch-fidelity, past the package's own, which wants torchvision."""
+    """Import a module of torch-fidelity without its `__init__`, which requires torchvision."""
     pytest.importorskip("torch")
     spec = importlib.util.find_spec("torch_fidelity")
     if spec is None:
@@ -50,59 +50,64 @@ def fidelity(monkeypatch):
     return lambda name: importlib.import_module(f"torch_fidelity.{name}")
 
 
-def test_resizing_is_tensorflows(fidelity):
+def test_resizing_equals_that_of_tensorflow(fidelity):
     torch = importlib.import_module("torch")
-    theirs = fidelity("interpolate_compat_tensorflow").interpolate_bilinear_2d_like_tensorflow1x
+    interpolate = fidelity(
+        "interpolate_compat_tensorflow"
+    ).interpolate_bilinear_2d_like_tensorflow1x
     for shape in ((1, 32, 32, 3), (2, 28, 28, 1), (1, 1, 7, 3), (1, 299, 299, 3), (1, 400, 301, 1)):
         images = np.random.default_rng(0).integers(0, 256, shape).astype(np.float32)
-        turned = torch.from_numpy(images).permute(0, 3, 1, 2)
-        expected = theirs(turned, (299, 299), align_corners=False).permute(0, 2, 3, 1).numpy()
+        channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
+        expected = (
+            interpolate(channels_first, (299, 299), align_corners=False).permute(0, 2, 3, 1).numpy()
+        )
         np.testing.assert_allclose(resize(jnp.asarray(images)), expected, atol=1e-4)
 
 
-def test_resizing_takes_pixels_from_where_tensorflow_does():
+def test_resizing_samples_pixel_i_at_i_times_length_over_side():
     ramp = jnp.broadcast_to(jnp.arange(32.0).reshape(1, 32, 1, 1), (1, 32, 64, 1))
     expected = np.minimum(np.arange(299) * 32 / 299, 31)
     np.testing.assert_allclose(resize(ramp)[0, :, 5, 0], expected, rtol=1e-5, atol=1e-5)
-    turned = resize(jnp.swapaxes(ramp, 1, 2))
-    np.testing.assert_allclose(turned[0, 5, :, 0], expected, rtol=1e-5, atol=1e-5)
+    transposed = resize(jnp.swapaxes(ramp, 1, 2))
+    np.testing.assert_allclose(transposed[0, 5, :, 0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_inception_is_torch_fidelitys(fidelity, state, tmp_path):
+def test_inception_equals_that_of_torch_fidelity(fidelity, state, tmp_path):
     torch = importlib.import_module("torch")
     path = tmp_path / "inception.pth"
     weights = {key: torch.from_numpy(value) for key, value in state.items()}
     torch.save(weights, path, _use_new_zipfile_serialization=False)
-    made = fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3
-    theirs = made("it", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
+    extractor = fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3(
+        "it", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+    )
     params = from_torch(read_tensors(path))
     for shape in ((2, 32, 32, 3), (1, 50, 31, 3)):
         images = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
         images[0] //= 3
-        expected = [a.numpy() for a in theirs(torch.from_numpy(images).permute(0, 3, 1, 2))]
-        found = jax.jit(Inception().apply)(params, jnp.asarray(images, jnp.float32))
-        assert [a.shape for a in found] == [(shape[0], 2048), (shape[0], 1008)]
-        for ours, other in zip(found, expected, strict=True):
-            assert 0.01 < other.std() < 100
-            assert np.abs(ours - other).max() < 2e-5 * np.abs(other).max()
-        if shape[0] == 2:  # what is compared is not the same for every image
+        expected = [a.numpy() for a in extractor(torch.from_numpy(images).permute(0, 3, 1, 2))]
+        actual = jax.jit(Inception().apply)(params, jnp.asarray(images, jnp.float32))
+        assert [a.shape for a in actual] == [(shape[0], 2048), (shape[0], 1008)]
+        for a, b in zip(actual, expected, strict=True):
+            assert 0.01 < b.std() < 100
+            assert np.abs(a - b).max() < 2e-5 * np.abs(b).max()
+        if shape[0] == 2:  # the features differ between images
             assert np.abs(expected[0][0] - expected[0][1]).mean() > 0.05 * expected[0].std()
 
 
-def test_grey_is_three_equal_channels_and_other_channels_are_refused(state):
+def test_a_grey_channel_is_repeated_and_other_numbers_of_channels_raise_an_error(state):
     params = from_torch(state)
-    see = jax.jit(Inception().apply)
+    extract = jax.jit(Inception().apply)
     grey = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 28, 28, 1)), jnp.float32)
-    features, logits = see(params, grey)
+    features, logits = extract(params, grey)
     assert features.dtype == logits.dtype == jnp.float32
-    again = see(params, jnp.repeat(grey, 3, -1))[0]
-    np.testing.assert_allclose(features, again, rtol=1e-4, atol=1e-4)
+    repeated = extract(params, jnp.repeat(grey, 3, -1))[0]
+    np.testing.assert_allclose(features, repeated, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="1 or 3 channels, not 4"):
         jax.eval_shape(Inception().apply, params, jnp.zeros((1, 8, 8, 4)))
 
 
 @pytest.mark.parametrize("key", ["Mixed_6c.branch7x7_2.bn.running_var", "fc.weight"])
-def test_a_missing_or_misshapen_weight_is_named_in_one_line(state, key):
+def test_a_missing_or_misshapen_weight_is_named_in_an_error_of_one_line(state, key):
     without = {name: value for name, value in state.items() if name != key}
     for wrong, word in ((without, "there is no"), ({**state, key: np.zeros((2, 2))}, "(2, 2)")):
         with pytest.raises(UserError) as caught:
@@ -112,7 +117,7 @@ def test_a_missing_or_misshapen_weight_is_named_in_one_line(state, key):
         assert "\n" not in str(caught.value)
 
 
-def test_from_torch_folds_the_normalisation_and_needs_no_more_than_it_uses(state):
+def test_from_torch_merges_batch_normalisation_into_convolutions_and_ignores_unused_arrays(state):
     name = "Mixed_5b.branch5x5_2"
     gamma, beta, mean, variance = (
         state[f"{name}.bn.{part}"] for part in ("weight", "bias", "running_mean", "running_var")

@@ -1,4 +1,4 @@
-"""The text encoder and what reads it: padding changes nothing."""
+"""The text encoder and the networks conditioned on its features: padding has no effect."""
 
 import functools
 
@@ -11,7 +11,7 @@ from ddpm_jax.data.tokenizer import tokenize
 from ddpm_jax.nn.code_transformer import CodeTransformer
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.layers import Context
-from ddpm_jax.nn.text_encoder import LONGEST, SIZES, TextEncoder, words
+from ddpm_jax.nn.text_encoder import MAX_WORD_BYTES, SIZES, TextEncoder, words
 from ddpm_jax.nn.transformer import Block
 from ddpm_jax.nn.unet import UNet
 from helpers.text import drawn
@@ -20,21 +20,22 @@ BRANCHES = ("project", "mlp_2")
 SIZE = SIZES["tiny"]
 
 
-def test_padding_changes_nothing():
+def test_padding_has_no_effect():
     texts = ["a red circle", "two blue square", ""]
     long, short = (jnp.asarray(tokenize(texts, length)) for length in (48, 15))
-    params, read = reader()
-    one, other = read(params, long), read(params, short)
-    np.testing.assert_allclose(one.pooled, other.pooled, atol=1e-5)
-    mask = np.asarray(other.mask)
+    params, encode = encoder()
+    padded, features = encode(params, long), encode(params, short)
+    np.testing.assert_allclose(padded.pooled, features.pooled, atol=1e-5)
+    mask = np.asarray(features.mask)
     assert mask.sum() == 3 + 3  # a token for each word
-    np.testing.assert_allclose(one.tokens[:, : mask.shape[1]][mask], other.tokens[mask], atol=1e-5)
-    np.testing.assert_array_equal(one.pooled[2], jnp.zeros(SIZE.features))
+    tokens = padded.tokens[:, : mask.shape[1]]
+    np.testing.assert_allclose(tokens[mask], features.tokens[mask], atol=1e-5)
+    np.testing.assert_array_equal(padded.pooled[2], jnp.zeros(SIZE.features))
 
 
 @functools.cache
-def reader():
-    """(parameters, compiled) of a text encoder."""
+def encoder():
+    """Return the parameters of a text encoder, and its compiled `apply`."""
     net = TextEncoder(SIZE, 48)
     return drawn(net.init, jnp.zeros((1, 48), jnp.uint8)), jax.jit(net.apply)
 
@@ -52,16 +53,16 @@ def reader():
 )  # fmt: skip
 def test_words_are_tokens_in_any_language(text, parts):
     tokens = tokenize([text], 48)
-    word, place = words(jnp.asarray(tokens))
+    word, offset = words(jnp.asarray(tokens))
     printable = tokens[0] > ord(" ")
-    found = [bytes(tokens[0][printable & (word[0] == i)]).decode() for i in range(12)]
-    assert [part for part in found if part] == parts
-    assert place.max() < LONGEST
-    params, read = reader()
-    assert read(params, jnp.asarray(tokens)).mask.sum() == len(parts)
+    texts = [bytes(tokens[0][printable & (word[0] == i)]).decode() for i in range(12)]
+    assert [text for text in texts if text] == parts
+    assert offset.max() < MAX_WORD_BYTES
+    params, encode = encoder()
+    assert encode(params, jnp.asarray(tokens)).mask.sum() == len(parts)
 
 
-def test_a_word_is_read_alike_wherever_it_stands():
+def test_the_embedding_of_a_word_does_not_depend_on_its_position():
     net = TextEncoder(SIZE._replace(depth=0), 48)
     texts = jnp.asarray(tokenize(["red circle", "one red triangle"], 48))
     params = drawn(net.init, texts)
@@ -71,28 +72,28 @@ def test_a_word_is_read_alike_wherever_it_stands():
     assert np.abs(tokens[0, 0] - tokens[0, 1]).max() > 0.1
 
 
-def test_the_first_half_of_a_tokens_features_are_the_words_own_whatever_the_blocks_do():
-    params, read = reader()
-    tokens = read(params, jnp.asarray(tokenize(["red circle", "one red triangle"], 48))).tokens
-    own, seen = jnp.split(tokens, 2, -1)
-    np.testing.assert_allclose(own[0, 0], own[1, 1], atol=1e-5)  # red
-    assert np.abs(seen[0, 0] - seen[1, 1]).max() > 0.1
-    np.testing.assert_allclose(own.std(-1), 1.0, atol=1e-3)
+def test_the_first_half_of_the_features_of_a_token_depends_on_its_word_alone():
+    params, encode = encoder()
+    tokens = encode(params, jnp.asarray(tokenize(["red circle", "one red triangle"], 48))).tokens
+    word, contextual = jnp.split(tokens, 2, -1)
+    np.testing.assert_allclose(word[0, 0], word[1, 1], atol=1e-5)  # red
+    assert np.abs(contextual[0, 0] - contextual[1, 1]).max() > 0.1
+    np.testing.assert_allclose(word.std(-1), 1.0, atol=1e-3)
 
 
-def test_a_block_sees_so_many_tokens_near_and_no_padding_at_once():
-    """Without attention, what a token becomes depends on those near it alone."""
-    net, x = Block(2, near=2), jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 4)))
+def test_the_convolution_of_a_block_reaches_tokens_within_its_radius_and_no_padding():
+    """The branches of attention and MLP are set to 0, and the Jacobian is inspected."""
+    net, x = Block(2, conv_radius=2), jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 4)))
     mask = jnp.arange(8)[None] < 6
     params = drawn(net.init, x, mask)
-    silent = {name: jax.tree.map(jnp.zeros_like, params["params"][name]) for name in BRANCHES}
-    params = {"params": {**params["params"], **silent}}
+    zeroed = {name: jax.tree.map(jnp.zeros_like, params["params"][name]) for name in BRANCHES}
+    params = {"params": {**params["params"], **zeroed}}
     jacobian = jax.jit(jax.jacobian(lambda x: net.apply(params, x, mask)))
-    found = np.asarray(jacobian(x))[0, :, :, 0]  # [to, w, from, w]
-    sees = np.abs(found).max((1, 3)) > 0
-    apart = np.abs(np.subtract.outer(np.arange(8), np.arange(8)))
+    derivatives = np.asarray(jacobian(x))[0, :, :, 0]  # [to, w, from, w]
+    depends = np.abs(derivatives).max((1, 3)) > 0
+    distance = np.abs(np.subtract.outer(np.arange(8), np.arange(8)))
     itself = np.eye(8, dtype=bool)
-    np.testing.assert_array_equal(sees, ((apart <= 2) & np.asarray(mask)) | itself)
+    np.testing.assert_array_equal(depends, ((distance <= 2) & np.asarray(mask)) | itself)
 
 
 @pytest.mark.parametrize(
@@ -101,15 +102,15 @@ def test_a_block_sees_so_many_tokens_near_and_no_padding_at_once():
         UNet(channels=8, multipliers=(1,), blocks=1, attention_sizes=(4,), outputs=2),
         DiT(patch=1, width=16, depth=2, heads=2, outputs=2, text_refiner_blocks=1),
     ],
-    ids=["unet", "dit that reads again"],
+    ids=["unet", "dit with a text refiner"],
 )
-def test_a_generation_model_sees_text_and_no_padding(net):
-    draws = np.random.default_rng(0)
-    x = jnp.asarray(draws.normal(size=(2, 4, 4, 2)), jnp.float32)
+def test_the_output_of_a_generation_model_depends_on_text_but_not_on_padding(net):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 4, 4, 2)), jnp.float32)
     t = jnp.array([0.3, 0.7])
     mask = np.arange(6) < np.array([[4], [0]])  # four tokens, and an empty caption
-    tokens = draws.normal(size=(2, 6, 8)).astype(np.float32)
-    pooled = draws.normal(size=(2, 8)).astype(np.float32)
+    tokens = rng.normal(size=(2, 6, 8)).astype(np.float32)
+    pooled = rng.normal(size=(2, 8)).astype(np.float32)
 
     def context(tokens, mask):
         return Context(*map(jnp.asarray, (tokens, mask, pooled)))
@@ -120,33 +121,34 @@ def test_a_generation_model_sees_text_and_no_padding(net):
     def out(tokens, mask=mask):
         return apply(params, x, t, None, None, context(tokens, mask))
 
-    one = out(tokens)
-    assert jnp.isfinite(one).all()
-    np.testing.assert_array_equal(one, out(np.where(mask[..., None], tokens, 7.0)))
+    plain = out(tokens)
+    assert jnp.isfinite(plain).all()
+    np.testing.assert_array_equal(plain, out(np.where(mask[..., None], tokens, 7.0)))
     longer = np.concatenate([tokens, tokens], 1), np.concatenate([mask, np.zeros_like(mask)], 1)
-    np.testing.assert_allclose(one, out(*longer), atol=1e-6)
-    assert np.abs(one - out(np.where(mask[..., None], tokens + 1, tokens)))[0].max() > 1e-3
+    np.testing.assert_allclose(plain, out(*longer), atol=1e-6)
+    assert np.abs(plain - out(np.where(mask[..., None], tokens + 1, tokens)))[0].max() > 1e-3
 
 
-def test_codes_attend_to_those_before_them_alone():
+def test_the_logits_of_a_code_depend_only_on_the_codes_before_it():
     net = CodeTransformer(11, width=16, depth=2, heads=2, text_refiner_blocks=1)
     context = Context(jnp.ones((1, 3, 8)), jnp.ones((1, 3), bool), jnp.ones((1, 8)))
     codes = jnp.arange(6)[None]
     params = drawn(net.init, codes, context)
     apply = jax.jit(net.apply)
-    one, other = (apply(params, some, context) for some in (codes, codes.at[0, 3].set(9)))
-    np.testing.assert_allclose(one[:, :4], other[:, :4], atol=1e-6)
-    assert np.abs(one[:, 4:] - other[:, 4:]).min(-1).max() > 1e-4
+    changed = codes.at[0, 3].set(9)
+    before, after = (apply(params, inputs, context) for inputs in (codes, changed))
+    np.testing.assert_allclose(before[:, :4], after[:, :4], atol=1e-6)
+    assert np.abs(before[:, 4:] - after[:, 4:]).min(-1).max() > 1e-4
 
 
-def test_remat_changes_no_result():
+def test_remat_does_not_change_results():
     x, t = jnp.ones((2, 4, 4, 3)), jnp.array([0.2, 0.8])
     plain = DiT(patch=1, width=16, depth=2, heads=2)
     params = drawn(plain.init, x, t)
-    again = plain.clone(remat=True)
-    value = [
+    rematerialised = plain.clone(remat=True)
+    values = [
         jax.jit(jax.value_and_grad(lambda p, net=net: jnp.square(net.apply(p, x, t)).sum()))(params)
-        for net in (plain, again)
+        for net in (plain, rematerialised)
     ]
-    for a, b in zip(jax.tree.leaves(value[0]), jax.tree.leaves(value[1]), strict=True):
+    for a, b in zip(jax.tree.leaves(values[0]), jax.tree.leaves(values[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Two processes on loopback are one run."""
+"""Two processes on the loopback interface train one run."""
 
 import json
 import signal
@@ -25,7 +25,7 @@ def command(workdir, *more, steps=STEPS):
 
 
 def start(workdir, devices, *more, limit=None, cwd=None, **named):
-    """`limit`: bytes beyond which no file of this process may grow."""
+    """Start a process; `limit` is the maximum size in bytes of a file that it writes."""
     argv, environment = command(workdir, *more, **named), {}
     if limit:
         argv = [sys.executable, "-c", LIMITED.format(size=limit, argv=argv[1:])]
@@ -40,7 +40,7 @@ def start(workdir, devices, *more, limit=None, cwd=None, **named):
 
 
 def start_two(workdir, *more, each=({}, {}), **named):
-    """`each`: what is meant for one of them alone."""
+    """Start two processes of a run; `each` has the arguments of only one of them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -61,16 +61,16 @@ def lines_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
 
 
-def same_lines(one, two):
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    for a, b in zip(one, two, strict=True):
+def assert_equal_lines(actual, expected):
+    assert [line["step"] for line in actual] == [line["step"] for line in expected]
+    for a, b in zip(actual, expected, strict=True):
         assert a.keys() == b.keys()
         np.testing.assert_allclose([*a.values()], [*b.values()], rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("alone") / "run"
+def single_process(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("single") / "run"
     assert start(workdir, 4).wait(timeout=240) == 0, logs(workdir)
     return lines_of(workdir)
 
@@ -83,18 +83,18 @@ def alone(tmp_path_factory):
         pytest.param("pmap", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_are_one(mode, alone, tmp_path):
+def test_two_processes_train_the_same_run_as_one_process(mode, single_process, tmp_path):
     workdir = tmp_path / "run"
     both = start_two(workdir, f"--parallel={mode}")
     assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
-    same_lines(lines_of(workdir), alone)
+    assert_equal_lines(lines_of(workdir), single_process)
     assert (workdir / "summary.json").exists()
     assert "step 24" in (tmp_path / "run0.log").read_text()
-    assert "step 24" not in (tmp_path / "run1.log").read_text()  # process 0 alone logs
+    assert "step 24" not in (tmp_path / "run1.log").read_text()  # only process 0 logs
 
 
 @pytest.mark.slow
-def test_one_of_two_killed_ends_the_other_and_both_resume(tmp_path):
+def test_when_one_of_two_processes_is_killed_the_other_ends_and_both_resume(tmp_path):
     workdir, steps = tmp_path / "run", 4000
     both = start_two(workdir, steps=steps)
     wait_for(lambda: (workdir / "checkpoints" / "8").exists() and steps_of(workdir) > 5, both[0])
@@ -102,9 +102,9 @@ def test_one_of_two_killed_ends_the_other_and_both_resume(tmp_path):
     killed = time.monotonic()
     assert both[0].wait(timeout=120) != 0, logs(workdir)
     assert time.monotonic() - killed < 60
-    time.sleep(2)  # its last words are another process's
+    time.sleep(2)  # the exit watchdog, another process, prints the message
     assert "start all of them again" in (tmp_path / "run0.log").read_text()
-    last = steps_kept(workdir)[-1]  # one that was being written has another name
+    last = steps_kept(workdir)[-1]  # an incomplete checkpoint has another name
     steps = last + 40
     both = start_two(workdir, steps=steps)
     assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
@@ -114,45 +114,47 @@ def test_one_of_two_killed_ends_the_other_and_both_resume(tmp_path):
     ]
 
 
-def test_asked_to_stop_both_write_one_checkpoint_and_exit_cleanly(tmp_path):
+def test_after_sigterm_to_one_process_both_write_a_checkpoint_and_exit_with_0(tmp_path):
     workdir = tmp_path / "run"
     both = start_two(workdir, steps=4000)
     wait_for(lambda: steps_of(workdir) > 3, both[0])
-    both[1].send_signal(signal.SIGTERM)  # one alone is signalled
-    asked = time.monotonic()
+    both[1].send_signal(signal.SIGTERM)  # a signal to one process only
+    signalled = time.monotonic()
     assert [process.wait(timeout=120) for process in both] == [0, 0], logs(workdir)
-    assert time.monotonic() - asked < 30
+    assert time.monotonic() - signalled < 30
     assert "stopped at step" in (tmp_path / "run0.log").read_text()
 
 
-def test_a_mistake_is_reported_by_all_and_nobody_waits(tmp_path):
+def test_a_wrong_flag_is_reported_by_both_processes_and_neither_waits(tmp_path):
     both = start_two(tmp_path / "run", "--config.train.batch_size=6")
     assert [process.wait(timeout=120) for process in both] == [2, 2]
     assert "does not divide over 4 devices" in (tmp_path / "run0.log").read_text()
 
 
 @pytest.mark.slow
-def test_a_full_disk_at_one_of_two_is_logged_and_the_run_goes_on(tmp_path):
+def test_a_full_disk_of_one_of_two_processes_is_logged_and_the_run_continues(tmp_path):
     workdir, more = tmp_path / "run", ("--parallel=fsdp", "--config.optimizer.lr_schedule=constant")
     both = start_two(workdir, *more, steps=8)
     assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
     assert steps_kept(workdir) == [8]
-    begun = time.monotonic()
+    started = time.monotonic()
     both = start_two(workdir, *more, each=({}, {"limit": 10_000}))
     assert [process.wait(timeout=240) for process in both] == [1, 1], logs(workdir)
-    assert time.monotonic() - begun < 120
+    assert time.monotonic() - started < 120
     for step in (12, 16, 24):
         assert f"cannot write the checkpoint of step {step}: process 1: " in logs(workdir)
     assert steps_kept(workdir) == [8]
     assert "the last checkpoint, of step 24, could not be written" in logs(workdir)
-    both = start_two(workdir, *more)  # with room again
+    both = start_two(workdir, *more)  # without the limit
     assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
     assert "resuming at step 8" in (tmp_path / "run4.log").read_text()
     assert steps_kept(workdir)[-1] == 24
 
 
 @pytest.mark.slow
-def test_a_folder_that_one_of_two_cannot_write_to_is_logged_and_the_run_goes_on(tmp_path):
+def test_a_directory_that_one_of_two_processes_cannot_write_is_logged_and_the_run_continues(
+    tmp_path,
+):
     workdir = tmp_path / "run"
     both = start_two(workdir, each=({}, {"limit": 1000}))
     assert [process.wait(timeout=240) for process in both] == [1, 1], logs(workdir)
@@ -161,41 +163,43 @@ def test_a_folder_that_one_of_two_cannot_write_to_is_logged_and_the_run_goes_on(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_one_of_two_finds_damaged_is_used_by_none(alone, tmp_path):
-    """Each reads a file of it in a folder of its own, where one has half of it."""
-    workdir, places = tmp_path / "run", (tmp_path / "good", tmp_path / "bad")
+def test_a_checkpoint_that_is_damaged_for_one_of_two_processes_is_not_used(
+    single_process, tmp_path
+):
+    """The processes read a file of it from different directories; one of the copies is cut."""
+    workdir, directories = tmp_path / "run", (tmp_path / "good", tmp_path / "bad")
     both = start_two(workdir)
     assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
     *_, before, last = steps_kept(workdir)
     part = largest_file(workdir / "checkpoints" / str(last) / "state")
     content = part.read_bytes()
-    for place, size in zip(places, (len(content), len(content) // 2), strict=True):
-        place.mkdir()
-        (place / "part").write_bytes(content[:size])
+    for directory, size in zip(directories, (len(content), len(content) // 2), strict=True):
+        directory.mkdir()
+        (directory / "part").write_bytes(content[:size])
     part.unlink()
     part.symlink_to("/proc/self/cwd/part")
     (workdir / "summary.json").unlink()
-    both = start_two(workdir, each=[{"cwd": place} for place in places])
+    both = start_two(workdir, each=[{"cwd": directory} for directory in directories])
     assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
     log = (tmp_path / "run2.log").read_text()
     assert f"the checkpoint of step {last} is damaged: process 1: " in log
     assert f"resuming at step {before}" in log
     assert (workdir / "damaged" / str(last)).exists()
     assert steps_kept(workdir)[-1] == last
-    same_lines(lines_of(workdir), alone)
+    assert_equal_lines(lines_of(workdir), single_process)
 
 
 @pytest.mark.slow
-def test_asked_to_stop_while_evaluating_both_break_it_off(tmp_path):
+def test_after_sigterm_during_an_evaluation_both_processes_stop_it(tmp_path):
     workdir, long = tmp_path / "run", ["--config.task.network.hidden=2048,2048"]
     long += ["--config.task.eval_batch_size=4", "--config.task.iwae_images=360"]
     both = start_two(workdir, *long, steps=8)
     wait_for(lambda: "evaluating" in (tmp_path / "run0.log").read_text(), both[0])
     time.sleep(3)
     both[1].send_signal(signal.SIGTERM)
-    asked = time.monotonic()
+    signalled = time.monotonic()
     assert [process.wait(timeout=120) for process in both] == [0, 0], logs(workdir)
-    assert time.monotonic() - asked < 30
+    assert time.monotonic() - signalled < 30
     assert "stopped at step 8 of 8" in (tmp_path / "run0.log").read_text()
     assert steps_kept(workdir) == [8]
     assert not (workdir / "summary.json").exists()

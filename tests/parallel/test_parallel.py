@@ -1,4 +1,4 @@
-"""One run is the same run however it is spread: over devices, over modes, over parts of a batch."""
+"""A run has the same results on any number of devices, in any mode, with accumulated gradients."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from ddpm_jax.experiment.requests import Request
 from ddpm_jax.experiment.types import Config, Dataset, bind, checked_task, with_parts
 from ddpm_jax.metrics.per_example import per_example
 from ddpm_jax.parallel import sharding
-from ddpm_jax.parallel.fully_sharded import prime_factors, split
+from ddpm_jax.parallel.fully_sharded import partition, prime_factors
 from ddpm_jax.parallel.xla_flags import LATE_GATHERS, compiler_options
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
 from ddpm_jax.task import LossOutput, Variables
@@ -38,16 +38,17 @@ STEPS, BATCH = 20, 16
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive(SmallTask):
-    """A loss that compares examples (CLIP's, of two noisy views), dropout, and statistics.
+    """A task with a loss that compares examples (CLIP's, of two noisy copies of each image).
 
-    The parameters' sizes, 64, 24, 10 and 1, are divided by 8, 4, 2 devices or by none.
+    It has dropout and statistics.  8 devices divide the parameters' sizes of 64 and 24, 2 devices
+    that of 10, and only 1 that of 1.
     """
 
     def init(self, key, batch):
-        one, two = jax.random.split(key)
+        key_in, key_out = jax.random.split(key)
         params = {
-            "in": jax.random.normal(one, (64, 24)) / 8,
-            "out": jax.random.normal(two, (24, 10)) / 5,
+            "in": jax.random.normal(key_in, (64, 24)) / 8,
+            "out": jax.random.normal(key_out, (24, 10)) / 5,
             "bias": jnp.zeros(10),
             "scale": jnp.ones(1),
         }
@@ -56,8 +57,8 @@ class Contrastive(SmallTask):
     def features(self, params, x, keys):
         noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
         hidden = jnp.tanh((x + 0.1 * noise) @ params["in"])
-        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, (24,)))(keys)
-        features = jnp.where(kept, hidden / 0.8, 0) @ params["out"] + params["bias"]
+        mask = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, (24,)))(keys)
+        features = jnp.where(mask, hidden / 0.8, 0) @ params["out"] + params["bias"]
         return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
     def loss(self, variables, batch, keys, *, train, all_gather):
@@ -67,8 +68,8 @@ class Contrastive(SmallTask):
         first = self.features(params, x, keys[:, 0])
         second = self.features(params, x, keys[:, 1])
         logits = 5 * params["scale"] * first @ all_gather(second).T
-        place = batch.index % logits.shape[1]
-        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), place[:, None], 1)[:, 0]
+        position = batch.index % logits.shape[1]
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), position[:, None], 1)[:, 0]
         losses += 0.1 * extra["mean"].sum()
         return LossOutput(losses, {"first": first[:, 0]}, {"features": first})
 
@@ -77,8 +78,8 @@ class Contrastive(SmallTask):
         return {"mean": mean, "last": statistics["features"][-1, 0]}
 
 
-class AloneOfComparing(Contrastive):
-    """The same without the comparison, which cannot be taken in parts."""
+class Independent(Contrastive):
+    """The same without the comparison, so that gradients can be accumulated."""
 
     def loss(self, variables, batch, keys, *, train, all_gather):
         def first(rows):
@@ -100,7 +101,7 @@ def batch_of(step, size=BATCH):
 
 CONFIG = Config(
     Dataset("digits"),
-    VAE(),  # which these tests do not build
+    VAE(),  # not used by these tests
     Adam(learning_rate=3e-3, grad_clip_norm=1.0, weight_decay=0.1),
     EMA(half_life_images=100.0),
     Train(batch_size=BATCH),
@@ -115,7 +116,7 @@ def start_of(task, config, double):
 
 
 def trained(task, config, mode, count, double=True, steps=STEPS):
-    """(losses, state) after some steps on `count` devices."""
+    """Return (losses, state) after `steps` steps on `count` devices."""
     with jax.enable_x64(double):
         partitioner = sharding.make(mode, jax.devices()[:count])
         state = partitioner.place(start_of(task, config, double))
@@ -128,8 +129,8 @@ def trained(task, config, mode, count, double=True, steps=STEPS):
         call = partitioner.lower(step, partitioner.like(state), first)()
         losses = []
         for number in range(steps):
-            state, found = call(state, partitioner.feed(batch_of(number, size)))
-            losses.append(float(found["loss"]))
+            state, metrics = call(state, partitioner.feed(batch_of(number, size)))
+            losses.append(float(metrics["loss"]))
         return np.array(losses), jax.device_get(state)
 
 
@@ -142,9 +143,9 @@ def on_one_device(double):
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_a_run_is_the_same_on_any_number_of_devices_in_any_mode(mode, count):
     losses, state = trained(Contrastive(), CONFIG, mode, count)
-    expected, alone = on_one_device(True)
+    expected, expected_state = on_one_device(True)
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-8)
-    chex.assert_trees_all_close(state, alone, rtol=0, atol=1e-8)
+    chex.assert_trees_all_close(state, expected_state, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -154,7 +155,7 @@ def test_losses_in_float32_are_the_same_on_eight_devices(mode):
 
 
 def tiny(name, **texts):
-    """The config of a --debug run of digits, with some fields of the command line's."""
+    """Return the config of a --debug run of digits, with fields as on the command line."""
     experiment = load_experiment(name)
     texts = {path.replace("__", "."): text for path, text in texts.items()}
     texts |= {"train.batch_size": str(BATCH)}
@@ -177,29 +178,29 @@ def diffusion(mode, count):
 @pytest.mark.parametrize("mode", MODES)
 def test_diffusion_with_dropout_and_importance_sampled_times_is_the_same_on_eight_devices(mode):
     losses, state = diffusion(mode, 8)
-    expected, alone = diffusion("jit", 1)
-    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-6)  # norms are of float32
-    chex.assert_trees_all_close(state.extra, alone.extra, atol=1e-5)
+    expected, expected_state = diffusion("jit", 1)
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-6)  # norms are computed in float32
+    chex.assert_trees_all_close(state.extra, expected_state.extra, atol=1e-5)
 
 
 @pytest.mark.parametrize(("mode", "count"), [("jit", 1), ("jit", 2), ("pmap", 4), ("fsdp", 2)])
-def test_a_batch_taken_in_parts_is_the_large_batch(mode, count):
-    task = AloneOfComparing()
-    expected, whole = trained(task, CONFIG, "jit", 1)
+def test_accumulated_gradients_equal_those_of_the_whole_batch(mode, count):
+    task = Independent()
+    expected, expected_state = trained(task, CONFIG, "jit", 1)
     config = replace(CONFIG, {"train.grad_accum_steps": 4})
     losses, state = trained(task, config, mode, count)
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-8)
-    chex.assert_trees_all_close(state, whole, rtol=0, atol=1e-8)
+    chex.assert_trees_all_close(state, expected_state, rtol=0, atol=1e-8)
 
 
-BAND = 0.05  # of the float32 run's mean loss over the same 20 steps
+TOLERANCE = 0.05  # relative to the float32 run's mean loss over the same 20 steps
 
 
 @pytest.mark.parametrize(
     "experiment", ["vae_digits", pytest.param("ddpm_digits", marks=pytest.mark.slow)]
 )
-def test_a_bfloat16_run_follows_the_float32_runs_loss(experiment):
-    """Over 200 steps of the same draws; what is kept and reported stays float32."""
+def test_the_loss_of_a_bfloat16_run_is_close_to_that_of_a_float32_run(experiment):
+    """Train for 200 steps with the same random numbers; state and losses stay float32."""
     losses = {}
     for precision in ("float32", "bfloat16"):
         changes = {}
@@ -208,26 +209,26 @@ def test_a_bfloat16_run_follows_the_float32_runs_loss(experiment):
             changes = {f"task__network__{name}": text for name, text in sizes.items()}
             changes["task__network"] = "dit"
         config = tiny(experiment, train__precision=precision, **changes)
-        found, state = trained(checked_task(config), config, "jit", 1, False, steps=200)
+        values, state = trained(checked_task(config), config, "jit", 1, False, steps=200)
         assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} <= {"float32", "int32"}
-        losses[precision] = found.reshape(10, 20).mean(1)
+        losses[precision] = values.reshape(10, 20).mean(1)
     assert (losses["float32"] != losses["bfloat16"]).any()
-    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=BAND)
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=TOLERANCE)
 
 
-def test_a_loss_that_compares_examples_is_not_taken_in_parts():
+def test_gradients_of_a_loss_that_compares_examples_are_not_accumulated():
     with pytest.raises(UserError, match="compares the examples"):
         trained(Contrastive(), replace(CONFIG, {"train.grad_accum_steps": 2}), "jit", 1)
 
 
-def test_a_batch_that_devices_or_parts_do_not_divide_is_refused():
+def test_a_batch_size_that_does_not_divide_over_devices_and_parts_raises_an_error():
     with pytest.raises(UserError, match="does not divide over 8 devices; give a multiple of 8"):
         sharding.check_batch(12)
     with pytest.raises(UserError, match="8 devices x 3 parts; give a multiple of 24"):
         sharding.check_batch(16, 3)
 
 
-# Where arrays lie.
+# Shardings of arrays.
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
 
@@ -235,7 +236,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.p
 def shapes_of(name):
     experiment, data = load_experiment(name), name.split("_")[-1]
     if experiment.several:
-        pytest.skip("trains others' tasks")
+        pytest.skip("trains tasks of other experiments")
     sides = {"cifar10": (32, 32, 3), "mnist": (28, 28, 1), "shapes": (32, 32, 3)}
     length = 96 if data == "shapes" else 0
     info = DataInfo(data, sides.get(data, (8, 8, 1)), 256, 0 if length else 10, length)
@@ -251,15 +252,15 @@ def test_under_fsdp_each_device_holds_its_share(name):
     shapes = shapes_of(name)
     for count in (2, 4, 8):
         partitioner = sharding.make("fsdp", jax.devices()[:count])
-        where = partitioner.shardings(shapes)
-        parts = jax.tree.map(lambda a, s: np.prod(s.shard_shape(a.shape)), shapes, where)
+        shardings = partitioner.shardings(shapes)
+        parts = jax.tree.map(lambda a, s: np.prod(s.shard_shape(a.shape)), shapes, shardings)
         held = sum(jax.tree.leaves(parts))
         assert held <= 1.05 * sum(a.size for a in jax.tree.leaves(shapes)) / count
 
 
 @dataclasses.dataclass(frozen=True)
 class Deep(SmallTask):
-    """Far more parameters than activations, computed with in `dtype`."""
+    """A task with many more parameters than activations, computed in `dtype`."""
 
     dtype: str = "float32"
     layers: int = 12
@@ -283,7 +284,7 @@ class Deep(SmallTask):
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_under_fsdp_a_step_never_holds_the_whole_model(dtype):
-    """Beside its share, a device holds two layers and their gradient at a time, of 12."""
+    """In addition to its part, a device holds 2 of 12 layers and their gradient at a time."""
     task, partitioner = Deep(dtype=dtype), sharding.make("fsdp")
     shapes = step_module.state_shapes(task, CONFIG, (8, 8, 1))
 
@@ -291,17 +292,17 @@ def test_under_fsdp_a_step_never_holds_the_whole_model(dtype):
         return step_module.train_step(task, CONFIG, 0, state, batch, collectives=collectives)
 
     program = partitioner.lower(step, partitioner.like(shapes), partitioner.feed(batch_of(0)))()
-    whole = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes.params))
-    assert program.memory_analysis().temp_size_in_bytes < whole / 3
+    total = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes.params))
+    assert program.memory_analysis().temp_size_in_bytes < total / 3
 
 
-def test_an_array_is_split_over_as_many_devices_as_its_axes_allow():
+def test_an_array_is_partitioned_across_as_many_devices_as_its_axes_allow():
     factors, axes = prime_factors(8), ("a", "b", "c")
     assert factors == (2, 2, 2)
-    assert split((500, 20), factors, axes) == jax.P(("a", "b"), "c")
-    assert split((3, 5), factors, axes) == jax.P(None, None)
+    assert partition((500, 20), factors, axes) == jax.P(("a", "b"), "c")
+    assert partition((3, 5), factors, axes) == jax.P(None, None)
     assert prime_factors(12) == (3, 2, 2)
-    assert split((9, 4), (3, 2, 2), axes) == jax.P("a", ("b", "c"))
+    assert partition((9, 4), (3, 2, 2), axes) == jax.P("a", ("b", "c"))
 
 
 def test_the_state_is_donated_in_every_mode():
@@ -324,43 +325,43 @@ LAYOUTS = [("jit", 1), ("pmap", 4), ("fsdp", 2), ("fsdp", 8)]
 def test_a_checkpoint_of_any_layout_is_restored_into_any_other(tmp_path):
     task = Contrastive()
     start = step_module.init_state(task, CONFIG, batch_of(0), 0)
-    for number, (mode, count) in enumerate(LAYOUTS):
+    for index, (mode, count) in enumerate(LAYOUTS):
         partitioner = sharding.make(mode, jax.devices()[:count])
-        checkpoints = open_checkpoints(tmp_path / str(number))
+        checkpoints = open_checkpoints(tmp_path / str(index))
         checkpoints.save(1, partitioner.place(start), {"window": {}})
         checkpoints.close()
         for mode, count in LAYOUTS:
-            other = sharding.make(mode, jax.devices()[:count])
-            checkpoints = open_checkpoints(tmp_path / str(number), read_only=True)
-            like = other.like(jax.eval_shape(lambda: start))
-            step, found, _ = checkpoints.restore_newest(like)
+            target = sharding.make(mode, jax.devices()[:count])
+            checkpoints = open_checkpoints(tmp_path / str(index), read_only=True)
+            like = target.like(jax.eval_shape(lambda: start))
+            step, restored, _ = checkpoints.restore_newest(like)
             checkpoints.close()
             assert step == 1
-            chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(start))
-            assert jax.tree.map(lambda a: a.sharding, found) == other.shardings(start)
+            chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(start))
+            assert jax.tree.map(lambda a: a.sharding, restored) == target.shardings(start)
 
 
 # Evaluation and sampling.
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_evaluation_counts_every_example_once_on_any_devices(mode):
+def test_evaluation_includes_every_example_once_on_any_number_of_devices(mode):
     split = types.Split(np.arange(21, dtype=np.uint8).reshape(21, 1, 1, 1), np.zeros(21, np.int32))
     partitioner = sharding.make(mode, jax.devices()[:8])
 
     @jax.jit
     def fn(batch, keys):
-        draw = jax.vmap(lambda key: jax.random.uniform(key))(keys)
-        return {"value": batch.images[:, 0, 0, 0], "draw": draw}
+        noise = jax.vmap(lambda key: jax.random.uniform(key))(keys)
+        return {"value": batch.images[:, 0, 0, 0], "noise": noise}
 
-    found = per_example(fn, split, 5, 0, partitioner)
-    np.testing.assert_array_equal(found["value"], np.arange(21))
-    alone = per_example(fn, split, 5, 0, sharding.make("jit", jax.devices()[:1]))
-    np.testing.assert_array_equal(found["draw"], alone["draw"])
+    values = per_example(fn, split, 5, 0, partitioner)
+    np.testing.assert_array_equal(values["value"], np.arange(21))
+    expected = per_example(fn, split, 5, 0, sharding.make("jit", jax.devices()[:1]))
+    np.testing.assert_array_equal(values["noise"], expected["noise"])
 
 
-@pytest.mark.parametrize("mode", ["jit", "fsdp"])  # pmap is jit's but for the step
-def test_drawn_images_are_the_same_on_eight_devices(mode):
+@pytest.mark.parametrize("mode", ["jit", "fsdp"])  # pmap differs from jit only in the training step
+def test_sampled_images_are_the_same_on_eight_devices(mode):
     config = tiny_ddpm()
     task = checked_task(config)
     params = start_of(task, config, False).params
@@ -375,7 +376,7 @@ def test_drawn_images_are_the_same_on_eight_devices(mode):
 
 
 @pytest.mark.parametrize("mode", [pytest.param("jit", marks=pytest.mark.slow), "fsdp"])
-def test_a_whole_evaluation_is_the_same_on_eight_devices(mode):
+def test_an_evaluation_is_the_same_on_eight_devices(mode):
     config = tiny("vae_digits")
     task = checked_task(config)
     data = loader.load("digits")
@@ -387,6 +388,6 @@ def test_a_whole_evaluation_is_the_same_on_eight_devices(mode):
         variables = Variables(partitioner.place(params), {})
         return evaluated(task, variables, data, full=False, partitioner=partitioner)
 
-    one, many = evaluated_on("jit", 1), evaluated_on(mode, 8)
-    for name, value in one.metrics.items():
-        assert many.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+    expected, result = evaluated_on("jit", 1), evaluated_on(mode, 8)
+    for name, value in expected.metrics.items():
+        assert result.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name

@@ -1,4 +1,4 @@
-"""What evaluates and draws states where its results lie, so any number of devices will do."""
+"""Evaluation and sampling run on any number of devices, and their results are replicated."""
 
 import ast
 import functools
@@ -22,8 +22,8 @@ from helpers.launching import ROOT
 from helpers.sampling import context_of, edited, sample
 from helpers.tasks import ExactDenoiser
 
-# Where jax compiles: training's programs, whose states' placement is stated; and functions of one
-# array within others: a check sum, which is a scalar, and a matrix within a step.
+# Files that call jax's compilers: for training programs, whose shardings are stated, and for
+# functions of one array, the check sum of an array and the orthogonalisation of a matrix in Muon.
 COMPILES = {
     "collectives.py", "partitioner.py", "replicated.py", "loop.py", "step.py", "check_sums.py",
     "muon.py",
@@ -39,7 +39,7 @@ def names_of(path: pathlib.Path) -> set[str]:
     return names | {alias.name.rpartition(".")[2] for node in imports for alias in node.names}
 
 
-def test_only_training_and_the_file_that_knows_devices_compile():
+def test_only_training_and_parallel_call_the_compilers_of_jax():
     files = [*(ROOT / "ddpm_jax").rglob("*.py"), *(ROOT / "experiments").glob("*.py")]
     compiling = {path.name for path in files if names_of(path) & COMPILERS}
     assert compiling <= COMPILES
@@ -47,24 +47,24 @@ def test_only_training_and_the_file_that_knows_devices_compile():
 
 @pytest.mark.parametrize("mode", sharding.MODES)
 @pytest.mark.parametrize("count", [3, 4, 8])
-def test_results_need_not_divide_over_the_devices(mode, count):
+def test_the_shapes_of_results_need_not_be_multiples_of_the_number_of_devices(mode, count):
     partitioner = sharding.make(mode, jax.devices()[:count])
 
-    def some(x):
+    def fn(x):
         return x[:10], jnp.outer(x, jnp.arange(7))[:, 1:], x.sum(), x[None, :5] * jnp.ones((7, 1))
 
     size = partitioner.round_up(100)
-    found = sharding.fetch(partitioner.compile(some)(partitioner.indices(0, size)))
+    actual = sharding.fetch(partitioner.compile(fn)(partitioner.indices(0, size)))
     x = np.arange(size)
     expected = x[:10], np.outer(x, np.arange(1, 7)), x.sum(), np.tile(x[:5], (7, 1))
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 SHAPE = (4, 4, 1)
 
 
 def denoiser(traces=None):
-    """The exact denoiser of N(params, 1); `traces` has an entry for each trace."""
+    """Return the exact denoiser of N(params, 1), which appends to `traces` at each trace."""
     traces = [] if traces is None else traces
 
     def predict(params, xt, logsnr, labels):
@@ -87,27 +87,27 @@ DATA = Data("x", "x", IMAGES, IMAGES, 256, ("a", "b"), "")
 
 @functools.cache
 def on(mode, count):
-    """(images, trace, sampled, edited) that `count` devices compute in `mode`."""
+    """Return (images, trace, sampled, edited), computed on `count` devices in `mode`."""
     partitioner = sharding.make(mode, jax.devices()[:count])
     variables = Variables(partitioner.place(PARAMS), {})
     samples = context_of(DENOISER, variables, DATA, partitioner=partitioner).samples(100)
     keys = jax.random.split(jax.random.key(0), 5)
-    five = np.zeros((5, *SHAPE), np.float32)
+    zeros = np.zeros((5, *SHAPE), np.float32)
     labels = jnp.zeros(5, jnp.int32)
     sampled = sample(DENOISER, variables, keys, Request(guidance=2.0), partitioner=partitioner)
-    images = (five, five, five)
+    images = (zeros, zeros, zeros)
     edits = edited(DENOISER, variables, keys, labels, 0.5, *images, partitioner=partitioner)
     return sharding.fetch((samples.images, samples.trace, sampled, edits))
 
 
 @pytest.mark.parametrize("mode", sharding.MODES)
-def test_four_devices_draw_and_trace_what_one_does(mode):
+def test_samples_and_traces_on_four_devices_equal_those_on_one(mode):
     assert on(mode, 4)[1].xt.shape == (3, 10, *SHAPE)
-    for found, expected in zip(*map(jax.tree.leaves, (on(mode, 4), on("jit", 1))), strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+    for actual, expected in zip(*map(jax.tree.leaves, (on(mode, 4), on("jit", 1))), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-def test_a_sampler_is_traced_once_for_all_calls_and_scales_of_guidance():
+def test_a_sampler_is_traced_once_for_all_calls_and_guidance_scales():
     traces = []
     task, variables = denoiser(traces), Variables(PARAMS, {})
     keys = jax.random.split(jax.random.key(0), 4)
@@ -121,7 +121,7 @@ def test_a_sampler_is_traced_once_for_all_calls_and_scales_of_guidance():
     assert len(traces) == first
 
 
-def test_an_evaluation_is_traced_once_however_often_it_is_done():
+def test_an_evaluation_is_traced_once_for_all_calls():
     traces = []
 
     def squared(params, batch, keys):
@@ -130,14 +130,16 @@ def test_an_evaluation_is_traced_once_however_often_it_is_done():
 
     split = Split(np.ones((10, 2, 2, 1), np.uint8), np.zeros(10, np.int32))
     for scale in (1.0, 2.0, 3.0):
-        partitioner = sharding.make("jit", jax.devices()[:4])  # made anew, as a judge's is
-        found = per_example(squared, split, 3, 0, partitioner, np.float32(scale))
-        np.testing.assert_array_equal(found["value"], np.full(10, 4 * scale))
+        partitioner = sharding.make(
+            "jit", jax.devices()[:4]
+        )  # a new object for each call, as for feature networks
+        values = per_example(squared, split, 3, 0, partitioner, np.float32(scale))
+        np.testing.assert_array_equal(values["value"], np.full(10, 4 * scale))
     assert len(traces) == 1
 
 
 @pytest.mark.parametrize("mode", sharding.MODES)
-def test_a_trained_state_lies_on_the_mesh_of_what_is_evaluated(mode):
+def test_a_trained_state_has_the_mesh_of_evaluation(mode):
     partitioner = sharding.make(mode, jax.devices()[:4])
 
     def step(state, batch, collectives):
@@ -149,13 +151,15 @@ def test_a_trained_state_lies_on_the_mesh_of_what_is_evaluated(mode):
     assert state.sharding.mesh == partitioner.indices(0, 8).sharding.mesh
 
 
-def test_work_stays_spread_where_results_are_whole():
+def test_computation_is_partitioned_where_results_are_replicated():
     partitioner = sharding.make("jit", jax.devices()[:4])
     batch = partitioner.shard(np.ones((8, 16), np.float32))
     program = partitioner.compile(lambda w, x: jnp.tanh(x @ w)).lower(
         np.ones((16, 32), np.float32), batch
     )
-    assert "f32[2,32]" in program.compile().as_text()  # a device's two rows, gathered at the end
+    assert (
+        "f32[2,32]" in program.compile().as_text()
+    )  # two rows on each device, gathered at the end
 
 
 # Through the command line.
@@ -171,7 +175,7 @@ def succeeds(launch, count, *flags):
     assert "Traceback" not in result.stderr
 
 
-def test_a_diffusion_run_evaluates_and_draws_on_four_devices_under_pmap(launch, tmp_path):
+def test_a_diffusion_run_evaluates_and_samples_on_four_devices_under_pmap(launch, tmp_path):
     succeeds(
         launch, 4, "--experiment=ddpm_digits", "--debug", "--parallel=pmap",
         f"--workdir={tmp_path / 'run'}", "--config.task.sampling.steps=2",
@@ -179,15 +183,15 @@ def test_a_diffusion_run_evaluates_and_draws_on_four_devices_under_pmap(launch, 
     assert (tmp_path / "run" / "images" / "trajectories.png").exists()
 
 
-DRAW = ("--mode=sample", "--num_samples=5")
-RUNS = {  # an experiment: flags of its training; (directory, flags) of what is done with it then
-    "vae_digits": ((), [("", DRAW)]),
-    "ddpm_digits": (("--config.task.evaluation.features=classifier_digits",), [("", DRAW)]),
-    "vdm_digits": ((), [("", DRAW)]),
+SAMPLE = ("--mode=sample", "--num_samples=5")
+RUNS = {  # an experiment: flags of training; (directory, flags) of the commands after it
+    "vae_digits": ((), [("", SAMPLE)]),
+    "ddpm_digits": (("--config.task.evaluation.features=classifier_digits",), [("", SAMPLE)]),
+    "vdm_digits": ((), [("", SAMPLE)]),
     "classifier_digits": ((), []),
     "text_to_image_shapes": (
         (),
-        [("", (*DRAW, "--prompt=a red circle")), ("text", ()), ("autoencoder", ())],
+        [("", (*SAMPLE, "--prompt=a red circle")), ("text", ()), ("autoencoder", ())],
     ),
 }
 
@@ -197,7 +201,7 @@ RUNS = {  # an experiment: flags of its training; (directory, flags) of what is 
 @pytest.mark.parametrize(
     ("experiment", "count"), [*((name, 4) for name in RUNS), ("ddpm_digits", 8)]
 )
-def test_every_task_trains_evaluates_and_draws_in_every_mode(
+def test_every_task_trains_evaluates_and_samples_in_every_mode(
     launch, tmp_path, experiment, count, mode
 ):
     training, after = RUNS[experiment]
@@ -205,6 +209,6 @@ def test_every_task_trains_evaluates_and_draws_in_every_mode(
     succeeds(
         launch, count, f"--experiment={experiment}", f"--workdir={workdir}", *common, *training
     )
-    for folder, flags in [("", ()), *after]:
+    for directory, flags in [("", ()), *after]:
         flags = flags or ("--mode=eval",)
-        succeeds(launch, count, f"--workdir={workdir / folder}", *common, *flags)
+        succeeds(launch, count, f"--workdir={workdir / directory}", *common, *flags)

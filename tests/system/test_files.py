@@ -1,4 +1,4 @@
-"""Files are replaced whole, and through no link."""
+"""Files are replaced atomically, and not through symbolic links."""
 
 import os
 

@@ -320,7 +320,7 @@ def test_a_model_that_cannot_be_built_is_refused_before_its_parts_are_trained(tm
     experiment = load_experiment("text_to_image_shapes")
     for fields, says in (
         ({"generator.task.generator": "autoregressive"}, "quantised autoencoder"),
-        ({"generator.task.generator.network.channels": "6"}, "channels=6: must divide by 4"),
+        ({"generator.task.generator.network.channels": "6"}, "channels=6: must be a multiple of 4"),
     ):
         config = override(experiment.config, fields, {}, experiment.alternatives)
         with pytest.raises(UserError, match=says):
