@@ -132,7 +132,7 @@ class Autoregressive:
         request: SampleRequest,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1], one for every key.
+        """Return images in [-1, 1], one for each key.
 
         Args:
           params: The parameters of the network.

@@ -155,7 +155,7 @@ class TextToImage(SamplingTask):
             self.generator.check()
 
     def _check_guidance(self, scale: float) -> None:
-        """Raise FieldError if captions cannot guide the network at a scale."""
+        """Raise FieldError if the scale is not 1, but training never drops captions."""
         if not self.caption_dropout and scale != 1.0:
             raise FieldError(
                 "caption_dropout=0: the network is never trained without captions, so "

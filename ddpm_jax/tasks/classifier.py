@@ -94,7 +94,7 @@ class Classifier(Task):
         keys: Key[Array, "batch"],
         t: Float[Array, "batch"],
     ) -> Float[Array, "batch h w c"]:
-        """Return x_t, which is images in [-1, 1] with the schedule's noise of time t."""
+        """Return the noisy images x_t of images in [-1, 1], at times t of the schedule."""
         assert self.schedule is not None
         return corrupt(x0, keys, self.schedule.make().logsnr(t)).xt
 

@@ -110,7 +110,7 @@ class Contrastive(Task):
         Float[Array, "batch n d"] | None,
         Float[Array, ""],
     ]:
-        """Return (u, v, embeddings of the hard negatives, s) in the symbols of eq. (1).
+        """Return the embeddings of captions, images and hard negatives, and s of eq. (1).
 
         If the batch has no hard negatives, the third value is None.
         """
@@ -133,7 +133,7 @@ class Contrastive(Task):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return eq. (1) of every pair, with a softmax over the pairs of all devices.
+        """Return the loss of every pair, eq. (1), with a softmax over the pairs of all devices.
 
         The arguments are those of `Task.loss`.
         """
@@ -166,7 +166,9 @@ def contrastive_nll(
     same: Bool[Array, "batch all"],
     negatives: Float[Array, "batch n d"] | None = None,
 ) -> tuple[Float[Array, "batch"], Bool[Array, "batch"]]:
-    """Return eq. (1) of each pair in nats, and true where its image is the nearest to its caption.
+    """Return the loss of each pair in nats, eq. (1), and true where its caption finds its image.
+
+    A caption finds its image if no other image has a larger cosine with the caption.
 
     Args:
       text: Embeddings of the captions, of length 1.

@@ -80,7 +80,7 @@ class Diffusion(ImageDenoiser):
 
     @property
     def no_label_dropout(self) -> str:
-        """The field by which labels are never dropped in training; "" if they are dropped."""
+        """The text "label_dropout=0" if training never drops labels, else ""."""
         return "" if self.label_dropout else "label_dropout=0"
 
     @property
@@ -225,7 +225,7 @@ class Diffusion(ImageDenoiser):
     def min_log_variance(self) -> Float[Array, ""]:
         """Return the log of the posterior variance of the table's second step.
 
-        It replaces the log of the posterior variance of the first step, which is 0.
+        It is also used for the first step, whose posterior variance is 0.
         """
         schedule = self.noise_schedule()
         assert schedule.steps is not None

@@ -1,4 +1,4 @@
-"""Protocols of a text-to-image system: its generation model and what its evaluation needs.
+"""Protocols of a text-to-image system: its generation model and its task.
 
 A generation model samples the latents of an autoencoder given the features of a caption: by
 diffusion (Rombach et al. 2022), or by autoregressive sampling of the codes of a quantised
@@ -96,7 +96,7 @@ class Generator(Protocol):
         request: SampleRequest,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1], one for every key.
+        """Return images in [-1, 1], one for each key.
 
         Args:
           params: The parameters of the model.

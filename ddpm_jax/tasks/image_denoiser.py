@@ -1,4 +1,4 @@
-"""The protocol of tasks that train a denoising network of images, and how they sample."""
+"""The protocol of tasks that train a denoising network of images and sample from it."""
 
 import dataclasses
 from typing import Annotated, ClassVar, Protocol, runtime_checkable
@@ -102,9 +102,9 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
 
     @property
     def no_label_dropout(self) -> str:
-        """The field, with its value, by which labels are never dropped in training.
+        """The field that an error about guidance names if training never drops labels.
 
-        Classifier-free guidance is not possible then. It is "" if labels are dropped.
+        It is "" if training drops labels, as classifier-free guidance needs.
         """
 
     @property

@@ -190,7 +190,9 @@ class ImageSampler:
         known: Float[Array, "batch *event"],
         mask: Float[Array, "batch *event"],
     ) -> Float[Array, "batch *event"]:
-        """Return images that are noised to time t and sampled from there (Meng et al. 2022).
+        """Return edited images: sampling starts from images with the noise of time t.
+
+        This is SDEdit (Meng et al. 2022); with a mask it is inpainting.
 
         Args:
           params: The parameters of the model.
@@ -275,7 +277,8 @@ def check_start(prediction: PredictionType, schedule: Schedule, sampling: Sampli
     if end > NOISE:
         log_once(
             f"the noise schedule ends at logsnr {end:.1f}, but sampling starts from pure noise "
-            f"(logsnr below {NOISE:g}): samples will be worse than the network could make them"
+            f"(logsnr below {NOISE:g}), which makes samples worse; give a schedule that ends at a "
+            "lower logsnr"
         )
     if prediction != "eps" or sampling.x0_thresholding != "none":
         return

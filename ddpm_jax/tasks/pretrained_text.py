@@ -48,7 +48,7 @@ class Features(NamedTuple):
         return Features(tokens.astype(np.float32), mask, pooled.astype(np.float32))
 
 
-class Encoded:
+class EncodedCaptions:
     """A sequence of captions that returns features, which are read when it is indexed.
 
     Args:
@@ -64,14 +64,14 @@ class Encoded:
         return len(self._rows)
 
     @overload
-    def __getitem__(self, rows: slice) -> "Encoded": ...
+    def __getitem__(self, rows: slice) -> "EncodedCaptions": ...
 
     @overload
     def __getitem__(self, rows: np.ndarray) -> Features: ...
 
-    def __getitem__(self, rows: slice | np.ndarray) -> "Encoded | Features":
+    def __getitem__(self, rows: slice | np.ndarray) -> "EncodedCaptions | Features":
         if isinstance(rows, slice):
-            return Encoded(self.texts[rows], self._features, self._rows[rows])
+            return EncodedCaptions(self.texts[rows], self._features, self._rows[rows])
         return self._features.at(self._rows[rows])
 
 
@@ -195,7 +195,7 @@ def encode(name: str, texts: Sequence[str]) -> Features:
     return Features(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def encoded(name: str, data: Data) -> Data:
+def with_features(name: str, data: Data) -> Data:
     """Return a data set with captions replaced by their features, from the cache if possible.
 
     Raises:
@@ -218,7 +218,7 @@ def encoded(name: str, data: Data) -> Data:
         distinct = sorted(set(texts))
         row_of = {text: row for row, text in enumerate(distinct)}
         rows = np.array([row_of[text] for text in texts])
-        return split._replace(captions=Encoded(texts, _kept(name, distinct), rows))
+        return split._replace(captions=EncodedCaptions(texts, _kept(name, distinct), rows))
 
     validation = None if data.validation is None else encode_split(data.validation)
     return data._replace(

@@ -15,7 +15,7 @@ from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.nn.layers import Context
 from ddpm_jax.nn.text_encoder import SIZES
 from ddpm_jax.progress import log_once
-from ddpm_jax.tasks.pretrained_text import Encoded, Features, encode, encoded
+from ddpm_jax.tasks.pretrained_text import EncodedCaptions, Features, encode, with_features
 
 
 @runtime_checkable
@@ -122,7 +122,7 @@ class PretrainedEncoder:
 
     def adapt(self, data: Data) -> Data:
         """Return the data set with captions replaced by their features."""
-        return encoded(self.name, data)
+        return with_features(self.name, data)
 
     def prepare(self, texts: Sequence[str]) -> Features:
         """Return the features of texts."""
@@ -142,7 +142,7 @@ class PretrainedEncoder:
     def texts(self, split: Split, count: int) -> list[str]:
         """Return the texts of the first `count` captions of an adapted split."""
         captions = split.first(count).captions
-        assert isinstance(captions, Encoded)
+        assert isinstance(captions, EncodedCaptions)
         return list(captions.texts)
 
     def report_length(self, text: str) -> None:

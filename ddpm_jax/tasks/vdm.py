@@ -76,7 +76,7 @@ class VDM(ImageDenoiser):
 
     @property
     def no_label_dropout(self) -> str:
-        """The field that guidance by labels contradicts, since VDM never drops labels."""
+        """The field that is named in the error for guidance, since training never drops labels."""
         return "sampling.guidance"
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "VDM":
@@ -246,7 +246,7 @@ def ode_nll(
     batch: Batch,
     keys: Key[Array, "batch"],
 ) -> dict[str, Array]:
-    """Return eq. (2) of each image in nats ("ode"), and the number of network calls ("calls").
+    """Return the ODE's bound, eq. (2), of each image in nats ("ode"), and the network's "calls".
 
     Args:
       task: The bound task.

@@ -53,7 +53,7 @@ def test_captions_of_a_data_set_are_encoded_once(folder, monkeypatch):
     data = loader.load("shapes")
     data = splits.with_validation(data, 0)
     data = data._replace(train=data.train.first(20), test=data.test.first(5))
-    adapted = pretrained_text.encoded(folder, data)
+    adapted = pretrained_text.with_features(folder, data)
     rows = np.array([3, 0, 3])
     batch = batches.batch_of(adapted.train, rows, np.arange(3))
     assert batch.captions.tokens.shape == (3, pretrained_text.LENGTH, 16)
@@ -67,7 +67,7 @@ def test_captions_of_a_data_set_are_encoded_once(folder, monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(pretrained_text, "encode", never)
-    again = pretrained_text.encoded(folder, data)
+    again = pretrained_text.with_features(folder, data)
     np.testing.assert_array_equal(again.train.rows(rows).captions.mask, batch.captions.mask)
 
 
@@ -135,7 +135,7 @@ def test_features_are_stacked_as_images_are():
     features = pretrained_text.Features(
         np.ones((12, 5, 3)), np.ones((12, 5), bool), np.ones((12, 3))
     )
-    captions = pretrained_text.Encoded(["a"] * 12, features, np.arange(12))
+    captions = pretrained_text.EncodedCaptions(["a"] * 12, features, np.arange(12))
     batch = next(batches.training_batches(train._replace(captions=captions), 0, 4, [(0, 2)], 2))
     assert batch.images.shape == (2, 4, *data.shape)
     assert batch.captions.tokens.shape == (2, 4, 5, 3)
@@ -158,7 +158,7 @@ def test_features_are_computed_in_parts_and_cached(monkeypatch):
         train=data.train.first(5), validation=data.validation.first(2), test=data.test.first(3)
     )
     for _ in range(2):
-        captions = pretrained_text.encoded("an encoder of a test", data).train.captions
+        captions = pretrained_text.with_features("an encoder of a test", data).train.captions
         lengths = [len(text) for text in captions.texts]
         np.testing.assert_array_equal(captions[np.arange(5)].pooled[:, 0], lengths)
     assert len(encoded) == len(set(encoded)) == 10  # each of 5 + 2 + 3 captions once
@@ -166,7 +166,7 @@ def test_features_are_computed_in_parts_and_cached(monkeypatch):
 
 def test_an_endless_data_set_and_a_missing_directory_raise_a_user_error(folder):
     with pytest.raises(UserError, match="needs a finite data set"):
-        pretrained_text.encoded(folder, loader.load("shapes"))
+        pretrained_text.with_features(folder, loader.load("shapes"))
     for name in ("/nowhere/at/all", "./nowhere", "a/b/c"):
         with pytest.raises(UserError, match="there is no such directory"):
             pretrained_text.load_encoder(name)
