@@ -1,1 +1,1 @@
-"""One file per task, and the sampling of images that they share."""
+"""The tasks, their evaluations, and the sampling of images that they share."""

@@ -1,9 +1,10 @@
 """The task of an autoencoder whose latents a generation model is trained on.
 
-There are two kinds. Gaussian (Rombach et al. 2022, sec. 3.1): a KL of tiny weight keeps the latents
-from growing. Quantised (van den Oord et al. 2017): the latents are codes of a codebook, which
-moving averages train. Either way the latents' mean and standard deviation, channel by channel, are
-carried beside the parameters, so that a generation model is trained on latents of unit variance.
+The latents are of one of two types. Gaussian latents (Rombach et al. 2022, sec. 3.1) have a KL term
+of small weight, which bounds them. Quantised latents (van den Oord et al. 2017) are codes of a
+codebook, which moving averages train. `Variables.extra` holds moving averages of the latents' mean
+and standard deviation per channel. They normalise the latents, so that a generation model is
+trained on latents of zero mean and unit variance.
 """
 
 import dataclasses
@@ -37,23 +38,23 @@ from ddpm_jax.task import (
 )
 from ddpm_jax.variational import vae, vq
 
-QUICK_IMAGES = 512  # test images of an evaluation that is not full
+QUICK_IMAGES = 512  # number of images in an evaluation that is not final
 
-KEEP = 0.99  # share of the latents' moving moments that a step keeps
+MOMENTS_DECAY = 0.99  # decay per step of the moving averages of the latents' moments
 
 Latent = Float[Array, "batch rows columns d"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """What a trained autoencoder does for a model that is trained on its latents.
+    """The encoder and the decoder of a trained autoencoder, for models of its latents.
 
-    The argument `frozen` of its methods is {"params": ..., "extra": ...}, the variables of the
+    The argument `frozen` of the methods is {"params": ..., "extra": ...}, the variables of the
     trained autoencoder.
 
     Attributes:
-      network: The autoencoder.
-      codes: Codes of its codebook; 0: its latents are not codes.
+      network: The network of the autoencoder.
+      codes: The number of codes in the codebook; 0 for Gaussian latents.
     """
 
     network: Autoencoder
@@ -61,17 +62,20 @@ class Latents:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(rows, columns, channels) of the latents of an image."""
+        """The shape (rows, columns, channels) of the latents of one image."""
         return self.network.latent_shape
 
     def encode(self, frozen: PyTree, images: Float[Array, "batch h w c"]) -> Latent:
-        """Return latents of unit variance of images in [-1, 1]."""
+        """Return the normalised latents of images in [-1, 1]."""
         if self.codes:
             return self.embed_codes(frozen, self.code_indices(frozen, images))
         return self._standardize(frozen, self._encoded_mean(frozen, images))
 
     def decode(self, frozen: PyTree, z: Latent) -> Float[Array, "batch h w c"]:
-        """Return the images in [-1, 1] of latents; each is first moved to its nearest code."""
+        """Return the images in [-1, 1] that normalised latents decode to.
+
+        With a codebook, each latent vector is first replaced by the nearest code.
+        """
         mean, std = latent_moments(frozen["extra"])
         z = z * std + mean
         if self.codes:
@@ -83,13 +87,13 @@ class Latents:
     def code_indices(
         self, frozen: PyTree, images: Float[Array, "batch h w c"]
     ) -> Int[Array, "batch rows columns"]:
-        """Return the indices of the codes of images in [-1, 1]."""
+        """Return the index of the nearest code for each latent vector of images in [-1, 1]."""
         return vq.nearest(self._encoded_mean(frozen, images), frozen["extra"]["book"].codes)
 
     def embed_codes(
-        self, frozen: PyTree, indices: Int[Array, "*places"]
-    ) -> Float[Array, "*places d"]:
-        """Return the latents of codes."""
+        self, frozen: PyTree, indices: Int[Array, "*positions"]
+    ) -> Float[Array, "*positions d"]:
+        """Return the normalised latents of code indices."""
         return self._standardize(frozen, frozen["extra"]["book"].codes[indices])
 
     def _encoded_mean(self, frozen: PyTree, images: Float[Array, "batch h w c"]) -> Latent:
@@ -98,15 +102,15 @@ class Latents:
         return mean
 
     def _standardize(
-        self, frozen: PyTree, z: Float[Array, "*places d"]
-    ) -> Float[Array, "*places d"]:
+        self, frozen: PyTree, z: Float[Array, "*positions d"]
+    ) -> Float[Array, "*positions d"]:
         mean, std = latent_moments(frozen["extra"])
         return (z - mean) / std
 
 
 def latent_moments(extra: PyTree) -> tuple[Float[Array, "d"], Float[Array, "d"]]:
-    """Return the mean and the standard deviation of the latents, channel by channel."""
-    weight = jnp.maximum(extra["weight"], 1e-6)  # of all batches so far
+    """Return the mean and the standard deviation of the latents, per channel."""
+    weight = jnp.maximum(extra["weight"], 1e-6)  # sum of the moving averages' weights
     mean = extra["mean"] / weight
     return mean, jnp.sqrt(jnp.maximum(extra["square"] / weight - jnp.square(mean), 1e-8))
 
@@ -115,17 +119,19 @@ def latent_moments(extra: PyTree) -> tuple[Float[Array, "d"], Float[Array, "d"]]
 class LatentAutoencoder(Task):
     """An autoencoder whose latents a generation model is trained on.
 
-    The loss is the mean absolute and squared error of pixels, and a term that bounds the latents.
+    The loss is the mean absolute error plus the mean squared error of the pixels, plus the weighted
+    KL of Gaussian latents or the weighted commitment loss of codes.
 
     Attributes:
-      network: Encoder and decoder.
-      kl_weight: Weight of KL(q(z|x) || N(0, I)), in nats per pixel and channel; of Gaussian
-        latents.
-      codes: Codes of the codebook; 0: Gaussian latents.
-      commitment_weight: Weight of the commitment loss (`variational.vq`, eq. 3); of codes.
-      eval_batch_size: Images of one batch of an evaluation.
-      text_encoder: Run directory of a text encoder in whose image tower's features reconstructions
-        are compared with images; none: no such metric.
+      network: The network of the encoder and the decoder.
+      kl_weight: Weight of the KL of q(z|x) to N(0, I), in nats per pixel and channel; it has an
+        effect only if codes=0.
+      codes: Number of codes in the codebook; with 0, the latents are Gaussian.
+      commitment_weight: Weight of the commitment loss, the mean squared distance between the
+        encoder's output and its nearest code; it has an effect only if codes > 0.
+      eval_batch_size: Number of images in one batch of an evaluation.
+      text_encoder: Run directory of a trained text encoder; the features of its image tower give
+        the Frechet distance of reconstructions to images. With "none", that metric is left out.
       info: The data set.
     """
 
@@ -140,7 +146,7 @@ class LatentAutoencoder(Task):
     provides: ClassVar[str] = "autoencoder"
 
     def needs(self) -> Needs:
-        """Return the names of other runs: a text encoder that computes metrics."""
+        """Return the name of the run whose text encoder computes metrics, if there is one."""
         dual = "" if self.text_encoder == "none" else self.text_encoder
         return Needs(dual_encoder=dual, dual_encoder_field="text_encoder")
 
@@ -154,13 +160,13 @@ class LatentAutoencoder(Task):
         """Check that the network can be built for images of this size.
 
         Raises:
-          FieldError: it cannot.
+          FieldError: If a field of the network does not fit the image size.
         """
         with section("network"):
             self.network.check()
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
-        """Return the first variables; they do not depend on the batch."""
+        """Return the initial variables, which do not depend on the batch."""
         del batch
         width = self.network.latent_channels
         net_key, code_key = jax.random.split(key)
@@ -174,9 +180,11 @@ class LatentAutoencoder(Task):
     def latent(
         self, variables: Variables, x: Float[Array, "batch h w c"], keys: Key[Array, "batch"]
     ) -> tuple[Latent, Latent, dict[str, Float[Array, "batch"]]]:
-        """Return the latents that are decoded, those that are encoded, and the term of the loss.
+        """Return (z, encoded, terms) of every image.
 
-        The term is the KL of every image in nats, or the commitment loss, by name.
+        z is decoded: a sample of q(z|x), or the nearest codes with a straight-through gradient;
+        encoded is the output of the encoder, the mean of q(z|x); terms is {"kl": KL in nats} or
+        {"commitment": commitment loss}.
         """
         moments: PyTree = self.network.apply(variables.params, x, method="encode")
         mean, logvar = moments
@@ -198,10 +206,9 @@ class LatentAutoencoder(Task):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the error of every reconstruction and what bounds its latents.
+        """Return the pixel error of every reconstruction plus the term that bounds its latents.
 
-        Args:
-          variables, batch, keys, train, all_gather: see `Task.loss`.
+        The arguments are those of `Task.loss`.
         """
         del train, all_gather
         x = to_images(batch.images, self.info.levels)
@@ -218,11 +225,12 @@ class LatentAutoencoder(Task):
         return LossOutput(losses, metrics, {"z": latents})
 
     def update_extra(self, extra: PyTree, statistics: PyTree) -> PyTree:
-        """Return the moving moments of the latents, and the codebook, after a step."""
+        """Return the moving averages of the latents' moments, and the codebook, after a step."""
         z = statistics["z"].reshape(-1, self.network.latent_channels)
         batch = {"mean": z.mean(0), "square": jnp.square(z).mean(0), "weight": jnp.ones(())}
-        moved = {name: KEEP * extra[name] + (1 - KEEP) * value for name, value in batch.items()}
-        return {**moved, "book": vq.update(extra["book"], z)} if self.codes else moved
+        decay = MOMENTS_DECAY
+        moments = {name: decay * extra[name] + (1 - decay) * value for name, value in batch.items()}
+        return {**moments, "book": vq.update(extra["book"], z)} if self.codes else moments
 
     def evaluations(self) -> "tuple[Evaluate[LatentAutoencoder], ...]":
         """Return the functions that evaluate the task."""
@@ -232,12 +240,12 @@ class LatentAutoencoder(Task):
 
 
 class Reconstructions(NamedTuple):
-    """What the evaluation computes of every image.
+    """Images, their reconstructions, and the other outputs of `reconstruct`.
 
     Attributes:
-      originals: [N, H, W, C] in [-1, 1].
-      images: Their reconstructions.
-      values: Losses and latents by name, as `reconstruct` returns them.
+      originals: The original images [N, H, W, C] in [-1, 1].
+      images: The reconstructed images [N, H, W, C] in [-1, 1].
+      values: The losses [N], the latents and the code indices by name.
     """
 
     originals: Float[np.ndarray, "n h w c"]
@@ -248,15 +256,15 @@ class Reconstructions(NamedTuple):
 def reconstruct(
     task: LatentAutoencoder, variables: Variables, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return the loss, its terms, and the reconstruction and latents of every image.
+    """Return the loss, its terms, the reconstruction and the latents of every image.
 
-    The image is that of the latents which a generation model is trained on.
+    The reconstruction decodes the mean of q(z|x), or the nearest codes, as does a generation model.
 
     Args:
-      task: the task.
-      variables: parameters, and the codebook if there is one.
-      batch: images.
-      keys: one for every image.
+      task: The bound task.
+      variables: The parameters, and the codebook if there is one.
+      batch: A batch of images.
+      keys: Random keys, one for each image.
     """
     losses, metrics, _ = task.loss(
         variables, batch, keys, train=False, all_gather=lambda tree: tree
@@ -273,8 +281,8 @@ def reconstruct(
     return {"reconstruction": jnp.clip(decoded, -1, 1), "z": z, **values}
 
 
-def reconstructed(context: Context) -> Reconstructions:
-    """Return what `reconstruct` does of the split that is evaluated, or of its first images."""
+def shared_reconstructions(context: Context) -> Reconstructions:
+    """Return the outputs of `reconstruct` for the evaluated split, or for its first images."""
     task = context.task
     assert isinstance(task, LatentAutoencoder)
     split = context.examples(QUICK_IMAGES)
@@ -284,8 +292,8 @@ def reconstructed(context: Context) -> Reconstructions:
 
 
 def evaluate_reconstructions(task: LatentAutoencoder, context: Context) -> Evaluation:
-    """Return the loss and its terms, PSNR, and the SSIM of images that are large enough."""
-    originals, images, values = context.shared(reconstructed)
+    """Return the loss, its terms, the PSNR and, of large enough images, the SSIM."""
+    originals, images, values = context.shared(shared_reconstructions)
     names = ("loss", "absolute_error", "commitment" if task.codes else "kl")
     metrics = {name: values[name] for name in names} | {"psnr": psnr(images, originals)}
     if min(originals.shape[1:3]) >= SIDE:
@@ -295,24 +303,24 @@ def evaluate_reconstructions(task: LatentAutoencoder, context: Context) -> Evalu
 
 def evaluate_codes(task: LatentAutoencoder, context: Context) -> Evaluation:
     """Return the share of the codes that are used, and their perplexity."""
-    indices = context.shared(reconstructed).values["codes"].astype(int).ravel()
-    used = np.bincount(indices, minlength=task.codes)
-    perplexity = float(vq.perplexity(jnp.asarray(used, jnp.float32)))
-    return Evaluation({"codes_used": float((used > 0).mean()), "perplexity": perplexity})
+    indices = context.shared(shared_reconstructions).values["codes"].astype(int).ravel()
+    counts = np.bincount(indices, minlength=task.codes)
+    perplexity = float(vq.perplexity(jnp.asarray(counts, jnp.float32)))
+    return Evaluation({"codes_used": float((counts > 0).mean()), "perplexity": perplexity})
 
 
 def evaluate_latents(task: LatentAutoencoder, context: Context) -> Evaluation:
-    """Return the standard deviation of the latents that a generation model is trained on."""
+    """Return the standard deviation of the normalised latents, which should be near 1."""
     del task
-    z = context.shared(reconstructed).values["z"]
+    z = context.shared(shared_reconstructions).values["z"]
     mean, std = jax.tree.map(np.asarray, context.compile(latent_moments)(context.variables.extra))
     return Evaluation({"latent_std": float(((z - mean) / std).std())})
 
 
 def evaluate_frechet_distance(task: LatentAutoencoder, context: Context) -> Evaluation:
-    """Return the Frechet distance of reconstructions to their originals, in a full evaluation.
+    """Return the Frechet distance of reconstructions to the originals, in a final evaluation.
 
-    The features are those of the image tower of `Resources.dual_encoder`, if there is one.
+    The features are computed by the image tower of `Resources.dual_encoder`, if there is one.
     """
     del task
     load = context.resources.dual_encoder
@@ -320,10 +328,10 @@ def evaluate_frechet_distance(task: LatentAutoencoder, context: Context) -> Eval
         return Evaluation()
     tower = image_tower("text_encoder", *load())
     name = f"fd_{tower.name}"
-    about = {"fd": f"of reconstructions to their originals, in {tower.name}'s features"}
-    originals, images, _ = context.shared(reconstructed)
+    about = {"fd": f"reconstructions against their originals, in the features of {tower.name}"}
+    originals, images, _ = context.shared(shared_reconstructions)
     if len(images) < 2:
-        log(f"left out, since it needs at least 2 images: {name}")
+        log(f"metric {name} is left out: it needs at least 2 images, and the split has fewer")
         return Evaluation(about=about)
     plots.check_finite(images)
     sets = [Grouped(tower.extract(part)[0]) for part in (images, originals)]
@@ -332,10 +340,10 @@ def evaluate_frechet_distance(task: LatentAutoencoder, context: Context) -> Eval
 
 
 def reconstruction_sheet(task: LatentAutoencoder, context: Context) -> Evaluation:
-    """Return a sheet of the first images, each row above their reconstructions."""
+    """Return a sheet of the first 40 images, with the reconstructions below each row."""
     del task
-    pair = context.shared(reconstructed)[:2]
-    starts = range(0, min(len(pair[0]), 40), 10)
-    rows = [part[start : start + 10] for start in starts for part in pair]
+    originals, images, _ = context.shared(shared_reconstructions)
+    starts = range(0, min(len(originals), 40), 10)
+    rows = [part[start : start + 10] for start in starts for part in (originals, images)]
     sheet = plots.attempt(plots.grid, np.concatenate(rows), columns=10)
     return Evaluation(images={"reconstructions": sheet})

@@ -2,9 +2,9 @@
 
     caption -> text encoder -> features -> generation model -> latents -> decoder -> image
 
-The three are trained one after another. In this task the text encoder and the autoencoder are
-frozen. They are in `Variables.extra`, and so in every checkpoint, which is enough to sample from,
-except for a pretrained text encoder.
+The three networks are trained one after another. In this task the text encoder and the autoencoder
+are frozen. Their variables are in `Variables.extra` and thus in every checkpoint, so that a
+checkpoint is enough to sample from. Only a pretrained text encoder is not stored there.
 """
 
 import dataclasses
@@ -54,24 +54,26 @@ from ddpm_jax.tasks.text_to_image import EVALUATIONS
 
 @dataclasses.dataclass(frozen=True)
 class TextToImage(SamplingTask):
-    """Text to image: a generation model under the captions of a frozen text encoder.
+    """Text to image: a generation model conditioned on the features of a frozen text encoder.
 
     Attributes:
-      generator: The generation model: diffusion in the autoencoder's latents, or autoregressive
-        over its codes.
-      text_encoder: Run directory of the text encoder.
-      autoencoder: Run directory of the autoencoder.
-      pretrained: A frozen text encoder of `transformers`, by name or folder, in the place of the
-        text encoder, which then computes metrics alone; empty: none. It needs a finite data set.
-      caption_dropout: Share of captions that training replaces by the empty one.
-      evaluation: What is evaluated.
-      text_network: The text encoder's network.
-      autoencoder_network: The autoencoder's network.
-      codes: Codes of the autoencoder's codebook; 0: Gaussian latents.
-      feature_width: Width of the pretrained text encoder's features; 0: there is none.
-      parts_known: Whether the fields that follow from the parts are set.
-      info: The data set.
-      batch_size: Training images of one step.
+      generator: The generation model: diffusion in the autoencoder's latents, or an autoregressive
+        model of its codes.
+      text_encoder: Run directory of the trained text encoder.
+      autoencoder: Run directory of the trained autoencoder.
+      pretrained: Name or directory of a frozen text encoder of the package `transformers`, which
+        replaces the features of `text_encoder` (`text_encoder` then only computes metrics); empty
+        for none. It needs a finite data set.
+      caption_dropout: Share of captions, from 0 to 1, that training replaces by the empty caption;
+        guidance needs a value above 0.
+      evaluation: The settings of the evaluation.
+      text_network: The network of the text encoder.
+      autoencoder_network: The network of the autoencoder.
+      codes: Number of codes in the autoencoder's codebook; 0 for Gaussian latents.
+      feature_width: Number of features per token of the pretrained text encoder; 0 without one.
+      parts_known: True if the fields that follow from the parts are set.
+      info: The description of the data set.
+      batch_size: Number of training images in one step.
     """
 
     generator: LatentDiffusion | Autoregressive = LatentDiffusion()
@@ -91,7 +93,7 @@ class TextToImage(SamplingTask):
     provides: ClassVar[str] = "text to image"
 
     def needs(self) -> Needs:
-        """Return the names of other runs: its parts, and a text encoder that computes metrics."""
+        """Return the names of the runs of the parts, and of an encoder that computes metrics."""
         dual = self.evaluation.text_encoder
         return Needs(
             text_encoder=self.text_encoder,
@@ -101,16 +103,16 @@ class TextToImage(SamplingTask):
         )
 
     def fit_to(self, data: Data) -> "TextToImage":
-        """Return the settings as they are.
+        """Return the task unchanged, if the data set has captions.
 
         Raises:
-          UserError: the data set has no captions.
+          UserError: If the data set has no captions.
         """
         check_captions(info_of(data))
         return self
 
     def with_parts(self, text: Contrastive, autoencoder: LatentAutoencoder) -> "TextToImage":
-        """Return the settings with what follows from the tasks of the parts."""
+        """Return the task with the fields that follow from the tasks of its parts."""
         name = absolute_name(self.pretrained)
         return dataclasses.replace(
             self,
@@ -123,7 +125,7 @@ class TextToImage(SamplingTask):
         )
 
     def adapt(self, data: Data) -> Data:
-        """Return the data, with a pretrained encoder's features for captions if there is one."""
+        """Return the data with captions in the form that the text encoder reads."""
         return self.encoder.adapt(data)
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "TextToImage":
@@ -144,8 +146,8 @@ class TextToImage(SamplingTask):
         """Check that the fields of the bound task fit each other and the data.
 
         Raises:
-          UserError: the data set has no captions.
-          FieldError: fields contradict each other or the latents.
+          UserError: If the data set has no captions.
+          FieldError: If fields contradict each other or do not fit the latents.
         """
         check_captions(self.info)
         self._check_guidance(self.generator.guidance_scale)
@@ -153,11 +155,12 @@ class TextToImage(SamplingTask):
             self.generator.check()
 
     def _check_guidance(self, scale: float) -> None:
-        """Raise FieldError if captions cannot guide the network at a scale."""
+        """Raise FieldError if the scale is not 1, but training never drops captions."""
         if not self.caption_dropout and scale != 1.0:
             raise FieldError(
-                "caption_dropout=0: the network is never trained without captions, so that they "
-                "cannot guide it; give guidance 1, or a dropout above 0",
+                "caption_dropout=0: the network is never trained without captions, so "
+                f"classifier-free guidance of scale {scale:g} is not possible; give guidance 1, or "
+                "train with a caption_dropout above 0",
                 "generator.sampling.guidance",
                 "generator.guidance",
             )
@@ -171,11 +174,11 @@ class TextToImage(SamplingTask):
 
     @property
     def prompts(self) -> Prompts:
-        """The prompts of the final evaluation."""
+        """The prompts that the final evaluation samples."""
         return prompts_of(self.info.name, self.evaluation.num_prompts)
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
-        """Return first parameters, and zeros for {"text", "autoencoder": {"params", "extra"}}."""
+        """Return initial parameters of the generation model, and zeros for the frozen parts."""
         del batch
         length, width = self.text_network.length, self.encoder.width
         mask = jnp.zeros((1, length), bool)
@@ -193,13 +196,16 @@ class TextToImage(SamplingTask):
         return {"text": text, "autoencoder": {"params": params, "extra": extra}}
 
     def load_extra(self, extra: PyTree, load: Callable[[], PyTree] | None) -> PyTree:
-        """Return the frozen parts of a new run, of the types that `init` returns; see `Task`.
+        """Return the frozen parts of a new run, in the dtypes that `init` returns.
 
         Raises:
-          RuntimeError: `load` is None.
+          RuntimeError: If `load` is None.
         """
         if load is None:
-            raise RuntimeError("a new run of a generation model needs the parameters of its parts")
+            raise RuntimeError(
+                "a new text-to-image run needs the parameters of its text encoder and autoencoder, "
+                "but Resources.parts is None; give a function that loads them"
+            )
         return jax.tree.map(lambda old, new: np.asarray(new, old.dtype), extra, load())
 
     def loss(
@@ -211,14 +217,14 @@ class TextToImage(SamplingTask):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the generation model's loss of every example under its caption.
+        """Return the loss of the generation model for every image given its caption.
 
         Args:
-          variables: parameters of the generation model, and the frozen parts.
-          batch: examples.
-          keys: one for every example.
-          train: whether captions are dropped, and the generation model uses dropout.
-          all_gather: not used.
+          variables: The parameters of the generation model, and the frozen parts.
+          batch: Images with their prepared captions.
+          keys: Random keys, one for each example.
+          train: If true, captions are dropped at random and dropout is on.
+          all_gather: Not used.
         """
         del all_gather
         (caption_keys, loss_keys), captions = split_keys(keys, 2), batch.captions
@@ -239,30 +245,30 @@ class TextToImage(SamplingTask):
 
     @property
     def request_fields(self) -> tuple[str, ...]:
-        """Names of what can be asked for."""
+        """The names of the fields of a request that have an effect."""
         return (*self.generator.request_fields, "prompt", "negative_prompt")
 
     def check_request(self, request: SampleRequest) -> None:
-        """Check that there is a prompt, and that images can be sampled as a request says.
+        """Check that a request has a prompt and that the generation model supports its fields.
 
         Raises:
-          FieldError: there is not, or they cannot.
+          FieldError: If the prompt is missing or a field is not supported.
         """
         self.generator.check_request(request)
         if request.prompt is None:
             raise FieldError(
-                'prompt="..." is missing: this run samples images that show what a text says'
+                'prompt="..." is missing: a text-to-image run needs a text that images should show'
             )
 
     def guidance(self, scale: float | None, model: GuidanceModel | None) -> Guidance:
         """Return the guidance by captions.
 
         Args:
-          scale: its scale; None: that of the settings.
-          model: None: another network does not guide this one.
+          scale: The guidance scale; if None, the scale of the settings.
+          model: Not used, since no other network guides this one.
 
         Raises:
-          FieldError: the network was never trained without captions.
+          FieldError: If the network is never trained without captions and the scale is not 1.
         """
         del model
         if scale is not None:
@@ -277,17 +283,17 @@ class TextToImage(SamplingTask):
         guidance: Guidance,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1] of the prompt of a request, one for every key.
+        """Return images in [-1, 1] of a request's prompt, one for each key.
 
         Args:
-          variables: of the trained task.
-          keys: one for every image.
-          request: how images are sampled.
-          guidance: as `guidance` returns it.
-          compile: compiles functions.
+          variables: The variables of the trained task.
+          keys: Random keys, one for each image.
+          request: The prompt, the negative prompt, the sampler and the number of steps.
+          guidance: The guidance that the method `guidance` returns.
+          compile: The function that compiles functions of the task.
 
         Raises:
-          FieldError: there is no prompt, or images cannot be sampled as the request says.
+          FieldError: If the prompt is missing or a field of the request is not supported.
         """
         self.check_request(request)
         prompt, negative = request.prompt or "", request.negative_prompt or ""
@@ -307,16 +313,16 @@ class TextToImage(SamplingTask):
         guidance: Guidance,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1] of prepared captions, one for every key.
+        """Return images in [-1, 1] of prepared captions, one for each key.
 
         Args:
-          variables: of the trained task.
-          keys: one for every image.
-          captions: as the text encoder prepares them, one for every key.
-          null: what guidance leads away from, likewise.
-          request: how images are sampled; its prompts are not used.
-          guidance: as `guidance` returns it.
-          compile: compiles functions.
+          variables: The variables of the trained task.
+          keys: Random keys, one for each image.
+          captions: The captions that the text encoder has prepared, one for each key.
+          null: The prepared captions that guidance leads away from, one for each image.
+          request: The sampler and the number of steps; its prompts are not used.
+          guidance: The guidance that the method `guidance` returns.
+          compile: The function that compiles functions of the task.
         """
         text, frozen = variables.extra["text"], variables.extra["autoencoder"]
         encode = compile(encode_captions, static_argnums=0)

@@ -1,4 +1,4 @@
-"""The task of a classifier of images, clean ones or noisy ones."""
+"""The task of a classifier of clean or noisy images."""
 
 import dataclasses
 from typing import Annotated, ClassVar
@@ -24,23 +24,24 @@ from ddpm_jax.rng import split_keys
 from ddpm_jax.task import AllGather, Context, Evaluate, Evaluation, LossOutput, Task, Variables
 from ddpm_jax.tasks.denoising import corrupt
 
-NOISE_LEVELS = 10  # of the table of a noisy classifier's accuracies
+NOISE_LEVELS = 10  # times at which a noisy classifier is evaluated per image
 
 
 @dataclasses.dataclass(frozen=True)
 class Classifier(Task):
-    """A classifier of images, clean or noisy, trained by the cross-entropy of the labels.
+    """A classifier of clean or noisy images, trained by the cross-entropy of the labels.
 
-    With a schedule it is of p(y | x_t), t uniform, and guides what diffusion models sample
-    (Dhariwal & Nichol 2021, sec. 4); the metrics are then means over t.
+    With a schedule it is a classifier p(y | x_t) of noisy images, with t uniform in [0, 1], which
+    can guide diffusion models (Dhariwal & Nichol 2021, sec. 4). Its metrics are means over t.
 
     Attributes:
-      network: The network, whose last layer but one serves as features.
-      shift: Pixels that training images are moved by at most, either way.
-      schedule: Noise schedule of the images, of a classifier that guides diffusion models; none:
-        the images are clean.
-      eval_batch_size: Images of one batch of an evaluation.
-      info: The data set.
+      network: The network of the classifier; its last hidden layer gives the features of images.
+      shift: Maximum number of pixels, from 0 to 1000, by which training images are shifted at
+        random along each axis; 0 turns this augmentation off.
+      schedule: Noise schedule of the images of a classifier that guides diffusion models; with
+        "none", the images are clean.
+      eval_batch_size: Number of images in one batch of an evaluation.
+      info: The description of the data set.
     """
 
     network: ClassifierNetwork = ClassifierNetwork()
@@ -53,12 +54,12 @@ class Classifier(Task):
 
     @property
     def classes(self) -> int:
-        """Number of classes."""
+        """The number of classes."""
         return self.network.classes
 
     def adapt(self, data: Data) -> Data:
         """Return the data without the images that have no class."""
-        return labelled(data)
+        return without_unlabelled(data)
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "Classifier":
         """Return the task for a data set and a precision."""
@@ -72,16 +73,19 @@ class Classifier(Task):
         return dataclasses.replace(self, network=network, info=info)
 
     def check(self) -> None:
-        """Check that the data set has labels.
+        """Check that the data set has class labels.
 
         Raises:
-          UserError: it has none.
+          UserError: If the data set has no class labels.
         """
         if not self.network.classes:
-            raise UserError("a classifier needs a data set with labels")
+            raise UserError(
+                f"a classifier needs a data set with labels, and {self.info.name} has no classes; "
+                "give --config.data=digits, or folder:PATH with one sub-folder for each class"
+            )
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
-        """Return the first parameters."""
+        """Return the initial parameters."""
         return Variables(self.network.init(key, to_images(batch.images[:1], self.info.levels)), {})
 
     def noisy(
@@ -90,7 +94,7 @@ class Classifier(Task):
         keys: Key[Array, "batch"],
         t: Float[Array, "batch"],
     ) -> Float[Array, "batch h w c"]:
-        """Return x_t of images in [-1, 1], with the noise of the schedule."""
+        """Return the noisy images x_t of images in [-1, 1], at times t of the schedule."""
         assert self.schedule is not None
         return corrupt(x0, keys, self.schedule.make().logsnr(t)).xt
 
@@ -104,10 +108,10 @@ class Classifier(Task):
         """Return the logits of images in [-1, 1].
 
         Args:
-          params: of the network.
-          x: clean images, or x_t.
-          keys: of dropout; None: there is none.
-          t: times in [0, 1] of x_t; None: the images are clean.
+          params: The parameters of the network.
+          x: Clean images x0 or noisy images x_t [B, H, W, C].
+          keys: Random keys of dropout, one for each example; if None, dropout is off.
+          t: The times of x_t [B] in [0, 1]; if None, the images are clean.
         """
         outputs: PyTree = self.network.apply(params, x, keys, t)
         logits: Array = outputs[0]
@@ -122,10 +126,9 @@ class Classifier(Task):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the cross-entropy of every image, in nats; 0 without a class.
+        """Return the cross-entropy of every image in nats, which is 0 for an unlabelled image.
 
-        Args:
-          variables, batch, keys, train, all_gather: see `Task.loss`.
+        The arguments are those of `Task.loss`.
         """
         del all_gather
         shift_keys, dropout_keys, *noise_keys = split_keys(keys, 4 if self.schedule else 2)
@@ -150,13 +153,13 @@ class Classifier(Task):
     def log_likelihood(
         self, params: PyTree, xt: Array, logsnr: Float[Array, ""], labels: Int[Array, "batch"]
     ) -> Float[Array, "batch"]:
-        """Return log p(label | x_t) of each image in nats; 0 for the label `classes`, no class.
+        """Return log p(label | x_t) of each image in nats.
 
         Args:
-          params: of the network.
-          xt: [B, H, W, C].
-          logsnr: of all images.
-          labels: of every image.
+          params: The parameters of the network.
+          xt: Noisy images [B, H, W, C].
+          logsnr: The log signal-to-noise ratio, the same for all images.
+          labels: The classes [B]; for the label `classes`, which means "no class", 0 is returned.
         """
         assert self.schedule is not None
         t = jnp.clip(self.schedule.make().time(logsnr), 0, 1)
@@ -165,41 +168,42 @@ class Classifier(Task):
         return jnp.where(labels < self.classes, -nll, 0.0)
 
     def guide(self, params: PyTree, scale: float | Array) -> ClassifierGuidance | None:
-        """Return the guidance of diffusion models by a noisy classifier; None: it is not noisy."""
+        """Return classifier guidance of scale `scale`, or None if the classifier is not noisy."""
         return ClassifierGuidance(scale, params, self) if self.schedule else None
 
 
 def shift_image(
-    key: Key[Array, ""], image: UInt8[Array, "h w c"], most: int
+    key: Key[Array, ""], image: UInt8[Array, "h w c"], limit: int
 ) -> UInt8[Array, "h w c"]:
-    """Return an image moved by up to `most` pixels either way, with its edges repeated."""
+    """Return an image shifted by up to `limit` pixels along each axis, with repeated edges."""
     height, width, channels = image.shape
-    padded = jnp.pad(image, ((most, most), (most, most), (0, 0)), mode="edge")
-    row, column = jax.random.randint(key, (2,), 0, 2 * most + 1)
+    padded = jnp.pad(image, ((limit, limit), (limit, limit), (0, 0)), mode="edge")
+    row, column = jax.random.randint(key, (2,), 0, 2 * limit + 1)
     return jax.lax.dynamic_slice(padded, (row, column, 0), (height, width, channels))
 
 
 def cross_entropy(
     logits: Float[Array, "batch classes"], labels: Int[Array, "batch"]
 ) -> Float[Array, "batch"]:
-    """Return -log p(label) of each image; 0 without a class, which `labelled` leaves out before."""
-    place = jnp.maximum(labels, 0)[:, None]
-    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), place, 1)[:, 0]
+    """Return -log p(label) of each image in nats, and 0 for the label -1, which means no class."""
+    indices = jnp.maximum(labels, 0)[:, None]
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), indices, 1)[:, 0]
     return jnp.where(labels < 0, 0.0, nll)
 
 
 def classify(
     task: Classifier, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return the cross-entropy and whether the label is right of every image: [B, times].
+    """Return the cross-entropy "nll" in nats and the indicator "correct" of each image [B, times].
 
-    The times of a noisy classifier are one in each tenth of [0, 1]; else there is one.
+    A noisy classifier is evaluated at 10 times per image, one in each tenth of [0, 1]; a classifier
+    of clean images is evaluated once.
 
     Args:
-      task: the task.
-      params: of the classifier.
-      batch: images.
-      keys: one for every image.
+      task: The bound task.
+      params: The parameters of the classifier.
+      batch: A batch of images.
+      keys: Random keys, one for each image.
     """
     x0 = to_images(batch.images, task.info.levels)
     t_keys, eps_keys = split_keys(keys, 2)
@@ -218,8 +222,8 @@ def classify(
     return {"nll": nll.T, "correct": correct.T}
 
 
-def classified(context: Context) -> dict[str, np.ndarray]:
-    """Return what `classify` returns of the split that is evaluated."""
+def shared_predictions(context: Context) -> dict[str, np.ndarray]:
+    """Return the outputs of `classify` for the split that is evaluated."""
     task = context.task
     assert isinstance(task, Classifier)
     params = context.variables.params
@@ -229,32 +233,32 @@ def classified(context: Context) -> dict[str, np.ndarray]:
 def evaluate_accuracy(task: Classifier, context: Context) -> Evaluation:
     """Return the loss and the accuracy."""
     del task
-    values = context.shared(classified)
+    values = context.shared(shared_predictions)
     return Evaluation(averages({"loss": values["nll"], "accuracy": values["correct"]}))
 
 
 def hardest_images(task: Classifier, context: Context) -> Evaluation:
-    """Return a sheet of the images with the largest losses, in the order of the split."""
-    worst = np.argsort(-context.shared(classified)["nll"].mean(1))[:40]
+    """Return a sheet of the 40 images with the largest losses, in the order of the split."""
+    worst = np.argsort(-context.shared(shared_predictions)["nll"].mean(1))[:40]
     images = to_images(context.held_out.rows(np.sort(worst)).images, task.info.levels)
     return Evaluation(images={"hardest": plots.grid(images, columns=10)})
 
 
 def evaluate_noise_levels(task: Classifier, context: Context) -> Evaluation:
-    """Return the accuracy of a noisy classifier in each tenth of the times."""
+    """Return the accuracy of a noisy classifier for the times in each tenth of [0, 1]."""
     del task
-    correct = context.shared(classified)["correct"]
+    correct = context.shared(shared_predictions)["correct"]
     t = np.arange(NOISE_LEVELS) / NOISE_LEVELS
     names = [f"accuracy_t_{level:.1f}" for level in t]
-    image = plots.lines(t, {"accuracy": correct.mean(0)}, "t", "By noise level")
+    image = plots.lines(t, {"accuracy": correct.mean(0)}, "t", "Accuracy by noise level")
     return Evaluation(averages(dict(zip(names, correct.T, strict=True))), {"levels": image})
 
 
-def labelled(data: Data) -> Data:
-    """Leave out the images without a class, from which a classifier learns nothing, and log it.
+def without_unlabelled(data: Data) -> Data:
+    """Return the data without the unlabelled images (label -1), and log how many there are.
 
     Raises:
-      UserError: no image of a split has a class.
+      UserError: If no image of a split has a class.
     """
     parts: dict[str, Split] = {}
     skipped = []
@@ -266,15 +270,15 @@ def labelled(data: Data) -> Data:
         if split is None:
             continue
         labels = np.asarray(split.labels)
-        kept = np.flatnonzero(labels >= 0)
-        if not len(kept):
+        rows = np.flatnonzero(labels >= 0)
+        if not len(rows):
             raise UserError(
                 f"none of the {len(labels)} {name} images of {data.title} has a class; a "
-                "classifier needs some, in sub-folders that are named after their classes"
+                "classifier needs labelled images: put them into one sub-folder for each class"
             )
-        if len(kept) < len(labels):
-            skipped.append(f"{len(labels) - len(kept)} {name}")
-            parts[name] = split.subset(kept)
+        if len(rows) < len(labels):
+            skipped.append(f"{len(labels) - len(rows)} {name}")
+            parts[name] = split.subset(rows)
     if skipped:
         log(f"{data.title}: skipped {' and '.join(skipped)} images that have no class")
     return data._replace(

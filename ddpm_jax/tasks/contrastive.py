@@ -1,13 +1,13 @@
-"""The task of a text encoder: embeddings of captions and of their images are to be similar.
+"""The task of a text encoder, which maps captions and their images to similar embeddings.
 
-CLIP's loss (Radford et al. 2021, fig. 3), for unit vectors u_i of captions and v_i of images and
-the inverse temperature s, which is learned:
+The loss is that of CLIP (Radford et al. 2021, fig. 3), for embeddings u_i of captions and v_i of
+images, both of length 1, and the learned inverse temperature s:
 
     L_i = 1/2 [ -log softmax_j(s u_i.v_j)_i - log softmax_j(s v_i.u_j)_i ]                (1)
 
-Captions that are the same are not negatives of each other. To distinguish a caption from those of
-other images, a network need not read more than a bag of words; so each image may be compared, in
-the second term, with hard negatives: captions with one thing wrong (Yuksekgonul et al. 2023).
+Equal captions are not negatives of each other. A bag of words is often enough to distinguish a
+caption from the captions of other images. Therefore the second term can also compare each image
+with hard negatives: copies of its caption with one wrong detail (Yuksekgonul et al. 2023).
 """
 
 import dataclasses
@@ -31,23 +31,25 @@ from ddpm_jax.nn.layers import inner_dtype
 from ddpm_jax.progress import log
 from ddpm_jax.task import AllGather, Context, Evaluate, Evaluation, LossOutput, Task, Variables
 
-AMONG = 64  # images among which that of a caption is searched, whatever the size of a batch
+CANDIDATES = 64  # images per caption in the metric accuracy_among_64, for any batch size
 
 EVAL_BATCH_SIZE = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive(Task):
-    """CLIP's loss of captions and images (Radford et al. 2021), eq. (1) over a whole batch.
+    """A text encoder and an image tower, trained by eq. (1) (Radford et al. 2021).
 
-    The batch is that of all devices; the parts of an accumulated batch would not do. Captions are
-    tokens [B, L], or [B, 1 + n, L]: an image's caption, then its n hard negatives.
+    The softmax is over the batch of all devices, so that a batch cannot be split for gradient
+    accumulation. Captions are tokens [B, L], or [B, 1 + n, L] with n hard negatives after each
+    caption.
 
     Attributes:
-      network: Text encoder and image tower.
-      hard_negatives: Captions with one thing wrong beside each image's own (shapes alone has them).
-      info: The data set.
-      batch_size: Training images of one step, which are compared with each other.
+      network: The networks of the text encoder and the image tower.
+      hard_negatives: Number of hard negatives for each image, which are copies of its caption with
+        one wrong detail; 0 turns them off. Only the data set shapes has hard negatives.
+      info: The description of the data set.
+      batch_size: Number of training images in one step, which are compared with each other.
     """
 
     network: DualEncoder = DualEncoder()
@@ -58,19 +60,22 @@ class Contrastive(Task):
     provides: ClassVar[str] = "text encoder"
 
     def fit_to(self, data: Data) -> "Contrastive":
-        """Return the settings without hard negatives where the data set has none.
+        """Return the task, without hard negatives if the data set has none.
 
         Raises:
-          UserError: the data set has no captions.
+          UserError: If the data set has no captions.
         """
         check_captions(info_of(data))
         if not self.hard_negatives or shapes.is_named(data.name):
             return self
-        log(f"no hard negatives: data set {data.name} has none, shapes alone does")
+        log(
+            f"hard_negatives is set to 0: data set {data.name} has no hard negatives (only shapes "
+            "has them)"
+        )
         return dataclasses.replace(self, hard_negatives=0)
 
     def adapt(self, data: Data) -> Data:
-        """Return the data with hard negatives beside the captions."""
+        """Return the data with hard negatives after the captions."""
         return with_hard_negatives(data, self.hard_negatives) if self.hard_negatives else data
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "Contrastive":
@@ -81,18 +86,18 @@ class Contrastive(Task):
         return dataclasses.replace(self, network=network, info=info, batch_size=batch_size)
 
     def check(self) -> None:
-        """Check that there are captions and that the network can be built.
+        """Check that the data set has captions and that the network can be built.
 
         Raises:
-          UserError: the data set has no captions.
-          FieldError: the network cannot be built.
+          UserError: If the data set has no captions.
+          FieldError: If the network cannot be built.
         """
         check_captions(self.info)
         with section("network"):
             self.network.check()
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
-        """Return the first parameters; they do not depend on the batch."""
+        """Return the initial parameters, which do not depend on the batch."""
         del batch
         tokens = jnp.zeros((1, self.network.length), jnp.uint8)
         return Variables(self.network.init(key, tokens, jnp.zeros((1, *self.info.shape))), {})
@@ -105,12 +110,12 @@ class Contrastive(Task):
         Float[Array, "batch n d"] | None,
         Float[Array, ""],
     ]:
-        """Return unit vectors of captions, images and hard negatives, and the scale s of eq. (1).
+        """Return the embeddings of captions, images and hard negatives, and s of eq. (1).
 
-        Without hard negatives there is None in their place.
+        If the batch has no hard negatives, the third value is None.
         """
         images = to_images(batch.images, self.info.levels)
-        applied: PyTree = self.network.apply(params, captions_alone(batch.captions), images)
+        applied: PyTree = self.network.apply(params, positive_captions(batch.captions), images)
         text, image, scale = applied
         if batch.captions.ndim == 2:
             return text, image, None, scale
@@ -128,14 +133,13 @@ class Contrastive(Task):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return eq. (1) of every pair, which is compared with those of all devices.
+        """Return the loss of every pair, eq. (1), with a softmax over the pairs of all devices.
 
-        Args:
-          variables, batch, keys, train, all_gather: see `Task.loss`.
+        The arguments are those of `Task.loss`.
         """
         del keys, train
         text, image, negatives, scale = self.embed(variables.params, batch)
-        captions = captions_alone(batch.captions)
+        captions = positive_captions(batch.captions)
         all_text, all_image, all_captions = all_gather((text, image, captions))
         same = (captions[:, None] == all_captions).all(-1)
         positions = batch.index % len(all_text)
@@ -144,7 +148,7 @@ class Contrastive(Task):
         )
         metrics = {"accuracy": correct.astype(nll.dtype), "scale": jnp.full_like(nll, scale)}
         if negatives is not None:
-            metrics["hard_negative_accuracy"] = beats_negatives(text, image, negatives)
+            metrics["hard_negative_accuracy"] = hard_negative_accuracy(text, image, negatives)
         return LossOutput(nll, metrics, {})
 
     def evaluations(self) -> "tuple[Evaluate[Contrastive], ...]":
@@ -162,17 +166,19 @@ def contrastive_nll(
     same: Bool[Array, "batch all"],
     negatives: Float[Array, "batch n d"] | None = None,
 ) -> tuple[Float[Array, "batch"], Bool[Array, "batch"]]:
-    """Return eq. (1) in nats of each pair, and whether its image is the nearest to its caption.
+    """Return the loss of each pair in nats, eq. (1), and true where its caption finds its image.
+
+    A caption finds its image if no other image has a larger cosine with the caption.
 
     Args:
-      text: unit vectors of the captions.
-      image: unit vectors of their images.
-      all_text: unit vectors of all captions that the images are compared with.
-      all_image: unit vectors of all images that the captions are compared with.
-      scale: inverse temperature s.
-      positions: pair i is number positions[i] of all.
-      same: which captions of all are equal to a pair's.
-      negatives: unit vectors of captions that do not fit the pair's image; None: there are none.
+      text: Embeddings of the captions, of length 1.
+      image: Embeddings of their images, of length 1.
+      all_text: Embeddings of all captions that the images are compared with.
+      all_image: Embeddings of all images that the captions are compared with.
+      scale: The inverse temperature s.
+      positions: The index of each pair in `all_text` and `all_image`.
+      same: True where a pair's caption equals one of all captions.
+      negatives: Embeddings of each image's hard negatives; if None, there are no hard negatives.
     """
     positive = jnp.arange(len(all_text)) == positions[:, None]
     if negatives is None:
@@ -189,43 +195,43 @@ def contrastive_nll(
     return 0.5 * (text_nll + image_nll), correct
 
 
-def beats_negatives(
+def hard_negative_accuracy(
     text: Float[Array, "batch d"],
     image: Float[Array, "batch d"],
     negatives: Float[Array, "batch n d"],
 ) -> Float[Array, "batch"]:
-    """Return 1 where an image is nearer to its caption than to every hard negative, else 0."""
+    """Return 1 for images that are nearer to their caption than to each hard negative, else 0."""
     nearest = jnp.einsum("bd,bmd->bm", image, negatives).max(1)
     return ((text * image).sum(1) > nearest).astype(jnp.float32)
 
 
-def captions_alone(captions: PyTree) -> PyTree:
-    """Return the tokens [B, L] of images' captions, without the hard negatives beside them."""
+def positive_captions(captions: PyTree) -> PyTree:
+    """Return the tokens [B, L] of captions without their hard negatives."""
     return captions if captions.ndim == 2 else captions[:, 0]
 
 
 def embed(
     task: Contrastive, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return the unit vectors of every pair, with hard negatives if there are any.
+    """Return the embeddings of every pair, and those of its hard negatives if there are any.
 
     Args:
-      task: the task.
-      params: of both encoders and the scale.
-      batch: images with their captions.
-      keys: not used.
+      task: The bound task.
+      params: The parameters of both encoders and the scale.
+      batch: Images with their captions.
+      keys: Not used.
     """
     del keys
     text, image, negatives, _ = task.embed(params, batch)
     pairs = {"text": text, "image": image}
     if negatives is None:
         return pairs
-    correct = beats_negatives(text, image, negatives)
+    correct = hard_negative_accuracy(text, image, negatives)
     return {**pairs, "negatives": negatives, "hard_negative_accuracy": correct}
 
 
-def embeddings(context: Context) -> dict[str, np.ndarray]:
-    """Return what `embed` returns of the split that is evaluated."""
+def shared_embeddings(context: Context) -> dict[str, np.ndarray]:
+    """Return the outputs of `embed` for the split that is evaluated."""
     return context.per_example(embed, context.held_out, EVAL_BATCH_SIZE, context.variables.params)
 
 
@@ -236,17 +242,17 @@ def temperature_scale(task: Contrastive, params: PyTree) -> Float[Array, ""]:
     return scale
 
 
-def compare(
+def batch_nll(
     pairs: dict[str, Float[Array, "batch ..."]],
     captions: UInt8[Array, "batch length"],
     scale: Float[Array, ""],
 ) -> tuple[Float[Array, "batch"], Bool[Array, "batch"]]:
-    """Return what `contrastive_nll` does of pairs that are compared with each other.
+    """Return the outputs of `contrastive_nll` for pairs that are compared with each other.
 
     Args:
-      pairs: unit vectors by name, as `embed` returns them.
-      captions: tokens.
-      scale: inverse temperature.
+      pairs: The embeddings that `embed` returns, by name.
+      captions: The tokens of the captions [B, L].
+      scale: The inverse temperature s.
     """
     text, image = pairs["text"], pairs["image"]
     same = (captions[:, None] == captions).all(-1)
@@ -255,57 +261,62 @@ def compare(
     return contrastive_nll(text, image, text, image, scale, positions, same, negatives)
 
 
-def compare_among(
+def split_nll(
     captions: UInt8[np.ndarray, "n length"],
     scale: Float[np.ndarray, ""],
     size: int,
     context: Context,
 ) -> tuple[Float[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
-    """Return what `compare` does of every pair, among `size` pairs in the order of the split.
+    """Return the outputs of `batch_nll` for a split, in batches of `size` consecutive pairs.
 
-    The last pairs are compared with the first ones, too; fewer than `size` pairs are repeated,
-    as they are in a batch of so small a training set.
+    The last batch is filled up with the first pairs. Pairs of a split with fewer than `size` pairs
+    are repeated, as in a training batch of such a split.
 
     Args:
-      captions: tokens of the split.
-      scale: inverse temperature.
-      size: pairs that are compared with each other.
-      context: of the evaluation.
+      captions: The tokens of the split's captions [N, L].
+      scale: The inverse temperature s.
+      size: The number of pairs that are compared with each other.
+      context: The context of the evaluation.
     """
-    vectors = {k: v for k, v in context.shared(embeddings).items() if k != "hard_negative_accuracy"}
-    count, parts, compiled = len(captions), [], context.compile(compare)
+    vectors = dict(context.shared(shared_embeddings))
+    vectors.pop("hard_negative_accuracy", None)
+    count, parts, compiled = len(captions), [], context.compile(batch_nll)
     for start in range(0, count, size):
         rows = np.arange(start, start + size) % count
         pairs = {name: values[rows].astype(np.float32) for name, values in vectors.items()}
         arguments: PyTree = (pairs, captions[rows], scale)
         nll, correct = jax.tree.map(np.asarray, compiled(*arguments))
         parts.append((nll[: count - start], correct[: count - start]))
-    return np.concatenate([nll for nll, _ in parts]), np.concatenate([right for _, right in parts])
+    nll, correct = (np.concatenate(values) for values in zip(*parts, strict=True))
+    return nll, correct
 
 
 def evaluate_pairs(task: Contrastive, context: Context) -> Evaluation:
-    """Return the loss, the scale, and how often the right image is the nearest to its caption."""
-    held_out, values = context.held_out, context.shared(embeddings)
+    """Return the loss, the scale, and the accuracies of finding the image of a caption."""
+    held_out, values = context.held_out, context.shared(shared_embeddings)
     compiled = context.compile(temperature_scale, static_argnums=0)
     scale = np.asarray(compiled(task, context.variables.params))
-    captions = captions_alone(held_out.rows(np.arange(len(held_out.images))).captions)
-    nll, correct = compare_among(captions, scale, task.batch_size, context)
+    captions = positive_captions(held_out.rows(np.arange(len(held_out.images))).captions)
+    nll, correct = split_nll(captions, scale, task.batch_size, context)
     negatives = {name: values[name] for name in ("hard_negative_accuracy",) if name in values}
     metrics = averages({"loss": nll, **negatives}) | {"scale": float(scale)}
-    fewer = min(AMONG, len(captions))
-    if fewer > 1:
-        among = compare_among(captions, scale, fewer, context)[1]
-        metrics |= averages({"accuracy": correct, f"accuracy_among_{fewer}": among})
+    candidates = min(CANDIDATES, len(captions))
+    if candidates > 1:
+        _, correct_among = split_nll(captions, scale, candidates, context)
+        metrics |= averages({"accuracy": correct, f"accuracy_among_{candidates}": correct_among})
     else:
-        log("accuracy is left out: a caption needs at least 2 images to be found among")
-    about = {"loss": f"among {task.batch_size} pairs of {len(captions)} held-out ones"}
+        log("metric accuracy is left out: it needs at least 2 images, and the split has 1")
+    about = {"loss": f"batches of {task.batch_size} out of {len(captions)} held-out pairs"}
     return Evaluation(metrics, about=about)
 
 
 def nearest_images(task: Contrastive, context: Context) -> Evaluation:
-    """Return a row for each of ten captions: its image, then the nearest ones of the first 500."""
+    """Return a sheet with a row for each of ten captions: its image, then the 8 nearest images.
+
+    The nearest images are those of the first 500 images with the largest cosine.
+    """
     images = to_images(np.asarray(context.held_out.first(500).images), task.info.levels)
-    values = context.shared(embeddings)
+    values = context.shared(shared_embeddings)
     similarity = values["text"][:10] @ values["image"][: len(images)].T
     nearest = np.argsort(-similarity, 1)[:, :8]
     rows = [np.concatenate([images[i : i + 1], images[nearest[i]]]) for i in range(len(nearest))]
@@ -317,10 +328,10 @@ def check_captions(info: DataInfo) -> None:
     """Check that the data set has captions.
 
     Raises:
-      UserError: it has none.
+      UserError: If the data set has no captions.
     """
     if not info.caption_length:
         raise UserError(
-            f"data set {info.name} has no captions, or empty ones alone; text-to-image needs a "
-            "captioned one, such as shapes, or folder:PATH of images with captions"
+            f"data set {info.name} has no captions, or only empty captions; text-to-image needs "
+            "captions: give --config.data=shapes, or folder:PATH of images with captions"
         )

@@ -1,4 +1,4 @@
-"""What all tasks of denoising share: corrupt, predict, and measure the error of eps."""
+"""Functions that all denoising tasks share: add noise, predict x0 and eps, weight the error."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,13 +15,13 @@ from ddpm_jax.nn.layers import Context
 
 
 class Corrupted(NamedTuple):
-    """Noisy examples x_t = alpha x0 + sigma eps.
+    """Noisy examples x_t = alpha x0 + sigma eps (Kingma et al. 2021, eq. 1).
 
     Attributes:
       x0: The data [B, *event].
-      eps: The noise [B, *event].
+      eps: The standard normal noise [B, *event].
       xt: The noisy data [B, *event].
-      logsnr: [B].
+      logsnr: The log signal-to-noise ratio log(alpha^2 / sigma^2) of each example [B].
     """
 
     x0: Float[Array, "batch *event"]
@@ -31,19 +31,19 @@ class Corrupted(NamedTuple):
 
 
 def normal(keys: Key[Array, "batch"], shape: tuple[int, ...]) -> Float[Array, "batch *event"]:
-    """Return standard normal noise, of every example from its own key."""
+    """Return standard normal noise [B, *shape], with one random key for each example."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def corrupt(
     x0: Float[Array, "batch *event"], keys: Key[Array, "batch"], logsnr: Float[Array, "batch"]
 ) -> Corrupted:
-    """Return q(x_t | x0) of every example (Ho et al. 2020, eq. 4).
+    """Return a sample of q(x_t | x0) for every example (Ho et al. 2020, eq. 4).
 
     Args:
-      x0: the data.
-      keys: of the noise.
-      logsnr: of every example.
+      x0: The data [B, *event].
+      keys: Random keys of the noise, one for each example.
+      logsnr: The log signal-to-noise ratio of each example [B].
     """
     return add_noise(x0, normal(keys, x0.shape[1:]), logsnr)
 
@@ -53,7 +53,7 @@ def add_noise(
     eps: Float[Array, "batch *event"],
     logsnr: Float[Array, "batch"],
 ) -> Corrupted:
-    """Return every example with its noise, each at its own logsnr."""
+    """Return x_t = alpha x0 + sigma eps of every example, with alpha and sigma given by logsnr."""
     return Corrupted(x0, eps, jax.vmap(q_sample)(x0, eps, logsnr), logsnr)
 
 
@@ -69,28 +69,28 @@ def predict(
     context: Context | None = None,
     keys: Key[Array, "batch"] | None = None,
 ) -> Prediction:
-    """Return x0 and eps by a network, of each example at its own logsnr.
+    """Return a network's prediction of x0 and eps for every example.
 
-    A network with twice the channels of `xt` has learned a variance, too, whose fraction is its
-    second half (Nichol & Dhariwal 2021, eq. 15).
+    If the output has twice the channels of `xt`, its second half v gives the fraction
+    (v + 1) / 2 of the learned variance (Nichol & Dhariwal 2021, eq. 15).
 
     Args:
-      network: the denoising network.
-      prediction: what it predicts.
-      params: its parameters.
-      xt: noisy examples.
-      logsnr: of every example.
-      time: of every example, as the network is given it.
-      labels: classes, of a class-conditional network.
-      context: features of captions, of a network that is conditioned on them.
-      keys: of dropout; None: there is none.
+      network: The denoising network.
+      prediction: The prediction type: eps, x0 or v.
+      params: The parameters of the network.
+      xt: Noisy examples [B, H, W, C].
+      logsnr: The log signal-to-noise ratio of each example [B].
+      time: The time [B] that the network is conditioned on.
+      labels: Class labels [B]; if None, the network is not class-conditional.
+      context: Features of captions; if None, the network is not conditioned on captions.
+      keys: Random keys of dropout, one for each example; if None, dropout is off.
     """
     out = network.apply(params, xt, time, labels, keys, context)
     assert isinstance(out, jax.Array)
     fraction = None
     if out.shape[-1] == 2 * xt.shape[-1]:
-        out, between = jnp.split(out, 2, -1)
-        fraction = (between + 1) / 2
+        out, raw_fraction = jnp.split(out, 2, -1)
+        fraction = (raw_fraction + 1) / 2
 
     def convert(out: Array, xt: Array, logsnr: Array) -> Prediction:
         return to_prediction(prediction, out, xt, logsnr)
@@ -101,12 +101,12 @@ def predict(
 def weighted_error(
     prediction: Prediction, noisy: Corrupted, weight: Callable[[Array], Array]
 ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-    """Return the weighted and the plain mean squared error of eps of every example.
+    """Return the weighted and the unweighted mean squared error of eps of every example.
 
     Args:
-      prediction: of the noisy examples.
-      noisy: the examples.
-      weight: of the squared error, a function of logsnr.
+      prediction: The prediction for the noisy examples.
+      noisy: The noisy examples.
+      weight: The function of logsnr that gives the weight of the squared error.
     """
     mse = jax.vmap(losses.simple)(prediction, noisy.eps)
     return jax.vmap(weight)(noisy.logsnr) * mse, mse

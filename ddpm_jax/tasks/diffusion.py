@@ -1,4 +1,4 @@
-"""The diffusion task: train epsilon_theta, sample with it, bound the likelihood."""
+"""The diffusion task: training of a denoising network, and the bound of the likelihood."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ from ddpm_jax.nn.unet import UNet
 from ddpm_jax.rng import split_keys
 from ddpm_jax.task import AllGather, Context, Evaluate, Evaluation, LossOutput, Variables
 from ddpm_jax.tasks.denoising import Corrupted, corrupt, predict, weighted_error
-from ddpm_jax.tasks.image_denoiser import ImageDenoiser, SampleEvaluation, bound_network
+from ddpm_jax.tasks.image_denoiser import ImageDenoiser, SampleEvaluation, bind_network
 from ddpm_jax.tasks.image_sampler import Sampling, check_start
 from ddpm_jax.tasks.sample_figures import SAMPLE_EVALUATIONS
 
@@ -38,20 +38,24 @@ class Diffusion(ImageDenoiser):
 
     Attributes:
       network: The denoising network.
-      schedule: The noise schedule: a table of betas, or logsnr in continuous time.
-      prediction: What the network predicts.
-      variance: Variance of p(x_s | x_t) in the bound; a learned one is trained (Nichol & Dhariwal
-        2021).
-      vlb_weight: Weight of L_vlb beside L_simple, with a learned variance.
-      times: How training samples t.
-      loss_weight: Weight of the squared error of eps, a function of logsnr.
-      conditional: Condition the network on class labels, where the data set has them.
-      label_dropout: Share of labels that training replaces by "no class".
-      flip: Mirror half of the training images.
-      sampling: How images are sampled.
-      evaluation: What is evaluated.
-      info: The data set.
-      batch_size: Training images of one step.
+      schedule: The noise schedule: a table of betas, or logSNR as a function of continuous time.
+      prediction: Prediction type: the network predicts the noise eps, the image x0, or
+        v = alpha eps - sigma x0.
+      variance: Variance of p(x_s | x_t) in the bound of the likelihood; a learned variance is
+        predicted by the network and needs a table of betas (Nichol & Dhariwal 2021).
+      vlb_weight: Weight of the bound L_vlb in the loss; it has an effect only if variance=learned.
+      times: Distribution of the training times t: uniform, stratified over the batch, or in
+        proportion to past losses (importance sampling, which needs a table of betas).
+      loss_weight: Weight of the squared error of eps, a function of logSNR: 1 (simple), or the
+        weight of v-prediction (v), of Min-SNR, of a sigmoid, or of EDM.
+      conditional: Condition the network on class labels, if the data set has them.
+      label_dropout: Share of labels, from 0 to 1, that training replaces by "no class"; guidance
+        by labels needs a value above 0.
+      flip: Mirror each training image left to right with probability 1/2.
+      sampling: The settings of sampling.
+      evaluation: The settings of the evaluation.
+      info: The description of the data set.
+      batch_size: Number of training images in one step.
     """
 
     network: DenoisingNetwork = UNet()
@@ -71,22 +75,22 @@ class Diffusion(ImageDenoiser):
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the network has learned the variance of a step."""
+        """True if the network predicts the variance of p(x_s | x_t), too."""
         return self.variance == "learned"
 
     @property
-    def only_conditional(self) -> str:
-        """The field by which the network is never trained without its labels; "": it is."""
+    def no_label_dropout(self) -> str:
+        """The text "label_dropout=0" if training never drops labels, else ""."""
         return "" if self.label_dropout else "label_dropout=0"
 
     @property
     def table_steps(self) -> int | None:
-        """Steps of the schedule's table; None: it is continuous."""
+        """The number of steps of the schedule's table; None for a continuous schedule."""
         return self.schedule.make().steps
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "Diffusion":
         """Return the task for a data set, a precision and a batch size."""
-        network = bound_network(
+        network = bind_network(
             self.network,
             info,
             precision,
@@ -99,7 +103,7 @@ class Diffusion(ImageDenoiser):
         """Check that the fields fit each other and the data.
 
         Raises:
-          FieldError: they do not.
+          FieldError: If a field does not fit another field or the data.
         """
         with section("schedule"):
             schedule = self.schedule.make()
@@ -108,19 +112,20 @@ class Diffusion(ImageDenoiser):
         if schedule.steps is None and (self.learned_variance or self.times == "importance"):
             field = "variance=learned" if self.learned_variance else "times=importance"
             raise FieldError(
-                f"{field}: needs a table of betas; give schedule=linear_betas or cosine_betas",
+                f"{field}: needs a table of betas, and this schedule is continuous; give "
+                "schedule=linear_betas or schedule=cosine_betas",
                 "schedule",
             )
         self.check_denoiser()
         check_start(self.prediction, schedule, self.sampling)
 
     def noise_schedule(self, params: PyTree = None) -> Schedule:
-        """Return the schedule, of which the parameters hold nothing."""
+        """Return the schedule, which does not depend on the parameters."""
         del params
         return self.schedule.make()
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
-        """Return the first variables."""
+        """Return the initial variables, which do not depend on the batch."""
         del batch
         labels = jnp.zeros(1, jnp.int32) if self.classes else None
         images = jnp.zeros((1, *self.info.shape))
@@ -135,14 +140,14 @@ class Diffusion(ImageDenoiser):
         conditioning: Int[Array, "batch"] | None,
         keys: Key[Array, "batch"] | None = None,
     ) -> Prediction:
-        """Return the prediction for noisy images, each with its own logsnr.
+        """Return the prediction of x0 and eps for noisy images.
 
         Args:
-          params: of the network.
-          xt: noisy images.
-          logsnr: of every image.
-          conditioning: labels; None: the network has no classes.
-          keys: of dropout; None: there is none.
+          params: The parameters of the network.
+          xt: Noisy images [B, H, W, C].
+          logsnr: The log signal-to-noise ratio of each image [B].
+          conditioning: Class labels [B]; if None, the network is not class-conditional.
+          keys: Random keys of dropout, one for each example; if None, dropout is off.
         """
         time = self.noise_schedule().time(logsnr)
         return predict(
@@ -158,15 +163,14 @@ class Diffusion(ImageDenoiser):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the loss of every example at one time each.
+        """Return the loss of every image at one random time.
 
-        Args:
-          variables, batch, keys, train, all_gather: see `Task.loss`.
+        The arguments are those of `Task.loss`.
         """
         del all_gather
         t_keys, eps_keys, label_keys, flip_keys, drop_keys = split_keys(keys, 5)
         if self.flip and train:
-            batch = mirrored(batch, flip_keys)
+            batch = random_flip(batch, flip_keys)
         times = TIMES[self.times]
         t, weight = times.sample(variables.extra, t_keys, batch.index, self.batch_size)
         labels = self.conditioning(batch.labels)
@@ -183,13 +187,13 @@ class Diffusion(ImageDenoiser):
         return LossOutput(weight * losses, metrics, times.statistics(t, losses))
 
     def update_extra(self, extra: PyTree, statistics: PyTree) -> PyTree:
-        """Return what the sampler of times remembers after a step."""
+        """Return the state of the distribution of times after a step."""
         return TIMES[self.times].update(extra, statistics)
 
     def corrupted(
         self, batch: Batch, keys: Key[Array, "batch"], t: Float[Array, "batch"]
     ) -> Corrupted:
-        """Return the images of a batch, noised to their times."""
+        """Return the images of a batch with the noise of their times t."""
         schedule = self.noise_schedule()
         images = to_images(batch.images, self.info.levels)
         return corrupt(images, keys, schedule.logsnr(step_time(schedule, t)))
@@ -197,7 +201,11 @@ class Diffusion(ImageDenoiser):
     def objective(
         self, prediction: Prediction, noisy: Corrupted, t: Float[Array, "batch"]
     ) -> tuple[Float[Array, "batch"], dict[str, Float[Array, "batch"]]]:
-        """Return L_simple, weighted, or L_hybrid of every image, and its parts by name."""
+        """Return the loss of every image, and its terms by name.
+
+        The loss is the weighted L_simple (Ho et al. 2020, eq. 14), or L_hybrid if the variance is
+        learned (Nichol & Dhariwal 2021, eq. 16).
+        """
         losses, mse = weighted_error(prediction, noisy, loss.WEIGHTS[self.loss_weight])
         if not self.learned_variance:
             return losses, {"mse": mse}
@@ -209,13 +217,16 @@ class Diffusion(ImageDenoiser):
         return loss.hybrid(losses, vlb, self.vlb_weight), {"mse": mse, "vlb": vlb}
 
     def logsnr_before(self, t: Float[Array, "batch"]) -> Float[Array, "batch"]:
-        """Return logsnr a step of the table earlier: +inf, the clean data, before the first."""
+        """Return the logsnr of one table step earlier, which is +inf (x0) before the first step."""
         schedule = self.noise_schedule()
         assert schedule.steps is not None
         return schedule.logsnr(step_time(schedule, t) - 1 / schedule.steps)
 
-    def least_log_variance(self) -> Float[Array, ""]:
-        """Return the log of the posterior's variance in the table's second step."""
+    def min_log_variance(self) -> Float[Array, ""]:
+        """Return the log of the posterior variance of the table's second step.
+
+        It is also used for the first step, whose posterior variance is 0.
+        """
         schedule = self.noise_schedule()
         assert schedule.steps is not None
         first, second = (schedule.logsnr(jnp.asarray(i / schedule.steps)) for i in (1, 2))
@@ -224,22 +235,21 @@ class Diffusion(ImageDenoiser):
     def step_nats(
         self, prediction: Prediction, noisy: Corrupted, t: Float[Array, "batch"]
     ) -> Float[Array, "batch"]:
-        """Return the part of the bound of every image's step, in nats."""
+        """Return the term of the bound for the table step of every image, in nats."""
         nats = functools.partial(elbo.step_nats, variance=self.variance, levels=self.info.levels)
         return jax.vmap(nats, (0, 0, 0, 0, 0, None))(prediction, *self._step(noisy, t))
 
     def _step(self, noisy: Corrupted, t: Float[Array, "batch"]) -> tuple[Array, ...]:
-        """Return (x0, x_t, logsnr_t, logsnr_s, least log variance) of each image's step."""
-        before, least = self.logsnr_before(t), self.least_log_variance()
-        return noisy.x0, noisy.xt, noisy.logsnr, before, least
+        """Return (x0, x_t, logsnr_t, logsnr_s, minimum log variance) of each image's step."""
+        return noisy.x0, noisy.xt, noisy.logsnr, self.logsnr_before(t), self.min_log_variance()
 
     def evaluations(self) -> "tuple[Evaluate[Diffusion], ...]":
         """Return the functions that evaluate the task."""
         return evaluate_loss, evaluate_bound, evaluate_noise_levels, *SAMPLE_EVALUATIONS
 
 
-def mirrored(batch: Batch, keys: Key[Array, "batch"]) -> Batch:
-    """Return a batch with half of its images mirrored."""
+def random_flip(batch: Batch, keys: Key[Array, "batch"]) -> Batch:
+    """Return a batch whose images are mirrored left to right with probability 1/2 each."""
     flipped = jax.vmap(jax.random.bernoulli)(keys)[:, None, None, None]
     return batch._replace(images=jnp.where(flipped, batch.images[:, :, ::-1], batch.images))
 
@@ -247,16 +257,17 @@ def mirrored(batch: Batch, keys: Key[Array, "batch"]) -> Batch:
 def held_out_terms(
     task: Diffusion, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return the loss and its parts at evenly spread times [B, times], and the bound's ends [B].
+    """Return the loss and its terms at stratified times [B, times], and terms of the bound [B].
 
-    If the schedule has a table, also: kl (nats, times T) and distortion, the squared error of x0,
-    at every time; prior and decoder, L_T and L_0 of the bound (Ho et al. 2020, eq. 5).
+    For a schedule with a table of T steps, the result also has, at each time, "kl" (T times the
+    step's term of the bound in nats) and "distortion" (the squared error of x0), and, for each
+    image, "prior" and "decoder" (L_T and L_0 of Ho et al. 2020, eq. 5, in nats).
 
     Args:
-      task: the task.
-      params: of the network.
-      batch: images.
-      keys: one for every image.
+      task: The bound task.
+      params: The parameters of the network.
+      batch: A batch of images.
+      keys: Random keys, one for each image.
     """
     labels = task.conditioning(batch.labels)
     t_keys, noise_keys, decoder_keys = split_keys(keys, 3)
@@ -271,11 +282,11 @@ def held_out_terms(
         losses, parts = task.objective(prediction, noisy, t)
         terms = {"loss": losses, **parts, "t": t}
         if steps:
-            clipped = clip(prediction, noisy)
+            clipped = clip_prediction(prediction, noisy)
             error = jnp.square(clipped.x0 - noisy.x0)
             terms["distortion"] = error.reshape(len(t), -1).mean(-1)
             nats = task.step_nats(clipped, noisy, t)
-            # The first step is the decoder's, which is computed of every image below.
+            # The term of the first step is L_0, which is computed for every image below.
             terms["kl"] = jnp.where(jnp.isposinf(task.logsnr_before(t)), 0.0, nats) * steps
         return terms
 
@@ -287,13 +298,14 @@ def held_out_terms(
         terms["prior"] = jax.vmap(lambda x0: elbo.prior_kl(x0, noisiest))(x0)
         first = jnp.zeros(len(batch.images))
         noisy = task.corrupted(batch, decoder_keys, first)
-        prediction = clip(task.predict(params, noisy.xt, noisy.logsnr, labels), noisy)
+        prediction = task.predict(params, noisy.xt, noisy.logsnr, labels)
+        prediction = clip_prediction(prediction, noisy)
         terms["decoder"] = task.step_nats(prediction, noisy, first)
     return terms
 
 
-def clip(prediction: Prediction, noisy: Corrupted) -> Prediction:
-    """Return the prediction with x0 within the range of images, each at its own logsnr."""
+def clip_prediction(prediction: Prediction, noisy: Corrupted) -> Prediction:
+    """Return the prediction with x0 clipped to [-1, 1] and the eps that follows from it."""
 
     def clip_one(prediction: Prediction, xt: Array, logsnr: Array) -> Prediction:
         return clip_x0(lambda *_: prediction)(xt, logsnr)
@@ -301,8 +313,8 @@ def clip(prediction: Prediction, noisy: Corrupted) -> Prediction:
     return jax.vmap(clip_one)(prediction, noisy.xt, noisy.logsnr)
 
 
-def terms_of(context: Context) -> dict[str, np.ndarray]:
-    """Return `held_out_terms` of the split, or of its first images before the end."""
+def shared_terms(context: Context) -> dict[str, np.ndarray]:
+    """Return `held_out_terms` of the split, or of its first images in a quick evaluation."""
     task = context.task
     assert isinstance(task, Diffusion)
     split = context.examples()
@@ -311,17 +323,17 @@ def terms_of(context: Context) -> dict[str, np.ndarray]:
 
 
 def evaluate_loss(task: Diffusion, context: Context) -> Evaluation:
-    """Return the loss and its parts, at evenly spread times."""
-    terms = context.shared(terms_of)
+    """Return the loss and its terms, averaged over stratified times."""
+    terms = context.shared(shared_terms)
     names = ("loss", "mse", "vlb") if task.learned_variance else ("loss", "mse")
     return Evaluation(averages({name: terms[name] for name in names}))
 
 
 def evaluate_bound(task: Diffusion, context: Context) -> Evaluation:
-    """Return the variational bound in bits per dimension, where the schedule is a table."""
+    """Return the variational bound in bits per dimension, if the schedule has a table."""
     if not task.table_steps:
         return Evaluation()
-    terms = context.shared(terms_of)
+    terms = context.shared(shared_terms)
     bound = terms["kl"].mean(1) + terms["prior"] + terms["decoder"]
     ends = {f"bits_per_dim_{name}": terms[name] for name in ("decoder", "prior")}
     scale = 1 / (int(np.prod(task.info.shape)) * np.log(2))
@@ -329,8 +341,8 @@ def evaluate_bound(task: Diffusion, context: Context) -> Evaluation:
 
 
 def evaluate_noise_levels(task: Diffusion, context: Context) -> Evaluation:
-    """Return errors and rates by noise level, at the end of a training."""
+    """Return errors and rates by noise level, in a final evaluation."""
     if not context.full:
         return Evaluation()
-    metrics, images = noise_levels(context.shared(terms_of), int(np.prod(task.info.shape)))
+    metrics, images = noise_levels(context.shared(shared_terms), int(np.prod(task.info.shape)))
     return Evaluation(metrics, {**images})

@@ -1,8 +1,8 @@
-"""The contracts of a text-to-image system with its generation model and its evaluation.
+"""Protocols of a text-to-image system: its generation model and its task.
 
-A generation model is trained on an autoencoder's latents under a caption's features, and samples
-such latents: by diffusion (Rombach et al. 2022), or one code of a quantised autoencoder after
-another (Ramesh et al. 2021).
+A generation model samples the latents of an autoencoder given the features of a caption: by
+diffusion (Rombach et al. 2022), or by autoregressive sampling of the codes of a quantised
+autoencoder (Ramesh et al. 2021).
 """
 
 import dataclasses
@@ -27,38 +27,38 @@ class Generator(Protocol):
 
     @property
     def request_fields(self) -> tuple[str, ...]:
-        """Names of what can be asked for, besides captions."""
+        """The names of the fields of a request that have an effect, besides the prompts."""
 
     @property
     def guidance_scale(self) -> float:
-        """The scale of guidance of the settings."""
+        """The guidance scale of the settings."""
 
     def bind(self, latents: Latents, precision: str, batch_size: int) -> "Generator":
-        """Return the generation model for the latents of an autoencoder."""
+        """Return the model with its network set up for the latents of an autoencoder."""
 
     def check(self) -> None:
         """Check that the fields of the bound model fit each other and the latents.
 
         Raises:
-          FieldError: they do not.
+          FieldError: If a field does not fit another field or the latents.
         """
 
     def check_request(self, request: SampleRequest) -> None:
-        """Check that latents can be sampled as a request says.
+        """Check that the model supports the fields of a request.
 
         Raises:
-          FieldError: they cannot.
+          FieldError: If a field has a value that is not supported.
         """
 
     def init(self, key: Key[Array, ""], context: Context) -> PyTree:
-        """Return the first parameters; `context` has the shapes of captions' features."""
+        """Return the initial parameters, for captions' features of the shapes of `context`."""
 
     def target(self, frozen: PyTree, images: Float[Array, "batch h w c"]) -> Array:
-        """Return what is generated, of each image in [-1, 1]: latents or codes.
+        """Return the latents or the code indices of each image, which the model learns to sample.
 
         Args:
-          frozen: {"params", "extra"} of the autoencoder.
-          images: in [-1, 1].
+          frozen: The variables {"params", "extra"} of the autoencoder.
+          images: Images [B, H, W, C] in [-1, 1].
         """
 
     def loss(
@@ -71,19 +71,19 @@ class Generator(Protocol):
         *,
         train: bool,
     ) -> tuple[Float[Array, "batch"], dict[str, Float[Array, "batch"]]]:
-        """Return the loss of every example, and other quantities by name.
+        """Return the loss of every example, and metrics of every example by name.
 
         Args:
-          params: parameters of the model.
-          target: as the method of this name returns it.
-          context: features of the captions.
-          index: number of every example in its batch.
-          keys: one for every example.
-          train: whether dropout is used.
+          params: The parameters of the model.
+          target: The latents or codes that the method `target` returns.
+          context: The features of the captions.
+          index: The position of each example in its batch [B].
+          keys: Random keys, one for each example.
+          train: If true, dropout is on.
         """
 
     def make_guidance(self, scale: float | None) -> Guidance:
-        """Return the guidance by captions; None: at the scale of the settings."""
+        """Return the guidance by captions; if `scale` is None, at the scale of the settings."""
 
     def sample(
         self,
@@ -96,36 +96,39 @@ class Generator(Protocol):
         request: SampleRequest,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1], one for every key.
+        """Return images in [-1, 1], one for each key.
 
         Args:
-          params: parameters of the model.
-          frozen: {"params", "extra"} of the autoencoder.
-          keys: one for every image.
-          context: features of the captions.
-          null_context: what guidance leads away from: features of the empty caption, or of a
+          params: The parameters of the model.
+          frozen: The variables {"params", "extra"} of the autoencoder.
+          keys: Random keys, one for each image.
+          context: The features of the captions.
+          null_context: The null conditioning of guidance: features of the empty caption or of a
             negative prompt.
-          guidance: as `make_guidance` returns it.
-          request: how latents are sampled.
-          compile: compiles functions.
+          guidance: The guidance that `make_guidance` returns.
+          request: The sampler and the number of steps.
+          compile: The function that compiles functions of the task.
         """
 
     def about(self) -> Record:
-        """Return how latents are sampled by the settings, for the record."""
+        """Return the settings of sampling, for the record of an evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TextToImageEvaluation:
-    """What is evaluated of a text-to-image system.
+    """Settings of the evaluation of a text-to-image system.
 
     Attributes:
-      batch_size: Images of one batch of an evaluation.
-      num_samples: Samples of test captions.
-      num_prompts: Prompts of each kind whose samples the exact network of shapes sees.
-      guidance_scales: Scales of guidance that the final evaluation tries.
+      batch_size: Number of images in one batch of an evaluation.
+      num_samples: Number of held-out captions that the final evaluation samples, one image for
+        each; the other evaluations sample at most 64.
+      num_prompts: Number of prompts in each of the four prompt sets of the data set shapes (one
+        shape or two, seen or held-out), whose alignment the final evaluation measures.
+      guidance_scales: Guidance scales at which the final evaluation computes the metrics of
+        samples, besides the guidance scale of sampling; "none" adds no scale.
       text_encoder: Run directory of the text encoder that computes CLIP scores and Frechet
-        distances; none: the generator's own. With one encoder, generators on different text
-        encoders are comparable.
+        distances, or "none" for the text encoder of this run; metrics of two runs are comparable
+        only if the same text encoder computes them.
     """
 
     batch_size: EvalBatch = 128
@@ -137,11 +140,11 @@ class TextToImageEvaluation:
 
 @runtime_checkable
 class CaptionTask(SamplingTask, Protocol):
-    """What an evaluation needs of a text-to-image task."""
+    """A text-to-image task, as the functions of its evaluation use it."""
 
     @property
     def evaluation(self) -> TextToImageEvaluation:
-        """What is evaluated."""
+        """The settings of the evaluation."""
 
     @property
     def generator(self) -> Generator:
@@ -149,7 +152,7 @@ class CaptionTask(SamplingTask, Protocol):
 
     @property
     def encoder(self) -> TextEncoder:
-        """The text encoder that conditions it."""
+        """The text encoder that conditions the generation model."""
 
     @property
     def text_network(self) -> DualEncoder:
@@ -157,7 +160,7 @@ class CaptionTask(SamplingTask, Protocol):
 
     @property
     def prompts(self) -> Prompts:
-        """The prompts of the final evaluation."""
+        """The prompts that the final evaluation samples."""
 
     def sample_captions(
         self,
@@ -169,14 +172,14 @@ class CaptionTask(SamplingTask, Protocol):
         guidance: PyTree,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images of prepared captions, as the task's `sample` does of one prompt.
+        """Return images in [-1, 1] of prepared captions, one for each caption.
 
         Args:
-          variables: of the trained task.
-          keys: one for every image.
-          captions: as the text encoder prepares them.
-          null: what guidance leads away from, likewise.
-          request: how images are sampled.
-          guidance: as the generation model makes it.
-          compile: compiles functions.
+          variables: The variables of the trained task.
+          keys: Random keys, one for each image.
+          captions: The captions that the text encoder has prepared, one for each image.
+          null: The prepared captions that guidance leads away from, one for each image.
+          request: The sampler and the number of steps.
+          guidance: The guidance that the generation model's `make_guidance` returns.
+          compile: The function that compiles functions of the task.
         """

@@ -1,4 +1,4 @@
-"""Plots of metrics by the scale of guidance."""
+"""Plots of metrics by guidance scale."""
 
 from collections.abc import Mapping
 
@@ -10,30 +10,32 @@ from ddpm_jax import plots
 def guidance_plots(
     curve: Mapping[float, Mapping[str, float]], features: str
 ) -> dict[str, np.ndarray]:
-    """Return plots of the Frechet distance against the CLIP score and alignment, by the scale.
+    """Return plots of the Frechet distance against the CLIP score and against alignment.
+
+    Each point of a curve is one guidance scale. If there is no Frechet distance, no plot is made.
 
     Args:
-      curve: metrics by the scale of guidance.
-      features: name of the network in whose features the distance is computed.
+      curve: The metrics by name, for each guidance scale.
+      features: The name of the network whose features the distance is computed in.
     """
     points = [curve[scale] for scale in sorted(curve)]
     distance = f"fd_{features}"
     if distance not in points[0]:
         return {}
-    words = [f"{scale:g}" for scale in sorted(curve)]
+    scales = [f"{scale:g}" for scale in sorted(curve)]
     distances = [point[distance] for point in points]
-    labels, title = f"Frechet distance ({features})", "By guidance scale"
+    label, title = f"Frechet distance ({features})", "By guidance scale"
 
-    def path(names: list[str], x: str) -> np.ndarray:
-        lines = {name: ([p[name] for p in points], distances, words) for name in names}
-        return plots.paths(lines, (x, labels), title)
+    def plot(names: list[str], x_label: str) -> np.ndarray:
+        lines = {name: ([p[name] for p in points], distances, scales) for name in names}
+        return plots.paths(lines, (x_label, label), title)
 
-    images = {"fd_against_clip_score": path(["clip_score"], "CLIP score")}
+    images = {"fd_against_clip_score": plot(["clip_score"], "CLIP score")}
     names = sorted(
         name
         for name in points[0]
         if name.startswith("aligned") and "_except_" not in name and not name.endswith("_error")
     )
     if names:
-        images["fd_against_alignment"] = path(names, "share aligned")
+        images["fd_against_alignment"] = plot(names, "share aligned")
     return images

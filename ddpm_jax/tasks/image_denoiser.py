@@ -1,4 +1,4 @@
-"""A task that trains a denoising network of images: its settings, and how it samples."""
+"""The protocol of tasks that train a denoising network of images and sample from it."""
 
 import dataclasses
 from typing import Annotated, ClassVar, Protocol, runtime_checkable
@@ -37,23 +37,26 @@ from ddpm_jax.tasks.image_sampler import (
     sampler_of,
 )
 
-DEFAULT = SampleRequest()  # the settings of a task
+DEFAULT_REQUEST = SampleRequest()  # leaves every field to the settings of the task
 
-TRACED = 10  # samples of an evaluation whose trajectories are kept
+TRACED = 10  # number of an evaluation's samples whose trajectories are recorded
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleEvaluation:
-    """How a denoiser and its samples are evaluated.
+    """Settings of the evaluation of a denoising network and its samples.
 
     Attributes:
-      batch_size: Images of one batch of an evaluation.
-      times_per_image: Noise levels at which the loss and the bound of each image are averaged.
-      num_samples: Samples of the final evaluation, the classes in turn.
-      num_samples_between: The same of every evaluation before; 0: none.
-      features: Networks in whose features samples are compared with images: the name of a
-        classifier's experiment, which is trained once on the same data; a trained classifier's run
-        directory; inception, for FID, whose weights the user has. Empty: none.
+      batch_size: Number of images in one batch of an evaluation.
+      times_per_image: Number of noise levels per image over which the loss and the bound are
+        averaged.
+      num_samples: Number of samples that the final evaluation compares with held-out images, with
+        the classes in turn.
+      num_samples_between: Number of samples that each evaluation during training compares with
+        held-out images; 0 leaves the comparison out.
+      features: Networks in whose features samples are compared with images, separated by commas:
+        the experiment of a classifier (trained once if needed), the run directory of a classifier,
+        or inception for FID (with weights that the user provides); "none" for no comparison.
     """
 
     batch_size: EvalBatch = 256
@@ -64,7 +67,7 @@ class SampleEvaluation:
 
 
 def class_labels(labels: Int[Array, "batch"], classes: int) -> Int[Array, "batch"]:
-    """Return the labels of a class-conditional network: `classes`, "no class", in place of -1."""
+    """Return labels with -1 replaced by `classes`, the network's label for "no class"."""
     return jnp.where(labels < 0, classes, labels)
 
 
@@ -73,9 +76,9 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
     """A task that trains a denoising network of images, unconditional or class-conditional.
 
     Attributes:
-      network: The network.
-      sampling: How images are sampled.
-      evaluation: What is evaluated.
+      network: The denoising network.
+      sampling: The settings of sampling.
+      evaluation: The settings of the evaluation.
     """
 
     provides: ClassVar[str] = "diffusion"
@@ -86,52 +89,52 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
 
     @property
     def sampling(self) -> Sampling:
-        """How images are sampled."""
+        """The settings of sampling."""
 
     @property
     def evaluation(self) -> SampleEvaluation:
-        """What is evaluated."""
+        """The settings of the evaluation."""
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the network has learned the variance of a step."""
+        """True if the network predicts the variance of p(x_s | x_t), too."""
         return False
 
     @property
-    def only_conditional(self) -> str:
-        """The field, with its value, by which the network is never trained without its labels.
+    def no_label_dropout(self) -> str:
+        """The field that an error about guidance names if training never drops labels.
 
-        They cannot guide it then; "": it is.
+        It is "" if training drops labels, as classifier-free guidance needs.
         """
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
-        """Shape of an image."""
+        """The shape (height, width, channels) of an image."""
         return self.info.shape
 
     @property
     def classes(self) -> int:
-        """Number of classes that the network is conditioned on; 0: none."""
+        """The number of classes that the network is conditioned on; 0 if it is unconditional."""
         return self.network.classes
 
     @property
     def request_fields(self) -> tuple[str, ...]:
-        """Names of what can be asked for."""
+        """The names of the fields of a request that have an effect."""
         return "label", "sampler", "steps", "guidance"
 
     def needs(self) -> Needs:
-        """Return the names of other runs: feature networks and a guidance model."""
+        """Return the names of the runs of feature networks and of a guidance model."""
         return Needs(self.evaluation.features, self.sampling.guidance_model)
 
     def conditioning(self, labels: Int[Array, "batch"]) -> Int[Array, "batch"] | None:
-        """Return what the network is given of the labels of a batch; None: it has no classes."""
+        """Return the labels that the network is conditioned on, or None if it is unconditional."""
         return class_labels(labels, self.classes) if self.classes else None
 
     def check_denoiser(self) -> None:
-        """Check how the network is sampled from.
+        """Check that the settings of sampling fit the network and the schedule.
 
         Raises:
-          FieldError: it does not fit the network or the schedule.
+          FieldError: If a setting does not fit the network or the schedule.
         """
         with section("sampling"):
             check_sampling(self.sampling, self.table_steps, self.learned_variance)
@@ -139,57 +142,57 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
             self._check_scale(self.sampling.guidance)
 
     def check_request(self, request: SampleRequest) -> None:
-        """Check that there is the sampler, for this network.
+        """Check that the sampler and the steps of a request fit the network and the schedule.
 
         Raises:
-          FieldError: there is not.
+          FieldError: If the sampler or the number of steps does not fit.
         """
         check_sampling(self.sampling.requested(request), self.table_steps, self.learned_variance)
 
     @property
     def table_steps(self) -> int | None:
-        """Steps of the schedule's table; None: it is continuous."""
+        """The number of steps of the schedule's table; None for a continuous schedule."""
         return None
 
     def guidance(self, scale: float | None, model: GuidanceModel | None) -> Guidance:
         """Return the guidance of sampling.
 
         Args:
-          scale: its scale; None: that of the settings.
-          model: the guidance model; None: the labels guide, if there are any.
+          scale: The guidance scale; if None, the scale of the settings.
+          model: The guidance model; if None, class labels guide (classifier-free guidance).
 
         Raises:
-          FieldError: the network is never trained without labels.
+          FieldError: If labels should guide, but are never dropped in training.
         """
         if model is None:
             self._check_scale(self.sampling.guidance if scale is None else scale)
         return self.sampling.make_guidance(scale, model, self.classes > 0)
 
     def _check_scale(self, scale: float) -> None:
-        if self.classes and self.only_conditional:
-            check_guidance_is_trained(self.only_conditional, scale)
+        if self.classes and self.no_label_dropout:
+            check_guidance_is_trained(self.no_label_dropout, scale)
 
     def guide(self, params: PyTree, scale: float | Array) -> Autoguidance:
-        """Return autoguidance by the trained network, as the worse model (Karras et al. 2024)."""
+        """Return autoguidance with this trained network as the worse model (Karras et al. 2024)."""
         return Autoguidance(scale, params, self)
 
-    def sampler(self, request: SampleRequest = DEFAULT) -> ImageSampler:
-        """Return the sampler of the settings, or of what a request names."""
+    def sampler(self, request: SampleRequest = DEFAULT_REQUEST) -> ImageSampler:
+        """Return the sampler of the settings, with the fields that a request overrides."""
         return sampler_of(self, self.sampling.requested(request))
 
     def null(self, labels: PyTree) -> PyTree:
-        """Return what an unconditional network is given: the label "no class"."""
+        """Return the null conditioning of class labels: the label "no class" for each image."""
         return None if labels is None else jnp.full_like(labels, self.classes)
 
     def denoiser(
         self, variables: Variables, request: SampleRequest, guidance: Guidance
     ) -> Denoiser:
-        """Return the denoiser that sampling uses, with its x0 in range.
+        """Return the guided denoiser of sampling, with thresholding of x0.
 
         Args:
-          variables: of the trained task.
-          request: whose labels the network is given.
-          guidance: how it is guided.
+          variables: The variables of the trained task.
+          request: The labels that the network is conditioned on, and the sampler.
+          guidance: The guidance of sampling.
         """
         labels = request.labels
         return self.sampler(request).denoiser(variables.params, guidance, labels, self.null(labels))
@@ -202,36 +205,36 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
         guidance: Guidance,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1], one for every key.
+        """Return images in [-1, 1], one for each key.
 
         Args:
-          variables: of the trained task.
-          keys: one for every image.
-          request: how images are sampled.
-          guidance: how the network is guided.
-          compile: compiles functions.
+          variables: The variables of the trained task.
+          keys: Random keys, one for each image.
+          request: The labels, the sampler and the number of steps.
+          guidance: The guidance of sampling.
+          compile: The function that compiles functions of the task.
         """
-        walk = compile(ImageSampler.sample, static_argnums=(0, 1))
+        sample = compile(ImageSampler.sample, static_argnums=(0, 1))
         labels, sampler = request.labels, self.sampler(request)
-        images, _ = walk(sampler, 0, variables.params, guidance, keys, labels, self.null(labels))
+        images, _ = sample(sampler, 0, variables.params, guidance, keys, labels, self.null(labels))
         return images
 
     def sample_in_turn(
         self,
         keys: Key[Array, "batch"],
-        place: Int[Array, "batch"],
+        index: Int[Array, "batch"],
         context: EvaluationContext,
     ) -> tuple[Float[Array, "batch h w c"], tuple[Array, Array] | None]:
-        """Return the images of an evaluation, the classes in turn, and the trace of the first.
+        """Return samples of an evaluation, with the classes in turn, and the trace of the first.
 
         Args:
-          keys: one for every image.
-          place: the number of every image, which chooses its class.
-          context: of the evaluation.
+          keys: Random keys, one for each image.
+          index: The index [B] of each sample, which determines its class: index mod classes.
+          context: The context of the evaluation.
         """
-        labels = place % context.classes if context.classes else None
-        walk = context.compile(ImageSampler.sample, static_argnums=(0, 1))
-        return walk(
+        labels = index % context.classes if context.classes else None
+        sample = context.compile(ImageSampler.sample, static_argnums=(0, 1))
+        return sample(
             self.sampler(),
             TRACED,
             context.variables.params,
@@ -242,7 +245,7 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
         )
 
 
-def bound_network(
+def bind_network(
     network: DenoisingNetwork,
     info: DataInfo,
     precision: str,
@@ -250,14 +253,14 @@ def bound_network(
     conditional: bool,
     learned: bool = False,
 ) -> DenoisingNetwork:
-    """Return a network for images.
+    """Return a network with the fields that follow from the data set and the precision.
 
     Args:
-      network: the network.
-      info: the data set.
-      precision: type of its computation.
-      conditional: whether it is given classes.
-      learned: whether it learns the variance of a step, too.
+      network: The denoising network.
+      info: The description of the data set.
+      precision: The dtype of the network's computation, such as "bfloat16".
+      conditional: If true, the network is conditioned on the data set's classes.
+      learned: If true, the network predicts the variance of p(x_s | x_t), too.
     """
     return network.clone(
         outputs=info.shape[-1] * (2 if learned else 1),

@@ -1,4 +1,4 @@
-"""How a trained denoising network samples: the sampler, its grid and its guidance."""
+"""Sampling with a trained denoising network: the sampler, its grid of noise levels, guidance."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,9 +27,10 @@ from ddpm_jax.progress import log_once
 from ddpm_jax.system.record import Record
 from ddpm_jax.task import GuidanceModel, SampleRequest
 
-FIRST_NOISE = 2**31 - 1  # the number of x_T's noise; the steps' are 0, 1, 2, ...
-CLASS_NUMBER = FIRST_NOISE - 1  # the number of a random class
-NOTHING_LEFT = -15.0  # logsnr below which an error of eps is 1,800 times one of x0
+# Numbers that are folded into the key of an image. The steps of a sampler use 0, 1, 2, ...
+FIRST_NOISE = 2**31 - 1  # for the noise x_T
+RANDOM_CLASS = FIRST_NOISE - 1  # for a random class
+MIN_LOGSNR_OF_EPS = -15.0  # an error of eps causes an error of x0 that is 1,800 times as large
 
 Thresholding = Literal["clip", "dynamic", "none"]
 THRESHOLDINGS: dict[Thresholding, Callable[[Denoiser], Denoiser]] = {
@@ -41,19 +42,24 @@ THRESHOLDINGS: dict[Thresholding, Callable[[Denoiser], Denoiser]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How images are sampled, unless a request says otherwise.
+    """Settings of sampling, which a request can override.
 
     Attributes:
-      sampler: Name of a sampler (`diffusion.samplers.SAMPLERS`), with its argument: ddim:0.5.
-      steps: Steps of the sampler.
-      spacing: Where the steps lie (`diffusion.grids.grid`).
-      guidance: Scale of guidance; 1: none, or 0 where a classifier guides.
-      guidance_interval: LOW,HIGH: logSNR between which guidance acts; none: everywhere.
-      guidance_rescale: Share of the standard deviation of x0 that is set back to that of the
-        conditional prediction without guidance.
-      x0_thresholding: What keeps x0 within the range of images.
-      guidance_model: labels: classifier-free guidance. A run's directory: that of a classifier of
-        noisy images, or of a weaker diffusion model (autoguidance).
+      sampler: Sampler: ancestral, ancestral_beta, ancestral_learned, ddim, heun, edm, dpmpp_2m,
+        dpmpp_2m_sde or unipc; some take a number after a colon, such as ddim:0.5 for eta 0.5.
+      steps: Number of steps of the sampler; with a table of T betas, it must be at most T.
+      spacing: Spacing of the steps from noise to data: in t (leading, trailing, linspace or
+        quadratic) or in the noise level (logsnr or rho7).
+      guidance: Guidance scale; 1 means no guidance, and larger values are stronger. For a
+        classifier as the guidance model, 0 means no guidance.
+      guidance_interval: Lowest and highest logSNR at which guidance acts, as LOW,HIGH; with "none",
+        it acts at every noise level.
+      guidance_rescale: Share, from 0 to 1, by which the standard deviation of the guided x0 is set
+        back to that of the conditional x0 (Lin et al. 2024); 0 turns this off.
+      x0_thresholding: Thresholding of the predicted x0: clip to [-1, 1], dynamic thresholding to a
+        percentile of its values, or none.
+      guidance_model: "labels" for classifier-free guidance, or the run directory of a guidance
+        model: a classifier of noisy images, or a weaker diffusion model (autoguidance).
     """
 
     sampler: str = "ancestral"
@@ -66,11 +72,11 @@ class Sampling:
     guidance_model: Annotated[str, PATH] = "labels"
 
     def about(self) -> Record:
-        """Return every field but the guidance model, for the record."""
+        """Return all fields except the guidance model, for the record of an evaluation."""
         return {name: v for name, v in dataclasses.asdict(self).items() if name != "guidance_model"}
 
     def requested(self, request: SampleRequest) -> "Sampling":
-        """Return the settings with the sampler and the steps that a request names."""
+        """Return the settings with the sampler and the steps of a request, if it has them."""
         sampler = self.sampler if request.sampler is None else request.sampler
         steps = self.steps if request.steps is None else request.steps
         return dataclasses.replace(self, sampler=sampler, steps=steps)
@@ -78,12 +84,12 @@ class Sampling:
     def make_guidance(
         self, scale: float | None, model: GuidanceModel | None, conditional: bool
     ) -> Guidance:
-        """Return the guidance; of a neutral scale, none.
+        """Return the guidance, which has no method if the scale is neutral.
 
         Args:
-          scale: of guidance; None: that of the settings.
-          model: the guidance model; None: the network's conditioning guides.
-          conditional: whether the network has any.
+          scale: The guidance scale; if None, the scale of the settings.
+          model: The guidance model; if None, guidance is classifier-free.
+          conditional: True if the network has conditioning, which classifier-free guidance needs.
         """
         scale = self.guidance if scale is None else scale
         method: Method | None = ClassifierFree(scale) if conditional else None
@@ -96,14 +102,17 @@ class Sampling:
 
 @runtime_checkable
 class DenoisingModel(GuidingNetwork, Protocol):
-    """A denoising network with its schedule: a hashable value, whose arrays are arguments."""
+    """A denoising network with its schedule: a hashable value, so that it can be static to `jit`.
+
+    Parameters are arguments of its methods.
+    """
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
-        """Shape of what is denoised: an image, or latents."""
+        """The shape of one example: of an image or of latents."""
 
     def noise_schedule(self, params: PyTree) -> Schedule:
-        """Return the schedule, which the parameters may hold."""
+        """Return the schedule, which may depend on the parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +121,10 @@ class ImageSampler:
 
     Attributes:
       model: The network with its schedule.
-      sampler: Name of the sampler, with its argument.
-      steps: Its steps.
-      spacing: Where they lie.
-      x0_thresholding: What keeps x0 within the range of images.
+      sampler: The name of the sampler, with its number after a colon if it has one.
+      steps: The number of steps.
+      spacing: The spacing of the steps (`diffusion.grids.grid`).
+      x0_thresholding: The thresholding of the predicted x0: clip, dynamic or none.
     """
 
     model: DenoisingModel
@@ -127,13 +136,13 @@ class ImageSampler:
     def denoiser(
         self, params: PyTree, guidance: Guidance, conditioning: PyTree, null: PyTree
     ) -> Denoiser:
-        """Return the guided denoiser, its x0 within the range of images.
+        """Return the guided denoiser with thresholding of x0.
 
         Args:
-          params: parameters of the model.
-          guidance: how it is guided.
-          conditioning: what the network is given: labels [B], or features of captions.
-          null: what an unconditional network is given in its place.
+          params: The parameters of the model.
+          guidance: The guidance of sampling.
+          conditioning: Class labels [B] or features of captions; if None, there are none.
+          null: The null conditioning, which replaces `conditioning` in an unconditional call.
         """
 
         def predict(xt: Array, logsnr: Array, conditioning: PyTree) -> Prediction:
@@ -150,23 +159,24 @@ class ImageSampler:
         conditioning: PyTree,
         null: PyTree,
     ) -> tuple[Float[Array, "batch *event"], samplers.Trace | None]:
-        """Return samples, and the trace of the first of them.
+        """Return samples, and the trace of the first `trace` samples.
 
         Args:
-          trace: number of images whose x_t and x0 are returned at every step; 0: no trace.
-          params: parameters of the model.
-          guidance: how it is guided.
-          keys: one for every image.
-          conditioning: what the network is given.
-          null: what an unconditional network is given in its place.
+          trace: The number of images whose x_t and x0 are returned at every step; if 0, the trace
+            is None.
+          params: The parameters of the model.
+          guidance: The guidance of sampling.
+          keys: Random keys, one for each image.
+          conditioning: Class labels [B] or features of captions; if None, there are none.
+          null: The null conditioning, which replaces `conditioning` in an unconditional call.
         """
         logsnrs = grid(self.model.noise_schedule(params), self.steps, self.spacing)
         denoise = self.denoiser(params, guidance, conditioning, null)
         xT = self._first_noise(keys)
-        walker = samplers.named(self.sampler, self.steps)
+        sampler = samplers.named(self.sampler, self.steps)
         if trace:
-            return samplers.sample_and_trace(walker, denoise, logsnrs, keys, xT, trace)
-        return samplers.sample(walker, denoise, logsnrs, keys, xT), None
+            return samplers.sample_and_trace(sampler, denoise, logsnrs, keys, xT, trace)
+        return samplers.sample(sampler, denoise, logsnrs, keys, xT), None
 
     def sdedit(
         self,
@@ -180,33 +190,35 @@ class ImageSampler:
         known: Float[Array, "batch *event"],
         mask: Float[Array, "batch *event"],
     ) -> Float[Array, "batch *event"]:
-        """Return images that are noised to time t and sampled from there (Meng et al. 2022).
+        """Return edited images: sampling starts from images with the noise of time t.
+
+        This is SDEdit (Meng et al. 2022); with a mask it is inpainting.
 
         Args:
-          params: parameters of the model.
-          guidance: how it is guided.
-          keys: one for every image.
-          conditioning: what the network is given.
-          null: what an unconditional network is given in its place.
-          t: in [0, 1]; at 1 sampling starts from noise alone where `mask` is 0, whatever `images`
-            are there.
-          images: in [-1, 1].
-          known: what pixels are kept to where `mask` is 1, in [-1, 1].
-          mask: 1 where pixels are known, else 0.
+          params: The parameters of the model.
+          guidance: The guidance of sampling.
+          keys: Random keys, one for each image.
+          conditioning: Class labels [B] or features of captions; if None, there are none.
+          null: The null conditioning, which replaces `conditioning` in an unconditional call.
+          t: The time in [0, 1] at which sampling starts; at 1, pixels whose `mask` is 0 start from
+            noise alone and do not depend on `images`.
+          images: The images [B, *event] in [-1, 1] to which noise is added.
+          known: The values in [-1, 1] of the pixels whose `mask` is 1 (inpainting).
+          mask: 1 for pixels that are set to `known`, else 0 [B, *event].
         """
         schedule = self.model.noise_schedule(params)
-        least = 1 / schedule.steps if schedule.steps else 0.0  # step 1
-        start = schedule.logsnr(jnp.maximum(t, least))
+        first_time = 1 / schedule.steps if schedule.steps else 0.0
+        start = schedule.logsnr(jnp.maximum(t, first_time))
         noise = self._first_noise(keys)
-        # At t = 1 x_t would still contain a little of the image, since logsnr is finite there.
-        hidden = jnp.where(mask > 0, known, images)
-        xt = jax.vmap(q_sample, (0, 0, None))(hidden, noise, start)
+        # At t = 1 logsnr is finite, so that x_t would still contain a small part of the image.
+        x0 = jnp.where(mask > 0, known, images)
+        xt = jax.vmap(q_sample, (0, 0, None))(x0, noise, start)
         xt = jnp.where((mask == 0) & (t >= 1), noise, xt)
         logsnrs = grid(schedule, self.steps, self.spacing)
         logsnrs, first = grid_from(logsnrs, jnp.asarray(start, logsnrs.dtype))
         denoise = inpaint(self.denoiser(params, guidance, conditioning, null), known, mask)
-        walker = samplers.named(self.sampler, self.steps)
-        edited: Array = samplers.sample(walker, denoise, logsnrs, keys, xt, first=first)
+        sampler = samplers.named(self.sampler, self.steps)
+        edited: Array = samplers.sample(sampler, denoise, logsnrs, keys, xt, first=first)
         return edited
 
     def _first_noise(self, keys: Key[Array, "batch"]) -> Float[Array, "batch *event"]:
@@ -217,92 +229,101 @@ class ImageSampler:
 
 
 def sampler_of(model: DenoisingModel, sampling: Sampling) -> ImageSampler:
-    """Return the sampler of a model by its settings."""
+    """Return the sampler of a model for the settings of sampling."""
     return ImageSampler(
         model, sampling.sampler, sampling.steps, sampling.spacing, sampling.x0_thresholding
     )
 
 
 def random_classes(keys: Key[Array, "batch"], classes: int) -> Int[Array, "batch"]:
-    """Return a random class for every image."""
+    """Return a random class in 0 ... classes - 1 for every image [B]."""
 
     def random_class(key: Key[Array, ""]) -> Array:
-        return jax.random.randint(jax.random.fold_in(key, CLASS_NUMBER), (), 0, classes)
+        return jax.random.randint(jax.random.fold_in(key, RANDOM_CLASS), (), 0, classes)
 
     return jax.vmap(random_class)(keys)
 
 
-def check_guidance_is_trained(untrained: str, scale: float) -> None:
-    """Check that a scale of classifier-free guidance is neutral where it was not trained.
+def check_guidance_is_trained(field: str, scale: float) -> None:
+    """Check that the scale is 1 for a network that is never trained without labels.
+
+    Args:
+      field: The field, with its value, by which labels are never dropped in training.
+      scale: The scale of classifier-free guidance.
 
     Raises:
-      FieldError: it is not; the message begins with `untrained`.
+      FieldError: If the scale is not 1; the message begins with `field`.
     """
     if scale != 1.0:
         raise FieldError(
-            f"{untrained}: the network is never trained without labels or captions, so that they "
-            "cannot guide it; give sampling.guidance=1, or a dropout above 0",
+            f"{field}: the network is never trained without labels, so classifier-free guidance of "
+            f"scale {scale:g} is not possible; give sampling.guidance=1, or train a diffusion task "
+            "with label_dropout above 0",
             "sampling.guidance",
         )
 
 
-def check_start(prediction: PredictionType, schedule: Schedule, how: Sampling) -> None:
-    """Check that the network's prediction means something where sampling starts.
+def check_start(prediction: PredictionType, schedule: Schedule, sampling: Sampling) -> None:
+    """Check that the prediction determines x0 at the noise level where sampling starts.
 
-    x0 = (x_t - sigma eps) / alpha is the network's error divided by next to nothing where there is
-    nearly no signal (Lin et al. 2024, sec. 3.2); thresholding of x0 keeps that from mattering. A
-    schedule that does not end in noise, from which sampling starts, is logged.
+    For prediction type eps, x0 = (x_t - sigma eps) / alpha. Where alpha is near 0, a small error of
+    eps is a large error of x0 (Lin et al. 2024, sec. 3.2), unless x0 is thresholded. If the
+    schedule does not end in pure noise, a warning is logged.
 
     Raises:
-      FieldError: sampling starts at so much noise that eps determines nothing of x0.
+      FieldError: If sampling starts at a noise level where eps does not determine x0.
     """
     end = float(schedule.logsnr(jnp.asarray(1.0)))
     if end > NOISE:
         log_once(
-            f"the noise schedule ends at logsnr {end:.1f}, which is above {NOISE:g} and not pure "
-            "noise, but sampling starts with pure noise: images will be worse than the network's"
+            f"the noise schedule ends at logsnr {end:.1f}, but sampling starts from pure noise "
+            f"(logsnr below {NOISE:g}), which makes samples worse; give a schedule that ends at a "
+            "lower logsnr"
         )
-    if prediction != "eps" or how.x0_thresholding != "none":
+    if prediction != "eps" or sampling.x0_thresholding != "none":
         return
-    start = float(grid(schedule, how.steps, how.spacing)[0])
-    if start < NOTHING_LEFT:
+    start = float(grid(schedule, sampling.steps, sampling.spacing)[0])
+    if start < MIN_LOGSNR_OF_EPS:
         raise FieldError(
-            f"prediction=eps: sampling starts at logsnr {start:.0f}, where eps determines nothing "
-            "of the image; give prediction=v, schedule=linear_betas or sampling.spacing=leading",
+            f"prediction=eps: sampling starts at logsnr {start:.0f}, where eps does not determine "
+            "the image; give prediction=v, schedule=linear_betas or sampling.spacing=leading",
             "schedule",
             "sampling.spacing",
             "sampling.x0_thresholding",
         )
 
 
-def check_sampling(how: Sampling, steps: int | None, learned_variance: bool) -> None:
-    """Check that there is such a sampler, for such a network and schedule.
+def check_sampling(sampling: Sampling, steps: int | None, learned_variance: bool) -> None:
+    """Check that the settings of sampling fit the network and the schedule.
 
     Args:
-      how: sampler, steps and the interval of guidance.
-      steps: of the schedule's table; None: it is continuous.
-      learned_variance: whether the network predicts a variance.
+      sampling: The settings of sampling.
+      steps: The number of steps of the schedule's table; None for a continuous schedule.
+      learned_variance: True if the network predicts the variance of p(x_s | x_t), too.
 
     Raises:
-      FieldError: there is not.
+      FieldError: If the sampler does not exist or a setting does not fit.
     """
-    name = how.sampler
+    name = sampling.sampler
     base = name.partition(":")[0]
     if base not in samplers.SAMPLERS:
         raise FieldError(f'sampler: there is no "{base}"{nearest(base, samplers.SAMPLERS)}')
     try:
-        samplers.named(name, how.steps)
+        samplers.named(name, sampling.steps)
     except ValueError as error:
         raise FieldError(f"sampler={name}: {error}") from None
     if base == "ancestral_learned" and not learned_variance:
         raise FieldError(
-            f"sampler={name}: this run's network has not learned a variance; use ancestral or "
-            "ancestral_beta"
+            f"sampler={name}: this run's network has not learned a variance; give "
+            "sampler=ancestral or sampler=ancestral_beta"
         )
-    if how.guidance_interval is not None and how.guidance_interval[0] > how.guidance_interval[1]:
-        low, high = how.guidance_interval
+    low, high = sampling.guidance_interval or (0.0, 0.0)
+    if low > high:
         raise FieldError(
             f"guidance_interval={low:g},{high:g}: must be LOW,HIGH with LOW <= HIGH, in logSNR"
         )
-    if steps is not None and how.steps > steps:
-        raise FieldError(f"steps={how.steps}: this run's schedule has {steps} steps", "sampler")
+    if steps is not None and sampling.steps > steps:
+        raise FieldError(
+            f"steps={sampling.steps}: this run's schedule has {steps} steps; give at most {steps}",
+            "sampler",
+        )

@@ -1,4 +1,4 @@
-"""A generation model by diffusion in an autoencoder's latents (Rombach et al. 2022)."""
+"""A diffusion model of an autoencoder's latents (Rombach et al. 2022)."""
 
 import dataclasses
 from typing import Annotated
@@ -34,24 +34,29 @@ from ddpm_jax.tasks.image_sampler import (
 
 @dataclasses.dataclass(frozen=True)
 class LatentDiffusion:
-    """A generation model by diffusion in an autoencoder's latents.
+    """A diffusion model of an autoencoder's latents.
 
-    The loss is the mean squared error of eps, weighted. Each training image is seen at
-    `times_per_image` times and noises, whose caption and latents are encoded once. Its times are
-    1 / times_per_image apart, each in its own of `batch_size * times_per_image` equal parts of
-    [0, 1): at two times, a gradient varies as little as that of twice as many images (variances
-    0.091 and 0.086; 0.113 where the times of an image are neighbours).
+    The loss is the weighted mean squared error of eps. In a step, each training image is used at
+    n = `times_per_image` times with independent noise; its caption and its latents are encoded only
+    once. The times of a batch are stratified: one in each of `batch_size * n` equal parts of
+    [0, 1), with the times of an image about 1 / n apart. With n = 2 the gradient varies nearly as
+    little as with twice as many images (measured variances 0.091 and 0.086, and 0.113 if the two
+    times of an image are in adjacent parts).
 
     Attributes:
       network: The denoising network, conditioned on captions.
-      schedule: The noise schedule.
-      noise_shift: Factor of alpha / sigma at every t; below 1, more of the times are noisy.
-      prediction: What the network predicts.
-      loss_weight: Weight of the squared error of eps, a function of logsnr.
-      times_per_image: Times and noises at which training sees each image of a batch.
-      sampling: How latents are sampled.
-      latents: The autoencoder's latents.
-      batch_size: Training images of one step.
+      schedule: The noise schedule: a table of betas, or logSNR as a function of continuous time.
+      noise_shift: Factor of the signal-to-noise ratio alpha / sigma at every t; values below 1
+        train and sample at noisier levels.
+      prediction: Prediction type: the network predicts the noise eps, the latents x0, or
+        v = alpha eps - sigma x0.
+      loss_weight: Weight of the squared error of eps, a function of logSNR: 1 (simple), or the
+        weight of v-prediction (v), of Min-SNR, of a sigmoid, or of EDM.
+      times_per_image: Number of times t, with independent noise, at which each image of a training
+        batch is used.
+      sampling: The settings of sampling.
+      latents: The latents of the autoencoder.
+      batch_size: Number of training images in one step.
     """
 
     network: DenoisingNetwork = UNet()
@@ -65,7 +70,7 @@ class LatentDiffusion:
     batch_size: Annotated[int, BOUND] = 0
 
     def bind(self, latents: Latents, precision: str, batch_size: int) -> "LatentDiffusion":
-        """Return the generation model for the latents of an autoencoder."""
+        """Return the model with its network set up for the latents of an autoencoder."""
         network = self.network.clone(
             outputs=latents.shape[-1], dtype=jnp.dtype(precision), parent=None
         )
@@ -75,7 +80,7 @@ class LatentDiffusion:
         """Check that the fields of the bound model fit each other and the latents.
 
         Raises:
-          FieldError: they do not.
+          FieldError: If a field does not fit another field or the latents.
         """
         with section("schedule"):
             schedule = self.noise_schedule(None)
@@ -87,21 +92,21 @@ class LatentDiffusion:
 
     @property
     def request_fields(self) -> tuple[str, ...]:
-        """Names of what can be asked for, besides captions."""
+        """The names of the fields of a request that have an effect, besides the prompts."""
         return ("sampler", "steps", "guidance")
 
     def check_request(self, request: SampleRequest) -> None:
-        """Check that there is such a sampler, for this schedule.
+        """Check that the sampler and the steps of a request fit the network and the schedule.
 
         Raises:
-          FieldError: there is not.
+          FieldError: If the sampler or the number of steps does not fit.
         """
         steps = self.noise_schedule(None).steps
         check_sampling(self.sampling.requested(request), steps, learned_variance=False)
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
-        """Shape of the latents of an image."""
+        """The shape (rows, columns, channels) of the latents of one image."""
         return self.latents.shape
 
     def noise_schedule(self, params: PyTree) -> Schedule:
@@ -117,14 +122,14 @@ class LatentDiffusion:
         conditioning: Context,
         keys: Key[Array, "batch"] | None = None,
     ) -> Prediction:
-        """Return x0 and eps of noisy latents.
+        """Return the prediction of x0 and eps for noisy latents.
 
         Args:
-          params: parameters of the network.
-          xt: noisy latents.
-          logsnr: of each of them.
-          conditioning: features of the captions.
-          keys: of dropout; None: there is none.
+          params: The parameters of the network.
+          xt: Noisy latents [B, rows, columns, d].
+          logsnr: The log signal-to-noise ratio of each example [B].
+          conditioning: The features of the captions.
+          keys: Random keys of dropout, one for each example; if None, dropout is off.
         """
         time = self.noise_schedule(params).time(logsnr)
         return predict(
@@ -139,13 +144,13 @@ class LatentDiffusion:
         )
 
     def init(self, key: Key[Array, ""], context: Context) -> PyTree:
-        """Return the first parameters; `context` has the shapes of captions' features."""
+        """Return the initial parameters, for captions' features of the shapes of `context`."""
         size = len(context.mask)
         z = jnp.zeros((size, *self.event_shape))
         return self.network.init(key, z, jnp.zeros(size), None, None, context)
 
     def target(self, frozen: PyTree, images: Float[Array, "batch h w c"]) -> Array:
-        """Return the latents of images in [-1, 1], of unit variance."""
+        """Return the normalised latents of images in [-1, 1]."""
         return self.latents.encode(frozen, images)
 
     def loss(
@@ -158,15 +163,15 @@ class LatentDiffusion:
         *,
         train: bool,
     ) -> tuple[Float[Array, "batch"], dict[str, Float[Array, "batch"]]]:
-        """Return the weighted mean squared error of eps of every example, and the plain one.
+        """Return the weighted and the unweighted ("mse") mean squared error of eps per example.
 
         Args:
-          params: parameters of the network.
-          target: latents.
-          context: features of the captions.
-          index: number of every example in its batch.
-          keys: one for every example.
-          train: whether dropout is used, and an image is seen at several times.
+          params: The parameters of the network.
+          target: The normalised latents.
+          context: The features of the captions.
+          index: The position of each example in its batch [B].
+          keys: Random keys, one for each example.
+          train: If true, dropout is on and each image is used at `times_per_image` times.
         """
         count = self.times_per_image if train else 1
         if count > 1:
@@ -185,11 +190,11 @@ class LatentDiffusion:
 
     @property
     def guidance_scale(self) -> float:
-        """The scale of guidance of the settings."""
+        """The guidance scale of the settings."""
         return self.sampling.guidance
 
     def make_guidance(self, scale: float | None) -> Guidance:
-        """Return the guidance by captions; None: at the scale of the settings."""
+        """Return the guidance by captions; if `scale` is None, at the scale of the settings."""
         return self.sampling.make_guidance(scale, None, conditional=True)
 
     def sample(
@@ -203,17 +208,17 @@ class LatentDiffusion:
         request: SampleRequest,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1], one for every key.
+        """Return images in [-1, 1], one for each key.
 
         Args:
-          params: parameters of the network.
-          frozen: {"params", "extra"} of the autoencoder.
-          keys: one for every image.
-          context: features of the captions.
-          null_context: features of what guidance leads away from.
-          guidance: as `make_guidance` returns it.
-          request: how latents are sampled.
-          compile: compiles functions.
+          params: The parameters of the network.
+          frozen: The variables {"params", "extra"} of the autoencoder.
+          keys: Random keys, one for each image.
+          context: The features of the captions.
+          null_context: The features that guidance leads away from (the null conditioning).
+          guidance: The guidance that `make_guidance` returns.
+          request: The sampler and the number of steps.
+          compile: The function that compiles functions of the task.
         """
         sampler = sampler_of(self, self.sampling.requested(request))
         sample = compile(ImageSampler.sample, static_argnums=(0, 1))
@@ -221,5 +226,5 @@ class LatentDiffusion:
         return compile(Latents.decode, static_argnums=0)(self.latents, frozen, z)
 
     def about(self) -> Record:
-        """Return how latents are sampled by the settings, for the record."""
+        """Return the settings of sampling, for the record of an evaluation."""
         return self.sampling.about()

@@ -1,7 +1,8 @@
-"""A frozen text encoder of `transformers`, by name: `pip install 'ddpm_jax[pretrained]'`.
+"""Features of captions by a frozen text encoder of `transformers`, such as T5, CLIP or MiniLM.
 
-T5, CLIP, MiniLM and whatever else `transformers` loads by name, or from a folder, as an encoder of
-text. It runs once for each caption of a data set; the features are kept in the user's cache.
+The encoder is given by its name on the Hugging Face hub or by a directory. It needs
+`pip install 'ddpm_jax[pretrained]'`. It runs once for each caption of a data set; the features are
+stored in the user's cache directory.
 """
 
 import functools
@@ -21,20 +22,20 @@ from ddpm_jax.data.types import ENDLESS, Data, Split
 from ddpm_jax.errors import UserError
 from ddpm_jax.progress import log
 
-LENGTH = 64  # tokens of a caption, as the encoder's tokenizer counts them
-HUB_SECONDS = 2.0  # in which the hub must answer
-BATCH = 64  # captions in one call
-PART = 4096  # captions whose features are in memory at a time
-VERSION = "2"  # of the features: another one where `encode` returns others for the same text
+LENGTH = 64  # maximum number of tokens of a caption
+HUB_TIMEOUT_SECONDS = 2.0  # timeout of the connection to the hub
+BATCH = 64  # number of captions in one call of the encoder
+PART = 4096  # number of captions whose features are in memory at the same time
+VERSION = "2"  # to be increased when `encode` returns different features for the same text
 
 
 class Features(NamedTuple):
     """Features of captions.
 
     Attributes:
-      tokens: Of every token [N, LENGTH, D].
-      mask: Which tokens are text [N, LENGTH].
-      pooled: Mean over the tokens that are text [N, D].
+      tokens: The features of every token [N, LENGTH, D].
+      mask: True for tokens of the text, false for padding [N, LENGTH].
+      pooled: The mean of `tokens` over the tokens of the text [N, D].
     """
 
     tokens: np.ndarray | Array
@@ -42,18 +43,18 @@ class Features(NamedTuple):
     pooled: np.ndarray | Array
 
     def at(self, rows: np.ndarray) -> "Features":
-        """Return those of some rows, in float32."""
+        """Return the features of the captions with the indices `rows`, in float32."""
         tokens, mask, pooled = (array[rows] for array in self)
         return Features(tokens.astype(np.float32), mask, pooled.astype(np.float32))
 
 
-class Encoded:
-    """The captions of a split as an encoder's features, which are made when they are indexed.
+class EncodedCaptions:
+    """A sequence of captions that returns features, which are read when it is indexed.
 
     Args:
-      texts: the captions.
-      features: of every different caption.
-      rows: where among them the features of each caption are [N].
+      texts: The texts of the captions [N].
+      features: The features of the distinct captions.
+      rows: The index of each caption's features in `features` [N].
     """
 
     def __init__(self, texts: Sequence[str], features: Features, rows: np.ndarray) -> None:
@@ -63,56 +64,60 @@ class Encoded:
         return len(self._rows)
 
     @overload
-    def __getitem__(self, rows: slice) -> "Encoded": ...
+    def __getitem__(self, rows: slice) -> "EncodedCaptions": ...
 
     @overload
     def __getitem__(self, rows: np.ndarray) -> Features: ...
 
-    def __getitem__(self, rows: slice | np.ndarray) -> "Encoded | Features":
+    def __getitem__(self, rows: slice | np.ndarray) -> "EncodedCaptions | Features":
         if isinstance(rows, slice):
-            return Encoded(self.texts[rows], self._features, self._rows[rows])
+            return EncodedCaptions(self.texts[rows], self._features, self._rows[rows])
         return self._features.at(self._rows[rows])
 
 
 def load_encoder(name: str) -> tuple[Any, Any]:
-    """Return (tokenizer, encoder) of a name or a folder, from memory unless its files changed.
+    """Return the tokenizer and the encoder of a name on the hub or of a directory.
 
-    The name may be that of a stranger's run record. Nothing in the folder is executed: no classes
-    of its own, no pickles, no kernels.
+    They are loaded once and then cached in memory, until the files of the directory change. The
+    name may come from the record of an untrusted run. Therefore no code of the directory is
+    executed: no custom classes, no pickles, no kernels.
 
     Raises:
-      UserError: `transformers` or PyTorch is not installed, or the encoder cannot be loaded.
+      UserError: If `transformers` or PyTorch is not installed, or the encoder cannot be loaded.
     """
     return _load_encoder(name, _files_of(name))
 
 
 @functools.lru_cache(maxsize=2)
 def _load_encoder(name: str, files: str) -> tuple[Any, Any]:
-    """Return `load_encoder`, once for a name and its files' sizes and times."""
+    """Return the result of `load_encoder`, cached by the name and the state of the files."""
     del files
     missing = [m for m in ("transformers", "torch") if importlib.util.find_spec(m) is None]
     if missing:
         raise UserError(
-            f"--config.task.pretrained={name} needs {' and '.join(missing)}: pip install "
-            "'ddpm_jax[pretrained]'"
+            f"--config.task.pretrained={name} needs the package {' and '.join(missing)}, which is "
+            "not installed; run: pip install 'ddpm_jax[pretrained]'"
         )
     offline = _check_name(name)
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        # Without the first of these a question is asked, and "y" executes code of the folder.
+        # With trust_remote_code unset, transformers prompts the user and may then execute code.
         options = {"trust_remote_code": False, "local_files_only": offline}
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModel.from_pretrained(
             name,
             use_safetensors=True,  # no pickles
-            attn_implementation="eager",  # or config.json may name a kernel of the hub
+            attn_implementation="eager",  # otherwise config.json may name a kernel on the hub
             **options,
         )
-    except Exception as error:  # of many kinds, from the hub's to the file system's
+    except Exception as error:  # transformers documents no common class of its errors
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--config.task.pretrained={name} cannot be loaded: {reason}") from None
-    if tokenizer.pad_token is None:  # padding is masked, whatever stands for it
+        raise UserError(
+            f"--config.task.pretrained={name} cannot be loaded: {reason}; give the name of a text "
+            "encoder on the Hugging Face hub, or a directory with its files"
+        ) from None
+    if tokenizer.pad_token is None:  # any token will do, since padding is masked
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
@@ -120,23 +125,26 @@ def _load_encoder(name: str, files: str) -> tuple[Any, Any]:
 
 
 def _check_name(name: str) -> bool:
-    """Check that an encoder can be had, before a slow import; return whether only without the hub.
+    """Check that an encoder is available, before the slow import of `transformers`.
+
+    Returns:
+      True if the hub must not be contacted: for a directory, or if the hub does not answer.
 
     Raises:
-      UserError: there is no such folder, or the encoder is neither in the hub's cache nor does the
-        hub answer.
+      UserError: If the directory does not exist, or if the encoder is not in the hub's cache and
+        the hub does not answer.
     """
     if pathlib.Path(name).is_dir():
         return True
     if name[:1] in (".", "/", "~") or name.count("/") > 1:
         raise UserError(
-            f"--config.task.pretrained={name}: there is no such folder; give a folder, or a name "
-            "of the hub, such as google-t5/t5-small"
+            f"--config.task.pretrained={name}: there is no such directory; give an existing "
+            "directory, or a name on the Hugging Face hub, such as google-t5/t5-small"
         )
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.utils import HFValidationError
 
-    if reachable(constants.ENDPOINT, HUB_SECONDS):
+    if reachable(constants.ENDPOINT, HUB_TIMEOUT_SECONDS):
         return False
     try:
         cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
@@ -145,67 +153,72 @@ def _check_name(name: str) -> bool:
     if not cached:
         raise UserError(
             f"--config.task.pretrained={name} is not in the cache, and the hub "
-            f"({constants.ENDPOINT}) does not answer; give the folder of an encoder"
+            f"({constants.ENDPOINT}) does not answer; give the directory of an encoder, or try "
+            "again with a connection to the hub"
         )
     return True
 
 
 def absolute_name(name: str) -> str:
-    """Return the name of an encoder, or the absolute path of its folder."""
-    folder = pathlib.Path(name).expanduser()
-    return str(folder.absolute()) if name and folder.is_dir() else name
+    """Return the absolute path if `name` is an existing directory, else `name` unchanged."""
+    directory = pathlib.Path(name).expanduser()
+    return str(directory.absolute()) if name and directory.is_dir() else name
 
 
 def width_of(name: str) -> int:
-    """Return the number of features of a token."""
+    """Return the number of features per token of an encoder."""
     return int(load_encoder(name)[1].config.hidden_size)
 
 
 def encode(name: str, texts: Sequence[str]) -> Features:
-    """Return the features of texts in float16, on the host; pooled is the mean over tokens.
+    """Return the features of texts in float16, on the host.
 
-    An empty text has no tokens that count, and its pooled features are 0.
+    The mask of an empty text is false for all tokens, and its pooled features are 0.
     """
     import torch
 
     tokenizer, model = load_encoder(name)
-    longest = min(LENGTH, getattr(tokenizer, "model_max_length", LENGTH))
+    length = min(LENGTH, getattr(tokenizer, "model_max_length", LENGTH))
     parts = []
     for start in range(0, len(texts), BATCH):
         batch = list(texts[start : start + BATCH])
         tokens = tokenizer(
-            batch, padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
+            batch, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
         with torch.no_grad():
             out = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         hidden, mask = out.last_hidden_state.numpy(), tokens["attention_mask"].numpy() > 0
         mask &= np.array([bool(text) for text in batch])[:, None]
-        shares = mask / np.maximum(mask.sum(1, keepdims=True), 1)
-        pooled = np.einsum("bl,bld->bd", shares, hidden)
+        weights = mask / np.maximum(mask.sum(1, keepdims=True), 1)
+        pooled = np.einsum("bl,bld->bd", weights, hidden)
         parts.append((hidden.astype(np.float16), mask, pooled.astype(np.float16)))
     return Features(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def encoded(name: str, data: Data) -> Data:
-    """Return a data set with features in the place of captions, computed once and kept.
+def with_features(name: str, data: Data) -> Data:
+    """Return a data set with captions replaced by their features, from the cache if possible.
 
     Raises:
-      UserError: there are no captions, or too many of them.
+      UserError: If the data set has no captions or is not finite.
     """
     if not data.caption_length:
-        raise UserError(f"data set {data.name} has no captions")
+        raise UserError(
+            f"--config.task.pretrained={name} needs captions, and data set {data.name} has no "
+            "captions; give --config.data=folder:PATH of images with captions"
+        )
     if len(data.train.images) >= ENDLESS:
         raise UserError(
-            f"--config.task.pretrained={name} reads every caption once, and {data.name} has no end "
-            "of them; give a data set that has"
+            f"--config.task.pretrained={name} needs a finite data set, since it encodes every "
+            f"caption once, and {data.name} is endless; give --config.data=folder:PATH or a TFDS "
+            "data set with captions"
         )
 
     def encode_split(split: Split) -> Split:
         texts = untokenize(split.captions[np.arange(len(split.images))])
-        different = sorted(set(texts))
-        place = {text: row for row, text in enumerate(different)}
-        rows = np.array([place[text] for text in texts])
-        return split._replace(captions=Encoded(texts, _kept(name, different), rows))
+        distinct = sorted(set(texts))
+        row_of = {text: row for row, text in enumerate(distinct)}
+        rows = np.array([row_of[text] for text in texts])
+        return split._replace(captions=EncodedCaptions(texts, _kept(name, distinct), rows))
 
     validation = None if data.validation is None else encode_split(data.validation)
     return data._replace(
@@ -214,25 +227,25 @@ def encoded(name: str, data: Data) -> Data:
 
 
 def _kept(name: str, texts: list[str]) -> Features:
-    """Return the features of texts from the cache, into which they are written if they lack."""
-    words = [name, _version(name), VERSION, str(LENGTH), *texts]
-    key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:24]
-    place = cache_dir() / "features" / key
-    paths = [place.with_name(f"{key}_{field}.npy") for field in Features._fields]
-    kept = _read(paths, len(texts))
-    if kept is None:
+    """Return the features of texts from the cache, after computing them if they are missing."""
+    parts = [name, _version(name), VERSION, str(LENGTH), *texts]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+    directory = cache_dir() / "features"
+    paths = [directory / f"{key}_{field}.npy" for field in Features._fields]
+    features = _read(paths, len(texts))
+    if features is None:
         if any(path.exists() for path in paths):
-            log(f"{place} is damaged: it is made again")
-        log(f"reading {len(texts)} captions with {name}, once")
-        place.parent.mkdir(parents=True, exist_ok=True)
+            log(f"the cached features {directory / key}_*.npy are damaged; they are computed again")
+        log(f"encoding {len(texts)} captions with {name}; the features are cached in {directory}")
+        directory.mkdir(parents=True, exist_ok=True)
         _write(name, texts, paths)
-        kept = _read(paths, len(texts))
-    assert kept is not None
-    return kept
+        features = _read(paths, len(texts))
+    assert features is not None
+    return features
 
 
 def _write(name: str, texts: list[str], paths: list[pathlib.Path]) -> None:
-    """Write the features of texts, a part at a time."""
+    """Compute and write the features of texts, `PART` texts at a time."""
     drafts = [path.with_suffix(".tmp.npy") for path in paths]
     files: list[np.memmap] = []
     for start in range(0, len(texts), PART):
@@ -245,36 +258,36 @@ def _write(name: str, texts: list[str], paths: list[pathlib.Path]) -> None:
             file[start : start + len(array)] = array
     for file, draft, path in zip(files, drafts, paths, strict=True):
         file.flush()
-        draft.rename(path)  # whole or not at all
+        draft.rename(path)  # atomic: the file is complete or missing
 
 
 def _version(name: str) -> str:
-    """Return what changes when the encoder does: its commit, or its folder's files."""
+    """Return a text that identifies the encoder's version: its commit, or its files' state."""
     if pathlib.Path(name).is_dir():
         return _files_of(name)
     try:
         return str(getattr(load_encoder(name)[1].config, "_commit_hash", None))
-    except UserError:  # which `encode` raises again, where the features are not kept
+    except UserError:  # `encode` raises it again if the features are not in the cache
         return ""
 
 
 def _files_of(name: str) -> str:
-    """Return the files of a folder with their sizes and times; "" of a name of the hub."""
-    folder = pathlib.Path(name)
-    if not folder.is_dir():
+    """Return the sizes and modification times of a directory's files; "" for a name on the hub."""
+    directory = pathlib.Path(name)
+    if not directory.is_dir():
         return ""
-    stats = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    stats = [(path, path.stat()) for path in sorted(directory.rglob("*")) if path.is_file()]
     return "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
 
 
 def _read(paths: list[pathlib.Path], count: int) -> Features | None:
-    """Return the features of `count` texts, unless they are absent, torn or of another form."""
+    """Return the features of `count` texts, or None if a file is missing or invalid."""
     try:
-        kept = Features(*(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths))
+        features = Features(*(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths))
     except (OSError, EOFError, ValueError):
         return None
-    size, length, width = (*kept.tokens.shape, 0, 0, 0)[:3]
-    shapes = [array.shape for array in kept]
+    size, length, width = (*features.tokens.shape, 0, 0, 0)[:3]
+    shapes = [array.shape for array in features]
     if size != count or shapes != [(size, length, width), (size, length), (size, width)]:
         return None
-    return kept
+    return features

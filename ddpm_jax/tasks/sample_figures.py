@@ -1,6 +1,6 @@
-"""Evaluate a denoiser by what it samples: sheets, trajectories, edits, and measures of quality.
+"""Evaluations of a denoising network by its samples: sheets, trajectories, edits and metrics.
 
-The samples of an evaluation are made once, by `Context.samples`, and shared.
+`Context.samples` samples the images of an evaluation once; all functions here share them.
 """
 
 import jax.numpy as jnp
@@ -16,16 +16,16 @@ from ddpm_jax.task import Context, Evaluation, Samples
 from ddpm_jax.tasks.image_denoiser import TRACED, ImageDenoiser
 from ddpm_jax.tasks.image_sampler import ImageSampler
 
-SHEET = 100  # samples on a sheet
-EDIT_TIMES = (0.3, 0.5, 0.7)
-BLEND_TIME = 0.5
-ANIMATION_FRAMES = 50
+SHEET = 100  # number of samples on a sheet
+EDIT_TIMES = (0.3, 0.5, 0.7)  # times t from which images are edited
+BLEND_TIME = 0.5  # time t at which two images are interpolated
+ANIMATION_FRAMES = 50  # maximum number of frames of an animation
 
 Images = dict[str, np.ndarray | errors.NonFinite]
 
 
 def number_compared(task: ImageDenoiser, context: Context) -> int:
-    """Return how many samples the evaluation compares with images."""
+    """Return the number of samples that the evaluation compares with held-out images."""
     if not context.resources.features:
         return 0
     evaluation = task.evaluation
@@ -33,7 +33,7 @@ def number_compared(task: ImageDenoiser, context: Context) -> int:
 
 
 def sample_sheet(task: ImageDenoiser, context: Context) -> Evaluation:
-    """Return a sheet of samples, and how they were sampled."""
+    """Return a sheet of samples, and the settings that they were sampled with."""
     images = context.samples(SHEET).images
     model = context.guidance_model
     about = {**task.sampling.about(), "guide": model.about if model else "labels"}
@@ -41,42 +41,42 @@ def sample_sheet(task: ImageDenoiser, context: Context) -> Evaluation:
 
 
 def trajectories(task: ImageDenoiser, context: Context) -> Evaluation:
-    """Return how the first samples came about, at the end of a training."""
+    """Return figures of the sampling trajectories of the first samples, in a final evaluation."""
     del task
-    return Evaluation(images=draw_trajectories(context.samples(SHEET)) if context.full else {})
+    return Evaluation(images=plot_trajectories(context.samples(SHEET)) if context.full else {})
 
 
-def draw_trajectories(samples: Samples) -> Images:
-    """Return a sheet and an animation [F, H, W, C] of x_t above the predicted x0.
+def plot_trajectories(samples: Samples) -> Images:
+    """Return a sheet and an animation [F, H, W, C] with rows of x_t above the predicted x0.
 
-    Both end at the samples.
+    The last column and the last frame show the samples.
     """
     assert samples.trace is not None
     xt, x0 = (
         np.concatenate([steps, samples.images[None, : steps.shape[1]]]) for steps in samples.trace
     )
-    moments = np.unique(np.linspace(0, len(xt) - 1, TRACED).round().astype(int))
-    rows = [steps[moments, image] for image in range(4) for steps in (xt, x0)]
-    sheet = plots.attempt(plots.grid, np.concatenate(rows), columns=len(moments))
+    columns = np.unique(np.linspace(0, len(xt) - 1, TRACED).round().astype(int))
+    rows = [steps[columns, image] for image in range(4) for steps in (xt, x0)]
+    sheet = plots.attempt(plots.grid, np.concatenate(rows), columns=len(columns))
     frames = np.unique(np.linspace(0, len(xt) - 1, ANIMATION_FRAMES).round().astype(int))
 
     def animation() -> np.ndarray:
-        both = (np.concatenate([xt[frame], x0[frame]]) for frame in frames)
-        return np.stack([plots.grid(images, columns=TRACED) for images in both])
+        images = (np.concatenate([xt[frame], x0[frame]]) for frame in frames)
+        return np.stack([plots.grid(rows, columns=TRACED) for rows in images])
 
     return {"trajectories": sheet, "trajectories_animation": plots.attempt(animation)}
 
 
 def edits(task: ImageDenoiser, context: Context) -> Evaluation:
-    """Return what a denoiser makes of held-out images, by rows, at the end of a training.
+    """Return sheets of edited held-out images, in a final evaluation.
 
-    Nothing that an edit should produce is among its inputs: a conditional network gets the label
-    "no class", not the image's own, and of an image whose lower half is sampled only the upper one.
+    A class-conditional network gets the label "no class", and inpainting gets only the upper half
+    of an image, so that no input contains what the network should sample. The rows of the sheets:
 
-    inpainting: images; their upper halves alone; the rest sampled from noise alone, twice.
-    image_to_image: images; noised to each of `EDIT_TIMES` and sampled from there.
-    interpolation: from one image to the next; both noised alike to `BLEND_TIME`, mixed, and
-        sampled from there (Ho et al. 2020, fig. 8).
+    inpainting: the images; their upper halves; two samples of the lower halves, from noise alone.
+    image_to_image: the images; samples that start from the noisy image at each of `EDIT_TIMES`.
+    interpolation: samples that start from mixtures of two images, noisy at `BLEND_TIME` with the
+        same noise (Ho et al. 2020, fig. 8); the share of the second image goes from 0 to 1.
     """
     if not context.full:
         return Evaluation()
@@ -105,18 +105,25 @@ def edits(task: ImageDenoiser, context: Context) -> Evaluation:
         index = jnp.arange(number * count, (number + 1) * count)
         return example_keys(purpose_key(context.seed, SAMPLE), 1, index)
 
-    free, upper = np.zeros_like(images), np.zeros_like(images)
+    no_mask, upper = np.zeros_like(images), np.zeros_like(images)
     upper[:, : images.shape[1] // 2] = 1.0
-    seen = images * upper
+    halves = images * upper
     share = np.linspace(0, 1, count, dtype=images.dtype)[:, None, None, None]
-    same = jnp.broadcast_to(keys(3)[:1], (count,))
+    same_keys = jnp.broadcast_to(keys(3)[:1], (count,))
     mixed = [
         (1 - share) * images[i] + share * images[i + 1] for i in range(0, min(8, count - 1), 2)
     ]
     rows = {
-        "inpainting": [images, seen, *(edit(keys(n), 1.0, seen, seen, upper) for n in range(2))],
-        "image_to_image": [images, *(edit(keys(2), t, images, images, free) for t in EDIT_TIMES)],
-        "interpolation": [edit(same, BLEND_TIME, row, row, free) for row in mixed],
+        "inpainting": [
+            images,
+            halves,
+            *(edit(keys(number), 1.0, halves, halves, upper) for number in range(2)),
+        ],
+        "image_to_image": [
+            images,
+            *(edit(keys(2), t, images, images, no_mask) for t in EDIT_TIMES),
+        ],
+        "interpolation": [edit(same_keys, BLEND_TIME, row, row, no_mask) for row in mixed],
     }
     sheets: Images = {
         name: plots.attempt(plots.grid, np.concatenate(fetch(parts)), columns=count)
@@ -127,7 +134,7 @@ def edits(task: ImageDenoiser, context: Context) -> Evaluation:
 
 
 def sample_quality(task: ImageDenoiser, context: Context) -> Evaluation:
-    """Return how samples compare with images, in the features of networks and in pixels."""
+    """Return metrics of samples against images, in the features of networks and in pixels."""
     count = number_compared(task, context)
     if not count:
         return Evaluation()

@@ -1,4 +1,4 @@
-"""The prompts of an evaluation, and whether images show what they say."""
+"""The prompts of an evaluation, and the alignment of images with them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,33 +10,33 @@ from jaxtyping import Bool, Float
 from ddpm_jax.data import shapes
 from ddpm_jax.metrics.alignment import check_caption
 
-KINDS = ("single", "single held out", "relation", "relation held out")  # of `shapes.scene`
+SETS = ("single", "single held out", "relation", "relation held out")  # names in `shapes.scene`
 
 
 @runtime_checkable
 class Prompts(Protocol):
-    """Sets of prompts, and what says whether images show them: a hashable value."""
+    """Sets of prompts, and criteria of the alignment of images with them: a hashable value."""
 
     def sets(self, split: str) -> dict[str, list[str]]:
-        """Return the prompts of a split by the names of their sets."""
+        """Return the prompts of a split, by the name of the prompt set."""
 
     def align(
         self, images: Float[np.ndarray, "n h w c"], texts: Sequence[str]
     ) -> dict[str, Bool[np.ndarray, "n"]]:
-        """Return whether each image shows what its text says, by the names of the criteria.
+        """Return true for each image that shows what its text says, by the name of the criterion.
 
         Args:
-          images: in [-1, 1].
-          texts: one for every image.
+          images: Images [N, H, W, C] in [-1, 1].
+          texts: The N texts of the images.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class NoPrompts:
-    """No prompts, of a data set whose images no criterion compares with a text."""
+    """An empty set of prompts, for data sets without a criterion of alignment."""
 
     def sets(self, split: str) -> dict[str, list[str]]:
-        """Return no sets."""
+        """Return no prompt sets."""
         del split
         return {}
 
@@ -50,38 +50,40 @@ class NoPrompts:
 
 @dataclasses.dataclass(frozen=True)
 class ShapePrompts:
-    """Prompts of the data set `shapes`, whose images are read exactly (`metrics.alignment`).
+    """Prompts of the data set `shapes`, whose alignment `metrics.alignment` reads from pixels.
 
     Attributes:
-      count: Prompts of each kind.
+      count: The number of prompts in each prompt set.
     """
 
     count: int
 
     def sets(self, split: str) -> dict[str, list[str]]:
-        """Return prompts of each kind for a split."""
+        """Return the prompts of a split, by the name of the prompt set."""
         return {
-            kind.replace(" ", "_"): [
-                shapes.scene(f"{split} prompts", number, kind).caption
+            name.replace(" ", "_"): [
+                shapes.scene(f"{split} prompts", number, name).caption
                 for number in range(self.count)
             ]
-            for kind in KINDS
+            for name in SETS
         }
 
     def align(
         self, images: Float[np.ndarray, "n h w c"], texts: Sequence[str]
     ) -> dict[str, Bool[np.ndarray, "n"]]:
-        """Return whether each image shows what its caption says, and but for size and background.
+        """Return true for each image that its caption describes, by the name of the criterion.
+
+        The second criterion ignores sizes and the background.
 
         Args:
-          images: in [-1, 1].
-          texts: captions of the data set, one for every image.
+          images: Images [N, H, W, C] in [-1, 1].
+          texts: The N captions of the images, in the form of the data set.
         """
-        verdicts = [check_caption(x, text) for x, text in zip(images, texts, strict=True)]
+        results = [check_caption(x, text) for x, text in zip(images, texts, strict=True)]
         names = ("aligned", "aligned_except_size_and_background")
-        return {name: np.array([getattr(v, name) for v in verdicts], bool) for name in names}
+        return {name: np.array([getattr(r, name) for r in results], bool) for name in names}
 
 
 def prompts_of(data: str, count: int) -> Prompts:
-    """Return the prompts of a data set by its name, `count` of each kind."""
+    """Return the prompts of a data set by its name, with `count` prompts in each prompt set."""
     return ShapePrompts(count) if shapes.is_named(data) else NoPrompts()

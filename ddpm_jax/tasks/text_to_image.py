@@ -1,7 +1,7 @@
-"""How a text-to-image system is evaluated: its loss, and samples of captions and prompts.
+"""Evaluation of a text-to-image system: its loss, and samples of captions and prompts.
 
-Each function of `EVALUATIONS` is one part of it. A further metric of samples is one function in
-`SAMPLE_METRICS`, which is computed at every scale of guidance.
+Each function in `EVALUATIONS` computes one part of the evaluation. To add a metric of samples, add
+a function to `SAMPLE_METRICS`; it is computed at every guidance scale.
 """
 
 from collections.abc import Sequence
@@ -27,20 +27,20 @@ from ddpm_jax.task import Context, Evaluation, SampleRequest, Variables
 from ddpm_jax.tasks.generation import CaptionTask
 from ddpm_jax.tasks.guidance_plots import guidance_plots
 
-BATCH = 64  # images that are sampled in one call
-QUICK_SAMPLES = 64  # samples of captions in an evaluation before the final one, at most
-SHEET = (8, 8)  # captions on the sheet of samples, images of each
-CHUNK = 1000  # captions and images that are compared in one call
-FEATURES = "text_encoder"  # what metrics call the image tower beside the text encoder
+BATCH = 64  # number of images that are sampled in one call
+QUICK_SAMPLES = 64  # maximum number of sampled captions in an evaluation that is not final
+SHEET = (8, 8)  # number of captions on the sheet of samples, and of images for each
+CHUNK = 1000  # number of pairs whose CLIP score is computed in one call
+FEATURES = "text_encoder"  # name, in metrics, of the image tower trained with the text encoder
 
 
 class TextSamples(NamedTuple):
-    """Samples at one scale of guidance, in [-1, 1].
+    """Samples at one guidance scale.
 
     Attributes:
-      captions: Held-out captions.
-      images: One for every caption.
-      prompts: Texts and their images, by the names of sets of prompts.
+      captions: The N held-out captions.
+      images: One sample for each caption [N, H, W, C] in [-1, 1].
+      prompts: The texts and one sample for each text, by the name of the prompt set.
     """
 
     captions: list[str]
@@ -48,7 +48,7 @@ class TextSamples(NamedTuple):
     prompts: dict[str, tuple[list[str], Float[np.ndarray, "m h w c"]]]
 
 
-# What the parts of an evaluation share: functions for `Context.shared`.
+# Functions for `Context.shared`, whose results several parts of an evaluation use.
 
 
 def _task(context: Context) -> CaptionTask:
@@ -56,7 +56,7 @@ def _task(context: Context) -> CaptionTask:
 
 
 def held_out_captions(context: Context) -> list[str]:
-    """Return the captions that are sampled: fewer before the final evaluation."""
+    """Return the captions that are sampled, which are fewer in a quick evaluation."""
     task = _task(context)
     count = task.evaluation.num_samples
     return task.encoder.texts(
@@ -75,25 +75,25 @@ def dual_encoder(context: Context) -> tuple[DualEncoder, PyTree]:
 
 
 def image_features(context: Context) -> FeatureNetwork:
-    """Return the image tower of the dual encoder, in whose features images are compared."""
+    """Return the image tower of the dual encoder, whose features compare images."""
     return image_tower(FEATURES, *context.shared(dual_encoder))
 
 
-def reference(context: Context) -> Grouped:
-    """Return the features of held-out images, as many as there are samples."""
+def reference_features(context: Context) -> Grouped:
+    """Return the features of as many held-out images as there are samples."""
     images = context.held_out.some(len(context.shared(held_out_captions))).images
     network, levels = context.shared(image_features), context.data.levels
     return Grouped(network.extract(to_images(images, levels))[0])
 
 
-def own_samples(context: Context) -> TextSamples:
-    """Return the samples at the scale of guidance of the settings."""
+def default_samples(context: Context) -> TextSamples:
+    """Return the samples at the guidance scale of the settings."""
     return sample_at(_task(context).generator.guidance_scale, context)
 
 
-def own_metrics(context: Context) -> dict[str, float]:
-    """Return the metrics of the samples at the scale of the settings."""
-    return metrics_of(context.shared(own_samples), context)
+def default_metrics(context: Context) -> dict[str, float]:
+    """Return the metrics of the samples at the guidance scale of the settings."""
+    return metrics_of(context.shared(default_samples), context)
 
 
 # Sampling.
@@ -102,22 +102,22 @@ def own_metrics(context: Context) -> dict[str, float]:
 def sample_texts(
     context: Context, sets: Sequence[Sequence[str]], guidance: PyTree
 ) -> list[Float[np.ndarray, "n h w c"]]:
-    """Return an image of each text of every set, the n-th of a set from the n-th key.
+    """Return the images of each set of texts; the n-th image of every set uses the n-th key.
 
-    All of them are sampled in calls of one shape, compiled once.
+    All batches have the same shape, so that sampling is compiled once.
     """
     task, encoder = _task(context), _task(context).encoder
     texts = [text for texts in sets for text in texts]
-    numbers = np.concatenate([np.arange(len(texts), dtype=np.int32) for texts in sets])
+    indices = np.concatenate([np.arange(len(texts), dtype=np.int32) for texts in sets])
     size = context.round_up(BATCH)
-    fill = -len(texts) % size
-    texts, numbers = [*texts, *[""] * fill], np.pad(numbers, (0, fill))
+    padding = -len(texts) % size
+    texts, indices = [*texts, *[""] * padding], np.pad(indices, (0, padding))
     null = context.place(encoder.prepare([""] * size))
     images = []
     for start in range(0, len(texts), size):
         context.check_preemption()
         rows = slice(start, start + size)
-        captions, index = context.place((encoder.prepare(texts[rows]), numbers[rows]))
+        captions, index = context.place((encoder.prepare(texts[rows]), indices[rows]))
         keys = example_keys(purpose_key(context.seed, SAMPLE), 0, index)
         samples = task.sample_captions(
             context.variables, keys, captions, null, SampleRequest(), guidance, context.compile
@@ -128,22 +128,22 @@ def sample_texts(
 
 
 def sample_at(scale: float, context: Context) -> TextSamples:
-    """Return samples at a scale of guidance: of captions, and in the end of prompts.
+    """Return samples of captions, and in a final evaluation of prompts, at a guidance scale.
 
     Raises:
-      NonFinite: a value of an image is not finite.
+      NonFinite: If a value of an image is not finite.
     """
     task, captions = _task(context), context.shared(held_out_captions)
     sets = task.prompts.sets(context.split) if context.full else {}
     guidance = task.generator.make_guidance(scale)
-    images, *of_prompts = sample_texts(context, [captions, *sets.values()], guidance)
-    for part in (images, *of_prompts):
+    images, *prompt_images = sample_texts(context, [captions, *sets.values()], guidance)
+    for part in (images, *prompt_images):
         plots.check_finite(part)
-    pairs = zip(sets.items(), of_prompts, strict=True)
+    pairs = zip(sets.items(), prompt_images, strict=True)
     return TextSamples(captions, images, {name: (texts, x) for (name, texts), x in pairs})
 
 
-# Metrics of samples, at any scale of guidance.
+# Metrics of samples at one guidance scale.
 
 
 @runtime_checkable
@@ -151,16 +151,16 @@ class SampleMetric(Protocol):
     """A function that computes metrics of samples."""
 
     def __call__(self, samples: TextSamples, context: Context) -> dict[str, float]:
-        """Return metrics by name."""
+        """Return the metrics of the samples by name."""
 
 
 def distance_metrics(samples: TextSamples, context: Context) -> dict[str, float]:
-    """Return the Frechet distance of samples to held-out images, in the final evaluation."""
+    """Return the Frechet distance of samples to held-out images, in a final evaluation."""
     if not context.full:
         return {}
     network = context.shared(image_features)
     images = Grouped(network.extract(samples.images)[0])
-    return distance_to(context.shared(reference), images, f"fd_{network.name}")
+    return distance_to(context.shared(reference_features), images, f"fd_{network.name}")
 
 
 def clip_metrics(samples: TextSamples, context: Context) -> dict[str, float]:
@@ -169,12 +169,12 @@ def clip_metrics(samples: TextSamples, context: Context) -> dict[str, float]:
 
 
 def alignment_metrics(samples: TextSamples, context: Context) -> dict[str, float]:
-    """Return the shares of images that show their captions, and their prompts."""
+    """Return the shares of samples that are aligned with their captions and their prompts."""
     align = _task(context).prompts.align
     metrics = averages(align(samples.images, samples.captions))
     for name, (texts, images) in samples.prompts.items():
-        verdicts = align(images, texts)
-        metrics |= averages({f"{criterion}_{name}": of for criterion, of in verdicts.items()})
+        results = align(images, texts)
+        metrics |= averages({f"{key}_{name}": aligned for key, aligned in results.items()})
     return metrics
 
 
@@ -182,26 +182,29 @@ SAMPLE_METRICS: tuple[SampleMetric, ...] = (distance_metrics, clip_metrics, alig
 
 
 def metrics_of(samples: TextSamples, context: Context) -> dict[str, float]:
-    """Return every metric of samples."""
+    """Return the metrics of all functions in `SAMPLE_METRICS`."""
     metrics: dict[str, float] = {}
     for compute in SAMPLE_METRICS:
         metrics |= compute(samples, context)
     return metrics
 
 
-def distance_to(truth: Grouped, images: Grouped, name: str) -> dict[str, float]:
-    """Return the Frechet distance as the metric `name`, with its error; none of one image."""
-    if min(truth.moments.size, images.moments.size) < 2:
-        log_once(f"left out, since it needs at least 2 images: {name}")
+def distance_to(reference: Grouped, images: Grouped, name: str) -> dict[str, float]:
+    """Return the Frechet distance as the metric `name`, with its standard error.
+
+    If there are fewer than 2 images, the metric is left out, and this is logged.
+    """
+    if min(reference.moments.size, images.moments.size) < 2:
+        log_once(f"metric {name} is left out: it needs at least 2 images on each side")
         return {}
-    distance = frechet_distance(images, truth)
+    distance = frechet_distance(images, reference)
     return with_error(name, (distance.value, distance.error))
 
 
 def clip_score(
     texts: Sequence[str], images: Float[np.ndarray, "n h w c"], context: Context
 ) -> Average:
-    """Return the mean of `clip_scores` of captions and images, in [-1, 1]."""
+    """Return the mean of `clip_scores` of captions and images (values in [-1, 1])."""
     network, params = context.shared(dual_encoder)
     tokens, parts = tokenize(texts, network.length), []
     compiled = context.compile(cosines, static_argnums=0)
@@ -214,13 +217,13 @@ def clip_score(
 def example_losses(
     task: CaptionTask, variables: Variables, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return the loss of every example and its other quantities, without dropout.
+    """Return the loss and the metrics of every example, without dropout.
 
     Args:
-      task: the task.
-      variables: of the trained task.
-      batch: examples.
-      keys: one for every example.
+      task: The bound task.
+      variables: The variables of the trained task.
+      batch: A batch of examples.
+      keys: Random keys, one for each example.
     """
     losses, metrics, _ = task.loss(variables, batch, keys, train=False, all_gather=lambda x: x)
     return {"loss": losses, **metrics}
@@ -230,7 +233,7 @@ def example_losses(
 
 
 def caption_loss(task: CaptionTask, context: Context) -> Evaluation:
-    """Return the loss under held-out captions, of fewer examples before the final evaluation."""
+    """Return the loss on held-out examples, which are fewer in a quick evaluation."""
     size = task.evaluation.batch_size
     examples = context.examples(4 * size)
     return Evaluation(
@@ -239,7 +242,7 @@ def caption_loss(task: CaptionTask, context: Context) -> Evaluation:
 
 
 def sample_sheet(task: CaptionTask, context: Context) -> Evaluation:
-    """Return a sheet of samples, several of each caption."""
+    """Return a sheet of samples with a row for each caption."""
     rows, columns = SHEET
     captions = task.encoder.texts(context.held_out, rows)
     repeated = [caption for caption in captions for _ in range(columns)]
@@ -250,41 +253,42 @@ def sample_sheet(task: CaptionTask, context: Context) -> Evaluation:
 
 
 def reference_metrics(task: CaptionTask, context: Context) -> Evaluation:
-    """Return what the metrics of samples are to be compared with: the same of training images.
+    """Return metrics of real images as a reference for those of samples, in a final evaluation.
 
-    The CLIP score is that of held-out images. All of it is of the final evaluation.
+    These are the Frechet distance of training images to held-out images, and the CLIP score of
+    held-out images and their captions.
     """
     if not context.full:
         return Evaluation()
     captions, network = context.shared(held_out_captions), context.shared(image_features)
     name = f"fd_{network.name}_of_training"
     training = to_images(context.data.train.some(len(captions)).images, context.data.levels)
-    usual = Grouped(network.extract(training)[0])
-    metrics = distance_to(context.shared(reference), usual, name)
-    metrics[f"{name}_images"] = float(usual.moments.size)
+    features = Grouped(network.extract(training)[0])
+    metrics = distance_to(context.shared(reference_features), features, name)
+    metrics[f"{name}_images"] = float(features.moments.size)
     real = to_images(context.held_out.first(len(captions)).images, context.data.levels)
     metrics |= with_error("clip_score_of_images", clip_score(captions, real, context))
-    tower = "this run's" if context.resources.dual_encoder is None else "another run's"
+    owner = "this run" if context.resources.dual_encoder is None else "another run"
     about = {
         "generation": task.generator.about(),
         "num_samples": len(captions),
         "reference": f"{context.split} split",
-        "features": {network.name: f"image tower beside {tower} text encoder"},
+        "features": {network.name: f"image tower trained with the text encoder of {owner}"},
     }
     return Evaluation(metrics, about=about)
 
 
 def sample_metrics(task: CaptionTask, context: Context) -> Evaluation:
-    """Return the metrics of samples at the scale of guidance of the settings."""
+    """Return the metrics of samples at the guidance scale of the settings."""
     del task
-    return Evaluation(dict(context.shared(own_metrics)))
+    return Evaluation(dict(context.shared(default_metrics)))
 
 
 def guidance_sweep(task: CaptionTask, context: Context) -> Evaluation:
-    """Return the metrics of samples at every scale, and plots, in the final evaluation."""
+    """Return the metrics of samples at every guidance scale, and plots, in a final evaluation."""
     if not context.full:
         return Evaluation()
-    curve = {task.generator.guidance_scale: context.shared(own_metrics)}
+    curve = {task.generator.guidance_scale: context.shared(default_metrics)}
     for scale in task.evaluation.guidance_scales:
         if scale not in curve:
             curve[scale] = metrics_of(sample_at(scale, context), context)

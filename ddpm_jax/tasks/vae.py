@@ -1,4 +1,4 @@
-"""The task of a variational autoencoder: training, evaluation and samples."""
+"""The task of a variational autoencoder: its training, evaluation and samples."""
 
 import dataclasses
 from typing import Annotated, ClassVar, NamedTuple
@@ -30,19 +30,19 @@ from ddpm_jax.task import (
 from ddpm_jax.variational import vae
 from ddpm_jax.variational.likelihoods import Bernoulli, Gaussian, Likelihood
 
-IWAE_SAMPLES = (1, 64, 1000)
+IWAE_SAMPLES = (1, 64, 1000)  # numbers k of samples of the importance-weighted bounds
 
-ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, sec. 4.2
+ACTIVE_VARIANCE = 0.01  # minimum variance of an active dimension (Burda et al. 2016, sec. 4.2)
 
 
 class Posterior(NamedTuple):
     """The approximate posterior q(z|x) of a batch.
 
     Attributes:
-      x: What is modelled: the images, binarised or dequantised.
-      mean: Mean of q(z|x).
-      logvar: Logarithm of the variance of q(z|x).
-      z: A sample of q(z|x).
+      x: The modelled data: the images, binarised or dequantised.
+      mean: The mean of q(z|x).
+      logvar: The logarithm of the variance of q(z|x).
+      z: One sample of q(z|x) per image.
     """
 
     x: Float[Array, "batch h w c"]
@@ -56,13 +56,14 @@ class VAE(SamplingTask):
     """A variational autoencoder with a standard normal prior (Kingma & Welling 2014).
 
     Attributes:
-      network: Encoder and decoder.
-      likelihood: What the decoder's output means.
-      beta: Weight of the KL; 1 is the variational bound.
-      eval_batch_size: Images of one batch of an evaluation.
-      iwae_images: Test images of which the importance-weighted bounds are estimated, with 1,000
-        samples each.
-      info: The data set.
+      network: The network of the encoder and the decoder.
+      likelihood: The likelihood p(x|z): Bernoulli for binarised pixels, or Gaussian for
+        dequantised pixels.
+      beta: Weight of the KL term in the loss, at least 0; with 1, the loss is the negative ELBO.
+      eval_batch_size: Number of images in one batch of an evaluation.
+      iwae_images: Number of images whose importance-weighted bounds the final evaluation estimates,
+        with 1,000 samples for each.
+      info: The description of the data set.
     """
 
     network: VAENetwork = VAENetwork()
@@ -73,7 +74,7 @@ class VAE(SamplingTask):
     info: Annotated[DataInfo, BOUND] = UNBOUND
 
     provides: ClassVar[str] = "vae"
-    init_examples: ClassVar[int] = 1000  # images whose moments the first parameters are set by
+    init_examples: ClassVar[int] = 1000  # images whose moments initialise the decoder
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "VAE":
         """Return the task for a data set and a precision."""
@@ -85,18 +86,18 @@ class VAE(SamplingTask):
         """Check that the network can be built for images of this size.
 
         Raises:
-          FieldError: it cannot.
+          FieldError: If a field of the network does not fit the image size.
         """
         with section("network"):
             check_shape(self.network)
 
     @property
     def pixels(self) -> Likelihood:
-        """The likelihood of the data set's grey levels."""
+        """The likelihood for the number of grey levels of the data set."""
         return self.likelihood.make(self.info.levels)
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
-        """Return parameters whose decoder knows the mean and the variance of the batch."""
+        """Return initial variables; the decoder starts from the mean and variance of the batch."""
         x = jax.vmap(self.pixels.observe)(jax.random.split(key, len(batch.images)), batch.images)
         params = self.network.init(key, x[:1])
         mean = x.mean(0)
@@ -104,7 +105,7 @@ class VAE(SamplingTask):
         return Variables(with_data_moments(params, self.pixels.bias(mean), logvar), {})
 
     def posterior(self, params: PyTree, batch: Batch, keys: Key[Array, "batch"]) -> Posterior:
-        """Return q(z|x) of every image, and a sample of it."""
+        """Return the parameters and one sample of q(z|x) for every image."""
         observe_keys, z_keys = split_keys(keys, 2)
         x = jax.vmap(self.pixels.observe)(observe_keys, batch.images)
         moments: PyTree = self.network.apply(params, x, method="encode")
@@ -140,12 +141,11 @@ class VAE(SamplingTask):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the negative ELBO of every image, with the KL weighted by beta.
+        """Return the negative ELBO of every image in nats, with the KL weighted by beta.
 
-        Args:
-          variables, batch, keys, train, all_gather: see `Task.loss`.
+        The arguments are those of `Task.loss`.
         """
-        del train, all_gather  # nothing is dropped out or compared
+        del train, all_gather  # there is no dropout, and images are not compared
         posterior = self.posterior(variables.params, batch, keys)
         nll = self.nll(variables.params, posterior.z, posterior.x)
         kl = jax.vmap(vae.kl_to_standard_normal)(posterior.mean, posterior.logvar)
@@ -165,14 +165,14 @@ class VAE(SamplingTask):
         guidance: PyTree,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return the mean images of samples of the prior, in [-1, 1].
+        """Return the mean of p(x|z) for z sampled from the prior, in [-1, 1].
 
         Args:
-          variables: of the trained task.
-          keys: one for every image.
-          request: not used: there is nothing to ask for.
-          guidance: not used.
-          compile: compiles functions of the task.
+          variables: The variables of the trained task.
+          keys: Random keys, one for each image.
+          request: Not used.
+          guidance: Not used.
+          compile: The function that compiles functions of the task.
         """
         del request, guidance
         return compile(sample_prior, static_argnums=0)(self, variables.params, keys)
@@ -181,7 +181,7 @@ class VAE(SamplingTask):
 def sample_prior(
     task: VAE, params: PyTree, keys: Key[Array, "batch"]
 ) -> Float[Array, "batch h w c"]:
-    """Return the mean images of z ~ N(0, I), in [-1, 1]."""
+    """Return the mean of p(x|z) for z ~ N(0, I), in [-1, 1]."""
     z = jax.vmap(lambda key: jax.random.normal(key, (task.network.latents,)))(keys)
     return task.decode(params, z)
 
@@ -189,20 +189,20 @@ def sample_prior(
 def decode(
     task: VAE, params: PyTree, z: Float[Array, "batch latent"]
 ) -> Float[Array, "batch h w c"]:
-    """Return the mean of p(x|z) in [-1, 1]: `VAE.decode` as a function that can be compiled."""
+    """Return `task.decode(params, z)`; a function of this module can be compiled by `Compile`."""
     return task.decode(params, z)
 
 
 def bound_terms(
     task: VAE, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return the two terms of the ELBO in nats, and the mean of q(z|x), of every image.
+    """Return the terms "nll" and "kl" of the ELBO in nats and "mean" of q(z|x) for every image.
 
     Args:
-      task: the task.
-      params: of the encoder and the decoder.
-      batch: images.
-      keys: one for every image.
+      task: The bound task.
+      params: The parameters of the encoder and the decoder.
+      batch: A batch of images.
+      keys: Random keys, one for each image.
     """
     posterior = task.posterior(params, batch, keys)
     nll = task.nll(params, posterior.z, posterior.x)
@@ -211,16 +211,16 @@ def bound_terms(
 
 
 def evaluate_bound(task: VAE, context: Context) -> Evaluation:
-    """Return the loss, the ELBO with its terms, and how many dimensions of z are active."""
+    """Return the loss, the ELBO and its terms, and the number of active dimensions of z."""
     values = context.per_example(
         bound_terms, context.held_out, task.eval_batch_size, context.variables.params
     )
     nll, kl = values["nll"], values["kl"]
     metrics = averages({"loss": nll + task.beta * kl, "neg_elbo": nll + kl, "nll": nll, "kl": kl})
-    if len(nll) > 1:  # a variance over images
+    if len(nll) > 1:
         metrics["active_units"] = float((values["mean"].var(0) > ACTIVE_VARIANCE).sum())
     else:
-        log("active_units is left out: it needs at least 2 images")
+        log("metric active_units is left out: it needs at least 2 images, and the split has 1")
     bits_per_dim = task.pixels.bits_per_dim
     if bits_per_dim is not None:
         bits = bits_per_dim(jnp.asarray(nll + kl), int(np.prod(context.data.shape)))
@@ -231,13 +231,15 @@ def evaluate_bound(task: VAE, context: Context) -> Evaluation:
 def importance_weights(
     task: VAE, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return 1,000 log weights of each image; x is the x of `bound_terms`.
+    """Return 1,000 log weights log p(x, z) - log q(z|x) of each image, in nats.
+
+    They are of the same binarised or dequantised x as the terms of `bound_terms`.
 
     Args:
-      task: the task.
-      params: of the encoder and the decoder.
-      batch: images.
-      keys: one for every image.
+      task: The bound task.
+      params: The parameters of the encoder and the decoder.
+      batch: A batch of images.
+      keys: Random keys, one for each image.
     """
     x, mean, logvar, _ = task.posterior(params, batch, keys)
 
@@ -252,7 +254,7 @@ def importance_weights(
 
 
 def evaluate_importance_weighted(task: VAE, context: Context) -> Evaluation:
-    """Return the importance-weighted bounds of the first images, in a full evaluation."""
+    """Return the importance-weighted bounds of the first images, in a final evaluation."""
     if not context.full:
         return Evaluation()
     first, size = context.held_out.first(task.iwae_images), task.eval_batch_size
@@ -262,18 +264,18 @@ def evaluate_importance_weighted(task: VAE, context: Context) -> Evaluation:
 
 
 def importance_weighted(log_weights: Float[np.ndarray, "images samples"]) -> dict[str, float]:
-    """Return -IWAE bounds for k = 1, 64 and all samples, and the gap between the first and last.
+    """Return the negative IWAE bounds for k = 1, 64 and 1,000, and the gap from 1 to 1,000.
 
-    Each k uses every sample it can: the bound of k is the mean over disjoint groups of k.
+    The bound of k (Burda et al. 2016, eq. 8) is averaged over all disjoint groups of k samples.
     """
     metrics: dict[str, float] = {}
     bounds = {}
     for k in IWAE_SAMPLES:
         groups = log_weights.shape[1] // k
         grouped = log_weights[:, : groups * k].reshape(len(log_weights), groups, k)
-        peak = grouped.max(-1)  # log-mean-exp in float64
-        means = peak + np.log(np.exp(grouped - peak[..., None]).mean(-1))
-        bounds[k] = -means.mean(1)
+        maximum = grouped.max(-1)
+        log_means = maximum + np.log(np.exp(grouped - maximum[..., None]).mean(-1))
+        bounds[k] = -log_means.mean(1)
         metrics |= averages({f"neg_iwae_{k}": bounds[k]})
     metrics |= averages({"gap": bounds[IWAE_SAMPLES[0]] - bounds[IWAE_SAMPLES[-1]]})
     return metrics | {"iwae_images": float(len(log_weights))}
@@ -282,21 +284,21 @@ def importance_weighted(log_weights: Float[np.ndarray, "images samples"]) -> dic
 def reconstruct(
     task: VAE, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return x and its reconstruction from the mean of q(z|x), in [-1, 1], of every image.
+    """Return "x" and its "reconstruction" from the mean of q(z|x) in [-1, 1] for every image.
 
     Args:
-      task: the task.
-      params: of the encoder and the decoder.
-      batch: images.
-      keys: one for every image.
+      task: The bound task.
+      params: The parameters of the encoder and the decoder.
+      batch: A batch of images.
+      keys: Random keys, one for each image.
     """
     posterior = task.posterior(params, batch, keys)
-    shown = task.pixels.show(posterior.x)
-    return {"x": shown, "reconstruction": task.decode(params, posterior.mean)}
+    x = task.pixels.show(posterior.x)
+    return {"x": x, "reconstruction": task.decode(params, posterior.mean)}
 
 
 def reconstructions(task: VAE, context: Context) -> Evaluation:
-    """Return a sheet of the first images, each row above their reconstructions."""
+    """Return a sheet of the first 40 images, with the reconstructions below each row."""
     del task
     values = context.per_example(
         reconstruct, context.held_out.first(40), 40, context.variables.params
@@ -315,8 +317,8 @@ def sample_sheet(task: VAE, context: Context) -> Evaluation:
 
 
 def latent_plane(task: VAE, context: Context) -> Evaluation:
-    """Return a sheet of the images of a grid of z, of two dimensions."""
-    # The unit square through the inverse normal CDF: equal shares of the prior.
+    """Return a sheet of the images that a grid of two-dimensional z decodes to."""
+    # The inverse normal CDF maps a regular grid to points of equal prior probability.
     axis = jax.scipy.stats.norm.ppf(jnp.linspace(0.02, 0.98, 20))
     plane = jnp.stack(jnp.meshgrid(axis, -axis), -1).reshape(-1, 2)
     images = np.asarray(

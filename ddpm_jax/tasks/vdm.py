@@ -1,13 +1,13 @@
-"""Variational diffusion (Kingma et al. 2021): the bound itself is the loss, the schedule learned.
+"""Variational diffusion (Kingma et al. 2021): the loss is the bound, and the schedule is learned.
 
--log P(x0) <= prior + diffusion + decoder, in nats, where for z_t = x_t at time t          (1)
+-log P(x0) <= prior + diffusion + decoder, in nats, where z_t is x_t at time t             (1)
 
     prior      KL(q(z_1 | x0) || N(0, I))
     diffusion  E_t 1/2 (-dlogsnr/dt) |eps - eps_hat|^2     in continuous time, eq. 17
                T E_i KL(q(z_s | z_t, x0) || p(z_s | z_t))  in T steps, s = (i - 1) / T
     decoder    -log P(x0 | z_0), the mass of N(z_0 / alpha, sigma^2 / alpha^2) in x0's bin
 
-and by the probability-flow ODE, with q(z_0 | x0) as its dequantisation,
+The probability-flow ODE, with q(z_0 | x0) as its dequantisation, gives
 
     -log P(x0) <= E_q [log q(z_0 | x0) - log p(z_0)] + decoder                           (2)
 """
@@ -36,32 +36,32 @@ from ddpm_jax.parallel.partitioner import fetch
 from ddpm_jax.rng import split_keys
 from ddpm_jax.task import AllGather, Context, Evaluate, Evaluation, LossOutput, Variables
 from ddpm_jax.tasks.denoising import add_noise, normal, predict
-from ddpm_jax.tasks.image_denoiser import ImageDenoiser, SampleEvaluation, bound_network
+from ddpm_jax.tasks.image_denoiser import ImageDenoiser, SampleEvaluation, bind_network
 from ddpm_jax.tasks.image_sampler import Sampling
 from ddpm_jax.tasks.sample_figures import SAMPLE_EVALUATIONS
 
-STEPS = 1000  # T of the discrete bound
-EVALUATION_PURPOSES = 4  # of an image's random numbers: z_0, times, noise, the ODE's probe
-CURVE_POINTS = 101  # of the plot of the schedule
+STEPS = 1000  # number T of steps of the discrete bound
+EVALUATION_PURPOSES = 4  # keys of an image: noise of z_0, times, noise of z_t, ODE's probe
+CURVE_POINTS = 101  # number of points in the plot of the schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class VDM(ImageDenoiser):
     """Variational diffusion in continuous time (Kingma et al. 2021).
 
-    The network predicts v and is trained on the continuous bound, the schedule with it; with
-    classes the bound is of log P(x0 | y).
+    The network predicts v. The network and the schedule are trained on the continuous bound. With
+    class labels y, it is the bound of -log P(x0 | y).
 
     Attributes:
       network: The denoising network, which predicts v.
-      logsnr_max: logSNR at t = 0 from which the learned schedule starts.
-      logsnr_min: logSNR at t = 1 from which the learned schedule starts.
-      conditional: Condition the network on class labels, where the data set has them.
-      ode_images: Test images whose likelihood the final evaluation computes by the ODE.
-      sampling: How images are sampled.
-      evaluation: What is evaluated.
-      info: The data set.
-      batch_size: Training images of one step.
+      logsnr_max: Initial logSNR of the learned schedule at t = 0, the end with the least noise.
+      logsnr_min: Initial logSNR of the learned schedule at t = 1, less than `logsnr_max`.
+      conditional: Condition the network on class labels, if the data set has them.
+      ode_images: Number of images whose likelihood is computed by the probability-flow ODE.
+      sampling: The settings of sampling.
+      evaluation: The settings of the evaluation.
+      info: The description of the data set.
+      batch_size: Number of training images in one step.
     """
 
     network: DenoisingNetwork = UNet()
@@ -75,20 +75,20 @@ class VDM(ImageDenoiser):
     batch_size: Annotated[int, BOUND] = 0
 
     @property
-    def only_conditional(self) -> str:
-        """The field that guidance by labels contradicts: no label is ever dropped."""
+    def no_label_dropout(self) -> str:
+        """The field that is named in the error for guidance, since training never drops labels."""
         return "sampling.guidance"
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "VDM":
         """Return the task for a data set, a precision and a batch size."""
-        network = bound_network(self.network, info, precision, conditional=self.conditional)
+        network = bind_network(self.network, info, precision, conditional=self.conditional)
         return dataclasses.replace(self, network=network, info=info, batch_size=batch_size)
 
     def check(self) -> None:
         """Check that the fields fit each other and the data.
 
         Raises:
-          FieldError: they do not.
+          FieldError: If a field does not fit another field or the data.
         """
         if not self.logsnr_min < self.logsnr_max:
             raise FieldError(
@@ -100,11 +100,11 @@ class VDM(ImageDenoiser):
         self.check_denoiser()
 
     def noise_schedule(self, params: PyTree) -> schedules.Schedule:
-        """Return the learned schedule, which the parameters hold."""
+        """Return the learned schedule, whose parameters are in `params`."""
         return schedules.learned(params["schedule"])
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
-        """Return the first variables."""
+        """Return the initial variables, which do not depend on the batch."""
         del batch
         net_key, schedule_key = jax.random.split(key)
         labels = jnp.zeros(1, jnp.int32) if self.classes else None
@@ -123,14 +123,14 @@ class VDM(ImageDenoiser):
         conditioning: Int[Array, "batch"] | None,
         keys: Key[Array, "batch"] | None = None,
     ) -> Prediction:
-        """Return the prediction for noisy images, each with its own logsnr.
+        """Return the prediction of x0 and eps for noisy images.
 
         Args:
-          params: of the network and of the schedule.
-          xt: noisy images.
-          logsnr: of every image, which is the network's time.
-          conditioning: labels; None: the network has no classes.
-          keys: of dropout; None: there is none.
+          params: The parameters of the network and of the schedule.
+          xt: Noisy images [B, H, W, C].
+          logsnr: The log signal-to-noise ratio of each image [B], which gives the network's time.
+          conditioning: Class labels [B]; if None, the network is not class-conditional.
+          keys: Random keys of dropout, one for each example; if None, dropout is off.
         """
         time = (self.logsnr_max - logsnr) / (self.logsnr_max - self.logsnr_min)
         return predict(
@@ -148,32 +148,31 @@ class VDM(ImageDenoiser):
     ) -> LossOutput:
         """Return the bound in bits per dimension of every example.
 
-        Args:
-          variables, batch, keys, train, all_gather: see `Task.loss`.
+        The arguments are those of `Task.loss`.
         """
         del all_gather
         params, x0 = variables.params, to_images(batch.images, self.info.levels)
         t_keys, drop_keys, end_keys, eps_keys = split_keys(keys, 4)
         t, _ = StratifiedTimes().sample({}, t_keys, batch.index, self.batch_size)
-        prior, decoder, _ = self.ends(params, x0, normal(end_keys, self.info.shape))
+        prior, decoder, _ = self.end_terms(params, x0, normal(end_keys, self.info.shape))
         labels = self.conditioning(batch.labels)
         eps = normal(eps_keys, self.info.shape)
-        diffusion = self.diffusion(params, x0, eps, t, labels, drop_keys if train else None)
+        diffusion = self.diffusion_term(params, x0, eps, t, labels, drop_keys if train else None)
         parts = {"prior": prior, "diffusion": diffusion, "decoder": decoder}
         dims = int(np.prod(self.info.shape))
         bits = {f"bits_{name}": elbo.bits_per_dim(nats, dims) for name, nats in parts.items()}
         total = bits["bits_prior"] + bits["bits_diffusion"] + bits["bits_decoder"]
         return LossOutput(total, bits, {})
 
-    def ends(
+    def end_terms(
         self, params: PyTree, x0: Float[Array, "batch h w c"], eps: Float[Array, "batch h w c"]
     ) -> tuple[Float[Array, "batch"], Float[Array, "batch"], Float[Array, "batch h w c"]]:
-        """Return (prior, decoder, z_0): eq. (1)'s first and last terms, in nats.
+        """Return (prior, decoder, z_0): the first and the last term of eq. (1) in nats, and z_0.
 
         Args:
-          params: which hold the schedule.
-          x0: images.
-          eps: noise of z_0.
+          params: The parameters, which contain those of the schedule.
+          x0: Images [B, H, W, C] in [-1, 1].
+          eps: The standard normal noise of z_0 [B, H, W, C].
         """
         schedule = self.noise_schedule(params)
         prior = jax.vmap(lambda x0: elbo.prior_kl(x0, schedule.logsnr(jnp.ones(()))))(x0)
@@ -182,7 +181,7 @@ class VDM(ImageDenoiser):
         decoder = jax.vmap(lambda z, x: rounding_nll(z, x, logsnr, self.info.levels))(z0, x0)
         return prior, decoder, z0
 
-    def diffusion(
+    def diffusion_term(
         self,
         params: PyTree,
         x0: Float[Array, "batch h w c"],
@@ -191,15 +190,15 @@ class VDM(ImageDenoiser):
         labels: Int[Array, "batch"] | None,
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch"]:
-        """Return eq. (1)'s middle term at one time of every image, in nats.
+        """Return the diffusion term of eq. (1) in continuous time, at one time per image, in nats.
 
         Args:
-          params: of the network and of the schedule.
-          x0: images.
-          eps: their noise.
-          t: time of every image.
-          labels: classes; None: the network has none.
-          keys: of dropout; None: there is none.
+          params: The parameters of the network and of the schedule.
+          x0: Images [B, H, W, C] in [-1, 1].
+          eps: The standard normal noise of z_t [B, H, W, C].
+          t: The time of each image [B] in [0, 1].
+          labels: Class labels [B]; if None, the network is not class-conditional.
+          keys: Random keys of dropout, one for each example; if None, dropout is off.
         """
         schedule = self.noise_schedule(params)
         logsnr, slope = jax.vmap(lambda t: jax.jvp(schedule.logsnr, (t,), (jnp.ones(()),)))(t)
@@ -213,21 +212,21 @@ class VDM(ImageDenoiser):
 
 
 def bounds(task: VDM, params: PyTree, batch: Batch, keys: Key[Array, "batch"]) -> dict[str, Array]:
-    """Return in nats of each image what both bounds share, and each one's middle term.
+    """Return the terms of both bounds of each image in nats, with the arguments of `ode_nll`.
 
-    Args:
-      task, params, batch, keys: see `ode_nll`.
+    "prior" and "decoder" are terms of both bounds; "continuous" and "discrete" are the diffusion
+    terms of eq. (1) in continuous time and in `STEPS` steps.
     """
     x0, labels = to_images(batch.images, task.info.levels), task.conditioning(batch.labels)
     schedule, count = task.noise_schedule(params), task.evaluation.times_per_image
     end_keys, t_keys, eps_keys, _ = split_keys(keys, EVALUATION_PURPOSES)
-    prior, decoder, _ = task.ends(params, x0, normal(end_keys, task.info.shape))
+    prior, decoder, _ = task.end_terms(params, x0, normal(end_keys, task.info.shape))
     times = evaluation_times(batch.index, t_keys, count)
 
     def at_time(number: Int[Array, ""]) -> tuple[Array, Array]:
         noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(eps_keys)
         eps, t = normal(noise_keys, task.info.shape), times[:, number]
-        continuous = task.diffusion(params, x0, eps, t, labels)
+        continuous = task.diffusion_term(params, x0, eps, t, labels)
         step = grids.step_number(t, STEPS)
         now, before = schedule.logsnr(step / STEPS), schedule.logsnr((step - 1) / STEPS)
         noisy = add_noise(x0, eps, now)
@@ -247,20 +246,21 @@ def ode_nll(
     batch: Batch,
     keys: Key[Array, "batch"],
 ) -> dict[str, Array]:
-    """Return nats of each image by the ODE, eq. (2), and the network's calls.
+    """Return the ODE's bound, eq. (2), of each image in nats ("ode"), and the network's "calls".
 
     Args:
-      task: the task.
-      params: of the network and of the schedule.
-      tolerance: of the ODE's solver.
-      batch, keys: images, and one key for each.
+      task: The bound task.
+      params: The parameters of the network and of the schedule.
+      tolerance: The error tolerance of the ODE solver.
+      batch: A batch of images.
+      keys: Random keys, one for each image.
     """
     shape, schedule = task.info.shape, task.noise_schedule(params)
     x0, labels = to_images(batch.images, task.info.levels), task.conditioning(batch.labels)
     end_keys, _, _, probe_keys = split_keys(keys, EVALUATION_PURPOSES)
-    eps = normal(end_keys, shape)  # z_0 is that of the bounds
+    eps = normal(end_keys, shape)  # the same z_0 as in `bounds`
     probe = jax.vmap(lambda key: jax.random.rademacher(key, shape, eps.dtype))(probe_keys)
-    _, decoder, z0 = task.ends(params, x0, eps)
+    _, decoder, z0 = task.end_terms(params, x0, eps)
     clean, noisy = schedule.logsnr(jnp.zeros(())), schedule.logsnr(jnp.ones(()))
 
     def denoise(xt: Array, logsnr: Array) -> Prediction:
@@ -274,27 +274,26 @@ def ode_nll(
 
 
 def schedule_curve(task: VDM, params: PyTree) -> Float[Array, "points"]:
-    """Return the learned schedule's logsnr at evenly spaced times."""
+    """Return the logsnr of the learned schedule at evenly spaced times from 0 to 1."""
     return task.noise_schedule(params).logsnr(jnp.linspace(0, 1, CURVE_POINTS))
 
 
-def bounds_of(context: Context) -> dict[str, np.ndarray]:
-    """Return `bounds` of the split, or of its first images before the end."""
+def shared_bounds(context: Context) -> dict[str, np.ndarray]:
+    """Return `bounds` of the split, or of its first images in a quick evaluation."""
     task = context.task
     assert isinstance(task, VDM)
-    split = context.examples()
-    size = task.evaluation.batch_size
+    split, size = context.examples(), task.evaluation.batch_size
     return context.per_example(bounds, split, size, context.variables.params)
 
 
 def bits_scale(task: VDM) -> float:
-    """Return what nats are multiplied by for bits per dimension."""
+    """Return the factor from nats of an image to bits per dimension: 1 / (dimensions log 2)."""
     return float(1 / (int(np.prod(task.info.shape)) * np.log(2)))
 
 
 def evaluate_bounds(task: VDM, context: Context) -> Evaluation:
-    """Return the continuous and the discrete bound in bits per dimension, and their parts."""
-    nats = context.shared(bounds_of)
+    """Return the continuous and the discrete bound in bits per dimension, and their terms."""
+    nats = context.shared(shared_bounds)
     ends = nats["prior"] + nats["decoder"]
     values = {"loss": ends + nats["continuous"]}
     values |= {f"bits_per_dim_{name}": ends + nats[name] for name in ("continuous", "discrete")}
@@ -304,7 +303,7 @@ def evaluate_bounds(task: VDM, context: Context) -> Evaluation:
 
 
 def evaluate_ode(task: VDM, context: Context) -> Evaluation:
-    """Return the likelihood by the ODE and its numerical error, at the end of a training."""
+    """Return the likelihood by the ODE and its numerical error, in a final evaluation."""
     if not context.full:
         return Evaluation()
 
@@ -314,7 +313,7 @@ def evaluate_ode(task: VDM, context: Context) -> Evaluation:
 
     exact = solve(task.ode_images, probability_flow.TOLERANCE)
     checked = min(task.ode_images, task.evaluation.batch_size)
-    # The solver's error is below its change from ten times the tolerance.
+    # The change between two tolerances is an upper estimate of the solver's error.
     change = exact["ode"][:checked] - solve(checked, 10 * probability_flow.TOLERANCE)["ode"]
     metrics = averages({"bits_per_dim_ode": exact["ode"]}, bits_scale(task))
     metrics["ode_calls"] = float(exact["calls"].mean())
@@ -324,7 +323,7 @@ def evaluate_ode(task: VDM, context: Context) -> Evaluation:
 
 
 def evaluate_schedule(task: VDM, context: Context) -> Evaluation:
-    """Return the ends of the learned schedule, and its plot at the end of a training."""
+    """Return the end points of the learned schedule, and in a final evaluation its plot."""
     highest, lowest = (float(end) for end in fetch(context.variables.params["schedule"]["ends"]))
     metrics = {"logsnr_highest": highest, "logsnr_lowest": lowest}
     if not context.full:
@@ -338,12 +337,14 @@ def evaluate_schedule(task: VDM, context: Context) -> Evaluation:
 def rounding_nll(
     z0: Float[Array, "*event"], x0: Float[Array, "*event"], logsnr: Float[Array, ""], levels: int
 ) -> Float[Array, ""]:
-    """Return -log P(x0 | z_0) of one image in nats, eq. (1): z_0 / alpha in x0's bin.
+    """Return -log P(x0 | z_0) of one image in nats, the decoder term of eq. (1).
 
     Args:
-      z0, x0: z_0 of logSNR `logsnr`, and the image in [-1, 1]; both [*event].
-      levels: number of grey values.
+      z0: z_0 [*event].
+      x0: The image [*event] in [-1, 1].
+      logsnr: The log signal-to-noise ratio of z_0.
+      levels: The number of grey levels, whose bins partition [-1, 1].
     """
     alpha, sigma = alpha_sigma(logsnr)
-    seen = Prediction(z0 / alpha, jnp.zeros_like(z0))
-    return elbo.decoder_nll(seen, x0, sigma / alpha, levels)
+    prediction = Prediction(z0 / alpha, jnp.zeros_like(z0))
+    return elbo.decoder_nll(prediction, x0, sigma / alpha, levels)

@@ -156,7 +156,7 @@ def test_an_invalid_set_is_an_error_of_one_line(tmp_path, launch_here):
     examples = [{**row, "text": " "} for row in rows(4)]
     store(tmp_path, lambda f: {"text": f.Text()}, {"train": examples, "test": examples})
     result = launch_here("--experiment=text_encoder_shapes", "--debug", *arguments)
-    expect_one_line(result, "data set strange has no captions, or empty ones alone")
+    expect_one_line(result, "data set strange has no captions, or only empty captions")
 
 
 @pytest.mark.parametrize("names", [["test"], ["val", "extra"]])

@@ -255,7 +255,7 @@ def test_features_of_captions_that_cannot_be_used_are_made_again(tmp_path, monke
         (path,) = tmp_path.rglob("*_tokens.npy")
         damage(path)
         assert pretrained_text._kept("an encoder", texts).tokens.shape == (2, 4, 3)
-        assert "made again" in capfd.readouterr().err
+        assert "computed again" in capfd.readouterr().err
     assert len(asked) == 4
     assert pretrained_text._kept("an encoder", texts).tokens.shape == (2, 4, 3)
     assert len(asked) == 4

@@ -1,4 +1,4 @@
-"""Sample and evaluate with a task in tests, as the package's callers do."""
+"""Functions that sample and evaluate a task in tests, as the command line does."""
 
 from ddpm_jax.diffusion.guidance import Guidance
 from ddpm_jax.experiment.requests import Request, resolve
@@ -8,25 +8,25 @@ from ddpm_jax.tasks.image_sampler import ImageSampler
 from ddpm_jax.training.evaluation import EvaluationContext, evaluate
 
 DEFAULT = Request()
-NOTHING = Variables({}, {})  # of a task whose network has no parameters
+NOTHING = Variables({}, {})  # variables of a task whose network has no parameters
 
 
 def sample(task, variables, keys, request=DEFAULT, model=None, partitioner=None):
-    """Images of a task, as `--mode=sample` makes them.
+    """Return images of a task, as `--mode=sample` samples them.
 
     Args:
-      task: bound.
-      variables: its variables.
-      keys: one for every image.
-      request: what is asked for.
-      model: a guidance model.
-      partitioner: the devices; None: those of the variables.
+      task: The bound task.
+      variables: The variables of the task.
+      keys: Random keys, one for each image.
+      request: The request of the user.
+      model: The guidance model; if None, there is none.
+      partitioner: The partitioner; if None, the one that the variables are placed by.
     """
     resolved = resolve(task, request, model)
     partitioner = partitioner or sharding.placed(variables.params)
-    asked = resolved.request._replace(labels=resolved.labels(keys))
+    labelled = resolved.request._replace(labels=resolved.labels(keys))
     return resolved.task.sample(
-        Variables(*variables), keys, asked, resolved.guidance, partitioner.compile
+        Variables(*variables), keys, labelled, resolved.guidance, partitioner.compile
     )
 
 
@@ -42,19 +42,19 @@ def edited(
     guidance=Guidance(),
     partitioner=None,
 ):
-    """Images that are noised to time t and sampled from there, as the edits of an evaluation are.
+    """Return images that are edited by `ImageSampler.sdedit`, as in an evaluation.
 
     Args:
-      task: a bound `ImageDenoiser`.
-      variables: its variables.
-      keys: one for every image.
-      labels: of every image; None: the network has no classes.
-      t: in [0, 1].
-      images: in [-1, 1].
-      known: what pixels are kept to where `mask` is 1.
-      mask: 1 where pixels are known, else 0.
-      guidance: of the task.
-      partitioner: the devices; None: those of the variables.
+      task: The bound `ImageDenoiser`.
+      variables: The variables of the task.
+      keys: Random keys, one for each image.
+      labels: Class labels; if None, the network is not class-conditional.
+      t: The time in [0, 1] at which sampling starts.
+      images: The images in [-1, 1].
+      known: The values of the pixels whose `mask` is 1.
+      mask: 1 for pixels that are set to `known`, else 0.
+      guidance: The guidance of sampling.
+      partitioner: The partitioner; if None, the one that the variables are placed by.
     """
     partitioner = partitioner or sharding.placed(variables.params)
     sdedit = partitioner.compile(ImageSampler.sdedit, static_argnums=0)
@@ -73,7 +73,7 @@ def context_of(
     partitioner=None,
     resources=Resources(),
 ):
-    """The context of an evaluation of a task on a split."""
+    """Return the context of an evaluation of a task on a split."""
     return EvaluationContext(
         task,
         Variables(*variables),
@@ -87,5 +87,5 @@ def context_of(
 
 
 def evaluated(task, variables, data, **options):
-    """The evaluation of a task on a split; `options` are those of `context_of`."""
+    """Return the evaluation of a task on a split; `options` are arguments of `context_of`."""
     return evaluate(context_of(task, variables, data, **options))

@@ -1,4 +1,4 @@
-"""Bound tasks for tests: on images of a size, and with an exact denoiser for a network."""
+"""Tasks for tests: bound to images of a given size, or with an exact denoiser as the network."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ddpm_jax.tasks.image_sampler import Sampling
 
 
 def bound(task, shape, levels, classes=0, batch_size=8, caption_length=0):
-    """A task bound to images of a size, in float32, and checked."""
+    """Return a task in float32, bound to images of a shape and number of grey levels."""
     info = DataInfo("x", shape, levels, classes, caption_length)
     task = task.bind(info, "float32", batch_size)
     task.check()
@@ -24,59 +24,59 @@ def bound(task, shape, levels, classes=0, batch_size=8, caption_length=0):
 
 
 def first_variables(task, batch):
-    """The first variables of a task, by a compiled `init`."""
+    """Return the initial variables of a task, by a compiled `init`."""
     return Variables(*jax.jit(task.init)(jax.random.key(0), batch))
 
 
 def loss_of(task, variables, batch, keys, train=True):
-    """The loss of every example of a whole batch."""
+    """Return the loss of every example of a batch on one device."""
     return task.loss(variables, batch, keys, train=train, all_gather=lambda tree: tree)
 
 
 def not_evaluated(task, context):
-    """An evaluation that costs nothing, where only the steps matter."""
+    """Return a constant loss, for tests of training steps alone."""
     return Evaluation({"loss": 0.0})
 
 
 @dataclasses.dataclass(frozen=True)
 class SmallTask(Task):
-    """A task that is trained alone: a test's subclass has `init` and `loss`."""
+    """A task without a real evaluation; a test's subclass implements `init` and `loss`."""
 
     info: DataInfo = UNBOUND
 
     provides: ClassVar[str] = "nothing"
 
     def evaluations(self):
-        """One that costs nothing."""
+        """Return the evaluation of constant loss."""
         return (not_evaluated,)
 
 
 @dataclasses.dataclass(frozen=True)
 class CutCosine(schedules.Cosine):
-    """The cosine schedule between two values of logsnr."""
+    """The cosine schedule, truncated to a range of logsnr."""
 
     lowest: float = -15.0
     highest: float = 15.0
 
     def make(self):
-        """The schedule."""
+        """Return the schedule."""
         return schedules.cosine(self.lowest, self.highest)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvenBetas(schedules.LinearBetas):
-    """A table of so few evenly spaced betas that `linear_betas` refuses it."""
+    """A table of evenly spaced betas, with fewer steps than `linear_betas` allows."""
 
     def make(self):
-        """The schedule."""
+        """Return the schedule."""
         return schedules.from_betas(np.linspace(self.first, self.last, self.steps))
 
 
 @dataclasses.dataclass(frozen=True)
 class ExactDenoiser(ImageDenoiser):
-    """A denoiser that is given as a function: (params, x_t, logsnr, labels) -> Prediction.
+    """A denoising task whose prediction is `function(params, x_t, logsnr, labels)`.
 
-    The network stands for none, and is not called.
+    The field `network` is not called.
     """
 
     function: Callable = None
@@ -85,19 +85,19 @@ class ExactDenoiser(ImageDenoiser):
     evaluation: SampleEvaluation = SampleEvaluation()
     classes: int = 0
     learned_variance: bool = False
-    only_conditional: str = ""
+    no_label_dropout: str = ""
     table_steps: int | None = None
     info: DataInfo = UNBOUND
     network: UNet = UNet()
 
     def check(self):
-        """Raises FieldError if it cannot be sampled from so."""
+        """Raise FieldError if the settings of sampling do not fit the schedule."""
         self.check_denoiser()
 
     def noise_schedule(self, params):
-        """The schedule, of which the parameters hold nothing."""
+        """Return the schedule, which does not depend on the parameters."""
         return self.schedule
 
     def predict(self, params, xt, logsnr, conditioning):
-        """What the function returns."""
+        """Return the prediction of the function."""
         return self.function(params, xt, logsnr, conditioning)

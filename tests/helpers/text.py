@@ -1,4 +1,4 @@
-"""Parameters of networks, for tests of what reads text."""
+"""Random parameters of networks for tests."""
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +6,16 @@ import numpy as np
 
 
 def drawn(init, *arguments, seed=1):
-    """Parameters of the shapes that `init(key, *arguments)` makes; none is 0, so nothing hides.
+    """Return random parameters of the shapes of `init(key, *arguments)`, none of which is 0.
 
-    Drawn on the host, N(0, 0.1^2), scales around 1: `init` is not compiled.
+    They are sampled on the host from N(0, 0.1^2), or N(1, 0.1^2) for scales, without compiling
+    `init`. A parameter that is 0 would hide errors of the layers before it.
     """
-    draws = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
 
-    def one(path, leaf):
-        made = 0.1 * draws.normal(size=leaf.shape) + (path[-1].key == "scale")
-        return jnp.asarray(made, leaf.dtype)
+    def parameter(path, leaf):
+        values = 0.1 * rng.normal(size=leaf.shape) + (path[-1].key == "scale")
+        return jnp.asarray(values, leaf.dtype)
 
     shapes = jax.eval_shape(init, jax.random.key(0), *arguments)
-    return jax.tree_util.tree_map_with_path(one, shapes)
+    return jax.tree_util.tree_map_with_path(parameter, shapes)

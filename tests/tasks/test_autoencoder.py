@@ -1,4 +1,4 @@
-"""The autoencoders whose latents a generation model sees."""
+"""Tests of the autoencoder whose latents a generation model is trained on."""
 
 import jax
 import jax.numpy as jnp
@@ -41,21 +41,21 @@ def test_latents_have_unit_variance_or_are_codes(codes):
     latents, frozen = Latents(NET, codes), {"params": params, "extra": extra}
     z = latents.encode(frozen, to_images(batch(256, 10_000).images, 256))
     assert z.shape == (256, 4, 4, 3)
-    if not codes:  # of codes the variance is of what they stand for, but for what is between
+    if not codes:  # the moments of z_q differ from those of z, which normalise it
         np.testing.assert_allclose(z.std((0, 1, 2)), 1.0, atol=0.1)
         np.testing.assert_allclose(z.mean((0, 1, 2)), 0.0, atol=0.15)
     else:
-        every = latents.embed_codes(frozen, jnp.arange(codes))
-        apart = np.abs(np.asarray(z)[..., None, :] - every).max(-1)  # [..., codes]
-        assert apart.min(-1).max() == 0  # every latent is a code, and
-        assert len(np.unique(apart.argmin(-1))) > 1
+        all_codes = latents.embed_codes(frozen, jnp.arange(codes))
+        distances = np.abs(np.asarray(z)[..., None, :] - all_codes).max(-1)  # [..., codes]
+        assert distances.min(-1).max() == 0  # every latent is a code
+        assert len(np.unique(distances.argmin(-1))) > 1
         decode = jax.jit(latents.decode)
-        near = decode(frozen, z[:8] + 1e-4)  # what is near one is that code's image
-        np.testing.assert_array_equal(decode(frozen, z[:8]), near)
+        moved = decode(frozen, z[:8] + 1e-4)  # the nearest codes are the same
+        np.testing.assert_array_equal(decode(frozen, z[:8]), moved)
 
 
-def test_the_posterior_is_never_wider_than_the_prior_whatever_the_encoder_says():
-    """A variance that is an exponential of it blew up one training in three."""
+def test_the_posterior_is_never_wider_than_the_prior_for_any_parameters():
+    """With the variance as the exponential of the encoder's output, 1 of 3 runs diverged."""
     params = jax.jit(NET.init)(jax.random.key(0), jnp.zeros((1, *NET.shape)))
     x = to_images(batch(8).images, 256)
 
@@ -71,6 +71,6 @@ def test_the_posterior_is_never_wider_than_the_prior_whatever_the_encoder_says()
             np.testing.assert_allclose(logvar, np.log(0.5), rtol=1e-6)
 
 
-def test_an_image_that_does_not_divide_is_reported_in_one_line():
+def test_an_image_size_that_the_network_cannot_halve_raises_a_field_error():
     with pytest.raises(FieldError, match=r"^network\..* 30x30 does not divide"):
         LatentAutoencoder(Autoencoder((30, 30, 3), (8, 8, 8))).check()

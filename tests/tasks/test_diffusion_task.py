@@ -1,4 +1,4 @@
-"""The diffusion task around a U-Net or a DiT."""
+"""Tests of the diffusion task with a U-Net or a DiT."""
 
 import functools
 
@@ -40,29 +40,29 @@ def tiny():
     return task, first_variables(task, batch), batch
 
 
-def test_a_new_networks_loss_is_the_noises_own_size(tiny):
+def test_the_initial_loss_is_the_variance_of_the_noise(tiny):
     task, variables, batch = tiny
     keys = jax.random.split(jax.random.key(1), 8)
     loss = functools.partial(loss_of, task, train=False)
     losses, metrics, _ = jax.jit(loss)(variables, batch, keys)
     chex.assert_shape(losses, (8,))
-    # The output layer starts at zero, so |eps - 0|^2 is 1 on average over 128 dimensions.
+    # The output layer is initialised with 0: |eps - 0|^2 is 1 on average over 128 dimensions.
     assert abs(losses.mean() - 1) < 4 * (2 / 128) ** 0.5
     chex.assert_trees_all_equal(losses, metrics["mse"])
 
 
-def test_the_task_samples_image_3_the_same_in_any_batch(tiny):
+def test_a_sample_does_not_depend_on_the_size_of_its_batch(tiny):
     task, variables, _ = tiny
     keys = jax.random.split(jax.random.key(2), 8)
-    many = sample(task, variables, keys)
-    few = sample(task, variables, keys[:4])
-    chex.assert_shape(many, (8, 4, 4, 1))
-    assert jnp.abs(many).max() <= 1
-    np.testing.assert_allclose(many[3], few[3], atol=1e-5)
+    samples = sample(task, variables, keys)
+    half = sample(task, variables, keys[:4])
+    chex.assert_shape(samples, (8, 4, 4, 1))
+    assert jnp.abs(samples).max() <= 1
+    np.testing.assert_allclose(samples[3], half[3], atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("request_", "says"),
+    ("request_", "message"),
     [
         (Request(sampler="ddimm"), 'no "ddimm"; did you mean "ddim"'),
         (Request(sampler="ancestral_learned"), "has not learned a variance"),
@@ -71,25 +71,25 @@ def test_the_task_samples_image_3_the_same_in_any_batch(tiny):
         (Request(prompt="a cat"), "--prompt means nothing"),
     ],
 )
-def test_a_request_that_makes_no_sense_is_one_line(tiny, request_, says):
+def test_an_invalid_request_raises_a_user_error(tiny, request_, message):
     task, variables, _ = tiny
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         sample(task, variables, jax.random.split(jax.random.key(0), 2), request_)
 
 
-def test_guidance_on_an_unconditional_network_is_refused():
+def test_guidance_of_an_unconditional_network_raises_a_user_error():
     network = UNet(channels=8, multipliers=(1,), blocks=1, attention_sizes=())
     task = bound(Diffusion(network), (4, 4, 1), 17)
     with pytest.raises(UserError, match="needs a class-conditional run"):
         sample(task, NOTHING, jax.random.split(jax.random.key(0), 2), Request(guidance=2.0))
 
 
-def test_an_image_that_the_network_cannot_halve_is_refused():
+def test_an_image_size_that_the_network_cannot_halve_raises_a_field_error():
     with pytest.raises(FieldError, match=r"^network\..* 3 times, and 28x28 does not divide by 8"):
         bound(Diffusion(UNet()), (28, 28, 1), 256)
 
 
-def test_a_dit_trains_in_the_diffusion_task():
+def test_training_a_dit_lowers_the_loss():
     task = bound(Diffusion(DiT(patch=2, width=16, depth=2, heads=2)), (4, 4, 1), 17, classes=3)
     images = np.random.default_rng(0).integers(0, 17, (8, 4, 4, 1), np.uint8)
     batch = Batch(images, np.arange(8, dtype=np.int32) % 3, np.arange(8, dtype=np.int32))
@@ -112,7 +112,7 @@ def test_a_dit_trains_in_the_diffusion_task():
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_learned_variance_and_importance_times_train_and_sample():
+def test_training_with_learned_variance_and_importance_sampled_times_lowers_the_bound():
     task = Diffusion(
         DiT(patch=2, width=8, depth=1, heads=1),
         EvenBetas(6),
@@ -150,25 +150,25 @@ def test_a_learned_variance_and_importance_times_train_and_sample():
     assert jnp.isfinite(samples).all()
 
 
-def test_a_learned_variance_needs_a_table():
+def test_a_learned_variance_without_a_table_of_betas_raises_a_field_error():
     network = DiT(patch=2, width=8, depth=1, heads=1)
     with pytest.raises(FieldError, match=r"^variance=learned: needs a table of betas"):
         bound(Diffusion(network, Cosine(), variance="learned"), (4, 4, 1), 17)
 
 
-def test_the_noise_levels_bits_add_up_and_their_rate_rises():
+def test_the_bits_of_all_noise_levels_add_up_to_the_bound():
     times = (np.arange(1000)[None] + np.random.default_rng(0).uniform(size=(3, 1))) / 1000
-    found = {"t": times, "mse": times**0, "kl": 64 * np.log(2) * 2 * times, "distortion": times}
-    metrics, pictures = noise_levels(found, 64)
+    terms = {"t": times, "mse": times**0, "kl": 64 * np.log(2) * 2 * times, "distortion": times}
+    metrics, images = noise_levels(terms, 64)
     bits = [metrics[f"bits_t_{t / 10:.1f}"] for t in range(10)]
     assert sum(bits) == pytest.approx(1, abs=1e-3)  # the integral of 2 t
     assert bits[9] == pytest.approx(0.19, abs=1e-3)
     assert metrics["mse_t_0.5"] == 1
-    assert set(pictures) == {"levels", "rate_distortion"}
+    assert set(images) == {"levels", "rate_distortion"}
 
 
-def test_rate_and_distortion_are_taken_at_one_time():
-    """Of kl(t) = c (1 + a t) and distortion t^2: rate(t) = c ((1 - t) + a (1 - t^2) / 2)."""
+def test_rate_and_distortion_are_those_of_the_same_time():
+    """With kl(t) = c (1 + a t) and distortion t^2, rate(t) = c ((1 - t) + a (1 - t^2) / 2)."""
     times = np.random.default_rng(0).permutation((np.arange(20_000) + 0.5) / 20_000)
     times, dims = times.reshape(-1, 8), 64
     kl = 100 * (1 + 3 * times)

@@ -1,4 +1,4 @@
-"""What is compiled of guided sampling, and what is not compiled or computed twice."""
+"""Tests that guided sampling compiles and computes nothing twice."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ KEYS = jax.random.split(jax.random.key(0), COUNT)
 
 
 class Counter:
-    """A network that counts its calls while they are traced, with the sizes of their batches."""
+    """A network that records the batch size of each call when the call is traced."""
 
     def __init__(self):
         self.batches = []
@@ -41,10 +41,10 @@ class Counter:
         return Prediction(x0, (xt - alpha * x0) / sigma)
 
 
-def counting(**how):
-    """A task of a `Counter`, and the counter."""
+def counting(**settings):
+    """Return a task with a `Counter` as its network, and the counter."""
     counter = Counter()
-    sampling = Sampling("ddim", 3, "logsnr", **how)
+    sampling = Sampling("ddim", 3, "logsnr", **settings)
     info = DataInfo("x", SHAPE, 17, CLASSES)
     return ExactDenoiser(counter, SCHEDULE, sampling, classes=CLASSES, info=info), counter
 
@@ -53,22 +53,22 @@ VARIABLES = Variables({"shift": jnp.asarray(0.0)}, {})
 
 
 def at(task, scale, model=None):
-    """Samples of class 1 at a scale of guidance."""
+    """Return samples of class 1 at a guidance scale."""
     return sample(task, VARIABLES, KEYS, Request(label=1, guidance=scale), model)
 
 
-def test_guidance_is_a_pytree_of_its_scale_and_of_another_networks_parameters():
+def test_guidance_is_a_pytree_of_its_scale_and_of_the_guidance_models_parameters():
     task, _ = counting()
-    free = Guidance(ClassifierFree(2.0), (-1.0, 3.0), 0.5)
-    assert jax.tree.leaves(free) == [2.0]
+    guidance = Guidance(ClassifierFree(2.0), (-1.0, 3.0), 0.5)
+    assert jax.tree.leaves(guidance) == [2.0]
     weaker = Guidance(Autoguidance(2.0, {"shift": 3.0}, task))
     assert sorted(jax.tree.leaves(weaker)) == [2.0, 3.0]
     assert jax.tree.leaves(Guidance()) == []
-    twice = jax.tree.map(lambda leaf: 2 * leaf, free)
-    assert twice == Guidance(ClassifierFree(4.0), (-1.0, 3.0), 0.5)
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, guidance)
+    assert doubled == Guidance(ClassifierFree(4.0), (-1.0, 3.0), 0.5)
 
 
-def test_one_program_serves_all_scales_that_guide_and_all_parameters_of_a_guidance_model():
+def test_one_program_serves_all_scales_and_all_parameters_of_a_guidance_model():
     task, counter = counting()
     at(task, 1.5)
     calls = len(counter.batches)
@@ -90,16 +90,14 @@ def test_one_program_serves_all_scales_that_guide_and_all_parameters_of_a_guidan
 
 @pytest.mark.parametrize("rescale", [0.0, 0.5])
 @pytest.mark.parametrize("interval", [None, (-2.0, 2.0)])
-def test_a_neutral_scale_calls_the_network_once_a_step_on_a_batch_that_is_not_doubled(
-    interval, rescale
-):
+def test_a_neutral_scale_calls_the_network_once_per_step_with_an_undoubled_batch(interval, rescale):
     task, counter = counting(guidance_interval=interval, guidance_rescale=rescale)
     assert task.guidance(1.0, None) == Guidance()
     plain, plain_counter = counting()
     labels = jnp.ones(COUNT, jnp.int32)
-    walk = jax.jit(ImageSampler.sample, static_argnums=(0, 1))
+    compiled = jax.jit(ImageSampler.sample, static_argnums=(0, 1))
     inputs = VARIABLES.params, Guidance(), KEYS, labels, labels
-    expected, _ = walk(plain.sampler(), 0, *inputs)
+    expected, _ = compiled(plain.sampler(), 0, *inputs)
     images = at(task, 1.0)
     np.testing.assert_allclose(images, expected, atol=1e-6)
     assert counter.batches == plain_counter.batches
@@ -109,37 +107,37 @@ def test_a_neutral_scale_calls_the_network_once_a_step_on_a_batch_that_is_not_do
     assert weaker_counter.batches == []
 
 
-def test_the_network_is_called_once_for_each_step_that_runs():
-    called = []
+def test_the_network_is_called_once_for_each_step():
+    sizes = []
 
     def network(params, xt, logsnr, labels):
-        jax.debug.callback(lambda value: called.append(len(value)), xt)
+        jax.debug.callback(lambda value: sizes.append(len(value)), xt)
         return Counter()(params, xt, logsnr, labels)
 
     task, _ = counting()
     task = dataclasses.replace(task, function=network)
     for scale, size in ((1.0, COUNT), (2.0, 2 * COUNT)):
-        called.clear()
+        sizes.clear()
         at(task, scale)
         jax.effects_barrier()
-        assert called == [size] * 3
+        assert sizes == [size] * 3
 
 
-def test_the_interval_and_the_rescaling_are_static():
-    """They choose the program: none of them costs anything where it is not asked for."""
-    kinds = [
+def test_the_guidance_interval_and_rescaling_are_static():
+    """They are part of the compiled program and cost no time if they are turned off."""
+    structures = [
         jax.tree.structure(Guidance(ClassifierFree(2.0), interval, rescale))
         for interval in (None, (-2.0, 2.0), (-1.0, 2.0))
         for rescale in (0.0, 0.5)
     ]
-    assert len(set(kinds)) == 6
+    assert len(set(structures)) == 6
     task, counter = counting()
     for guidance in (Guidance(ClassifierFree(2.0)), Guidance(ClassifierFree(2.0), None, 0.5)):
         counter.batches.clear()
         labels = jnp.ones(COUNT, jnp.int32)
-        walk = make().compile(ImageSampler.sample, static_argnums=(0, 1))
-        walk(task.sampler(), 0, VARIABLES.params, guidance, KEYS, labels, 1 + labels)
-        assert counter.batches  # another rescaling is another program
+        compiled = make().compile(ImageSampler.sample, static_argnums=(0, 1))
+        compiled(task.sampler(), 0, VARIABLES.params, guidance, KEYS, labels, 1 + labels)
+        assert counter.batches  # each value of the rescaling compiles a program
 
 
 # Samples of an evaluation.
@@ -152,7 +150,7 @@ TINY = Diffusion(
 
 
 def tiny_data():
-    """A data set of 40 images of two classes."""
+    """Return a data set of 40 images in two classes."""
     images = np.random.default_rng(0).integers(0, 17, (40, *SHAPE), np.uint8)
     split = Split(images, (np.arange(40) % CLASSES).astype(np.int32))
     return Data("x", "x", split, split, 17, ("a", "b"), "")
@@ -161,47 +159,50 @@ def tiny_data():
 BATCH = Batch(jnp.zeros((1, *SHAPE), jnp.uint8), jnp.zeros(1, jnp.int32), jnp.arange(1))
 
 
-def rows_of(name):
-    """A feature network that sees the rows' means, and the class in the first pixel's sign."""
+def row_means(name):
+    """Return a feature network whose features are the means of the rows.
 
-    def see(images):
+    The class is given by the sign of the first feature.
+    """
+
+    def extract(images):
         means = np.asarray(images, np.float64).mean((2, 3))
-        logs = np.log(np.where(means[:, :1] > 0, [0.9, 0.1], [0.1, 0.9]))
-        return means, logs
+        log_probabilities = np.log(np.where(means[:, :1] > 0, [0.9, 0.1], [0.1, 0.9]))
+        return means, log_probabilities
 
-    return FeatureNetwork(name, see, f"the network {name}")
+    return FeatureNetwork(name, extract, f"the network {name}")
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The numbers of the samples of every call of `sample_in_turn`."""
-    places = []
+    """Return a list to which each call of `sample_in_turn` appends the indices of its samples."""
+    indices = []
     sample_in_turn = ImageDenoiser.sample_in_turn
 
-    def counted(self, keys, place, context):
-        places.append(np.asarray(place))
-        return sample_in_turn(self, keys, place, context)
+    def counted(self, keys, index, context):
+        indices.append(np.asarray(index))
+        return sample_in_turn(self, keys, index, context)
 
     monkeypatch.setattr(ImageDenoiser, "sample_in_turn", counted)
-    return places
+    return indices
 
 
-def test_the_samples_of_an_evaluation_are_made_once_and_shared(calls):
+def test_the_samples_of_an_evaluation_are_sampled_once_and_shared(calls):
     settings = dataclasses.replace(TINY.evaluation, num_samples=150, features=("rows", "others"))
     task = bound(dataclasses.replace(TINY, evaluation=settings), SHAPE, 17, CLASSES)
     variables, data = first_variables(task, BATCH), tiny_data()
-    resources = Resources(features=(lambda: rows_of("rows"), lambda: rows_of("others")))
+    resources = Resources(features=(lambda: row_means("rows"), lambda: row_means("others")))
     evaluation = evaluated(task, variables, data, resources=resources)
-    # 150 samples are two batches of 104, the next number after 100 that 8 devices divide.
+    # 150 samples are two batches of 104: 100, rounded up to a multiple of 8 devices.
     np.testing.assert_array_equal(np.concatenate(calls), np.arange(208))
     assert len(calls) == 2
     for name in ("samples", "trajectories", "trajectories_animation", "inpainting", "neighbours"):
         assert name in evaluation.images
     assert {"test/fd_rows", "test/fd_others", "test/classifier_accuracy"} <= set(evaluation.metrics)
-    assert evaluation.metrics["test/drawn"] == 150
+    assert evaluation.metrics["test/num_samples"] == 150
 
 
-def test_samples_that_an_evaluation_has_are_not_sampled_again(calls):
+def test_samples_of_an_evaluation_are_not_sampled_again(calls):
     task, _ = counting()
     context = context_of(task, VARIABLES, tiny_data())
     first = context.samples(100)
@@ -227,7 +228,7 @@ class Counted(Diffusion):
     """A diffusion task that counts how often its prediction is traced."""
 
     def predict(self, *arguments, **keywords):
-        """The prediction of the network."""
+        """Return the prediction of the network."""
         TRACES.append(self)
         return super().predict(*arguments, **keywords)
 
@@ -235,11 +236,10 @@ class Counted(Diffusion):
 TRACES = []
 
 
-def test_equal_tasks_share_one_program_and_another_one_has_its_own():
-    def build(**how):
-        task = Counted(
-            network=TINY.network, sampling=Sampling("ddim", 2, **how), schedule=CutCosine(-9.0, 9.0)
-        )
+def test_equal_tasks_share_one_compiled_program_and_different_tasks_do_not():
+    def build(**settings):
+        sampling = Sampling("ddim", 2, **settings)
+        task = Counted(network=TINY.network, sampling=sampling, schedule=CutCosine(-9.0, 9.0))
         return bound(task, SHAPE, 17, CLASSES)
 
     task, same, stronger = build(), build(), build(guidance=3.0)

@@ -1,4 +1,4 @@
-"""Labels of -1: images that have no class."""
+"""Tests of unlabelled images, whose label is -1."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.nn.classifier import ClassifierNetwork
 from ddpm_jax.nn.unet import UNet
 from ddpm_jax.task import Variables
-from ddpm_jax.tasks.classifier import Classifier, labelled
+from ddpm_jax.tasks.classifier import Classifier, without_unlabelled
 from ddpm_jax.tasks.diffusion import Diffusion
 from ddpm_jax.tasks.image_denoiser import SampleEvaluation
 from ddpm_jax.tasks.vdm import VDM
@@ -37,39 +37,39 @@ def losses(task, params, labels):
     return loss_of(task, Variables(params, {}), batch(labels), keys)
 
 
-def test_an_image_without_a_class_teaches_a_classifier_nothing(classifier):
+def test_the_loss_and_the_gradient_of_an_unlabelled_image_are_zero(classifier):
     task, params = classifier
     loss, metrics, _ = losses(task, params, [0, -1, 2, -1])
     assert (np.asarray(loss) == 0).tolist() == [False, True, False, True]
     assert not np.asarray(metrics["accuracy"])[1::2].any()
-    one = jax.grad(lambda p: losses(task, p, [0, -1, 2, -1])[0].sum())(params)
-    other = jax.grad(lambda p: losses(task, p, [0, 1, 2, 2])[0][::2].sum())(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, other)
+    gradient = jax.grad(lambda p: losses(task, p, [0, -1, 2, -1])[0].sum())(params)
+    expected = jax.grad(lambda p: losses(task, p, [0, 1, 2, 2])[0][::2].sum())(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, expected)
 
 
-def test_a_classifier_is_trained_and_measured_on_images_with_a_class(classifier, capfd):
+def test_a_classifier_is_trained_and_evaluated_without_unlabelled_images(classifier, capfd):
     task, params = classifier
 
-    def split(labels, shown=None):
-        rows = np.arange(len(labels)) if shown is None else shown
-        some = batch(labels)
-        return Split(np.asarray(some.images)[rows], np.asarray(some.labels)[rows])
+    def split(labels, rows=slice(None)):
+        examples = batch(labels)
+        return Split(np.asarray(examples.images)[rows], np.asarray(examples.labels)[rows])
 
     labels = [0, -1, 2, -1, 1, 1]
-    kept = np.flatnonzero(np.array(labels) >= 0)
-    loose = Data("x", "x", split(labels), split(labels), 256, ("a", "b", "c"), "")
-    clean = loose._replace(train=split(labels, kept), test=split(labels, kept))
-    found = labelled(loose)
+    rows = np.flatnonzero(np.array(labels) >= 0)
+    data = Data("x", "x", split(labels), split(labels), 256, ("a", "b", "c"), "")
+    expected = data._replace(train=split(labels, rows), test=split(labels, rows))
+    result = without_unlabelled(data)
     assert capfd.readouterr().err == "x: skipped 2 train and 2 test images that have no class\n"
-    assert np.asarray(found.train.labels).tolist() == [0, 2, 1, 1]
-    np.testing.assert_array_equal(np.asarray(found.train.images), clean.train.images)
-    figures = [
-        evaluated(task, Variables(params, {}), data).metrics for data in (found, labelled(clean))
-    ]
-    assert figures[0] == figures[1]
+    assert np.asarray(result.train.labels).tolist() == [0, 2, 1, 1]
+    np.testing.assert_array_equal(np.asarray(result.train.images), expected.train.images)
+    metrics, expected_metrics = (
+        evaluated(task, Variables(params, {}), part).metrics
+        for part in (result, without_unlabelled(expected))
+    )
+    assert metrics == expected_metrics
     assert capfd.readouterr().err == ""
     with pytest.raises(UserError, match="none of the 2 test images of x has a class"):
-        labelled(loose._replace(test=split([-1, -1])))
+        without_unlabelled(data._replace(test=split([-1, -1])))
 
 
 NETWORK = UNet(channels=4, multipliers=(1,), blocks=1, attention_sizes=())
@@ -80,15 +80,17 @@ CONDITIONAL = (
 
 
 @pytest.mark.parametrize("task", CONDITIONAL, ids=lambda task: type(task).__name__)
-def test_an_image_without_a_class_trains_a_conditional_generator_as_no_class(task):
+def test_a_class_conditional_model_is_trained_on_unlabelled_images_as_no_class(task):
     task = bound(task, (8, 8, 1), 256, classes=3, batch_size=4)
     params, extra = first_variables(task, batch([0]))
     noise = jax.random.split(jax.random.key(2), 100)
-    leaves, tree = jax.tree.flatten(params)  # where every layer is at work
+    leaves, tree = jax.tree.flatten(params)  # no parameter is 0, so that every layer matters
     leaves = [a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, noise, strict=False)]
     variables = Variables(jax.tree.unflatten(tree, leaves), extra)
     loss = jax.jit(lambda batch, keys: loss_of(task, variables, batch, keys).losses)
     keys = jax.random.split(jax.random.key(1), 4)
-    none, null, last = (np.asarray(loss(batch([0, label, 1, label]), keys)) for label in (-1, 3, 2))
-    np.testing.assert_array_equal(none, null)
-    assert (none != last).tolist() == [False, True, False, True]
+    unlabelled, null, labelled = (
+        np.asarray(loss(batch([0, label, 1, label]), keys)) for label in (-1, 3, 2)
+    )
+    np.testing.assert_array_equal(unlabelled, null)
+    assert (unlabelled != labelled).tolist() == [False, True, False, True]

@@ -1,4 +1,4 @@
-"""The loss of an evaluation is the objective of training, whatever the task."""
+"""Tests, for every task, that the loss of an evaluation is the objective of training."""
 
 import jax
 import jax.numpy as jnp
@@ -33,22 +33,23 @@ FAST = Sampling("ddim", 1)
 
 
 def images(size=SIZE, shape=SHAPE, levels=LEVELS):
-    """The same images as every split."""
-    draws = np.random.default_rng(0)
-    some = draws.integers(0, levels, (size, *shape)) * draws.uniform(0.2, 1, (size, 1, 1, 1))
-    split = Split(some.astype(np.uint8), np.arange(size, dtype=np.int32) % CLASSES)
+    """Return a data set with the same images in all splits."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, levels, (size, *shape)) * rng.uniform(0.2, 1, (size, 1, 1, 1))
+    split = Split(pixels.astype(np.uint8), np.arange(size, dtype=np.int32) % CLASSES)
     return Data("x", "x", split, split, levels, ("a", "b", "c"), "", validation=split)
 
 
-def pictures(altered=0):
+def captioned_images(negatives=0):
+    """Return `SIZE` images of shapes, with `negatives` hard negatives, in all splits."""
     data = loader.load("shapes")
-    split = shape_negatives.with_hard_negatives(data, altered).train if altered else data.train
+    split = shape_negatives.with_hard_negatives(data, negatives).train if negatives else data.train
     split = split.rows(np.arange(SIZE))
     return data._replace(train=split, test=split, validation=split)
 
 
 def small(task, classes=CLASSES):
-    """The task bound to `images`, in batches of 16."""
+    """Return the task bound to `images`, in batches of 16."""
     return bound(task, SHAPE, LEVELS, classes, batch_size=16)
 
 
@@ -111,25 +112,25 @@ TASKS = {
     "vdm": (variational, images),
     "classifier": (clean, images),
     "classifier on noise": (noisy, images),
-    "contrastive": (contrastive, pictures),
-    "contrastive, altered captions": (lambda: contrastive(2), lambda: pictures(2)),
+    "contrastive": (contrastive, captioned_images),
+    "contrastive, hard negatives": (lambda: contrastive(2), lambda: captioned_images(2)),
     "autoencoder": (latent, images),
     "autoencoder, quantised": (quantised, images),
 }
 
 
-FAST_ONES = ("diffusion, learned variance, importance-sampled times", "autoencoder")
+FAST_TASKS = ("diffusion, learned variance, importance-sampled times", "autoencoder")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in FAST_ONES else pytest.mark.slow) for name in TASKS],
+    [pytest.param(name, marks=() if name in FAST_TASKS else pytest.mark.slow) for name in TASKS],
 )
 def test_the_loss_of_an_evaluation_is_that_of_training_with_frozen_parameters(name, monkeypatch):
-    """So are all metrics that both report under one name, without dropout and augmentation."""
-    for module in ("diffusion", "vdm"):  # no samples are needed here
+    """All metrics with the same name agree, too, without dropout and augmentation."""
+    for module in ("diffusion", "vdm"):  # this test needs no samples
         monkeypatch.setattr(f"ddpm_jax.tasks.{module}.SAMPLE_EVALUATIONS", ())
-    task, data = (of() for of in TASKS[name])
+    task, data = (make() for make in TASKS[name])
     passes, size = 24, 16
     batch = jax.tree.map(
         jnp.asarray, batches.batch_of(data.train, np.arange(SIZE), np.arange(SIZE))
@@ -141,7 +142,7 @@ def test_the_loss_of_an_evaluation_is_that_of_training_with_frozen_parameters(na
         leaves, tree = jax.tree.flatten(params)
         keys = jax.random.split(jax.random.key(1), len(leaves))
         moved = [a + 0.2 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
-        if "history" in extra:  # as if some times had larger losses than others
+        if "history" in extra:  # some times have larger losses than others
             history = extra["history"]
             rows = 1.0 + jnp.arange(len(history.counts))[:, None] * jnp.ones(history.losses.shape)
             extra = {"history": LossHistory(rows, history.counts + 10)}
@@ -149,28 +150,28 @@ def test_the_loss_of_an_evaluation_is_that_of_training_with_frozen_parameters(na
 
     @jax.jit
     def train(variables):
-        def one(key):
+        def train_pass(key):
             order = jax.random.permutation(key, SIZE).reshape(-1, size)
 
-            def part(rows):
-                some = jax.tree.map(lambda a: a[rows], batch)._replace(index=jnp.arange(size))
+            def step(rows):
+                part = jax.tree.map(lambda a: a[rows], batch)._replace(index=jnp.arange(size))
                 keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-                losses, parts, _ = loss_of(task, variables, some, keys)
+                losses, parts, _ = loss_of(task, variables, part, keys)
                 return {"loss": losses.mean(), **{k: v.mean() for k, v in parts.items()}}
 
-            return jax.tree.map(lambda a: a.mean(), jax.lax.map(part, order))
+            return jax.tree.map(lambda a: a.mean(), jax.lax.map(step, order))
 
-        return jax.lax.map(one, jax.random.split(jax.random.key(2), passes))
+        return jax.lax.map(train_pass, jax.random.split(jax.random.key(2), passes))
 
     variables = start()
-    seen = {k: np.asarray(v, np.float64) for k, v in train(variables).items()}
+    trained = {k: np.asarray(v, np.float64) for k, v in train(variables).items()}
     metrics = evaluated(task, variables, data, split="validation", full=False).metrics
     metrics = {name.removeprefix("validation/"): value for name, value in metrics.items()}
-    shared = [metric for metric in seen if metric in metrics]
+    shared = [metric for metric in trained if metric in metrics]
     assert "loss" in shared
-    assert not undefined([*seen, *metrics])
+    assert not undefined([*trained, *metrics])
     for metric in shared:
-        spread = seen[metric].std(ddof=1)  # of passes, each as long as the evaluation
-        allowed = 4 * (spread * (1 + 1 / passes) ** 0.5) + 1e-5 * abs(metrics[metric])
-        assert abs(seen[metric].mean() - metrics[metric]) < allowed, metric
+        std = trained[metric].std(ddof=1)  # over passes, each of as many examples as an evaluation
+        allowed = 4 * (std * (1 + 1 / passes) ** 0.5) + 1e-5 * abs(metrics[metric])
+        assert abs(trained[metric].mean() - metrics[metric]) < allowed, metric
     assert metrics["loss_error"] > 0

@@ -1,4 +1,4 @@
-"""Text to image: guidance between two captions, two generation models, and the command line."""
+"""Tests of text to image: guidance, both generation models, and the command line."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ TEXT_INPUTS = jnp.zeros((1, DATA.caption_length), jnp.uint8), jnp.zeros((1, *DAT
 
 
 def bound(model, codes=0, batch_size=32, **fields):
-    """The task of the experiment with small networks; `fields` are those of its section."""
+    """Return the task of the experiment with small networks and these fields of `task`."""
     small = {f"task.generator.network.{name}": value for name, value in NETWORK.items()}
     small |= {"task.generator.times_per_image": 1, "task.generator.sampling.steps": 4}
     small |= {"task.text_network": TEXT, "task.autoencoder_network": AUTOENCODER}
@@ -62,14 +62,14 @@ def bound(model, codes=0, batch_size=32, **fields):
 
 
 def generator(model, batch_size=32, times_per_image=1):
-    """A small generation model of the experiment."""
+    """Return a small generation model of the experiment."""
     times = {"generator.times_per_image": times_per_image}
     return bound(model, batch_size=batch_size, **times).generator
 
 
 @functools.cache
 def system(model="unet"):
-    """(task, variables) of a small system none of whose parameters is 0."""
+    """Return (task, variables) of a small system whose parameters are not 0."""
     codes = CODES if model == "autoregressive" else 0
     evaluation = {"num_samples": 4, "num_prompts": 3, "guidance_scales": (2.0,)}
     task = bound(model, codes, **{f"evaluation.{name}": v for name, v in evaluation.items()})
@@ -100,9 +100,9 @@ KEYS = jax.random.split(jax.random.key(7), 4)
 PROMPT = "a small red circle above a blue square"
 
 
-def draw(it, **asked):
-    task, variables = it
-    resolved = resolve(task, Request(**asked))
+def sample(system, **request):
+    task, variables = system
+    resolved = resolve(task, Request(**request))
     return np.asarray(task.sample(variables, KEYS, resolved.request, resolved.guidance, jax.jit))
 
 
@@ -111,18 +111,18 @@ SLOW = pytest.param("dit", marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("model", ["unet", SLOW, "autoregressive"])
 def test_guidance_leads_from_the_empty_caption_to_the_prompt(model):
-    it = system(model)
-    conditional = draw(it, prompt=PROMPT, guidance=1.0)
-    unconditional = draw(it, prompt="", guidance=1.0)
+    trained = system(model)
+    conditional = sample(trained, prompt=PROMPT, guidance=1.0)
+    unconditional = sample(trained, prompt="", guidance=1.0)
     assert conditional.shape == (4, *DATA.shape)
     assert np.abs(conditional - unconditional).max() > 1e-3
     np.testing.assert_allclose(
-        draw(it, prompt=PROMPT, guidance=0.0), unconditional, atol=1e-4, rtol=0
+        sample(trained, prompt=PROMPT, guidance=0.0), unconditional, atol=1e-4, rtol=0
     )
-    # A negative prompt stands where the empty caption does.
-    other = draw(it, prompt="two green triangles", guidance=1.0)
-    negative = draw(it, prompt=PROMPT, negative_prompt="two green triangles", guidance=0.0)
-    np.testing.assert_allclose(negative, other, atol=1e-4, rtol=0)
+    # A negative prompt replaces the empty caption.
+    expected = sample(trained, prompt="two green triangles", guidance=1.0)
+    negative = sample(trained, prompt=PROMPT, negative_prompt="two green triangles", guidance=0.0)
+    np.testing.assert_allclose(negative, expected, atol=1e-4, rtol=0)
 
 
 def test_training_drops_captions_and_evaluation_does_not():
@@ -141,13 +141,13 @@ def test_training_drops_captions_and_evaluation_does_not():
     trained = loss(variables, captioned, True)
     dropped = np.isclose(trained, without, rtol=1e-4)
     dropped &= ~np.isclose(trained, with_caption, rtol=1e-4)
-    assert 16 < dropped.sum() < 48  # a half, by more than 4 deviations either way
+    assert 16 < dropped.sum() < 48  # 32, with a tolerance of 4 standard deviations
     np.testing.assert_allclose(np.where(dropped, without, with_caption), trained, rtol=1e-3)
 
 
 @pytest.mark.parametrize("model", ["unet", SLOW])
-def test_several_draws_of_an_image_are_as_many_images(model):
-    """The loss of an image is the mean of those of copies of it and its caption, at times apart."""
+def test_the_loss_at_several_times_is_the_mean_loss_of_copies_of_the_image(model):
+    """The copies have the same caption and different times."""
     rng = np.random.default_rng(0)
     z, tokens, pooled = (rng.normal(size=size) for size in ((4, 8, 8, 2), (4, 5, 64), (4, 64)))
     mask = jnp.arange(5) < jnp.array([[5], [2], [0], [3]])
@@ -156,24 +156,24 @@ def test_several_draws_of_an_image_are_as_many_images(model):
     params = drawn(several.init, context)
     loss = jax.jit(several.loss, static_argnames="train")
     losses, _ = loss(params, z, context, jnp.arange(4), KEYS, train=True)
-    z_of_each, context_of_each = jax.tree.map(lambda a: a.repeat(2, 0), (z, context))
+    z_copies, context_copies = jax.tree.map(lambda a: a.repeat(2, 0), (z, context))
     keys = jax.vmap(lambda key: jax.random.split(key, 2))(KEYS).reshape(-1)
-    alone = jax.jit(generator(model, 8).loss, static_argnames="train")
-    apart = jnp.array([0, 4, 1, 5, 2, 6, 3, 7])  # eighths of time
-    each, _ = alone(params, z_of_each, context_of_each, apart, keys, train=True)
-    np.testing.assert_allclose(losses, each.reshape(4, 2).mean(1), rtol=1e-4)
-    assert np.ptp(each.reshape(4, 2), 1).min() > 1e-3
-    # Evaluation sees an image once.
-    once = jax.jit(generator(model, 4).loss, static_argnames="train")
-    evaluated = (params, z, context, jnp.arange(4), KEYS)
+    single = jax.jit(generator(model, 8).loss, static_argnames="train")
+    index = jnp.array([0, 4, 1, 5, 2, 6, 3, 7])  # eighths of the times
+    expected, _ = single(params, z_copies, context_copies, index, keys, train=True)
+    np.testing.assert_allclose(losses, expected.reshape(4, 2).mean(1), rtol=1e-4)
+    assert np.ptp(expected.reshape(4, 2), 1).min() > 1e-3
+    # An evaluation uses one time per image.
+    single = jax.jit(generator(model, 4).loss, static_argnames="train")
+    arguments = (params, z, context, jnp.arange(4), KEYS)
     np.testing.assert_allclose(
-        loss(*evaluated, train=False)[0], once(*evaluated, train=False)[0], rtol=1e-6
+        loss(*arguments, train=False)[0], single(*arguments, train=False)[0], rtol=1e-6
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class FirstAligned:
-    """Prompts of one set, of whose images the first is aligned."""
+    """A prompt set with a criterion by which only the first image is aligned."""
 
     def sets(self, split):
         del split
@@ -215,9 +215,9 @@ def test_an_evaluation_has_metrics_of_every_set_and_scale(monkeypatch):
     quick = evaluated(full=False)
     assert "test/aligned" in quick.metrics
     other = TEXT, drawn(TEXT.init, *TEXT_INPUTS, seed=5)
-    judged = evaluated(full=False, dual_encoder=lambda: other)
-    assert judged.metrics["test/loss"] == quick.metrics["test/loss"]
-    assert judged.metrics["test/clip_score"] != quick.metrics["test/clip_score"]
+    by_other = evaluated(full=False, dual_encoder=lambda: other)
+    assert by_other.metrics["test/loss"] == quick.metrics["test/loss"]
+    assert by_other.metrics["test/clip_score"] != quick.metrics["test/clip_score"]
 
 
 @pytest.mark.parametrize("model", ["unet", "autoregressive"])
@@ -236,14 +236,14 @@ def test_a_task_is_static_and_one_program_serves_all_scales(model):
         task.sample(variables, KEYS, SampleRequest(prompt=PROMPT), guidance, compile)
         return [fn._cache_size() for fn in compiled]
 
-    assert task.guidance(1.0, None).method is None  # of half the work
+    assert task.guidance(1.0, None).method is None  # one call of the network per step
     sample(1.0)
     before = sample(3.0)
     assert sample(5.0) == before
     assert sample(0.0) == before
 
 
-def test_encoders_prepare_drop_and_hash():
+def test_text_encoders_are_hashable_and_drop_captions():
     encoder = BytesEncoder(TEXT)
     assert hash(encoder) == hash(BytesEncoder(TEXT.clone()))
     tokens = encoder.prepare(["a red circle", "a blue square"])
@@ -256,7 +256,7 @@ def test_encoders_prepare_drop_and_hash():
 DATA_TEXTS = [bytes(row[row > 0]).decode() for row in DATA.test.captions[np.arange(2)]]
 
 
-def test_prompts_of_shapes_are_hashable_and_aligned_with_their_own_drawings():
+def test_prompts_of_shapes_are_hashable_and_aligned_with_the_images_of_the_data_set():
     prompts = ShapePrompts(2)
     assert hash(prompts) == hash(ShapePrompts(2))
     sets = prompts.sets("test")
@@ -267,27 +267,27 @@ def test_prompts_of_shapes_are_hashable_and_aligned_with_their_own_drawings():
     assert prompts.align(images, texts)["aligned"].all()
 
 
-def test_a_clip_score_is_not_negative_pair_by_pair():
+def test_the_clip_score_of_a_pair_is_not_negative():
     cosines = np.array([-0.5, 0.0, 0.25, 1.0], np.float32)
     np.testing.assert_allclose(clip_scores(cosines), [0, 0, 25, 100])
 
 
-def test_flags_that_mean_nothing_are_refused():
+def test_flags_without_an_effect_raise_a_user_error():
     codes = system("autoregressive")
     for flag, value in (("sampler", "ddim"), ("steps", 20), ("label", 1)):
         with pytest.raises(UserError, match=f"--{flag} means nothing to this run"):
-            draw(codes, prompt="", **{flag: value})
+            sample(codes, prompt="", **{flag: value})
     with pytest.raises(UserError, match="--label means nothing"):
-        draw(system(), prompt="", label=1)
+        sample(system(), prompt="", label=1)
     with pytest.raises(UserError, match="give --prompt="):
-        draw(system())
+        sample(system())
     with pytest.raises(UserError, match='no "dpm"'):
-        draw(system(), prompt="", sampler="dpm")
+        sample(system(), prompt="", sampler="dpm")
     with pytest.raises(FieldError, match=r'^prompt="\.\.\." is missing'):
         system()[0].check_request(SampleRequest())
 
 
-def test_a_network_that_never_lacked_captions_is_not_guided_by_them():
+def test_guidance_without_caption_dropout_raises_a_field_error():
     task = bound("unet", caption_dropout=0.0)
     with pytest.raises(FieldError, match=r"^caption_dropout=0: .* never trained without captions"):
         task.check()
@@ -298,32 +298,32 @@ def test_a_network_that_never_lacked_captions_is_not_guided_by_them():
         task.guidance(3.0, None)
 
 
-def test_a_model_that_its_latents_or_its_noise_do_not_suit_is_one_line():
+def test_a_generator_that_does_not_fit_its_latents_or_its_schedule_raises_a_user_error():
     parts = {"task.autoencoder_network": Autoencoder(channels=(8, 8), latent_channels=2)}
     eps = {"task.generator.prediction": "eps"}
-    for fields, says in (
+    for fields, message in (
         (MODELS["autoregressive"], r"network\.codes=0: .* quantised autoencoder"),
-        (eps, r"prediction=eps: .* eps determines nothing of the image"),
+        (eps, r"prediction=eps: .* eps does not determine the image"),
         (
             {**eps, "task.generator.sampling.steps": "1001"},
             r"sampling\.steps=1001: .* schedule has 1000 steps",
         ),
     ):
         config = override(EXPERIMENT.config, fields, parts, EXPERIMENT.alternatives)
-        with pytest.raises(UserError, match=rf"^--config\.task\.generator\.{says}"):
+        with pytest.raises(UserError, match=rf"^--config\.task\.generator\.{message}"):
             checked_task(bind(config, info_of(DATA)))
     with pytest.raises(UserError, match=r"^--config\.task\.generator\.latents"):
         override(EXPERIMENT.config, {"task.generator.latents": "1"})
 
 
-def test_a_model_that_cannot_be_built_is_refused_before_its_parts_are_trained(tmp_path):
+def test_a_generator_that_cannot_be_built_raises_an_error_before_its_parts_are_trained(tmp_path):
     experiment = load_experiment("text_to_image_shapes")
-    for fields, says in (
+    for fields, message in (
         ({"generator.task.generator": "autoregressive"}, "quantised autoencoder"),
         ({"generator.task.generator.network.channels": "6"}, "channels=6: must be a multiple of 4"),
     ):
         config = override(experiment.config, fields, {}, experiment.alternatives)
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             run.train(experiment, config, tmp_path / "run", Options())
         assert not (tmp_path / "run").exists()
     scaling = load_experiment("text_encoder_scaling")
@@ -333,24 +333,24 @@ def test_a_model_that_cannot_be_built_is_refused_before_its_parts_are_trained(tm
 
 
 @pytest.mark.slow
-def test_the_command_trains_three_parts_resumes_each_and_draws(launch, tmp_path):
+def test_the_command_trains_three_parts_resumes_each_of_them_and_samples(launch, tmp_path):
     command = ("--experiment=text_to_image_shapes", "--debug")
     result = launch(*command)
     assert result.returncode == 0, result.stderr
     workdir = tmp_path / "runs" / "text_to_image_shapes-debug"
-    whole = json.loads((workdir / "summary.json").read_text())
-    assert set(whole["parts"]) == {"text", "autoencoder", "generator"}
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert set(summary["parts"]) == {"text", "autoencoder", "generator"}
 
-    # Each part cut off after its first checkpoint, in turn, ends as it did.
+    # After each part in turn is resumed from its first checkpoint, the summary is the same.
     for part in ("text", "autoencoder", "generator"):
         shutil.rmtree(workdir / part / "checkpoints" / "6")
         (workdir / part / "summary.json").unlink()
         again = launch(*command)
         assert again.returncode == 0, again.stderr
         assert again.stderr.count("resuming at step") == 1
-        assert json.loads((workdir / "summary.json").read_text()) == whole
+        assert json.loads((workdir / "summary.json").read_text()) == summary
 
-    sample = (*command, "--mode=sample", "--num_samples=2", "--steps=2")
+    sample_command = (*command, "--mode=sample", "--num_samples=2", "--steps=2")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\n红色的圆 🔴\n", encoding="utf-8")
     for flags, count in (
@@ -361,18 +361,18 @@ def test_the_command_trains_three_parts_resumes_each_and_draws(launch, tmp_path)
         ([f"--prompt_file={prompts}"], 4),
     ):
         out = tmp_path / "out.npz"
-        result = launch(*sample, *flags, f"--out={out}")
+        result = launch(*sample_command, *flags, f"--out={out}")
         assert result.returncode == 0, result.stderr
         assert np.load(out)["images"].shape == (count, 32, 32, 3)
         assert ("only the first" in result.stderr) == (len(flags[0]) > 1000)
-    result = launch(*sample, "--prompt=a red circle", f"--out={tmp_path / 'out.png'}")
+    result = launch(*sample_command, "--prompt=a red circle", f"--out={tmp_path / 'out.png'}")
     assert result.returncode == 0, result.stderr
-    for flags, says in (
+    for flags, message in (
         ([], 'give --prompt="..."'),
         (["--prompt=a", f"--prompt_file={prompts}"], "give one of them"),
         (["--prompt_file=nowhere"], "cannot be read"),
     ):
-        result = launch(*sample, *flags)
+        result = launch(*sample_command, *flags)
         assert result.returncode == 2
-        assert says in result.stderr
+        assert message in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The VAE's task: its samples, and its importance-weighted bounds."""
+"""Tests of the task of a VAE: its samples and its importance-weighted bounds."""
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,18 @@ from ddpm_jax.tasks.vae import VAE, importance_weighted
 from ddpm_jax.variational import vae
 
 
-def test_importance_weighted_figures_are_the_bounds_of_disjoint_groups():
+def test_importance_weighted_metrics_are_means_over_disjoint_groups():
     weights = np.random.default_rng(0).normal(-90, 3, (20, 1000))
-    found = importance_weighted(weights)
-    assert found["neg_iwae_1"] == pytest.approx(-weights.mean())
+    metrics = importance_weighted(weights)
+    assert metrics["neg_iwae_1"] == pytest.approx(-weights.mean())
     groups = weights[:, :960].reshape(20, 15, 64)
     bound = jax.vmap(jax.vmap(vae.iwae_bound))(jnp.asarray(groups)).mean()
-    assert found["neg_iwae_64"] == pytest.approx(-float(bound), rel=1e-5)
-    whole = jax.vmap(vae.iwae_bound)(jnp.asarray(weights)).mean()
-    assert found["neg_iwae_1000"] == pytest.approx(-float(whole), rel=1e-5)
-    gap = found["neg_iwae_1"] - found["neg_iwae_1000"]
-    assert found["gap"] == pytest.approx(gap)
-    assert found["gap"] > 0
+    assert metrics["neg_iwae_64"] == pytest.approx(-float(bound), rel=1e-5)
+    bound_of_all = jax.vmap(vae.iwae_bound)(jnp.asarray(weights)).mean()
+    assert metrics["neg_iwae_1000"] == pytest.approx(-float(bound_of_all), rel=1e-5)
+    gap = metrics["neg_iwae_1"] - metrics["neg_iwae_1000"]
+    assert metrics["gap"] == pytest.approx(gap)
+    assert metrics["gap"] > 0
 
 
 def test_a_sample_of_the_prior_depends_on_its_key_alone():

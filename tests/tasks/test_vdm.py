@@ -1,4 +1,4 @@
-"""VDM's task: three routes to bits per dimension, of a model whose bits are known."""
+"""Tests of the VDM task: three estimates of bits per dimension, for a model with known bits."""
 
 import functools
 
@@ -21,7 +21,7 @@ from helpers.sampling import evaluated
 from helpers.tasks import bound, first_variables, loss_of
 
 
-def test_rounding_is_right_where_the_noise_is_far_smaller_than_a_bin():
+def test_the_decoder_term_is_exact_if_the_noise_is_far_smaller_than_a_bin():
     logsnr = jnp.asarray(14.0)
     alpha, _ = process.alpha_sigma(logsnr)
     grey = jnp.linspace(-1, 1, 17)
@@ -57,23 +57,26 @@ SHARES = np.array([8, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 6]) / 31
 
 
 def grey_denoiser(xt, logsnr):
-    """The exact denoiser of independent pixels of 17 grey values with the probabilities SHARES."""
+    """Return the prediction for independent pixels, whose 17 grey levels have probability SHARES.
+
+    It is exact: x0 is the posterior mean.
+    """
     alpha, sigma = process.alpha_sigma(logsnr)
-    apart = jnp.square(xt[..., None] - alpha[..., None] * LEVELS) / (2 * sigma[..., None] ** 2)
-    x0 = (jax.nn.softmax(jnp.log(SHARES) - apart) * LEVELS).sum(-1).astype(xt.dtype)
+    nll = jnp.square(xt[..., None] - alpha[..., None] * LEVELS) / (2 * sigma[..., None] ** 2)
+    x0 = (jax.nn.softmax(jnp.log(SHARES) - nll) * LEVELS).sum(-1).astype(xt.dtype)
     return Prediction(x0, (xt - alpha * x0) / sigma)
 
 
 class GreyNetwork(DiT):
-    """A network of v that is `grey_denoiser`, of images with time (9 - logsnr) / 18."""
+    """A network that returns the v of `grey_denoiser`, for the time (9 - logsnr) / 18."""
 
     def __call__(self, xt, time, labels=None, keys=None, context=None):
         logsnr = 9.0 - 18.0 * time[:, None, None, None]
         return from_prediction("v", grey_denoiser(xt, logsnr), logsnr)
 
 
-def test_the_odes_likelihood_of_a_known_discrete_model_is_within_its_numerical_error():
-    """A Gaussian mixture has a known density; float32 and the default tolerance, as a user has."""
+def test_the_ode_likelihood_of_a_known_discrete_model_is_within_its_numerical_error():
+    """A Gaussian mixture has a known density. float32 and the tolerance are those of a run."""
     clean, noisy = jnp.asarray(12.0), jnp.asarray(-10.0)
     alpha, sigma = (np.float64(a) for a in process.alpha_sigma(clean))
     rng = np.random.default_rng(0)
@@ -83,7 +86,7 @@ def test_the_odes_likelihood_of_a_known_discrete_model_is_within_its_numerical_e
     solve = jax.jit(
         lambda tol: probability_flow.log_density(grey_denoiser, z, probe, clean, noisy, tol)[0]
     )
-    found, loose = (
+    log_p, loose = (
         np.asarray(solve(t), np.float64)
         for t in (probability_flow.TOLERANCE, 10 * probability_flow.TOLERANCE)
     )
@@ -91,18 +94,18 @@ def test_the_odes_likelihood_of_a_known_discrete_model_is_within_its_numerical_e
     log_normal -= 0.5 * np.log(2 * np.pi * sigma**2)
     exact = scipy.special.logsumexp(np.log(SHARES) + log_normal, -1).sum(-1)
     to_bits = 1 / (64 * np.log(2))
-    error, estimate = abs((found - exact).mean()), np.abs(found - loose).mean()
+    error, estimate = abs((log_p - exact).mean()), np.abs(log_p - loose).mean()
     assert error * to_bits < 2e-3
     assert error < estimate
 
 
-def of_test(evaluation):
-    """The metrics of the test split, without its name."""
+def metrics_of(evaluation):
+    """Return the metrics of the test split by name, without the prefix "test/"."""
     return {name.removeprefix("test/"): value for name, value in evaluation.metrics.items()}
 
 
-@pytest.mark.slow  # 7 s: the solver calls the network in many places
-def test_the_task_states_the_known_bits_of_a_discrete_model_by_every_route(monkeypatch):
+@pytest.mark.slow  # 7 s: the solver is compiled with several calls of the network
+def test_all_three_estimates_give_the_known_bits_of_a_discrete_model(monkeypatch):
     monkeypatch.setattr("ddpm_jax.tasks.vdm.SAMPLE_EVALUATIONS", ())
     images = np.random.default_rng(0).choice(17, (200, 4, 4, 1), p=SHARES).astype(np.uint8)
     split = Split(images, np.zeros(200, np.int32))
@@ -112,11 +115,11 @@ def test_the_task_states_the_known_bits_of_a_discrete_model_by_every_route(monke
     task = bound(task, (4, 4, 1), 17)
     batch = Batch(images[:8], np.zeros(8, np.int32), np.arange(8, dtype=np.int32))
     variables = task.init(jax.random.key(0), jax.tree.map(jnp.asarray, batch))
-    metrics = of_test(evaluated(task, variables, data))
+    metrics = metrics_of(evaluated(task, variables, data))
     exact = -np.log2(SHARES)[images].mean()
     numerical = metrics["bits_per_dim_ode_numerical_error"]
-    # Given z_0 the grey value is certain (5.6 deviations to the bin's edge), so that eq. (2)
-    # is exact for each image; what is left are the prior's 1e-4 and the solver's error.
+    # z_0 determines the grey level (the edge of a bin is 5.6 standard deviations away), so that
+    # eq. (2) is exact for each image, up to the prior's 1e-4 and the error of the solver.
     assert abs(metrics["bits_per_dim_ode"] - exact) < numerical + 3e-4
     assert numerical < 0.2 * metrics["bits_per_dim_ode_error"]
     for name in ("continuous", "discrete"):
@@ -124,7 +127,7 @@ def test_the_task_states_the_known_bits_of_a_discrete_model_by_every_route(monke
         assert abs(metrics[f"bits_per_dim_{name}"] - exact) < 4 * error
 
 
-def test_the_loss_is_the_bound_and_reaches_the_schedules_ends(tiny):
+def test_the_loss_is_the_bound_and_has_gradients_of_the_schedules_end_points(tiny):
     task, variables, batch, _ = tiny
     keys = jax.random.split(jax.random.key(1), 8)
 
@@ -137,13 +140,13 @@ def test_the_loss_is_the_bound_and_reaches_the_schedules_ends(tiny):
     assert (jnp.abs(gradient["schedule"]["ends"]) > 0).all()
 
 
-def test_the_three_routes_of_one_network_are_near_one_another(tiny):
+def test_the_bounds_of_a_network_agree_within_their_standard_errors(tiny):
     task, variables, _, data = tiny
     evaluation = evaluated(task, variables, data)
-    metrics = of_test(evaluation)
-    routes = [metrics[f"bits_per_dim_{name}"] for name in ("continuous", "discrete")]
+    metrics = metrics_of(evaluation)
+    bounds = [metrics[f"bits_per_dim_{name}"] for name in ("continuous", "discrete")]
     errors = [metrics[f"bits_per_dim_{name}_error"] for name in ("continuous", "discrete")]
-    assert abs(routes[0] - routes[1]) < 4 * sum(errors)
+    assert abs(bounds[0] - bounds[1]) < 4 * sum(errors)
     assert np.isfinite(metrics["bits_per_dim_ode"])
     numerical = metrics["bits_per_dim_ode_numerical_error"]
     assert 0 <= numerical < metrics["bits_per_dim_ode_error"]
