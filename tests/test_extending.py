@@ -96,11 +96,8 @@ def test_a_sampler_schedule_weight_metric_network_and_data_set_of_the_examples_t
         tasks / "sample_figures.py", "SAMPLE_EVALUATIONS = (", "SAMPLE_EVALUATIONS = (brightest, "
     )
 
-    module, union = examples("A network")
-    (copy / "ddpm_jax/nn/plain_net.py").write_text(module)
-    networks = copy / "ddpm_jax/nn/denoising_networks.py"
-    old = re.search(r"^DenoisingNetwork = .*\n", networks.read_text(), re.M)[0]
-    replace(networks, old, f"from ddpm_jax.nn.plain_net import PlainNet\n\n{union}")
+    (block,) = examples("A network")
+    (copy / "ddpm_jax/nn/plain_net.py").write_text(block)
 
     (block,) = examples("A data set")
     (copy / "ddpm_jax/data/stripes.py").write_text(block)
