@@ -1,13 +1,14 @@
-"""Bytes that a training step sends between devices, read from the compiled program.
+"""Count the bytes that a training step sends between devices, from the compiled program.
 
     python benchmarks/communication.py --experiment=ddpm_cifar10 --devices=8,256
 
-The step is compiled, not run, for so many devices forced on the host, and the collectives of the
-partitioned program are counted, each at what a ring of n devices sends per device:
+The step is compiled for each number of devices, which are simulated on the host, and is not run.
+Each collective of the partitioned program counts as the bytes that a device sends in a ring of n
+devices:
 
     all-reduce          2 (n - 1) / n of its bytes
-    all-gather            (n - 1) / n of what comes out
-    reduce-scatter        (n - 1) / n of what goes in
+    all-gather            (n - 1) / n of the bytes of its result
+    reduce-scatter        (n - 1) / n of the bytes of its argument
     all-to-all            (n - 1) / n of its bytes
     collective-permute    its bytes
 """
@@ -23,12 +24,12 @@ from typing import Any
 
 from absl import app, flags
 
-EXPERIMENT = flags.DEFINE_string("experiment", "ddpm_cifar10", "The experiment.")
+EXPERIMENT = flags.DEFINE_string("experiment", "ddpm_cifar10", "Name of the experiment.")
 DEVICES = flags.DEFINE_list("devices", ["8", "256"], "Numbers of devices.")
-MODES = flags.DEFINE_list("modes", ["jit", "pmap", "fsdp"], "How the step is spread.")
-PER_DEVICE = flags.DEFINE_integer("per_device", 1, "Images of a step on a device.")
+MODES = flags.DEFINE_list("modes", ["jit", "pmap", "fsdp"], "Values of --parallel.")
+PER_DEVICE = flags.DEFINE_integer("per_device", 1, "Number of images of a step on a device.")
 ONE = flags.DEFINE_bool(
-    "one", False, "Measure on the devices of this process; the benchmark itself sets it."
+    "one", False, "Measure with the devices of this process; set by the benchmark itself."
 )
 
 SIZES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f64": 8, "pred": 1, "u8": 1, "s8": 1}
@@ -38,32 +39,32 @@ SHAPES = {"cifar10": (32, 32, 3), "mnist": (28, 28, 1)}
 
 
 def sent(text: str, count: int) -> dict[str, float]:
-    """Return the bytes that each of `count` devices sends in a program, by kind of collective."""
-    found: dict[str, float] = collections.Counter()
+    """Return the bytes that each of `count` devices sends in a program, by collective."""
+    totals: dict[str, float] = collections.Counter()
     for line in text.splitlines():
         match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
         if not match:
             continue
-        result, kind = match.groups()
+        result, collective = match.groups()
         size = sum(
-            SIZES.get(kind_, 4) * math.prod(int(d) for d in dims.split(",") if d)
-            for kind_, dims in SHAPE.findall(result)
+            SIZES.get(dtype, 4) * math.prod(int(d) for d in dims.split(",") if d)
+            for dtype, dims in SHAPE.findall(result)
         )
         group = group_size(line, count)
         ring = (group - 1) / group
         factor = {
             "all-reduce": 2 * ring,
             "all-gather": ring,
-            "reduce-scatter": ring * group,  # the result is a device's part
+            "reduce-scatter": ring * group,  # the result is the part of one device
             "all-to-all": ring,
             "collective-permute": 1.0,
-        }[kind]
-        found[kind] += factor * size
-    return found
+        }[collective]
+        totals[collective] += factor * size
+    return totals
 
 
 def group_size(line: str, count: int) -> int:
-    """Return the number of devices of a collective, which XLA writes in several ways."""
+    """Return the number of devices of a collective, which XLA writes in three formats."""
     if named := re.search(r"replica_groups=mesh\[(.*?)\].*?\{('.*?')\}", line):
         axes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
         return math.prod(int(axes[name]) for name in re.findall(r"'(\w+)'", named.group(2)))
@@ -75,7 +76,7 @@ def group_size(line: str, count: int) -> int:
 
 
 def measure(name: str, mode: str) -> None:
-    """Compile the step of an experiment for the devices of this process, and print a line."""
+    """Compile the step of an experiment for the devices of this process, and print its bytes."""
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
     import jax
     import numpy as np
@@ -87,7 +88,9 @@ def measure(name: str, mode: str) -> None:
     from ddpm_jax.parallel import sharding
     from ddpm_jax.training import step as step_module
 
-    jax.config.update("jax_disable_most_optimizations", True)  # they send nothing
+    jax.config.update(
+        "jax_disable_most_optimizations", True
+    )  # optimizations do not change the collectives
     config = load_experiment(name).config
     shape = SHAPES.get(name.rpartition("_")[2], (8, 8, 1))
     count = jax.device_count()
@@ -107,20 +110,20 @@ def measure(name: str, mode: str) -> None:
         return step_module.train_step(task, config, 0, state, batch, collectives=collectives)
 
     program = partitioner.lower(step, partitioner.like(shapes), partitioner.feed(batch))()
-    found = sent(program.as_text(), count)
+    totals = sent(program.as_text(), count)
     parameters = sum(4 * math.prod(a.shape) for a in jax.tree.leaves(shapes.params))
     memory = program.memory_analysis()
     print(
         f"{name}  {mode:<5}{count:>6} devices  parameters {parameters / 1e6:.1f} MB  sent "
-        f"{sum(found.values()) / 1e6:.1f} MB  state and batch on a device "
+        f"{sum(totals.values()) / 1e6:.1f} MB  state and batch on a device "
         f"{memory.argument_size_in_bytes / 1e6:.1f} MB  "
-        + "  ".join(f"{kind} {size / 1e6:.1f}" for kind, size in found.items()),
+        + "  ".join(f"{name} {size / 1e6:.1f}" for name, size in totals.items()),
         flush=True,
     )
 
 
 def main(_: list[str]) -> None:
-    """Start a process for each number of devices, which cannot change within a process."""
+    """Start a process for each number of devices, which is fixed within a process."""
     if ONE.value:
         return measure(EXPERIMENT.value, MODES.value[0])
     for count in DEVICES.value:

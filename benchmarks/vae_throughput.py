@@ -5,7 +5,7 @@
 
 Both run on the same cores and take complete steps, as in training: binarisation, two MLPs, ELBO,
 Adam, the average of the parameters.  The runs alternate, because the speed of a machine changes
-from minute to minute.  The medians and the ratio of each pair are printed.
+from minute to minute.  The medians and the ratio of both rates in each round are printed.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from ddpm_jax.training.program import calls
 
 
 def jax_runner(config: Config, data: Data):
-    """Return run(steps) -> seconds, as in `fit`: batches from the host, many steps in a call."""
+    """Return run(steps) -> seconds, which trains as `fit` does, with several steps in a call."""
     task, train = checked_task(config), config.train
     partitioner = sharding.make("jit")
-    some = data.train.rows(np.arange(1000))
-    examples = Batch(some.images, some.labels, np.arange(1000))
+    rows = data.train.rows(np.arange(1000))
+    examples = Batch(rows.images, rows.labels, np.arange(1000))
     state = partitioner.place(step_module.init_state(task, config, examples, 0))
     program = step_module.train_steps(functools.partial(step_module.train_step, task, config, 0))
     first = next(training_batches(data.train, 0, train.batch_size, [(0, 1)], train.steps_per_call))
@@ -61,7 +61,7 @@ def jax_runner(config: Config, data: Data):
 
 
 def torch_runner(config: Config, data: Data):
-    """Return run(steps) -> seconds, with the data in memory, a fused Adam, a foreach average."""
+    """Return run(steps) -> seconds in PyTorch, with a fused Adam and a foreach average."""
     import torch
     from torch import nn
 
@@ -118,7 +118,7 @@ def torch_runner(config: Config, data: Data):
 
 
 def main() -> None:
-    """Alternate, and print the rates."""
+    """Run both alternately and print the rates."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir")
     parser.add_argument("--steps", type=int, default=500)
@@ -133,16 +133,16 @@ def main() -> None:
     config: Config = bind(experiment.config, info_of(data))
     runners = {"jax": jax_runner(config, data), "torch": torch_runner(config, data)}
     for run in runners.values():
-        run(config.train.steps_per_call)  # compiles, warms up
+        run(config.train.steps_per_call)  # compile and warm up
     rates: dict[str, list[float]] = {name: [] for name in runners}
-    for number in range(arguments.rounds):
-        for name in sorted(runners, reverse=number % 2 == 1):
+    for index in range(arguments.rounds):
+        for name in sorted(runners, reverse=index % 2 == 1):
             rates[name].append(arguments.steps / runners[name](arguments.steps))
-        print("  ".join(f"{name} {found[-1]:6.1f} steps/s" for name, found in rates.items()))
+        print("  ".join(f"{name} {values[-1]:6.1f} steps/s" for name, values in rates.items()))
     ratios = [a / b for a, b in zip(rates["jax"], rates["torch"], strict=True)]
     print(
         f"{data.title}, batch {config.train.batch_size}: "
-        + ", ".join(f"{name} {statistics.median(found):.1f}" for name, found in rates.items())
+        + ", ".join(f"{name} {statistics.median(values):.1f}" for name, values in rates.items())
         + f" steps/s; jax / torch {statistics.median(ratios):.2f} "
         f"(from {min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} rounds)"
     )

@@ -1,6 +1,7 @@
-"""The documents fit each other and the package."""
+"""Links, commands and code of the documents, and imports of the benchmarks."""
 
 import ast
+import importlib
 import re
 import shlex
 
@@ -13,7 +14,7 @@ from ddpm_jax.experiment.registry import load_experiment, names
 from helpers.launching import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-OF_EXAMPLES = ("NAME", "vae_eight", "beta_digits")  # experiments that documents add
+IN_EXAMPLES = ("NAME", "vae_eight", "beta_digits")  # experiments that the documents define
 
 
 def name(path):
@@ -21,13 +22,13 @@ def name(path):
 
 
 def anchors(text):
-    """The anchors of the headings, as GitHub makes them."""
+    """Return the anchors that GitHub derives from the headings of a document."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
     return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
-def test_links_lead_to_files_and_headings_that_there_are(path):
+def test_links_point_to_existing_files_and_headings(path):
     for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
         if link.startswith("https://"):
             continue
@@ -49,7 +50,7 @@ def test_the_readme_has_the_line_that_tests_the_project():
     assert len([line for line in lines if re.match(r"python3 -m venv .*pytest$", line)]) == 1
 
 
-def test_the_citation_has_the_version_of_the_package():
+def test_the_version_of_the_citation_is_that_of_the_package():
     text = (ROOT / "CITATION.cff").read_text()
     assert re.search(r"^version: (.*)$", text, re.MULTILINE)[1] == ddpm_jax.__version__
 
@@ -60,21 +61,32 @@ def test_every_image_of_the_documents_is_shown():
 
 
 def commands():
-    """The arguments of every `launch.py` command in the documents and in the experiments."""
+    """Yield the arguments of every `launch.py` command in the documents and the experiments."""
     for path in [*DOCUMENTS, *sorted(ROOT.glob("experiments/*.py"))]:
         text = re.sub(r"\\+\n *", "", path.read_text())
         for line in re.findall(r"launch\.py (--[^`\n]*)", text):
-            if line.count('"') % 2:  # it ends the command of another program
+            if line.count('"') % 2:  # the quote belongs to the command of another program
                 line = line.removesuffix('"')
             words = shlex.split(line, comments=True)
-            if not {f"--experiment={name}" for name in OF_EXAMPLES} & set(words):
+            if not {f"--experiment={name}" for name in IN_EXAMPLES} & set(words):
                 yield [word for word in words if word not in ("&", "--help")]
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/*.py")), ids=name)
+def test_the_names_that_a_benchmark_imports_exist(path):
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if hasattr(node, "module")]
+    imports = [node for node in nodes if node.module.startswith("ddpm_jax")]
+    assert imports
+    for node in imports:
+        for alias in node.names:
+            if not hasattr(importlib.import_module(node.module), alias.name):
+                importlib.import_module(f"{node.module}.{alias.name}")
+
+
 def test_the_fields_and_flags_of_every_command_exist():
-    seen = list(commands())
-    assert len(seen) > 60
-    for arguments in seen:
+    all_arguments = list(commands())
+    assert len(all_arguments) > 60
+    for arguments in all_arguments:
         define_flags()
         overrides = parse(arguments)
         name = FLAGS.experiment or (FLAGS.workdir or "").removeprefix("runs/")

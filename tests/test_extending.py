@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, applied to a copy of the project and run."""
+"""The examples of docs/extending.md and of the README, run in a copy of the project."""
 
 import json
 import re
@@ -14,28 +14,28 @@ TEXT = (ROOT / "docs/extending.md").read_text()
 
 
 def examples(heading):
-    """The blocks of code of a section."""
+    """Return the code blocks of a section."""
     section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)[1]
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
 def insert(path, before, code):
-    """Put code before a line of a file."""
+    """Insert code before a line of a file."""
     text = path.read_text()
-    assert text.count(before) == 1, f"{path.name} has not one {before!r}"
+    assert text.count(before) == 1, f"{path.name} contains {before!r} {text.count(before)} times"
     path.write_text(text.replace(before, f"{code.strip()}\n\n\n{before}"))
 
 
 def replace(path, old, new):
-    """Replace what is there once in a file."""
+    """Replace a text that a file contains once."""
     text = path.read_text()
-    assert text.count(old) == 1, f"{path.name} has not one {old!r}"
+    assert text.count(old) == 1, f"{path.name} contains {old!r} {text.count(old)} times"
     path.write_text(text.replace(old, new))
 
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of the package, the experiments and the command."""
+    """Return a directory with a copy of the package, the experiments and launch.py."""
     for name in ("ddpm_jax", "experiments"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "launch.py", tmp_path)
@@ -43,7 +43,7 @@ def copy(tmp_path):
 
 
 def launch(copy, *arguments):
-    """Run the command of the copy; return its summary."""
+    """Run --debug in the copy with these arguments, and return the summary of the run."""
     command = [sys.executable, "launch.py", "--debug", "--workdir=run", *arguments]
     result = subprocess.run(
         command, cwd=copy, env=user_environment(), capture_output=True, text=True
@@ -53,14 +53,14 @@ def launch(copy, *arguments):
 
 
 def entries(block, table):
-    """(what stands before a table, the table's new entries) of a block of code."""
+    """Return the code before a table, the new entries of the table, and the code after it."""
     code, _, rest = block.partition(f"{table} = {{\n    ...\n")
     lines, _, after = rest.partition("}\n")
     return code, lines, after
 
 
 @pytest.mark.slow
-def test_a_sampler_schedule_weight_metric_network_and_data_set_of_the_examples_train(copy):
+def test_the_sampler_schedule_weight_metric_network_and_data_set_of_the_guide_train(copy):
     maths, tasks = copy / "ddpm_jax/diffusion", copy / "ddpm_jax/tasks"
     (block,) = examples("A sampler")
     code, lines, _ = entries(block, "SAMPLERS: dict[str, Named]")
@@ -96,11 +96,8 @@ def test_a_sampler_schedule_weight_metric_network_and_data_set_of_the_examples_t
         tasks / "sample_figures.py", "SAMPLE_EVALUATIONS = (", "SAMPLE_EVALUATIONS = (brightest, "
     )
 
-    module, union = examples("A network")
-    (copy / "ddpm_jax/nn/plain_net.py").write_text(module)
-    networks = copy / "ddpm_jax/nn/denoising_networks.py"
-    old = re.search(r"^DenoisingNetwork = .*\n", networks.read_text(), re.M)[0]
-    replace(networks, old, f"from ddpm_jax.nn.plain_net import PlainNet\n\n{union}")
+    (block,) = examples("A network")
+    (copy / "ddpm_jax/nn/plain_net.py").write_text(block)
 
     (block,) = examples("A data set")
     (copy / "ddpm_jax/data/stripes.py").write_text(block)
@@ -125,7 +122,7 @@ def test_a_sampler_schedule_weight_metric_network_and_data_set_of_the_examples_t
 
 
 @pytest.mark.slow
-def test_the_experiment_of_the_example_trains_its_sweep(copy):
+def test_the_experiment_of_the_guide_trains_its_sweep(copy):
     (block,) = examples("An experiment")
     (copy / "experiments/beta_digits.py").write_text(block)
     summary = launch(copy, "--experiment=beta_digits")

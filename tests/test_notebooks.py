@@ -1,4 +1,4 @@
-"""Both notebooks, executed cell by cell with tiny trainings, by this very Python."""
+"""Both notebooks, executed with short trainings by the Python that runs the tests."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 class ThisPython(AsyncKernelManager):
-    """A kernel of the interpreter that runs the tests, whatever kernels are registered."""
+    """A kernel of the interpreter that runs the tests, which need not be registered."""
 
     @property
     def kernel_spec(self):
@@ -29,10 +29,10 @@ class ThisPython(AsyncKernelManager):
 
 @pytest.fixture
 def execute(tmp_path, monkeypatch):
-    """execute("tour.ipynb") -> its code cells by their ids, executed in an empty folder.
+    """Return a function that executes a notebook in an empty directory.
 
-    Args:
-      form: a replacement in the notebook's form, (what is there, what is to be).
+    The function returns the executed code cells by their ids. Its arguments are the name of the
+    notebook and `form`: a pair (old, new) of texts to replace in the cell "form".
     """
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "jupyter"))
 
@@ -52,21 +52,21 @@ def execute(tmp_path, monkeypatch):
     return run
 
 
-def said(cell):
-    """All that a cell printed."""
+def printed(cell):
+    """Return the text that a cell printed."""
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
-def pictures(cell):
-    """The pictures that a cell shows, as arrays."""
-    found = [
+def images(cell):
+    """Return the images that a cell displayed, as arrays."""
+    encoded = [
         output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})
     ]
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in encoded]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_kept_without_outputs(path):
+def test_a_notebook_is_stored_without_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     for cell in notebook.cells:
@@ -76,14 +76,16 @@ def test_a_notebook_is_kept_without_outputs(path):
 
 
 @pytest.mark.slow
-def test_the_tour_runs_and_every_figure_is_shown(execute, tmp_path):
-    cells = execute("tour.ipynb")  # whose own asserts hold the equations
-    drawing = {name: cell for name, cell in cells.items() if "show(figure)\n" in cell.source + "\n"}
-    drawing.pop("setup-import", None)  # which defines it
-    assert len(drawing) >= 14
-    for name, cell in drawing.items():
-        (picture,) = pictures(cell)
-        assert picture.std() > 0, name
+def test_the_tour_runs_and_every_figure_is_displayed(execute, tmp_path):
+    cells = execute("tour.ipynb")  # its `assert` statements check the equations
+    plotting = {
+        name: cell for name, cell in cells.items() if "show(figure)\n" in cell.source + "\n"
+    }
+    plotting.pop("setup-import", None)  # this cell defines `show`
+    assert len(plotting) >= 14
+    for name, cell in plotting.items():
+        (image,) = images(cell)
+        assert image.std() > 0, name
     for run in ("vae_digits", "ddpm_digits"):
         assert (tmp_path / "runs" / "tour-debug" / run / "summary.json").exists()
 
@@ -91,12 +93,12 @@ def test_the_tour_runs_and_every_figure_is_shown(execute, tmp_path):
 @pytest.mark.parametrize(
     "experiment", ["vae_mnist", pytest.param("ddpm_mnist", marks=pytest.mark.slow)]
 )
-def test_the_colab_notebook_is_cut_off_goes_on_and_draws(experiment, execute, tmp_path):
+def test_the_colab_notebook_is_interrupted_resumes_and_samples(experiment, execute, tmp_path):
     line = 'EXPERIMENT = "{}"'
     cells = execute("train_on_colab.ipynb", (line.format("ddpm_mnist"), line.format(experiment)))
     workdir = tmp_path / "runs" / f"{experiment}-debug"
-    assert "the same command goes on" in said(cells["rehearsal"])
-    assert "resuming at step" in said(cells["train"])
+    assert "stopped at step" in printed(cells["rehearsal"])
+    assert "resuming at step" in printed(cells["train"])
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["experiment"] == experiment
     assert (
@@ -104,17 +106,17 @@ def test_the_colab_notebook_is_cut_off_goes_on_and_draws(experiment, execute, tm
         == json.loads((workdir / "config.json").read_text())["config"]["train"]["steps"]
     )
     for metric in summary["metrics"]:
-        assert metric.endswith("_error") or metric in said(cells["results"])
-    assert len(pictures(cells["results"])) == 3  # curves, samples and another
-    assert pictures(cells["sample"])[0].std() > 0
+        assert metric.endswith("_error") or metric in printed(cells["results"])
+    assert len(images(cells["results"])) == 3  # curves, samples and a third image
+    assert images(cells["sample"])[0].std() > 0
     assert (workdir / "results.zip").exists()
 
 
-def test_a_command_that_fails_fails_the_colab_notebook(capsys):
+def test_a_failing_command_raises_an_error_in_the_colab_notebook(capsys):
     notebook = nbformat.read(ROOT / "notebooks" / "train_on_colab.ipynb", as_version=4)
     (install,) = (cell.source for cell in notebook.cells if cell.id == "install")
-    defined = {}
-    exec(install, defined)
+    names = {}
+    exec(install, names)
     with pytest.raises(RuntimeError, match="exit code 2"):
-        defined["call"](sys.executable, "launch.py", "--experiment=ddpm_mnits", cwd=defined["ROOT"])
+        names["call"](sys.executable, "launch.py", "--experiment=ddpm_mnits", cwd=names["ROOT"])
     assert 'there is no "ddpm_mnits"' in capsys.readouterr().out

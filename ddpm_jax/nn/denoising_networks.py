@@ -1,6 +1,40 @@
-"""The denoising networks; a new one is added to `DenoisingNetwork`, for all tasks."""
+"""The denoising networks, which are the alternatives of `network` in all tasks that denoise.
 
-from ddpm_jax.nn.dit import DiT
-from ddpm_jax.nn.unet import UNet
+A file of this directory that defines a denoising network names its class in the last line, as in
+`DENOISING_NETWORK = UNet`. `DenoisingNetwork` is the union of these classes.
+"""
 
-DenoisingNetwork = UNet | DiT
+import functools
+import importlib
+import operator
+import pathlib
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+if TYPE_CHECKING:
+
+    class DenoisingNetwork(Protocol):
+        """A Flax module that denoises; `UNet` describes its fields and arguments."""
+
+        @property
+        def classes(self) -> int:
+            """The number of classes; 0 for an unconditional network."""
+
+        def check(self, shape: tuple[int, int, int]) -> None:
+            """Raise FieldError if the network does not fit images of this shape."""
+
+        def init(self, rngs: Any, *args: Any) -> Any:
+            """Return new parameters, as all Flax modules do."""
+
+        def apply(self, variables: Any, *args: Any) -> Any:
+            """Return the output, as all Flax modules do."""
+
+        def clone(self, *, parent: None = None, **fields: Any) -> Self:
+            """Return a copy with new values of some fields, as all Flax modules do."""
+
+else:
+    _files = sorted(pathlib.Path(__file__).parent.glob("[a-z]*.py"))
+    _modules = [importlib.import_module(f"{__package__}.{path.stem}") for path in _files]
+    DenoisingNetwork = functools.reduce(
+        operator.or_,
+        [module.DENOISING_NETWORK for module in _modules if hasattr(module, "DENOISING_NETWORK")],
+    )

@@ -157,3 +157,6 @@ def _modulation(
     zeros = nn.initializers.zeros
     dense = nn.Dense(parts * emb.shape[-1], kernel_init=zeros, name=name, parent=module)
     return jnp.split(dense(emb)[:, None], parts, -1)
+
+
+DENOISING_NETWORK = DiT

@@ -287,3 +287,6 @@ class AttentionBlock(nn.Module):
         h = group_norm(x, "norm_cross") + grid_embedding(height, width, channels).astype(x.dtype)
         h = h.reshape(batch, height * width, channels)
         return x + CrossAttention(heads, self.dtype, name="cross")(h, context).reshape(x.shape)
+
+
+DENOISING_NETWORK = UNet
