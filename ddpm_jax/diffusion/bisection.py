@@ -1,4 +1,4 @@
-"""The inverse of a decreasing function on [0, 1], found by bisection."""
+"""The inverse of a decreasing function on [0, 1], computed by bisection."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 
 def inverse_of_decreasing(decreasing: Callable[[Array], Array], value: Array) -> Array:
-    """Return t in [0, 1] with decreasing(t) = value, element by element, to 2^-41."""
+    """Return t in [0, 1] with decreasing(t) = value, for each element, with error at most 2^-41."""
 
     def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends

@@ -1,8 +1,10 @@
-"""The variational bound's terms, for one example, in nats (Ho et al. 2020, eq. 5).
+"""The terms of the variational bound, for one example, in nats (Ho et al. 2020, eq. 5).
 
--log p(x_0) <= L_T + sum_{t > 1} L_{t-1} + L_0                                       (1)
-L_T = KL(q(x_T | x_0) || N(0, I)),  L_{t-1} = KL(q(x_s | x_t, x_0) || p(x_s | x_t)),
-L_0 = -log p(x_0 | x_1), of discrete grey values
+    -log p(x_0) <= L_T + sum_{t > 1} L_{t-1} + L_0                                       (1)
+    L_T = KL(q(x_T | x_0) || N(0, I)),  L_{t-1} = KL(q(x_s | x_t, x_0) || p(x_s | x_t)),
+    L_0 = -log p(x_0 | x_1), for discrete grey values x_0
+
+Time t is noisier than time s; s is the step before t.
 """
 
 import jax
@@ -17,7 +19,11 @@ Scalar = Float[Array, ""]
 
 
 def prior_kl(x0: Float[Array, "*event"], logsnr_1: Scalar) -> Scalar:
-    """L_T = KL(N(alpha x_0, sigma^2) || N(0, I)) at the noisiest time, in nats."""
+    """Return L_T = KL(N(alpha x_0, sigma^2 I) || N(0, I)) at the noisiest time t = 1, in nats.
+
+    >>> print(f"{prior_kl(jnp.ones(1), jnp.array(0.0)):.4f}")  # alpha^2 = 1/2: log(2) / 2
+    0.3466
+    """
     alpha, sigma = alpha_sigma(logsnr_1)
     log_variance = jax.nn.log_sigmoid(-logsnr_1)
     constant = jnp.square(sigma) - 1 - log_variance
@@ -32,16 +38,25 @@ def step_kl(
     logsnr_s: Scalar,
     variance: Variance = "posterior",
 ) -> Scalar:
-    """L_{t-1} = KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of two Gaussians, in nats.
+    """Return L_{t-1} = KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of two Gaussians, in nats.
+
+    With the posterior variance it is 1/2 (SNR_s - SNR_t) |x0 - x0_hat|^2 (Kingma et al. 2021):
+
+    >>> prediction, xt = Prediction(x0=jnp.ones(1), eps=jnp.zeros(1)), jnp.zeros(1)
+    >>> nats = step_kl(prediction, jnp.zeros(1), xt, jnp.log(1.0), jnp.log(3.0))
+    >>> print(f"{nats:.4f}")
+    1.0000
 
     Args:
-      prediction: the denoiser's, of x_t.
-      x0, xt: the data and x_t.
-      logsnr_t, logsnr_s: of the noisier and the cleaner time; both finite.
-      variance: of p(x_s | x_t).
+      prediction: The prediction of the denoiser at x_t.
+      x0: The clean data, [*event].
+      xt: The noisy data, [*event].
+      logsnr_t: The log signal-to-noise ratio at the noisier time t; finite.
+      logsnr_s: The log signal-to-noise ratio at the cleaner time s; finite.
+      variance: The variance of p(x_s | x_t); see `reverse_log_variance`.
 
     Raises:
-      ValueError: `variance` is "learned" and the prediction has none.
+      ValueError: If `variance` is "learned" and the prediction has no learned variance.
     """
     mean_q, variance_q = q_posterior(x0, xt, logsnr_t, logsnr_s)
     mean_p, _ = q_posterior(prediction.x0, xt, logsnr_t, logsnr_s)
@@ -54,38 +69,48 @@ def step_kl(
 def decoder_nll(
     prediction: Prediction, x0: Float[Array, "*event"], std: Array | float, levels: int = 256
 ) -> Scalar:
-    """L_0 = -log p(x_0 | x_1) of discretised grey values, in nats (Ho et al. 2020, eq. 13).
+    """Return L_0 = -log p(x_0 | x_1) of discrete grey values, in nats (Ho et al. 2020, eq. 13).
 
-    The Gaussian N(prediction.x0, std^2)'s mass in the bin around each value; the first and
-    last bins reach to infinity, so that the masses of all values sum to one.
+    p is the mass of N(prediction.x0, std^2) in the bin around each value. The first and the last
+    bin extend to infinity, so that the masses of all values sum to 1.
+
+    >>> prediction = Prediction(x0=jnp.zeros(1), eps=jnp.zeros(1))
+    >>> print(f"{decoder_nll(prediction, jnp.ones(1), 0.1, levels=2):.4f}")  # log 2
+    0.6931
 
     Args:
-      x0: multiples of 2 / (levels - 1) from -1 to 1.
-      std: of the last step, a scalar or of the event's shape.
+      prediction: The prediction of the denoiser at x_1; only its x0 is used.
+      x0: The clean data, [*event]: multiples of 2 / (levels - 1) from -1 to 1.
+      std: The standard deviation of the Gaussian, a scalar or [*event].
+      levels: The number of grey values.
     """
     half = 1 / (levels - 1)
     low = jnp.where(x0 < -1 + half, -jnp.inf, (x0 - half - prediction.x0) / std)
     high = jnp.where(x0 > 1 - half, jnp.inf, (x0 + half - prediction.x0) / std)
-    # By symmetry both edges are moved to the lower tail, where nothing cancels.
+    # By symmetry, both edges are moved to the lower tail, where the difference does not cancel.
     flip = low + high > 0
     low, high = jnp.where(flip, -high, low), jnp.where(flip, -low, high)
     log_low, log_high = _log_ndtr(low), _log_ndtr(high)
-    # log(exp(log_high) - exp(log_low)); the mask keeps gradients of -inf away.
+    # log(exp(log_high) - exp(log_low)), masked so that no gradient of -inf is computed.
     inner = jnp.isfinite(log_low)
     difference = jnp.where(inner, jnp.where(inner, log_low, 0) - log_high, -1.0)
-    difference = jnp.minimum(difference, -jnp.finfo(difference.dtype).eps)  # far out it rounds to 0
+    # In the far tail the difference can round to 0.
+    difference = jnp.minimum(difference, -jnp.finfo(difference.dtype).eps)
     log_mass = log_high + jnp.where(inner, jnp.log(-jnp.expm1(difference)), 0.0)
     return -jnp.sum(log_mass)
 
 
 def _log_ndtr(x: Float[Array, "*event"]) -> Float[Array, "*event"]:
-    """Return `log_ndtr`; below -16 its asymptotic series, whose derivative does not cancel."""
-    far = x < -16
-    tail, near = jnp.where(far, x, -16.0), jnp.where(far, 0.0, x)
-    u = 1 / jnp.square(tail)
+    """Return the log of the normal distribution function, with an accurate derivative.
+
+    Below -16 it is the asymptotic series, since the derivative of jax's `log_ndtr` cancels there.
+    """
+    tail = x < -16
+    x_tail, x_body = jnp.where(tail, x, -16.0), jnp.where(tail, 0.0, x)
+    u = 1 / jnp.square(x_tail)
     series = jnp.log1p(-u * (1 - 3 * u * (1 - 5 * u * (1 - 7 * u))))
-    log_tail = -0.5 * jnp.square(tail) - jnp.log(-tail) - 0.5 * jnp.log(2 * jnp.pi) + series
-    return jnp.where(far, log_tail, log_ndtr(near))
+    log_tail = -0.5 * jnp.square(x_tail) - jnp.log(-x_tail) - 0.5 * jnp.log(2 * jnp.pi) + series
+    return jnp.where(tail, log_tail, log_ndtr(x_body))
 
 
 def step_nats(
@@ -94,46 +119,59 @@ def step_nats(
     xt: Float[Array, "*event"],
     logsnr_t: Scalar,
     logsnr_s: Scalar,
-    least: Scalar,
+    min_log_variance: Scalar,
     variance: Variance = "posterior",
     levels: int = 256,
 ) -> Scalar:
-    """L_{t-1}, or L_0 where `logsnr_s` is +inf: a step's part of the bound, in nats.
+    """Return the term of the bound of one step, in nats: L_0 if `logsnr_s` is +inf, else L_{t-1}.
 
     Args:
-      least: log of the variance that stands for the posterior's, which is 0, in the last step:
-        the second step's (Ho et al. 2020's code; Nichol & Dhariwal 2021).  A fixed variance
-        is this one there; a learned one lies between it and beta.
+      prediction: The prediction of the denoiser at x_t.
+      x0: The clean data, [*event]: multiples of 2 / (levels - 1) from -1 to 1.
+      xt: The noisy data, [*event].
+      logsnr_t: The log signal-to-noise ratio at the noisier time t.
+      logsnr_s: The log signal-to-noise ratio at the cleaner time s; +inf for the last step.
+      min_log_variance: The log of the variance that replaces the posterior variance in the last
+        step, where the posterior variance is 0. It is the posterior variance of the second step
+        (code of Ho et al. 2020 and of Nichol & Dhariwal 2021). In the last step a fixed variance
+        equals it, and a learned one is between it and beta.
+      variance: The variance of p(x_s | x_t); see `reverse_log_variance`.
+      levels: The number of grey values.
 
     Raises:
-      ValueError: as `step_kl`.
+      ValueError: If `variance` is "learned" and the prediction has no learned variance.
     """
-    # The branch that is not taken gets x0 itself for a prediction, so that its gradient, which is
-    # multiplied by 0, is finite.
+    # In the branch that is not selected, x0 replaces the prediction, so that the gradient of that
+    # branch, which is multiplied by 0, is finite.
     clean = jnp.isposinf(logsnr_s)
     finite = jnp.where(clean, logsnr_t + 1.0, logsnr_s)
-    at_step = prediction._replace(x0=jnp.where(clean, x0, prediction.x0))
-    inner = step_kl(at_step, x0, xt, logsnr_t, finite, variance)
-    log_variance = least
+    for_kl = prediction._replace(x0=jnp.where(clean, x0, prediction.x0))
+    kl = step_kl(for_kl, x0, xt, logsnr_t, finite, variance)
+    log_variance = min_log_variance
     if prediction.variance_fraction is not None and variance == "learned":
         log_beta = jax.nn.log_sigmoid(-logsnr_t)
-        log_variance = least + prediction.variance_fraction * (log_beta - least)
-    at_data = prediction._replace(x0=jnp.where(clean, prediction.x0, x0))
-    last = decoder_nll(at_data, x0, jnp.exp(0.5 * log_variance), levels)
-    return jnp.where(clean, last, inner)
+        log_variance += prediction.variance_fraction * (log_beta - min_log_variance)
+    for_decoder = prediction._replace(x0=jnp.where(clean, prediction.x0, x0))
+    nll = decoder_nll(for_decoder, x0, jnp.exp(0.5 * log_variance), levels)
+    return jnp.where(clean, nll, kl)
 
 
 def continuous_kl(prediction: Prediction, eps: Float[Array, "*event"], slope: Scalar) -> Scalar:
     """Return the integrand over t of the continuous-time diffusion loss, in nats.
 
-    1/2 (-dlogsnr/dt) |eps - eps_hat|^2 (Kingma et al. 2021, eq. 17)
+    1/2 (-dlogsnr/dt) |eps - eps_hat|^2 (Kingma et al. 2021, eq. 17); `slope` is dlogsnr/dt at t.
 
-    Args:
-      slope: dlogsnr/dt at t.
+    >>> prediction = Prediction(x0=jnp.zeros(2), eps=jnp.zeros(2))
+    >>> print(continuous_kl(prediction, jnp.array([3.0, 4.0]), jnp.array(-2.0)))
+    25.0
     """
     return -0.5 * slope * jnp.sum(jnp.square(eps - prediction.eps))
 
 
 def bits_per_dim(nats: Float[Array, "*batch"], dims: int) -> Float[Array, "*batch"]:
-    """Return nats / (dims log 2)."""
+    """Convert nats to bits per dimension: nats / (dims log 2).
+
+    >>> print(f"{bits_per_dim(10 * jnp.log(2.0), dims=5):.1f}")
+    2.0
+    """
     return nats / (dims * jnp.log(2.0))

@@ -1,6 +1,6 @@
-"""Grids of logsnr on which a sampler walks, and uniform steps of a table."""
+"""Grids of logsnr along which samplers step, and uniformly sampled steps of a table of betas."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,110 +13,128 @@ Spacing = Literal["leading", "trailing", "linspace", "quadratic", "logsnr", "rho
 
 
 def grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Float[Array, "grid"]:
-    """Return the logsnr that a sampler of `steps` steps visits, from noise to data: [steps + 1].
+    """Return the increasing grid of logsnr of a sampler with `steps` steps: [steps + 1].
 
-    The last entry is +inf, the clean data, so a one-evaluation sampler costs `steps`
-    evaluations.  Of a T-step table, in steps 1 ... T, with T = 1000 and `steps` = 10:
+    The last entry is +inf, the clean data, where no sampler calls the denoiser. The spacings, with
+    the steps of a table that they visit if it has T = 1000 steps and `steps` is 10:
 
-    leading    901, 801, ..., 1: every T/steps-th step, from the data's end
-    trailing   1000, 900, ..., 100: the same from the noise's end
-    linspace   1000, 889, ..., 1: both ends
-    quadratic  801, 633, ..., 1: squares up to 0.8 T (Song et al. 2021, app. D.2, its code)
-    logsnr     uniform in logsnr between both ends
-    rho7       uniform in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5)
+    leading    901, 801, ..., 1: every (T / steps)-th step, ending with step 1
+    trailing   1000, 900, ..., 100: every (T / steps)-th step, starting with step T
+    linspace   1000, 889, ..., 1: uniform, with both ends
+    quadratic  801, 633, ..., 1: squares up to 0.8 T (code of Song et al. 2021, app. D.2)
+    logsnr     uniform in logsnr, with both ends
+    rho7       uniform in (sigma / alpha)^(1/7), with both ends (Karras et al. 2022, eq. 5)
 
-    A sampler starts with noise, so the first entry must be noise.  That of `leading` and
-    `quadratic` is as far from t = 1 as a step is long: of at most `FEW` steps it is replaced by
-    that of t = 1 where its logsnr exceeds `NOISE`.  Of more steps it is as published.
+    Sampling starts with pure noise, but the first entries of `leading` and `quadratic` are less
+    noisy than t = 1. With at most `FEW` steps, a first entry that exceeds `NOISE` is therefore
+    replaced by logsnr(1). With more steps the grid is as published.
+
+    >>> from ddpm_jax.diffusion import schedules
+    >>> print(grid(schedules.linear(-8.0, 8.0), 4))
+    [-8. -4.  0.  4. inf]
 
     Raises:
-      ValueError: no steps, more than the table has, or an unknown spacing.
+      ValueError: If `steps` is less than 1 or more than the table has, or `spacing` is unknown.
     """
     total = schedule.steps
     if steps < 1:
-        raise ValueError(f"a sampler needs at least 1 step, not {steps}")
+        raise ValueError(f"the number of sampling steps must be at least 1, not {steps}")
     if total is not None and steps > total:
-        raise ValueError(f"the schedule has {total} steps, fewer than {steps}")
+        raise ValueError(
+            f"the number of sampling steps must be at most {total}, the steps of the schedule, "
+            f"not {steps}"
+        )
+    if spacing in ("logsnr", "rho7"):
+        return jnp.append(_between_ends(schedule, steps, spacing), jnp.inf)
+    logsnrs = jax.vmap(schedule.logsnr)(jnp.asarray(_times(total, steps, spacing)))
+    if steps <= FEW:
+        end = schedule.logsnr(jnp.asarray(1.0))
+        logsnrs = logsnrs.at[0].set(jnp.where(logsnrs[0] > NOISE, end, logsnrs[0]))
+    return jnp.append(logsnrs, jnp.inf)
+
+
+def _times(total: int | None, steps: int, spacing: Spacing) -> np.ndarray:
+    """Return the decreasing times of the spacings that are defined by t; `total` is T or None."""
     first = 1 / total if total else 0.0  # the cleanest time
-    down = np.arange(steps)[::-1]
     if spacing == "leading":
-        times = down * (total // steps) / total + first if total else down / steps
-    elif spacing == "trailing":
-        times = np.arange(steps, 0, -1) / steps
-        times = np.round(times * total) / total if total else times
-    elif spacing == "linspace":
-        times = np.linspace(1.0, first, steps)
-        times = np.round(times * total) / total if total else times
-    elif spacing == "quadratic":
+        descending = np.arange(steps)[::-1]
+        return descending * (total // steps) / total + first if total else descending / steps
+    if spacing == "quadratic":
         scale = total or 1000
         times = np.linspace(0, np.sqrt(0.8 * scale), steps) ** 2
-        if total:  # whole steps, none twice
+        if total:  # integer steps without repetition
             times = np.maximum(times.astype(int), np.arange(steps)) + 1
-        times = times[::-1] / scale
-    elif spacing in ("logsnr", "rho7"):
-        high, low = (schedule.logsnr(jnp.asarray(end)) for end in (first, 1.0))
-        share = jnp.linspace(0.0, 1.0, steps)
-        if spacing == "logsnr":
-            inner = low + share * (high - low)
-        else:
-            noisy, clean = jnp.exp(-0.5 * low / 7), jnp.exp(-0.5 * high / 7)
-            inner = -14 * jnp.log(noisy + share * (clean - noisy))
-        return jnp.append(inner, jnp.inf)
+        return times[::-1] / scale
+    if spacing == "trailing":
+        times = np.arange(steps, 0, -1) / steps
+    elif spacing == "linspace":
+        times = np.linspace(1.0, first, steps)
     else:
-        raise ValueError(f"unknown spacing {spacing}")
-    logsnrs = jax.vmap(schedule.logsnr)(jnp.asarray(times))
-    if steps > FEW:
-        return jnp.append(logsnrs, jnp.inf)
-    first_logsnr = jnp.where(logsnrs[0] > NOISE, schedule.logsnr(jnp.asarray(1.0)), logsnrs[0])
-    return jnp.append(logsnrs.at[0].set(first_logsnr), jnp.inf)
+        raise ValueError(f'unknown spacing "{spacing}"; use one of {", ".join(get_args(Spacing))}')
+    return np.round(times * total) / total if total else times
+
+
+def _between_ends(schedule: Schedule, steps: int, spacing: Spacing) -> Array:
+    """Return the finite entries of the spacings that are uniform in a function of logsnr."""
+    first = 1 / schedule.steps if schedule.steps else 0.0  # the cleanest time
+    high, low = (schedule.logsnr(jnp.asarray(end)) for end in (first, 1.0))
+    fractions = jnp.linspace(0.0, 1.0, steps)
+    if spacing == "logsnr":
+        return low + fractions * (high - low)
+    noisy, clean = jnp.exp(-0.5 * low / 7), jnp.exp(-0.5 * high / 7)
+    return -14 * jnp.log(noisy + fractions * (clean - noisy))
 
 
 def grid_from(
     logsnrs: Float[Array, "grid"], start: Scalar
 ) -> tuple[Float[Array, "longer"], Int[Array, ""]]:
-    """Return the part of a sampler's grid that is cleaner than `start`, with `start` before it.
+    """Return a grid that starts at `start` and goes on with the cleaner entries of `logsnrs`.
 
-    An entry that is nearer to `start` than a tenth of the step that led to it is left out, since
-    a multistep sampler extrapolates by the ratio of two steps.  The step from `start` to +inf is
-    always there.
+    An entry is omitted if its distance from `start` is less than a tenth of the step that led to
+    it, because a multistep sampler extrapolates by the ratio of two steps. The step from `start`
+    to +inf always remains.
 
     Args:
-      logsnrs: as `grid` returns them.
-      start: finite; may be traced, as may `logsnrs`.
+      logsnrs: An increasing grid, as `grid` returns it.
+      start: A finite logsnr. Like `logsnrs`, it may be traced.
 
     Returns:
-      logsnrs with one more entry; the number of the entry that is `start`.  They rise from there
-      on, and the entries before it are not part of the grid.
+      A grid with one more entry than `logsnrs`, and the index of the entry that is `start`.
+      The entries increase from that index on; earlier entries do not belong to the grid.
     """
     finite = logsnrs[:-1]
     gaps = jnp.diff(finite, prepend=finite[:1])
-    kept = (finite > start) & (finite - start >= gaps / 10)
-    first = jnp.where(kept.any(), jnp.argmax(kept), len(finite))
+    cleaner = (finite > start) & (finite - start >= gaps / 10)
+    first = jnp.where(cleaner.any(), jnp.argmax(cleaner), len(finite))
     return jnp.concatenate([start[None], logsnrs]).at[first].set(start), first
 
 
 def step_number(t: Float[Array, "*batch"], steps: int) -> Float[Array, "*batch"]:
-    """Return a uniform step 1 ... `steps` from a uniform t in [0, 1)."""
-    return jnp.clip(jnp.floor(t * steps) + 1, 1, steps)  # if t * steps rounds up to `steps`, too
+    """Convert t ~ U[0, 1) to a uniformly distributed step in 1 ... `steps`."""
+    # The product t * steps may round up to `steps`.
+    return jnp.clip(jnp.floor(t * steps) + 1, 1, steps)
 
 
 def within(
-    place: Int[Array, "..."], share: Float[Array, "*batch"], count: int
+    index: Int[Array, "..."], offset: Float[Array, "*batch"], count: int
 ) -> Float[Array, "*batch"]:
-    """(place + share) / count: a time in [0, 1), in part number `place` of `count` equal parts.
+    """Return (index + offset) / count, a time in part `index` of `count` equal parts of [0, 1).
 
-    The last part's times round to 1 where `share` is nearly 1; such a time becomes the largest
-    number below 1.
+    A sum that rounds to `count` gives the largest number below 1.
 
     Args:
-      place: 0 ... count - 1.
-      share: in [0, 1).
+      index: The number of the part, 0 ... count - 1.
+      offset: The position in the part, in [0, 1).
+      count: The number of parts.
     """
-    return jnp.minimum((place + share) / count, 1 - jnp.finfo(share.dtype).epsneg)
+    return jnp.minimum((index + offset) / count, 1 - jnp.finfo(offset.dtype).epsneg)
 
 
 def step_time(schedule: Schedule, t: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """Return a uniform step i / T, i = 1 ... T, of a table for a uniform t in [0, 1); else t."""
+    """Convert t ~ U[0, 1) to the time i / T of a uniform step i of a table of T betas.
+
+    If the schedule is continuous, return t.
+    """
     if schedule.steps is None:
         return t
     return step_number(t, schedule.steps) / schedule.steps

@@ -1,11 +1,11 @@
-"""Guidance composes denoisers: scale 0 is unconditional, 1 conditional.
+"""Guidance, which combines denoisers: scale 0 is unconditional and scale 1 conditional.
 
-So it is with a classifier beside an unconditional denoiser, where 1 is Bayes' rule,
-p(x | y) ~ p(x) p(y | x); 0 leaves the denoiser alone, whatever it is.  In autoguidance 0 is the
-worse model and 1 the good one alone.
+With a classifier and an unconditional denoiser, scale 1 is Bayes' rule, p(x | y) ~ p(x) p(y | x),
+and scale 0 is the denoiser alone. In autoguidance, scale 0 is the worse model and scale 1 the
+guided model alone.
 
-The functions are of denoisers; `Guidance` is the pytree of them that a sampler is given, whose
-scale and other network's parameters are data: new scales compile nothing.
+The functions combine denoisers. `Guidance` is the pytree that a sampler gets. Its scale and the
+parameters of the guidance model are data, so that a new scale needs no new compilation.
 """
 
 import dataclasses
@@ -19,16 +19,21 @@ from jaxtyping import Array, Float, Int, PyTree
 from ddpm_jax.diffusion.prediction import Denoiser, Prediction, with_x0
 from ddpm_jax.diffusion.process import alpha_sigma
 
-STATIC = {"static": True}  # of a field that is not data of a pytree
+STATIC = {"static": True}  # metadata of a field that is static, not data of the pytree
 
 # A network with its parameters: (x_t [B, *event], logsnr [B], conditioning) -> Prediction
 Predict = Callable[[Array, Array, PyTree], Prediction]
 
 
 def combine(conditional: Prediction, unconditional: Prediction, scale: float | Array) -> Prediction:
-    """unconditional + scale (conditional - unconditional) (Ho & Salimans 2022, eq. 6).
+    """Return unconditional + scale (conditional - unconditional) (Ho & Salimans 2022, eq. 6).
 
-    Autoguidance is the same with a worse model in the second place (Karras et al. 2024).
+    In autoguidance, the prediction of the worse model replaces the unconditional one (Karras et
+    al. 2024).
+
+    >>> conditional, unconditional = (Prediction(*jnp.full((2, 1), x)) for x in (1.0, 0.5))
+    >>> print(combine(conditional, unconditional, 3.0).x0)
+    [2.]
     """
     return Prediction(
         unconditional.x0 + scale * (conditional.x0 - unconditional.x0),
@@ -40,16 +45,18 @@ def combine(conditional: Prediction, unconditional: Prediction, scale: float | A
 def classifier_free(
     conditional: Denoiser, unconditional: Denoiser, scale: float | Array
 ) -> Denoiser:
-    """Return the combination of two denoisers."""
+    """Return a denoiser with classifier-free guidance; see `combine`."""
     return lambda xt, logsnr: combine(conditional(xt, logsnr), unconditional(xt, logsnr), scale)
 
 
 def within_interval(guided: Denoiser, plain: Denoiser, low: float, high: float) -> Denoiser:
-    """Return `guided` where low <= logsnr <= high, else `plain` (Kynkaanniemi et al. 2024).
+    """Return a denoiser with guidance in an interval of noise levels (Kynkaanniemi et al. 2024).
 
     Args:
-      guided, plain: denoisers of x_t [B, *event] and one logsnr for all.
-      low, high: ends of the interval in logsnr, both inclusive.
+      guided: The denoiser for low <= logsnr <= high, where logsnr is the same for all images.
+      plain: The denoiser for all other logsnr.
+      low: The lower end of the interval, in logsnr.
+      high: The upper end of the interval, in logsnr.
     """
 
     def denoise(xt: Array, logsnr: Array) -> Prediction:
@@ -65,19 +72,19 @@ def rescaled(
     conditional: Prediction,
     xt: Float[Array, "..."],
     logsnr: Array,
-    share: float = 0.7,
+    fraction: float = 0.7,
 ) -> Prediction:
-    """Return guided x0 scaled back, image by image, to the standard deviation without guidance.
+    """Rescale the guided x0 of each image towards the std that it has without guidance.
 
-    x0 = share (std_conditional / std_guided) x0 + (1 - share) x0 (Lin et al. 2024, eq. 14-16).
-    An image of one value has no deviation (but for rounding) and stays as it is.
+    x0 = f (std_conditional / std_guided) x0 + (1 - f) x0, f = `fraction` (Lin et al. 2024, eq.
+    14-16). An image whose pixels are all equal (up to rounding) has no std and does not change.
 
     Args:
-      guided: the guided prediction.
-      conditional: the prediction without guidance.
-      xt: noisy data [B, *event].
-      logsnr: one for all.
-      share: of the standard deviation that is set back.
+      guided: The prediction with guidance, [B, *event].
+      conditional: The prediction without guidance, [B, *event].
+      xt: The noisy data, [B, *event].
+      logsnr: The log signal-to-noise ratio of x_t, the same for all images.
+      fraction: The weight of the rescaled x0, from 0 (no rescaling) to 1.
     """
 
     def rescale(x0: Array, target: Array) -> Array:
@@ -87,7 +94,7 @@ def rescaled(
         target_std = jnp.where(
             target_varied, jnp.sqrt(jnp.where(target_varied, target.var(), 1)), 0
         )
-        return jnp.where(varied, x0 * (share * target_std / std + 1 - share), x0)
+        return jnp.where(varied, x0 * (fraction * target_std / std + 1 - fraction), x0)
 
     return with_x0(guided, jax.vmap(rescale)(guided.x0, conditional.x0), xt, logsnr)
 
@@ -97,10 +104,14 @@ def classifier(
     log_likelihood: Callable[[Array, Array], Float[Array, "batch"]],
     scale: float | Array,
 ) -> Denoiser:
-    """eps - scale sigma grad_x log p(y | x_t) (Dhariwal & Nichol 2021, alg. 2).
+    """Return a denoiser with classifier guidance (Dhariwal & Nichol 2021, alg. 2).
+
+    eps = eps_hat - scale sigma grad_x log p(y | x_t)
 
     Args:
-      log_likelihood: (xt, logsnr) -> log p(y | x_t) of each image.
+      denoise: The denoiser without guidance.
+      log_likelihood: A function (xt, logsnr) -> log p(y | x_t) of each image, [B], in nats.
+      scale: The scale of guidance.
     """
 
     def guided(xt: Array, logsnr: Array) -> Prediction:
@@ -115,11 +126,11 @@ def classifier(
 
 @runtime_checkable
 class Method(Protocol):
-    """How sampling is guided: a registered pytree.
+    """A method of guidance, as a registered pytree.
 
     Attributes:
-      neutral: The scale that leaves a denoiser as it is.
-      scale: The scale.
+      neutral: The scale at which the guided denoiser equals the denoiser without guidance.
+      scale: The scale of guidance.
     """
 
     neutral: ClassVar[float]
@@ -131,20 +142,20 @@ class Method(Protocol):
     def predictions(
         self, predict: Predict, xt: Array, logsnr: Array, conditioning: PyTree, null: PyTree
     ) -> tuple[Prediction, Prediction]:
-        """Return the prediction under the conditioning, and the guided one.
+        """Return the prediction without guidance, and the guided prediction.
 
         Args:
-          predict: the network that is guided.
-          xt: [B, *event].
-          logsnr: one for all.
-          conditioning: what the network is given: labels, or features of captions.
-          null: what an unconditional network is given in its place.
+          predict: The network that is guided.
+          xt: The noisy images, [B, *event].
+          logsnr: The log signal-to-noise ratio of x_t, the same for all images.
+          conditioning: The conditioning of the network: labels [B], or features of captions.
+          null: The null conditioning, with the shapes of `conditioning`.
         """
 
 
 @runtime_checkable
 class GuidingNetwork(Protocol):
-    """What predicts x0 and eps with its parameters."""
+    """A network that predicts x0 and eps, for given parameters."""
 
     def predict(
         self, params: PyTree, xt: Array, logsnr: Float[Array, "batch"], conditioning: PyTree
@@ -152,16 +163,16 @@ class GuidingNetwork(Protocol):
         """Return the prediction of x_0 and eps.
 
         Args:
-          params: parameters of the network.
-          xt: x_t, [B, *event].
-          logsnr: one for every example, [B].
-          conditioning: what the network is given: labels, or features of captions.
+          params: The parameters of the network.
+          xt: The noisy images, [B, *event].
+          logsnr: The log signal-to-noise ratio of each image, [B].
+          conditioning: The conditioning of the network: labels [B], or features of captions.
         """
 
 
 @runtime_checkable
 class NoisyClassifier(Protocol):
-    """A classifier of noisy images with its parameters."""
+    """A classifier of noisy images, for given parameters."""
 
     def log_likelihood(
         self, params: PyTree, xt: Array, logsnr: Float[Array, ""], labels: Int[Array, "batch"]
@@ -169,20 +180,20 @@ class NoisyClassifier(Protocol):
         """Return log p(label | x_t) of each image, in nats.
 
         Args:
-          params: parameters of the classifier.
-          xt: x_t, [B, *event].
-          logsnr: one for all.
-          labels: [B].
+          params: The parameters of the classifier.
+          xt: The noisy images, [B, *event].
+          logsnr: The log signal-to-noise ratio of x_t, the same for all images.
+          labels: The class of each image, [B].
         """
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClassifierFree:
-    """Classifier-free guidance, by the network's own conditioning (Ho & Salimans 2022).
+    """Classifier-free guidance by the network's own conditioning (Ho & Salimans 2022).
 
     Attributes:
-      scale: 0 is unconditional, 1 conditional.
+      scale: The scale of guidance: 0 is unconditional, 1 is conditional.
     """
 
     scale: float | Array
@@ -192,10 +203,9 @@ class ClassifierFree:
     def predictions(
         self, predict: Predict, xt: Array, logsnr: Array, conditioning: PyTree, null: PyTree
     ) -> tuple[Prediction, Prediction]:
-        """Return the conditional prediction and the combination, of one doubled batch.
+        """Return the conditional and the guided prediction, from one batch of twice the size.
 
-        Args:
-          predict, xt, logsnr, conditioning, null: see `Method.predictions`.
+        See `Method.predictions`.
         """
         size = len(xt)
         both = predict(
@@ -214,9 +224,10 @@ class ClassifierGuidance:
     """Guidance by a classifier of noisy images (Dhariwal & Nichol 2021, alg. 2).
 
     Attributes:
-      scale: 0 leaves the network alone; 1, of an unconditional one, is Bayes' rule.
-      params: Parameters of the classifier.
-      classifier: The classifier; the conditioning is labels.
+      scale: The scale of guidance: 0 is the network alone; 1 is Bayes' rule if the network is
+        unconditional.
+      params: The parameters of the classifier.
+      classifier: The classifier; the conditioning must be labels.
     """
 
     scale: float | Array
@@ -228,19 +239,15 @@ class ClassifierGuidance:
     def predictions(
         self, predict: Predict, xt: Array, logsnr: Array, conditioning: PyTree, null: PyTree
     ) -> tuple[Prediction, Prediction]:
-        """Return the network's prediction and the one moved towards the labels.
-
-        Args:
-          predict, xt, logsnr, conditioning, null: see `Method.predictions`.
-        """
+        """Return the network's and the guided prediction; see `Method.predictions`."""
         del null
         prediction = predict(xt, jnp.full(len(xt), logsnr), conditioning)
 
         def log_likelihood(xt: Array, logsnr: Array) -> Array:
             return self.classifier.log_likelihood(self.params, xt, logsnr, conditioning)
 
-        moved = classifier(lambda *_: prediction, log_likelihood, self.scale)
-        return prediction, moved(xt, logsnr)
+        guided = classifier(lambda *_: prediction, log_likelihood, self.scale)
+        return prediction, guided(xt, logsnr)
 
 
 @jax.tree_util.register_dataclass
@@ -249,8 +256,8 @@ class Autoguidance:
     """Guidance by a worse model of the same data (Karras et al. 2024).
 
     Attributes:
-      scale: 0 is the worse model, 1 the guided one.
-      params: Parameters of the worse model.
+      scale: The scale of guidance: 0 is the worse model, 1 is the guided model.
+      params: The parameters of the worse model.
       network: The worse model.
     """
 
@@ -263,11 +270,7 @@ class Autoguidance:
     def predictions(
         self, predict: Predict, xt: Array, logsnr: Array, conditioning: PyTree, null: PyTree
     ) -> tuple[Prediction, Prediction]:
-        """Return the network's prediction and its combination with the worse model's.
-
-        Args:
-          predict, xt, logsnr, conditioning, null: see `Method.predictions`.
-        """
+        """Return the network's and the guided prediction; see `Method.predictions`."""
         del null
         logsnrs = jnp.full(len(xt), logsnr)
         prediction = predict(xt, logsnrs, conditioning)
@@ -281,9 +284,11 @@ class Guidance:
     """The guidance of a sampler.
 
     Attributes:
-      method: How it guides; None: there is no guidance, one call of the network a step.
-      interval: (lowest, highest) logsnr between which it acts (`within_interval`); None: all.
-      rescale: Share of the standard deviation of x0 that is set back (`rescaled`).
+      method: The method of guidance. If None, sampling has no guidance and calls the network once
+        per step.
+      interval: The lowest and the highest logsnr with guidance (`within_interval`). If None,
+        guidance is applied at every logsnr.
+      rescale: The fraction of `rescaled`, from 0 (no rescaling) to 1.
     """
 
     method: Method | None = None
@@ -294,9 +299,9 @@ class Guidance:
         """Return the guided denoiser of a network.
 
         Args:
-          predict: the network.
-          conditioning: what it is given.
-          null: what an unconditional network is given in its place.
+          predict: The network.
+          conditioning: The conditioning of the network: labels [B], or features of captions.
+          null: The null conditioning, with the shapes of `conditioning`.
         """
         method = self.method
 

@@ -1,4 +1,4 @@
-"""The noise that DDIM leads from to an image, and noise between two noises."""
+"""Inversion of DDIM, from images to noise, and interpolation between two noises."""
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,15 @@ from ddpm_jax.diffusion.process import alpha_sigma
 def invert(
     denoise: Denoiser, logsnrs: Float[Array, "grid"], x0: Float[Array, "batch *event"]
 ) -> Float[Array, "batch *event"]:
-    """Return the noise from which `samplers.ddim()` leads to x0 (Song et al. 2021).
+    """Return the noise from which `samplers.ddim()` samples x0, approximately (Song et al. 2021).
 
-    Its steps are taken backwards.
+    The steps of DDIM are taken backwards, with the prediction at the cleaner end of each step.
 
     Args:
-      logsnrs: rising, as for `samplers.sample`; the last, +inf, is where x0 lies, and the first
-        step back from it takes the prediction of the cleanest finite entry.
+      denoise: The denoiser; it is not called at +inf.
+      logsnrs: The increasing grid of `samplers.sample`. x0 belongs to the last entry, +inf, and
+        the first step from there uses the prediction at the largest finite entry.
+      x0: The images.
     """
     down = logsnrs[:-1][::-1]
     alpha, _ = alpha_sigma(down[0])
@@ -33,27 +35,33 @@ def invert(
 
 
 def slerp(
-    a: Float[Array, "*event"], b: Float[Array, "*event"], share: float | Array
+    a: Float[Array, "*event"], b: Float[Array, "*event"], fraction: float | Array
 ) -> Float[Array, "*event"]:
-    """Return the point of the great circle from a to b: noise between two noises stays noise.
+    """Return a point of the great circle from a to b, which is noise if a and b are noise.
 
-    (sin((1 - share) angle) a + sin(share angle) b) / sin(angle) (Shoemake 1985, sec. 3.3).  Where
-    a and b fix no great circle (they are parallel or opposite, or one is 0), the point of the
-    straight line, (1 - share) a + share b.
+    (sin((1 - f) angle) a + sin(f angle) b) / sin(angle), f = `fraction` (Shoemake 1985, sec. 3.3)
+
+    If a and b are parallel or opposite, or one of them is 0, the great circle is not unique, and
+    the result is the point (1 - f) a + f b of the straight line.
+
+    >>> print(slerp(jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]), 0.5).round(4))
+    [0.7071 0.7071]
 
     Args:
-      share: 0 gives a, 1 gives b.
+      a: The first noise.
+      b: The second noise.
+      fraction: The position between a (0) and b (1).
     """
-    size_a, size_b = jnp.sum(jnp.square(a)), jnp.sum(jnp.square(b))
-    nonzero = (size_a > 0) & (size_b > 0)
+    square_a, square_b = jnp.sum(jnp.square(a)), jnp.sum(jnp.square(b))
+    nonzero = (square_a > 0) & (square_b > 0)
     unit_a, unit_b = (
-        x / jnp.sqrt(jnp.where(nonzero, n, 1.0)) for x, n in ((a, size_a), (b, size_b))
+        x / jnp.sqrt(jnp.where(nonzero, n, 1.0)) for x, n in ((a, square_a), (b, square_b))
     )
-    apart, together = jnp.sum(jnp.square(unit_a - unit_b)), jnp.sum(jnp.square(unit_a + unit_b))
-    least = jnp.square(10 * jnp.finfo(apart.dtype).eps)
-    curved = nonzero & (apart > least) & (together > least)
-    # Both branches are finite everywhere, and so are their gradients.
-    apart, together = jnp.where(curved, apart, 2.0), jnp.where(curved, together, 2.0)
-    angle = 2 * jnp.arctan2(jnp.sqrt(apart), jnp.sqrt(together))
-    arc = (jnp.sin((1 - share) * angle) * a + jnp.sin(share * angle) * b) / jnp.sin(angle)
-    return jnp.where(curved, arc, (1 - share) * a + share * b)
+    difference, total = (jnp.sum(jnp.square(x)) for x in (unit_a - unit_b, unit_a + unit_b))
+    rounding = jnp.square(10 * jnp.finfo(difference.dtype).eps)
+    curved = nonzero & (difference > rounding) & (total > rounding)
+    # Both branches and their gradients are finite for all inputs.
+    difference, total = jnp.where(curved, difference, 2.0), jnp.where(curved, total, 2.0)
+    angle = 2 * jnp.arctan2(jnp.sqrt(difference), jnp.sqrt(total))
+    arc = (jnp.sin((1 - fraction) * angle) * a + jnp.sin(fraction * angle) * b) / jnp.sin(angle)
+    return jnp.where(curved, arc, (1 - fraction) * a + fraction * b)

@@ -1,6 +1,6 @@
 """Training losses of one example.
 
-Every loss here is a weight times the mean squared error of eps:
+Every loss in this module is a weight times the mean squared error of eps:
 
     |v - v_hat|^2 = |eps - eps_hat|^2 / alpha^2,  |x0 - x0_hat|^2 = |eps - eps_hat|^2 / SNR  (1)
 """
@@ -19,7 +19,12 @@ Scalar = Float[Array, ""]
 
 
 def simple(prediction: Prediction, eps: Float[Array, "*event"]) -> Scalar:
-    """L_simple: the mean over dimensions of |eps - eps_hat|^2 (Ho et al. 2020, eq. 14)."""
+    """Return L_simple, the mean over dimensions of |eps - eps_hat|^2 (Ho et al. 2020, eq. 14).
+
+    >>> prediction = Prediction(x0=jnp.zeros(2), eps=jnp.zeros(2))
+    >>> print(simple(prediction, jnp.array([3.0, 4.0])))
+    12.5
+    """
     return jnp.mean(jnp.square(eps - prediction.eps))
 
 
@@ -29,36 +34,36 @@ def variance_bound(
     xt: Float[Array, "*event"],
     logsnr_t: Scalar,
     logsnr_s: Scalar,
-    least: Scalar,
+    min_log_variance: Scalar,
     steps: int,
     levels: int = 256,
 ) -> Scalar:
-    """L_vlb in bits per dimension, whose gradient reaches the learned variance alone.
+    """Return an estimate of L_vlb in bits per dimension that trains only the learned variance.
 
-    `steps` times one step's part, the estimate of the whole sum from one step; its last step
-    is the decoder's (Nichol & Dhariwal 2021, sec. 3.1: a stop-gradient on the mean).
+    It is `steps` times the term of one step, which is unbiased for a uniformly sampled step. The
+    predicted mean has a stop-gradient (Nichol & Dhariwal 2021, sec. 3.1).
 
     Args:
-      prediction: the denoiser's, of x_t, with a learned variance.
-      x0, xt: the data and x_t.
-      logsnr_t, logsnr_s: of the noisier and the cleaner time; the cleaner one may be +inf.
-      least: log of the variance that stands for the posterior's in the last step.
-      steps: steps of the table of betas.
-      levels: grey values of the data.
+      prediction: The prediction of the denoiser at x_t, with a learned variance.
+      x0: The clean data, [*event].
+      xt: The noisy data, [*event].
+      logsnr_t: The log signal-to-noise ratio at the noisier time t.
+      logsnr_s: The log signal-to-noise ratio at the cleaner time s; +inf for the last step.
+      min_log_variance: The log of the variance that replaces the posterior variance in the last
+        step; see `elbo.step_nats`.
+      steps: The number of steps of the table of betas.
+      levels: The number of grey values of the data.
     """
-    still = jax.lax.stop_gradient
-    fixed = prediction._replace(x0=still(prediction.x0), eps=still(prediction.eps))
-    nats = step_nats(fixed, x0, xt, logsnr_t, logsnr_s, least, "learned", levels)
+    stop = jax.lax.stop_gradient
+    constant = prediction._replace(x0=stop(prediction.x0), eps=stop(prediction.eps))
+    nats = step_nats(constant, x0, xt, logsnr_t, logsnr_s, min_log_variance, "learned", levels)
     return steps * bits_per_dim(nats, x0.size)
 
 
 def hybrid(mse: Array, vlb: Array, vlb_weight: float = 1e-3) -> Array:
-    """Return L_simple + vlb_weight L_vlb (Nichol & Dhariwal 2021, eq. 16).
+    """Return L_hybrid = L_simple + vlb_weight L_vlb (Nichol & Dhariwal 2021, eq. 16).
 
-    Args:
-      mse: `simple`, weighted or not.
-      vlb: `variance_bound`.
-      vlb_weight: lambda of the paper.
+    `mse` is L_simple, which may be weighted, and `vlb` is the result of `variance_bound`.
     """
     return mse + vlb_weight * vlb
 
@@ -67,30 +72,40 @@ def hybrid(mse: Array, vlb: Array, vlb_weight: float = 1e-3) -> Array:
 
 
 def one(logsnr: Scalar) -> Scalar:
-    """L_simple's weight, 1."""
+    """Return 1, the weight of L_simple."""
     return jnp.ones_like(logsnr)
 
 
 def v_weight(logsnr: Scalar) -> Scalar:
-    """1 / alpha^2: the error of v (SNR + 1 on x0), eq. (1); EDM's with sigma_data = 1."""
+    """Return 1 / alpha^2, which makes the loss the squared error of v, eq. (1).
+
+    It weights the error of x0 by SNR + 1 and is EDM's weight for sigma_data = 1.
+
+    >>> print(f"{v_weight(jnp.array(0.0)):.2f}")  # alpha^2 = 1/2
+    2.00
+    """
     return 1 / jax.nn.sigmoid(logsnr)
 
 
-def min_snr(logsnr: Scalar, most: float = 5.0) -> Scalar:
-    """min(SNR, most) / SNR (Hang et al. 2023, eq. 8 for eps)."""
-    return jnp.exp(jnp.minimum(jnp.log(most) - logsnr, 0.0))
+def min_snr(logsnr: Scalar, gamma: float = 5.0) -> Scalar:
+    """Return min(SNR, gamma) / SNR (Hang et al. 2023, eq. 8, for eps).
+
+    >>> print(f"{min_snr(jnp.log(10.0)):.2f}")
+    0.50
+    """
+    return jnp.exp(jnp.minimum(jnp.log(gamma) - logsnr, 0.0))
 
 
 def sigmoid_weight(logsnr: Scalar, bias: float = -1.0) -> Scalar:
-    """S(bias - logsnr) (Kingma & Gao 2023, sec. 3; Hoogeboom et al. 2024, eq. 8)."""
+    """Return S(bias - logsnr) (Kingma & Gao 2023, sec. 3; Hoogeboom et al. 2024, eq. 8)."""
     return jax.nn.sigmoid(bias - logsnr)
 
 
 def edm_weight(logsnr: Scalar, sigma_data: float = 0.5) -> Scalar:
-    """(sigma^2 + sigma_data^2) / sigma_data^2 with sigma^2 = 1 / SNR (Karras et al. 2022, tab. 1).
+    """Return 1 + sigma^2 / sigma_data^2, sigma^2 = 1 / SNR (Karras et al. 2022, tab. 1).
 
-    EDM weighs the error of x0 by (sigma^2 + sigma_data^2) / (sigma sigma_data)^2; by eq. (1)
-    that of eps by as much over SNR.
+    EDM multiplies the error of x0 by (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. By eq. (1)
+    the error of eps then has this weight divided by SNR.
     """
     return 1 + jnp.exp(-logsnr) / sigma_data**2
 

@@ -1,4 +1,4 @@
-"""The one currency of losses, bounds, samplers and guidance: `Prediction(x0, eps)`.
+"""The type that losses, bounds, samplers and guidance exchange: `Prediction(x0, eps)`.
 
     eps:  x0 = (x_t - sigma eps) / alpha
     x0:   eps = (x_t - alpha x0) / sigma
@@ -6,7 +6,7 @@
 
 EDM's preconditioned network F with sigma_data = 1 is -v: its D = c_skip x + c_out F is
 alpha x_t + sigma F in these coordinates (Karras et al. 2022, eq. 7; Salimans & Ho 2022).
-Data of another sigma_data is divided by it first.
+Data with another sigma_data must be divided by sigma_data first.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,13 @@ Variance = Literal["posterior", "beta", "learned"]
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of x_t: the data and the noise in it, alpha x0 + sigma eps = x_t.
+    """The data and the noise that a denoiser predicts for x_t: alpha x0 + sigma eps = x_t.
 
-    `variance_fraction` interpolates log posterior variance -> log beta (Nichol & Dhariwal
-    2021, eq. 15), where the network learns it.
+    Attributes:
+      x0: The predicted data, of the shape of x_t.
+      eps: The predicted noise, of the shape of x_t.
+      variance_fraction: A learned position in [0, 1] between the log of the posterior variance (0)
+        and log beta (1) (Nichol & Dhariwal 2021, eq. 15); None if the variance is not learned.
     """
 
     x0: Float[Array, "..."]
@@ -34,7 +37,8 @@ class Prediction(NamedTuple):
     variance_fraction: Float[Array, "..."] | None = None
 
 
-Denoiser = Callable[[Array, Array], Prediction]  # (xt, logsnr), parameters and condition bound
+# A function of (x_t, logsnr) that contains its parameters and conditioning.
+Denoiser = Callable[[Array, Array], Prediction]
 
 
 def to_prediction(
@@ -43,16 +47,21 @@ def to_prediction(
     xt: Float[Array, "*event"],
     logsnr: Array,
 ) -> Prediction:
-    """Return a network's output as a `Prediction`.
+    """Convert the output of a network to a `Prediction`.
+
+    >>> xt, v = jnp.array([2**0.5]), jnp.array([0.0])
+    >>> x0, eps, _ = to_prediction("v", v, xt, jnp.array(0.0))  # alpha = sigma = sqrt(1 / 2)
+    >>> print(f"{x0[0]:.3f} {eps[0]:.3f}")
+    1.000 1.000
 
     Args:
-      prediction_type: what the network predicts.
-      out: its output.
-      xt: its input x_t.
-      logsnr: of x_t.
+      prediction_type: The quantity that the network predicts: "eps", "x0" or "v".
+      out: The output of the network, [*event].
+      xt: The input x_t of the network, [*event].
+      logsnr: The log signal-to-noise ratio of x_t.
 
     Raises:
-      ValueError: an unknown prediction_type.
+      ValueError: If the prediction type is unknown.
     """
     alpha, sigma = alpha_sigma(logsnr)
     if prediction_type == "eps":
@@ -61,16 +70,20 @@ def to_prediction(
         return Prediction(out, (xt - alpha * out) / sigma)
     if prediction_type == "v":
         return Prediction(alpha * xt - sigma * out, sigma * xt + alpha * out)
-    raise ValueError(f"a network predicts eps, x0 or v, not {prediction_type}")
+    raise ValueError(_unknown(prediction_type))
 
 
 def from_prediction(
     prediction_type: PredictionType, prediction: Prediction, logsnr: Array
 ) -> Float[Array, "..."]:
-    """Return the network's output that would be read as `prediction`: the inverse of `read`.
+    """Convert a `Prediction` to the output of a network: the inverse of `to_prediction`.
+
+    >>> prediction = Prediction(x0=jnp.array([0.0]), eps=jnp.array([2.0]))
+    >>> print(from_prediction("v", prediction, -jnp.log(3.0)).round(3))  # alpha = 1 / 2
+    [1.]
 
     Raises:
-      ValueError: an unknown prediction_type.
+      ValueError: If the prediction type is unknown.
     """
     alpha, sigma = alpha_sigma(logsnr)
     if prediction_type == "eps":
@@ -79,26 +92,30 @@ def from_prediction(
         return prediction.x0
     if prediction_type == "v":
         return alpha * prediction.eps - sigma * prediction.x0
-    raise ValueError(f"a network predicts eps, x0 or v, not {prediction_type}")
+    raise ValueError(_unknown(prediction_type))
+
+
+def _unknown(prediction_type: str) -> str:
+    return f'the prediction type must be "eps", "x0" or "v", not "{prediction_type}"'
 
 
 def with_x0(
     prediction: Prediction, x0: Float[Array, "..."], xt: Float[Array, "..."], logsnr: Array
 ) -> Prediction:
-    """Return the prediction with another x0 and the eps that goes with it.
+    """Replace x0 in a prediction, and eps by the noise that x_t and the new x0 imply.
 
     Args:
-      prediction: its learned variance, if any, is kept.
-      x0: the new x0.
-      xt: the input x_t of the denoiser.
-      logsnr: of x_t.
+      prediction: The prediction, whose `variance_fraction` stays the same.
+      x0: The new x0, [*event].
+      xt: The input x_t of the denoiser, [*event].
+      logsnr: The log signal-to-noise ratio of x_t.
     """
     alpha, sigma = alpha_sigma(logsnr)
     return prediction._replace(x0=x0, eps=(xt - alpha * x0) / sigma)
 
 
 def clip_x0(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
-    """Return `denoise` with x0 clipped and eps made consistent again."""
+    """Return a denoiser that clips x0 to [low, high] and adapts eps to it."""
 
     def clipped(xt: Array, logsnr: Array) -> Prediction:
         prediction = denoise(xt, logsnr)
@@ -107,15 +124,16 @@ def clip_x0(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser
     return clipped
 
 
-def threshold_x0(denoise: Denoiser, percentile: float = 99.5, most: float = 1.0) -> Denoiser:
-    """Return `denoise` with dynamic thresholding (Saharia et al. 2022, sec. 2.3), image by image.
+def threshold_x0(denoise: Denoiser, percentile: float = 99.5, max_value: float = 1.0) -> Denoiser:
+    """Return a denoiser with dynamic thresholding of x0 (Saharia et al. 2022, sec. 2.3).
 
-    x0 is clipped to its own percentile of |x0|, where that exceeds `most`, and divided by it.
+    x0 is clipped to [-s, s] and multiplied by max_value / s, where s is the larger one of
+    `max_value` and the percentile of |x0| over the pixels of the image.
     """
 
     def threshold(x0: Array) -> Array:
-        threshold = jnp.maximum(jnp.percentile(jnp.abs(x0), percentile), most)
-        return jnp.clip(x0, -threshold, threshold) * (most / threshold)
+        s = jnp.maximum(jnp.percentile(jnp.abs(x0), percentile), max_value)
+        return jnp.clip(x0, -s, s) * (max_value / s)
 
     def thresholded(xt: Array, logsnr: Array) -> Prediction:
         prediction = denoise(xt, logsnr)
@@ -124,28 +142,33 @@ def threshold_x0(denoise: Denoiser, percentile: float = 99.5, most: float = 1.0)
     return thresholded
 
 
-def inpaint(denoise: Denoiser, known: Float[Array, "..."], mask: Float[Array, "..."]) -> Denoiser:
-    """Return `denoise` that knows the pixels where `mask` is 1: its x0 is `known` there."""
+def inpaint(denoise: Denoiser, images: Float[Array, "..."], mask: Float[Array, "..."]) -> Denoiser:
+    """Return a denoiser whose x0 equals `images` at the pixels where `mask` is 1."""
 
-    def informed(xt: Array, logsnr: Array) -> Prediction:
+    def constrained(xt: Array, logsnr: Array) -> Prediction:
         prediction = denoise(xt, logsnr)
-        return with_x0(prediction, mask * known + (1 - mask) * prediction.x0, xt, logsnr)
+        return with_x0(prediction, mask * images + (1 - mask) * prediction.x0, xt, logsnr)
 
-    return informed
+    return constrained
 
 
 def reverse_log_variance(
     prediction: Prediction, variance: Variance, logsnr_t: Array, logsnr_s: Array
 ) -> Array:
-    """Return log of the variance of p(x_s | x_t): the posterior's, beta, or between as learned.
+    """Return the log of the variance of p(x_s | x_t) (Ho et al. 2020, sec. 3.2).
+
+    "posterior" is the variance of q(x_s | x_t, x_0), "beta" that of the forward step, and
+    "learned" interpolates between their logs (Nichol & Dhariwal 2021, eq. 15).
 
     Args:
-      prediction: read where the variance is learned.
-      variance: "posterior", "beta" or "learned".
-      logsnr_t, logsnr_s: of the noisier and the cleaner time; both finite.
+      prediction: The prediction at x_t; only its `variance_fraction` is used.
+      variance: The choice of the variance: "posterior", "beta" or "learned".
+      logsnr_t: The log signal-to-noise ratio of the noisier x_t; finite.
+      logsnr_s: The log signal-to-noise ratio of the cleaner x_s; finite.
 
     Raises:
-      ValueError: "learned", and the network has learned none; an unknown variance.
+      ValueError: If the variance is "learned" and the network has not learned one, or if
+        `variance` is unknown.
     """
     _, posterior = q_posterior(jnp.zeros(()), jnp.zeros(()), logsnr_t, logsnr_s)
     log_posterior = jnp.log(posterior)
@@ -155,7 +178,10 @@ def reverse_log_variance(
     if variance == "beta":
         return log_beta
     if variance != "learned":
-        raise ValueError(f"a variance is posterior, beta or learned, not {variance}")
+        raise ValueError(f'variance must be "posterior", "beta" or "learned", not "{variance}"')
     if prediction.variance_fraction is None:
-        raise ValueError("this network has not learned a variance: use posterior or beta")
+        raise ValueError(
+            'variance is "learned", but this network has not learned a variance; use "posterior" '
+            'or "beta"'
+        )
     return log_posterior + prediction.variance_fraction * (log_beta - log_posterior)

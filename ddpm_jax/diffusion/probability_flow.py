@@ -1,12 +1,12 @@
-"""The probability-flow ODE's exact likelihood (Song et al. 2021b, sec. 4.3).
+"""The exact likelihood of the probability-flow ODE (Song et al. 2021b, sec. 4.3).
 
 In logsnr, with alpha^2 = S(logsnr) and sigma^2 = S(-logsnr), the flow is
 
-    dx / dlogsnr = (sigma^2 x - sigma eps) / 2                                           (1)
-    log p(x_1) = log p(x_0) + integral of div (1) from logsnr_1 down to logsnr_0         (2)
+    dx / dlogsnr = f(x, logsnr) = (sigma^2 x - sigma eps) / 2                            (1)
+    log p(x_clean) = log p(x_noisy) - integral of div f from noisy to clean logsnr       (2)
 
-for x_1 the clean end and x_0 the noisy one, where p is N(0, I).  The divergence is
-Hutchinson's: v^T (d f / d x) v with v = +-1, unbiased.
+where p(x_noisy) is N(0, I) at the noisy end. The divergence is Hutchinson's estimate
+v^T (df / dx) v with random signs v, which is unbiased.
 """
 
 import jax
@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 
 
 def flow(denoise: Denoiser, x: Float[Array, "batch *event"], logsnr: Scalar) -> Array:
-    """dx / dlogsnr, eq. (1)."""
+    """Return dx / dlogsnr, eq. (1)."""
     _, sigma = alpha_sigma(logsnr)
     return 0.5 * (jnp.square(sigma) * x - sigma * denoise(x, logsnr).eps)
 
@@ -35,23 +35,28 @@ def log_density(
     noisy: Scalar,
     tolerance: float | Array = TOLERANCE,
 ) -> tuple[Float[Array, "batch"], Float[Array, ""]]:
-    """Return (log p(x) in nats at logsnr `clean`, how often the field was evaluated), eq. (2).
+    """Return log p(x) in nats, eq. (2), and the number of evaluations of the flow.
+
+    The adaptive solver controls the error of the whole batch, so that an image's likelihood
+    depends on its batch to about the tolerance. For exactly known models of 17 grey values
+    (1 to 768 dimensions, float32) the error of the mean was at most 0.025 bits per dimension at
+    tolerance 1e-3, 0.004 at 1e-4, and 0.0003 at 1e-5 with twice the evaluations.
 
     Args:
-      probe: Hutchinson's v, of +-1; the estimate's mean over it is exact.
-      noisy: where p is taken to be N(0, I).
-      tolerance: of the adaptive solver, absolute and relative, over the batch as a whole: the
-        batch that an image lies in changes its figure by about as much.  Of exactly known models
-        of 17 grey values (1 to 768 dimensions, float32) the mean was wrong by up to 0.025 bits
-        per dimension at 1e-3, 0.004 at 1e-4, and 0.0003 at 1e-5 with twice the evaluations.
+      denoise: The denoiser.
+      x: The data at logsnr `clean`.
+      probe: Hutchinson's v: each entry is -1 or 1, with equal probability.
+      clean: The logsnr of x.
+      noisy: The logsnr at which p is taken to be N(0, I); less than `clean`.
+      tolerance: The absolute and relative tolerance of the solver.
     """
     import diffrax
 
-    def field(now: ArrayLike, state: tuple[Array, Array], _: None) -> tuple[Array, Array]:
-        logsnr, x = jnp.asarray(now), state[0]
-        velocity, pull = jax.vjp(lambda x: flow(denoise, x, logsnr), x)
-        divergence = pull(probe)[0] * probe
-        # The second component is log p itself, which falls by the divergence along the way.
+    def field(time: ArrayLike, state: tuple[Array, Array], _: None) -> tuple[Array, Array]:
+        logsnr, x = jnp.asarray(time), state[0]
+        velocity, pullback = jax.vjp(lambda x: flow(denoise, x, logsnr), x)
+        divergence = pullback(probe)[0] * probe
+        # The second component is log p along the path, whose derivative is -div f.
         return velocity, -divergence.reshape(len(x), -1).sum(-1)
 
     solution = diffrax.diffeqsolve(
@@ -62,7 +67,7 @@ def log_density(
         -0.01 * (clean - noisy),
         (x, jnp.zeros(len(x), x.dtype)),
         stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
-        adjoint=diffrax.ForwardMode(),  # nothing is differentiated: a plain loop
+        adjoint=diffrax.ForwardMode(),  # a plain loop, since no gradient is computed
         max_steps=4096,
     )
     end, change = (a[0] for a in solution.ys)

@@ -1,12 +1,12 @@
-"""Samplers: a step from x_t to x_s, and the one driver that takes them all.
+"""Samplers: a step from x_t to the cleaner x_s, and the loop that takes all steps.
 
 In the coordinates of `Prediction`, with h = (logsnr_s - logsnr_t) / 2 > 0,
 
     DDIM:           x_s = alpha_s x0 + sigma_s eps                                       (1)
     ODE in x0:      x_s = sigma_s / sigma_t x_t + alpha_s (1 - e^-h) x0 + O(h^2)         (2)
 
-which are the same step.  A step to +inf ends at x0: no noise, first order, and no call of
-the denoiser there.
+which are the same step. A step to logsnr +inf returns x0: it adds no noise, is of first order,
+and does not call the denoiser at +inf.
 """
 
 from collections.abc import Callable
@@ -18,29 +18,27 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ddpm_jax.diffusion.prediction import Denoiser, Prediction, Variance, reverse_log_variance
 from ddpm_jax.diffusion.process import alpha_sigma, q_posterior
-from ddpm_jax.diffusion.shared_steps import TwoStep, check_within, extrapolation, heun_step, initial
+from ddpm_jax.diffusion.shared_steps import (
+    Sampler,
+    TwoStepState,
+    check_range,
+    extrapolation,
+    heun_step,
+    init_two_step,
+)
+from ddpm_jax.diffusion.unipc import unipc
 
 Scalar = Float[Array, ""]
 
 
-class Sampler(NamedTuple):
-    """A sampler: init(xT) -> state with .x; step -> (state, Prediction).
-
-    step(denoise, state, noise, logsnr_t, logsnr_s)
-    """
-
-    init: Callable[[Array], PyTree]
-    step: Callable[[Denoiser, PyTree, Array, Scalar, Scalar], tuple[PyTree, Prediction]]
-
-
 class State(NamedTuple):
-    """State of a sampler that remembers nothing."""
+    """The state of a single-step sampler."""
 
     x: Float[Array, "batch *event"]
 
 
 class Trace(NamedTuple):
-    """What a sampler went through: x_t and the predicted x0 of every step."""
+    """The intermediate results of a sampler: x_t and the predicted x0 of every step."""
 
     xt: Float[Array, "steps batch *event"]
     x0: Float[Array, "steps batch *event"]
@@ -54,28 +52,38 @@ def sample(
     xT: Float[Array, "batch *event"],
     first: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "batch *event"]:
-    """Walk `sampler` along `logsnrs`, in one loop.
+    """Sample images with the steps of `sampler` along the grid `logsnrs`, in one loop.
+
+    >>> from ddpm_jax.diffusion import grids, prediction, schedules
+    >>> def denoise(xt, logsnr):  # exact for data that are 0.5 everywhere
+    ...     return prediction.with_x0(Prediction(xt, xt), jnp.full_like(xt, 0.5), xt, logsnr)
+    >>> logsnrs = grids.grid(schedules.cosine(), 4)
+    >>> keys = jax.random.split(jax.random.key(0), 2)
+    >>> print(sample(ddim(), denoise, logsnrs, keys, jnp.ones((2, 1))).ravel())
+    [0.5 0.5]
 
     Args:
-      denoise: called with x_t [B, *event] and one logsnr for all; never at +inf.
-      logsnrs: rising, from noise to data, as `grids.grid` makes them.
-      keys: one for each image, of the noise that the steps add.
-      xT: noise, already drawn.
-      first: the entry of `logsnrs` at which xT lies, as a number that may be traced; the entries
-        before it are not visited.
+      sampler: The sampler.
+      denoise: The denoiser, which is called with x_t [B, *event] and the same finite logsnr for
+        all images.
+      logsnrs: The grid, which increases from noise to data, as `grids.grid` returns it.
+      keys: A key for each image, for the noise that the steps add.
+      xT: The initial noise.
+      first: The index of the entry of `logsnrs` that is the logsnr of xT, which may be traced. The
+        entries before it are not used. If None, it is 0.
     """
 
-    def visit(i: Array, state: PyTree) -> PyTree:
+    def step_from_first(i: Array, state: PyTree) -> PyTree:
         return _step(sampler, denoise, keys, state, (i, logsnrs[i], logsnrs[i + 1]))[0]
 
-    def take(state: PyTree, now: tuple[Array, Array, Array]) -> tuple[PyTree, None]:
-        return _step(sampler, denoise, keys, state, now)[0], None
+    def step(state: PyTree, times: tuple[Array, Array, Array]) -> tuple[PyTree, None]:
+        return _step(sampler, denoise, keys, state, times)[0], None
 
     if first is None:
         steps = jnp.arange(len(logsnrs) - 1), logsnrs[:-1], logsnrs[1:]
-        state, _ = jax.lax.scan(take, sampler.init(xT), steps)
+        state, _ = jax.lax.scan(step, sampler.init(xT), steps)
     else:
-        state = jax.lax.fori_loop(first, len(logsnrs) - 1, visit, sampler.init(xT))
+        state = jax.lax.fori_loop(first, len(logsnrs) - 1, step_from_first, sampler.init(xT))
     x: Array = state.x
     return x
 
@@ -88,15 +96,20 @@ def sample_and_trace(
     xT: Float[Array, "batch *event"],
     count: int | None = None,
 ) -> tuple[Float[Array, "batch *event"], Trace]:
-    """Return what `sample` returns, and the way there.
+    """Return the images that `sample` returns, and x_t and x0 of every step.
 
     Args:
-      sampler, denoise, logsnrs, keys, xT: as for `sample`.
-      count: the images whose trace is returned, the first ones; None: all.
+      sampler: The sampler.
+      denoise: The denoiser.
+      logsnrs: The grid, which increases from noise to data.
+      keys: A key for each image, for the noise that the steps add.
+      xT: The initial noise.
+      count: The number of images, from the first one on, whose trace is returned. If None, the
+        trace of all images is returned.
     """
 
-    def step(state: PyTree, now: tuple[Array, Array, Array]) -> tuple[PyTree, Trace]:
-        after, prediction = _step(sampler, denoise, keys, state, now)
+    def step(state: PyTree, times: tuple[Array, Array, Array]) -> tuple[PyTree, Trace]:
+        after, prediction = _step(sampler, denoise, keys, state, times)
         return after, Trace(state.x[:count], prediction.x0[:count])
 
     steps = jnp.arange(len(logsnrs) - 1), logsnrs[:-1], logsnrs[1:]
@@ -106,34 +119,37 @@ def sample_and_trace(
 
 def _step(
     sampler: Sampler, denoise: Denoiser, keys: Key[Array, "batch"], state: PyTree,
-    now: tuple[Array | int, Array, Array],
+    times: tuple[Array | int, Array, Array],
 ) -> tuple[PyTree, Prediction]:  # fmt: skip
-    """Take the sampler's step of `now`, (number, logsnr_t, logsnr_s)."""
-    number, logsnr_t, logsnr_s = now
+    """Sample the noise of a step and take the step; `times` is (index, logsnr_t, logsnr_s)."""
+    index, logsnr_t, logsnr_s = times
     noise = jax.vmap(
-        lambda key, x: jax.random.normal(jax.random.fold_in(key, number), x.shape, x.dtype)
+        lambda key, x: jax.random.normal(jax.random.fold_in(key, index), x.shape, x.dtype)
     )(keys, state.x)
     return sampler.step(denoise, state, noise, logsnr_t, logsnr_s)
 
 
 def ancestral(variance: Variance = "posterior", noise_scale: float = 1.0) -> Sampler:
-    """Draw of p(x_s | x_t) (Ho et al. 2020, alg. 2): x0's posterior mean, and noise.
+    """Return ancestral sampling, x_s ~ p(x_s | x_t) (Ho et al. 2020, alg. 2).
 
     Args:
-      variance: "posterior" (the lower one), "beta" (the upper one) or "learned".
-      noise_scale: of the noise that is added; less than 1 does not sample p, and shows why.
+      variance: The variance of p: "posterior" (the smaller one), "beta" (the larger one) or
+        "learned".
+      noise_scale: A factor of the noise, from 0 to 1. Less than 1 does not sample p; it shows how
+        the noise matters.
 
     Raises:
-      ValueError: `noise_scale` is not between 0 and 1.
+      ValueError: If `noise_scale` is not between 0 and 1.
     """
-    check_within("the noise scale of ancestral sampling", noise_scale, 1.0)
+    check_range("the noise scale of ancestral sampling", noise_scale, 1.0)
 
     def step(
         denoise: Denoiser, state: State, noise: Array, logsnr_t: Scalar, logsnr_s: Scalar
     ) -> tuple[State, Prediction]:
         prediction = denoise(state.x, logsnr_t)
         mean, _ = q_posterior(prediction.x0, state.x, logsnr_t, logsnr_s)
-        clean = jnp.isposinf(logsnr_s)  # where the variance is 0; its log gets another logsnr
+        # At +inf the variance is 0, and its log is computed at a finite logsnr instead.
+        clean = jnp.isposinf(logsnr_s)
         finite = jnp.where(clean, logsnr_t + 1.0, logsnr_s)
         log_variance = reverse_log_variance(prediction, variance, logsnr_t, finite)
         std = jnp.where(clean, 0.0, jnp.exp(0.5 * log_variance))
@@ -143,14 +159,16 @@ def ancestral(variance: Variance = "posterior", noise_scale: float = 1.0) -> Sam
 
 
 def ddim(eta: float = 0.0) -> Sampler:
-    """DDIM (Song et al. 2021, eq. 12 and 16): eta 0 is an ODE step, eta 1 is `ancestral`.
+    """Return DDIM (Song et al. 2021, eq. 12 and 16).
 
     x_s = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + std noise,  std = eta std_posterior
 
+    With eta = 0 it is a step of the ODE, with eta = 1 it is `ancestral`.
+
     Raises:
-      ValueError: `eta` is not between 0 and 1, where x_s has the marginal variance.
+      ValueError: If `eta` is not between 0 and 1, the range in which x_s has the marginal variance.
     """
-    check_within("DDIM's eta", eta, 1.0)
+    check_range("DDIM's eta", eta, 1.0)
 
     def step(
         denoise: Denoiser, state: State, noise: Array, logsnr_t: Scalar, logsnr_s: Scalar
@@ -167,7 +185,7 @@ def ddim(eta: float = 0.0) -> Sampler:
 
 
 def heun() -> Sampler:
-    """Heun's second-order ODE step (Karras et al. 2022, alg. 1): two evaluations a step."""
+    """Return Heun's second-order ODE solver, two calls per step (Karras et al. 2022, alg. 1)."""
 
     def step(
         denoise: Denoiser, state: State, noise: Array, logsnr_t: Scalar, logsnr_s: Scalar
@@ -185,31 +203,34 @@ def edm(
     high: float = 50.0,
     noise_scale: float = 1.003,
 ) -> Sampler:
-    """EDM's stochastic sampler (Karras et al. 2022, alg. 2): some noise, then Heun's step.
+    """Return EDM's stochastic sampler: added noise, then Heun's step (Karras et al. 2022, alg. 2).
 
-    sigma_hat = sigma (1 + gamma), gamma = min(churn / steps, sqrt(2) - 1) where sigma lies
-    between `low` and `high`, else 0.
+    The noise increases sigma to sigma (1 + gamma), where gamma = min(churn / steps, sqrt(2) - 1)
+    if low <= sigma <= high, else 0.
 
     Args:
-      steps: steps of the sampler's grid.
-      churn: sum of gamma over the steps, at most.
-      low, high: values of sigma between which noise is added.
-      noise_scale: of the noise that is added.
+      steps: The number of steps of the grid.
+      churn: The maximum of the sum of gamma over all steps.
+      low: The lowest sigma at which noise is added.
+      high: The highest sigma at which noise is added.
+      noise_scale: A factor of the added noise.
 
     Raises:
-      ValueError: a number is negative or not finite, or `low` exceeds `high`.
+      ValueError: If a number is negative or not finite, or `low` exceeds `high`.
     """
-    for what, value in (("churn", churn), ("noise scale", noise_scale)):
-        check_within(f"EDM's {what}", value)
+    for name, value in (("churn", churn), ("noise scale", noise_scale)):
+        check_range(f"EDM's {name}", value)
     if not 0 <= low <= high:
-        raise ValueError(f"EDM's noise levels must satisfy 0 <= low <= high, not {low:g}, {high:g}")
-    most = min(churn / steps, 2**0.5 - 1)
+        raise ValueError(
+            f"EDM's noise levels must satisfy 0 <= low <= high, not low = {low:g}, high = {high:g}"
+        )
+    max_gamma = min(churn / steps, 2**0.5 - 1)
 
     def step(
         denoise: Denoiser, state: State, noise: Array, logsnr_t: Scalar, logsnr_s: Scalar
     ) -> tuple[State, Prediction]:
         sigma = jnp.exp(-0.5 * logsnr_t)
-        gamma = jnp.where((low <= sigma) & (sigma <= high), most, 0.0)
+        gamma = jnp.where((low <= sigma) & (sigma <= high), max_gamma, 0.0)
         logsnr_hat = logsnr_t - 2 * jnp.log1p(gamma)
         added = sigma * jnp.sqrt(jnp.square(1 + gamma) - 1) * noise_scale
         y = state.x / alpha_sigma(logsnr_t)[0] + added * noise
@@ -220,22 +241,23 @@ def edm(
 
 
 def dpmpp_2m() -> Sampler:
-    """DPM-Solver++(2M) (Lu et al. 2022b, alg. 2): multistep, one evaluation a step.
+    """Return DPM-Solver++(2M), a two-step method, one call per step (Lu et al. 2022b, alg. 2).
 
-    x_s = sigma_s / sigma_t x_t + alpha_s (1 - e^-h) D,  D = x0 + (x0 - last x0) / 2r
+    x_s = sigma_s / sigma_t x_t + alpha_s (1 - e^-h) D,  D = x0 + (x0 - previous x0) / 2r,
+    r = previous h / h
     """
 
     def step(
-        denoise: Denoiser, state: TwoStep, noise: Array, logsnr_t: Scalar, logsnr_s: Scalar
-    ) -> tuple[TwoStep, Prediction]:
+        denoise: Denoiser, state: TwoStepState, noise: Array, logsnr_t: Scalar, logsnr_s: Scalar
+    ) -> tuple[TwoStepState, Prediction]:
         prediction = denoise(state.x, logsnr_t)
         data = prediction.x0 + extrapolation(state, prediction, logsnr_t, logsnr_s)
         alpha, sigma = alpha_sigma(logsnr_s)
         rise = -jnp.expm1(-0.5 * (logsnr_s - logsnr_t))
         x = sigma / alpha_sigma(logsnr_t)[1] * state.x + alpha * rise * data
-        return TwoStep(x, prediction.x0, logsnr_t), prediction
+        return TwoStepState(x, prediction.x0, logsnr_t), prediction
 
-    return Sampler(initial, step)
+    return Sampler(init_two_step, step)
 
 
 def dpmpp_2m_sde() -> Sampler:
@@ -245,81 +267,32 @@ def dpmpp_2m_sde() -> Sampler:
     """
 
     def step(
-        denoise: Denoiser, state: TwoStep, noise: Array, logsnr_t: Scalar, logsnr_s: Scalar
-    ) -> tuple[TwoStep, Prediction]:
+        denoise: Denoiser, state: TwoStepState, noise: Array, logsnr_t: Scalar, logsnr_s: Scalar
+    ) -> tuple[TwoStepState, Prediction]:
         prediction = denoise(state.x, logsnr_t)
         data = prediction.x0 + extrapolation(state, prediction, logsnr_t, logsnr_s)
         alpha, sigma = alpha_sigma(logsnr_s)
         rise = -jnp.expm1(logsnr_t - logsnr_s)
-        keep = sigma / alpha_sigma(logsnr_t)[1] * jnp.exp(-0.5 * (logsnr_s - logsnr_t))
-        x = keep * state.x + alpha * rise * data + sigma * jnp.sqrt(rise) * noise
-        return TwoStep(x, prediction.x0, logsnr_t), prediction
+        weight = sigma / alpha_sigma(logsnr_t)[1] * jnp.exp(-0.5 * (logsnr_s - logsnr_t))
+        x = weight * state.x + alpha * rise * data + sigma * jnp.sqrt(rise) * noise
+        return TwoStepState(x, prediction.x0, logsnr_t), prediction
 
-    return Sampler(initial, step)
-
-
-class UniPCState(NamedTuple):
-    """x, and what the corrector needs of the step before."""
-
-    x: Float[Array, "batch *event"]
-    x_before: Float[Array, "batch *event"]
-    x0: Float[Array, "batch *event"]
-    x0_before: Float[Array, "batch *event"]
-    logsnr: Scalar
-    logsnr_before: Scalar
-
-
-def unipc() -> Sampler:
-    """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, alg. 1-2): one evaluation a step.
-
-    The evaluation at x_t first corrects the step that led to x_t, then predicts the next.
-    """
-
-    def init(xT: Array) -> UniPCState:
-        zeros, nowhere = jnp.zeros_like(xT), jnp.full((), jnp.nan, xT.dtype)
-        return UniPCState(xT, zeros, zeros, zeros, nowhere, nowhere)
-
-    def step(
-        denoise: Denoiser, state: UniPCState, noise: Array, logsnr_t: Scalar, logsnr_s: Scalar
-    ) -> tuple[UniPCState, Prediction]:
-        prediction = denoise(state.x, logsnr_t)
-        # Correct: from x_before at state.logsnr to here, with the x0 found here.  Where a step
-        # before is missing (NaN), a finite logsnr keeps the unused branch's gradient finite.
-        first, second = jnp.isnan(state.logsnr), jnp.isnan(state.logsnr_before)
-        last = jnp.where(first, logsnr_t - 1.0, state.logsnr)
-        last_but_one = jnp.where(second, last - 1.0, state.logsnr_before)
-        h = 0.5 * (logsnr_t - last)
-        alpha, sigma = alpha_sigma(logsnr_t)
-        rise = -jnp.expm1(-h)
-        base = sigma / alpha_sigma(last)[1] * state.x_before + alpha * rise * state.x0
-        new = prediction.x0 - state.x0
-        phi = (1 - rise / h) / rise  # (h - 1 + e^-h) / (h (1 - e^-h)): sum of the two weights
-        phi_2 = (1 - 2 * (h - rise) / jnp.square(h)) / rise
-        ratio = 0.5 * (last_but_one - last) / h  # negative
-        weight_new = (phi_2 - ratio * phi) / (1 - ratio)
-        weight_old = (phi - weight_new) / ratio
-        old = state.x0_before - state.x0
-        change = jnp.where(second, 0.5 * new, weight_new * new + weight_old * old)
-        x = jnp.where(first, state.x, base + alpha * rise * change)
-        # Predict: as DPM-Solver++(2M).
-        memory = TwoStep(x, state.x0, state.logsnr)
-        data = prediction.x0 + extrapolation(memory, prediction, logsnr_t, logsnr_s)
-        alpha, sigma_s = alpha_sigma(logsnr_s)
-        rise = -jnp.expm1(-0.5 * (logsnr_s - logsnr_t))
-        after = sigma_s / sigma * x + alpha * rise * data
-        return UniPCState(after, x, prediction.x0, state.x0, logsnr_t, state.logsnr), prediction
-
-    return Sampler(init, step)
+    return Sampler(init_two_step, step)
 
 
 class Named(NamedTuple):
-    """make(steps, number) -> Sampler; default: the number that a bare name stands for."""
+    """An entry of `SAMPLERS`.
+
+    Attributes:
+      make: A function (steps, number) -> sampler.
+      default: The number of a name without one. If None, the name takes no number.
+    """
 
     make: Callable[[int, float], Sampler]
-    default: float | None = None  # None: the name takes no number
+    default: float | None = None
 
 
-# What `--sampler` knows.
+# The samplers that `--sampler` accepts.
 SAMPLERS: dict[str, Named] = {
     "ancestral": Named(lambda steps, noise: ancestral("posterior", noise), 1.0),
     "ancestral_beta": Named(lambda steps, noise: ancestral("beta", noise), 1.0),
@@ -334,11 +307,11 @@ SAMPLERS: dict[str, Named] = {
 
 
 def named(name: str, steps: int) -> Sampler:
-    """Return the sampler of a name: "ddim", or "ddim:0.5" for eta 0.5.
+    """Return the sampler of a name, such as "ddim", or "ddim:0.5" for eta 0.5.
 
     Raises:
-      KeyError: there is none of that name.
-      ValueError: there is a colon without a number, or with one that the sampler cannot take.
+      KeyError: If there is no sampler of that name.
+      ValueError: If no number follows the colon, or the sampler does not accept the number.
     """
     base, colon, text = name.partition(":")
     make, default = SAMPLERS[base]

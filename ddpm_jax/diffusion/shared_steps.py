@@ -1,10 +1,11 @@
-"""What several samplers share: Heun's step, the two-step extrapolation, a check of numbers."""
+"""Parts of several samplers: their type, Heun's step, the two-step extrapolation, a range check."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from ddpm_jax.diffusion.prediction import Denoiser, Prediction
 from ddpm_jax.diffusion.process import alpha_sigma
@@ -12,15 +13,30 @@ from ddpm_jax.diffusion.process import alpha_sigma
 Scalar = Float[Array, ""]
 
 
+class Sampler(NamedTuple):
+    """A sampler, as two functions.
+
+    Attributes:
+      init: A function xT -> state; the state has a field x.
+      step: A function (denoise, state, noise, logsnr_t, logsnr_s) -> (state at s, prediction at t).
+    """
+
+    init: Callable[[Array], PyTree]
+    step: Callable[[Denoiser, PyTree, Array, Scalar, Scalar], tuple[PyTree, Prediction]]
+
+
 def heun_step(
     denoise: Denoiser, x: Array, logsnr_t: Scalar, logsnr_s: Scalar
 ) -> tuple[Array, Prediction]:
-    """Heun's step of dy / dsigma = eps, y = x / alpha, sigma = exp(-logsnr / 2).
+    """Take Heun's step of the ODE dy / dsigma = eps with y = x / alpha, sigma = exp(-logsnr / 2).
+
+    A step to +inf is Euler's step, which ends at x0.
 
     Args:
-      denoise: called at both ends of the step, at +inf not.
-      x: x_t of a batch.
-      logsnr_t, logsnr_s: of the noisier and the cleaner time.
+      denoise: The denoiser, which is called at both ends of the step, but not at +inf.
+      x: x_t of a batch, [B, *event].
+      logsnr_t: The log signal-to-noise ratio at the start of the step.
+      logsnr_s: The log signal-to-noise ratio at the cleaner end of the step.
 
     Returns:
       x_s and the prediction at x_t.
@@ -38,41 +54,52 @@ def heun_step(
     return end, prediction
 
 
-class TwoStep(NamedTuple):
-    """State with the last x0 and the logsnr it was predicted at (NaN: none yet)."""
+class TwoStepState(NamedTuple):
+    """The state of a two-step sampler.
+
+    Attributes:
+      x: The current x_t.
+      x0: The predicted x0 of the previous step.
+      logsnr: The logsnr of that prediction; NaN before the first step.
+    """
 
     x: Float[Array, "batch *event"]
     x0: Float[Array, "batch *event"]
     logsnr: Scalar
 
 
-def initial(xT: Array) -> TwoStep:
+def init_two_step(xT: Array) -> TwoStepState:
     """Return the state before the first step."""
-    return TwoStep(xT, jnp.zeros_like(xT), jnp.full((), jnp.nan, xT.dtype))
+    return TwoStepState(xT, jnp.zeros_like(xT), jnp.full((), jnp.nan, xT.dtype))
 
 
 def extrapolation(
-    state: TwoStep, prediction: Prediction, logsnr_t: Scalar, logsnr_s: Scalar
+    state: TwoStepState, prediction: Prediction, logsnr_t: Scalar, logsnr_s: Scalar
 ) -> Array:
-    """Return (x0 - last x0) / 2r with r = h_last / h, or 0 at the first and the last step.
+    """Return (x0 - previous x0) / 2r, r = previous h / h; 0 in the first and in the last step.
+
+    h is the step in logsnr (Lu et al. 2022b, alg. 2).
 
     Args:
-      state: holds the last x0 and its logsnr.
-      prediction: at x_t.
-      logsnr_t, logsnr_s: of the noisier and the cleaner time.
+      state: The state, with the previous x0 and its logsnr.
+      prediction: The prediction at x_t.
+      logsnr_t: The log signal-to-noise ratio at the start of the step.
+      logsnr_s: The log signal-to-noise ratio at the cleaner end of the step.
     """
-    second = (logsnr_t > state.logsnr) & jnp.isfinite(logsnr_s)  # no number exceeds NaN
+    second = (logsnr_t > state.logsnr) & jnp.isfinite(logsnr_s)  # comparison with NaN is false
     h = jnp.where(second, logsnr_s - logsnr_t, 0.0)
-    h_last = jnp.where(second, logsnr_t - state.logsnr, 1.0)
-    return h / h_last / 2 * (prediction.x0 - state.x0)
+    h_previous = jnp.where(second, logsnr_t - state.logsnr, 1.0)
+    return h / h_previous / 2 * (prediction.x0 - state.x0)
 
 
-def check_within(what: str, value: float, most: float = float("inf")) -> None:
-    """Check that 0 <= value <= most, and that it is finite.
+def check_range(name: str, value: float, maximum: float = float("inf")) -> None:
+    """Check that `value` is finite and 0 <= value <= maximum.
 
     Raises:
-      ValueError: it is not.
+      ValueError: If it is not.
     """
-    if not (0 <= value <= most and value < float("inf")):
-        allowed = f"between 0 and {most:g}" if most < float("inf") else "finite and at least 0"
-        raise ValueError(f"{what} must be {allowed}, not {value:g}")
+    if not (0 <= value <= maximum and value < float("inf")):
+        allowed = (
+            f"between 0 and {maximum:g}" if maximum < float("inf") else "finite and at least 0"
+        )
+        raise ValueError(f"{name} must be {allowed}, not {value:g}")

@@ -1,7 +1,7 @@
-"""The times t at which training takes the loss: uniform, stratified, or by importance.
+"""Samplers of the training times t: uniform, stratified, and importance sampling.
 
-A `TimeSampler` returns a time of every example and its weight, by which losses are multiplied so
-that their mean over a batch is unbiased however t is sampled.
+A `TimeSampler` returns a time for every example, and a weight by which its loss is multiplied.
+The weights make the mean loss of a batch an unbiased estimate of the mean over uniform t.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from ddpm_jax.diffusion.grids import within
 def uniform_times(
     keys: Key[Array, "batch"], index: Int[Array, "batch"], size: int
 ) -> Float[Array, "batch"]:
-    """t ~ U(0, 1), each its own."""
+    """Return independent times t ~ U(0, 1); `index` and `size` are not used."""
     del index, size
     return jax.vmap(jax.random.uniform)(keys)
 
@@ -25,60 +25,66 @@ def uniform_times(
 def stratified_times(
     keys: Key[Array, "batch"], index: Int[Array, "batch"], size: int
 ) -> Float[Array, "batch"]:
-    """t_i = (i + u_i) / B < 1: each uniform, together evenly spread over the batch.
+    """Return t_i = (i + u_i) / size < 1 with u_i ~ U(0, 1): one time in each part of [0, 1).
 
-    It serves as VDM's antithetic sampling does (Kingma et al. 2021, app. I.1, one u for all)
-    with a draw of each example's own, so that the batch can lie on many devices.
+    This replaces VDM's antithetic sampling, which has the same u for all examples (Kingma et al.
+    2021, app. I.1). Independent u_i allow a batch to be partitioned across devices.
     """
     return within(index, jax.vmap(jax.random.uniform)(keys), size)
 
 
 class LossHistory(NamedTuple):
-    """The last losses at each of `bins` times, for `importance_times`."""
+    """The last losses at each of `bins` times, for `importance_times`.
 
-    losses: Float[Array, "bins kept"]
+    Attributes:
+      losses: The last losses of each bin, in a circular buffer.
+      counts: The number of losses that each bin has received.
+    """
+
+    losses: Float[Array, "bins capacity"]
     counts: Int[Array, "bins"]
 
 
-def empty_history(bins: int, kept: int = 10) -> LossHistory:
-    """Return a history of nothing."""
-    return LossHistory(jnp.zeros((bins, kept)), jnp.zeros(bins, jnp.int32))
+def empty_history(bins: int, capacity: int = 10) -> LossHistory:
+    """Return a history without losses, which stores the last `capacity` losses of each bin."""
+    return LossHistory(jnp.zeros((bins, capacity)), jnp.zeros(bins, jnp.int32))
 
 
 def importance_times(
     history: LossHistory, keys: Key[Array, "batch"]
 ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-    """Return (t, weight) with t drawn where losses are large (Nichol & Dhariwal 2021, eq. 18).
+    """Return times that are more frequent where losses are large, and their weights.
 
-    p_i ~ sqrt(mean of the last squared losses), once every bin has as many as it keeps, else
-    uniform; 0.1 % is uniform always.  weight = 1 / (p_i bins) keeps the loss unbiased.
+    A time is in bin i with probability p_i ~ sqrt(mean of the bin's squared losses) (Nichol &
+    Dhariwal 2021, eq. 18), mixed with 0.1 % of a uniform distribution. Until every bin has a full
+    history, p is uniform. The weight 1 / (p_i bins) makes the weighted loss unbiased.
     """
-    bins, kept = history.losses.shape
+    bins, capacity = history.losses.shape
     root = jnp.sqrt(jnp.mean(jnp.square(history.losses), -1))
-    warm = jnp.all(history.counts >= kept)
-    share = jnp.where(warm, root / jnp.maximum(root.sum(), 1e-30), 1 / bins)
-    share = 0.999 * share + 0.001 / bins
+    full = jnp.all(history.counts >= capacity)
+    p = jnp.where(full, root / jnp.maximum(root.sum(), 1e-30), 1 / bins)
+    p = 0.999 * p + 0.001 / bins
 
-    def draw(key: Key[Array, ""]) -> tuple[Array, Array]:
-        which, where = jax.random.split(key)
-        row = jax.random.categorical(which, jnp.log(share))
-        return within(row, jax.random.uniform(where), bins), 1 / (share[row] * bins)
+    def sample_time(key: Key[Array, ""]) -> tuple[Array, Array]:
+        bin_key, offset_key = jax.random.split(key)
+        index = jax.random.categorical(bin_key, jnp.log(p))
+        return within(index, jax.random.uniform(offset_key), bins), 1 / (p[index] * bins)
 
-    return jax.vmap(draw)(keys)
+    return jax.vmap(sample_time)(keys)
 
 
 def record(
     history: LossHistory, times: Float[Array, "batch"], losses: Float[Array, "batch"]
 ) -> LossHistory:
-    """Return the history with a batch's (unweighted) losses in it, the oldest gone."""
-    bins, kept = history.losses.shape
+    """Add the unweighted losses of a batch to a history; they replace the oldest ones."""
+    bins, capacity = history.losses.shape
 
     def add(history: LossHistory, pair: tuple[Array, Array]) -> tuple[LossHistory, None]:
         time, loss = pair
         row = jnp.clip((time * bins).astype(jnp.int32), 0, bins - 1)
-        place = history.counts[row] % kept
+        column = history.counts[row] % capacity
         return LossHistory(
-            history.losses.at[row, place].set(loss), history.counts.at[row].add(1)
+            history.losses.at[row, column].set(loss), history.counts.at[row].add(1)
         ), None
 
     after: LossHistory = jax.lax.scan(add, history, (times, losses))[0]
@@ -87,104 +93,98 @@ def record(
 
 @runtime_checkable
 class TimeSampler(Protocol):
-    """How training samples t; what it remembers of earlier steps is an argument of its methods."""
+    """A sampler of training times; its state is an argument and a result of its methods."""
 
     def init(self, steps: int | None) -> PyTree:
-        """Return what is remembered before the first step.
+        """Return the state before the first step.
 
         Args:
-          steps: of the schedule's table; None: it is continuous.
+          steps: The number of steps of the schedule's table; None if the schedule is continuous.
         """
         del steps
         return {}
 
     def sample(
-        self, memory: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
+        self, state: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
     ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-        """Return the time of every example, and the weight of its loss.
+        """Return the time t in [0, 1) of every example, and the weight of its loss.
 
         Args:
-          memory: what is remembered.
-          keys: one for every example.
-          index: number of every example in the order of training.
-          batch_size: examples of a whole batch.
+          state: The state of the time sampler.
+          keys: A key for every example.
+          index: The position of every example in the order of training.
+          batch_size: The number of examples of the batch over all devices.
         """
 
     def statistics(self, t: Float[Array, "batch"], losses: Float[Array, "batch"]) -> PyTree:
-        """Return what `update` needs of a batch: its times and its losses without weights."""
+        """Return the statistics that `update` needs of a batch with unweighted losses."""
         del t, losses
         return {}
 
-    def update(self, memory: PyTree, statistics: PyTree) -> PyTree:
-        """Return what is remembered after a step, of the whole batch's statistics."""
+    def update(self, state: PyTree, statistics: PyTree) -> PyTree:
+        """Return the state after a step, given the statistics of the batch over all devices."""
         del statistics
-        return memory
+        return state
 
 
 @dataclasses.dataclass(frozen=True)
 class UniformTimes(TimeSampler):
-    """t ~ U(0, 1), each independently."""
+    """Independent times t ~ U(0, 1)."""
 
     def sample(
-        self, memory: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
+        self, state: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
     ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-        """Return uniform times, of weight 1.
-
-        Args:
-          memory, keys, index, batch_size: see `TimeSampler.sample`.
-        """
-        del memory
+        """Return uniform times with weight 1; see `TimeSampler.sample`."""
+        del state
         return uniform_times(keys, index, batch_size), jnp.ones(len(keys))
 
 
 @dataclasses.dataclass(frozen=True)
 class StratifiedTimes(TimeSampler):
-    """t in equal parts of [0, 1), one part for each example of a batch; see `stratified_times`."""
+    """Times in equal parts of [0, 1), one part per example of a batch; see `stratified_times`."""
 
     def sample(
-        self, memory: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
+        self, state: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
     ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-        """Return stratified times, of weight 1.
-
-        Args:
-          memory, keys, index, batch_size: see `TimeSampler.sample`.
-        """
-        del memory
+        """Return stratified times with weight 1; see `TimeSampler.sample`."""
+        del state
         return stratified_times(keys, index % batch_size, batch_size), jnp.ones(len(keys))
 
 
 @dataclasses.dataclass(frozen=True)
 class ImportanceTimes(TimeSampler):
-    """t where losses are large, with a history of losses for every step; see `importance_times`."""
+    """Importance-sampled times, with a history of the losses of every step of the table.
+
+    See `importance_times`.
+    """
 
     def init(self, steps: int | None) -> PyTree:
         """Return an empty history.
 
         Raises:
-          ValueError: the schedule is continuous.
+          ValueError: If the schedule is continuous.
         """
         if steps is None:
-            raise ValueError("times by importance need a schedule with a table of betas")
+            raise ValueError(
+                "importance sampling of times requires a table of betas; use the schedule "
+                "linear_betas or cosine_betas, or the times uniform or stratified"
+            )
         return {"history": empty_history(steps)}
 
     def sample(
-        self, memory: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
+        self, state: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
     ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-        """Return times by importance, and the weights that keep the loss unbiased.
-
-        Args:
-          memory, keys, index, batch_size: see `TimeSampler.sample`.
-        """
+        """Return importance-sampled times and their weights; see `TimeSampler.sample`."""
         del index, batch_size
-        return importance_times(memory["history"], keys)
+        return importance_times(state["history"], keys)
 
     def statistics(self, t: Float[Array, "batch"], losses: Float[Array, "batch"]) -> PyTree:
-        """Return the times and the losses."""
+        """Return the times and the losses of a batch."""
         return {"t": t, "losses": losses}
 
-    def update(self, memory: PyTree, statistics: PyTree) -> PyTree:
-        """Return the history with a batch's losses in it."""
-        return {"history": record(memory["history"], statistics["t"], statistics["losses"])}
+    def update(self, state: PyTree, statistics: PyTree) -> PyTree:
+        """Return the history with the losses of a batch."""
+        return {"history": record(state["history"], statistics["t"], statistics["losses"])}
 
 
 Times = Literal["uniform", "stratified", "importance"]

@@ -1,7 +1,9 @@
-"""Bayes' rule where everything is known exactly: the notes' first steps, and oracles.
+"""Bayes' rule for models whose posterior and evidence are known exactly.
 
-p(z|x) = p(x|z) p(z) / p(x)                                                          (1)
-log p(x) = ELBO(q) + KL(q(z) || p(z|x))                                              (2)
+    p(z|x) = p(x|z) p(z) / p(x)                                                          (1)
+    log p(x) = ELBO(q) + KL(q(z) || p(z|x))                                              (2)
+
+The tests and `notebooks/tour.ipynb` compare the ELBO with them.
 """
 
 from typing import NamedTuple
@@ -13,25 +15,29 @@ from jaxtyping import Array, Float
 
 
 class Beta(NamedTuple):
-    """The distribution Beta(a, b) of a coin's chance of heads."""
+    """The distribution Beta(a, b) of the probability that a coin shows heads."""
 
     a: float
     b: float
 
 
 def coin_posterior(prior: Beta, heads: int, tails: int) -> Beta:
-    """Return the posterior of a coin's chance of heads after the tosses, eq. (1).
+    """Return the posterior of the probability of heads after the tosses, eq. (1).
 
-    A uniform prior is Beta(1, 1); 7 heads of 10 then give Beta(8, 4).
+    >>> coin_posterior(Beta(1, 1), heads=7, tails=3)  # the prior is uniform
+    Beta(a=8, b=4)
     """
     return Beta(prior.a + heads, prior.b + tails)
 
 
 def coin_log_evidence(prior: Beta, heads: int, tails: int) -> Float[Array, ""]:
-    """log p(number of heads), the sequence's order not counted, in nats.
+    """Return log p(heads) in nats, for `heads` in n = heads + tails tosses in any order.
 
-    log C(n, heads) + log B(a + heads, b + tails) - log B(a, b); under a uniform prior
-    every number of heads has evidence 1 / (n + 1).
+    log C(n, heads) + log B(a + heads, b + tails) - log B(a, b). Under a uniform prior every
+    number of heads has the same evidence:
+
+    >>> print(f"{1 / jnp.exp(coin_log_evidence(Beta(1, 1), heads=7, tails=3)):.2f}")  # n + 1
+    11.00
     """
     after = coin_posterior(prior, heads, tails)
     log_choose = -jnp.log(heads + tails + 1.0) - betaln(heads + 1.0, tails + 1.0)
@@ -39,7 +45,13 @@ def coin_log_evidence(prior: Beta, heads: int, tails: int) -> Float[Array, ""]:
 
 
 class LinearGaussian(NamedTuple):
-    """z ~ N(0, I), x | z ~ N(weights z + bias, variance I): a VAE that is solved exactly."""
+    """The model z ~ N(0, I), x | z ~ N(weights z + bias, variance I): a VAE with an exact solution.
+
+    >>> model = LinearGaussian(jnp.eye(1), jnp.zeros(1), jnp.array(1.0))
+    >>> mean, covariance = linear_gaussian_posterior(model, x=jnp.array([2.0]))
+    >>> print(mean, covariance)  # N(x / 2, 1 / 2)
+    [1.] [[0.5]]
+    """
 
     weights: Float[Array, "x z"]
     bias: Float[Array, "x"]
@@ -47,7 +59,7 @@ class LinearGaussian(NamedTuple):
 
 
 def linear_gaussian_log_evidence(model: LinearGaussian, x: Float[Array, "x"]) -> Float[Array, ""]:
-    """log p(x) = log N(x; bias, W W^T + variance I) in nats (Bishop 2006, eq. 12.35)."""
+    """Return log p(x) = log N(x; bias, W W^T + variance I) in nats (Bishop 2006, eq. 12.35)."""
     dims = x.shape[0]
     covariance = model.weights @ model.weights.T + model.variance * jnp.eye(dims)
     logpdf = jax.scipy.stats.multivariate_normal.logpdf(x, model.bias, covariance)
@@ -73,13 +85,15 @@ def gaussian_kl(
     mean_p: Float[Array, "d"],
     covariance_p: Float[Array, "d d"],
 ) -> Float[Array, ""]:
-    """KL(q || p) of two Gaussians with full covariances, in nats.
+    """Return KL(q || p) of two Gaussians with full covariances, in nats.
 
     1/2 (tr(P^-1 Q) + (m_p - m_q)^T P^-1 (m_p - m_q) - d + log det P - log det Q)
 
     Args:
-      mean_q, covariance_q: moments of q.
-      mean_p, covariance_p: moments of p; the covariance must be invertible.
+      mean_q: The mean of q, [d].
+      covariance_q: The covariance Q of q, [d, d].
+      mean_p: The mean of p, [d].
+      covariance_p: The covariance P of p, [d, d], which must be invertible.
     """
     shift = mean_p - mean_q
     trace = jnp.trace(jnp.linalg.solve(covariance_p, covariance_q))

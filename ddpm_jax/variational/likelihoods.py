@@ -1,7 +1,7 @@
-"""What a decoder's output means: the likelihoods p(x|z) of images.
+"""Likelihoods p(x|z) of images, whose parameters are the output of a decoder.
 
-A `Likelihood` turns grey values into what is modelled, and a decoder's output into nats
-and into a picture.
+A `Likelihood` converts grey values to the modelled x, and the output of a decoder to nats and to
+an image.
 """
 
 import dataclasses
@@ -15,19 +15,21 @@ from jaxtyping import Array, Float, Key, UInt8
 from ddpm_jax.fields import Positive
 from ddpm_jax.variational import vae
 
-# A decoder's output of one image, or of a batch: (logits or mean, one logvar for all pixels).
+# The output of a decoder for one image: (logits or mean [H, W, C], logvar of all pixels).
 Output = tuple[Float[Array, "..."], Float[Array, ""]]
 
 
 class Likelihood(NamedTuple):
-    """p(x|z) of one image; `out` is a decoder's (array, logvar).
+    """The likelihood p(x|z) of one image; `out` is the output of the decoder.
 
-    observe(key, image) -> x, from uint8 grey values in 0 ... levels - 1
-    nll(out, x) -> nats
-    mean_image(out) -> the mean in [-1, 1]
-    show(x) -> x in [-1, 1]
-    bias(mean of x) -> what a decoder that knows nothing yet puts out
-    bits_per_dim(nats, dims), or None where bits have no meaning
+    Attributes:
+      observe: A function (key, image) -> x, where the image has uint8 grey values.
+      nll: A function (out, x) -> -log p(x|z) in nats.
+      mean_image: A function out -> the mean of p(x|z) in [-1, 1].
+      show: A function x -> x in [-1, 1].
+      bias: A function (mean of x over the data) -> the initial bias of the decoder's output.
+      bits_per_dim: A function (nats, dims) -> bits per dimension; None if p(x|z) does not bound
+        the probability of the grey values.
     """
 
     observe: Callable[[Key[Array, ""], UInt8[Array, "h w c"]], Float[Array, "h w c"]]
@@ -39,17 +41,18 @@ class Likelihood(NamedTuple):
 
 
 def bernoulli(levels: int) -> Likelihood:
-    """Dynamically binarised pixels: 1 with the probability of the grey value.
+    """Return the likelihood of dynamically binarised pixels.
 
-    Every epoch sees other bits (Salakhutdinov & Murray 2008; Burda et al. 2016).  Each pixel's
-    draw has 16 bits, two to a word, which is twice as fast; black and white are never wrong.
+    A pixel is 1 with probability grey value / (levels - 1). It is sampled anew in every epoch
+    (Salakhutdinov & Murray 2008; Burda et al. 2016), from 16 random bits, since two pixels per
+    random word are twice as fast. Black is always 0 and white always 1.
     """
 
     def observe(key: Key[Array, ""], image: UInt8[Array, "h w c"]) -> Float[Array, "h w c"]:
         words = jax.random.bits(key, ((image.size + 1) // 2,), jnp.uint32)
-        draws = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[: image.size]
-        draws = draws.reshape(image.shape).astype(jnp.uint32)
-        return (draws * (levels - 1) < image.astype(jnp.uint32) * 2**16).astype(jnp.float32)
+        numbers = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[: image.size]
+        numbers = numbers.reshape(image.shape).astype(jnp.uint32)
+        return (numbers * (levels - 1) < image.astype(jnp.uint32) * 2**16).astype(jnp.float32)
 
     def bias(mean: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
         mean = jnp.clip(mean, 1e-3, 1 - 1e-3)
@@ -61,17 +64,18 @@ def bernoulli(levels: int) -> Likelihood:
         mean_image=lambda out: 2 * jax.nn.sigmoid(out[0]) - 1,
         show=lambda x: 2 * x - 1,
         bias=bias,
-        bits_per_dim=None,  # the bits are drawn, so nothing about the grey values is bounded
+        bits_per_dim=None,  # binarised pixels do not determine the grey values
     )
 
 
 def gaussian(levels: int, std: float | None) -> Likelihood:
-    """Grey values on [-1, 1], dequantised by uniform noise of a bin's width.
+    """Return the Gaussian likelihood of grey values on [-1, 1] plus uniform noise of a bin's width.
 
     Args:
-      std: the fixed standard deviation (the squared error, over 2 std^2); None: one variance
-        for all pixels is learned, which becomes the mean squared error itself (Rybkin et
-        al. 2021).
+      levels: The number of grey values.
+      std: The fixed standard deviation of a pixel; -log p is then the squared error / (2 std^2)
+        plus a constant. If None, the same variance for all pixels is learned; its optimum is the
+        mean squared error (Rybkin et al. 2021).
     """
 
     def observe(key: Key[Array, ""], image: UInt8[Array, "h w c"]) -> Float[Array, "h w c"]:
@@ -95,23 +99,23 @@ def gaussian(levels: int, std: float | None) -> Likelihood:
 
 @dataclasses.dataclass(frozen=True)
 class Bernoulli:
-    """Dynamically binarised pixels; see `bernoulli`."""
+    """The likelihood of dynamically binarised pixels; see `bernoulli`."""
 
     def make(self, levels: int) -> Likelihood:
-        """Return the likelihood of images of so many grey levels."""
+        """Return the likelihood of images with `levels` grey values."""
         return bernoulli(levels)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """Dequantised grey values; see `gaussian`.
+    """The Gaussian likelihood of dequantised grey values; see `gaussian`.
 
     Attributes:
-      std: Standard deviation of a pixel, of values in [-1, 1]; none: one is learned.
+      std: Standard deviation of a pixel with values in [-1, 1]. If none, it is learned.
     """
 
     std: Positive | None = None
 
     def make(self, levels: int) -> Likelihood:
-        """Return the likelihood of images of so many grey levels."""
+        """Return the likelihood of images with `levels` grey values."""
         return gaussian(levels, self.std)

@@ -1,11 +1,10 @@
-"""The variational autoencoder's equations, for one example (Kingma & Welling 2014).
+"""The equations of the variational autoencoder, for one example (Kingma & Welling 2014).
 
     log p(x) >= ELBO = E_{q(z|x)}[log p(x|z)] - KL(q(z|x) || p(z))                       (1)
     z = mean + exp(logvar / 2) eps,  eps ~ N(0, I)                                       (2)
     log p(x) >= E[log (1/k) sum_i p(x|z_i) p(z_i) / q(z_i|x)] >= ELBO                    (3)
 
-Everything is in nats and summed over dimensions, so that (1) is a bound; `jax.vmap` makes
-batches of it.
+All terms are in nats and summed over dimensions, as (1) requires. Use `jax.vmap` for batches.
 """
 
 import jax
@@ -18,11 +17,10 @@ LOG_2PI = 1.8378770664093453
 def reparameterize(
     mean: Float[Array, "*latent"], logvar: Float[Array, "*latent"], eps: Float[Array, "*latent"]
 ) -> Float[Array, "*latent"]:
-    """Return a draw of q(z|x) as a differentiable function of its parameters, eq. (2).
+    """Return a sample of q(z|x) = N(mean, exp(logvar)) as a function of the noise eps, eq. (2).
 
-    Args:
-      mean, logvar: of the diagonal Gaussian q(z|x).
-      eps: standard normal noise, already drawn.
+    >>> print(reparameterize(jnp.ones(1), jnp.zeros(1), eps=jnp.full(1, 2.0)))
+    [3.]
     """
     return mean + jnp.exp(0.5 * logvar) * eps
 
@@ -30,28 +28,34 @@ def reparameterize(
 def kl_to_standard_normal(
     mean: Float[Array, "*latent"], logvar: Float[Array, "*latent"]
 ) -> Float[Array, ""]:
-    """KL(N(mean, exp(logvar)) || N(0, I)) in nats (Kingma & Welling 2014, app. B).
+    """Return KL(N(mean, exp(logvar)) || N(0, I)) in nats (Kingma & Welling 2014, app. B).
 
     1/2 sum(mean^2 + exp(logvar) - 1 - logvar)
+
+    >>> print(kl_to_standard_normal(jnp.array([1.0, 2.0]), jnp.zeros(2)))
+    2.5
     """
     return 0.5 * jnp.sum(jnp.square(mean) + jnp.expm1(logvar) - logvar)
 
 
 def bernoulli_nll(logits: Float[Array, "*event"], x: Float[Array, "*event"]) -> Float[Array, ""]:
-    """-log p(x) of independent Bernoulli pixels in nats, summed.
+    """Return -log p(x) of independent Bernoulli pixels in nats, summed over pixels.
 
-    x softplus(-logit) + (1 - x) softplus(logit), as log(1 + exp(-|logit|)) and |logit| times
-    the share that it is wrong about, which cancels nothing: exact for any logit, infinite ones
-    that are right about a pixel included.
+    x softplus(-logit) + (1 - x) softplus(logit), computed without cancellation as
+    log(1 + exp(-|logit|)) + |logit| w, where w = 1 - x for a positive logit, else x. It is exact
+    for every logit, and for an infinite one whose pixel has probability 1.
+
+    >>> print(f"{bernoulli_nll(jnp.zeros(3), jnp.ones(3)):.4f}")  # 3 log 2
+    2.0794
 
     Args:
-      logits: log-odds of a 1.
-      x: 0 or 1 (between them, the cross-entropy).
+      logits: The log-odds of x = 1.
+      x: 0 or 1; for a value between them the result is the cross-entropy.
     """
     largest = jnp.finfo(logits.dtype).max
     logits = jnp.clip(logits, -largest, largest)  # 0 * inf is not 0
     positive = logits > 0
-    size = jnp.where(positive, logits, -logits)  # whose slope at 0 is not 0, as abs's would be
+    size = jnp.where(positive, logits, -logits)  # unlike abs, its gradient at 0 is not 0
     wrong = jnp.where(positive, 1 - x, x) * size
     return jnp.sum(wrong + jnp.log1p(jnp.exp(-size)))
 
@@ -59,13 +63,17 @@ def bernoulli_nll(logits: Float[Array, "*event"], x: Float[Array, "*event"]) -> 
 def gaussian_nll(
     mean: Float[Array, "*event"], logvar: Float[Array, "..."], x: Float[Array, "*event"]
 ) -> Float[Array, ""]:
-    """-log N(x; mean, exp(logvar)) in nats, summed over dimensions.
+    """Return -log N(x; mean, exp(logvar)) in nats, summed over dimensions.
 
-    With a fixed logvar this is the squared error over 2 exp(logvar), up to a constant.
+    With a constant logvar it is the squared error divided by 2 exp(logvar), plus a constant.
+
+    >>> print(f"{gaussian_nll(jnp.zeros(2), jnp.array(0.0), jnp.zeros(2)):.4f}")  # log(2 pi)
+    1.8379
 
     Args:
-      mean: of the event's shape.
-      logvar: of a shape that broadcasts to it: a scalar is one variance for all.
+      mean: The mean, [*event].
+      logvar: The log of the variance, [*event], or a scalar for all dimensions.
+      x: The data, [*event].
     """
     return 0.5 * jnp.sum(jnp.square(x - mean) * jnp.exp(-logvar) + logvar + LOG_2PI)
 
@@ -73,10 +81,13 @@ def gaussian_nll(
 def elbo(
     nll: Float[Array, "*batch"], kl: Float[Array, "*batch"], beta: float = 1.0
 ) -> Float[Array, "*batch"]:
-    """ELBO = -nll - beta kl in nats, eq. (1); with beta != 1 the objective of the beta-VAE.
+    """Return the ELBO, -nll - beta kl in nats, eq. (1).
 
-    beta = 1 alone is the variational bound (beta > 1 lies below it); beta = 0 is the
-    autoencoder (Higgins et al. 2017).
+    Another beta than 1 gives the objective of the beta-VAE (Higgins et al. 2017). With beta > 1 it
+    is less than the ELBO; with beta = 0 it is that of an autoencoder.
+
+    >>> print(elbo(nll=jnp.array(80.0), kl=jnp.array(20.0)))
+    -100.0
     """
     return -nll - beta * kl
 
@@ -87,11 +98,13 @@ def log_weight(
     mean: Float[Array, "*latent"],
     logvar: Float[Array, "*latent"],
 ) -> Float[Array, ""]:
-    """log p(x|z) p(z) / q(z|x), whose mean over q(z|x) is the ELBO.
+    """Return log p(x|z) p(z) / q(z|x) in nats, whose mean over q(z|x) is the ELBO.
 
     Args:
       nll: -log p(x|z) in nats.
-      z: a draw of q(z|x) = N(mean, exp(logvar)).
+      z: A sample of q(z|x) = N(mean, exp(logvar)).
+      mean: The mean of q(z|x).
+      logvar: The log of the variance of q(z|x).
     """
     return -nll - gaussian_nll(jnp.zeros_like(z), jnp.zeros(()), z) + gaussian_nll(mean, logvar, z)
 
@@ -99,8 +112,11 @@ def log_weight(
 def iwae_bound(log_weights: Float[Array, "samples"]) -> Float[Array, ""]:
     """Return the importance-weighted bound log (1/k) sum_i w_i in nats, eq. (3).
 
-    It is the ELBO's estimate for k = 1, does not fall with k in expectation, and tends to
-    log p(x) (Burda et al. 2016, eq. 8).
+    With k = 1 it is an estimate of the ELBO. Its expectation does not decrease with k and
+    converges to log p(x) (Burda et al. 2016, eq. 8).
+
+    >>> print(f"{iwae_bound(jnp.log(jnp.array([1.0, 3.0]))):.4f}")  # log 2
+    0.6931
     """
     return jax.nn.logsumexp(log_weights) - jnp.log(log_weights.shape[0])
 
@@ -108,10 +124,12 @@ def iwae_bound(log_weights: Float[Array, "samples"]) -> Float[Array, ""]:
 def density_to_bits_per_dim(
     nats: Float[Array, "*batch"], dims: int, levels: int
 ) -> Float[Array, "*batch"]:
-    """Bits per dimension of grey values in `levels` steps from a density on [-1, 1].
+    """Convert -log p of a density on [-1, 1]^dims to bits per dimension of `levels` grey values.
 
-    With uniform dequantisation noise of a bin's width, 2 / levels, the density's
-    -log p in nats bounds the discrete code's length: -log P <= nats + dims log(levels / 2)
-    (Theis et al. 2016, sec. 3.1).
+    The data are grey values plus uniform noise of the width of a bin, 2 / levels. Then
+    -log P <= nats + dims log(levels / 2) for the discrete P (Theis et al. 2016, sec. 3.1).
+
+    >>> print(density_to_bits_per_dim(10 * jnp.log(2.0), dims=10, levels=256))  # uniform density
+    8.0
     """
     return (nats / dims + jnp.log(levels / 2.0)) / jnp.log(2.0)

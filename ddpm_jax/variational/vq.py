@@ -1,4 +1,4 @@
-"""Vector quantisation (van den Oord et al. 2017): the codebook's equations.
+"""Vector quantisation with a codebook (van den Oord et al. 2017).
 
     i(z) = argmin_k |z - e_k|^2,  z_q = e_i(z)                                    (1)
     forward z_q, backward as if it were z: z + stop(z_q - z)                      (2)
@@ -6,7 +6,7 @@
     N_k <- g N_k + (1 - g) n_k,  m_k <- g m_k + (1 - g) sum of the z with i(z) = k,
     e_k = m_k / N_k                                                               (4)
 
-(4), its appendix A.1, trains the codebook without gradients: it is carried, not trained.
+Eq. (4) (app. A.1) replaces the gradient of the codes by moving averages, which are not parameters.
 """
 
 from typing import NamedTuple
@@ -15,11 +15,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-DEAD = 0.1  # a code that fewer vectors of a batch fall to, on average, starts anew
+DEAD = 0.1  # a code with fewer vectors per batch, on average, is replaced
 
 
 class Codebook(NamedTuple):
-    """The codes e_k, and eq. (4)'s moving averages N_k and m_k."""
+    """A codebook with its moving averages, eq. (4).
+
+    Attributes:
+      codes: The codes e_k.
+      sizes: N_k, the average number of vectors of a batch that are nearest to code k.
+      sums: m_k, the average sum of these vectors.
+    """
 
     codes: Float[Array, "codes d"]
     sizes: Float[Array, "codes"]
@@ -27,43 +33,48 @@ class Codebook(NamedTuple):
 
 
 def codebook(codes: Float[Array, "codes d"]) -> Codebook:
-    """Return a codebook to which no vector has been assigned yet."""
+    """Return a codebook with the given codes, to which no vector has been assigned yet."""
     return Codebook(codes, jnp.zeros(len(codes)), jnp.zeros_like(codes))
 
 
-def nearest(z: Float[Array, "*places d"], codes: Float[Array, "codes d"]) -> Int[Array, "*places"]:
-    """Eq. (1): which code is nearest."""
-    squares = jnp.square(codes).sum(-1) - 2 * z @ codes.T  # but for |z|^2, the same for all
+def nearest(
+    z: Float[Array, "*positions d"], codes: Float[Array, "codes d"]
+) -> Int[Array, "*positions"]:
+    """Return the index of the nearest code of each vector, eq. (1).
+
+    >>> print(nearest(jnp.array([[0.2, 0.9]]), codes=jnp.array([[0.0, 0.0], [1.0, 1.0]])))
+    [1]
+    """
+    # |z|^2 is omitted, since it is the same for all codes.
+    squares = jnp.square(codes).sum(-1) - 2 * z @ codes.T
     return squares.argmin(-1)
 
 
 def straight_through(z: Float[Array, "*z"], quantised: Float[Array, "*z"]) -> Float[Array, "*z"]:
-    """Eq. (2): the value of `quantised`, whose gradient goes to z unchanged."""
+    """Return `quantised`, with a gradient that goes unchanged to z, eq. (2)."""
     return z + jax.lax.stop_gradient(quantised - z)
 
 
 def commitment(z: Float[Array, "*z"], quantised: Float[Array, "*z"]) -> Float[Array, ""]:
-    """Eq. (3), the mean over dimensions."""
+    """Return the commitment loss, eq. (3), as a mean over dimensions."""
     return jnp.square(z - jax.lax.stop_gradient(quantised)).mean()
 
 
-def update(book: Codebook, z: Float[Array, "vectors d"], keep: float = 0.99) -> Codebook:
-    """Eq. (4) of one batch's vectors.
+def update(book: Codebook, z: Float[Array, "vectors d"], decay: float = 0.99) -> Codebook:
+    """Update a codebook with the V vectors z of a batch, eq. (4), where g is `decay`.
 
-    A code that is (almost) never used becomes one of the batch's V vectors, spread over it: code k
-    takes vector k s modulo V, with the s of `_stride`, and so those of every row and column.
-
-    Args:
-      keep: g, the share of the old averages that is kept.
+    A code whose average number of vectors falls below `DEAD` is replaced by a vector of the batch:
+    code k by vector k s modulo V, with the s of `_stride`. The replacements are then evenly
+    distributed over the images of the batch, and over the rows and columns of an image.
     """
     count, vectors = len(book.codes), len(z)
-    mine = jax.nn.one_hot(nearest(z, book.codes), count, dtype=z.dtype)
-    sizes = keep * book.sizes + (1 - keep) * mine.sum(0)
-    sums = keep * book.sums + (1 - keep) * mine.T @ z
+    assigned = jax.nn.one_hot(nearest(z, book.codes), count, dtype=z.dtype)
+    sizes = decay * book.sizes + (1 - decay) * assigned.sum(0)
+    sums = decay * book.sums + (1 - decay) * assigned.T @ z
     dead = (sizes < DEAD)[:, None]
     stride = _stride(vectors)
     fresh = z[jnp.array([code * stride % vectors for code in range(count)])]
-    # One that starts anew counts as used once more than that, so that it has time to be found.
+    # A new code starts with twice the size `DEAD`, so that it is not replaced at once.
     alive = jnp.maximum(sizes, DEAD)
     codes = jnp.where(dead, fresh, sums / alive[:, None])
     sizes = jnp.where(dead[:, 0], 2 * DEAD, sizes)
@@ -71,9 +82,9 @@ def update(book: Codebook, z: Float[Array, "vectors d"], keep: float = 0.99) -> 
 
 
 def _stride(vectors: int) -> int:
-    """Return the next number above V / golden ratio that has no factor in common with V.
+    """Return the smallest number from V / golden ratio on that has no common factor with V.
 
-    Its multiples modulo V are all of 0 ... V - 1, the first few of them evenly spread.
+    Its multiples modulo V are all of 0 ... V - 1, and the first multiples are evenly distributed.
     """
     stride = round(vectors * 2 / (1 + 5**0.5))
     while any(stride % d == vectors % d == 0 for d in range(2, stride + 1)):
@@ -82,6 +93,10 @@ def _stride(vectors: int) -> int:
 
 
 def perplexity(counts: Float[Array, "codes"]) -> Float[Array, ""]:
-    """exp of the entropy of how often each code is used: 1 ... the number of codes."""
+    """Return exp(entropy) of the frequencies of the codes, from 1 to the number of codes.
+
+    >>> print(f"{perplexity(jnp.array([3.0, 3.0, 3.0, 0.0])):.2f}")
+    3.00
+    """
     shares = counts / jnp.maximum(counts.sum(), 1)
     return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(shares, shares)))

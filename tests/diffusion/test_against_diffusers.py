@@ -1,8 +1,8 @@
-"""Schedules, samplers and the U-Net against diffusers' own, an implementation of other people.
+"""Schedules, samplers and the U-Net against those of diffusers, an independent implementation.
 
-diffusers counts time steps from 0: its t is our step t + 1.  Its tables are float32, so they
-are computed again here from its betas in float64, and what is left is rounding: FLOAT64.
-DPM-Solver and Euler turn x_t into float32 at every step, whatever it was: FLOAT32.
+diffusers counts time steps from 0: its t is our step t + 1. Its tables are float32. They are
+computed again from its betas in float64, so that only rounding errors remain (FLOAT64).
+DPM-Solver and Euler of diffusers convert x_t to float32 at every step (FLOAT32).
 """
 
 import re
@@ -25,53 +25,53 @@ FLOAT64 = {"rtol": 1e-9, "atol": 1e-9}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
-KINDS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 SHAPE = (3, 2, 4, 4)
 
 
-def draw(seed, *shape):
+def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape)
 
 
 def network(xp, x, level):
-    """What a network might answer, in either library."""
+    """A function in place of a network, for either library."""
     return xp.sin(2 * x - level) + 0.5 * xp.cos(3 * x + level)
 
 
 def in_float64(scheduler):
-    """diffusers' scheduler with a float64 table, and our schedule of the same betas."""
+    """Return diffusers' scheduler with a float64 table, and our schedule of the same betas."""
     betas = scheduler.betas.double()
     scheduler.alphas_cumprod = torch.cumprod(1 - betas, 0)
     return scheduler, schedules.from_betas(betas.numpy())
 
 
-def timed(made, kind, clip=False):
-    """Our denoiser around `network`, conditioned on the time."""
+def timed(schedule, prediction_type, clip=False):
+    """Return our denoiser of `network`, conditioned on the time."""
 
     def denoise(xt, logsnr):
-        step = jnp.round(1000 * made.time(logsnr))  # the time itself is float32
+        step = jnp.round(1000 * schedule.time(logsnr))  # the time is float32
         out = network(jnp, xt, step.astype(xt.dtype) / 1000)
-        return prediction.to_prediction(kind, out, xt, logsnr)
+        return prediction.to_prediction(prediction_type, out, xt, logsnr)
 
     return prediction.clip_x0(denoise) if clip else denoise
 
 
-def walk(one, denoise, logsnrs, x, noises):
-    """Our x_t after every step."""
-    step = jax.jit(lambda *now: one.step(denoise, *now)[0])
-    state, xs, logsnrs = one.init(jnp.asarray(x)), [], np.asarray(logsnrs)
-    for now in zip(noises, logsnrs[:-1], logsnrs[1:], strict=True):
-        state = step(state, *now)
+def run(sampler, denoise, logsnrs, x, noises):
+    """Return our x_t after every step."""
+    step = jax.jit(lambda *arguments: sampler.step(denoise, *arguments)[0])
+    state, xs, logsnrs = sampler.init(jnp.asarray(x)), [], np.asarray(logsnrs)
+    for arguments in zip(noises, logsnrs[:-1], logsnrs[1:], strict=True):
+        state = step(state, *arguments)
         xs.append(state.x)
     return np.stack(xs)
 
 
-def walk_theirs(scheduler, answer, x, **inputs):
-    """diffusers' x_t after every step; inputs: lists, an entry a step."""
+def run_diffusers(scheduler, model, x, **inputs):
+    """Return diffusers' x_t after every step; `inputs` are lists with an entry for each step."""
     x, xs = torch.from_numpy(x), []
     for number, t in enumerate(scheduler.timesteps):
-        now = {name: values[number] for name, values in inputs.items()}
-        x = scheduler.step(answer(x, int(t)), t, x, **now).prev_sample
+        options = {name: values[number] for name, values in inputs.items()}
+        x = scheduler.step(model(x, int(t)), t, x, **options).prev_sample
         xs.append(x.numpy())
     return np.stack(xs)
 
@@ -88,32 +88,31 @@ def conditioned_on_time(x, t):
     [(LINEAR, schedules.linear_betas()), (COSINE, schedules.cosine_betas())],
     ids=["linear", "cosine"],
 )
-def test_betas_and_alpha_bars_are_diffusers(options, betas):
+def test_betas_and_alpha_bars_are_those_of_diffusers(options, betas):
     scheduler = diffusers.DDPMScheduler(**options)
     np.testing.assert_allclose(betas, scheduler.betas, rtol=1e-6)
     bars = np.exp(schedules.log_alpha_bars(betas))[1:]
-    # A float32 product of 1000 factors, each of them rounded to 6e-8.
+    # diffusers' product of 1000 factors is float32, with a rounding error of 6e-8 per factor.
     np.testing.assert_allclose(bars, scheduler.alphas_cumprod, rtol=1e-4)
-    _, made = in_float64(scheduler)
+    _, schedule = in_float64(scheduler)
     expected = torch.logit(scheduler.alphas_cumprod)
-    found = made.logsnr(jnp.arange(1, 1001) / 1000)
-    np.testing.assert_allclose(found, expected, **FLOAT64)
+    logsnr = schedule.logsnr(jnp.arange(1, 1001) / 1000)
+    np.testing.assert_allclose(logsnr, expected, **FLOAT64)
 
 
 @pytest.mark.parametrize(
     ("spacing", "counts"),
-    # One step of "leading" is the data's end in diffusers, which returns its noise.
-    # Of an odd number of steps, "linspace" has some that fall between two whole ones, and may be
-    # rounded either way; its only one is the data's end in diffusers, the noise's in ours.
+    # With one step, the step of "leading" and of "linspace" is step 1 in diffusers, step T in ours.
+    # With an odd number, "linspace" has steps between two integers, which may round either way.
     [("leading", (7, 10, 1000)), ("trailing", (1, 7, 10, 1000)), ("linspace", (2, 10, 1000))],
 )
-def test_a_grid_visits_diffusers_steps(spacing, counts):
+def test_a_grid_has_the_steps_of_diffusers(spacing, counts):
     scheduler = diffusers.DDPMScheduler(**LINEAR, timestep_spacing=spacing)
-    made = schedules.from_betas(schedules.linear_betas())
+    schedule = schedules.from_betas(schedules.linear_betas())
     for steps in counts:
         scheduler.set_timesteps(steps)
-        found = made.time(grids.grid(made, steps, spacing))
-        np.testing.assert_allclose(found[:-1] * 1000 - 1, scheduler.timesteps, atol=1e-3)
+        times = schedule.time(grids.grid(schedule, steps, spacing))
+        np.testing.assert_allclose(times[:-1] * 1000 - 1, scheduler.timesteps, atol=1e-3)
 
 
 SIGMAS = {
@@ -124,7 +123,7 @@ SIGMAS = {
 
 
 def with_sigmas(scheduler, steps):
-    """diffusers' scheduler at the first of its steps, and its sigmas as our grid."""
+    """Return diffusers' scheduler at its first step, and its sigmas as our grid."""
     scheduler.set_timesteps(steps)
     scheduler.set_begin_index(0)
     scheduler.sigmas = scheduler.sigmas.double()
@@ -133,30 +132,30 @@ def with_sigmas(scheduler, steps):
 
 
 @pytest.mark.parametrize("spacing", SIGMAS)
-def test_a_grid_of_a_solver_is_diffusers(spacing):
+def test_a_grid_of_a_solver_is_the_grid_of_diffusers(spacing):
     scheduler = diffusers.DPMSolverMultistepScheduler(**LINEAR, **SIGMAS[spacing])
     _, expected = with_sigmas(scheduler, 12)
-    found = grids.grid(schedules.from_betas(schedules.linear_betas()), 12, spacing)
-    # Of a float32 table, whose 1 - alpha_bar is at least 1e-4, rounded to 6e-8.
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    logsnrs = grids.grid(schedules.from_betas(schedules.linear_betas()), 12, spacing)
+    # diffusers' table is float32: 1 - alpha_bar is at least 1e-4, with a rounding error of 6e-8.
+    np.testing.assert_allclose(logsnrs, expected, atol=1e-3)
 
 
-def test_noising_and_v_are_diffusers():
-    scheduler, made = in_float64(diffusers.DDPMScheduler(**LINEAR))
-    x0, eps = draw(0, 2, *SHAPE)
+def test_noising_and_v_are_those_of_diffusers():
+    scheduler, schedule = in_float64(diffusers.DDPMScheduler(**LINEAR))
+    x0, eps = normal(0, 2, *SHAPE)
     for t in (0, 1, 500, 999):
-        logsnr = made.logsnr((t + 1) / 1000)
+        logsnr = schedule.logsnr((t + 1) / 1000)
         inputs = torch.from_numpy(x0), torch.from_numpy(eps), torch.tensor([t])
-        found = process.q_sample(jnp.asarray(x0), jnp.asarray(eps), logsnr)
-        np.testing.assert_allclose(found, scheduler.add_noise(*inputs), **FLOAT64)
-        found = prediction.from_prediction(
+        xt = process.q_sample(jnp.asarray(x0), jnp.asarray(eps), logsnr)
+        np.testing.assert_allclose(xt, scheduler.add_noise(*inputs), **FLOAT64)
+        v = prediction.from_prediction(
             "v", prediction.Prediction(jnp.asarray(x0), jnp.asarray(eps)), logsnr
         )
-        np.testing.assert_allclose(found, scheduler.get_velocity(*inputs), **FLOAT64)
+        np.testing.assert_allclose(v, scheduler.get_velocity(*inputs), **FLOAT64)
 
 
-def test_dynamic_thresholding_is_diffusers():
-    scheduler, made = in_float64(
+def test_dynamic_thresholding_is_that_of_diffusers():
+    scheduler, schedule = in_float64(
         diffusers.DDPMScheduler(
             **LINEAR,
             prediction_type="sample",
@@ -165,122 +164,125 @@ def test_dynamic_thresholding_is_diffusers():
             sample_max_value=100.0,
         )
     )
-    x, out = draw(1, 2, *SHAPE) * np.array([0.3, 1.0, 3.0])[:, None, None, None]
+    x, out = normal(1, 2, *SHAPE) * np.array([0.3, 1.0, 3.0])[:, None, None, None]
     expected = scheduler.step(torch.from_numpy(out), 500, torch.from_numpy(x))
     denoise = prediction.threshold_x0(
         lambda xt, logsnr: prediction.to_prediction("x0", jnp.asarray(out), xt, logsnr), 90.0
     )
-    found = denoise(jnp.asarray(x), made.logsnr(0.501))
-    np.testing.assert_allclose(found.x0, expected.pred_original_sample, **FLOAT64)
+    predicted = denoise(jnp.asarray(x), schedule.logsnr(0.501))
+    np.testing.assert_allclose(predicted.x0, expected.pred_original_sample, **FLOAT64)
 
 
-def test_v_with_the_sign_turned_is_diffusers_edm_preconditioning():
+def test_minus_v_is_the_edm_preconditioning_of_diffusers():
     scheduler = diffusers.EDMEulerScheduler(sigma_data=1.0)
-    y, out = draw(2, 2, *SHAPE)
+    y, out = normal(2, 2, *SHAPE)
     for sigma in (0.002, 1.3, 80.0):
         logsnr = jnp.asarray(-2 * np.log(sigma))
         xt = scheduler.precondition_inputs(torch.from_numpy(y), sigma)
         np.testing.assert_allclose(process.alpha_sigma(logsnr)[0] * y, xt, **FLOAT64)
         expected = scheduler.precondition_outputs(torch.from_numpy(y), torch.from_numpy(out), sigma)
-        found = prediction.to_prediction("v", -jnp.asarray(out), jnp.asarray(xt.numpy()), logsnr)
-        np.testing.assert_allclose(found.x0, expected, **FLOAT64)
+        v, xt = -jnp.asarray(out), jnp.asarray(xt.numpy())
+        predicted = prediction.to_prediction("v", v, xt, logsnr)
+        np.testing.assert_allclose(predicted.x0, expected, **FLOAT64)
 
 
 # Ancestral sampling and DDIM.
 
 
 @pytest.fixture
-def give_noise(monkeypatch):
-    """give_noise(module, noises): what that scheduler draws next, one after the other."""
+def set_noise(monkeypatch):
+    """set_noise(module, noises) makes that scheduler use `noises`, in their order."""
 
-    def give(module, noises):
-        draws = iter(torch.from_numpy(noises))
+    def set_module_noise(module, noises):
+        values = iter(torch.from_numpy(noises))
         name = f"diffusers.schedulers.{module}.randn_tensor"
-        monkeypatch.setattr(name, lambda *_, **__: next(draws))
+        monkeypatch.setattr(name, lambda *_, **__: next(values))
 
-    return give
+    return set_module_noise
 
 
-def noises_until_the_end(steps):
-    # Our step to the clean data adds no noise.  diffusers' adds none at t = 0, but does where
-    # its grid ends earlier ("trailing"): of variance 1e-20, or of 1 - alpha_bar ("fixed_large").
-    noises = draw(3, steps, *SHAPE)
+def noise_of_all_steps_but_the_last(steps):
+    # Our step to the clean data adds no noise. diffusers adds none at t = 0, but adds some if its
+    # grid ends earlier ("trailing"), with variance 1e-20 or 1 - alpha_bar ("fixed_large").
+    noises = normal(3, steps, *SHAPE)
     noises[-1] = 0
     return noises
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize(
-    ("variance", "theirs"),
+    ("variance", "variance_type"),
     [("posterior", "fixed_small"), ("beta", "fixed_large"), ("learned", "learned_range")],
 )
-def test_ancestral_sampling_is_diffusers(variance, theirs, spacing, give_noise):
-    scheduler, made = in_float64(
+def test_ancestral_sampling_is_that_of_diffusers(variance, variance_type, spacing, set_noise):
+    scheduler, schedule = in_float64(
         diffusers.DDPMScheduler(
-            **LINEAR, variance_type=theirs, timestep_spacing=spacing, clip_sample=False
+            **LINEAR, variance_type=variance_type, timestep_spacing=spacing, clip_sample=False
         )
     )
     scheduler.set_timesteps(10)
-    x, noises = draw(4, *SHAPE), noises_until_the_end(10)
-    give_noise("scheduling_ddpm", noises)
+    x, noises = normal(4, *SHAPE), noise_of_all_steps_but_the_last(10)
+    set_noise("scheduling_ddpm", noises)
 
-    def answer(x, t):
-        between = torch.sin(5 * x)
+    def model(x, t):
+        fraction = torch.sin(5 * x)
         out = conditioned_on_time(x, t)
-        return torch.cat([out, between], 1) if variance == "learned" else out
+        return torch.cat([out, fraction], 1) if variance == "learned" else out
 
     def denoise(xt, logsnr):
-        found = timed(made, "eps")(xt, logsnr)
-        return found._replace(variance_fraction=(jnp.sin(5 * xt) + 1) / 2)
+        predicted = timed(schedule, "eps")(xt, logsnr)
+        return predicted._replace(variance_fraction=(jnp.sin(5 * xt) + 1) / 2)
 
-    found = walk(samplers.ancestral(variance), denoise, grids.grid(made, 10, spacing), x, noises)
-    np.testing.assert_allclose(found, walk_theirs(scheduler, answer, x), **FLOAT64)
+    xs = run(samplers.ancestral(variance), denoise, grids.grid(schedule, 10, spacing), x, noises)
+    np.testing.assert_allclose(xs, run_diffusers(scheduler, model, x), **FLOAT64)
 
 
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_ancestral_sampling_is_diffusers_whatever_the_network_predicts(kind, clip, give_noise):
-    scheduler, made = in_float64(
-        diffusers.DDPMScheduler(**COSINE, prediction_type=KINDS[kind], clip_sample=clip)
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_ancestral_sampling_of_any_prediction_is_that_of_diffusers(
+    prediction_type, clip, set_noise
+):
+    scheduler, schedule = in_float64(
+        diffusers.DDPMScheduler(**COSINE, prediction_type=TYPES[prediction_type], clip_sample=clip)
     )
     scheduler.set_timesteps(10)
-    x, noises = draw(4, *SHAPE), noises_until_the_end(10)
-    give_noise("scheduling_ddpm", noises)
-    found = walk(
+    x, noises = normal(4, *SHAPE), noise_of_all_steps_but_the_last(10)
+    set_noise("scheduling_ddpm", noises)
+    xs = run(
         samplers.ancestral(),
-        timed(made, kind, clip),
-        grids.grid(made, 10, "leading"),
+        timed(schedule, prediction_type, clip),
+        grids.grid(schedule, 10, "leading"),
         x,
         noises,
     )
-    np.testing.assert_allclose(found, walk_theirs(scheduler, conditioned_on_time, x), **FLOAT64)
+    np.testing.assert_allclose(xs, run_diffusers(scheduler, conditioned_on_time, x), **FLOAT64)
 
 
-def test_all_1000_steps_are_diffusers(give_noise):
-    scheduler, made = in_float64(diffusers.DDPMScheduler(**LINEAR))
-    x, noises = draw(4, *SHAPE), noises_until_the_end(1000)
-    give_noise("scheduling_ddpm", noises)
-    denoise = timed(made, "eps", clip=True)
-    found = walk(samplers.ancestral(), denoise, grids.grid(made, 1000), x, noises)
-    np.testing.assert_allclose(found, walk_theirs(scheduler, conditioned_on_time, x), **FLOAT64)
+def test_all_1000_steps_are_those_of_diffusers(set_noise):
+    scheduler, schedule = in_float64(diffusers.DDPMScheduler(**LINEAR))
+    x, noises = normal(4, *SHAPE), noise_of_all_steps_but_the_last(1000)
+    set_noise("scheduling_ddpm", noises)
+    denoise = timed(schedule, "eps", clip=True)
+    xs = run(samplers.ancestral(), denoise, grids.grid(schedule, 1000), x, noises)
+    np.testing.assert_allclose(xs, run_diffusers(scheduler, conditioned_on_time, x), **FLOAT64)
 
 
-# Not "linspace": there diffusers' DDIM steps from t to t - T / steps, and is asked to go on
-# from another t.
+# Without "linspace", where diffusers' DDIM steps from t to t - T / steps, although the next step
+# starts from another t.
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize(("eta", "clip"), [(0.0, False), (0.7, False), (0.7, True)])
-@pytest.mark.parametrize("to_one", [True, False])
-def test_ddim_is_diffusers(eta, clip, spacing, to_one):
-    scheduler, made = in_float64(
+@pytest.mark.parametrize("alpha_bar_0", [True, False])
+def test_ddim_is_that_of_diffusers(eta, clip, spacing, alpha_bar_0):
+    scheduler, schedule = in_float64(
         diffusers.DDIMScheduler(**LINEAR, timestep_spacing=spacing, clip_sample=clip)
     )
-    grid = grids.grid(made, 10, spacing)
-    if not to_one:
+    grid = grids.grid(schedule, 10, spacing)
+    if not alpha_bar_0:  # the last step ends at step 1, not at the data
         scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
-        grid = grid.at[-1].set(made.logsnr(1 / 1000))
+        grid = grid.at[-1].set(schedule.logsnr(1 / 1000))
     scheduler.set_timesteps(10)
-    x, noises = draw(5, *SHAPE), draw(6, 10, *SHAPE)
-    expected = walk_theirs(
+    x, noises = normal(5, *SHAPE), normal(6, 10, *SHAPE)
+    expected = run_diffusers(
         scheduler,
         conditioned_on_time,
         x,
@@ -288,17 +290,17 @@ def test_ddim_is_diffusers(eta, clip, spacing, to_one):
         eta=[eta] * 10,
         use_clipped_model_output=[True] * 10,
     )
-    found = walk(samplers.ddim(eta), timed(made, "eps", clip), grid, x, noises)
-    np.testing.assert_allclose(found, expected, **FLOAT64)
+    xs = run(samplers.ddim(eta), timed(schedule, "eps", clip), grid, x, noises)
+    np.testing.assert_allclose(xs, expected, **FLOAT64)
 
 
-# Solvers, on diffusers' sigmas: what is compared is their steps.
+# Steps of solvers, on the sigmas of diffusers.
 
 
-def conditioned_on_logsnr(kind):
-    """Our denoiser around `network`, conditioned on log(sigma / alpha)."""
+def conditioned_on_logsnr(prediction_type):
+    """Return our denoiser of `network`, conditioned on log(sigma / alpha)."""
     return lambda xt, logsnr: prediction.to_prediction(
-        kind, network(jnp, xt, -logsnr / 2), xt, logsnr
+        prediction_type, network(jnp, xt, -logsnr / 2), xt, logsnr
     )
 
 
@@ -310,10 +312,10 @@ def log_sigma(scheduler):
     ("spacing", "steps"), [("trailing", 1), ("rho7", 2), *((spacing, 20) for spacing in SIGMAS)]
 )
 @pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_2m_sde", "unipc"])
-def test_a_multistep_solver_is_diffusers(name, spacing, steps):
+def test_a_multistep_solver_is_that_of_diffusers(name, spacing, steps):
     options = {**LINEAR, **SIGMAS[spacing], "solver_order": 2, "final_sigmas_type": "zero"}
     options["prediction_type"] = "v_prediction"
-    x, noises, inputs = draw(7, *SHAPE), draw(8, steps, *SHAPE), {}
+    x, noises, inputs = normal(7, *SHAPE), normal(8, steps, *SHAPE), {}
     if name == "unipc":
         scheduler = diffusers.UniPCMultistepScheduler(**options, solver_type="bh2")
     else:
@@ -322,42 +324,47 @@ def test_a_multistep_solver_is_diffusers(name, spacing, steps):
         inputs["variance_noise"] = torch.from_numpy(noises)
     scheduler, logsnrs = with_sigmas(scheduler, steps)
 
-    def answer(x, _):
+    def model(x, _):
         return network(torch, x, log_sigma(scheduler))
 
-    expected = walk_theirs(scheduler, answer, x, **inputs)
-    found = walk(getattr(samplers, name)(), conditioned_on_logsnr("v"), logsnrs, x, noises)
-    np.testing.assert_allclose(found, expected, **(FLOAT64 if name == "unipc" else FLOAT32))
+    expected = run_diffusers(scheduler, model, x, **inputs)
+    xs = run(getattr(samplers, name)(), conditioned_on_logsnr("v"), logsnrs, x, noises)
+    np.testing.assert_allclose(xs, expected, **(FLOAT64 if name == "unipc" else FLOAT32))
 
 
 def alphas(logsnrs):
-    """Ours are alpha times the samples of the schedulers that keep alpha at 1."""
+    """The factors from samples of schedulers with alpha = 1 to our samples."""
     return np.asarray(process.alpha_sigma(logsnrs)[0])[:, None, None, None, None]
 
 
 @pytest.mark.parametrize(
-    ("kind", "spacing"), [("eps", "trailing"), *(("v", spacing) for spacing in SIGMAS)]
+    ("prediction_type", "spacing"), [("eps", "trailing"), *(("v", spacing) for spacing in SIGMAS)]
 )
-@pytest.mark.parametrize("one", [samplers.heun(), samplers.edm(8, churn=0.0)], ids=["heun", "edm"])
-def test_heun_is_diffusers(one, spacing, kind):
+@pytest.mark.parametrize(
+    "sampler", [samplers.heun(), samplers.edm(8, churn=0.0)], ids=["heun", "edm"]
+)
+def test_heun_is_that_of_diffusers(sampler, spacing, prediction_type):
     scheduler, logsnrs = with_sigmas(
-        diffusers.HeunDiscreteScheduler(**LINEAR, **SIGMAS[spacing], prediction_type=KINDS[kind]), 8
+        diffusers.HeunDiscreteScheduler(
+            **LINEAR, **SIGMAS[spacing], prediction_type=TYPES[prediction_type]
+        ),
+        8,
     )
-    x, noises = draw(9, *SHAPE), draw(10, 8, *SHAPE)
+    x, noises = normal(9, *SHAPE), normal(10, 8, *SHAPE)
 
-    def answer(y, t):
+    def model(y, t):
         scaled = scheduler.scale_model_input(y, t)
         return network(torch, scaled, log_sigma(scheduler))
 
-    ys = walk_theirs(scheduler, answer, x / alphas(logsnrs[:1])[0])
+    ys = run_diffusers(scheduler, model, x / alphas(logsnrs[:1])[0])
     expected = np.concatenate([ys[1::2], ys[-1:]]) * alphas(logsnrs[1:])
-    found = walk(one, conditioned_on_logsnr(kind), logsnrs, x, noises)
-    np.testing.assert_allclose(found, expected, **FLOAT64)
+    xs = run(sampler, conditioned_on_logsnr(prediction_type), logsnrs, x, noises)
+    np.testing.assert_allclose(xs, expected, **FLOAT64)
 
 
 @pytest.mark.parametrize("churn", [2.0, 40.0])
-def test_edms_churn_is_diffusers(churn, give_noise):
-    """diffusers has it in Euler's method, which is Heun's where the predicted x0 never changes."""
+def test_the_churn_of_edm_is_that_of_diffusers(churn, set_noise):
+    """diffusers has it in Euler's method, which equals Heun's if the predicted x0 is constant."""
     scheduler, logsnrs = with_sigmas(
         diffusers.EulerDiscreteScheduler(
             **LINEAR, use_karras_sigmas=True, prediction_type="sample"
@@ -365,10 +372,10 @@ def test_edms_churn_is_diffusers(churn, give_noise):
         10,
     )
     low, high, scale = 0.05, 50.0, 1.003
-    x, x0, noises = draw(11, *SHAPE), draw(12, *SHAPE), draw(13, 10, *SHAPE)
+    x, x0, noises = normal(11, *SHAPE), normal(12, *SHAPE), normal(13, 10, *SHAPE)
     churned = (scheduler.sigmas[:-1] >= low) & (scheduler.sigmas[:-1] <= high)
     assert 0 < churned.sum() < 10
-    give_noise("scheduling_euler_discrete", noises[churned.numpy()])
+    set_noise("scheduling_euler_discrete", noises[churned.numpy()])
 
     y, ys = torch.from_numpy(x / alphas(logsnrs[:1])[0]), []
     for t in scheduler.timesteps:
@@ -381,28 +388,28 @@ def test_edms_churn_is_diffusers(churn, give_noise):
     def denoise(xt, logsnr):
         return prediction.to_prediction("x0", jnp.asarray(x0), xt, logsnr)
 
-    found = walk(samplers.edm(10, churn, low, high, scale), denoise, logsnrs, x, noises)
-    np.testing.assert_allclose(found, np.stack(ys) * alphas(logsnrs[1:]), **FLOAT32)
+    xs = run(samplers.edm(10, churn, low, high, scale), denoise, logsnrs, x, noises)
+    np.testing.assert_allclose(xs, np.stack(ys) * alphas(logsnrs[1:]), **FLOAT32)
 
 
 # The U-Net.
 
 
-def their_unet(widths, blocks, attended, **options):
-    """diffusers' configuration of google/ddpm-cifar10-32, at another size."""
-    kinds = ["AttnDownBlock2D" if here else "DownBlock2D" for here in attended]
+def diffusers_unet(widths, blocks, attention, **options):
+    """Return the U-Net of google/ddpm-cifar10-32 with another size."""
+    types = ["AttnDownBlock2D" if attended else "DownBlock2D" for attended in attention]
     return diffusers.UNet2DModel(
         block_out_channels=widths,
         layers_per_block=blocks,
-        down_block_types=tuple(kinds),
-        up_block_types=tuple(kind.replace("Down", "Up") for kind in reversed(kinds)),
+        down_block_types=tuple(types),
+        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(types)),
         **{
             "downsample_padding": 0,
             "flip_sin_to_cos": False,
             "freq_shift": 1,
             "norm_eps": 1e-6,
             "norm_num_groups": 32,
-            "attn_norm_num_groups": 32,  # else no norm before the attention with scale_shift
+            "attn_norm_num_groups": 32,  # required for scale_shift
             "attention_head_dim": None,
             **options,
         },
@@ -436,18 +443,18 @@ INNER = {
 }
 
 
-def their_name(path, levels):
+def diffusers_name(path, levels):
     first, *rest = path
-    if found := re.fullmatch(r"(down|up)_(\d)(_\d)?(_attention)?", first):
-        way, level, number, attention = found.groups()
-        level = int(level) if way == "down" else levels - 1 - int(level)
-        kind = "attentions" if attention else "resnets"
-        inside = f"{kind}.{number[1:]}" if number else f"{way}samplers.0.conv"
-        first = f"{way}_blocks.{level}.{inside}"
+    if match := re.fullmatch(r"(down|up)_(\d)(_\d)?(_attention)?", first):
+        direction, level, number, attention = match.groups()
+        level = int(level) if direction == "down" else levels - 1 - int(level)
+        block = "attentions" if attention else "resnets"
+        inside = f"{block}.{number[1:]}" if number else f"{direction}samplers.0.conv"
+        first = f"{direction}_blocks.{level}.{inside}"
     return ".".join([OUTER.get(first, first), *(INNER.get(name, name) for name in rest)])
 
 
-def their_layout(path, leaf):
+def diffusers_layout(path, leaf):
     if path[-1] == "kernel":
         leaf = leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf.T
         leaf = leaf[..., None, None] if path[-2] == "shortcut" else leaf
@@ -484,22 +491,22 @@ def random_parameters(net, *inputs):
     ],
     ids=["ho", "scale_shift", "heads_and_classes"],
 )
-def test_the_unet_with_the_same_parameters_is_diffusers(multipliers, blocks, ours, theirs):
-    """128 channels, the least of which both make 32 groups in every norm."""
+def test_the_unet_with_the_same_parameters_is_that_of_diffusers(multipliers, blocks, ours, theirs):
+    """128 channels are the smallest number for which both have 32 groups in every norm."""
     with jax.enable_x64(False):
         net = UNet(multipliers=multipliers, blocks=blocks, attention_sizes=(8,), **ours)
-        xt, time = draw(15, 2, 16, 16, 3).astype(np.float32), np.array([0.999, 0.02], np.float32)
+        xt, time = normal(15, 2, 16, 16, 3).astype(np.float32), np.array([0.999, 0.02], np.float32)
         labels = np.array([3, 10])
         inputs = jnp.asarray(xt), jnp.asarray(time), jnp.asarray(labels, jnp.int32)
         flat = random_parameters(net, *inputs)
         params = jax.tree.map(jnp.asarray, flax.traverse_util.unflatten_dict(flat))
-        found = jax.jit(net.apply)({"params": params}, *inputs)
+        output = jax.jit(net.apply)({"params": params}, *inputs)
     levels = len(multipliers)
     widths = tuple(128 * multiplier for multiplier in multipliers)
-    attended = [level == 1 for level in range(levels)]
-    model = their_unet(widths, blocks, attended, **theirs).eval()
+    attention = [level == 1 for level in range(levels)]
+    model = diffusers_unet(widths, blocks, attention, **theirs).eval()
     model.load_state_dict(
-        {their_name(path, levels): their_layout(path, leaf) for path, leaf in flat.items()}
+        {diffusers_name(path, levels): diffusers_layout(path, leaf) for path, leaf in flat.items()}
     )
     with torch.no_grad():
         expected = model(
@@ -508,12 +515,12 @@ def test_the_unet_with_the_same_parameters_is_diffusers(multipliers, blocks, our
             torch.from_numpy(labels) if "classes" in ours else None,
         ).sample.numpy()
     assert expected.std() > 0.1
-    np.testing.assert_allclose(found, expected.transpose(0, 2, 3, 1), atol=1e-4)
+    np.testing.assert_allclose(output, expected.transpose(0, 2, 3, 1), atol=1e-4)
 
 
-def test_hos_cifar10_network_has_as_many_parameters_as_diffusers():
+def test_the_cifar10_network_has_as_many_parameters_as_that_of_diffusers():
     with torch.device("meta"):
-        model = their_unet((128, 256, 256, 256), 2, (False, True, False, False))
+        model = diffusers_unet((128, 256, 256, 256), 2, (False, True, False, False))
     expected = sum(leaf.numel() for leaf in model.parameters())
     net = UNet()
     shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros(1))

@@ -1,4 +1,4 @@
-"""What float32 and unused branches do to values and gradients, against float64 and closed forms."""
+"""Values and gradients in float32 and with unused branches, against float64 and closed forms."""
 
 import functools
 
@@ -53,54 +53,54 @@ SCHEDULES = {
 }
 
 
-# Branches that are not taken.
+# Gradients of unused branches.
 
 
 @pytest.mark.parametrize("betas", [schedules.cosine_betas, schedules.linear_betas])
 @pytest.mark.parametrize("x64", [False, True])
-def test_the_bounds_gradient_at_every_step_is_that_of_the_branch_taken(betas, x64):
-    """Finite in float32; in float64, where two programs round alike, equal."""
+def test_the_gradient_of_the_bound_at_every_step_is_that_of_the_selected_branch(betas, x64):
+    """In float32 the gradients are finite; in float64 they are also equal, up to rounding."""
     with jax.enable_x64(x64):
         check_gradients(schedules.from_betas(betas(4000)), 4000, x64)
 
 
-def check_gradients(made, steps, compare):
+def check_gradients(schedule, steps, compare):
     x0 = jnp.array([-1.0, 1.0, 26 / 255 * 2 - 1, 0.0039215])
     keys = jax.random.split(jax.random.key(0), steps)
     number = jnp.arange(1, steps + 1)
-    logsnr_t, logsnr_s = made.logsnr(number / steps), made.logsnr((number - 1) / steps)
-    least = jnp.log(process.q_posterior(x0[0], x0[0], made.logsnr(2 / steps), logsnr_t[0])[1])
+    logsnr_t, logsnr_s = schedule.logsnr(number / steps), schedule.logsnr((number - 1) / steps)
+    minimum = jnp.log(process.q_posterior(x0[0], x0[0], schedule.logsnr(2 / steps), logsnr_t[0])[1])
     share = jnp.array([0.1, 0.5, 0.9, 1.0])
 
-    def one(key, logsnr_t, logsnr_s):
+    def gradients(key, logsnr_t, logsnr_s):
         eps, out = jax.random.normal(key, (2, 4))
         xt = process.q_sample(x0, eps, logsnr_t)
 
-        def found(out, share):
+        def predicted(out, share):
             return prediction.to_prediction("eps", out, xt, logsnr_t)._replace(
                 variance_fraction=share
             )
 
         def bound(out, share):
-            rest = (x0, xt, logsnr_t, logsnr_s, least)
-            return elbo.step_nats(found(out, share), *rest, variance="learned")
+            arguments = (x0, xt, logsnr_t, logsnr_s, minimum)
+            return elbo.step_nats(predicted(out, share), *arguments, variance="learned")
 
         def inner(out, share):
-            return elbo.step_kl(found(out, share), x0, xt, logsnr_t, logsnr_s, "learned")
+            return elbo.step_kl(predicted(out, share), x0, xt, logsnr_t, logsnr_s, "learned")
 
         def last(out, share):
             log_beta = jax.nn.log_sigmoid(-logsnr_t)
-            std = jnp.exp(0.5 * (least + share * (log_beta - least)))
-            return elbo.decoder_nll(found(out, share), x0, std)
+            std = jnp.exp(0.5 * (minimum + share * (log_beta - minimum)))
+            return elbo.decoder_nll(predicted(out, share), x0, std)
 
         def vlb(share):
-            rest = (x0, xt, logsnr_t, logsnr_s, least, steps)
-            return losses.variance_bound(found(out, share), *rest)
+            arguments = (x0, xt, logsnr_t, logsnr_s, minimum, steps)
+            return losses.variance_bound(predicted(out, share), *arguments)
 
-        of = lambda fn: jax.value_and_grad(fn, (0, 1))(out, share)  # noqa: E731
-        return of(bound), of(inner), of(last), jax.value_and_grad(vlb)(share)
+        both = lambda fn: jax.value_and_grad(fn, (0, 1))(out, share)  # noqa: E731
+        return both(bound), both(inner), both(last), jax.value_and_grad(vlb)(share)
 
-    bound, inner, last, vlb = jax.jit(jax.vmap(one))(keys, logsnr_t, logsnr_s)
+    bound, inner, last, vlb = jax.jit(jax.vmap(gradients))(keys, logsnr_t, logsnr_s)
     for a, kl, decoder in zip(*map(jax.tree.leaves, (bound, inner, last)), strict=True):
         assert jnp.isfinite(a).all()
         if compare:
@@ -114,21 +114,21 @@ def check_gradients(made, steps, compare):
         np.testing.assert_allclose(vlb[1], scale * slope, rtol=1e-9, atol=1e-12)
 
 
-def test_the_decoders_gradient_is_right_however_far_the_prediction_is():
-    """Far out d/dmean of -log(mass) is (mean - the nearer edge) / std^2, to relative 1 / z^2."""
+def test_the_gradient_of_the_decoder_is_exact_for_any_error_of_the_prediction():
+    """In the tail d/dmean of -log(mass) is (mean - nearer edge) / std^2, up to a factor 1 / z^2."""
     x0, std = jnp.float32(77 / 255 * 2 - 1), 1e-3
     means = jnp.array([1e-2, 1e-1, 1.0, 1e2, 1e5, 1e8]) + x0
     nll = lambda mean: elbo.decoder_nll(Prediction(mean, mean), x0, std)  # noqa: E731
     values, slopes = jax.jit(jax.vmap(jax.value_and_grad(nll)))(means)
     assert jnp.isfinite(values).all()
-    apart = np.asarray(means, np.float64) - np.float64(x0) - 1 / 255
-    np.testing.assert_allclose(slopes, apart / std**2, rtol=0.03)
+    distance = np.asarray(means, np.float64) - np.float64(x0) - 1 / 255
+    np.testing.assert_allclose(slopes, distance / std**2, rtol=0.03)
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
-def test_a_samplers_result_has_the_gradient_of_its_differences(name):
+def test_the_gradient_of_a_sample_is_its_difference_quotient(name):
 
-    def drawn(xT, mean):
+    def total(xT, mean):
         def denoise(xt, logsnr):
             alpha, sigma = process.alpha_sigma(logsnr)
             x0 = jnp.tanh(mean + 0.5 * alpha * xt)
@@ -140,48 +140,48 @@ def test_a_samplers_result_has_the_gradient_of_its_differences(name):
 
     with jax.enable_x64(True):
         xT, mean = jnp.array([[0.3], [-1.2]]), jnp.asarray(0.4)
-        slopes = jax.jit(jax.grad(drawn, (0, 1)))(xT, mean)
-        apart = 1e-5
-        ends = jax.jit(jax.vmap(lambda change: drawn(xT, mean + change)))(
-            jnp.array([-apart, apart])
+        slopes = jax.jit(jax.grad(total, (0, 1)))(xT, mean)
+        delta = 1e-5
+        ends = jax.jit(jax.vmap(lambda change: total(xT, mean + change)))(
+            jnp.array([-delta, delta])
         )
         assert jnp.isfinite(slopes[0]).all()
-        np.testing.assert_allclose(slopes[1], (ends[1] - ends[0]) / (2 * apart), rtol=1e-5)
+        np.testing.assert_allclose(slopes[1], (ends[1] - ends[0]) / (2 * delta), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["cosine", "sigmoid", "edm", "linear", "learned"])
-def test_a_schedules_slopes_are_finite_and_inverse_to_one_another(name):
-    made = SCHEDULES[name]()
+def test_the_slopes_of_a_schedule_and_of_its_inverse_are_finite_and_reciprocal(name):
+    schedule = SCHEDULES[name]()
     t = jnp.linspace(0.05, 0.95, 19)
-    slope = jax.jit(jax.vmap(jax.grad(made.logsnr)))(t)
+    slope = jax.jit(jax.vmap(jax.grad(schedule.logsnr)))(t)
     assert (slope < 0).all()
     if name == "learned":
-        return  # its inverse is a bisection
-    inverse = jax.jit(jax.vmap(jax.grad(made.time)))
-    np.testing.assert_allclose(inverse(made.logsnr(t)) * slope, 1.0, rtol=1e-3)
+        return  # the inverse is computed by bisection
+    inverse = jax.jit(jax.vmap(jax.grad(schedule.time)))
+    np.testing.assert_allclose(inverse(schedule.logsnr(t)) * slope, 1.0, rtol=1e-3)
     assert jnp.isfinite(inverse(jnp.array([-1e3, -200.0, 0.0, 200.0, 1e3]))).all()
 
 
-def test_rescaled_guidance_leaves_an_image_of_one_value_as_it_is():
+def test_rescaled_guidance_does_not_change_an_image_of_equal_pixels():
     logsnr = jnp.asarray(0.3)
     varied = jnp.linspace(-1, 1, 9).reshape(1, 3, 3)
     flat = jnp.full((1, 3, 3), 0.1)
 
-    def of(x0, target):
+    def rescale(x0, target):
         return guidance.rescaled(Prediction(x0, x0), Prediction(target, target), x0, logsnr, 0.7)
 
-    np.testing.assert_array_equal(of(flat, varied).x0, flat)
-    np.testing.assert_allclose(of(varied, flat).x0, 0.3 * varied, rtol=1e-3)
-    np.testing.assert_allclose(of(2 * varied, varied).x0, 1.3 * varied, rtol=1e-5)
+    np.testing.assert_array_equal(rescale(flat, varied).x0, flat)
+    np.testing.assert_allclose(rescale(varied, flat).x0, 0.3 * varied, rtol=1e-3)
+    np.testing.assert_allclose(rescale(2 * varied, varied).x0, 1.3 * varied, rtol=1e-5)
     for pair in ((flat, varied), (varied, flat), (flat, flat)):
-        slopes = jax.jit(jax.grad(lambda a, b: of(a, b).x0.sum(), (0, 1)))(*pair)
+        slopes = jax.jit(jax.grad(lambda a, b: rescale(a, b).x0.sum(), (0, 1)))(*pair)
         assert jnp.isfinite(slopes[0]).all()
         assert jnp.isfinite(slopes[1]).all()
 
 
 @pytest.fixture
 def optimised():
-    """Programs that run for minutes are compiled as for users."""
+    """Compile with all optimizations, for programs that run for minutes."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
@@ -189,7 +189,7 @@ def optimised():
 
 @pytest.mark.slow
 def test_the_first_200_gradients_of_iddpm_cifar10_are_finite(optimised):
-    """The recipe's table, keys, batch and image shape; 32 channels, few blocks on folded pixels."""
+    """Table, keys, batch and images are those of the recipe; the network is smaller."""
     cheap = dict(space_to_depth=4, blocks=1, attention_sizes=(8,), channels=32, head_channels=32)
     small = {f"task.network.{name}": value for name, value in cheap.items()}
     small["task.evaluation.features"] = ()
@@ -201,7 +201,7 @@ def test_the_first_200_gradients_of_iddpm_cifar10_are_finite(optimised):
 
     def batch():
         images = rng.integers(0, 256, (size, 32, 32, 3), np.uint8)
-        images[rng.uniform(size=size) < 0.3] = 255  # pixels at both ends of the range, too
+        images[rng.uniform(size=size) < 0.3] = 255  # both ends of the range
         return Batch(images, np.zeros(size, np.int32), np.arange(size, dtype=np.int32))
 
     state = step_module.init_state(task, config, batch(), 0)
@@ -215,40 +215,40 @@ def test_the_first_200_gradients_of_iddpm_cifar10_are_finite(optimised):
 # Times and steps.
 
 
-def ends_of_uniform(monkeypatch, value):
-    """Every uniform draw is `value`."""
-    constant = lambda key, shape=(), *rest, **named: jnp.full(shape, value, jnp.float32)  # noqa: E731
+def set_uniform(monkeypatch, value):
+    """Let jax.random.uniform return `value`."""
+    constant = lambda key, shape=(), *_, **__: jnp.full(shape, value, jnp.float32)  # noqa: E731
     monkeypatch.setattr(jax.random, "uniform", constant)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1 - 2.0**-23, 1 - 2.0**-24])
 @pytest.mark.parametrize("size", [1, 3, 100, 128, 4000, 2**20])
-def test_a_drawn_time_is_below_1_and_its_step_at_most_the_last(monkeypatch, value, size):
-    ends_of_uniform(monkeypatch, value)
-    place = jnp.array([0, size // 2, size - 1], jnp.int32)
+def test_a_sampled_time_is_below_1_and_its_step_is_at_most_the_last(monkeypatch, value, size):
+    set_uniform(monkeypatch, value)
+    index = jnp.array([0, size // 2, size - 1], jnp.int32)
     keys = jax.random.split(jax.random.key(0), 3)
     history = empty_history(4000)
-    drawn = {
-        "stratified": stratified_times(keys, place, size),
-        "uniform": uniform_times(keys, place, size),
+    sampled = {
+        "stratified": stratified_times(keys, index, size),
+        "uniform": uniform_times(keys, index, size),
         "importance": importance_times(history, keys)[0],
-        "spread": evaluation_times(place, keys, min(size, 100)).ravel(),
+        "evaluation": evaluation_times(index, keys, min(size, 100)).ravel(),
     }
-    for name, times in drawn.items():
+    for name, times in sampled.items():
         assert (times >= 0).all(), name
         assert (times < 1).all(), name
         for steps in (3, 50, 1000, 4000, 10_007):
             number = grids.step_number(times, steps)
             assert (number >= 1).all()
             assert (number <= steps).all()
-            made = schedules.Schedule(lambda t: t, lambda t: t, steps)
-            assert (grids.step_time(made, times) <= 1).all()
-    expected = (np.asarray(place) + np.float64(value)) / size
-    np.testing.assert_allclose(drawn["stratified"], expected, rtol=2e-7)
+            schedule = schedules.Schedule(lambda t: t, lambda t: t, steps)
+            assert (grids.step_time(schedule, times) <= 1).all()
+    expected = (np.asarray(index) + np.float64(value)) / size
+    np.testing.assert_allclose(sampled["stratified"], expected, rtol=2e-7)
 
 
-def test_the_stratified_time_that_rounded_to_1_is_below_1():
-    """127 + u is 128 in float32 from u = 1 - 2^-18 on."""
+def test_a_stratified_time_whose_sum_rounds_to_1_is_below_1():
+    """In float32, 127 + u is 128 for u >= 1 - 2^-18."""
     share = jnp.float32([1 - 2.0**-18, 1 - 2.0**-20, 1 - 2.0**-24])
     assert (127 + share == 128).all()
     times = grids.within(jnp.int32([127] * 3), share, 128)
@@ -256,22 +256,22 @@ def test_the_stratified_time_that_rounded_to_1_is_below_1():
     assert (grids.step_number(times, 4000) == 4000).all()
 
 
-def test_the_times_of_a_million_places_are_uniform():
+def test_the_evaluation_times_of_a_million_images_are_uniform():
     count = 1_000_000
     keys = jax.random.key(0)
-    key_of = jax.vmap(lambda place: jax.random.fold_in(keys, place))
-    times = jax.jit(lambda place: evaluation_times(place, key_of(place), 1)[:, 0])
-    place = np.arange(count, dtype=np.int32)
-    found = np.asarray(times(place), np.float64)
-    assert found.min() >= 0
-    assert found.max() < 1
-    for part in (found, found[30_000:], found[-1000:]):  # late places as early ones
+    key_of = jax.vmap(lambda index: jax.random.fold_in(keys, index))
+    times_of = jax.jit(lambda index: evaluation_times(index, key_of(index), 1)[:, 0])
+    index = np.arange(count, dtype=np.int32)
+    times = np.asarray(times_of(index), np.float64)
+    assert times.min() >= 0
+    assert times.max() < 1
+    for part in (times, times[30_000:], times[-1000:]):  # also for large indices
         assert scipy.stats.kstest(part, "uniform").statistic < 3 / len(part) ** 0.75
-    cells = np.bincount((found * 1000).astype(int), minlength=1000)
+    cells = np.bincount((times * 1000).astype(int), minlength=1000)
     squares = np.square(cells - count / 1000).sum() / (count / 1000)
-    assert squares < scipy.stats.chi2(999).ppf(0.999)  # more even than independent draws
-    far = np.asarray(times(place[:1000] + 2_000_000_000), np.float64)
-    assert scipy.stats.kstest(far, "uniform").statistic < 0.02
+    assert squares < scipy.stats.chi2(999).ppf(0.999)  # more even than independent samples
+    large = np.asarray(times_of(index[:1000] + 2_000_000_000), np.float64)
+    assert scipy.stats.kstest(large, "uniform").statistic < 0.02
 
 
 # Schedules and grids.
@@ -282,14 +282,14 @@ def test_linear_betas_end_at_nearly_the_same_noise_with_any_number_of_steps(step
     betas = schedules.linear_betas(steps)
     end = float(schedules.from_betas(betas).logsnr(1.0))
     integral = 1000 * (1e-4 + 0.02) / 2
-    # log alpha_bar = sum of log(1 - beta), which is below minus their sum.
+    # log alpha_bar = sum of log(1 - beta), which is less than -(sum of beta).
     assert -25 < end < -integral + 0.1
     assert end == pytest.approx(np.log1p(-betas).sum(), abs=1e-3)
     if steps == 1000:
         np.testing.assert_array_equal(betas, np.linspace(1e-4, 0.02, 1000))
 
 
-def test_linear_betas_of_too_few_steps_are_one_line():
+def test_linear_betas_of_too_few_steps_raise_an_error_of_one_line():
     for steps in (1, 6, 20):
         with pytest.raises(ValueError, match=r"steps must be at least 21$"):
             schedules.linear_betas(steps)
@@ -302,48 +302,48 @@ def test_linear_betas_of_too_few_steps_are_one_line():
 
 def test_a_schedule_that_does_not_end_in_noise_is_logged_once(capsys):
     short = schedules.linear(-2.5, 10.0)
-    for made in (short, short, *(SCHEDULES[name]() for name in SCHEDULES if name != "learned")):
-        check_start("v", made, Sampling())
+    for schedule in (short, short, *(SCHEDULES[name]() for name in SCHEDULES if name != "learned")):
+        check_start("v", schedule, Sampling())
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "ends at logsnr -2.5" in lines[0]
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_a_sampler_of_few_steps_starts_at_noise_and_its_grid_rises(spacing):
+def test_a_grid_of_few_steps_starts_at_noise_and_increases(spacing):
     for name, make in SCHEDULES.items():
-        made = make()
+        schedule = make()
         for steps in (1, 2, 3):
-            found = np.asarray(grids.grid(made, steps, spacing))
-            assert found.shape == (steps + 1,), name
-            assert found[0] <= max(-5.0, made.logsnr(1.0)), (name, steps)
-            assert np.isfinite(found[:-1]).all()
-            assert found[-1] == np.inf
-            assert (np.diff(found) > 0).all(), (name, steps)
+            logsnrs = np.asarray(grids.grid(schedule, steps, spacing))
+            assert logsnrs.shape == (steps + 1,), name
+            assert logsnrs[0] <= max(-5.0, schedule.logsnr(1.0)), (name, steps)
+            assert np.isfinite(logsnrs[:-1]).all()
+            assert logsnrs[-1] == np.inf
+            assert (np.diff(logsnrs) > 0).all(), (name, steps)
 
 
-def test_a_grid_that_starts_at_noise_is_left_alone():
-    made = SCHEDULES["linear_betas"]()
+def test_only_a_grid_that_does_not_start_at_noise_is_changed():
+    schedule = SCHEDULES["linear_betas"]()
     times = np.array([667, 334, 1]) / 1000
-    expected = np.append(made.logsnr(jnp.asarray(times)), np.inf)
+    expected = np.append(schedule.logsnr(jnp.asarray(times)), np.inf)
     assert expected[0] > -5
-    expected[0] = made.logsnr(1.0)
-    np.testing.assert_array_equal(grids.grid(made, 3, "leading"), expected)
+    expected[0] = schedule.logsnr(1.0)
+    np.testing.assert_array_equal(grids.grid(schedule, 3, "leading"), expected)
     times = np.array([751, 501, 251, 1]) / 1000
-    expected = np.append(made.logsnr(jnp.asarray(times)), np.inf)
-    np.testing.assert_array_equal(grids.grid(made, 4, "leading"), expected)
+    expected = np.append(schedule.logsnr(jnp.asarray(times)), np.inf)
+    np.testing.assert_array_equal(grids.grid(schedule, 4, "leading"), expected)
 
 
-def test_edms_schedule_ends_at_its_noise_levels_in_float32_and_is_inverted():
-    made = schedules.edm()
-    ends = made.logsnr(jnp.array([0.0, 1.0]))
+def test_the_edm_schedule_has_its_ends_and_its_inverse_in_float32():
+    schedule = schedules.edm()
+    ends = schedule.logsnr(jnp.array([0.0, 1.0]))
     np.testing.assert_allclose(jnp.exp(-0.5 * ends), [0.002, 80.0], rtol=1e-4)
-    np.testing.assert_allclose(made.time(ends), [0.0, 1.0], atol=1e-6)
+    np.testing.assert_allclose(schedule.time(ends), [0.0, 1.0], atol=1e-6)
     t = np.linspace(0, 1, 101)
     low, high = (scipy.special.ndtr((np.log(s) + 1.2) / 1.2) for s in (0.002, 80.0))
     z = scipy.special.ndtri(low + t * (high - low))
-    np.testing.assert_allclose(made.logsnr(jnp.asarray(t)), -2 * (1.2 * z - 1.2), atol=1e-3)
-    np.testing.assert_allclose(made.time(made.logsnr(jnp.asarray(t))), t, atol=1e-6)
+    np.testing.assert_allclose(schedule.logsnr(jnp.asarray(t)), -2 * (1.2 * z - 1.2), atol=1e-3)
+    np.testing.assert_allclose(schedule.time(schedule.logsnr(jnp.asarray(t))), t, atol=1e-6)
     narrow = schedules.edm(lowest=0.5, highest=2.0)
     ends = jnp.exp(-0.5 * narrow.logsnr(jnp.array([0.0, 1.0])))
     np.testing.assert_allclose(ends, [0.5, 2.0], rtol=1e-5)
@@ -351,45 +351,45 @@ def test_edms_schedule_ends_at_its_noise_levels_in_float32_and_is_inverted():
 
 @pytest.mark.parametrize("lowest", [-20.0, -10.0, -4.0])
 @pytest.mark.parametrize("highest", [6.0, 20.0])
-def test_cut_schedules_end_where_they_are_cut_in_float32(lowest, highest):
+def test_truncated_schedules_have_their_ends_in_float32(lowest, highest):
     for make in (schedules.linear, schedules.cosine, schedules.sigmoid):
-        made = make(lowest=lowest, highest=highest)
-        ends = made.logsnr(jnp.array([0.0, 1.0]))
+        schedule = make(lowest=lowest, highest=highest)
+        ends = schedule.logsnr(jnp.array([0.0, 1.0]))
         np.testing.assert_allclose(ends, [highest, lowest], atol=1e-3)
-        np.testing.assert_allclose(made.time(ends), [0, 1], atol=1e-5)
-        moved = schedules.shifted(made, 0.5)
-        ends = moved.logsnr(jnp.array([0.0, 1.0]))
+        np.testing.assert_allclose(schedule.time(ends), [0, 1], atol=1e-5)
+        shifted = schedules.shifted(schedule, 0.5)
+        ends = shifted.logsnr(jnp.array([0.0, 1.0]))
         np.testing.assert_allclose(ends, np.array([highest, lowest]) - 2 * np.log(2), atol=1e-3)
 
 
-# Edits.
+# SDEdit.
 
 POINT = jnp.array([0.5, -0.25, 1.0, 0.0]).reshape(2, 2, 1)
 EDIT_SCHEDULE = schedules.from_betas(schedules.cosine_betas())
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_the_grid_of_an_edit_rises_from_its_start(spacing):
-    rest = jax.jit(grids.grid_from)
+def test_the_grid_of_an_edit_increases_from_its_start(spacing):
+    grid_from = jax.jit(grids.grid_from)
     for name in ("linear_betas", "cosine_betas", "cosine", "edm"):
-        made = SCHEDULES[name]()
+        schedule = SCHEDULES[name]()
         for steps in (1, 2, 3, 4, 5, 20):
-            own = grids.grid(made, steps, spacing)
+            full = grids.grid(schedule, steps, spacing)
             for t in (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
-                start = made.logsnr(jnp.asarray(t))
-                logsnrs, first = rest(own, start)
-                found = np.asarray(logsnrs)[int(first) :]
-                assert found[0] == start
-                assert found[-1] == np.inf
-                assert len(found) >= 2
-                assert (np.diff(found) > 0).all(), (name, steps, t)
-                assert set(found[1:]) <= set(np.asarray(own))
-                steps_of_own = np.sum(np.asarray(own[:-1]) > start)
-                assert len(found) - 2 in (steps_of_own, steps_of_own - 1)
+                start = schedule.logsnr(jnp.asarray(t))
+                logsnrs, first = grid_from(full, start)
+                rest = np.asarray(logsnrs)[int(first) :]
+                assert rest[0] == start
+                assert rest[-1] == np.inf
+                assert len(rest) >= 2
+                assert (np.diff(rest) > 0).all(), (name, steps, t)
+                assert set(rest[1:]) <= set(np.asarray(full))
+                cleaner = np.sum(np.asarray(full[:-1]) > start)
+                assert len(rest) - 2 in (cleaner, cleaner - 1)
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
-def test_an_edit_with_few_steps_visits_rising_logsnr_and_draws_what_the_denoiser_knows(name):
+def test_an_edit_with_few_steps_has_increasing_logsnr_and_samples_the_data(name):
     visited = []
 
     def predict(params, xt, logsnr, labels):
@@ -418,12 +418,12 @@ def test_an_edit_with_few_steps_visits_rising_logsnr_and_draws_what_the_denoiser
             start = float(EDIT_SCHEDULE.logsnr(jnp.asarray(t)))
             churned = 2 * np.log(2**0.5) + 1e-3 if name == "edm" else 1e-3
             assert visited[0] == pytest.approx(start, abs=churned)
-            if name != "edm":  # which goes back to more noise before each step
+            if name != "edm":  # edm adds noise before each step
                 assert (np.diff(visited) >= 0).all()
                 assert len(set(visited)) >= len(visited) / 2
 
 
-# Noise between two noises.
+# Interpolation of noise.
 
 
 def test_slerp_between_any_two_vectors_is_finite_with_its_gradients():
@@ -446,25 +446,25 @@ def test_slerp_between_any_two_vectors_is_finite_with_its_gradients():
     slopes = jax.jit(jax.grad(lambda a, b, s: inversion.slerp(a, b, s).sum(), (0, 1, 2)))
     for name, (first, second) in pairs.items():
         for share in (0.0, 0.3, 1.0):
-            found = value(first, second, share)
-            assert jnp.isfinite(found).all(), name
+            point = value(first, second, share)
+            assert jnp.isfinite(point).all(), name
             assert all(jnp.isfinite(slope).all() for slope in slopes(first, second, share)), name
         for share, end in ((0.0, first), (1.0, second)):
             np.testing.assert_allclose(value(first, second, share), end, atol=1e-5)
     for share in (0.2, 0.5):
         np.testing.assert_allclose(value(a, a, share), a, rtol=1e-6)
         np.testing.assert_allclose(value(a, 3 * a, share), (1 + 2 * share) * a, rtol=1e-5)
-        near = value(*pairs["nearly parallel"], share)
-        np.testing.assert_allclose(near, a + share * 1e-5 * b, atol=1e-6)
+        parallel = value(*pairs["nearly parallel"], share)
+        np.testing.assert_allclose(parallel, a + share * 1e-5 * b, atol=1e-6)
     x, y = (np.asarray(v, np.float64) for v in (a, b))
     angle = np.arccos(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
     expected = (np.sin(0.7 * angle) * x + np.sin(0.3 * angle) * y) / np.sin(angle)
     np.testing.assert_allclose(value(a, b, 0.3), expected, rtol=1e-5, atol=1e-6)
-    half = value(*pairs["nearly opposite"], 0.5)  # on the sphere, though far from both
+    half = value(*pairs["nearly opposite"], 0.5)  # a point of the sphere between both
     assert jnp.linalg.norm(half) == pytest.approx(float(jnp.linalg.norm(a)), rel=0.02)
 
 
-# A sampler's number.
+# The number in the name of a sampler.
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,7 @@ def test_slerp_between_any_two_vectors_is_finite_with_its_gradients():
         *(f"{n}:" for n in ("heun", "unipc")),
     ],
 )
-def test_a_number_that_a_sampler_cannot_take_is_one_line(name):
+def test_a_number_that_a_sampler_does_not_accept_is_an_error_of_one_line(name):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         samplers.named(name, 5)
 
@@ -497,7 +497,7 @@ def test_a_number_that_a_sampler_cannot_take_is_one_line(name):
     assert str(error.value).startswith(f"--sampler={name}: ")
 
 
-def test_numbers_out_of_range_are_refused_where_a_sampler_is_made():
+def test_the_constructor_of_a_sampler_raises_for_numbers_out_of_range():
     for make in (
         lambda: samplers.ddim(1.01),
         lambda: samplers.ddim(-0.01),

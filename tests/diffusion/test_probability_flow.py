@@ -1,4 +1,4 @@
-"""The ODE's likelihood and the three routes to bits per dimension, where the answer is known."""
+"""The likelihood of the ODE, and three estimates of it, for data with a known likelihood."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from ddpm_jax.diffusion.prediction import Prediction
 
 
 def gaussian(mean, std):
-    """The exact denoiser of data N(mean, std^2), which may be arrays over the event."""
+    """The exact denoiser of data N(mean, std^2); mean and std may be arrays over the event."""
 
     def denoise(xt, logsnr):
         alpha, sigma = process.alpha_sigma(logsnr)
@@ -26,21 +26,21 @@ def log_normal(x, mean, variance):
 
 
 @pytest.mark.usefixtures("x64")
-def test_the_odes_likelihood_of_a_gaussian_is_exact():
+def test_the_likelihood_of_the_ode_is_exact_for_a_gaussian():
     mean, std = np.array([[0.4], [-0.2]]), np.array([[0.3], [1.7]])
     clean, noisy = jnp.asarray(6.0), jnp.asarray(-20.0)
     alpha, sigma = process.alpha_sigma(clean)
     x = jax.random.normal(jax.random.key(0), (5, 2, 1))
     probe = jnp.sign(jax.random.normal(jax.random.key(1), x.shape))
-    found, calls = probability_flow.log_density(gaussian(mean, std), x, probe, clean, noisy, 1e-8)
-    # A diagonal Jacobian: Hutchinson's estimate has no variance.
+    log_p, calls = probability_flow.log_density(gaussian(mean, std), x, probe, clean, noisy, 1e-8)
+    # The Jacobian is diagonal, so that Hutchinson's estimate has no variance.
     expected = log_normal(x, alpha * mean, alpha**2 * std**2 + sigma**2)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(log_p, expected, atol=1e-4)
     assert calls > 6
 
 
 @pytest.mark.usefixtures("x64")
-def test_hutchinsons_estimate_is_unbiased_where_the_jacobian_is_not_diagonal():
+def test_hutchinsons_estimate_is_unbiased_for_a_jacobian_that_is_not_diagonal():
     root = np.array([[0.9, 0.0], [0.7, 0.4]])
     covariance = root @ root.T
     clean, noisy = jnp.asarray(5.0), jnp.asarray(-18.0)
@@ -54,17 +54,17 @@ def test_hutchinsons_estimate_is_unbiased_where_the_jacobian_is_not_diagonal():
     size = 400
     x = jnp.tile(jnp.array([[0.3, -0.8]]), (size, 1))
     probe = jnp.sign(jax.random.normal(jax.random.key(0), (size, 2)))
-    found, _ = probability_flow.log_density(denoise, x, probe, clean, noisy, 1e-6)
+    log_p, _ = probability_flow.log_density(denoise, x, probe, clean, noisy, 1e-6)
     alpha, sigma = process.alpha_sigma(clean)
     total = alpha**2 * covariance + sigma**2 * np.eye(2)
     expected = -0.5 * x[0] @ np.linalg.solve(total, x[0])
     expected -= 0.5 * np.linalg.slogdet(2 * np.pi * total)[1]
-    assert found.std() > 0.01
-    assert abs(found.mean() - expected) < 4 * found.std() / size**0.5
+    assert log_p.std() > 0.01
+    assert abs(log_p.mean() - expected) < 4 * log_p.std() / size**0.5
 
 
 @pytest.mark.usefixtures("x64")
-def test_the_three_routes_agree_with_the_closed_form_on_a_gaussian():
+def test_the_three_estimates_agree_with_the_closed_form_for_a_gaussian():
     mean, std, size = 0.3, 0.5, 40_000
     schedule = schedules.linear(-14.0, 6.0)
     keys = jax.random.split(jax.random.key(0), size)
@@ -74,8 +74,7 @@ def test_the_three_routes_agree_with_the_closed_form_on_a_gaussian():
     alpha, sigma = process.alpha_sigma(clean)
     z0 = jax.vmap(process.q_sample, (0, 0, None))(x0, eps, clean)
     denoise = gaussian(mean, std)
-    # Nats that end at z_0: -log q(z_0 | x0) + what a route says of -log p(z_0), on average
-    # the entropy of z_0 given nothing minus that given x0: their mutual information.
+    # The mean of log q(z_0 | x0) - log p(z_0) is the mutual information of z_0 and x0.
     information = 0.5 * np.log((alpha**2 * std**2 + sigma**2) / sigma**2)
     prior = jax.vmap(elbo.prior_kl, (0, None))(x0, noisy)
 

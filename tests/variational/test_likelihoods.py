@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.variational import likelihoods as likelihood
+from ddpm_jax.variational import likelihoods
 
 
 @pytest.mark.parametrize("levels", [17, 256])
-def test_binarised_pixels_are_one_as_often_as_they_are_bright(levels):
-    image = jnp.arange(levels, dtype=jnp.uint8)[:, None, None]  # an odd number of pixels, too
+def test_a_binarised_pixel_is_1_with_the_probability_of_its_grey_value(levels):
+    image = jnp.arange(levels, dtype=jnp.uint8)[:, None, None]  # 17: an odd number of pixels
     keys = jax.random.split(jax.random.key(0), 20_000)
-    bits = jax.vmap(likelihood.bernoulli(levels).observe, (0, None))(keys, image)
+    bits = jax.vmap(likelihoods.bernoulli(levels).observe, (0, None))(keys, image)
     share = np.arange(levels) / (levels - 1)
     error = np.sqrt(share * (1 - share) / len(keys)) + 1e-9
     assert set(np.unique(bits)) == {0.0, 1.0}
@@ -20,9 +20,9 @@ def test_binarised_pixels_are_one_as_often_as_they_are_bright(levels):
 
 
 def test_a_gaussians_bits_per_dim_bound_the_entropy_of_the_grey_values():
-    """Of uniform grey values a code takes log2(levels) bits: no density does better."""
+    """The entropy of uniform grey values is log2(levels) bits, which no density goes below."""
     grey = jnp.asarray(np.random.default_rng(0).integers(0, 17, (4000, 1, 1, 1)), jnp.uint8)
-    p_x = likelihood.gaussian(17, None)
+    p_x = likelihoods.gaussian(17, None)
     x = jax.vmap(p_x.observe)(jax.random.split(jax.random.key(0), 4000), grey)
     assert float(jnp.abs(x).max()) <= 1
     out = jnp.zeros((1, 1, 1)), jnp.log(jnp.mean(x**2))

@@ -20,7 +20,7 @@ def gaussian():
     return mean, 0.7 * jax.random.normal(jax.random.fold_in(key, 1), (7,))
 
 
-def test_kl_is_that_of_an_independent_implementation(gaussian):
+def test_kl_is_the_kl_of_an_independent_implementation(gaussian):
     mean, logvar = gaussian
     q = distrax.MultivariateNormalDiag(mean, jnp.exp(logvar / 2))
     p = distrax.MultivariateNormalDiag(jnp.zeros(7), jnp.ones(7))
@@ -37,12 +37,12 @@ def test_kl_is_the_mean_of_the_log_ratio(gaussian):
     assert abs(vae.kl_to_standard_normal(mean, logvar) - log_ratio.mean()) < 4 * error
 
 
-def test_kl_of_the_prior_to_itself_is_zero_and_no_other_is():
+def test_kl_is_zero_only_for_the_prior():
     assert vae.kl_to_standard_normal(jnp.zeros(3), jnp.zeros(3)) == 0
     assert vae.kl_to_standard_normal(jnp.zeros(3), jnp.full(3, 1e-3)) > 0
 
 
-def test_reparameterized_draws_have_the_mean_and_variance_asked_for(gaussian):
+def test_reparameterized_samples_have_the_mean_and_the_variance_of_q(gaussian):
     mean, logvar = gaussian
     eps = jax.random.normal(jax.random.key(3), (100_000, 7))
     z = jax.vmap(vae.reparameterize, (None, None, 0))(mean, logvar, eps)
@@ -58,7 +58,7 @@ def test_gaussian_nll_is_scipys(gaussian):
     assert vae.gaussian_nll(mean, logvar, x) == pytest.approx(expected)
 
 
-def test_one_learned_variance_is_best_at_the_mean_squared_error():
+def test_the_optimal_shared_variance_is_the_mean_squared_error():
     x, mean = jax.random.normal(jax.random.key(4), (2, 50))
     mse = jnp.mean((x - mean) ** 2)
     slope = jax.grad(lambda logvar: vae.gaussian_nll(mean, logvar, x))(jnp.log(mse))
@@ -74,7 +74,7 @@ def test_bernoulli_nll_is_scipys():
 
 @pytest.mark.parametrize("logit", [0.0, 30.0, 1e3, 1e30, float("inf")])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_bernoulli_nll_and_its_gradient_are_safe_for_any_logit(logit, dtype):
+def test_bernoulli_nll_and_its_gradient_are_exact_for_any_logit(logit, dtype):
     right = jnp.array([logit, -logit], dtype), jnp.array([1, 0], dtype)
     assert vae.bernoulli_nll(*right) == pytest.approx(2 * np.log1p(np.exp(-logit)), rel=1e-5)
     wrong = jnp.array([-logit], dtype), jnp.array([1], dtype)
@@ -103,7 +103,7 @@ def test_beta_1_is_the_vae_and_beta_0_the_autoencoder():
 
 @pytest.fixture
 def model():
-    # Orthogonal columns make the true posterior's covariance diagonal, as q's is.
+    # With orthogonal columns the covariance of the true posterior is diagonal, like that of q.
     columns, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 3)))
     weights = jnp.asarray(columns * [2.0, 1.0, 0.5])
     return bayes.LinearGaussian(weights, jnp.arange(6.0) / 6, jnp.asarray(0.3))
@@ -125,14 +125,14 @@ def log_weights(model, x, mean, logvar, count, seed=0):
     return jax.vmap(log_weight)(eps)
 
 
-def test_elbo_at_the_true_posterior_is_log_p_x_for_every_draw(model, x):
+def test_elbo_at_the_true_posterior_is_log_p_x_for_every_sample(model, x):
     mean, covariance = bayes.linear_gaussian_posterior(model, x)
     weights = log_weights(model, x, mean, jnp.log(jnp.diag(covariance)), 100)
     expected = jnp.full(100, bayes.linear_gaussian_log_evidence(model, x))
     chex.assert_trees_all_close(weights, expected, rtol=1e-9)
 
 
-def test_elbo_falls_short_of_log_p_x_by_the_kl_to_the_posterior(model, x):
+def test_elbo_is_log_p_x_minus_the_kl_to_the_posterior(model, x):
     mean, covariance = bayes.linear_gaussian_posterior(model, x)
     off_mean, logvar = mean + 0.3, jnp.log(jnp.diag(covariance)) + 0.5
     weights = log_weights(model, x, off_mean, logvar, 100_000)
@@ -155,7 +155,7 @@ def test_elbo_with_the_analytic_kl_has_the_same_mean(model, x):
     assert abs(weights.mean() - analytic.mean()) < 4 * error
 
 
-def test_iwae_does_not_fall_with_k_and_stays_below_log_p_x(model, x):
+def test_iwae_does_not_decrease_with_k_and_is_below_log_p_x(model, x):
     mean, covariance = bayes.linear_gaussian_posterior(model, x)
     logvar = jnp.log(jnp.diag(covariance)) + 0.8
     bounds, errors = [], []
@@ -176,7 +176,7 @@ def test_iwae_of_one_sample_is_the_log_weight():
 
 
 def test_bits_per_dim_of_a_uniform_code_is_log2_of_the_levels():
-    # The uniform density on [-1, 1]^10 has -log p = 10 log 2: 8 bits for 256 levels.
+    # The uniform density on [-1, 1]^10 has -log p = 10 log 2, which is 8 bits for 256 levels.
     for levels, bits in ((256, 8.0), (17, np.log2(17))):
         nats = jnp.asarray(10 * np.log(2.0))
         assert vae.density_to_bits_per_dim(nats, 10, levels) == pytest.approx(bits)
@@ -194,8 +194,8 @@ def test_a_coin_with_a_uniform_prior_and_7_heads_of_10():
 def test_a_coins_evidence_is_scipys_beta_binomial():
     for heads in range(6):
         expected = scipy.stats.betabinom.logpmf(heads, 5, 2.5, 0.7)
-        found = bayes.coin_log_evidence(bayes.Beta(2.5, 0.7), heads, 5 - heads)
-        assert found == pytest.approx(expected)
+        evidence = bayes.coin_log_evidence(bayes.Beta(2.5, 0.7), heads, 5 - heads)
+        assert evidence == pytest.approx(expected)
 
 
 def test_linear_gaussian_posterior_is_bayes_rule(model, x):
@@ -208,11 +208,11 @@ def test_linear_gaussian_posterior_is_bayes_rule(model, x):
     assert log_joint - evidence == pytest.approx(log_posterior)
 
 
-def test_gaussian_kl_is_that_of_an_independent_implementation():
+def test_gaussian_kl_is_the_kl_of_an_independent_implementation():
     rng = np.random.default_rng(0)
     means = rng.normal(size=(2, 4))
     q, p = (np.cov(rng.normal(size=(4, 9))) + np.eye(4) for _ in range(2))
-    found = bayes.gaussian_kl(*map(jnp.asarray, (means[0], q, means[1], p)))
+    kl = bayes.gaussian_kl(*map(jnp.asarray, (means[0], q, means[1], p)))
     normal = distrax.MultivariateNormalFullCovariance
     expected = normal(means[0], q).kl_divergence(normal(means[1], p))
-    assert found == pytest.approx(float(expected))
+    assert kl == pytest.approx(float(expected))
