@@ -75,7 +75,9 @@ def load(name: str, data_dir: str | None, may_prepare: bool = True) -> Data:
                 f"there is no data set {name} in {root}; give --data_dir=DIR, the directory that "
                 "contains it"
             )
-        builder = prepare(builder.name if name in PREPARED_HERE else name, builder, root)
+        builder = prepare(
+            builder.name if name in PREPARED_HERE else name, builder, root, print_error
+        )
         folder = pathlib.Path(str(builder.data_path))
     stamp = hashlib.sha256(f"{VERSION} {name}".encode())
     for path in sorted(folder.glob("*")):

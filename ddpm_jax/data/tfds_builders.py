@@ -19,14 +19,13 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from ddpm_jax.errors import MissingData, UserError, printable
-from ddpm_jax.system.terminal import print_error
 
 Library: TypeAlias = Any  # the module tensorflow_datasets, which has no types
 Builder: TypeAlias = Any  # tfds.core.DatasetBuilder, which prepares and reads a data set
@@ -92,7 +91,11 @@ def first_line(error: BaseException) -> str:
 
 
 def prepare(
-    name: str, builder: Builder, root: pathlib.Path, manual_dir: str | None = None
+    name: str,
+    builder: Builder,
+    root: pathlib.Path,
+    log: Callable[[str], None] = print,
+    manual_dir: str | None = None,
 ) -> Builder:
     """Download and prepare a data set below `root`, and return a builder that reads it.
 
@@ -100,6 +103,7 @@ def prepare(
       name: The name of the data set. Those in `PREPARED_HERE` need no TensorFlow; others may.
       builder: The builder of TFDS for the data set.
       root: The directory of prepared data sets.
+      log: The function that prints a line for the user.
       manual_dir: A directory of files that are already downloaded. Their checksums are compared.
 
     Raises:
@@ -120,7 +124,7 @@ def prepare(
             f"data set {name} is not prepared in {root}, and its host does not answer; "
             "give --data_dir=DIR, a directory that contains it, or connect to a network"
         )
-    print_error(f"preparing {name} in {root}")
+    log(f"preparing {name} in {root}")
     config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
     try:
         make_folder(root)

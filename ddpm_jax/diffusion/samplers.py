@@ -25,8 +25,8 @@ from ddpm_jax.diffusion.shared_steps import (
     extrapolation,
     heun_step,
     init_two_step,
+    unipc,
 )
-from ddpm_jax.diffusion.unipc import unipc
 
 Scalar = Float[Array, ""]
 

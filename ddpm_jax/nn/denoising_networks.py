@@ -5,9 +5,9 @@ A file of this directory that defines a denoising network names its class in the
 """
 
 import functools
-import importlib
 import operator
 import pathlib
+import pkgutil
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 else:
     _files = sorted(pathlib.Path(__file__).parent.glob("[a-z]*.py"))
-    _modules = [importlib.import_module(f"{__package__}.{path.stem}") for path in _files]
-    DenoisingNetwork = functools.reduce(
-        operator.or_,
-        [module.DENOISING_NETWORK for module in _modules if hasattr(module, "DENOISING_NETWORK")],
-    )
+    _modules = [pkgutil.resolve_name(f"{__package__}.{path.stem}") for path in _files]
+    _networks = [vars(module).get("DENOISING_NETWORK") for module in _modules]
+    DenoisingNetwork = functools.reduce(operator.or_, filter(None, _networks))
