@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, applied to a copy of the project and run."""
+"""The examples of docs/extending.md run in a copy of the project."""
 
 import json
 import re
@@ -14,7 +14,7 @@ TEXT = (ROOT / "docs/extending.md").read_text()
 
 
 def examples(heading):
-    """The blocks of code of a section."""
+    """Return the code blocks of a section."""
     section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)[1]
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
@@ -22,14 +22,14 @@ def examples(heading):
 def insert(path, before, code):
     """Put code before a line of a file."""
     text = path.read_text()
-    assert text.count(before) == 1, f"{path.name} has not one {before!r}"
+    assert text.count(before) == 1, f"{path.name} does not hold {before!r} once"
     path.write_text(text.replace(before, f"{code.strip()}\n\n\n{before}"))
 
 
 def replace(path, old, new):
-    """Replace what is there once in a file."""
+    """Replace a text that a file holds once."""
     text = path.read_text()
-    assert text.count(old) == 1, f"{path.name} has not one {old!r}"
+    assert text.count(old) == 1, f"{path.name} does not hold {old!r} once"
     path.write_text(text.replace(old, new))
 
 
@@ -53,7 +53,7 @@ def launch(copy, *arguments):
 
 
 def entries(block, table):
-    """(what stands before a table, the table's new entries) of a block of code."""
+    """Return (code before a table, new entries of the table, code after it) of a code block."""
     code, _, rest = block.partition(f"{table} = {{\n    ...\n")
     lines, _, after = rest.partition("}\n")
     return code, lines, after

@@ -95,7 +95,7 @@ def test_the_colab_notebook_is_cut_off_goes_on_and_draws(experiment, execute, tm
     line = 'EXPERIMENT = "{}"'
     cells = execute("train_on_colab.ipynb", (line.format("ddpm_mnist"), line.format(experiment)))
     workdir = tmp_path / "runs" / f"{experiment}-debug"
-    assert "the same command goes on" in said(cells["rehearsal"])
+    assert "the same command resumes the run" in said(cells["rehearsal"])
     assert "resuming at step" in said(cells["train"])
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["experiment"] == experiment

@@ -105,7 +105,7 @@ def test_a_record_names_data_sets_of_tfds_alone(name, stranger, launch_here):
     result = launch_here("--mode=eval", f"--workdir={stranger}")
     assert safe(stranger)
     expect_one_line(
-        result, "not one that TFDS itself has|its data name (is of another type|holds control)"
+        result, "not one that TFDS itself has|its data name (has a wrong type|holds control)"
     )
 
 
@@ -140,7 +140,7 @@ def test_a_data_dir_of_a_record_that_is_no_folder_is_one_line(data_dir, stranger
     result = launch_here("--mode=eval", f"--workdir={stranger}")
     expect_one_line(
         result,
-        "holds no mnist; give --data_dir=DIR|its data_dir (is of another type|holds control)",
+        "holds no mnist; give --data_dir=DIR|its data_dir (has a wrong type|holds control)",
     )
 
 

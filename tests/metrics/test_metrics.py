@@ -300,7 +300,7 @@ def test_a_distance_is_called_fid_in_inceptions_features_alone(tmp_path, monkeyp
     config = bind(replace(config, {"task.evaluation.features": ("inception",)}), info_of(data))
     assert feature_networks.check_features(config, Loaded(data)) == config
     said = capfd.readouterr().err
-    assert "no FID: put pt_inception-2015-12-05-6726825d.pth" in said
+    assert "FID is not computed: download pt_inception-2015-12-05-6726825d.pth" in said
     assert len(said.splitlines()) == 1
     wanted = (config, Loaded(data), Options(), train_alone)
     assert feature_networks.load_features(*wanted) == ()

@@ -68,7 +68,7 @@ def test_the_task_samples_image_3_the_same_in_any_batch(tiny):
         (Request(sampler="ancestral_learned"), "has not learned a variance"),
         (Request(steps=1001), "has 1000 steps"),
         (Request(label=3), "there are 3 classes"),
-        (Request(prompt="a cat"), "--prompt means nothing"),
+        (Request(prompt="a cat"), "--prompt has no effect"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_one_line(tiny, request_, says):

@@ -275,9 +275,9 @@ def test_a_clip_score_is_not_negative_pair_by_pair():
 def test_flags_that_mean_nothing_are_refused():
     codes = system("autoregressive")
     for flag, value in (("sampler", "ddim"), ("steps", 20), ("label", 1)):
-        with pytest.raises(UserError, match=f"--{flag} means nothing to this run"):
+        with pytest.raises(UserError, match=f"--{flag} has no effect for this run"):
             draw(codes, prompt="", **{flag: value})
-    with pytest.raises(UserError, match="--label means nothing"):
+    with pytest.raises(UserError, match="--label has no effect"):
         draw(system(), prompt="", label=1)
     with pytest.raises(UserError, match="give --prompt="):
         draw(system())

@@ -304,7 +304,7 @@ def test_a_path_in_a_strangers_config_is_not_written_to(stopped, tmp_path, launc
     path.write_text(json.dumps(record))
     refused = launch("--mode=sample", f"--workdir={workdir}")
     assert refused.returncode == 2
-    assert "which experiments/ has no file of" in refused.stderr
+    assert "but there is no file experiments/" in refused.stderr
 
 
 @pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "images", "checkpoints/99"])
