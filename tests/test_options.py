@@ -51,7 +51,7 @@ WRONG = [
     (f"{DDPM} --config.task.sampling.guidance=1 --config.task.sampling.guidance_rescale=0.5",
      "no effect: guidance is disabled"),
     (f"{DDPM} --config.task.conditional=false --config.task.label_dropout=0.2", "no effect"),
-    (f"{DDPM} --config.task.network.text_refiner_blocks=1", 
+    (f"{DDPM} --config.task.network.text_refiner_blocks=1",
      "no effect: the network reads no captions"),
     (f"{DDPM} --config.task.vlb_weight=2", "no effect: the variance is not learned"),
     ("--experiment=autoencoder_shapes --debug --config.task.commitment_weight=1", "no effect"),
@@ -83,7 +83,7 @@ WRONG = [
      r"--config\.values=1\.0,1\.0: two runs would share the directory beta_1"),
     ("--experiment=text_encoder_scaling --debug --config.channels=8,8", "two runs would share"),
     ("--experiment=text_encoder_scaling --debug --config.text_sizes=tiny,tiny", "would share"),
-    ("--experiment=text_encoder_scaling --debug --config.data=digits", "known of shapes alone"),
+    ("--experiment=text_encoder_scaling --debug --config.data=digits", "computed for shapes"),
     ("--experiment=text_to_image_shapes --debug --config.generator.task.text_encoder=runs/x",
      "trains the text encoder itself; leave the field out"),
     # Fields of a part are named as the user gives them.
@@ -131,7 +131,7 @@ def trained(tmp_path_factory):
         ("--mode=sample --prompt_file=", "is empty: give a path"),
         ("--mode=eval --config.train.batch_size=3", "cannot change after the run in"),
         ("--mode=eval --config.task.network.channels=4", "cannot change after the run in"),
-        ("--mode=sample --config.task.sampling.guidance_model=SELF", "is the directory of this run"),
+        ("--mode=sample --config.task.sampling.guidance_model=SELF", "the directory of this run"),
     ],
 )
 def test_an_option_without_effect_on_a_trained_run_is_refused(
@@ -147,7 +147,7 @@ def test_a_run_of_an_older_format_is_named_with_the_commit_that_reads_it(launch_
     (tmp_path / "old" / "config.json").write_text(json.dumps(old))
     for flags in (["--mode=sample"], ["--mode=eval"], DIGITS.split()):
         result = launch_here(*flags, f"--workdir={tmp_path / 'old'}")
-        expect_one_line(result, "of format 1, which commit [0-9a-f]{7} of this project was")
+        expect_one_line(result, "has format 1, and commit [0-9a-f]{7} of this project was")
     (tmp_path / "old" / "config.json").write_text(json.dumps({**old, "format": 99}))
     result = launch_here("--mode=sample", f"--workdir={tmp_path / 'old'}")
     expect_one_line(result, "of format 99, and this version reads format 2")

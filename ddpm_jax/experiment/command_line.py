@@ -219,12 +219,14 @@ def help_text(arguments: list[str], title: str) -> str:
     lines = [title, "", "flags:"]
     for name in FLAGS:
         flag = FLAGS[name]
-        text = flag.help
-        if isinstance(flag, flags.EnumFlag):  # absl puts <CHOICES>: before the text
-            text = text.partition(">: ")[2]
-            text += "" if name == "experiment" else f" {'|'.join(flag.parser.enum_values)}"
-        default = "" if flag.default in (None, False) else f" (default {flag.default})"
-        lines.append(f"  --{name:<17}{text}{default}")
+        text, notes = flag.help, []
+        if isinstance(flag, flags.EnumFlag):
+            text = text.partition(">: ")[2]  # absl puts <CHOICES>: before the text
+            if name != "experiment":  # the experiments are listed below
+                notes.append("|".join(flag.parser.enum_values))
+        if flag.default not in (None, False):
+            notes.append(f"default {flag.default}")
+        lines.append(f"  --{name:<17}{text}" + f" ({'; '.join(notes)})" * bool(notes))
     lines += [
         "  --config.PATH=VALUE   Override a field of the config, such as --config.train.steps=100.",
         "  --config.SECTION=NAME Choose a section's alternative (--config.task.network=dit), or",
