@@ -150,7 +150,7 @@ def test_a_run_of_an_older_format_is_named_with_the_commit_that_reads_it(launch_
         expect_one_line(result, "has format 1, and commit [0-9a-f]{7} of this project was")
     (tmp_path / "old" / "config.json").write_text(json.dumps({**old, "format": 99}))
     result = launch_here("--mode=sample", f"--workdir={tmp_path / 'old'}")
-    expect_one_line(result, "of format 99, and this version reads format 2")
+    expect_one_line(result, "has format 99, and this version reads format 2")
 
 
 def test_a_contradiction_is_named_by_the_field_that_the_user_set():

@@ -65,10 +65,10 @@ def read(workdir: pathlib.Path) -> Recorded:
     record = read_run(workdir, complete=True)
     if record is None:
         raise UserError(f"there is no run in {workdir}; train one, or give its --workdir")
-    return _restored(workdir, record)
+    return _restore_run(workdir, record)
 
 
-def _restored(workdir: pathlib.Path, record: Record) -> Recorded:
+def _restore_run(workdir: pathlib.Path, record: Record) -> Recorded:
     """Return the run of a checked record, with its config restored."""
     name, part = record["experiment"], record.get("part", "")
     if name not in names():
@@ -110,7 +110,7 @@ def read_named(
         record = read_run(workdir, complete=True)
         if record is None or (finished and not os.path.exists(workdir / "summary.json")):
             raise UserError(missing)
-        run = _restored(workdir, record)
+        run = _restore_run(workdir, record)
         if not isinstance(run.config, Config):
             raise UserError(f"{run.title} trains several models; give the directory of one")
         return run
