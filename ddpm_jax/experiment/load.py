@@ -16,7 +16,7 @@ def load_run(workdir: str | os.PathLike[str], parallel: str = "jit") -> TrainedR
 
     Args:
       workdir: Directory of the run.
-      parallel: How the variables are placed on the devices: "jit", "pmap" or "fsdp".
+      parallel: How the variables are placed on the devices, one of `parallel.PARALLEL`.
 
     Raises:
       UserError: If there is no run or no checkpoint, or the directory holds several models and

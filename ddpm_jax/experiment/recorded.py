@@ -184,7 +184,7 @@ def load_state(
     Args:
       workdir: Directory of the run.
       config: Bound config to use; if None, the recorded config is used.
-      parallel: How the state is placed on the devices: "jit", "pmap" or "fsdp".
+      parallel: How the state is placed on the devices, one of `parallel.PARALLEL`.
       for_training: If true, restore the whole state. If false, the fields that only training
         reads, which are most of a checkpoint, are None.
 

@@ -123,7 +123,7 @@ class Options(NamedTuple):
 
     Attributes:
       seed: Seed of all random numbers.
-      parallel: How a training step is partitioned across devices: "jit", "pmap" or "fsdp".
+      parallel: How a training step is partitioned across devices, one of `parallel.PARALLEL`.
       data_dir: Directory of TFDS data sets; if None, the default directory of TFDS.
       strict_data: If true, a missing data set is an error even if there is a fallback.
       debug: If true, the tiny variant of the experiment is trained.
