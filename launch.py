@@ -1,4 +1,4 @@
-"""Train, evaluate or sample one experiment: python launch.py --experiment=vae_mnist"""
+"""Train, evaluate or sample an experiment: python launch.py --experiment=NAME [--mode=MODE]."""
 
 import functools
 import os
@@ -24,23 +24,24 @@ from ddpm_jax.experiment.command_line import (
 from ddpm_jax.system import interrupts, terminal
 from ddpm_jax.system.environment import import_jax
 
-if TYPE_CHECKING:  # they import jax
+if TYPE_CHECKING:  # these modules import jax
     from ddpm_jax.experiment.recorded import Recorded
     from ddpm_jax.experiment.types import Options
 
-Cluster = tuple[str | None, int | None, int | None]  # coordinator, processes, which this is
+# The coordinator's HOST:PORT, the number of processes, and the index of this process.
+Cluster = tuple[str | None, int | None, int | None]
 
 
 def default_workdir(name: str) -> pathlib.Path:
-    """Return where the run of an experiment lies unless --workdir says so."""
+    """Return the directory of an experiment's run if --workdir is not given."""
     return pathlib.Path("runs") / (f"{name}-debug" if FLAGS.debug else name)
 
 
 def find_run() -> "Recorded":
-    """Return what is recorded of the run that --workdir and --experiment name.
+    """Return the recorded run that --workdir and --experiment name.
 
     Raises:
-      UserError: there is none, or it is of another experiment.
+      UserError: If there is no such run, or it belongs to another experiment.
     """
     from ddpm_jax.experiment.recorded import read_model
 
@@ -51,15 +52,15 @@ def find_run() -> "Recorded":
     return read_model(workdir, name)
 
 
-def changed(run: "Recorded", overrides: dict[str, str]) -> "Recorded":
-    """Return a run with the fields of its config that may change as the command line says.
+def apply_overrides(run: "Recorded", overrides: dict[str, str]) -> "Recorded":
+    """Return a recorded run with the config overrides of the command line.
 
     Raises:
-      UserError: a field is what the run was trained with.
+      UserError: If an override is a field that must not change after training.
     """
     from ddpm_jax.config import marked, override
     from ddpm_jax.experiment.effects import check_effects
-    from ddpm_jax.experiment.guidance_models import check_guidance_model_is_another
+    from ddpm_jax.experiment.guidance_models import check_not_guided_by_itself
     from ddpm_jax.experiment.recorded import info_from
     from ddpm_jax.experiment.types import Config, bind
     from ddpm_jax.fields import MAY_CHANGE
@@ -67,17 +68,17 @@ def changed(run: "Recorded", overrides: dict[str, str]) -> "Recorded":
     config = override(run.config, overrides, None, run.experiment.alternatives)
     allowed = marked(run.config, MAY_CHANGE)
     if FLAGS.mode == "eval":
-        allowed |= {"data", "data.name"}  # the same data may lie elsewhere today
-    fixed = set(overrides) - allowed
-    if fixed:
+        allowed |= {"data", "data.name"}  # the data set may have been moved since the training
+    refused = set(overrides) - allowed
+    if refused:
         raise UserError(
-            f"--config.{min(fixed)} is what the run in {run.workdir} was trained with; only "
-            f"lengths, intervals and the like can change: {', '.join(sorted(allowed))}"
+            f"--config.{min(refused)} cannot change after the run in {run.workdir} was trained; "
+            f"leave it out. Fields that can change: {', '.join(sorted(allowed))}"
         )
-    assert isinstance(config, Config)  # a run is of one model
+    assert isinstance(config, Config)  # `read_model` returns a single run
     config = bind(config, info_from(run.record))
     check_effects(config, overrides)
-    check_guidance_model_is_another(config, run.workdir)
+    check_not_guided_by_itself(config, run.workdir)
     return run._replace(config=config)
 
 
@@ -91,7 +92,7 @@ def train(overrides: dict[str, str], options: "Options", cluster: Cluster | None
 
     name = FLAGS.experiment
     if name is None:
-        raise UserError(f"--experiment=NAME is missing; there are: {', '.join(EXPERIMENTS)}")
+        raise UserError(f"--experiment=NAME is missing; give one of {', '.join(EXPERIMENTS)}")
     workdir = pathlib.Path(FLAGS.workdir).expanduser() if FLAGS.workdir else default_workdir(name)
     experiment = registry.load_experiment(name)
     earlier = preflight.read_run(workdir, complete=True)
@@ -120,7 +121,7 @@ def sample(run: "Recorded", options: "Options") -> None:
     out = pathlib.Path(FLAGS.out).expanduser() if FLAGS.out else None
     prompts = prompts_of(FLAGS.prompt_file) if FLAGS.prompt_file is not None else ()
     count = FLAGS.num_samples * max(1, len(prompts))
-    assert isinstance(run.config, Config)  # a run is of one model
+    assert isinstance(run.config, Config)  # `read_model` returns a single run
     sizes.check_images(count, run.config.task.info.shape, "--num_samples", FLAGS.num_samples)
     trained = functools.partial(load_recorded, run, options.parallel)
     sample.sample(
@@ -129,16 +130,16 @@ def sample(run: "Recorded", options: "Options") -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Do what the command line says."""
+    """Run the command line."""
     define_flags()
-    os.environ["MPLBACKEND"] = "agg"  # images go to files; another value may not exist
+    os.environ["MPLBACKEND"] = "agg"  # figures are written to files, so no display is needed
     if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(arguments):
         terminal.show(help_text(arguments, __doc__ or ""))
         return
     overrides = parse(arguments)
     check_modes()
     import_jax()
-    run = None if FLAGS.mode == "train" else changed(find_run(), overrides)
+    run = None if FLAGS.mode == "train" else apply_overrides(find_run(), overrides)
     from ddpm_jax.experiment import evaluate, inputs
     from ddpm_jax.experiment.types import Options
     from ddpm_jax.parallel import cluster as clusters
@@ -169,43 +170,47 @@ def main(arguments: list[str]) -> None:
 
 
 def report(arguments: list[str]) -> int:
-    """Run `main` and return the exit code; a mistake or a fault is one line on stderr."""
+    """Run `main` and return the exit code; write an error as one line to stderr.
+
+    The exit code is 0 for success, 1 if the run was stopped, 2 for a user's mistake, and 130 for
+    Ctrl-C.
+    """
     try:
         main(arguments)
     except UserError as error:
-        kind, message, code = "error", str(error), 2
+        prefix, message, code = "error", str(error), 2
     except RunError as error:
-        kind, message, code = "stopped", str(error), 1
+        prefix, message, code = "stopped", str(error), 1
     except KeyboardInterrupt:
-        kind, message, code = "interrupted", "by Ctrl-C", 130
+        prefix, message, code = "interrupted", "by Ctrl-C", 130
     except Exception as error:
-        if not _lost(error):
+        if not _is_lost_process(error):
             raise
         reason = str(error).splitlines()[0][:200]
-        kind, code = "stopped", 1
+        prefix, code = "stopped", 1
         message = (
-            f"another process of this run is gone ({reason}); start all of them again, and the run "
-            "goes on from its newest checkpoint"
+            f"another process of this run ended ({reason}); start all processes again, and the run "
+            "resumes from its newest checkpoint"
         )
     else:
         reason = terminal.failure()
         if not reason:
             return 0
-        kind, code = "stopped", 1
-        message = f"cannot write to standard output: {reason}; what was written to files is whole"
-    terminal.print_error(f"{kind}: {' '.join(message.split())}")
+        prefix, code = "stopped", 1
+        message = f"cannot write to standard output: {reason}; all files were written completely"
+    terminal.print_error(f"{prefix}: {' '.join(message.split())}")
     return code
 
 
-def _lost(error: Exception) -> bool:
-    """Return whether this is how jax reports that another process is gone."""
+def _is_lost_process(error: Exception) -> bool:
+    """Return True if jax raised the error because another process of the run ended."""
     out_of_memory = "RESOURCE_EXHAUSTED" in str(error)
-    several = FLAGS["distributed"].value and not out_of_memory
-    return bool(several) and type(error).__name__ == "JaxRuntimeError"
+    distributed = FLAGS["distributed"].value and not out_of_memory
+    return bool(distributed) and type(error).__name__ == "JaxRuntimeError"
 
 
 def _leave(code: int) -> None:
-    """End the process with an exit code; one of several must not wait for the others."""
+    """End the process with an exit code, without waiting for the other processes of the run."""
     terminal.flush()
     distributed = code != 0 and FLAGS["distributed"].value
     if distributed:

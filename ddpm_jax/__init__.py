@@ -12,7 +12,7 @@ __all__ = ["load_run"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what the package offers when it is asked for, so that importing it loads no jax."""
+    """Import `load_run` on first use, so that importing the package does not import jax."""
     if name == "load_run":
         return importlib.import_module("ddpm_jax.experiment.load").load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

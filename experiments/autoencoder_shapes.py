@@ -1,14 +1,15 @@
-"""The decoder of `text_to_image_shapes`: an autoencoder whose latents are 4 times smaller.
+"""The autoencoder of `text_to_image_shapes`, whose latents have a quarter of the image's side.
 
     python launch.py --experiment=autoencoder_shapes
     python launch.py --experiment=autoencoder_shapes --config.task.codes=256     # quantised
 
-Measured on a CPU core (AMD EPYC, jax 0.10.2; another training on the second one), seed 0, as
-`text_to_image_shapes` trains it: 4,000 steps of 16 images, 6 min 48 s.  Of the 2,048 test images:
-32.02 +- 0.05 dB, SSIM 0.9508 +- 0.0006, 725.9 +- 0.7 nats of KL, Frechet distance 0.00025 +-
-0.00002 (text_encoder).
+Measured on one CPU core (AMD EPYC, jax 0.10.2; another training ran on the second core), seed 0,
+with the settings of `text_to_image_shapes`: 4,000 steps of 16 images took 6 min 48 s. On the 2,048
+test images: PSNR 32.02 +- 0.05 dB, SSIM 0.9508 +- 0.0006, KL 725.9 +- 0.7 nats, Frechet distance
+0.00025 +- 0.00002 (text_encoder).
 
-Other lengths and weights of the KL, codes, and 64 pixels: docs/results/autoencoder_shapes.md
+Results for other numbers of steps, KL weights, codes, and 64x64 images:
+docs/results/autoencoder_shapes.md
 """
 
 from ddpm_jax.experiment.types import Config, Dataset, Experiment

@@ -1,10 +1,10 @@
-"""The beta-VAE on binarised MNIST: reconstruction and KL for several weights of the KL.
+"""The beta-VAE on binarised MNIST: reconstruction error and KL for several weights of the KL.
 
     python launch.py --experiment=beta_vae_mnist
 
-Measured on 2 CPU cores (AMD EPYC, jax 0.10.2; 2,000 steps each, 6 minutes in all at commit
-4aefa19, 19 at low priority beside other work), MNIST's 10,000 test images, nats; standard errors
-are at most 0.5:
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2): 2,000 steps for each beta took 6 minutes in total at
+commit 4aefa19 (19 minutes at low priority beside other programs). Values are in nats, on MNIST's
+10,000 test images, with standard errors of at most 0.5:
 
     beta            0.25     0.5       1       2       4       8
     reconstruction  50.58   58.58   69.80   84.31  108.07  146.77
@@ -15,8 +15,8 @@ are at most 0.5:
 A larger beta lowers the KL and raises the reconstruction error, and only beta = 1 minimises their
 sum.
 
-One `vae_mnist` run for each beta, in a sub-directory of its own: each resumes, and
-`--mode=sample --workdir=runs/beta_vae_mnist/beta_4` samples from one.
+There is one run for each beta, with the settings of `vae_mnist`, in a separate sub-directory. An
+interrupted run resumes, and `--mode=sample --workdir=runs/beta_vae_mnist/beta_4` samples from one.
 """
 
 import numpy as np
@@ -58,7 +58,7 @@ CONFIG = Sweep(
 
 
 def report(config: Sweep, summaries: dict[str, dict[str, Json]], context: Context) -> Report:
-    """Return a table and a plot of reconstruction and KL, for every beta."""
+    """Return a table and a plot of the reconstruction error and the KL of every beta."""
     runs = list(zip(config.values, summaries.values(), strict=True))
     title = f"beta-VAE on {runs[0][1]['data']}, {config.base.train.steps} steps each"
     metrics = {f"beta {beta:g}": summary["metrics"] for beta, summary in runs}
@@ -72,7 +72,7 @@ def report(config: Sweep, summaries: dict[str, dict[str, Json]], context: Contex
 
 
 def plot(runs: list[tuple[float, dict[str, Json]]], title: str) -> np.ndarray:
-    """Return a plot of reconstruction over KL, a point for each beta, with a line of equal ELBO."""
+    """Return a plot of the reconstruction error against the KL, with a line of equal ELBO."""
     figure, axis = plots.new_axis(6.0, 4.5)
     kl = [summary["metrics"]["test/kl"] for _, summary in runs]
     nll = [summary["metrics"]["test/nll"] for _, summary in runs]
@@ -103,6 +103,6 @@ EXPERIMENT = Experiment(
         "base.task.iwae_images": 20,
     },
     alternatives={"base.task.likelihood": (Gaussian(std=0.5),)},
-    fallback="digits:28",  # where the data set cannot be had
+    fallback="digits:28",  # used if MNIST is not available
     report=report,
 )

@@ -1,4 +1,4 @@
-"""A small classifier of CIFAR-10, in whose features samples are compared with images.
+"""A small classifier of CIFAR-10, used as a feature network in the evaluation of samples.
 
     python launch.py --experiment=classifier_cifar10
 

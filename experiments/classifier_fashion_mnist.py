@@ -1,4 +1,4 @@
-"""A small classifier of Fashion-MNIST, in whose features samples are compared with images.
+"""A small classifier of Fashion-MNIST, used as a feature network in the evaluation of samples.
 
     python launch.py --experiment=classifier_fashion_mnist
 

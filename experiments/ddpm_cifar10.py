@@ -37,7 +37,7 @@ CONFIG = Config(
             multipliers=(1, 2, 2, 2),
             blocks=2,
             attention_sizes=(16,),
-            head_channels=0,  # one head
+            head_channels=0,  # 0 means one attention head
             dropout=0.1,
             scale_shift=False,
         ),
@@ -71,7 +71,7 @@ CONFIG = Config(
         weight_decay=0.0,
         grad_clip_norm=1.0,
     ),
-    ema=EMA(half_life_images=128 * math.log(0.5) / math.log(0.9999)),  # a decay of 0.9999
+    ema=EMA(half_life_images=128 * math.log(0.5) / math.log(0.9999)),  # decay 0.9999
     train=Train(steps=800_000, batch_size=128, eval_every=20_000, checkpoint_every=5000),
 )
 EXPERIMENT = Experiment(
@@ -89,7 +89,7 @@ EXPERIMENT = Experiment(
         "task.evaluation.times_per_image": 2,
         "task.evaluation.num_samples": 40,
         "task.evaluation.features": (),
-        "task.network.space_to_depth": 4,  # 8x8 inside: attention over 32x32 is slow
+        "task.network.space_to_depth": 4,  # 8x8 feature maps, because attention on 32x32 is slow
         "task.network.attention_sizes": (),
         "task.evaluation.batch_size": 64,
     },

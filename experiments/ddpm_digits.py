@@ -5,18 +5,19 @@
 A U-Net of 1.0 M parameters predicts v under cosine betas. It trains for 800 steps of 64 images and
 samples with DPM-Solver++(2M) in 20 steps with guidance 1.2.
 
-Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, in some 3 minutes on an idle machine:
-1,437 samples against the 360 test digits, in the features of `classifier_digits`, which is trained
-once (22 s of the 3 minutes).
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, in about 3 minutes on an idle machine: 1,437
+samples are compared with the 360 test digits, in the features of `classifier_digits`, which is
+trained once (22 s of the 3 minutes).
 
-    recognised by classifier_digits                                  97.8 +- 0.4 %
-    Frechet distance, classifier_digits                              6.0 +- 1.5
-    the same of 1,294 training images                                5.7 +- 2.1 (ratio 1.13 +- 0.30)
+    classified as their class by classifier_digits                   97.8 +- 0.4 %
+    Frechet distance (classifier_digits)                             6.0 +- 1.5
+    Frechet distance of 1,294 training images                        5.7 +- 2.1 (ratio 1.13 +- 0.30)
     precision, recall                                                0.880 +- 0.009, 0.808 +- 0.021
-    median distance to the nearest training image, over that of
-    test images                                                      1.069 +- 0.017
+    median distance to the nearest training image, divided by
+    that of test images                                              1.069 +- 0.017
 
-How guidance was chosen, guidance by a classifier, and autoguidance: docs/results/ddpm_digits.md
+The choice of the guidance scale, classifier guidance, and autoguidance:
+docs/results/ddpm_digits.md
 """
 
 from ddpm_jax.diffusion.schedules import CosineBetas

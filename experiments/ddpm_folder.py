@@ -1,11 +1,12 @@
-"""Denoising diffusion of a folder of your images, all of one size.
+"""Denoising diffusion on a folder of your images, which all have one size.
 
     python launch.py --experiment=ddpm_folder --config.data=folder:PATH
 
-Sub-folders are labels (README, "Own data"); a folder without any gives an unconditional model.
-With labels, samples are compared with images in the features of a classifier that is trained once
-on the same folder.  The metrics have its name: `fd_classifier_folder_birds` for a folder `birds`.
-The sides of the images must be multiples of 4.  The size of the network is right for 32x32 pixels.
+The names of sub-folders are class labels (README, "Own data"); a folder without sub-folders gives
+an unconditional model. With labels, samples are compared with images in the features of a
+classifier that is trained once on the same folder. Its name is part of the metrics' names, such as
+`fd_classifier_folder_birds` for a folder `birds`. The height and the width of the images must be
+multiples of 4. The size of the network suits images of 32x32 pixels.
 """
 
 from ddpm_jax.diffusion.schedules import CosineBetas

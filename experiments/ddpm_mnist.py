@@ -2,22 +2,22 @@
 
     python launch.py --experiment=ddpm_mnist
 
-The network is the U-Net of `ddpm_digits` (1.0 M parameters) on squares of 2x2 pixels. It is trained
-on the error of v for 5,000 steps of 64 images.
+The network is the U-Net of `ddpm_digits` (1.0 M parameters); `space_to_depth=2` turns squares of
+2x2 pixels into channels. It is trained on the squared error of v for 5,000 steps of 64 images.
 
-Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, on MNIST's 10,000 test images: 2,000
-samples by DPM-Solver++(2M) in 20 steps with guidance 1.2, +- one standard error.
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, on MNIST's 10,000 test images: 2,000 samples
+by DPM-Solver++(2M) in 20 steps with guidance 1.2; +- is one standard error.
 
-    recognised by classifier_mnist                                   98.15 +- 0.30 %
-    Frechet distance to the test images, of its features             1.87 +- 0.33
-    over that of as many training images, 1.03 +- 0.30               1.82 +- 0.63
-    median distance to the nearest training image, over that of
-    test images                                                      1.073 +- 0.007
+    classified as their class by classifier_mnist                    98.15 +- 0.30 %
+    Frechet distance to the test images (classifier_mnist)           1.87 +- 0.33
+    divided by that of 2,000 training images (1.03 +- 0.30)          1.82 +- 0.63
+    median distance to the nearest training image, divided by
+    that of test images                                              1.073 +- 0.007
     precision, recall                                                0.80 +- 0.01, 0.83 +- 0.01
     bits/dim (256 levels, variance beta)                             2.156 +- 0.049
 
-The training took 88 min on one of the two cores, beside another training on the other one. Alone on
-both cores, an earlier commit took 32 min 53 s.
+The training took 88 min on one of the two cores, while another training ran on the other core. On
+both cores without other programs, an earlier commit took 32 min 53 s.
 
 Other loss weights, samplers and times: docs/results/ddpm_mnist.md
 """
@@ -96,5 +96,5 @@ EXPERIMENT = Experiment(
         "task.network.attention_sizes": (),
     },
     alternatives={"task.network": (DiT(patch=2, width=128, depth=6, heads=4, dropout=0.0),)},
-    fallback="digits:28",  # where the data set cannot be had
+    fallback="digits:28",  # used if MNIST is not available
 )

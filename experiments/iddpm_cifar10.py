@@ -2,9 +2,10 @@
 
     python launch.py --experiment=iddpm_cifar10
 
-T = 4,000, L_hybrid (0.001 L_vlb beside L_simple), Adam 1e-4, 500,000 steps, dropout 0.3, time
-as scale and shift, heads of 64 channels at 16x16 and 8x8.  With `--config.task.times=importance
---config.task.vlb_weight=1000` the bound itself is nearly all that is trained.
+The settings are T = 4,000, the loss L_hybrid = L_simple + 0.001 L_vlb, Adam with learning rate
+1e-4, 500,000 steps, dropout 0.3, the time embedding as scale and shift, and attention heads of 64
+channels at 16x16 and 8x8. With `--config.task.times=importance --config.task.vlb_weight=1000`, the
+loss is nearly L_vlb alone.
 
 This project has not trained it, because no GPU was available.
 Published: 3.17 bits/dim and FID 3.19 of L_hybrid.
@@ -83,7 +84,7 @@ EXPERIMENT = Experiment(
         "task.evaluation.times_per_image": 2,
         "task.evaluation.num_samples": 40,
         "task.evaluation.features": (),
-        "task.network.space_to_depth": 4,  # 8x8 inside: attention over 32x32 is slow
+        "task.network.space_to_depth": 4,  # 8x8 feature maps, because attention on 32x32 is slow
         "task.network.attention_sizes": (8,),
         "task.network.head_channels": 4,
         "task.schedule.steps": 50,

@@ -1,18 +1,18 @@
-"""Why sampling adds noise: eta from 0 to 1, and the ancestral sampler without noise.
+"""Why sampling adds noise: DDIM with eta from 0 to 1, and the ancestral sampler without noise.
 
     python launch.py --experiment=noise_in_sampling
 
-It trains one model as `ddpm_digits` does and samples from it in several ways, with the same number
-of steps: DDIM with eta 0 (an ODE, which needs no noise, because its step keeps the variance of
-x_t), with eta up to 1 (which is the ancestral sampler), the ancestral sampler with the larger
-variance beta, and the ancestral sampler with no noise or half of it.  The last two use the mean of
-p(x_s | x_t), or a value near it, in the place of a sample: every step loses variance that no later
-step restores, and the samples are smoother than any image.  (A test shows this for Gaussian data,
-whose exact denoiser is known: 200 such steps leave less than a fifth of the standard deviation.)
+One model is trained as in `ddpm_digits` and sampled in several ways with the same number of steps:
+DDIM with eta 0 (an ODE solver, whose steps preserve the variance of x_t without noise), with eta up
+to 1 (which is the ancestral sampler), the ancestral sampler with the larger variance beta, and the
+ancestral sampler with half of its noise or none. The last two replace a sample of p(x_s | x_t) by
+its mean, or by a value nearer to the mean. Every such step loses variance that no later step
+restores, and the samples are smoother than the data. (A test shows this for Gaussian data, whose
+exact denoiser is known: after 200 steps without noise, less than a fifth of the std remains.)
 
-Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, 500 images each, 100 steps, no guidance,
-test split, in 10 minutes beside other work: Frechet distance (classifier_digits; 500 training
-images 9.9 +- 3.6), share recognised (+- 0.7 to 1.1 %).
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, test split, 500 images for each sampler, 100
+steps, no guidance, in 10 minutes beside other programs: Frechet distance (classifier_digits; 9.9
++- 3.6 for 500 training images) and classifier accuracy (+- 0.7 to 1.1 %):
 
     ddim 0      7.5 +- 1.6   96.0 %        ancestral         7.5 +- 1.3    97.2 %
     ddim 0.25   8.8 +- 1.8   93.8          ancestral, beta   7.7 +- 1.3    96.4
@@ -20,8 +20,8 @@ images 9.9 +- 3.6), share recognised (+- 0.7 to 1.1 %).
     ddim 0.75   7.6 +- 1.3   96.6          no noise          67.2 +- 3.1   100
     ddim 1      7.5 +- 1.3   97.2
 
-So eta hardly matters here (one model), but missing noise does: all digits are typical and
-recognised, and there is little variety.
+For this one model, eta has little effect, but missing noise has a large one: all digits are typical
+and classified as their class, and they vary little.
 """
 
 import dataclasses
@@ -68,13 +68,13 @@ from ddpm_jax.training.settings import Train
 
 @dataclasses.dataclass(frozen=True)
 class SamplerStudy:
-    """One model, sampled in several ways.
+    """The config of the study: one model that is sampled with several samplers.
 
     Attributes:
-      data: The data set, with labels.
-      model: The diffusion model, which is conditional and evaluated by a classifier.
-      num_samples: Samples of each way.
-      steps: Steps of every sampler.
+      data: The data set, which must have labels.
+      model: The diffusion model, which must be conditional and evaluated by a classifier.
+      num_samples: Number of samples for each sampler.
+      steps: Number of steps of every sampler.
       samplers: Names of the samplers, with their arguments.
     """
 
@@ -88,17 +88,20 @@ class SamplerStudy:
         """Return the model's config.
 
         Raises:
-          FieldError: a sampler does not fit the model, or the model is not conditional or not
+          FieldError: If a sampler does not fit the model, or the model is not conditional or not
             evaluated by a classifier.
         """
         del workdir
         task = self.model.task
         if not task.conditional:
-            raise FieldError("model.task.conditional=false: samples of every class are compared")
+            raise FieldError(
+                "model.task.conditional=false: this experiment compares samples of every class; "
+                "leave it at true"
+            )
         if not [name for name in task.evaluation.features if name != "inception"]:
             raise FieldError(
-                "model.task.evaluation.features: samples are compared in a classifier's features; "
-                "give classifier_digits"
+                "model.task.evaluation.features: must name a classifier, in whose features samples "
+                "are compared; give classifier_digits"
             )
         with section("model.task.schedule"):
             steps = task.schedule.make().steps
@@ -120,13 +123,13 @@ class SamplerStudy:
         """Return the model's bound config.
 
         Raises:
-          UserError: the data set has no labels.
+          UserError: If the data set has no labels.
         """
         config = configs[part]
         if not config.task.info.classes:
             raise UserError(
-                f"data set {config.task.info.name} has no labels: samples of every class are "
-                "compared; give a data set with labels"
+                f"data set {config.task.info.name} has no labels, but this experiment compares "
+                "samples of every class; give a data set with labels"
             )
         return config
 
@@ -193,53 +196,55 @@ CONFIG = SamplerStudy(
 )
 
 
-def sampled(
+def compare_samplers(
     config: SamplerStudy, context: Context, network: FeatureNetwork
 ) -> tuple[dict[str, dict[str, float]], list[np.ndarray]]:
-    """Return (metrics of every sampler by its name, ten samples of each)."""
-    # Without the run's guidance model, which would guide at other neutral scales than 1.
+    """Return the metrics of every sampler by its name, and ten samples of every sampler."""
+    # Without resources, the guidance is classifier-free, whose neutral scale is 1.
     trained = dataclasses.replace(load_run(context.workdir / "model"), resources=Resources())
     classes = trained.task.info.classes
-    each = max(1, config.num_samples // classes)
+    per_class = max(1, config.num_samples // classes)
     key, compile = purpose_key(context.options.seed, SAMPLE), placed(trained.variables).compile
-    samplers: dict[str, dict[str, float]] = {}
-    shown: list[np.ndarray] = []
+    metrics: dict[str, dict[str, float]] = {}
+    examples: list[np.ndarray] = []
     for name in config.samplers:
         resolved = trained.resolve(Request(sampler=name, steps=config.steps, guidance=1.0))
-        parts = []
+        batches = []
         for label in range(classes):
-            keys = example_keys(key, 0, jnp.arange(label * each, (label + 1) * each))
-            asked = resolved.request._replace(labels=jnp.full(each, label))
-            x = resolved.task.sample(trained.variables, keys, asked, resolved.guidance, compile)
-            parts.append(fetch(x))
-        images, labels = np.concatenate(parts), np.repeat(np.arange(classes), each)
-        shown.append(images[::each][:10])
-        samplers[name] = quality(network, images, labels, context.loaded.data).metrics
-        samplers[name]["std"] = float(images.std(0).mean())
-    return samplers, shown
+            keys = example_keys(key, 0, jnp.arange(label * per_class, (label + 1) * per_class))
+            request = resolved.request._replace(labels=jnp.full(per_class, label))
+            x = resolved.task.sample(trained.variables, keys, request, resolved.guidance, compile)
+            batches.append(fetch(x))
+        images, labels = np.concatenate(batches), np.repeat(np.arange(classes), per_class)
+        examples.append(images[::per_class][:10])
+        metrics[name] = quality(network, images, labels, context.loaded.data).metrics
+        metrics[name]["std"] = float(images.std(0).mean())
+    return metrics, examples
 
 
 def report(config: SamplerStudy, summaries: dict[str, dict[str, Json]], context: Context) -> Report:
-    """Return a row of metrics and of samples for every sampler."""
+    """Return a table of metrics and a grid of samples, with a row for every sampler."""
     del summaries
     data, model = context.loaded.data, config.model.on(config.data)
     model = bind(model, info_of(data))
     loaders = load_features(model, context.loaded, context.options, train_alone)
     if not loaders:
-        raise UserError("the training of the classifier was stopped; the same command goes on")
+        raise UserError(
+            "the training of the classifier was stopped; run the same command again to resume it"
+        )
     network = loaders[0]()
-    samplers, shown = sampled(config, context, network)
+    samplers, examples = compare_samplers(config, context, network)
     title = f"{config.steps} steps each, on {data.title}"
     fd = f"fd_{network.name}"
     names = (fd, "classifier_accuracy", "nearest_ratio", "std")
     rows = plots.comparison_rows(samplers, names)
     texts = dict(plots.metric_rows(samplers[config.samplers[-1]]))
     train = to_images(data.train.some(WHOLE).images, data.levels)
-    of_data = float(train.std(0).mean())
-    of_training = texts.get(f"{fd}_of_training", "left out")
-    rows.append(("training set", f"{fd} {of_training}  std {of_data:.4g}"))
+    train_std = float(train.std(0).mean())
+    train_fd = texts.get(f"{fd}_of_training", "left out")
+    rows.append(("training set", f"{fd} {train_fd}  std {train_std:.4g}"))
     columns = min(10, model.task.info.classes)
-    figures = {"a_row_each": plots.grid(np.concatenate(shown), columns=columns)}
+    figures = {"a_row_each": plots.grid(np.concatenate(examples), columns=columns)}
     ddim = {name: metrics for name, metrics in samplers.items() if name[:4] == "ddim"}
     etas = {float(n.partition(":")[2] or 0): m[fd] for n, m in ddim.items() if fd in m}
     if len(etas) > 1:
@@ -250,7 +255,7 @@ def report(config: SamplerStudy, summaries: dict[str, dict[str, Json]], context:
         "steps": config.steps,
         "parameters": parameters_used(model.ema),
         "features": {network.name: network.about},
-        "std_of_training_images": of_data,
+        "std_of_training_images": train_std,
         "samplers": samplers,
     }
     return Report(title, rows, figures, record)

@@ -1,21 +1,22 @@
-"""Which helps more, a larger text encoder or a larger generation model? (Imagen, fig. 4)
+"""Scaling of the text encoder and of the generation model: a comparison as in Imagen, fig. 4.
 
     python launch.py --experiment=text_encoder_scaling
 
-Saharia et al. (2022) find that the text encoder helps more. Here every pair of text encoder and
-generation model is trained for as many steps on `shapes`, on one shared autoencoder, and sampled at
-several guidance scales. The result is two families of curves of alignment against Frechet distance:
-one for the text encoders with the largest generation model, and one for the generation models with
-the largest text encoder. The image tower of the largest text encoder computes all distances.
+Saharia et al. (2022) find that a larger text encoder helps more than a larger generation model. In
+this experiment, every pair of a text encoder and a generation model is trained for the same number
+of steps on `shapes`, with one shared autoencoder, and sampled at several guidance scales. The
+result is two families of curves of alignment against Frechet distance: one for the text encoders
+with the largest generation model, and one for the generation models with the largest text encoder.
+All distances are computed in the features of the image tower of the largest text encoder.
 
-Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, by the command as it stands, in 2 h 37 min
-at low priority beside other work (47 min on a free machine): the size of the generation model
-more than halves the least Frechet distance (0.222, 0.123, 0.083 with the tiny text encoder;
-0.222, 0.097, 0.079 with the small one; +- 0.012 to 0.022), the size of the text encoder changes
-it by no more than its error. A longer training on a GPU gave the same, and so the finding of
-Imagen does not hold here.
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, with the command above, in 2 h 37 min at low
+priority beside other programs (47 min on an idle machine). A larger generation model lowers the
+smallest Frechet distance over the guidance scales by more than half (0.222, 0.123, 0.083 with the
+tiny text encoder; 0.222, 0.097, 0.079 with the small one; +- 0.012 to 0.022). A larger text encoder
+changes it by no more than its standard error. A longer training on a GPU gave the same result.
+Imagen's finding is therefore not reproduced on this data set.
 
-The tables, and what is different from Imagen: docs/results/text_encoder_scaling.md
+The tables and the differences from Imagen: docs/results/text_encoder_scaling.md
 """
 
 import dataclasses
@@ -49,19 +50,19 @@ from ddpm_jax.training.ema import EMA
 from ddpm_jax.training.optimizer import Adam, Muon
 from ddpm_jax.training.settings import Train
 
-Run: TypeAlias = Config[Any]  # of any of the three tasks
+RunConfig: TypeAlias = Config[Any]  # a config of any of the three tasks
 
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """A generation model of every size on a text encoder of every size.
+    """The config of the study: every size of text encoder with every size of generation model.
 
     Attributes:
-      data: The data set, which is shapes, of whatever size.
-      autoencoder: The autoencoder of all generation models.
-      text: A text encoder, but for its size.
-      generator: A generation model, but for its channels.
-      text_sizes: Sizes of text encoders, from small to large; the last one computes metrics.
+      data: The data set, which must be shapes or shapes:SIZE.
+      autoencoder: The recipe of the autoencoder that all generation models share.
+      text: The recipe of the text encoders; `text_sizes` replaces their size.
+      generator: The recipe of the generation models; `channels` replaces their channels.
+      text_sizes: Sizes of the text encoders, from small to large; the largest computes metrics.
       channels: Channels of the generation models' U-Nets, from small to large.
     """
 
@@ -72,17 +73,17 @@ class Scaling:
     text_sizes: tuple[Literal["tiny", "small", "base"], ...] = ("tiny", "small")
     channels: tuple[Count, ...] = (16, 32, 48)
 
-    def parts(self, workdir: pathlib.Path) -> dict[str, Run]:
+    def parts(self, workdir: pathlib.Path) -> dict[str, RunConfig]:
         """Return the config of every run by the name of its directory.
 
         Raises:
-          FieldError: the data set is not shapes, two runs would share a directory, or the
+          FieldError: If the data set is not shapes, two runs would share a directory, or the
             generation model is not a U-Net.
         """
         if not shapes.is_named(self.data.name):
             raise FieldError(
-                f"data={self.data.name}: whether an image shows what its caption says is known of "
-                "shapes alone; give data=shapes or shapes:64"
+                f"data={self.data.name}: alignment with the caption can be computed for shapes "
+                "only; give data=shapes or shapes:64"
             )
         for name, sizes in (("text_sizes", self.text_sizes), ("channels", self.channels)):
             if len(set(sizes)) < len(sizes):
@@ -93,10 +94,10 @@ class Scaling:
         network = getattr(self.generator.task.generator, "network", None)
         if not isinstance(network, UNet):
             raise FieldError(
-                "generator.task.generator: the generation models differ in the channels of their "
-                "U-Nets; leave it at latent_diffusion with network=unet"
+                "generator.task.generator: must be a U-Net, because the channels of U-Nets are "
+                "varied; leave it at latent_diffusion with network=unet"
             )
-        runs: dict[str, Run] = {"autoencoder": self.autoencoder.on(self.data)}
+        runs: dict[str, RunConfig] = {"autoencoder": self.autoencoder.on(self.data)}
         for size in self.text_sizes:
             text = self.text.on(self.data)
             runs[f"text_{size}"] = replace(text, {"task.network.size": size})
@@ -111,8 +112,8 @@ class Scaling:
                 runs[f"{size}_{channels}"] = replace(self.generator.on(self.data), values)
         return runs
 
-    def complete(self, part: str, configs: dict[str, Run]) -> Run:
-        """Return a part's bound config with what follows from the other parts' configs."""
+    def complete(self, part: str, configs: dict[str, RunConfig]) -> RunConfig:
+        """Return a part's bound config; a generator gets the networks of its other parts."""
         size = part.partition("_")[0]
         if size not in self.text_sizes:
             return configs[part]
@@ -201,7 +202,7 @@ CONFIG = Scaling(
 
 
 def report(config: Scaling, summaries: dict[str, dict[str, Json]], context: Context) -> Report:
-    """Return one table of all pairs and the two families of curves."""
+    """Return a table of all pairs and the two families of curves."""
     del context
     pairs = {
         (size, channels): summaries[f"{size}_{channels}"]
@@ -212,12 +213,13 @@ def report(config: Scaling, summaries: dict[str, dict[str, Json]], context: Cont
     rows = []
     for (size, channels), summary in pairs.items():
         aligned, distance, scales = curve(summary)
-        at = scales.index(f"{guidance:g}")
+        index = scales.index(f"{guidance:g}")
         rows.append(
             (
                 f"text {size}, {channels} channels",
-                f"aligned {aligned[at]:.3f} at guidance {scales[at]}, "
-                f"Frechet distance (text_encoder) {distance[at]:.4f}; least {min(distance):.4f}",
+                f"aligned {aligned[index]:.3f}, Frechet distance (text_encoder) "
+                f"{distance[index]:.4f} at guidance {scales[index]}; smallest distance "
+                f"{min(distance):.4f}",
             )
         )
     title = f"{config.generator.train.steps} steps each"
@@ -236,7 +238,7 @@ def report(config: Scaling, summaries: dict[str, dict[str, Json]], context: Cont
 
 
 def curve(summary: dict[str, Json]) -> tuple[list[float], list[float], list[str]]:
-    """Return (share aligned, Frechet distance, guidance scale) of every scale, in its order."""
+    """Return the lists (share aligned, Frechet distance, guidance scale), ordered by scale."""
     metrics = {name.removeprefix("test/"): value for name, value in summary["metrics"].items()}
     scales = sorted(
         {float(name.partition("/")[0][9:]) for name in metrics if name.startswith("guidance_")}

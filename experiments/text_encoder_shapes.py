@@ -1,16 +1,17 @@
-"""The text encoder of `text_to_image_shapes`: captions against images, as CLIP is trained.
+"""The text encoder of `text_to_image_shapes`, trained contrastively on captions and images (CLIP).
 
     python launch.py --experiment=text_encoder_shapes
 
-It trains for 800 steps by default; `text_to_image_shapes` takes 400, which are enough for its
-generation model.
+It trains for 800 steps by default. `text_to_image_shapes` trains it for 400 steps, which are enough
+for its generation model.
 
-Measured on a CPU core (AMD EPYC, jax 0.10.2; another training on the second one), seed 0, 400 steps
-of 128 pairs, 9 min 31 s: of 2,048 test pairs, half of them with a held-out combination,
-88.1 +- 0.7 % of captions find their image among 64, and 78.6 +- 0.9 % of images lie nearer to their
-caption than to a caption with one thing wrong.
+Measured on one CPU core (AMD EPYC, jax 0.10.2; another training ran on the second core), seed 0:
+400 steps of 128 pairs took 9 min 31 s. On 2,048 test pairs, half of which have a held-out
+combination, 88.1 +- 0.7 % of captions retrieve their image among 64 images, and 78.6 +- 0.9 % of
+images have a higher similarity to their caption than to a hard negative, which is a caption with
+one wrong statement.
 
-Other lengths, and what is wrong in the captions: docs/results/text_encoder_shapes.md
+Other numbers of steps, and the types of hard negatives: docs/results/text_encoder_shapes.md
 """
 
 from ddpm_jax.experiment.types import Config, Dataset, Experiment

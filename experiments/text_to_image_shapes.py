@@ -1,24 +1,25 @@
-"""Text to image from three parts: text encoder, autoencoder, generation model.
+r"""Text to image from three parts: text encoder, autoencoder, generation model.
 
     python launch.py --experiment=text_to_image_shapes
-    python launch.py --experiment=text_to_image_shapes --mode=sample --guidance=4 \\
+    python launch.py --experiment=text_to_image_shapes --mode=sample --guidance=4 \
         --num_samples=8 --prompt="two yellow triangles above a blue circle" --out=out.png
 
-Each part is a run in a directory of its own (`text`, `autoencoder`, `generator`).  A part that was
-interrupted continues, and a finished part is not trained again.  The last part makes the images.
+Each part is a run in a separate directory (`text`, `autoencoder`, `generator`). An interrupted part
+resumes, and a finished part is not trained again. The part `generator` samples the images.
 
-Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, from a fresh clone: 96 min on one of the
-cores, with another training on the other one, of which the text encoder took 9 min 31 s, the
-autoencoder 6 min 48 s and the generation model, with its evaluation at six guidance scales, 79 min
-58 s.  Alone on both cores, nothing compiled before, it took 40 min 44 s at commit 4aefa19.
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, from a fresh clone: 96 min on one core,
+while another training ran on the other core. The text encoder took 9 min 31 s, the autoencoder
+6 min 48 s, and the generation model 79 min 58 s with its evaluation at six guidance scales. On both
+cores without other programs, commit 4aefa19 took 40 min 44 s including compilation.
 
-Of 128 prompts of the test split of each kind (guidance 2, chosen on validation prompts), one shape
-is as its prompt says in 93 %, with a held-out pair of colour and kind in 84, two in their
-relation in 81 and with a held-out pair in 66; of 256 test captions 69.  Of captions 88.1 +- 0.7 %
-find their image among 64, and 78.6 +- 0.9 % of images lie nearer to their caption than to an
-altered one; reconstructions have 32.02 +- 0.05 dB.
+With guidance 2 (chosen on validation prompts), these shares of samples show everything that the
+prompt states (128 test prompts of each type, 256 captions): one shape 93 %, one shape with a
+held-out pair of colour and shape 84 %, two shapes and their relation 81 %, two shapes with a
+held-out pair 66 %, test captions 69 %. The text encoder retrieves the image among 64 images for
+88.1 +- 0.7 % of captions, and gives 78.6 +- 0.9 % of images a higher similarity to their caption
+than to a hard negative. The autoencoder's PSNR is 32.02 +- 0.05 dB.
 
-Other figures of the parts, and how the time was divided: docs/results/text_encoder_shapes.md,
+Other results of the parts, and the division of the time: docs/results/text_encoder_shapes.md,
 docs/results/autoencoder_shapes.md, docs/results/generator_shapes.md
 """
 
@@ -48,7 +49,8 @@ from ddpm_jax.training.settings import Train
 
 CONFIG = Chain(
     data=Dataset("shapes"),
-    # Fewer steps than either takes alone: the generation model makes more of the minutes.
+    # The text encoder and the autoencoder train for fewer steps than in their own experiments,
+    # because the generation model gains more from the same time.
     text=Recipe(
         task=Contrastive(
             network=DualEncoder(size="small", channels=(32, 64, 128), embedding_dim=64),
@@ -132,17 +134,17 @@ HEADLINES = {
 
 
 def report(config: Chain, summaries: dict[str, dict[str, Json]], context: Context) -> Report:
-    """Return the headline metrics of the three parts; the generator's images are copied."""
+    """Return the main metrics of the three parts, and copy the generator's images."""
     del config
     with can_write(context.workdir):
         (context.workdir / "images").mkdir(exist_ok=True)
-        for picture in (context.workdir / "generator" / "images").glob("*[a-z].png"):
-            shutil.copy(picture, context.workdir / "images")
+        for image in (context.workdir / "generator" / "images").glob("*[a-z].png"):
+            shutil.copy(image, context.workdir / "images")
     rows = []
     for part, names in HEADLINES.items():
         texts = dict(plots.metric_rows(summaries[part]["metrics"]))
-        shown = [f"{name} {texts[f'test/{name}']}" for name in names if f"test/{name}" in texts]
-        rows.append((part, "  ".join(shown)))
+        cells = [f"{name} {texts[f'test/{name}']}" for name in names if f"test/{name}" in texts]
+        rows.append((part, "  ".join(cells)))
     return Report("text to image", rows, {}, {"parts": summaries})
 
 

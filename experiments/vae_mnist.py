@@ -1,25 +1,25 @@
-"""A VAE on binarised MNIST: one stochastic layer, encoder and decoder are MLPs.
+r"""A VAE on binarised MNIST with one stochastic layer; the encoder and the decoder are MLPs.
 
     python launch.py --experiment=vae_mnist
 
-Measured on 2 CPU cores (AMD EPYC, float32, jax 0.10.2), MNIST's 10,000 test images,
-dynamically binarised, in nats; the importance-weighted bounds on the first 1,000 of them with
-1,000 samples each, +- a standard error; parameters averaged (EMA), seed 0.
+Measured on 2 CPU cores (AMD EPYC, float32, jax 0.10.2), seed 0, with averaged parameters (EMA), on
+MNIST's 10,000 test images, dynamically binarised. Values are in nats, +- one standard error. The
+importance-weighted bounds (k samples) are means over the first 1,000 test images; the gap is the
+difference between k = 1 and k = 1,000.
 
                      -ELBO           k = 1           k = 64          k = 1,000       gap
     the default      91.45 +- 0.24   91.59 +- 0.76   88.21 +- 0.73   87.61 +- 0.73   3.98 +- 0.05
     the long run     88.80 +- 0.24   88.82 +- 0.74   86.04 +- 0.71   85.59 +- 0.71   3.23 +- 0.05
 
-The default (7,500 steps) took 2 min 23 s from command to table on one day and 3 min 54 s on
-another, with the same figures (the machine is shared).  The long run took 15 min 30 s on one of the
-cores, with another training on the other one:
+The default (7,500 steps) took between 2 min 23 s and 3 min 54 s in total, because the machine is
+shared. The long run took 15 min 30 s on one core, while another training ran on the other core:
 
-    python launch.py --experiment=vae_mnist --workdir=runs/vae_mnist_long \\
-        --config.train.steps=40000 --config.task.network.hidden=400,400 \\
+    python launch.py --experiment=vae_mnist --workdir=runs/vae_mnist_long \
+        --config.train.steps=40000 --config.task.network.hidden=400,400 \
         --config.optimizer.weight_decay=0.05 --config.ema.half_life_images=400000
 
-For comparison, Burda et al. (2016) report a negative log-likelihood of 86.8 (k = 5,000) for
-a VAE with one stochastic layer, on the same dynamically binarised set.
+For comparison, Burda et al. (2016) report a negative log-likelihood of 86.8 nats (k = 5,000) for a
+VAE with one stochastic layer, on the same dynamically binarised data set.
 """
 
 from ddpm_jax.experiment.types import Config, Dataset, Experiment
@@ -63,5 +63,5 @@ EXPERIMENT = Experiment(
         "task.iwae_images": 20,
     },
     alternatives={"task.likelihood": (Gaussian(std=0.5),)},
-    fallback="digits:28",  # where the data set cannot be had
+    fallback="digits:28",  # used if MNIST is not available
 )

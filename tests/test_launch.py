@@ -1,4 +1,4 @@
-"""The command line, as a user types it: what works, and one line for each mistake."""
+"""The command line works as documented, and reports each mistake in one line."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
     return workdir
 
 
-def test_a_run_leaves_what_the_readme_says(trained):
+def test_a_run_writes_the_files_that_the_readme_lists(trained):
     names = {path.name for path in trained.iterdir()}
     assert {"config.json", "metrics.jsonl", "timing.jsonl", "summary.json"} <= names
     assert {"images", "checkpoints", "tensorboard"} <= names
@@ -60,7 +60,7 @@ def test_a_run_leaves_what_the_readme_says(trained):
     assert not undefined(name for line in lines for name in line)
 
 
-def test_a_finished_run_prints_its_table_and_is_done(launch, trained):
+def test_a_finished_run_prints_its_table_and_trains_no_further(launch, trained):
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("checkpoints/**/*")}
     result = launch(*DIGITS, f"--workdir={trained}")
     assert result.returncode == 0
@@ -68,7 +68,7 @@ def test_a_finished_run_prints_its_table_and_is_done(launch, trained):
     assert {p: p.stat().st_mtime_ns for p in trained.rglob("checkpoints/**/*")} == before
 
 
-def test_a_finished_run_goes_on_when_it_is_made_longer(launch, trained):
+def test_a_finished_run_resumes_when_its_number_of_steps_is_raised(launch, trained):
 
     longer = trained.parent / "longer"
     shutil.copytree(trained, longer)
@@ -78,32 +78,32 @@ def test_a_finished_run_goes_on_when_it_is_made_longer(launch, trained):
     assert json.loads((longer / "summary.json").read_text())["step"] == 25
 
 
-def test_eval_reads_the_run_and_finds_the_same_figures(launch, trained):
+def test_eval_computes_the_same_metrics_as_the_training(launch, trained):
     result = launch("--mode=eval", f"--workdir={trained}")
     assert result.returncode == 0, result.stderr
     summary = json.loads((trained / "summary.json").read_text())["metrics"]
-    found = json.loads((trained / "eval.json").read_text())["metrics"]
-    assert found == pytest.approx(summary, rel=1e-5)
+    metrics = json.loads((trained / "eval.json").read_text())["metrics"]
+    assert metrics == pytest.approx(summary, rel=1e-5)
 
 
-def test_choices_are_made_on_validation_images(launch, trained):
+def test_eval_of_the_validation_split_reports_its_metrics_only(launch, trained):
     before = (trained / "eval.json").read_bytes() if (trained / "eval.json").exists() else None
     result = launch("--mode=eval", "--split=validation", f"--workdir={trained}")
     assert result.returncode == 0, result.stderr
-    found = json.loads((trained / "eval.json").read_text())
-    assert found["split"] == "validation"
-    assert {name.partition("/")[0] for name in found["metrics"]} == {"validation"}
+    evaluation = json.loads((trained / "eval.json").read_text())
+    assert evaluation["split"] == "validation"
+    assert {name.partition("/")[0] for name in evaluation["metrics"]} == {"validation"}
     summary = json.loads((trained / "summary.json").read_text())["metrics"]
     assert {name.partition("/")[0] for name in summary} == {"test"}
-    assert found["metrics"]["validation/neg_elbo"] != summary["test/neg_elbo"]
+    assert evaluation["metrics"]["validation/neg_elbo"] != summary["test/neg_elbo"]
     if before is not None:
         (trained / "eval.json").write_bytes(before)
 
 
-def test_a_final_run_trains_on_all_of_the_training_images(launch, tmp_path):
+def test_without_validation_images_a_run_trains_on_all_training_images(launch, tmp_path):
     result = launch(*DIGITS, "--config.data.validation=0", "--workdir=run")
     assert result.returncode == 0, result.stderr
-    assert "1437 images to train on, 128 to test on" in result.stderr
+    assert "1437 training images, 128 test images" in result.stderr
     assert "there is no validation split; the test split is evaluated after" in result.stderr
     assert json.loads((tmp_path / "run/config.json").read_text())["data"]["validation"] == 0
     assert "validation/" not in (tmp_path / "run/metrics.jsonl").read_text()
@@ -120,7 +120,9 @@ def test_sampling_needs_no_flag_retyped(launch, trained, tmp_path):
     assert images.shape == (70, 8, 8, 1)
     assert images.dtype == np.uint8
     result = launch("--mode=sample", f"--workdir={trained}", "--num_samples=3", f"--out={out}")
-    assert np.array_equal(np.load(out)["images"], images[:3])  # image 2 is image 2
+    assert np.array_equal(
+        np.load(out)["images"], images[:3]
+    )  # image i does not depend on their number
     launch("--mode=sample", f"--workdir={trained}", "--num_samples=3", f"--out={out}", "--seed=1")
     assert not np.array_equal(np.load(out)["images"], images[:3])
     result = launch("--mode=sample", f"--workdir={trained}", f"--out={tmp_path}/sampled.png")
@@ -129,11 +131,11 @@ def test_sampling_needs_no_flag_retyped(launch, trained, tmp_path):
         assert image.size[0] > 8 * 8
 
 
-def test_an_evaluation_cut_short_at_the_end_is_done_again_without_doubled_lines(launch, trained):
+def test_an_interrupted_final_evaluation_is_repeated_without_duplicate_lines(launch, trained):
 
     again = trained.parent / "again"
     shutil.copytree(trained, again)
-    (again / "summary.json").unlink()  # as if killed before it was written
+    (again / "summary.json").unlink()  # as if the process was killed before writing it
     result = launch(*DIGITS, f"--workdir={again}")
     assert result.returncode == 0, result.stderr
     assert (again / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
@@ -149,18 +151,18 @@ def test_a_run_on_four_devices_samples_and_evaluates_on_one(launch, tmp_path):
         result = launch(f"--mode={mode}", "--workdir=run")
         assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
-    found = json.loads((tmp_path / "run" / "eval.json").read_text())["metrics"]
-    assert found == pytest.approx(summary, rel=1e-4)
+    metrics = json.loads((tmp_path / "run" / "eval.json").read_text())["metrics"]
+    assert metrics == pytest.approx(summary, rel=1e-4)
 
 
-def test_a_run_that_never_trained_leaves_its_directory_free(launch, tmp_path):
+def test_a_run_that_failed_before_training_leaves_its_directory_usable(launch, tmp_path):
     devices = "--xla_force_host_platform_device_count=3"
     result = launch(*DIGITS, "--workdir=run", "--config.train.batch_size=32", XLA_FLAGS=devices)
     expect_one_line(result, "batch_size=32 does not divide over 3 devices")
     assert launch(*DIGITS, "--workdir=run").returncode == 0
 
 
-def test_own_images_train_with_one_flag_and_by_another_name_are_the_same(launch, tmp_path):
+def test_a_folder_of_images_trains_and_an_equal_path_resumes_the_run(launch, tmp_path):
     for i in range(40):
         pixels = np.random.default_rng(i).integers(0, 256, (12, 8), np.uint8)
         folder = tmp_path / "own" / ("a" if i % 2 else "b")
@@ -174,18 +176,18 @@ def test_own_images_train_with_one_flag_and_by_another_name_are_the_same(launch,
     assert result.returncode == 0, result.stderr
 
 
-def test_without_mnist_the_digits_take_its_place_and_nothing_calls_them_mnist(launch, tmp_path):
+def test_without_mnist_a_run_uses_digits_and_nothing_names_them_mnist(launch, tmp_path):
     start = time.perf_counter()
     result = launch("--experiment=vae_mnist", "--debug", "--workdir=run")
     assert result.returncode == 0, result.stderr
     assert time.perf_counter() - start < 60
-    # Loudly, at the start and at the end.
-    assert result.stderr.count("NOT mnist, which is not at hand, but digits") == 2
+    # The warning is logged at the start and at the end.
+    assert result.stderr.count("WARNING: mnist is not available; this run uses digits") == 2
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert record["data"]["name"] == "digits:28"
     assert record["data_asked_for"] == "mnist"
-    assert "NOT mnist" in summary["data_note"]
+    assert "mnist is not available" in summary["data_note"]
     assert "MNIST" not in summary["data"]
     assert "MNIST" not in result.stdout
 
@@ -196,7 +198,7 @@ def test_strict_data_makes_the_missing_set_an_error(launch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_help_lists_experiments_and_their_fields_at_once(launch):
+def test_help_lists_experiments_and_their_fields_within_seconds(launch):
     start = time.perf_counter()
     result = launch("--help")
     assert time.perf_counter() - start < 3
@@ -233,15 +235,15 @@ def init(*, project, name, id, resume, dir, config):
 """
 
 
-def test_wandb_follows_a_run_where_it_is_installed(launch, tmp_path):
+def test_wandb_logs_a_run_if_it_is_installed(launch, tmp_path):
     missing = launch(*DIGITS, "--wandb", "--workdir=run")
     assert missing.returncode == 2
     assert "pip install wandb" in missing.stderr
-    (tmp_path / "wandb.py").write_text(WANDB)  # a stand-in that records its calls
+    (tmp_path / "wandb.py").write_text(WANDB)  # a fake module that records its calls
     paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
     path = os.pathsep.join(path for path in paths if path)
-    followed = launch(*DIGITS, "--wandb", "--workdir=run", PYTHONPATH=path)
-    assert followed.returncode == 0, followed.stderr
+    logged = launch(*DIGITS, "--wandb", "--workdir=run", PYTHONPATH=path)
+    assert logged.returncode == 0, logged.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "calls.jsonl").open()]
     assert [step for step, names in lines if "train/loss" in names] == [5, 10, 15, 20]
     assert any("images/samples" in names for _, names in lines)
@@ -286,7 +288,7 @@ def test_prompts_are_lines_that_end_in_a_line_feed(content, expected, prompts):
         (lambda path: pathlib.Path(path).write_bytes(b"\xef\xbb\xbf\n \n"), "holds no prompts"),
     ],
 )
-def test_a_file_of_prompts_that_is_none_is_named(make, says, tmp_path):
+def test_a_file_that_holds_no_prompts_is_an_error(make, says, tmp_path):
     launch.define_flags()
     launch.parse([])
     make(str(tmp_path / "prompts.txt"))

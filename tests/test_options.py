@@ -49,7 +49,7 @@ WRONG = [
     # Options without effect.
     (f"{DDPM} --config.task.conditional=false --config.task.sampling.guidance=2", "no effect"),
     (f"{DDPM} --config.task.sampling.guidance=1 --config.task.sampling.guidance_rescale=0.5",
-     "no effect: there is no guidance to rescale"),
+     "no effect: guidance is disabled"),
     (f"{DDPM} --config.task.conditional=false --config.task.label_dropout=0.2", "no effect"),
     (f"{DDPM} --config.task.network.text_refiner_blocks=1",
      "no effect: the network reads no captions"),
@@ -83,10 +83,10 @@ WRONG = [
      r"--config\.values=1\.0,1\.0: two runs would share the directory beta_1"),
     ("--experiment=text_encoder_scaling --debug --config.channels=8,8", "two runs would share"),
     ("--experiment=text_encoder_scaling --debug --config.text_sizes=tiny,tiny", "would share"),
-    ("--experiment=text_encoder_scaling --debug --config.data=digits", "known of shapes alone"),
+    ("--experiment=text_encoder_scaling --debug --config.data=digits", "computed for shapes"),
     ("--experiment=text_to_image_shapes --debug --config.generator.task.text_encoder=runs/x",
-     "the chain trains it"),
-    # Fields of a part of a chain, whose messages state the path of the command line.
+     "trains the text encoder itself; leave the field out"),
+    # Fields of a part are named as the user gives them.
     ("--experiment=text_to_image_shapes --debug --config.generator.task.generator=autoregressive",
      r"--config\.generator\.task\.generator\.network\.codes=0"),
     ("--experiment=beta_vae_mnist --debug --config.base.data=digits --config.base.train.batch_size="
@@ -124,14 +124,14 @@ def trained(tmp_path_factory):
     [
         ("--mode=sample --guidance=2", "--guidance=2: .*never trained without labels"),
         ("--mode=eval --seed=1", "--seed: an evaluation uses the seed of the run"),
-        ("--mode=sample --profile", "--profile goes with --mode=train"),
-        ("--mode=eval --wandb", "--wandb goes with --mode=train"),
-        ("--mode=sample --strict_data", "--strict_data goes with --mode=train"),
+        ("--mode=sample --profile", "--profile has no effect without --mode=train"),
+        ("--mode=eval --wandb", "--wandb has no effect without --mode=train"),
+        ("--mode=sample --strict_data", "--strict_data has no effect without --mode=train"),
         ("--mode=sample --data_dir=.", "sampling reads no data set"),
         ("--mode=sample --prompt_file=", "is empty: give a path"),
-        ("--mode=eval --config.train.batch_size=3", "is what the run in .* was trained with"),
-        ("--mode=eval --config.task.network.channels=4", "is what the run in .* was trained with"),
-        ("--mode=sample --config.task.sampling.guidance_model=SELF", "is this run itself"),
+        ("--mode=eval --config.train.batch_size=3", "cannot change after the run in"),
+        ("--mode=eval --config.task.network.channels=4", "cannot change after the run in"),
+        ("--mode=sample --config.task.sampling.guidance_model=SELF", "the directory of this run"),
     ],
 )
 def test_an_option_without_effect_on_a_trained_run_is_refused(
@@ -149,10 +149,10 @@ def test_the_error_for_a_run_of_an_older_format_names_the_commit_that_reads_it(
     (tmp_path / "old" / "config.json").write_text(json.dumps(old))
     for flags in (["--mode=sample"], ["--mode=eval"], DIGITS.split()):
         result = launch_here(*flags, f"--workdir={tmp_path / 'old'}")
-        expect_one_line(result, "of format 1, which commit [0-9a-f]{7} of this project was")
+        expect_one_line(result, "has format 1, and commit [0-9a-f]{7} of this project was")
     (tmp_path / "old" / "config.json").write_text(json.dumps({**old, "format": 99}))
     result = launch_here("--mode=sample", f"--workdir={tmp_path / 'old'}")
-    expect_one_line(result, "of format 99, and this version reads format 2")
+    expect_one_line(result, "has format 99, and this version reads format 2")
 
 
 def test_the_error_of_a_contradiction_begins_with_the_field_that_the_user_set():

@@ -1,8 +1,8 @@
-"""One table of wrong inputs, each of which must give one clear line and exit code 2.
+"""A table of wrong inputs, each of which must cause an error of one line and exit code 2.
 
 A row is (arguments, text) or (arguments, text, prepare): the line on stderr must match the regular
-expression `text`, and `prepare(folder)` makes files in the working directory first.  The rows run
-in this process, one after another; what needs a process of its own is at the end.
+expression `text`, and `prepare(folder)` writes files to the working directory first. The rows run
+in this process, one after another; tests that need a separate process are at the end.
 """
 
 import functools
@@ -39,10 +39,10 @@ LONG = "x" * 300
 
 
 def weights(make):
-    """A function that makes the file of FID's weights in a cache of the test's own."""
+    """Return a function that writes the file of Inception weights to a cache of the test."""
 
     def prepare(folder):
-        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # which the fixture sets back
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # the fixture restores it
         path = folder / "cache" / "ddpm_jax" / INCEPTION
         path.parent.mkdir(parents=True)
         make(path)
@@ -62,7 +62,7 @@ weights_folder = weights(lambda path: path.mkdir())
 
 # Flags and config fields.
 FLAGS = [
-    ([], "--experiment=NAME is missing; there are: autoencoder_shapes"),
+    ([], "--experiment=NAME is missing; give one of autoencoder_shapes"),
     (["--experiment=vae_mnits"], 'no "vae_mnits"; did you mean "vae_mnist"'),
     (["--experiment="], "--experiment"),
     (["vae_mnist"], '"vae_mnist" is not a flag'),
@@ -112,15 +112,15 @@ FLAGS = [
     (["--mode=sample"], "needs --workdir=DIR or --experiment=NAME"),
     (["--mode=eval", "--experiment=vae_digits"], "no run in runs/vae_digits; train one"),
     (["--mode=sample", "--workdir=nowhere"], "no run in nowhere"),
-    ([*DIGITS, "--num_samples=3"], "--num_samples goes with --mode=sample"),
-    ([*DIGITS, "--split=validation"], "--split goes with --mode=eval"),
+    ([*DIGITS, "--num_samples=3"], "--num_samples has no effect without --mode=sample"),
+    ([*DIGITS, "--split=validation"], "--split has no effect without --mode=eval"),
     (
         [*DIGITS, "--config.data.validation=1437"],
         "data.validation=1437: digits has 1437 training images",
     ),
     ([*DIGITS, "--config.data.validation=-1"], "must be at least 0"),
     (["--mode=sample", "--workdir=x", "--num_samples=0"], "--num_samples=0"),
-    # Numbers that no program counts with, and sizes that no memory holds.
+    # Numbers out of range, and sizes that do not fit into memory.
     ([*DIGITS, "--config.train.batch_size=1e12"], "batch_size=1e12: must be at most 2,147,483,647"),
     ([*DIGITS, "--config.train.batch_size=2000000000"], "batch_size=2000000000.*GiB of memory"),
     (
@@ -169,7 +169,7 @@ FLAGS = [
     (["--mode=sample", "--workdir=x", "--steps=1000001"], "--steps=1000001"),
     (["--mode=sample", "--workdir=x", "--guidance=1e39"], r"--guidance=1e\+39: must be"),
     (["--mode=sample", "--workdir=x", "--guidance=nan"], "--guidance=nan: must be"),
-    # What is only used at the end.
+    # Values that are only used after the training.
     ([*NOISE, "--config.samplers=ddim,nonsense"], 'samplers: there is no "nonsense"'),
     ([*NOISE, "--config.samplers=ddim:2"], "samplers=ddim:2: DDIM's eta must be between 0 and 1"),
     ([*NOISE, "--config.samplers=ancestral_learned"], "has not learned a variance"),
@@ -215,7 +215,7 @@ FLAGS = [
     ([*BETAS, "--config.field=task.network"], "field=task.network: a run has no such field"),
     (
         [*BETAS, "--config.base.task.beta=3"],
-        "--config.base.task.beta=3: each run takes it from --config.values; leave it out",
+        "--config.base.task.beta=3: each run takes this field from --config.values; ",
     ),
     ([*DIGITS, "--config.task=vae"], "several fields; .* as --config.task.network.latents=VALUE"),
     ([*BETAS, "--config.values=1e39"], "that float32 holds"),
@@ -291,20 +291,20 @@ FLAGS = [
     ([*TOGETHER, "--num_processes=1", "--process_id=7"], "process_id=7: must be less than"),
 ]
 
-# A run directory that is there: rows get its --workdir.
+# A directory of a finished run: rows get its --workdir.
 RUNS = [
     (["--experiment=vae_mnist", "--debug"], "holds a run of vae_digits, not of vae_mnist"),
     ([*DIGITS, "--config.task.network.latents=3"], "task.network.latents was 2, is 3"),
     ([*DIGITS, "--seed=5"], "seed was 0, is 5"),
     ([*DIGITS, "--config.data=digits:16"], "data name was digits, is digits:16"),
-    ([*DIGITS, "--config.train.steps=7"], "at step 20 already"),
-    (["--mode=sample", "--steps=10"], "--steps means nothing to this run"),
-    (["--mode=sample", "--guidance=2"], "--guidance means nothing"),
+    ([*DIGITS, "--config.train.steps=7"], "already at step 20"),
+    (["--mode=sample", "--steps=10"], "--steps has no effect for this run"),
+    (["--mode=sample", "--guidance=2"], "--guidance has no effect"),
     (["--mode=sample", "--out=x.jpg"], "must end in .png or .npz"),
     (["--mode=sample", "--out=no/x.png"], "there is no folder no"),
     (
         ["--mode=eval", "--config.task.network.latents=3"],
-        "--config.task.network.latents is what the run .* was trained with",
+        "--config.task.network.latents cannot change after the run",
     ),
     (["--mode=eval", "--experiment=vae_mnist"], "holds a run of vae_digits"),
     (["--experiment=beta_vae_mnist", "--debug"], "holds a run of vae_digits, not of beta_vae"),
@@ -318,18 +318,18 @@ RUNS = [
 
 DIGITS_DATA = {"name": "digits", "title": "x", "shape": [8, 8, 1], "levels": 17}
 
-# A run's config.json with one value changed, and its text changed: what the line says of it.
+# A run's config.json with values changed, or another text: the expected error.
 DAMAGED = [
     ({"seed": "0"}, "config.json is damaged"),
     ({"seed": -1}, "its seed must be between 0"),
     ({"seed": 10**30}, "its seed must be between 0"),
-    ({"debug": "yes"}, "its debug is of another type"),
-    ({"data_dir": ["a"]}, "its data_dir is of another type"),
+    ({"debug": "yes"}, "its debug has a wrong type"),
+    ({"data_dir": ["a"]}, "its data_dir has a wrong type"),
     ({"data_dir": "a\0b"}, "its data_dir holds control characters"),
     ({"data_note": "\x1b[31m"}, "its data_note holds control characters"),
     ({"data": {}}, "its data has no name"),
-    ({"data": {"name": 3, "title": "x"}}, "its data name is of another type"),
-    ({"data": {"name": "digits", "title": "x", "shape": 8}}, "its data shape is of another type"),
+    ({"data": {"name": 3, "title": "x"}}, "its data name has a wrong type"),
+    ({"data": {"name": "digits", "title": "x", "shape": 8}}, "its data shape has a wrong type"),
     ({"data": {**DIGITS_DATA, "shape": [8, 8]}}, "its data shape must be three whole numbers"),
     (
         {"data": {**DIGITS_DATA, "shape": [0, 8, 1]}},
@@ -341,7 +341,7 @@ DAMAGED = [
     ),
     ({"data": {**DIGITS_DATA, "levels": 1}}, "its data levels must be at least 2"),
     ({"data": {**DIGITS_DATA, "caption_length": -1}}, "its data caption_length must be at least 0"),
-    ({"data": {"name": "digits", "title": "x", "classes": [1]}}, "classes are not texts"),
+    ({"data": {"name": "digits", "title": "x", "classes": [1]}}, "classes are not strings"),
     ({"config": {"train.steps": "20"}}, "its train.steps must be a whole number"),
     ({"config": {"train.steps": True}}, "its train.steps must be a whole number"),
     ({"config": {"train.steps": None}}, "its train.steps must be a whole number"),
@@ -363,10 +363,10 @@ DAMAGED = [
     ({"config": {"nonsense": 1}}, "unknown config fields: nonsense"),
     ({"config": {"task.network.nonsense": 1}}, "unknown config fields: task.network.nonsense"),
     ({"config": {"task.likelihood.nonsense": 1}}, "unknown config .*: task.likelihood.nonsense"),
-    ({"format": 1}, "is of format 1, which commit .* train again in another --workdir"),
-    ({"format": 3}, "is of format 3, and this version reads format 2"),
+    ({"format": 1}, "has format 1, and commit .* train again in another --workdir"),
+    ({"format": 3}, "has format 3, and this version reads format 2"),
     ({"part": "beta_4"}, "has no such part|part was beta_4"),
-    ({"part": 3}, "its part is of another type"),
+    ({"part": 3}, "its part has a wrong type"),
     ("", "config.json is damaged"),
     ("[]", "config.json is damaged"),
     ("[" * 100_000, "config.json is damaged"),
@@ -377,15 +377,15 @@ DAMAGED = [
     ),
 ]
 
-# The same of its summary.json.
+# The same for its summary.json.
 DAMAGED_SUMMARIES = [
-    ("[]", "it is not an object"),
+    ("[]", "it is not a JSON object"),
     ("{}", "it has no experiment"),
     ("", "summary.json is damaged"),
     ("[" * 100_000, "summary.json is damaged"),
-    ({"step": "20"}, "its step is of another type"),
-    ({"parameters": None}, "its parameters is of another type"),
-    ({"metrics": []}, "its metrics is of another type"),
+    ({"step": "20"}, "its step has a wrong type"),
+    ({"parameters": None}, "its parameters has a wrong type"),
+    ({"metrics": []}, "its metrics has a wrong type"),
     ({"metrics": {"test/loss": "x"}}, "its metric 'test/loss' is not a finite number"),
     ({"metrics": {"test/loss": float("nan")}}, "its metric 'test/loss' is not a finite number"),
 ]
@@ -402,13 +402,13 @@ def files(names, content=PNG):
 
 
 def pipe(folder):
-    """A folder with a named pipe for an image."""
+    """Make a folder with a named pipe that is called like an image."""
     (folder / "images").mkdir()
     os.mkfifo(folder / "images" / "a.png")
 
 
 def table(name, *rows):
-    """Write images and a file of captions, a row of which is an object or a line."""
+    """Write images and a file of captions; a row is an object or a line of text."""
 
     def make(folder):
         files(["0.png", "1.png", "2.png"])(folder)
@@ -433,7 +433,7 @@ OWN = ("--experiment=vae_fashion_mnist", "--debug", "--config.data=folder:images
 CLASSIFIER = ("--experiment=classifier_digits", "--debug", "--config.data=folder:images")
 TEXT = ("--experiment=text_encoder_shapes", "--debug", "--config.data=folder:images")
 
-# Images and captions of the user's own.
+# Images and captions of the user.
 DATA = [
     (OWN, 'no folder "images"; give an existing folder as --config.data=folder:PATH'),
     (OWN, "no images in .*images .supported endings", files(["a.txt"])),
@@ -511,11 +511,12 @@ DATA = [
     ([*OWN[:2], "--config.data=mnist",
      "--data_dir=~nosuchuser/data"], "no home directory of ~nosuchuser"),
 ]  # fmt: skip
-# Directories and files of somebody else, and paths that cannot hold a run.
+
+# Directories and files of other programs, and paths that cannot hold a run.
 
 
-def has(path, content="somebody's"):
-    """What writes a file, below the folder that it is given."""
+def has(path, content="a text"):
+    """Return a function that writes a file below a folder."""
 
     def prepare(folder):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -533,7 +534,7 @@ def has_pipe(path):
 
 
 def has_link(path):
-    """A link to a file, which is there."""
+    """Return a function that makes a link to an existing file below a folder."""
 
     def prepare(folder):
         has("victim")(folder)
@@ -575,19 +576,19 @@ PLACES = [
     ([*DIGITS, "--workdir=run[0]"], "does not accept this path .*give another --workdir"),
     ([*DIGITS, "--workdir=" + os.fsdecode(b"\xff")], "not valid UTF-8; give another --workdir"),
     ([*DIGITS, "--workdir=" + "x" * 300], "File name too long"),
-    ([*DIGITS, "--overwrite"], "--overwrite goes with --mode=sample"),
+    ([*DIGITS, "--overwrite"], "--overwrite has no effect without --mode=sample"),
     ([*SAMPLE_HERE, "--guidance=nan"], "--guidance=nan: must be a finite number"),
     ([*SAMPLE_HERE, "--guidance=-inf"], "--guidance=-inf: must be a finite number"),
     ([*SAMPLE_HERE, "--guidance=1e999"], "--guidance=inf: must be a finite number"),
 ]
 
-# Where samples may not go; rows get the --workdir of a run.
+# Invalid output files of samples; rows get the --workdir of a run.
 OUT = [
     (["--mode=sample", f"--out={name}"], says, *prepare)
     for name, says, *prepare in (
-        ("cat.png", "is there and was not written by this program; give another", has("cat.png")),
-        ("a.npz", "is there and was not written by this program", has_arrays("a.npz")),
-        ("a.npz", "is there and was not written by this program", has("a.npz", "")),
+        ("cat.png", "exists and was not written by this program; give another", has("cat.png")),
+        ("a.npz", "exists and was not written by this program", has_arrays("a.npz")),
+        ("a.npz", "exists and was not written by this program", has("a.npz", "")),
         ("a.png", "a.png is a directory, not a file", has_folder("a.png")),
         ("a.npz", "a.npz is a pipe, not a file", has_pipe("a.npz")),
         ("a.png", "a.png is a link, not a file", has_link("a.png")),
@@ -632,9 +633,9 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("row", [*FLAGS, *DATA, *PLACES], ids=row_id)
-def test_a_wrong_input_is_one_clear_line(launch_here, tmp_path, monkeypatch, row):
+def test_a_wrong_input_is_an_error_of_one_line(launch_here, tmp_path, monkeypatch, row):
     arguments, says, *prepare = row
-    monkeypatch.setenv("XDG_CACHE_HOME", os.environ["XDG_CACHE_HOME"])  # set back at the end
+    monkeypatch.setenv("XDG_CACHE_HOME", os.environ["XDG_CACHE_HOME"])  # restored at the end
     for step in prepare:
         step(tmp_path)
     before = contents(tmp_path)
@@ -643,13 +644,13 @@ def test_a_wrong_input_is_one_clear_line(launch_here, tmp_path, monkeypatch, row
 
 
 def contents(folder):
-    """Every file below a folder that is not empty, as the lock of a run is."""
+    """Return the content of every file below a folder, except empty files such as locks."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     return {path: path.read_bytes() for path in files if path.stat().st_size}
 
 
 @pytest.mark.parametrize("row", [*RUNS, *OUT], ids=row_id)
-def test_a_wrong_input_about_a_run_is_one_clear_line_and_harms_nothing(
+def test_a_wrong_input_about_a_run_is_an_error_of_one_line_and_changes_no_file(
     launch_here, trained, tmp_path, row
 ):
     arguments, says, *prepare = row
@@ -661,7 +662,7 @@ def test_a_wrong_input_about_a_run_is_one_clear_line_and_harms_nothing(
 
 
 @pytest.mark.parametrize("row", FAULTS, ids=row_id)
-def test_a_fault_of_a_run_directory_is_one_clear_line(launch_here, trained, tmp_path, row):
+def test_a_fault_of_a_run_directory_is_an_error_of_one_line(launch_here, trained, tmp_path, row):
     arguments, says, damage = row
     shutil.copytree(trained, tmp_path / "run")
     for path in (tmp_path / "run" / word for word in says.split()[:1]):
@@ -671,21 +672,21 @@ def test_a_fault_of_a_run_directory_is_one_clear_line(launch_here, trained, tmp_
     expect_one_line(launch_here(*mode, "--workdir=run"), says)
 
 
-def test_a_run_without_a_checkpoint_is_one_clear_line(launch_here, trained, tmp_path):
+def test_a_run_without_a_checkpoint_is_an_error_of_one_line(launch_here, trained, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_bytes((trained / "config.json").read_bytes())
     result = launch_here("--mode=sample", "--workdir=run")
     expect_one_line(result, "no checkpoint in run yet")
 
 
-def test_a_damaged_config_is_one_clear_line(launch_here, tmp_path):
+def test_a_damaged_config_is_an_error_of_one_line(launch_here, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"experiment": "vae_')
     expect_one_line(launch_here("--mode=eval", "--workdir=run"), "config.json is damaged")
 
 
-def changed(path, change):
-    """Write a file of JSON anew: as a text, or with some values changed; "config": by paths."""
+def rewrite(path, change):
+    """Replace a JSON file by a text, or change values; values of "config" are named by paths."""
     if isinstance(change, dict):
         values = json.loads(path.read_text())
         fields = change.get("config", {})
@@ -699,37 +700,39 @@ def changed(path, change):
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize(("change", "says"), DAMAGED, ids=lambda value: ascii(value)[:60])
-def test_a_record_with_odd_values_is_one_clear_line(
+def test_a_record_with_invalid_values_is_an_error_of_one_line(
     launch_here, trained, tmp_path, change, says, mode
 ):
     (tmp_path / "run" / "checkpoints" / "20").mkdir(parents=True)
     shutil.copy(trained / "config.json", tmp_path / "run")
-    changed(tmp_path / "run" / "config.json", change)
+    rewrite(tmp_path / "run" / "config.json", change)
     arguments = DIGITS if mode == "train" else [f"--mode={mode}"]
     expect_one_line(launch_here(*arguments, "--workdir=run"), says)
 
 
 @pytest.mark.parametrize(("change", "says"), DAMAGED_SUMMARIES, ids=lambda v: ascii(v)[:60])
-def test_a_summary_with_odd_values_is_one_clear_line(launch_here, trained, tmp_path, change, says):
+def test_a_summary_with_invalid_values_is_an_error_of_one_line(
+    launch_here, trained, tmp_path, change, says
+):
     shutil.copytree(trained, tmp_path / "run")
-    changed(tmp_path / "run" / "summary.json", change)
+    rewrite(tmp_path / "run" / "summary.json", change)
     expect_one_line(launch_here(*DIGITS, "--workdir=run"), says)
 
 
 def test_a_feature_network_of_other_images_is_refused(launch_here, trained, tmp_path):
     result = launch_here(*DDPM, f"--config.task.evaluation.features={trained}")
-    expect_one_line(result, "a run of vae_digits, which is not a classifier")
+    expect_one_line(result, "holds a run of vae_digits, which is not a classifier")
     run = tmp_path / "classifier"
     shutil.copytree(trained, run)
     record = json.loads((run / "config.json").read_text())
     config = to_record(load_experiment("classifier_digits").config)
     for data, says in (
-        ({"shape": [28, 28, 1]}, "of images of shape"),
-        ({"classes": ["a", "b", "c"]}, "knows 3 classes, and the data has 10"),
+        ({"shape": [28, 28, 1]}, "was trained on images of shape"),
+        ({"classes": ["a", "b", "c"]}, "was trained on 3 classes, and the data set has 10"),
     ):
         data = {**record["data"], **data}
         other = {**record, "experiment": "classifier_digits", "config": config, "data": data}
-        changed(run / "config.json", json.dumps(other))
+        rewrite(run / "config.json", json.dumps(other))
         expect_one_line(launch_here(*DDPM, f"--config.task.evaluation.features={run}"), says)
 
 
@@ -744,7 +747,7 @@ def test_no_classifier_is_trained_for_a_directory_of_another_run(
     assert not list(tmp_path.glob("cache/ddpm_jax/feature_networks/*"))
 
 
-def test_a_host_that_is_not_known_is_one_line_within_seconds(monkeypatch):
+def test_an_unknown_host_is_an_error_within_seconds(monkeypatch):
     monkeypatch.setattr(cluster, "RESOLVE_SECONDS", 0.5)
     begun = time.monotonic()
     with pytest.raises(UserError, match="no host of the name"):
@@ -754,7 +757,7 @@ def test_a_host_that_is_not_known_is_one_line_within_seconds(monkeypatch):
     cluster.check_host("[::1]:1234")
 
 
-# In a process of their own.
+# Tests in a separate process.
 
 
 @pytest.mark.parametrize(
@@ -784,12 +787,12 @@ def test_a_host_that_is_not_known_is_one_line_within_seconds(monkeypatch):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_wrong_environment_is_one_clear_line(launch, environment, says):
+def test_a_wrong_environment_variable_is_an_error_of_one_line(launch, environment, says):
     expect_one_line(launch(*DIGITS, **environment), says)
 
 
 def shell(tmp_path, line, **environment):
-    """Run a line of bash in which $LAUNCH is the command."""
+    """Run a line of bash in which $LAUNCH is replaced by the command."""
     command = f"{sys.executable} {ROOT / 'launch.py'}"
     return subprocess.run(
         ["bash", "-c", line.replace("$LAUNCH", command)],
@@ -806,12 +809,12 @@ def shell(tmp_path, line, **environment):
         ("$LAUNCH --help >&-", "it is closed"),
     ],
 )
-def test_a_lost_standard_output_is_one_line(tmp_path, line, says):
+def test_a_closed_or_full_standard_output_is_an_error_of_one_line(tmp_path, line, says):
     expect_one_line(shell(tmp_path, line), f"cannot write to standard output: {says}", code=1)
 
 
 @pytest.mark.slow
-def test_a_run_whose_streams_are_gone_loses_nothing(tmp_path):
+def test_a_run_whose_output_streams_are_closed_writes_all_files(tmp_path):
     train = f"$LAUNCH {' '.join(DIGITS)} --workdir=run"
     result = shell(tmp_path, f"{train} >&-")
     assert result.returncode == 1
@@ -821,7 +824,7 @@ def test_a_run_whose_streams_are_gone_loses_nothing(tmp_path):
     result = shell(tmp_path, f"{train}2 2>&- >out; exit $?")
     assert result.returncode == 0
     assert (tmp_path / "run2" / "summary.json").exists()
-    assert "pictures in" in (tmp_path / "out").read_text()
+    assert "images in" in (tmp_path / "out").read_text()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
@@ -834,21 +837,21 @@ def test_an_error_is_shown_in_any_encoding(launch, encoding):
 
 
 def is_caught(process, number):
-    """Whether a process has a handler of a signal."""
+    """Return True if a process has a handler for a signal."""
     status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
     (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def ctrl_c(tmp_path, arguments, word, signals, **environment):
-    """Start a command, signal it once it has written `word`: (exit code, seconds, stderr)."""
+    """Start a command, send signals after it wrote `word`; return (exit code, seconds, stderr)."""
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, ROOT / "launch.py", *arguments],
             cwd=tmp_path, env=user_environment(**environment), stdout=log, stderr=log,
         )  # fmt: skip
     wait_for(tmp_path / "log", word, process)
-    while process.poll() is None and not is_caught(process, signal.SIGTERM):  # as in training
+    while process.poll() is None and not is_caught(process, signal.SIGTERM):  # training has started
         time.sleep(0.02)
     begun = time.monotonic()
     for number in signals:
@@ -872,7 +875,7 @@ def test_a_second_ctrl_c_ends_the_program_while_it_compiles(tmp_path, first):
     slow += ["--config.task.network.multipliers=1,2"]
     arguments = ["--experiment=ddpm_digits", *slow]
     code, seconds, log = ctrl_c(
-        tmp_path, arguments, "everything goes to", [first, signal.SIGINT],
+        tmp_path, arguments, "run directory: ", [first, signal.SIGINT],
         XDG_CACHE_HOME=str(tmp_path / "cache"),
     )  # fmt: skip
     assert code == 130, log
@@ -882,7 +885,7 @@ def test_a_second_ctrl_c_ends_the_program_while_it_compiles(tmp_path, first):
     assert "Traceback" not in log
 
 
-def test_ctrl_c_ends_what_is_not_training_at_once(tmp_path, trained):
+def test_ctrl_c_ends_sampling_at_once(tmp_path, trained):
     arguments = ["--mode=sample", f"--workdir={trained}", "--num_samples=2000000", "--out=a.npz"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
@@ -898,5 +901,5 @@ def test_ctrl_c_ends_what_is_not_training_at_once(tmp_path, trained):
 @pytest.mark.parametrize(
     ("arguments", "says"), [FLAGS[1], ([*DIGITS, "--config.train.steps=0"], "1")]
 )
-def test_a_wrong_input_is_one_clear_line_of_the_command(launch, arguments, says):
+def test_a_wrong_input_is_an_error_of_one_line_in_a_separate_process(launch, arguments, says):
     expect_one_line(launch(*arguments), says)

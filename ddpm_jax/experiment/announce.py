@@ -1,4 +1,4 @@
-"""What a run logs at its start: data, classes and devices."""
+"""Log the data set, the devices and the directory of a run at its start."""
 
 import pathlib
 
@@ -7,24 +7,25 @@ from ddpm_jax.errors import printable
 from ddpm_jax.parallel import hardware
 from ddpm_jax.progress import log
 
-SHOWN_CLASSES = 20  # names at the start of a run
+SHOWN_CLASSES = 20  # class names that are logged at the start of a run
 
 
 def log_start(name: str, loaded: Loaded, workdir: pathlib.Path) -> None:
-    """Log what a run trains on and where it writes.
+    """Log the data set of a run, the devices, and the directory of its files.
 
     Args:
-      name: the run's title.
-      loaded: its data.
-      workdir: its directory.
+      name: Title of the run.
+      loaded: Data set of the run.
+      workdir: Directory of the run.
     """
-    here, data = hardware.describe(), loaded.data
+    devices, data = hardware.describe(), loaded.data
     height, width, channels = data.shape
     log(
-        f"{name} on {data.title}: {_size(data.train)} images to train on, "
-        f"{_held_out(data)}{len(data.test.images)} to test on, "
+        f"{name} on {data.title}: {_size(data.train)} training images, "
+        f"{_held_out(data)}{len(data.test.images)} test images, "
         f"{height}x{width}x{channels}, {data.levels} levels, {_classes(data.classes)}\n"
-        f"{here['count']} x {here['kind']} ({here['platform']}); everything goes to {workdir}"
+        f"devices: {devices['count']} x {devices['kind']} ({devices['platform']}); "
+        f"run directory: {workdir}"
     )
     for note in data.notes:
         log(f"{data.title}: {note}")
@@ -32,7 +33,7 @@ def log_start(name: str, loaded: Loaded, workdir: pathlib.Path) -> None:
 
 
 def _classes(names: tuple[str, ...]) -> str:
-    """Return how many classes there are, and the first of them."""
+    """Return the number of classes and the first class names."""
     if not names:
         return "no classes"
     shown = ", ".join(printable(name) for name in names[:SHOWN_CLASSES])
@@ -40,7 +41,7 @@ def _classes(names: tuple[str, ...]) -> str:
 
 
 def _held_out(data: Data) -> str:
-    return f"{len(data.validation.images)} to validate on, " if data.validation else ""
+    return f"{len(data.validation.images)} validation images, " if data.validation else ""
 
 
 def _size(split: Split) -> str:
@@ -49,6 +50,6 @@ def _size(split: Split) -> str:
 
 
 def log_loudly(line: str) -> None:
-    """Log a line between two rules, so that nobody misses it; nothing if it is empty."""
+    """Log a line between two rules of exclamation marks; log nothing if the line is empty."""
     if line:
         log(f"{'!' * 80}\n{printable(line)}\n{'!' * 80}")

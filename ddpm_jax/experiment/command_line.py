@@ -1,4 +1,4 @@
-"""The command line: flags, overrides of a config, help, and what a wrong word may mean."""
+"""The command line: flags, overrides of config fields, help texts, and hints for wrong flags."""
 
 import ast
 import os
@@ -26,13 +26,13 @@ from ddpm_jax.system.environment import import_jax
 
 EXPERIMENTS = registry.names()
 FLAGS = flags.FlagValues()  # type: ignore[no-untyped-call]
-# The fields of a Request.
+# The flags that are fields of a `Request`, in the order of its fields.
 SAMPLE_FLAGS = ("label", "sampler", "steps", "guidance", "prompt", "negative_prompt")
 
 
 def define_flags() -> None:
-    """Define all flags but --config.FIELD, which follow from the experiment."""
-    for name in list(FLAGS):  # of an earlier call in this process
+    """Define all flags except --config.PATH, which depend on the experiment."""
+    for name in list(FLAGS):  # an earlier call in this process may have defined them
         delattr(FLAGS, name)
     _define_run_flags()
     _define_process_flags()
@@ -41,44 +41,52 @@ def define_flags() -> None:
 
 
 def _define_run_flags() -> None:
-    _enum("experiment", None, EXPERIMENTS, "A file of experiments/.")
+    _enum("experiment", None, EXPERIMENTS, "Name of a file in experiments/, without .py.")
     modes = ["train", "eval", "sample"]
-    _enum("mode", "train", modes, "eval and sample read the run's newest checkpoint.")
-    _string("workdir", "Default: runs/EXPERIMENT; resumed if there.")
-    _bool("debug", "A tiny variant that ends in seconds.")
-    _enum("parallel", "jit", PARALLEL, "How a step is spread over devices.")
-    _bool("deterministic", "Resume to the bit on a GPU, too; slower.")
-    _bool("profile", "Trace steps 10 to 15 into WORKDIR/profile.")
-    _bool("wandb", "Follow the run on Weights & Biases, too.")
+    text = "Train a run, or evaluate or sample its newest checkpoint."
+    _enum("mode", "train", modes, text)
+    text = "Directory of the run; an interrupted run resumes. Default: runs/EXPERIMENT."
+    _string("workdir", text)
+    _bool("debug", "Train a tiny variant of the experiment, which ends in seconds.")
+    _enum("parallel", "jit", PARALLEL, "How a training step is partitioned across devices.")
+    text = "Use deterministic GPU kernels, so that resuming is exact; slower."
+    _bool("deterministic", text)
+    _bool("profile", "Write a profiler trace of steps 10 to 15 to WORKDIR/profile.")
+    _bool("wandb", "Also log the run to Weights & Biases.")
 
 
 def _define_process_flags() -> None:
-    _bool("distributed", "One of several processes (docs/clusters.md).")
-    _string("coordinator", "HOST:PORT of process 0, outside of clusters.")
-    _integer("num_processes", None, "How many there are.", 1, None)
-    _integer("process_id", None, "Which this is, from 0 on.", 0, None)
+    _bool("distributed", "This process is one of several processes of a run (docs/clusters.md).")
+    text = "Address HOST:PORT of process 0; needed only where it is not detected."
+    _string("coordinator", text)
+    _integer("num_processes", None, "Number of processes of the run.", 1, None)
+    _integer("process_id", None, "Index of this process, starting at 0.", 0, None)
 
 
 def _define_data_flags() -> None:
-    _string("data_dir", "Where TFDS data sets are or get prepared.")
-    _bool("strict_data", "A missing data set is an error.")
-    _integer("seed", 0, "Of all that is drawn.", 0, 2**32 - 1)
-    use = "eval: make choices on validation images, final figures of test images."
-    _enum("split", "test", ["validation", "test"], use)
+    _string("data_dir", "Directory of TFDS data sets; a missing one is prepared there.")
+    _bool("strict_data", "Fail if the data set is missing, instead of using the fallback.")
+    _integer("seed", 0, "Seed of all random numbers.", 0, 2**32 - 1)
+    text = "eval: split of the data. Choose settings on validation, report results on test."
+    _enum("split", "test", ["validation", "test"], text)
 
 
 def _define_sample_flags() -> None:
-    _integer("num_samples", 64, "sample: how many images.", 1, LARGEST_INT)
-    _string("out", "sample: a .png or .npz; written as it goes.")
-    _bool("overwrite", "sample: replace a file of somebody else's.")
-    _integer("label", None, "sample: the class to draw.", 0, LARGEST_INT)
-    _string("sampler", "sample: which sampler.")
-    _integer("steps", None, "sample: how many steps.", 1, 1_000_000)
-    scale = "sample: scale of guidance; 1: none (a classifier's: 0)."
-    flags.DEFINE_float("guidance", None, scale, flag_values=FLAGS)
-    _string("prompt", "sample: the text to draw.")
-    _string("negative_prompt", "sample: what guidance leads away from.")
-    _string("prompt_file", "sample: a file of prompts, a line each.")
+    _integer("num_samples", 64, "sample: number of images.", 1, LARGEST_INT)
+    text = "sample: output file, .png or .npz. Default: WORKDIR/images/sampled.png."
+    _string("out", text)
+    text = "sample: replace the output file even if another program wrote it."
+    _bool("overwrite", text)
+    text = "sample: class of all images. Default: a random class for each image."
+    _integer("label", None, text, 0, LARGEST_INT)
+    _string("sampler", "sample: name of the sampler. Default: the run's setting.")
+    text = "sample: number of sampling steps. Default: the run's setting."
+    _integer("steps", None, text, 1, 1_000_000)
+    text = "sample: guidance scale; 1 disables guidance, or 0 if a classifier guides."
+    flags.DEFINE_float("guidance", None, text, flag_values=FLAGS)
+    _string("prompt", "sample: text that the images show.")
+    _string("negative_prompt", "sample: text that guidance leads away from.")
+    _string("prompt_file", "sample: text file with one prompt per line.")
 
 
 def _enum(name: str, default: str | None, values: list[str], text: str) -> None:
@@ -94,26 +102,26 @@ def _bool(name: str, text: str) -> None:
 
 
 def _integer(name: str, default: int | None, text: str, low: int, high: int | None) -> None:
-    """Define a flag of a whole number.
+    """Define a flag whose value is a whole number.
 
     Args:
-      name: of the flag.
-      default: without the flag.
-      text: of the help.
-      low: the least value.
-      high: the largest value; None: there is none.
+      name: Name of the flag.
+      default: Value if the flag is not given.
+      text: Help text.
+      low: Smallest allowed value.
+      high: Largest allowed value; if None, there is no upper limit.
     """
     flags.DEFINE_integer(name, default, text, low, high, flag_values=FLAGS)
 
 
 def parse(arguments: list[str]) -> dict[str, str]:
-    """Fill FLAGS and return the config's overrides {field: text}.
+    """Set FLAGS from the arguments and return the config's overrides {path: text}.
 
     Raises:
-      UserError: an unknown flag, a value that is none, or a stray word.
+      UserError: If a flag is unknown, a value is invalid, or an argument is not a flag.
     """
     overrides: dict[str, str] = {}
-    others: list[str] = []
+    other_words: list[str] = []
     words = iter(arguments)
     for word in words:
         if word.startswith(("--config.", "-config.")):
@@ -129,13 +137,13 @@ def parse(arguments: list[str]) -> dict[str, str]:
         elif word.lstrip("-").partition("=")[0] == "undefok":
             raise UserError("--undefok: an unknown flag is always an error; leave it out")
         else:
-            others.append(word)
+            other_words.append(word)
     try:
-        stray = FLAGS(["launch.py", *others])[1:]
+        not_flags = FLAGS(["launch.py", *other_words])[1:]
     except flags.UnrecognizedFlagError as error:
-        known = [name for name in FLAGS if len(name) > 1]
+        names = [name for name in FLAGS if len(name) > 1]
         path = path_of(error.flagname, arguments)
-        hint = f"; give --config.{path}=VALUE" if path else nearest(error.flagname, known)
+        hint = f"; give --config.{path}=VALUE" if path else nearest(error.flagname, names)
         raise UserError(f'unknown flag "--{error.flagname}"{hint}') from None
     except flags.IllegalFlagValueError as error:
         flag = FLAGS[str(error).split("flag --")[1].split("=")[0]]
@@ -147,18 +155,18 @@ def parse(arguments: list[str]) -> dict[str, str]:
         if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
             raise UserError(f"--{name}={value}: must be a finite number that float32 holds")
     for name in ("workdir", "out", "data_dir", "prompt_file"):
-        place = FLAGS[name].value
-        if place == "":
+        value = FLAGS[name].value
+        if value == "":
             raise UserError(f"--{name}= is empty: give a path")
-        if place is not None:
-            expanded(f"--{name}", place)
-    if stray:
-        raise UserError(f'"{stray[0]}" is not a flag: flags are written --NAME=VALUE')
+        if value is not None:
+            expanded(f"--{name}", value)
+    if not_flags:
+        raise UserError(f'"{not_flags[0]}" is not a flag: flags are written --NAME=VALUE')
     return overrides
 
 
-# What other programs call a field, and its path here.
-CALLED = {
+# Names that other programs use for a field, and the field's path in this project.
+SYNONYMS = {
     "epochs": "train.steps",
     "num_epochs": "train.steps",
     "max_steps": "train.steps",
@@ -173,19 +181,24 @@ CALLED = {
 
 
 def path_of(word: str, arguments: list[str]) -> str:
-    """Return the path of the config field that a user means by one word; "": there is none."""
+    """Return the path of the config field that a word probably means, or "" if none matches."""
     import_jax()
     chosen = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("experiment=")]
     name = chosen[-1] if chosen and chosen[-1] in EXPERIMENTS else "ddpm_digits"
     word = word.removeprefix("config.")
-    same = paths_named(registry.load_experiment(name).config, CALLED.get(word, word))
-    first = {"data": 0, "train": 0, "optimizer": 0, "ema": 1}  # sections that are meant most often
-    rank = {path: (first.get(path.split(".")[0], 2), path.count(".")) for path in same}
-    return min(same, key=lambda path: rank[path]) if same else ""
+    paths = paths_named(registry.load_experiment(name).config, SYNONYMS.get(word, word))
+    first = {
+        "data": 0,
+        "train": 0,
+        "optimizer": 0,
+        "ema": 1,
+    }  # users mean these sections most often
+    rank = {path: (first.get(path.split(".")[0], 2), path.count(".")) for path in paths}
+    return min(paths, key=lambda path: rank[path]) if paths else ""
 
 
 def config_flag(text: str, arguments: list[str]) -> str:
-    """Return how `text`, such as steps=5, is written as a flag of the config."""
+    """Return a hint how to write `text`, such as steps=5, as a flag of the config."""
     name, _, value = text.partition("=")
     path = path_of(name, arguments) or "PATH"
     return f"give --config.{path}={value or 'VALUE'}"
@@ -202,45 +215,51 @@ def _explain(flag: flags.Flag[Setting], message: str) -> str:
 
 
 def help_text(arguments: list[str], title: str) -> str:
-    """Return the flags, the experiments and, with --experiment, its config's fields."""
+    """Return the help of all flags and experiments and, with --experiment, of its fields."""
     lines = [title, "", "flags:"]
     for name in FLAGS:
         flag = FLAGS[name]
-        choices = ""
-        if isinstance(flag, flags.EnumFlag) and name != "experiment":
-            choices = " " + "|".join(flag.parser.enum_values)
-        default = "" if flag.default in (None, False) else f" (default {flag.default})"
-        lines.append(f"  --{name:<17}{flag.help}{choices}{default}")
+        text, notes = flag.help, []
+        if isinstance(flag, flags.EnumFlag):
+            text = text.partition(">: ")[2]  # absl puts <CHOICES>: before the text
+            if name != "experiment":  # the experiments are listed below
+                notes.append("|".join(flag.parser.enum_values))
+        if flag.default not in (None, False):
+            notes.append(f"default {flag.default}")
+        lines.append(f"  --{name:<17}{text}" + f" ({'; '.join(notes)})" * bool(notes))
     lines += [
         "  --config.PATH=VALUE   Override a field of the config, such as --config.train.steps=100.",
         "  --config.SECTION=NAME Choose a section's alternative (--config.task.network=dit), or",
-        "                        name the data set (--config.data=folder:PATH).",
+        "                        the data set (--config.data=folder:PATH).",
+        "Flags that begin with eval: or sample: need --mode=eval or --mode=sample.",
         "",
     ]
     lines.append("experiments:")
     for name in EXPERIMENTS:
         tree = ast.parse((registry.ROOT / "experiments" / f"{name}.py").read_text("utf-8"))
-        lines.append(f"  {name:<22}{(ast.get_docstring(tree) or '').splitlines()[0]}")
+        lines.append(f"  {name:<26}{(ast.get_docstring(tree) or '').splitlines()[0]}")
     chosen = [word.partition("=")[2] for word in arguments if word.startswith("--experiment=")]
     if chosen and chosen[-1] in EXPERIMENTS:
         import_jax()
-        lines += ["", f"fields of {chosen[-1]}:"]
-        for name, kind, default, text in describe(registry.load_experiment(chosen[-1]).config):
-            lines.append(f"  --config.{name + '=' + kind:<46} {default:<12} {text}".rstrip())
+        lines += ["", f"config fields of {chosen[-1]} (flag=type, default, meaning):"]
+        for name, type_text, default, text in describe(registry.load_experiment(chosen[-1]).config):
+            lines.append(f"  --config.{name + '=' + type_text:<46} {default:<12} {text}".rstrip())
     else:
-        lines += ["", "python launch.py --experiment=NAME --help lists its config's fields."]
+        lines += ["", "python launch.py --experiment=NAME --help lists the config fields of NAME."]
     return "\n".join(lines)
 
 
 def describe(config: Setting) -> list[tuple[str, str, str, str]]:
-    """Return (path, type, default, help) of everything that can be set, for `--help`."""
+    """Return (path, type, default, help) of every section and field that a user can set."""
     rows: list[tuple[str, str, str, str]] = []
     choices = {p: (value, hint) for p, value, hint in sections_of(config) if has_choice(hint)}
     for path, (value, hint) in choices.items():
         names = "|".join(map(choice_name, alternatives_of(hint)))
         if type(None) in typing.get_args(bare_type(hint)):
             names += "|none"
-        rows.append((path, names, choice_name(value), ""))
+        rows.append(
+            (path, names, choice_name(value), "Type of this section, which decides its fields.")
+        )
     for field in fields_of(config):
         if not SET_BY_PROGRAM & field.marks:
             rows.append((field.path, type_name(field.hint), as_typed(field.value), field.help))
@@ -248,7 +267,7 @@ def describe(config: Setting) -> list[tuple[str, str, str, str]]:
 
 
 def as_typed(value: object) -> str:
-    """Return a field's value as the command line takes it."""
+    """Return a field's value as it is written on the command line."""
     if isinstance(value, tuple):
         return ",".join(map(as_typed, value)) or "none"
     if value is None or isinstance(value, bool):
@@ -257,13 +276,13 @@ def as_typed(value: object) -> str:
 
 
 def prompts_of(file: str) -> tuple[str, ...]:
-    """Return the lines of a file of prompts that are not empty.
+    """Return the prompts of a text file: its lines that are not empty.
 
     Raises:
-      UserError: it cannot be read, there are none, or there is --prompt, too.
+      UserError: If the file cannot be read or has no prompts, or --prompt is given, too.
     """
     if FLAGS.prompt is not None:
-        raise UserError("--prompt and --prompt_file: give one of them")
+        raise UserError("--prompt and --prompt_file cannot be combined; give one of them")
     from ddpm_jax.data.captions import lines_of, read_text
 
     try:
@@ -273,28 +292,34 @@ def prompts_of(file: str) -> tuple[str, ...]:
         raise UserError(f"--prompt_file={file} cannot be read: {reason}") from None
     prompts = tuple(line for line in lines if line.strip())
     if not prompts:
-        raise UserError(f"--prompt_file={file} holds no prompts; write one a line")
+        raise UserError(f"--prompt_file={file} holds no prompts; write one prompt per line")
     return prompts
 
 
 def check_modes() -> None:
-    """Check that every flag that is given has an effect in this mode.
+    """Check that every given flag has an effect in the chosen mode.
 
     Raises:
-      UserError: a flag has none.
+      UserError: If a flag has no effect.
     """
+
+    def refuse(name: str, needed: str) -> None:
+        raise UserError(
+            f"--{name} has no effect without {needed}; leave --{name} out, or add {needed}"
+        )
+
     for name in (*SAMPLE_FLAGS, "out", "overwrite", "num_samples", "prompt_file"):
         if FLAGS[name].present and FLAGS.mode != "sample":
-            raise UserError(f"--{name} goes with --mode=sample")
+            refuse(name, "--mode=sample")
     if FLAGS["split"].present and FLAGS.mode != "eval":
-        raise UserError("--split goes with --mode=eval")
+        refuse("split", "--mode=eval")
     if FLAGS["seed"].present and FLAGS.mode == "eval":
         raise UserError("--seed: an evaluation uses the seed of the run; leave it out")
     for name in ("profile", "wandb", "strict_data"):
         if FLAGS[name].value and FLAGS.mode != "train":
-            raise UserError(f"--{name} goes with --mode=train")
+            refuse(name, "--mode=train")
     if FLAGS.data_dir and FLAGS.mode == "sample":
         raise UserError("--data_dir: sampling reads no data set; leave it out")
     given = [flag for flag in ("coordinator", "num_processes", "process_id") if FLAGS[flag].present]
     if given and not FLAGS.distributed:
-        raise UserError(f"--{given[0]} goes with --distributed")
+        refuse(given[0], "--distributed")

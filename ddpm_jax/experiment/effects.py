@@ -1,4 +1,4 @@
-"""Refuse fields that the user set and that have no effect, or that contradict each other."""
+"""Refuse config fields that the user set although they have no effect or contradict others."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, TypeAlias
@@ -7,16 +7,16 @@ from ddpm_jax.config import Setting, flat
 from ddpm_jax.errors import ConfigError, UserError
 from ddpm_jax.experiment.types import AnyConfig, Config, Sweep
 
-Values: TypeAlias = dict[str, Setting]  # of the fields of a config, by their paths
+Values: TypeAlias = dict[str, Setting]  # values of a config's fields by their paths
 
 
 class Idle(NamedTuple):
-    """When a field has no effect.
+    """A condition under which a field has no effect.
 
     Attributes:
-      path: The field.
-      when: Whether it has none, of all values by their paths.
-      reason: Why, and what to do.
+      path: Path of the field.
+      when: Function (values by path, number of classes) -> True if the field has no effect.
+      reason: Why the field has no effect, and what to do.
     """
 
     path: str
@@ -39,8 +39,16 @@ def _no_guidance(values: Values, classes: int) -> bool:
 NO_CLASSES = "the network has no classes; give task.conditional=true and a data set with labels"
 IDLE = (
     Idle("task.sampling.guidance", _no_labels, NO_CLASSES),
-    Idle("task.sampling.guidance_interval", _no_guidance, "there is no guidance to limit"),
-    Idle("task.sampling.guidance_rescale", _no_guidance, "there is no guidance to rescale"),
+    Idle(
+        "task.sampling.guidance_interval",
+        _no_guidance,
+        "guidance is disabled; give task.sampling.guidance=2",
+    ),
+    Idle(
+        "task.sampling.guidance_rescale",
+        _no_guidance,
+        "guidance is disabled; give task.sampling.guidance=2",
+    ),
     Idle("task.label_dropout", lambda v, c: not (c and v["task.conditional"]), NO_CLASSES),
     Idle(
         "task.network.text_refiner_blocks",
@@ -50,18 +58,18 @@ IDLE = (
     Idle(
         "task.generator.sampling.guidance_model",
         lambda v, c: True,
-        "the captions guide the network; leave it out",
+        "classifier-free guidance by the caption is used; leave it out",
     ),
     Idle(
         "task.vlb_weight",
         lambda v, c: v["task.variance"] != "learned",
         "the variance is not learned; give task.variance=learned",
     ),
-    Idle("task.kl_weight", lambda v, c: v["task.codes"] > 0, "codes have no KL; give codes=0"),
+    Idle("task.kl_weight", lambda v, c: v["task.codes"] > 0, "codes have no KL; give task.codes=0"),
     Idle(
         "task.commitment_weight",
         lambda v, c: v["task.codes"] == 0,
-        "Gaussian latents have no commitment loss; give codes=256",
+        "Gaussian latents have no commitment loss; give task.codes=256",
     ),
 )
 
@@ -70,11 +78,11 @@ def check_effects(config: Config, overrides: Collection[str]) -> None:
     """Check that every field that the user set has an effect.
 
     Args:
-      config: bound to its data.
-      overrides: paths of the fields that the user set.
+      config: Config, bound to its data set.
+      overrides: Paths of the fields that the user set.
 
     Raises:
-      UserError: a field has none.
+      UserError: If a field has no effect.
     """
     values = flat(config)
     for idle in IDLE:
@@ -85,25 +93,25 @@ def check_effects(config: Config, overrides: Collection[str]) -> None:
 
 
 def check_sweep(config: AnyConfig, overrides: Mapping[str, str]) -> None:
-    """Check that the user leaves the field of a sweep to the sweep.
+    """Check that the command line does not set the field that a sweep varies.
 
     Raises:
-      UserError: the command line sets it.
+      UserError: If it does.
     """
     path = f"base.{config.field}" if isinstance(config, Sweep) else ""
     if path in overrides:
         raise UserError(
-            f"--config.{path}={overrides[path]}: each run takes it from --config.values; leave "
-            "it out"
+            f"--config.{path}={overrides[path]}: each run takes this field from --config.values; "
+            "leave it out, or change --config.values"
         )
 
 
 def named_by_user(error: ConfigError, overrides: dict[str, str]) -> UserError:
-    """Return a contradiction's error, which begins with a field that the user set.
+    """Return an error about contradicting fields that begins with a field that the user set.
 
     Args:
-      error: which begins with one of the fields.
-      overrides: what the user set, by path.
+      error: Error that begins with one of the contradicting fields and lists the others.
+      overrides: Values that the user set, by path.
     """
     first = str(error).removeprefix("--config.").partition("=")[0]
     if first in overrides:

@@ -21,18 +21,18 @@ from ddpm_jax.training.step import averaged
 
 
 def evaluate(run: Recorded, options: Options) -> dict[str, float]:
-    """Evaluate the newest checkpoint in full on a split; write eval.json and images.
+    """Evaluate the newest checkpoint in full on a split, and write eval.json and images.
 
     Args:
-      run: the run, with the config to evaluate it by.
-      options: what the command line says besides.
+      run: Recorded run, with the config that the evaluation uses.
+      options: Options of the command line.
 
     Returns:
-      The metrics by name; none if it was asked to stop.
+      The metrics by name; empty if the user stopped the training of a feature network.
 
     Raises:
-      UserError: the run has no validation split, and that is what is asked for; or its data are not
-        at hand.
+      UserError: If the run has no validation split and `options.split` is "validation", or the
+        data set of the run is not available.
     """
     workdir, config, record = run.workdir, run.run_config, run.record
     if options.split == "validation" and config.data.validation == 0:
@@ -55,8 +55,8 @@ def evaluate(run: Recorded, options: Options) -> dict[str, float]:
     loaded = Loaded(data, data_dir=options.data_dir or record.get("data_dir"))
     options = options._replace(debug=record.get("debug", False))
     config = resources.prepare(config, loaded)
-    needed = resources.load(config, loaded, options, train_alone)
-    if needed is None:
+    run_resources = resources.load(config, loaded, options, train_alone)
+    if run_resources is None:
         return {}
     task, data = checked_task(config), config.task.adapt(data)
     context = evaluation.EvaluationContext(
@@ -67,38 +67,38 @@ def evaluate(run: Recorded, options: Options) -> dict[str, float]:
         seed=record["seed"],
         full=True,
         partitioner=sharding.make(options.parallel),
-        resources=needed,
+        resources=run_resources,
     )
     result = evaluation.evaluate(context)
     step = int(state.step)
-    written = {
+    eval_record = {
         "step": step,
         "data": data.title,
         "split": options.split,
         "about": evaluation.describe_evaluation(result, config),
         "metrics": result.metrics,
     }
-    processes.from_main(lambda: _write_evaluation(workdir, result, written))
+    processes.from_main(lambda: _write_evaluation(workdir, result, eval_record))
     title = f"{run.title} on {data.title}, checkpoint of step {step}"
     print_result(plots.table(plots.metric_rows(result.metrics), title))
-    print_result(f"  pictures in {workdir / 'images'}, figures in {workdir / 'eval.json'}")
+    print_result(f"  images in {workdir / 'images'}, metrics in {workdir / 'eval.json'}")
     return result.metrics
 
 
 def get_recorded(record: Record, section: str, field: str) -> object:
-    """Return a field of a recorded config, or None if it is not there."""
+    """Return a field of a recorded config, or None if the record does not have it."""
     values = record["config"].get(section)
     return values.get(field) if isinstance(values, dict) else None
 
 
-def _write_evaluation(workdir: pathlib.Path, evaluated: Evaluation, written: Record) -> None:
-    """Write eval.json and the pictures of an evaluation."""
+def _write_evaluation(workdir: pathlib.Path, evaluation: Evaluation, eval_record: Record) -> None:
+    """Write eval.json and the images of an evaluation."""
     check_entries(workdir)
-    for name, picture in evaluated.images.items():
-        if isinstance(picture, errors.NonFinite):
-            raise RunError(f"no picture {name}: {picture}")
+    for name, image in evaluation.images.items():
+        if isinstance(image, errors.NonFinite):
+            raise RunError(f"the image {name} is not written: {image}")
         try:
-            plots.save_image(workdir / "images" / name, picture)
+            plots.save_image(workdir / "images" / name, image)
         except OSError as error:
             raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
-    write_json(workdir / "eval.json", written)
+    write_json(workdir / "eval.json", eval_record)

@@ -1,4 +1,4 @@
-"""Judges: classifiers trained once for a data set and kept, for every run that needs one."""
+"""Feature networks: classifiers trained once per data set and cached, and the Inception network."""
 
 import fcntl
 import functools
@@ -43,32 +43,34 @@ from ddpm_jax.training.records import check_same, read_record
 from ddpm_jax.training.step import averaged
 
 FLAG = "--config.task.evaluation.features"
-KIND = "4"  # of what is kept: another where the same config makes another classifier
-UNUSABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+# Version of cached classifiers: raise it when the same config would train a different classifier.
+CACHE_VERSION = "4"
+READ_ERRORS = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
 
 def check_features(config: Config, loaded: Loaded) -> Config:
-    """Check the networks in whose features samples are compared.
+    """Check the feature networks that a config names.
 
     Args:
-      config: bound to its data, whose task names them.
-      loaded: the data.
+      config: Config, bound to its data set.
+      loaded: Data set of the run.
 
     Returns:
-      The config with absolute paths; without classifiers where the data has no labels.
+      The config with absolute paths. If the data set has no labels, the experiments of classifiers
+      are removed from `task.evaluation.features`.
 
     Raises:
-      UserError: there is no classifier of such images where the config says, no experiment of
-        that name, or the file of FID's network is damaged.
+      UserError: If a named directory holds no classifier of such images, a name is unknown, or
+        the file of Inception weights is damaged.
     """
     features = []
     for name in config.task.needs().features:
         if name == "inception":
             if not from_main(lambda: os.path.exists(inception_file())):
                 log_once(
-                    f"no FID: put {INCEPTION}, of pytorch-fid's releases, into "
-                    f"{inception_file().parent}"
+                    f"FID is not computed: download {INCEPTION} from the releases of pytorch-fid "
+                    f"into {inception_file().parent}"
                 )
             else:
                 _check_inception(inception_file(), _stamp(inception_file()))
@@ -77,11 +79,14 @@ def check_features(config: Config, loaded: Loaded) -> Config:
             if loaded.data.classes:
                 features.append(name)
             else:
-                log_once("no labels, so no classifier: distances in its features are left out")
+                log_once(
+                    f"metrics in the features of {name} are left out: the data set has no labels "
+                    "to train this classifier"
+                )
         elif os.sep in name or os.path.isdir(expanded(FLAG, name)):
-            place = expanded(FLAG, name).absolute()
-            check_classifier(f"{FLAG}={name}", place, config.task.info)
-            features.append(str(place))
+            directory = expanded(FLAG, name).absolute()
+            check_classifier(f"{FLAG}={name}", directory, config.task.info)
+            features.append(str(directory))
         else:
             raise UserError(
                 f'{FLAG}: there is no feature network "{name}"'
@@ -94,48 +99,57 @@ def _classifiers() -> list[str]:
     return [name for name in names() if name.startswith("classifier_")]
 
 
-def check_classifier(flag: str, place: pathlib.Path, info: DataInfo) -> None:
-    """Check that there is a trained classifier of images and classes as those of `info`.
+def check_classifier(flag: str, directory: pathlib.Path, info: DataInfo) -> None:
+    """Check that a directory holds a trained classifier for a data set.
+
+    Args:
+      flag: Flag with its value, which begins every error message.
+      directory: Run directory of the classifier.
+      info: Shape and number of classes of the data set.
 
     Raises:
-      UserError: there is none, or it is of other images or classes.
+      UserError: If there is no trained classifier, or its image shape or classes differ.
     """
-    theirs = read_named(
+    classifier = read_named(
         flag,
-        place,
-        f"there is no finished run of a classifier in {place}; train one first, or give the name "
-        f"of its experiment, such as {FLAG}=classifier_digits",
+        directory,
+        f"there is no finished run of a classifier in {directory}; train one first, or give the "
+        f"name of its experiment, such as {FLAG}=classifier_digits",
     )
-    if theirs.run_config.task.provides != "classifier":
-        raise UserError(f"{flag}: a run of {theirs.title}, which is not a classifier")
-    known = theirs.run_config.task.info
-    if known.shape != info.shape:
+    if classifier.run_config.task.provides != "classifier":
         raise UserError(
-            f"{flag}: of images of shape {list(known.shape)}, not {list(info.shape)}; give a run "
-            "on the same data"
+            f"{flag}: holds a run of {classifier.title}, which is not a classifier; give the "
+            "directory of a classifier"
         )
-    if info.classes and known.classes != info.classes:
+    trained_on = classifier.run_config.task.info
+    if trained_on.shape != info.shape:
         raise UserError(
-            f"{flag}: its network knows {known.classes} classes, and the data has {info.classes}; "
-            "give a run on the same data"
+            f"{flag}: was trained on images of shape {list(trained_on.shape)}, not "
+            f"{list(info.shape)}; give a run on the same data"
         )
-    if not any(place.glob("checkpoints/[0-9]*")):
-        raise UserError(f"{flag}: there is no checkpoint in {place}")
+    if info.classes and trained_on.classes != info.classes:
+        raise UserError(
+            f"{flag}: was trained on {trained_on.classes} classes, and the data set has "
+            f"{info.classes}; give a run on the same data"
+        )
+    if not any(directory.glob("checkpoints/[0-9]*")):
+        raise UserError(f"{flag}: there is no checkpoint in {directory}; train the run again")
 
 
 @functools.lru_cache(maxsize=1)
 def _check_inception(path: pathlib.Path, stamp: tuple[int, int]) -> None:
-    """Raise UserError unless the file holds the network's weights; read once for each `stamp`."""
+    """Raise UserError unless the file holds the Inception weights; `stamp` keys the cache."""
     try:
         from_torch(read_tensors(path))
     except UserError as error:
         raise UserError(
-            f"{FLAG}=inception: {path} is damaged or another file: {error}; download it again, or "
+            f"{FLAG}=inception: {path} is damaged or another file ({error}); download it again, or "
             "leave inception out"
         ) from None
 
 
 def _stamp(path: pathlib.Path) -> tuple[int, int]:
+    """Return the size in bytes and the modification time in nanoseconds of a file."""
     try:
         stat = path.stat()
     except OSError as error:
@@ -146,16 +160,17 @@ def _stamp(path: pathlib.Path) -> tuple[int, int]:
 def load_features(
     config: Config, loaded: Loaded, options: Options, train: TrainAlone
 ) -> tuple[Callable[[], FeatureNetwork], ...] | None:
-    """Return what loads the networks of `task.evaluation.features`, trained now if need be.
+    """Return functions that load the feature networks; train those that are not cached.
 
     Args:
-      config: as `check_features` returns it.
-      loaded: the data.
-      options: of the command line.
-      train: trains a run on data; None: it was asked to stop.
+      config: Config, as `check_features` returns it.
+      loaded: Data set of the run.
+      options: Options of the command line.
+      train: Trains a run; returns None if the user stopped it.
 
     Returns:
-      None if the training of a classifier was asked to stop.
+      One function without arguments for each network, or None if the user stopped the training
+      of a classifier.
     """
     loaders: list[Callable[[], FeatureNetwork]] = []
     for name in config.task.needs().features:
@@ -163,121 +178,122 @@ def load_features(
             if from_main(lambda: os.path.exists(inception_file())):
                 loaders.append(functools.cache(load_inception))
             continue
-        place: pathlib.Path | None = pathlib.Path(name)
+        directory: pathlib.Path | None = pathlib.Path(name)
         if name in _classifiers():
-            place = trained(load_experiment(name), loaded, options, train)
-        if place is None:
+            directory = train_once(load_experiment(name), loaded, options, train)
+        if directory is None:
             return None
-        loaders.append(functools.cache(functools.partial(load_feature_network, str(place))))
+        loaders.append(functools.cache(functools.partial(load_feature_network, str(directory))))
     return tuple(loaders)
 
 
-def trained(
+def train_once(
     experiment: Experiment, loaded: Loaded, options: Options, train: TrainAlone
 ) -> pathlib.Path | None:
-    """Return where a classifier of this data set is, trained now if it never was.
+    """Return the cached run directory of a classifier; train the classifier if it is not cached.
 
-    It is kept by all that its run depends on: the config, the seed, and the data with the sizes of
-    its splits, which `--debug` cuts; of a folder by its images and not by its path. What is there
-    and cannot be used is removed and made again.
+    The directory's name is a hash of everything that the run depends on: the config, the seed, and
+    the data set with the sizes of its splits. For `folder:PATH`, the images are hashed and the path
+    is not. A cached run that cannot be read is removed and trained again.
 
     Args:
-      experiment: the classifier's.
-      loaded: the data set.
-      options: of the command line.
-      train: trains a run on data.
+      experiment: Experiment of the classifier.
+      loaded: Data set that the classifier is trained on.
+      options: Options of the command line.
+      train: Trains a run; returns None if the user stopped it.
 
     Returns:
-      None if its training was asked to stop.
+      The directory, or None if the user stopped the training.
     """
     config = config_for(experiment, options.debug, {"data.name": loaded.data.name})
     loaded = loaded._replace(data=load_for(config.data, loaded, options))
     options = options._replace(seed=0, profile=False, wandb=False)
     config = bind(config, info_of(loaded.data))
     record = record_of(experiment.name, config, config.data, loaded, options)
-    decisive = {key: record[key] for key in ("experiment", "config", "seed", "debug", "data")}
+    identity = {key: record[key] for key in ("experiment", "config", "seed", "debug", "data")}
     if loaded.data.name.startswith("folder:") and loaded.data.fingerprint:
         dataset = {**record["config"]["data"], "name": "folder"}
-        decisive |= {"config": {**record["config"], "data": dataset}}
-        decisive |= {"data": {**record["data"], "name": "folder", "title": "folder"}}
-    known = json.dumps([KIND, decisive], sort_keys=True)
-    place = (
-        feature_networks_dir()
-        / f"{experiment.name}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
-    )
-    unusable = _unusable(place, record)
-    if unusable and from_main(lambda: _removed(place)):
-        log(f"{unusable}: it is made again")
-    if not from_main((place / "summary.json").exists):
-        from_main(lambda: check_writable(place, f"{FLAG}={experiment.name}"))
+        identity |= {"config": {**record["config"], "data": dataset}}
+        identity |= {"data": {**record["data"], "name": "folder", "title": "folder"}}
+    text = json.dumps([CACHE_VERSION, identity], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    directory = feature_networks_dir() / f"{experiment.name}-{digest}"
+    problem = _why_unusable(directory, record)
+    if problem and from_main(lambda: _remove_unless_locked(directory)):
+        log(f"{problem}; the classifier is trained again")
+    if not from_main((directory / "summary.json").exists):
+        from_main(lambda: check_writable(directory, f"{FLAG}={experiment.name}"))
         name = feature_network_name(loaded.data.name)
         log(f"training {name} once, to compare samples in its features")
-        run = Run(experiment.name, config, place, loaded, options)
+        run = Run(experiment.name, config, directory, loaded, options)
         if train(run, config.task.adapt(loaded.data)) is None:
             return None
-    return place
+    return directory
 
 
-def _unusable(place: pathlib.Path, record: Record) -> str:
-    """Return why `place` holds neither the run of `record` nor its beginning; "" if it does."""
+def _why_unusable(directory: pathlib.Path, record: Record) -> str:
+    """Return why a directory cannot be used for the run of `record`, or "" if it can.
+
+    An empty directory and an interrupted run of the same record can be used.
+    """
 
     def check() -> list[str]:
-        earlier = read_record(place)
-        kept = [name for name in ("checkpoints", "summary.json") if (place / name).exists()]
+        earlier = read_record(directory)
+        present = [name for name in ("checkpoints", "summary.json") if (directory / name).exists()]
         if earlier is not None:
-            check_same(place, earlier, record)
-        elif kept:
-            raise UserError(f"{place} holds no config.json")
-        if "summary.json" in kept:
-            json.loads((place / "summary.json").read_text())["metrics"]
-        return kept
+            check_same(directory, earlier, record)
+        elif present:
+            raise UserError(f"{directory} holds no config.json")
+        if "summary.json" in present:
+            json.loads((directory / "summary.json").read_text())["metrics"]
+        return present
 
     try:
-        kept = from_main(check)
-        if "summary.json" in kept:
-            load_feature_network(str(place))
-        elif from_main(lambda: any(place.glob("checkpoints/[0-9]*"))):
-            load_state(place, whole=True)
-    except UNUSABLE as error:
-        return f"{place} cannot be used ({one_line(error)})"
+        present = from_main(check)
+        if "summary.json" in present:
+            load_feature_network(str(directory))
+        elif from_main(lambda: any(directory.glob("checkpoints/[0-9]*"))):
+            load_state(directory, for_training=True)
+    except READ_ERRORS as error:
+        return f"{directory} cannot be used ({one_line(error)})"
     return ""
 
 
-def _removed(place: pathlib.Path) -> bool:
-    """Return whether a run was removed: no process trains in it."""
+def _remove_unless_locked(directory: pathlib.Path) -> bool:
+    """Remove a run directory unless a process trains in it; return True if it was removed."""
     try:
-        with (place / "lock").open("a") as lock:
+        with (directory / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(place)
+            shutil.rmtree(directory)
     except OSError:
         return False
     return True
 
 
 def feature_networks_dir() -> pathlib.Path:
-    """Return the folder of the classifiers that `trained` trains."""
+    """Return the directory in which `train_once` caches classifiers."""
     return cache_dir() / "feature_networks"
 
 
 def inception_file() -> pathlib.Path:
-    """Return where the user puts the weights of the network in whose features FID is computed."""
+    """Return the path at which the user stores the Inception weights for FID."""
     return cache_dir() / INCEPTION
 
 
 def inception(params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
-    """Return the logits and the features of Inception of images in [-1, 1], as 8 bits."""
-    grey = jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5)
-    features, logits = Inception().apply(params, grey)
+    """Return Inception's logits and features of images in [-1, 1], rounded to 256 levels."""
+    pixels = jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5)
+    features, logits = Inception().apply(params, pixels)
     assert isinstance(features, jax.Array)
     assert isinstance(logits, jax.Array)
     return logits, features
 
 
 def load_inception() -> FeatureNetwork:
-    """Return the network "inception", of the weights in `inception_file()`; it sees 8-bit images.
+    """Return the feature network "inception" with the weights in `inception_file()`.
 
     Raises:
-      UserError: there are none, or not those.
+      UserError: If the file is missing or holds other weights.
     """
     params = from_torch(read_tensors(inception_file()))
     return feature_network("inception", inception, make().place(params), batch_size=50)._replace(
@@ -286,10 +302,11 @@ def load_inception() -> FeatureNetwork:
 
 
 def feature_network_name(data: str) -> str:
-    """Return what a classifier is called after the data set `data` that it was trained on.
+    """Return the name of the classifier that is trained on the data set named `data`.
 
-    `mnist` -> classifier_mnist, `digits:28` -> classifier_digits_28, `folder:/a/birds` ->
-    classifier_folder_birds: distances in the features of different networks cannot be compared.
+    Distances in the features of different networks cannot be compared, so the names differ:
+    `mnist` -> classifier_mnist, `digits:28` -> classifier_digits_28,
+    `folder:/a/birds` -> classifier_folder_birds.
     """
     source, _, argument = data.partition(":")
     if source == "folder":
@@ -297,19 +314,19 @@ def feature_network_name(data: str) -> str:
     return "_".join(["classifier", *re.findall(r"\w+", f"{source} {argument}")])
 
 
-def load_feature_network(place: str) -> FeatureNetwork:
-    """Return the classifier in `place`, which `feature_network_name` names.
+def load_feature_network(directory: str) -> FeatureNetwork:
+    """Return the trained classifier in a run directory as a feature network.
 
     Raises:
-      UserError: there is none.
+      UserError: If there is no trained classifier in the directory.
     """
-    workdir = pathlib.Path(place)
-    theirs = read_named(f"{FLAG}={place}", workdir, "there is no trained classifier")
-    config, state = load_state(workdir, theirs.run_config)
+    workdir = pathlib.Path(directory)
+    run = read_named(f"{FLAG}={directory}", workdir, "there is no trained classifier")
+    config, state = load_state(workdir, run.run_config)
     task = config.task
     assert isinstance(task, WithNetwork)
-    data = theirs.record["data"]
-    about = f"{theirs.title} on {data['title']}, step {int(state.step)}, {place}"
+    data = run.record["data"]
+    about = f"{run.title} on {data['title']}, step {int(state.step)}, {directory}"
     network = feature_network(
         feature_network_name(data["name"]),
         ClassifierFeatures(task.network),

@@ -1,16 +1,16 @@
-"""Guidance models: trained runs that guide what another run samples.
+"""Guidance models: trained networks that guide the sampling of another run.
 
-`--config.task.sampling.guidance_model=` names one:
+The field `--config.task.sampling.guidance_model` chooses the guidance:
 
-labels  classifier-free guidance, of a class-conditional run: nothing is loaded
-DIR     of a classifier that was trained on noisy images (`--config.task.schedule=cosine`):
-        classifier guidance (Dhariwal & Nichol 2021, alg. 2). A scale of 0 is the run alone; 1, of
-        an unconditional run, is p(x | y). So an unconditional run samples with labels.
-DIR     of a diffusion run, a weaker one, smaller or trained for a shorter time: autoguidance
-        (Karras et al. 2024), weaker + scale (run - weaker) for the same label. A scale of 1 is the
-        run alone.
+labels  Classifier-free guidance of a class-conditional run. No other run is loaded.
+DIR     If DIR is a run of a classifier of noisy images (`--config.task.schedule=cosine`):
+        classifier guidance (Dhariwal & Nichol 2021, alg. 2). Scale 0 disables it. With scale 1,
+        an unconditional run samples p(x | y).
+DIR     If DIR is a run of a weaker diffusion model, which is smaller or trained for fewer steps:
+        autoguidance (Karras et al. 2024), weaker + scale (run - weaker) for the same label. Scale
+        1 disables it.
 
-The two runs may differ in schedule, prediction and network: all they share is logsnr.
+The two runs may differ in schedule, prediction type and network, because both take logsnr.
 """
 
 import functools
@@ -30,30 +30,30 @@ FLAG = "--config.task.sampling.guidance_model"
 
 
 def check_guidance(config: Config, loaded: Loaded) -> Config:
-    """Check the guidance model of a config: it is loaded once to see that it fits.
+    """Check the guidance model of a config; its parameters are loaded once for the check.
 
     Args:
-      config: bound to its data.
-      loaded: the data.
+      config: Config, bound to its data set.
+      loaded: Data set of the run.
 
     Returns:
-      The config with the absolute path of the model's run.
+      The config with the absolute path of the guidance model's run.
 
     Raises:
-      UserError: there is no such run, or it cannot guide this one.
+      UserError: If there is no such run, or it cannot guide a run of this config.
     """
     name = config.task.needs().guidance_model
     if name == LABELS:
         return config
-    place = expanded(FLAG, name).absolute()
-    config = replace(config, {"task.sampling.guidance_model": str(place)})
-    run = guiding_run(str(place), config.task.info, config.task.classes)
-    with flagged(f"{FLAG}={place}"):
-        _check_parameters(place, run.run_config, stamp_of(place))
-    theirs = run.record["data"]
-    if theirs.get("classes") != list(loaded.data.classes):
+    directory = expanded(FLAG, name).absolute()
+    config = replace(config, {"task.sampling.guidance_model": str(directory)})
+    run = read_guidance_run(str(directory), config.task.info, config.task.classes)
+    with flagged(f"{FLAG}={directory}"):
+        _check_parameters(directory, run.run_config, stamp_of(directory))
+    data = run.record["data"]
+    if data.get("classes") != list(loaded.data.classes):
         raise UserError(
-            f"{FLAG}={place}: trained on {theirs['title']}, whose classes are not those of "
+            f"{FLAG}={directory}: was trained on {data['title']}, whose classes are not those of "
             f"{loaded.data.title}; give a run on the same data"
         )
     return config
@@ -61,82 +61,90 @@ def check_guidance(config: Config, loaded: Loaded) -> Config:
 
 @functools.lru_cache(maxsize=16)
 def _check_parameters(
-    place: pathlib.Path, config: Config, stamp: tuple[tuple[str, int], ...]
+    directory: pathlib.Path, config: Config, stamp: tuple[tuple[str, int], ...]
 ) -> None:
-    """Raise UserError unless a run's parameters can be read; read once for each `stamp`."""
+    """Raise UserError unless a run's parameters can be read; `stamp` keys the cache."""
     del stamp
-    load_state(place, config)
+    load_state(directory, config)
 
 
-def check_guidance_model_is_another(config: Config, workdir: pathlib.Path) -> None:
+def check_not_guided_by_itself(config: Config, workdir: pathlib.Path) -> None:
     """Check that a run is not its own guidance model, which would have no effect.
 
     Raises:
-      UserError: it is.
+      UserError: If the config names the run's directory as the guidance model.
     """
     name = config.task.needs().guidance_model
     if name != LABELS and pathlib.Path(name).resolve() == workdir.resolve():
         raise UserError(
-            f"{FLAG}={name}: is this run itself, which cannot guide itself; give another run"
+            f"{FLAG}={name}: is the directory of this run, which cannot guide itself; give "
+            f"another run, or {FLAG}={LABELS}"
         )
 
 
 def guidance_of(config: Config) -> Callable[[], GuidanceModel | None]:
-    """Return what loads the guidance model of a bound config; None of it: the labels guide."""
+    """Return a function that loads the guidance model of a bound config.
+
+    The function returns None for classifier-free guidance, which needs no other model.
+    """
     name = config.task.needs().guidance_model
     if name == LABELS:
         return lambda: None
     load = functools.partial(load_guidance_model, name, config.task.info, config.task.classes)
-    return functools.cache(load)  # for one run: a run may be trained again while a notebook is open
+    # A cache per call, not per directory: a notebook may outlive a further training of the model.
+    return functools.cache(load)
 
 
-def load_guidance_model(place: str, info: DataInfo, classes: int) -> GuidanceModel:
-    """Return the guidance model in a directory, with its averaged parameters.
+def load_guidance_model(directory: str, info: DataInfo, classes: int) -> GuidanceModel:
+    """Return the guidance model in a run directory, with its averaged parameters.
 
     Args:
-      place: its run's directory.
-      info: the data of the run that it is to guide.
-      classes: that the network of that run is conditioned on; 0: none.
+      directory: Run directory of the guidance model.
+      info: Data set of the guided run.
+      classes: Number of classes of the guided run's network; 0 if it is unconditional.
 
     Raises:
-      UserError: as `guiding_run`, or there is no checkpoint.
+      UserError: If `read_guidance_run` raises it, or there is no checkpoint.
     """
-    run = guiding_run(place, info, classes)
-    with flagged(f"{FLAG}={place}"):
+    run = read_guidance_run(directory, info, classes)
+    with flagged(f"{FLAG}={directory}"):
         config, state = load_state(run.workdir, run.run_config)
     task = config.task
     about = f"{task.provides}: {run.title}, step {int(state.step)}, {run.workdir}"
     return GuidanceModel(task, averaged(state, config), about)
 
 
-def guiding_run(place: str, info: DataInfo, classes: int) -> Recorded:
-    """Return what is recorded of the run of a guidance model.
+def read_guidance_run(directory: str, info: DataInfo, classes: int) -> Recorded:
+    """Return the recorded run of a guidance model, without its parameters.
 
     Args:
-      place: its directory.
-      info: the data of the run that it is to guide.
-      classes: that the network of that run is conditioned on; 0: none.
+      directory: Run directory of the guidance model.
+      info: Data set of the guided run.
+      classes: Number of classes of the guided run's network; 0 if it is unconditional.
 
     Raises:
-      UserError: there is no run, or one that cannot guide such a run.
+      UserError: If there is no run in the directory, or it cannot guide such a run.
     """
-    flag, workdir = f"{FLAG}={place}", expanded(FLAG, place)
+    flag, workdir = f"{FLAG}={directory}", expanded(FLAG, directory)
     missing = f"there is no run; train the guidance model first, or give {FLAG}={LABELS}"
     run = read_named(flag, workdir, missing, finished=False)
     with flagged(flag):
         task = checked_task(run.run_config)
     if task.guide({}, 1.0) is None:
         raise UserError(
-            f"{flag}: this run of {run.title} guides nothing; give a diffusion run's directory, "
-            "or that of a classifier which was trained with --config.task.schedule=cosine"
+            f"{flag}: a run of {run.title} cannot guide sampling; give the directory of a "
+            "diffusion run, or of a classifier that was trained with "
+            "--config.task.schedule=cosine"
         )
     if task.info.shape != info.shape:
-        sizes, ours = ("x".join(map(str, sides)) for sides in (task.info.shape, info.shape))
-        raise UserError(f"{flag}: of images of {sizes}, not {ours}; give a run on the same data")
-    known = info.classes if task.provides == "classifier" else classes
-    if task.classes != known:
+        shape, expected = ("x".join(map(str, sizes)) for sizes in (task.info.shape, info.shape))
         raise UserError(
-            f"{flag}: its network knows {task.classes} classes and should know {known}; give a "
-            "run on the same data, as conditional as this one"
+            f"{flag}: was trained on images of {shape}, not {expected}; give a run on the same data"
+        )
+    expected_classes = info.classes if task.provides == "classifier" else classes
+    if task.classes != expected_classes:
+        raise UserError(
+            f"{flag}: its network has {task.classes} classes and must have {expected_classes}; "
+            "give a run on the same data with the same --config.task.conditional"
         )
     return run

@@ -1,4 +1,4 @@
-"""The options of a run and its data."""
+"""Set up jax, load the data set of a run, and build its record."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ from ddpm_jax.system.files import is_writable
 from ddpm_jax.system.record import Record
 from ddpm_jax.training.records import FORMAT, provenance, read_record
 
-DEBUG_IMAGES = 128  # test images that a --debug run looks at
+DEBUG_IMAGES = 128  # test and validation images of a --debug run
 
 
 def set_up_jax(
@@ -28,13 +28,15 @@ def set_up_jax(
     cluster: tuple[str | None, int | None, int | None] | None = None,
     deterministic: bool = False,
 ) -> None:
-    """Set fast convolutions on a CPU, keep compiled programs, and join the other processes.
+    """Set XLA flags, connect to the other processes, and enable jax's compilation cache.
 
     Args:
-      debug: compile in half the time programs that are slower, for runs of a few steps.
-      cluster: the coordinator's HOST:PORT, how many processes there are, and which this is; None
-        in it is asked of the cluster.
-      deterministic: the same bits at each run on a GPU, which costs speed.
+      debug: Disable most compiler optimisations: compilation takes half the time and programs are
+        slower, which suits runs of a few steps.
+      cluster: The coordinator's HOST:PORT, the number of processes, and the index of this process.
+        jax detects the values that are None from the cluster's environment. If `cluster` is None,
+        there is one process.
+      deterministic: Use deterministic GPU kernels, which are slower.
     """
     xla_flags.check_flags(os.environ.get("XLA_FLAGS", ""))
     xla_flags.tune_cpu(debug)
@@ -44,36 +46,37 @@ def set_up_jax(
         cluster_module.initialize(*cluster)
     hardware.check_platform()
     jax.config.update("jax_disable_most_optimizations", debug)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # this project reports what a user needs
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the user's own choice
-        kept = is_writable(cache_dir() / "xla")
-        place = str(cache_dir() / "xla") if kept else None
-        jax.config.update("jax_compilation_cache_dir", place)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors are reported by this project
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        directory = str(cache_dir() / "xla") if is_writable(cache_dir() / "xla") else None
+        jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 
 
 def load_data(
     experiment: Experiment, dataset: Dataset, workdir: pathlib.Path, options: Options
 ) -> Loaded:
-    """Load the data set that a config names, or the experiment's fallback in its place.
+    """Load the data set that a config names, or the experiment's fallback if it is missing.
 
-    A run that is there already goes on with the data it has, whatever is at hand today.
+    A resumed run loads the data set of its record, even if the missing data set is now available.
 
     Args:
-      experiment: which may name a fallback.
-      dataset: the section `data` of the config.
-      workdir: the directory of the run.
-      options: of the command line.
+      experiment: Experiment, which may name a fallback.
+      dataset: Section `data` of the config.
+      workdir: Directory of the run.
+      options: Options of the command line.
 
     Raises:
-      UserError: it cannot be had, and there is no fallback or `--strict_data`.
+      UserError: If the data set is not available, and the experiment has no fallback or
+        `--strict_data` is given.
     """
     name, earlier = dataset.name, read_record(workdir)
     if earlier is not None and earlier.get("data_asked_for") == name:
-        again = load_again(earlier, options, dataset.validation)
-        recorded = earlier.get("data_dir")
-        where = options.data_dir or (recorded if isinstance(recorded, str) else None)
-        loaded = Loaded(again, earlier.get("data_note", ""), where)
+        data = load_again(earlier, options, dataset.validation)
+        recorded_dir = earlier.get("data_dir")
+        if not isinstance(recorded_dir, str):
+            recorded_dir = None
+        loaded = Loaded(data, earlier.get("data_note", ""), options.data_dir or recorded_dir)
     else:
         try:
             data = _load(name, options.data_dir, options.debug, dataset.validation)
@@ -85,8 +88,8 @@ def load_data(
             data = _load(fallback, options.data_dir, options.debug, dataset.validation)
             loaded = Loaded(
                 data,
-                f"NOT {name}, which is not at hand, but {data.title}: the figures are of these. "
-                f"({error})",
+                f"WARNING: {name} is not available; this run uses {data.title} instead, and all "
+                f"metrics refer to it. ({error})",
                 options.data_dir,
             )
     processes.check_same_everywhere("the data set", loaded.data.fingerprint)
@@ -96,34 +99,34 @@ def load_data(
 def load_again(
     record: Record, options: Options, validation: int | None, moved: str | None = None
 ) -> Data:
-    """Load the data of an earlier run.
+    """Load the data set of an earlier run.
 
-    A record may be a stranger's.  Its `data_dir` is read only for data sets that TFDS itself knows,
-    and nothing is prepared there.
+    A record may come from an untrusted source. Therefore its `data_dir` is used only for data sets
+    of the TFDS catalogue, and nothing is prepared there.
 
     Args:
-      record: what config.json says of the run.
-      options: whose `data_dir` goes before the recorded one.
-      validation: as `load` takes it.
-      moved: the name of the data today; None: as it was.
+      record: Content of the run's config.json.
+      options: Options of the command line; its `data_dir` replaces the recorded one.
+      validation: Number of validation images, as `load` takes it.
+      moved: Present name of the data set; if None, the recorded name is used.
 
     Raises:
-      UserError: they are not where they were, or the record does not say where.
+      UserError: If the data set is not available, or the record does not name it.
     """
-    name, where = moved or record["data"].get("name"), options.data_dir
+    name, data_dir = moved or record["data"].get("name"), options.data_dir
     if not isinstance(name, str):
         raise UserError("config.json names no data set; it is damaged, or of another version")
-    recorded = record.get("data_dir")
-    if is_of_tfds(name) and not where and recorded is not None:
-        check_recorded_dir(name, recorded)
-        return _load(name, recorded, bool(record.get("debug")), validation, may_prepare=False)
+    recorded_dir = record.get("data_dir")
+    if is_of_tfds(name) and not data_dir and recorded_dir is not None:
+        check_recorded_dir(name, recorded_dir)
+        return _load(name, recorded_dir, bool(record.get("debug")), validation, may_prepare=False)
     source, _, argument = name.partition(":")
     if source == "folder" and not moved and not os.path.isdir(os.path.expanduser(argument)):
         raise UserError(
-            f"the folder {printable(argument)}, where the data of this run were, is not there; "
-            "give its new place as --config.data=folder:PATH"
+            f"there is no folder {printable(argument)}, which holds the data of this run; if it "
+            "was moved, give its new path as --config.data=folder:PATH"
         )
-    return _load(name, where, bool(record.get("debug")), validation)
+    return _load(name, data_dir, bool(record.get("debug")), validation)
 
 
 def _load(
@@ -133,6 +136,7 @@ def _load(
     validation: int | None,
     may_prepare: bool = True,
 ) -> Data:
+    """Load a data set; for --debug, cut its test and validation splits."""
     data = load(name, data_dir, validation, may_prepare)
     if not debug:
         return data
@@ -142,17 +146,17 @@ def _load(
 
 
 def load_for(dataset: Dataset, like: Loaded, options: Options) -> Data:
-    """Return the same data set as `like`, with the validation split of another config."""
+    """Return the data set of `like`, split by the validation field of `dataset`."""
     return _load(like.data.name, like.data_dir, options.debug, dataset.validation)
 
 
 def config_for(experiment: Experiment, debug: bool, values: Mapping[str, object]) -> Config:
-    """Return an experiment's config for one that trains it in passing; tiny to debug.
+    """Return the config of an experiment with some fields replaced.
 
     Args:
-      experiment: of one run.
-      debug: whether to take its debug values.
-      values: fields by their paths.
+      experiment: Experiment of one run.
+      debug: If true, apply the experiment's debug values first.
+      values: Values of fields by their paths.
     """
     config = override(experiment.config, {}, experiment.debug if debug else {})
     assert isinstance(config, Config)
@@ -162,15 +166,15 @@ def config_for(experiment: Experiment, debug: bool, values: Mapping[str, object]
 def record_of(
     name: str, config: AnyConfig, dataset: Dataset, loaded: Loaded, options: Options, part: str = ""
 ) -> Record:
-    """Return what config.json says of a run.
+    """Return the content of config.json for a run.
 
     Args:
-      name: the experiment's.
-      config: of the run, or of several runs.
-      dataset: that was asked for.
-      loaded: the data.
-      options: of the command line.
-      part: of an experiment of several runs.
+      name: Name of the experiment.
+      config: Config of the run, or of an experiment of several runs.
+      dataset: Section `data` of the config, which may differ from the loaded data set.
+      loaded: Loaded data set.
+      options: Options of the command line.
+      part: Name of the part, for one run of an experiment of several runs.
     """
     return {
         "format": FORMAT,

@@ -15,17 +15,18 @@ def load_run(workdir: str | os.PathLike[str], parallel: str = "jit") -> TrainedR
     """Return the trained run in a directory, with its newest checkpoint.
 
     Args:
-      workdir: the directory.
-      parallel: how the variables are placed on the devices.
+      workdir: Directory of the run.
+      parallel: How the variables are placed on the devices, one of `parallel.PARALLEL`.
 
     Raises:
-      UserError: there is no run, no checkpoint, or the run is of several models.
+      UserError: If there is no run or no checkpoint, or the directory holds several models and
+        none of them is the one that samples.
     """
     return load_recorded(read_model(pathlib.Path(workdir).expanduser()), parallel)
 
 
 def load_recorded(run: Recorded, parallel: str = "jit") -> TrainedRun:
-    """Return a trained run with its newest checkpoint, by the config that is given with it."""
+    """Return a recorded run with its newest checkpoint, using the config of `run`."""
     config, state = load_state(run.workdir, run.run_config, parallel)
     checked_task(config)
     variables = Variables(averaged(state, config), state.extra)

@@ -1,4 +1,4 @@
-"""The trained parts that a generation model is built on, found by their run directories."""
+"""Check and load the trained text encoder and autoencoder that a generation model is built on."""
 
 import pathlib
 
@@ -11,95 +11,93 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.recorded import Recorded, load_state, read_named
 from ddpm_jax.experiment.types import BuiltOnParts, Config, WithNetwork, with_parts
 from ddpm_jax.task import Needs
-from ddpm_jax.training.step import TrainState, averaged
+from ddpm_jax.training.step import averaged
 
+# Experiments that train the parts, named in error messages.
 EXPERIMENTS = {"text encoder": "text_encoder_shapes", "autoencoder": "autoencoder_shapes"}
 
 
 def check_dual_encoder(config: Config, path: str) -> Config:
-    """Return a config with the absolute path of the text encoder that computes metrics, checked.
+    """Check the text encoder that computes metrics; return the config with its absolute path.
 
     Args:
-      config: bound to its data.
-      path: of its field that names the run.
+      config: Config, bound to its data set.
+      path: Path of the config field that names the text encoder's run.
 
     Raises:
-      UserError: as `finished`.
+      UserError: If `read_finished_part` raises it.
     """
-    theirs = finished(path, config.task.needs().dual_encoder, "text encoder", config.task.info)
-    return replace(config, {path: str(theirs.workdir)})
+    directory = config.task.needs().dual_encoder
+    run = read_finished_part(path, directory, "text encoder", config.task.info)
+    return replace(config, {path: str(run.workdir)})
 
 
 def check_parts_of(config: Config) -> Config:
-    """Return a generation model's config with what follows from its parts.
+    """Check a generation model's parts; return its config with the fields that follow from them.
 
-    A trained run's config has that already.
+    The config of a trained run has these fields already and is returned unchanged.
 
     Raises:
-      UserError: as `finished`.
+      UserError: If `read_finished_part` raises it.
     """
     task, info, needs = config.task, config.task.info, config.task.needs()
     assert isinstance(task, BuiltOnParts)
     if task.parts_known:
         return config
-    text = finished("task.text_encoder", needs.text_encoder, "text encoder", info)
-    autoencoder = finished("task.autoencoder", needs.autoencoder, "autoencoder", info)
-    places = {
+    text = read_finished_part("task.text_encoder", needs.text_encoder, "text encoder", info)
+    autoencoder = read_finished_part("task.autoencoder", needs.autoencoder, "autoencoder", info)
+    directories = {
         "task.text_encoder": str(text.workdir),
         "task.autoencoder": str(autoencoder.workdir),
     }
-    return with_parts(replace(config, places), text.run_config, autoencoder.run_config)
+    return with_parts(replace(config, directories), text.run_config, autoencoder.run_config)
 
 
-def finished(path: str, directory: str, provides: str, info: DataInfo) -> Recorded:
-    """Return the finished run that a config names.
+def read_finished_part(path: str, directory: str, provides: str, info: DataInfo) -> Recorded:
+    """Return the recorded run of a finished part that a config field names.
 
     Args:
-      path: of the config's field.
-      directory: its value.
-      provides: what the run must be: a text encoder or an autoencoder.
-      info: the data set of the config.
+      path: Path of the config field.
+      directory: Value of the field.
+      provides: Required kind of network: "text encoder" or "autoencoder".
+      info: Data set of the config.
 
     Raises:
-      UserError: there is no such run, it is another task's or not finished, or its images or
-        captions are of another size.
+      UserError: If there is no such run, it is not finished, it is another kind of network, or
+        its images or captions have another size.
     """
     flag = f"--config.{path}"
-    place = expanded(flag, directory).absolute()
-    flag = f"{flag}={place}"
+    workdir = expanded(flag, directory).absolute()
+    flag = f"{flag}={workdir}"
     advice = f"train one first: python launch.py --experiment={EXPERIMENTS[provides]}"
-    theirs = read_named(flag, place, f"there is no finished run; {advice}")
-    if theirs.run_config.task.provides != provides:
-        raise UserError(f"{flag}: a run of {theirs.title}, not of a trained {provides}")
-    known = theirs.run_config.task.info
+    run = read_named(flag, workdir, f"there is no finished run; {advice}")
+    if run.run_config.task.provides != provides:
+        raise UserError(f"{flag}: holds a run of {run.title}, not of a trained {provides}")
+    trained_on = run.run_config.task.info
     for name in ("shape", "levels", "caption_length"):
         if name == "caption_length" and provides == "autoencoder":
             continue
-        if getattr(known, name) != getattr(info, name):
+        if getattr(trained_on, name) != getattr(info, name):
             raise UserError(
-                f"{flag}: trained on data whose {name.replace('_', ' ')} is "
-                f"{getattr(known, name)}, not {getattr(info, name)}; give a run on the same data"
+                f"{flag}: was trained on data whose {name.replace('_', ' ')} is "
+                f"{getattr(trained_on, name)}, not {getattr(info, name)}; give a run on the same "
+                "data"
             )
-    return theirs
-
-
-def load_part(place: str) -> tuple[Config, TrainState]:
-    """Return the config and the newest state of a part."""
-    return load_state(pathlib.Path(place))
+    return run
 
 
 def load_parts(needs: Needs) -> PyTree:
-    """Return the parameters of a generation model's parts, as `Task.load_extra` takes them."""
-    text, text_state = load_part(needs.text_encoder)
-    autoencoder, state = load_part(needs.autoencoder)
+    """Return the variables of a generation model's parts, as `Task.load_extra` takes them."""
+    text, text_state = load_state(pathlib.Path(needs.text_encoder))
+    autoencoder, state = load_state(pathlib.Path(needs.autoencoder))
     return {
         "text": averaged(text_state, text),
         "autoencoder": {"params": averaged(state, autoencoder), "extra": state.extra},
     }
 
 
-def load_dual_encoder(place: str) -> tuple[nn.Module, PyTree]:
-    """Return a text encoder's run that computes metrics: both towers and their parameters."""
-    theirs, state = load_part(place)
-    assert isinstance(theirs.task, WithNetwork)
-    return theirs.task.network, averaged(state, theirs)
+def load_dual_encoder(directory: str) -> tuple[nn.Module, PyTree]:
+    """Return the dual encoder (text and image tower) of a run, and its averaged parameters."""
+    config, state = load_state(pathlib.Path(directory))
+    assert isinstance(config.task, WithNetwork)
+    return config.task.network, averaged(state, config)

@@ -1,4 +1,4 @@
-"""Checks of what can be known before a run trains, evaluates or samples: each is one line."""
+"""Read and check the JSON files of a run directory before a run trains, evaluates or samples."""
 
 import contextlib
 import json
@@ -49,13 +49,14 @@ SUMMARY_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def read_run(workdir: pathlib.Path, complete: bool = False) -> Record | None:
-    """Return the record of a run directory, checked; None where there is none.
+    """Return the checked record of a run directory, or None if there is no config.json.
 
     Args:
-      complete: whether the names of the data must be there.
+      workdir: Directory of the run.
+      complete: If true, the record must describe its data set well enough to build the task.
 
     Raises:
-      UserError: it cannot be read, or a value is not of the type that it should have.
+      UserError: If config.json cannot be read, or a value has a wrong type.
     """
     path = workdir / "config.json"
     with _readable(path):
@@ -66,7 +67,7 @@ def read_run(workdir: pathlib.Path, complete: bool = False) -> Record | None:
             check_types(record, RECORD_TYPES)
             check_types(record["data"], DATA_TYPES, "data ")
             if not all(isinstance(name, str) for name in record["data"].get("classes", ())):
-                raise ValueError("its data classes are not texts")
+                raise ValueError("its data classes are not strings")
             if complete:
                 _check_data(record["data"])
             if not 0 <= record["seed"] < 2**32:
@@ -75,26 +76,26 @@ def read_run(workdir: pathlib.Path, complete: bool = False) -> Record | None:
 
 
 def check_format(workdir: pathlib.Path, record: Record) -> None:
-    """Check that a run has the format that this version writes.
+    """Check that the record of a run has the format that this version writes.
 
     Raises:
-      UserError: it has another one.
+      UserError: If it has another format.
     """
     version = record.get("format", 1)
     if version == 1:
         raise UserError(
-            f"the run in {workdir} is of format 1, which commit {LAST_OF_FORMAT_1} of this project "
-            "was the last to read; use that commit, or train again in another --workdir"
+            f"the run in {workdir} has format 1, and commit {LAST_OF_FORMAT_1} of this project "
+            "was the last that could read it; use that commit, or train again in another --workdir"
         )
     if version != FORMAT:
         raise UserError(
-            f"the run in {workdir} is of format {printable(str(version))[:40]}, and this version "
-            f"reads format {FORMAT}; use the version that made it"
+            f"the run in {workdir} has format {printable(str(version))[:40]}, and this version "
+            f"reads format {FORMAT}; use the version that wrote the run"
         )
 
 
 def _check_data(data: Record) -> None:
-    """Raise ValueError unless a record says enough of the data to build the task."""
+    """Raise ValueError unless a record describes its data set well enough to build the task."""
     if not {"name", "title", "shape", "levels"} <= set(data):
         raise ValueError("its data has no name, title, shape or levels")
     if len(data["shape"]) != 3 or not all(
@@ -108,10 +109,10 @@ def _check_data(data: Record) -> None:
 
 
 def read_summary(workdir: pathlib.Path) -> Record | None:
-    """Return the final metrics of a run directory, checked; None where the run is not finished.
+    """Return the checked summary of a run directory, or None if there is no summary.json.
 
     Raises:
-      UserError: the file cannot be read, or a value is not of the type that it should have.
+      UserError: If summary.json cannot be read, or a value has a wrong type.
     """
     path = workdir / "summary.json"
     if not os.path.exists(path):
@@ -120,7 +121,7 @@ def read_summary(workdir: pathlib.Path) -> Record | None:
     with _readable(path, advice):
         summary = json.loads(path.read_bytes())
         if not isinstance(summary, dict):
-            raise ValueError("it is not an object")
+            raise ValueError("it is not a JSON object")
         missing = [name for name in SUMMARY_TYPES if name not in summary]
         if missing:
             raise ValueError(f"it has no {missing[0]}")
@@ -132,21 +133,26 @@ def read_summary(workdir: pathlib.Path) -> Record | None:
 
 
 def check_types(values: Record, types: dict[str, tuple[type, ...]], of: str = "") -> None:
-    """Check the types of the values that are there; True is not a number.
+    """Check the types of those values that are present; True is not a number.
+
+    Args:
+      values: Values by name.
+      types: Allowed types by name.
+      of: Text before the name in error messages.
 
     Raises:
-      ValueError: a value has another type, or a text has control characters.
+      ValueError: If a value has a wrong type, or a string has control characters.
     """
     for name, allowed in types.items():
         if name in values and type(values[name]) not in allowed:
-            raise ValueError(f"its {of}{name} is of another type")
-        if isinstance(values.get(name), str) and any(ord(a) < 32 for a in values[name]):
+            raise ValueError(f"its {of}{name} has a wrong type")
+        if isinstance(values.get(name), str) and any(ord(char) < 32 for char in values[name]):
             raise ValueError(f"its {of}{name} holds control characters")
 
 
 @contextlib.contextmanager
 def _readable(path: pathlib.Path, advice: str = "give another run's directory") -> Iterator[None]:
-    """Make one line of whatever is wrong with a file of JSON."""
+    """Raise errors about a JSON file as a UserError of one line."""
     try:
         yield
     except UserError:
@@ -154,27 +160,28 @@ def _readable(path: pathlib.Path, advice: str = "give another run's directory") 
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:120] if isinstance(error, ValueError) else "it nests"
+        too_deep = isinstance(error, RecursionError)
+        reason = "it is nested too deeply" if too_deep else str(error).splitlines()[0][:120]
         raise UserError(f"{path} is damaged ({reason}); {advice}") from None
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> Record:
-    names = dict(pairs)
-    if len(names) != len(pairs):
+    values = dict(pairs)
+    if len(values) != len(pairs):
         raise ValueError("it names a value twice")
-    return names
+    return values
 
 
 def check_parts(workdir: pathlib.Path, experiment: str, parts: Iterable[str]) -> None:
-    """Check the directories of several runs before the first is trained.
+    """Check the directories of an experiment of several runs before the first run is trained.
 
     Args:
-      workdir: the directory of all.
-      experiment: the experiment's name.
-      parts: the runs' directories.
+      workdir: Directory of the experiment.
+      experiment: Name of the experiment.
+      parts: Names of the runs' directories within `workdir`.
 
     Raises:
-      UserError: one holds a run of another experiment or part.
+      UserError: If a directory holds a run of another experiment or part.
     """
     for part in parts:
         record = read_run(workdir / part)

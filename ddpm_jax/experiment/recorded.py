@@ -28,14 +28,14 @@ from ddpm_jax.training.step import TrainState, state_shapes, without_training
 
 
 class Recorded(NamedTuple):
-    """What a run's directory says of it.
+    """A run as its directory records it, without its checkpoints.
 
     Attributes:
-      workdir: The directory.
-      experiment: The experiment.
-      part: The part of an experiment of several runs; "": the run is the whole.
-      record: config.json.
-      config: The run's config, bound to its data set; of several runs theirs.
+      workdir: Directory of the run.
+      experiment: Experiment of the run.
+      part: Name of the part, or "" if the experiment is a single run.
+      record: Content of config.json.
+      config: Config of one run, bound to its data set, or of an experiment of several runs.
     """
 
     workdir: pathlib.Path
@@ -46,62 +46,71 @@ class Recorded(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The experiment's name, and the part's."""
+        """The name of the experiment, followed by the part if there is one."""
         return title_of(self.experiment.name, self.part)
 
     @property
     def run_config(self) -> Config:
-        """The config, of a run of one model; `read_model` and `read_named` return no other."""
+        """The config of a single run; `read_model` and `read_named` return only single runs."""
         assert isinstance(self.config, Config)
         return self.config
 
 
 def read(workdir: pathlib.Path) -> Recorded:
-    """Return what is recorded of the run in `workdir`.
+    """Return the recorded run in a directory.
 
     Raises:
-      UserError: there is none, it is damaged, or of no known experiment.
+      UserError: If there is no run, its record is damaged, or its experiment is unknown.
     """
     record = read_run(workdir, complete=True)
     if record is None:
         raise UserError(f"there is no run in {workdir}; train one, or give its --workdir")
-    return _restored(workdir, record)
+    return _restore_run(workdir, record)
 
 
-def _restored(workdir: pathlib.Path, record: Record) -> Recorded:
+def _restore_run(workdir: pathlib.Path, record: Record) -> Recorded:
+    """Return the run of a checked record, with its config restored."""
     name, part = record["experiment"], record.get("part", "")
     if name not in names():
-        raise UserError(f"{workdir} holds a run of {name}, which experiments/ has no file of")
+        raise UserError(
+            f"{workdir} holds a run of {name}, but there is no file experiments/{name}.py; add it, "
+            "or give another run"
+        )
     experiment: Experiment = load_experiment(name)
     like: AnyConfig | None = experiment.config
     if part:
         parts = like.parts(workdir.parent) if isinstance(like, SeveralRuns) else {}
         like = parts.get(part) or _like_of(parts.values(), record["config"])
         if like is None:
-            raise UserError(f"{workdir} holds the part {part} of {name}, which has no such part")
+            raise UserError(
+                f"{workdir} holds the part {part} of {name}, which has no such part; give another "
+                "run, or remove that directory"
+            )
     config = cast(AnyConfig, restore(like, record["config"], workdir))
     if isinstance(config, Config):
         config = bind(config, info_from(record))
     return Recorded(workdir, experiment, part, record, config)
 
 
-def read_named(flag: str, place: pathlib.Path, missing: str, *, finished: bool = True) -> Recorded:
-    """Return what is recorded of the run of one model that a flag names.
+def read_named(
+    flag: str, workdir: pathlib.Path, missing: str, *, finished: bool = True
+) -> Recorded:
+    """Return the recorded run of one model that a flag names.
 
     Args:
-      flag: the flag with its value, with which every error begins.
-      place: the run's directory.
-      missing: what is wrong, and what to do, where there is none.
-      finished: whether it must be finished.
+      flag: Flag with its value, which begins every error message.
+      workdir: Directory of the run.
+      missing: Error message if there is no such run.
+      finished: If true, the run must be finished.
 
     Raises:
-      UserError: as `read`, or it is of several models.
+      UserError: If `read` raises it, or the directory holds several models.
     """
     with flagged(flag):
-        record = read_run(place, complete=True)
-        if record is None or (finished and not os.path.exists(place / "summary.json")):
+        record = read_run(workdir, complete=True)
+        if record is None or (finished and not os.path.exists(workdir / "summary.json")):
             raise UserError(missing)
-        run = _restored(place, record)
+        run = _restore_run(workdir, record)
         if not isinstance(run.config, Config):
             raise UserError(f"{run.title} trains several models; give the directory of one")
         return run
@@ -109,10 +118,10 @@ def read_named(flag: str, place: pathlib.Path, missing: str, *, finished: bool =
 
 @contextlib.contextmanager
 def flagged(flag: str) -> Iterator[None]:
-    """Put the flag that names a run before what is wrong with it.
+    """Put the flag that names a run before the message of a UserError in the body.
 
     Raises:
-      UserError: the body raised one.
+      UserError: If the body raises it.
     """
     try:
         yield
@@ -121,15 +130,15 @@ def flagged(flag: str) -> Iterator[None]:
 
 
 def read_model(workdir: pathlib.Path, name: str | None = None) -> Recorded:
-    """Return what is recorded of one model: of several runs, of the part that samples.
+    """Return the recorded run of one model; of an experiment of several runs, its sampled part.
 
     Args:
-      workdir: the directory.
-      name: of the experiment that it must be of; None: of any.
+      workdir: Directory of the run or of the experiment.
+      name: Name that the experiment must have; if None, every experiment is accepted.
 
     Raises:
-      UserError: as `read`, it is of another experiment, or no part of several runs is the one that
-        samples.
+      UserError: If `read` raises it, the experiment has another name, or it trains several models
+        and `Experiment.samples` names none of them.
     """
     run = read(workdir)
     if name not in (None, run.experiment.name):
@@ -147,13 +156,16 @@ def read_model(workdir: pathlib.Path, name: str | None = None) -> Recorded:
 
 
 def _like_of(configs: Iterable[Config], values: Record) -> Config | None:
-    """Return the config with the task of a recorded part that the default config does not have."""
+    """Return the first config whose task has the fields of a recorded config, or None.
+
+    It serves parts that the default config of a sweep does not have.
+    """
     names = values["task"].keys() if isinstance(values.get("task"), dict) else set()
     return next((c for c in configs if to_record(c)["task"].keys() == names), None)
 
 
 def info_from(record: Record) -> DataInfo:
-    """Return what a task must know of a run's data set, from its record."""
+    """Return the `DataInfo` of a run's data set from the run's record."""
     data = record["data"]
     height, width, channels = data["shape"]
     classes, length = len(data.get("classes", ())), data.get("caption_length", 0)
@@ -165,42 +177,42 @@ def load_state(
     workdir: pathlib.Path,
     config: Config | None = None,
     parallel: str = "jit",
-    whole: bool = False,
+    for_training: bool = False,
 ) -> tuple[Config, TrainState]:
-    """Return the config and the newest state of a run's directory.
+    """Return the config and the newest training state of a run directory.
 
     Args:
-      workdir: the directory.
-      config: a bound config in the place of the recorded one.
-      parallel: how the state is placed on the devices.
-      whole: whether the state holds what training alone reads, most of a checkpoint; None stands
-        in its place otherwise.
+      workdir: Directory of the run.
+      config: Bound config to use; if None, the recorded config is used.
+      parallel: How the state is placed on the devices, one of `parallel.PARALLEL`.
+      for_training: If true, restore the whole state. If false, the fields that only training
+        reads, which are most of a checkpoint, are None.
 
     Raises:
-      UserError: there is no run, or no checkpoint yet.
+      UserError: If there is no run, or no checkpoint yet.
     """
     config = read(workdir).run_config if config is None else config
     check_average(config)
     folder = workdir / "checkpoints"
-    nothing = UserError(f"there is no checkpoint in {workdir} yet; train first")
+    no_checkpoint = UserError(f"there is no checkpoint in {workdir} yet; train first")
     if not any(folder.glob("[0-9]*")):
-        raise nothing
+        raise no_checkpoint
     with contextlib.closing(open_checkpoints(folder, read_only=True)) as checkpoints:
         shapes = state_shapes(checked_task(config), config, config.task.info.shape)
         like = sharding.make(parallel).like(shapes)
-        if not whole:
+        if not for_training:
             like = without_training(like, config, ...)
         _, state, _ = checkpoints.restore_newest(like)
         if state is None:
-            raise nothing
-        return config, state if whole else without_training(state, config, None)
+            raise no_checkpoint
+        return config, state if for_training else without_training(state, config, None)
 
 
 def check_average(config: Config) -> None:
-    """Check that there is the average that the config evaluates.
+    """Check that `ema.evaluated` names an average that the config computes.
 
     Raises:
-      UserError: there is not.
+      UserError: If it does not.
     """
     try:
         _ = config.ema.index
@@ -209,16 +221,16 @@ def check_average(config: Config) -> None:
 
 
 def stamp_of(workdir: pathlib.Path) -> tuple[tuple[str, int], ...]:
-    """Return what changes when a run is trained further: its checkpoints, and when they came.
+    """Return (name, modification time in nanoseconds) of every checkpoint of a run.
 
-    It is the first process's, in all of them; a checkpoint may be deleted meanwhile.
+    The value changes when the run is trained further. All processes return that of process 0.
     """
 
     def stamps() -> list[tuple[str, int]]:
         entries = []
-        for place in sorted((workdir / "checkpoints").glob("[0-9]*")):
-            with contextlib.suppress(OSError):
-                entries.append((place.name, place.lstat().st_mtime_ns))
+        for path in sorted((workdir / "checkpoints").glob("[0-9]*")):
+            with contextlib.suppress(OSError):  # a running training may delete it
+                entries.append((path.name, path.lstat().st_mtime_ns))
         return entries
 
     return tuple((name, time) for name, time in processes.from_main(stamps))

@@ -1,4 +1,4 @@
-"""The experiments: the files of the folder `experiments`, each with one name, EXPERIMENT."""
+"""The registry of experiments: every file in experiments/ defines one `EXPERIMENT`."""
 
 import dataclasses
 import functools
@@ -14,19 +14,20 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def names() -> list[str]:
-    """Return the names of all experiments."""
+    """Return the names of all experiments, sorted."""
     return sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
 
 
 @functools.cache
 def load_experiment(name: str) -> Any:
-    """Return the `Experiment` of experiments/NAME.py.
+    """Return the `Experiment` that experiments/NAME.py defines.
 
-    A run's record may be a stranger's: nothing but a file of that folder is imported. The type is
-    not imported, since the command line imports this module before jax.
+    The name may come from the record of an untrusted run, so only files of that folder are
+    imported. The type `Experiment` is not imported here, because it needs jax, and the command line
+    imports this module before jax.
 
     Raises:
-      UserError: there is no such file.
+      UserError: If there is no such file.
     """
     if name not in names():
         raise UserError(f'there is no experiment "{name}"{nearest(name, names())}')

@@ -1,7 +1,6 @@
-"""What the command line asks of samples, checked against what a task can do.
+"""Requests for samples: the sampling flags of the command line, checked against a task.
 
-This is the only code that knows the flags of sampling: a task is given a `SampleRequest` and a
-guidance.
+Only this module refers to these flags. A task receives a `SampleRequest` and a guidance.
 """
 
 from typing import NamedTuple, TypedDict
@@ -14,18 +13,18 @@ from ddpm_jax.fields import FieldError
 from ddpm_jax.task import GuidanceModel, SampleRequest, SamplingTask, Task, sample_classes
 from ddpm_jax.tasks.image_sampler import random_classes
 
-# What to do with a run that samples nothing.
-ADVICE = {"autoencoder": "train a generation model on it, or evaluate it by --mode=eval"}
+# Advice in the error for tasks that sample no images, by what the task provides.
+ADVICE = {"autoencoder": "train a generation model on it, or use --mode=eval"}
 
 
 class Request(NamedTuple):
-    """What `--mode=sample` asks for, besides how many; None: the run's own setting.
+    """Settings of `--mode=sample`; a field that is None takes the setting of the run.
 
     Attributes:
-      label: Class of all samples; None: a random one of each.
-      sampler: Name of the sampler, with its argument.
-      steps: Steps of the sampler.
-      guidance: Scale of guidance.
+      label: Class of all samples; if None, every sample gets a random class.
+      sampler: Name of the sampler, with its argument, such as "ddim:0.5".
+      steps: Number of sampling steps.
+      guidance: Guidance scale.
       prompt: Text that the samples show.
       negative_prompt: Text that guidance leads away from.
     """
@@ -50,14 +49,14 @@ class RequestFields(TypedDict, total=False):
 
 
 class Resolved(NamedTuple):
-    """A request that a task can serve.
+    """A request that was checked against a task.
 
     Attributes:
       task: The task.
-      request: Without labels, which every batch has its own of.
-      guidance: The guidance.
-      classes: Number of classes that can be asked for; 0: none.
-      label: Class of all samples; None: a random one of each.
+      request: The request without labels, which differ between batches.
+      guidance: The guidance that the task samples with.
+      classes: Number of classes that can be requested; 0 if samples have no classes.
+      label: Class of all samples; if None, every sample gets a random class.
     """
 
     task: SamplingTask
@@ -67,7 +66,7 @@ class Resolved(NamedTuple):
     label: int | None
 
     def labels(self, keys: Key[Array, "batch"]) -> Int[Array, "batch"] | None:
-        """Return the class of every sample of a batch; None: they have no classes."""
+        """Return the class of every sample of a batch, or None if samples have no classes."""
         if not self.classes:
             return None
         if self.label is not None:
@@ -76,34 +75,35 @@ class Resolved(NamedTuple):
 
 
 def resolve(task: Task, request: Request, model: GuidanceModel | None = None) -> Resolved:
-    """Return a request as a task takes it.
+    """Return a request after checking it against a task.
 
     Args:
-      task: bound.
-      request: what is asked for.
-      model: the guidance model of the run, if it has one.
+      task: Task, bound to its data set.
+      request: The request.
+      model: Guidance model of the run, or None.
 
     Raises:
-      UserError: the task has no use for something that is asked for, or cannot do it.
+      UserError: If a field of the request has no effect for the task, or the task does not support
+        its value.
     """
     if not isinstance(task, SamplingTask):
         raise UserError(
             f"--mode=sample: this run is a trained {task.provides}, which samples no images; "
-            f"{ADVICE.get(task.provides, 'evaluate it by --mode=eval')}"
+            f"{ADVICE.get(task.provides, 'use --mode=eval')}"
         )
     for name in Request._fields:
         if getattr(request, name) is not None and name not in task.request_fields:
-            raise UserError(f"--{name} means nothing to this run; leave it out")
+            raise UserError(f"--{name} has no effect for this run; leave it out")
     if "prompt" in task.request_fields and request.prompt is None:
-        raise UserError('this run samples what a text describes: give --prompt="..."')
-    asked = SampleRequest(
+        raise UserError('this run samples images from a text: give --prompt="..."')
+    sample_request = SampleRequest(
         sampler=request.sampler,
         steps=request.steps,
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
     )
     try:
-        task.check_request(asked)
+        task.check_request(sample_request)
     except FieldError as error:
         raise UserError(f"--{error}") from None
     classes = sample_classes(task, model)
@@ -113,17 +113,20 @@ def resolve(task: Task, request: Request, model: GuidanceModel | None = None) ->
     except FieldError as error:
         scale = "" if request.guidance is None else f"--guidance={request.guidance:g}: "
         raise UserError(f"{scale}{error}") from None
-    return Resolved(task, asked, guidance, classes, request.label)
+    return Resolved(task, sample_request, guidance, classes, request.label)
 
 
 def _check_classes(task: SamplingTask, request: Request, classes: int, guided: bool) -> None:
-    """Raise UserError if a label or guidance is asked for that there is not."""
+    """Raise UserError if the request has a label or guidance that the run does not support."""
     has_guidance = classes > 0 or guided or "prompt" in task.request_fields
     for flag, possible in (("guidance", has_guidance), ("label", classes > 0)):
         if getattr(request, flag) is not None and not possible:
             raise UserError(
                 f"--{flag} needs a class-conditional run, or a classifier as "
-                "--config.task.sampling.guidance_model=DIR; this one has no classes"
+                "--config.task.sampling.guidance_model=DIR; this run has no classes"
             )
     if request.label is not None and request.label >= classes:
-        raise UserError(f"--label={request.label}: there are {classes} classes, from 0 on")
+        raise UserError(
+            f"--label={request.label}: there are {classes} classes; give a number from 0 to "
+            f"{classes - 1}"
+        )

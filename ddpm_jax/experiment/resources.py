@@ -1,4 +1,4 @@
-"""What a run needs of other runs and of its data: checked, trained if need be, and loaded."""
+"""Resources: the other trained runs that a run needs, checked, trained if missing, and loaded."""
 
 import functools
 from collections.abc import Collection
@@ -18,15 +18,17 @@ from ddpm_jax.task import Resources
 
 
 def prepare(config: Config, loaded: Loaded, pending: Collection[str] = ()) -> Config:
-    """Check what a bound config names of other runs, and complete it; nothing is trained.
+    """Check the other runs that a bound config names; return the config with their absolute paths.
+
+    Nothing is trained here.
 
     Args:
-      config: the config.
-      loaded: the data.
-      pending: directories of runs that the same command trains first: not checked yet.
+      config: Config, bound to its data set.
+      loaded: Data set of the run.
+      pending: Directories of runs that the same command trains first; these are not checked.
 
     Raises:
-      UserError: there is no such run, or it does not fit.
+      UserError: If a named run does not exist, or does not fit the config.
     """
     config = replace(config, {"task": config.task.fit_to(loaded.data)})
     needs = config.task.needs()
@@ -40,16 +42,16 @@ def prepare(config: Config, loaded: Loaded, pending: Collection[str] = ()) -> Co
 
 
 def load(config: Config, loaded: Loaded, options: Options, train: TrainAlone) -> Resources | None:
-    """Return what a prepared config needs of other runs, trained now if need be.
+    """Return the resources of a prepared config; train its feature networks if they are missing.
 
     Args:
-      config: as `prepare` returns it.
-      loaded: the data.
-      options: of the command line.
-      train: trains a run on data; None: it was asked to stop.
+      config: Config, as `prepare` returns it.
+      loaded: Data set of the run.
+      options: Options of the command line.
+      train: Trains a run; returns None if the user stopped it.
 
     Returns:
-      None if the training of a feature network was asked to stop.
+      The resources, or None if the user stopped the training of a feature network.
     """
     resources = for_sampling(config)
     if not config.task.needs().features:
@@ -59,7 +61,7 @@ def load(config: Config, loaded: Loaded, options: Options, train: TrainAlone) ->
 
 
 def for_sampling(config: Config) -> Resources:
-    """Return what a prepared config needs of other runs to sample."""
+    """Return those resources of a prepared config that sampling needs."""
     needs = config.task.needs()
     resources = Resources()
     if needs.guidance_model != LABELS:

@@ -1,4 +1,4 @@
-"""Train an experiment: one run, or several in directories of their own."""
+"""Train an experiment: a single run, or several runs in one directory each."""
 
 import contextlib
 import pathlib
@@ -11,7 +11,7 @@ from ddpm_jax.data.types import Loaded
 from ddpm_jax.errors import ConfigError, UserError
 from ddpm_jax.experiment import resources
 from ddpm_jax.experiment.effects import check_effects
-from ddpm_jax.experiment.guidance_models import check_guidance_model_is_another
+from ddpm_jax.experiment.guidance_models import check_not_guided_by_itself
 from ddpm_jax.experiment.inputs import load_data, record_of
 from ddpm_jax.experiment.preflight import check_parts
 from ddpm_jax.experiment.train import check, fit_run, open_directory, opened, train_alone
@@ -36,13 +36,13 @@ from ddpm_jax.training.records import can_write, write_json
 def train(
     experiment: Experiment, config: AnyConfig, workdir: pathlib.Path, options: Options
 ) -> Record | None:
-    """Train an experiment to its end; return its summary, or None if it was stopped.
+    """Train an experiment to its end; return its summary, or None if the user stopped it.
 
     Args:
-      experiment: the experiment.
-      config: its config, with what the command line changes.
-      workdir: its directory.
-      options: what the command line says besides.
+      experiment: The experiment.
+      config: Config of the experiment, with the overrides of the command line.
+      workdir: Directory of the experiment.
+      options: Options of the command line.
     """
     with full_paths(config):
         loaded = load_data(experiment, config.data, workdir, options)
@@ -52,21 +52,21 @@ def train(
 
 
 def train_run(run: Run) -> Record | None:
-    """Train one run to its end; return its summary, or None if it was stopped."""
+    """Train one run to its end; return its summary, or None if the user stopped it."""
     run = run.bound()
     check_effects(run.config, run.options.overrides)
     run = run._replace(config=resources.prepare(run.config, run.loaded))
-    check_guidance_model_is_another(run.config, run.workdir)
+    check_not_guided_by_itself(run.config, run.workdir)
     check(run)
     directory = open_directory(run)
     with contextlib.ExitStack() as stack:
         stack.callback(directory.close)
-        needed = resources.load(run.config, run.loaded, run.options, train_alone)
-        if needed is None:
+        run_resources = resources.load(run.config, run.loaded, run.options, train_alone)
+        if run_resources is None:
             return None
         data = run.config.task.adapt(run.loaded.data)
-        stack.pop_all()  # `fit_run` closes it
-    return fit_run(run, data, needed, directory)
+        stack.pop_all()  # `fit_run` closes the directory
+    return fit_run(run, data, run_resources, directory)
 
 
 def train_several(
@@ -76,19 +76,19 @@ def train_several(
     options: Options,
     loaded: Loaded,
 ) -> Record | None:
-    """Train the runs of an experiment one after another, and report what they show.
+    """Train the runs of an experiment one after another, and report their results.
 
-    What is finished is logged and left alone.
+    A run that is already finished is not trained again.
 
     Args:
-      experiment: the experiment.
-      config: its config, with what the command line changes.
-      workdir: the directory of all runs.
-      options: what the command line says besides the config.
-      loaded: the data set of all runs.
+      experiment: The experiment.
+      config: Config of the experiment, with the overrides of the command line.
+      workdir: Directory of the experiment, in which every run has a directory.
+      options: Options of the command line.
+      loaded: Data set of all runs.
 
     Returns:
-      The record of the report; None if it was asked to stop.
+      The content of summary.json, or None if the user stopped the training.
     """
     workdir = workdir.absolute()
     parts = parts_of(config, workdir)
@@ -103,22 +103,22 @@ def train_several(
         summaries = {}
         for part, run in runs.items():
             summary = train_run(run)
-            if summary is None:  # asked to stop
+            if summary is None:
                 return None
             summaries[part] = summary
         return report(experiment, config, summaries, Context(workdir, options, loaded))
 
 
 def check_several(config: SeveralRuns, runs: dict[str, Run]) -> None:
-    """Check every run, and what it names of others, before the first is trained.
+    """Check every run of an experiment, and the other runs that it names, before any training.
 
     Args:
-      config: that of all runs.
-      runs: by their directories.
+      config: Config of the experiment.
+      runs: Runs by the names of their directories.
 
     Raises:
-      UserError: fields contradict each other, a run cannot fit into memory, or another run that it
-        names is not there.
+      UserError: If fields contradict each other, a run does not fit into memory, or a run that a
+        config names does not exist.
     """
     pending = {str(run.workdir) for run in runs.values()}
     bound = {part: run.bound() for part, run in runs.items()}
@@ -131,14 +131,16 @@ def check_several(config: SeveralRuns, runs: dict[str, Run]) -> None:
 
 @contextlib.contextmanager
 def full_paths(config: AnyConfig, part: Config | None = None) -> Iterator[None]:
-    """Name fields in errors about one of several runs as the command line does.
+    """Replace the paths of fields in errors about one of several runs by their full paths.
+
+    For example, `--config.train.steps` of the run `text` becomes `--config.text.train.steps`.
 
     Args:
-      config: of all runs.
-      part: of the run; None: what is done holds for all of them.
+      config: Config of the experiment.
+      part: Config of the run; if None, the errors concern all runs.
 
     Raises:
-      ConfigError: the body raised a UserError.
+      ConfigError: If the body raises a UserError.
     """
     try:
         yield
@@ -158,25 +160,25 @@ def full_paths(config: AnyConfig, part: Config | None = None) -> Iterator[None]:
 def report(
     experiment: Experiment, config: SeveralRuns, summaries: dict[str, Record], context: Context
 ) -> Record:
-    """Print and write what the runs of an experiment show.
+    """Print and write the report of an experiment of several runs; return its summary.
 
     Args:
-      experiment: the experiment, of several runs.
-      config: its config.
-      summaries: of the runs, by their directories.
-      context: where they lie.
+      experiment: The experiment.
+      config: Config of the experiment.
+      summaries: Summaries of the runs by the names of their directories.
+      context: Directory, options and data set of the experiment.
     """
     assert experiment.report is not None
     result = experiment.report(config, summaries, context)
-    written = {"experiment": experiment.name, "data": context.loaded.data.title, **result.record}
+    summary = {"experiment": experiment.name, "data": context.loaded.data.title, **result.record}
     if not is_main():
-        return written
+        return summary
     print_result(plots.table(result.rows, result.title))
     images = context.workdir / "images"
     for name, figure in result.figures.items():
         with can_write(context.workdir):
             plots.save_png(images / f"{name}.png", figure)
     path = context.workdir / "summary.json"
-    write_json(path, written)
-    print_result(f"  pictures in {images}, figures in {path}")
-    return written
+    write_json(path, summary)
+    print_result(f"  images in {images}, metrics in {path}")
+    return summary

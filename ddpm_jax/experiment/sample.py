@@ -24,22 +24,22 @@ def sample(
     prompts: tuple[str, ...] = (),
     overwrite: bool = False,
 ) -> pathlib.Path:
-    """Sample images with the newest checkpoint's averaged parameters, into a .png or .npz.
+    """Sample images with a trained run and write them to a .png or .npz file; return its path.
 
-    Image i is the same whatever `count` is, and another with every `--seed`.
+    Image i depends on the seed and on i, but not on `count`.
 
     Args:
-      load: returns the trained run; called once the output is known to be writable.
-      workdir: the run's directory.
-      options: what the command line says besides.
-      request: how to sample.
-      out: the file; None: `images/sampled.png` of the run.
-      prompts: texts, in the place of the request's.
-      count: how many images; of each of `prompts`, if there are any, a row of a .png each.
-      overwrite: replace a file that this program did not write.
+      load: Returns the trained run; called after the output is known to be writable.
+      workdir: Directory of the run.
+      options: Options of the command line.
+      request: Settings of the samples.
+      count: Number of images; if there are prompts, the number of images of each prompt.
+      out: Output file; if None, `images/sampled.png` in the run directory.
+      prompts: Prompts that replace the prompt of the request; each one is a row of a .png.
+      overwrite: If true, replace the output file even if another program wrote it.
 
     Raises:
-      RunError: the images are not finite, or cannot be written.
+      RunError: If the images are not finite, or cannot be written.
     """
     default = workdir / "images" / "sampled.png"
     out = out or default
@@ -52,19 +52,19 @@ def sample(
     trained, partitioner = load(), sharding.make(options.parallel)
     texts, size = prompts or (request.prompt,), partitioner.round_up(SAMPLE_BATCH)
     file = SampleFile(out, texts, count)
-    number = len(texts) * -(-count // size)
+    batches = len(texts) * -(-count // size)
     for text in texts:
-        trained.resolve(request._replace(prompt=text))  # what is asked for can be done
+        trained.resolve(request._replace(prompt=text))  # report an invalid request before sampling
     log(
-        f"sampling {file.total} images in {number} batch{'es' * (number > 1)} of {size}; the "
-        "program for it is compiled first"
+        f"sampling {file.total} images in {batches} batch{'es' * (batches > 1)} of {size}; the "
+        "sampling program is compiled first"
     )
     try:
-        with file.kept() as clock:
+        with file.write_on_exit() as clock:
             for text in texts:
-                asked = request._replace(prompt=text)
+                text_request = request._replace(prompt=text)
                 for images, labels in trained.batches(
-                    count, asked, options.seed, partitioner=partitioner
+                    count, text_request, options.seed, partitioner=partitioner
                 ):
                     file.add(images, labels)
                     if file.total > size:

@@ -1,4 +1,4 @@
-"""The file that `--mode=sample` writes: where it may be, and what it holds while it grows."""
+"""The output file of `--mode=sample`, which always holds the images sampled so far."""
 
 import contextlib
 import math
@@ -19,23 +19,24 @@ from ddpm_jax.progress import Clock, log
 from ddpm_jax.system import interrupts
 from ddpm_jax.system.files import check_writable, is_ours, write_npz
 
-SECONDS_BETWEEN_WRITES = 10.0  # at least, and at least ten times as long as writing takes
+# Minimum; writes are also at least ten times as far apart as one write takes.
+SECONDS_BETWEEN_WRITES = 10.0
 NO_LABEL = -1
 WAITING = "waiting for the images that are being sampled; press Ctrl-C again to end at once"
 
-STOPPED = "asked to stop by SIGTERM"
+STOPPED = "by SIGTERM"
 
 
 def check_out(out: pathlib.Path, default: pathlib.Path, overwrite: bool) -> None:
-    """Check that samples can be written to `out` and destroy no file of somebody else's.
+    """Check that samples can be written to `out` without destroying a file of another program.
 
     Args:
-      out: the file.
-      default: the file within a run directory, which is this program's, and its folder made.
-      overwrite: replace whatever file is there.
+      out: Output file.
+      default: Default output file in the run directory, which is always replaced.
+      overwrite: If true, any existing file is replaced.
 
     Raises:
-      UserError: they cannot, or would.
+      UserError: If the file cannot be written, or exists and was written by another program.
     """
     flag = f"--out={out}"
     if out.suffix.lower() not in (".png", ".npz"):
@@ -43,34 +44,35 @@ def check_out(out: pathlib.Path, default: pathlib.Path, overwrite: bool) -> None
     check_writable(out.parent, flag)
     try:
         if out != default and not out.parent.is_dir():
-            raise UserError(f"{flag}: there is no folder {out.parent}")
-        kind = out.lstat().st_mode
+            raise UserError(f"{flag}: there is no folder {out.parent}; create it first")
+        mode = out.lstat().st_mode
     except FileNotFoundError:
-        kind = None
+        mode = None
     except (OSError, ValueError) as error:
         raise UserError(f"{flag}: {getattr(error, 'strerror', None) or error}") from None
-    if kind is not None and not stat.S_ISREG(kind):
+    if mode is not None and not stat.S_ISREG(mode):
         names = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe"}
-        name = names.get(stat.S_IFMT(kind), "a device")
+        name = names.get(stat.S_IFMT(mode), "a device")
         raise UserError(f"{flag} is {name}, not a file; give another --out")
-    if kind is not None and out != default and not (overwrite or is_ours(out)):
+    if mode is not None and out != default and not (overwrite or is_ours(out)):
         raise UserError(
-            f"{flag} is there and was not written by this program; give another --out, or "
+            f"{flag} exists and was not written by this program; give another --out, or "
             "--overwrite to replace it"
         )
 
 
 class SampleFile:
-    """Images, as they are sampled, in a file that always holds the first ones.
+    """An output file of sampled images that is rewritten while sampling goes on.
 
-    It appears whole: at first with what was sampled in some ten seconds, then again and again, and
-    at the end with all of them.
+    Each write replaces the whole file, so that it always holds the images sampled so far. The first
+    write is about ten seconds after the start, and the last one holds all images.
 
     Args:
-      out: a .png, of which a text is a row, or a .npz of `images` [N, H, W, C] in 0 ... 255,
-        `labels` [N] (-1: none) and, if there are texts, `prompts` [N].
-      texts: the prompts, or None alone.
-      count: images of each text.
+      out: Output file. A .png is a grid, with one row for each prompt. A .npz holds `images`
+        [N, H, W, C] in 0 ... 255, `labels` [N] (-1 if the images have no classes) and, if there are
+        prompts, `prompts` [N].
+      texts: The prompts, or (None,) if there are no prompts.
+      count: Number of images of each prompt, or of all images if there are no prompts.
     """
 
     def __init__(self, out: pathlib.Path, texts: Sequence[str | None], count: int) -> None:
@@ -83,60 +85,61 @@ class SampleFile:
         self._next = time.monotonic() + SECONDS_BETWEEN_WRITES
 
     def add(self, images: Float[np.ndarray, "n h w c"], labels: np.ndarray | None) -> None:
-        """Add images in [-1, 1], and write the file if it is time.
+        """Add images in [-1, 1] and their labels; write the file if enough time has passed.
 
         Raises:
-          NonFinite: a value is not finite.
+          NonFinite: If a value is not finite.
         """
         self._images.append(plots.to_uint8(images))
-        none = np.full(len(images), NO_LABEL)
-        self._labels.append((none if labels is None else labels).astype(np.int32))
+        no_labels = np.full(len(images), NO_LABEL)
+        self._labels.append((no_labels if labels is None else labels).astype(np.int32))
         self.size += len(images)
         start = time.monotonic()
         if is_main() and self.size < self.total and start >= self._next:
             try:
                 self.write()
             except OSError as error:
-                log(f"cannot write {self._out}: {error.strerror}; it is tried again")
-            taken = time.monotonic() - start
-            self._next = start + taken + max(SECONDS_BETWEEN_WRITES, 10 * taken)
+                log(f"cannot write {self._out}: {error.strerror}; the next write tries again")
+            seconds = time.monotonic() - start
+            self._next = start + seconds + max(SECONDS_BETWEEN_WRITES, 10 * seconds)
 
     def write(self) -> None:
-        """Write what there is.
+        """Write all images sampled so far.
 
         Raises:
-          OSError: it cannot be written.
+          OSError: If the file cannot be written.
         """
         images, labels = np.concatenate(self._images), np.concatenate(self._labels)
         if self._out.suffix.lower() == ".npz":
             arrays = {"images": images, "labels": labels}
             if self._prompts:
-                which = np.arange(len(images)) // self._count
-                arrays["prompts"] = np.array(self._prompts)[which]
+                indices = np.arange(len(images)) // self._count
+                arrays["prompts"] = np.array(self._prompts)[indices]
             write_npz(self._out, arrays)
         elif not self._prompts:
             columns = math.ceil(math.sqrt(self.total))
             plots.save_png(self._out, plots.grid(images, columns=columns))
         else:
-            rows = [images[at : at + self._count] for at in range(0, len(images), self._count)]
-            shown = zip(self._prompts, rows, strict=False)  # of the last ones there is none yet
-            plots.save_png(self._out, plots.captioned(list(shown)))
+            starts = range(0, len(images), self._count)
+            rows = [images[start : start + self._count] for start in starts]
+            captioned_rows = zip(self._prompts, rows, strict=False)  # the last prompts have no row
+            plots.save_png(self._out, plots.captioned(list(captioned_rows)))
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[Clock]:
-        """Write what there is if sampling ends early; gives the clock that shows how far it is.
+    def write_on_exit(self) -> Iterator[Clock]:
+        """Write the images sampled so far if the body ends early; yield the progress clock.
 
-        SIGTERM and the first Ctrl-C wait for the images that are being sampled, the second Ctrl-C
-        does not, and nor does SIGTERM where no images are there yet, as while the first program is
-        compiled.
+        SIGTERM and the first Ctrl-C wait for the batch that is being sampled. The second Ctrl-C
+        ends the process at once, as does SIGTERM before the first batch is sampled, for example
+        during compilation.
 
         Raises:
-          RunError: the process was asked to stop.
-          KeyboardInterrupt: by Ctrl-C.
+          RunError: If the process received SIGTERM.
+          KeyboardInterrupt: If the user pressed Ctrl-C.
         """
 
         def stop(number: int, frame: FrameType | None) -> None:
-            if self.size:  # or `notice` ends the process
+            if self.size:  # otherwise `notice` ends the process
                 raise RunError(STOPPED)
 
         def notice(number: int) -> None:
@@ -164,9 +167,10 @@ class SampleFile:
 
 @contextlib.contextmanager
 def _handled(number: int, handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Handle a signal in the body; signals can be handled in the main thread only."""
     try:
         before = signal.signal(number, handler)
-    except ValueError:  # not in the main thread, which alone is signalled
+    except ValueError:
         yield
         return
     try:

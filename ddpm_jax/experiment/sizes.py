@@ -1,4 +1,4 @@
-"""Check that a run fits into memory before it starts."""
+"""Check before a run starts that it fits into memory."""
 
 import math
 import os
@@ -13,64 +13,63 @@ from ddpm_jax.progress import log
 from ddpm_jax.task import Task
 from ddpm_jax.training import step
 
-TIMES_MEMORY = 4  # what needs more than so many times the memory is refused
-
-KEPT_TRAJECTORIES = 2 * 10  # images that are kept of each sampling step: x_t and x0 of ten
+TIMES_MEMORY = 4  # a run that needs more than this multiple of the memory is refused
+IMAGES_PER_STEP = 2 * 10  # images that a trajectory stores per sampling step: x_t and x0 of ten
 
 
 def check_sizes(task: Task, config: Config, parallel: str = "jit") -> None:
-    """Check that a run can fit into memory: parameters, optimizer and averages, and one batch.
+    """Check that the parameters, the optimizer state, the averages and one batch fit into memory.
 
-    More than four times the memory is refused, more than half of it is logged. Nothing of that
-    size is allocated.
+    A run that needs more than four times the memory is refused; more than half of it is logged.
+    Nothing of that size is allocated for the check.
 
     Args:
-      task: of the config.
-      config: bound to its data.
-      parallel: how the state is spread over devices.
+      task: Task of the config.
+      config: Config, bound to its data set.
+      parallel: How the state is partitioned across devices, one of `parallel.PARALLEL`.
 
     Raises:
-      UserError: the run cannot fit.
+      UserError: If the run needs too much memory.
     """
     info, train = config.task.info, config.train
     pixels = math.prod(info.shape)
     batch = (pixels + 4 + info.caption_length) * train.batch_size * train.steps_per_call
-    by = f"--config.train.batch_size={train.batch_size}"
+    flag = f"--config.train.batch_size={train.batch_size}"
     if train.steps_per_call > 1:
-        by += f" x --config.train.steps_per_call={train.steps_per_call}"
+        flag += f" x --config.train.steps_per_call={train.steps_per_call}"
     per_device = max(1, jax.device_count() if _has_memory() else 1)
-    _check_bytes(batch // per_device, f"one batch ({by})", f"{by}: is too large")
+    _check_bytes(batch // per_device, f"one batch ({flag})", f"{flag}: is too large")
     for field in fields_of(config):
-        by = f"--config.{field.path}={field.value}"
+        flag = f"--config.{field.path}={field.value}"
         if EVAL_BATCH in field.marks:
             need = 4 * pixels * field.value // per_device
-            _check_bytes(need, f"one batch of evaluation ({by})", f"{by}: is too large")
+            _check_bytes(need, f"one evaluation batch ({flag})", f"{flag}: is too large")
         if HOST_IMAGES in field.marks:
             check_images(field.value, info.shape, f"--config.{field.path}")
         if field.path.endswith("sampling.steps"):
-            count = KEPT_TRAJECTORIES * field.value
+            count = IMAGES_PER_STEP * field.value
             check_images(count, info.shape, f"--config.{field.path}", field.value)
     try:
         shapes = step.state_shapes(task, config, info.shape)
         state = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
     except (OverflowError, MemoryError):
         state = 2**63
-    held = state // per_device if parallel == "fsdp" else state
-    need = f"parameters, optimizer and averages of {_size(state)} and a batch of {_size(batch)}"
-    _check_bytes(held + batch // per_device, need, "the network is too large")
+    state_per_device = state // per_device if parallel == "fsdp" else state
+    what = f"parameters, optimizer and averages of {_size(state)} and a batch of {_size(batch)}"
+    _check_bytes(state_per_device + batch // per_device, what, "the network is too large")
 
 
 def check_images(count: int, shape: tuple[int, ...], flag: str, value: int | None = None) -> None:
-    """Check that `count` images of float32 can be held in the host's memory.
+    """Check that a number of float32 images fits into the host's memory.
 
     Args:
-      count: of the images.
-      shape: of an image.
-      flag: that asks for them.
-      value: of the flag; None: `count`.
+      count: Number of images.
+      shape: Shape of one image.
+      flag: Flag that determines the number of images.
+      value: Value of the flag; if None, it is `count`.
 
     Raises:
-      UserError: they need more than four times of it.
+      UserError: If the images need more than four times the memory.
     """
     value = count if value is None else value
     need = 4 * count * math.prod(shape)
@@ -82,6 +81,13 @@ def check_images(count: int, shape: tuple[int, ...], flag: str, value: int | Non
 
 
 def _check_bytes(need: int, what: str, message: str) -> None:
+    """Refuse or log a need of memory.
+
+    Args:
+      need: Bytes that are needed.
+      what: Description of what needs them.
+      message: Start of the error message.
+    """
     memory = _memory()
     if need > TIMES_MEMORY * memory:
         raise UserError(
@@ -89,21 +95,22 @@ def _check_bytes(need: int, what: str, message: str) -> None:
             "give a smaller number"
         )
     if need > memory / 2:
-        log(f"{what} need {_size(need)} of {_size(memory)} of memory: the run may not fit")
+        log(f"{what} need {_size(need)} of {_size(memory)} of memory; the run may not fit")
 
 
 def _has_memory() -> bool:
-    """Return whether a device has memory of its own."""
+    """Return True if a device has memory separate from the host's."""
     return "bytes_limit" in (jax.local_devices()[0].memory_stats() or {})
 
 
 def _memory() -> int:
-    """Return the bytes of a device's memory; the host's, where the devices share it."""
+    """Return a device's memory in bytes, or the host's memory if the devices use it."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return int(stats.get("bytes_limit") or _host_memory())
 
 
 def _host_memory() -> int:
+    """Return the host's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -30,11 +30,11 @@ from ddpm_jax.training.run_dir import RunDir, bystander, open_run
 
 
 def check(run: Run) -> None:
-    """Check what can be known before a bound run is trained.
+    """Check a bound run before it is trained.
 
     Raises:
-      UserError: the batch does not divide over the devices, fields contradict each other, or the
-        run cannot fit into memory.
+      UserError: If the batch cannot be divided among the devices, fields contradict each other, or
+        the run does not fit into memory.
     """
     train = run.config.train
     devices.check_batch(train.batch_size, train.grad_accum_steps)
@@ -43,27 +43,27 @@ def check(run: Run) -> None:
 
 
 def record(run: Run) -> Record:
-    """Return what config.json says of a run."""
+    """Return the content of config.json for a run."""
     config, loaded = run.config, run.loaded
     return record_of(run.name, config, config.data, loaded, run.options, run.part)
 
 
 def open_directory(run: Run) -> RunDir:
-    """Open a run's directory, which is written by the first process alone."""
+    """Open the directory of a run."""
     return open_run_dir(run.workdir, record(run), marked(run.config, MAY_CHANGE))
 
 
 def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> Record | None:
-    """Train to the end, evaluate and sample; return the summary, or None if it was stopped.
+    """Train a run to its end and evaluate it; return the summary, or None if the user stopped it.
 
     Args:
-      run: bound.
-      data: what it is trained on, of `run.loaded`.
-      resources: what the task needs of other runs.
-      directory: the run's, open; it is closed at the end.
+      run: Bound run.
+      data: Data set of the run, as `Task.adapt` returns it.
+      resources: Resources that the task needs from other runs.
+      directory: Open directory of the run, which is closed at the end.
 
     Raises:
-      UserError: the run's checkpoints are beyond its last step, or cannot be read.
+      UserError: If the newest checkpoint is beyond the last step, or cannot be read.
     """
     started, config, workdir = time.perf_counter(), run.config, run.workdir
     options, steps = run.options, run.config.train.steps
@@ -76,7 +76,8 @@ def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> Re
         step = checkpoints.newest() or 0
         if step > steps:
             raise UserError(
-                f"{workdir} is at step {step} already, beyond --config.train.steps={steps}"
+                f"{workdir} is already at step {step}, beyond --config.train.steps={steps}; give a "
+                "larger number, or another --workdir"
             )
         summary: Record | None = processes.from_main(lambda: preflight.read_summary(workdir))
         if summary is not None and step == summary.get("step") == steps:
@@ -92,9 +93,9 @@ def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> Re
         )
         processes.from_main(directory.check_there)
         if result.step:
-            checkpoints.check_written(result.step)  # while the evaluation went on
+            checkpoints.check_written(result.step)  # it is written during the evaluation
         if result.final is None:
-            log(f"stopped at step {result.step} of {steps}; the same command goes on")
+            log(f"stopped at step {result.step} of {steps}; the same command resumes the run")
             return None
         directory.time(result.step, run_seconds=time.perf_counter() - started)
         summary = {
@@ -108,26 +109,26 @@ def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> Re
         }
         processes.from_main(lambda: directory.finish(summary, f"{run.title} on {data.title}"))
         log_finished(workdir, summary)
-        print_result(f"  {time.perf_counter() - started:.0f} s in all")
+        print_result(f"  total time {time.perf_counter() - started:.0f} s")
         return summary
 
 
 def train_alone(run: Run, data: Data) -> Record | None:
-    """Train a bound run that needs no other; return its summary, or None if it was stopped."""
+    """Train a bound run that needs no resources; return its summary, or None if it was stopped."""
     check(run)
     return fit_run(run, data, Resources(), open_directory(run))
 
 
 @contextlib.contextmanager
 def opened(workdir: pathlib.Path, record: Record, may_change: set[str]) -> Iterator[None]:
-    """Hold the directory of several runs while it is used; the first process writes."""
+    """Open the directory of an experiment of several runs and lock it during the body."""
     with contextlib.closing(open_run_dir(workdir, record, may_change)) as directory:
         processes.from_main(directory.write_record)
         yield
 
 
 def open_run_dir(workdir: pathlib.Path, record: Record, may_change: set[str]) -> RunDir:
-    """Open a run directory in the first process; the others write nothing."""
+    """Open a run directory. Only process 0 opens it; the other processes write nothing."""
     directory: RunDir = processes.from_main_alone(
         lambda: open_run(workdir, record, may_change), bystander(workdir, record)
     )
@@ -135,12 +136,12 @@ def open_run_dir(workdir: pathlib.Path, record: Record, may_change: set[str]) ->
 
 
 def log_finished(workdir: pathlib.Path, summary: Record) -> None:
-    """Print the final metrics of a run."""
+    """Print the final metrics of a run and the paths of its results."""
     title = f"{summary['experiment']} on {summary['data']}, step {summary['step']}"
     rows = plots.metric_rows(summary["metrics"])
     rows.append(("parameters", f"{summary['parameters']:,}"))
     print_result(plots.table(rows, title))
-    print_result(f"  pictures in {workdir / 'images'}, figures in {workdir / 'summary.json'}")
+    print_result(f"  images in {workdir / 'images'}, metrics in {workdir / 'summary.json'}")
     log_loudly(summary["data_note"])
 
 

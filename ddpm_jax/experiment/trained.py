@@ -1,4 +1,4 @@
-"""A trained run: its samples and its denoiser, for the command line and for notebooks."""
+"""Trained runs: their samples and denoisers, for the command line and for notebooks."""
 
 import dataclasses
 import functools
@@ -24,14 +24,14 @@ SAMPLE_BATCH = 64
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A trained run: what `--mode=sample` samples with.
+    """A trained run, loaded from its newest checkpoint.
 
     Attributes:
-      config: The config of the run, bound to its data set.
-      variables: The averaged parameters that are evaluated, and what is not differentiated.
-      step: The step of the checkpoint.
-      title: The experiment's name, and the part's.
-      resources: What the task needs of other runs.
+      config: Config of the run, bound to its data set.
+      variables: Averaged parameters, and the variables that are not differentiated.
+      step: Training step of the checkpoint.
+      title: Name of the experiment, followed by the part if there is one.
+      resources: Resources that the task needs from other runs.
     """
 
     config: Config
@@ -42,19 +42,19 @@ class TrainedRun:
 
     @property
     def task(self) -> Task:
-        """The section `task` of the config, with its network."""
+        """The task of the run, with its network."""
         return self.config.task
 
     @functools.cached_property
     def guidance_model(self) -> GuidanceModel | None:
-        """The model that guides sampling, loaded once for this run; None: there is none."""
+        """The guidance model, loaded once for this run, or None if no other run guides it."""
         return self.resources.guidance()
 
     def resolve(self, request: Request) -> Resolved:
-        """Return a request as the task takes it.
+        """Return a request after checking it against the task.
 
         Raises:
-          UserError: the run has no use for something that the request asks for.
+          UserError: If the run does not support a field of the request.
         """
         return resolve(self.task, request, self.guidance_model)
 
@@ -65,26 +65,26 @@ class TrainedRun:
         seed: int = 0,
         partitioner: sharding.Partitioner | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Yield batches of samples, `count` in all.
+        """Yield batches of samples.
 
-        Sample i is the same whatever `count` is, and another with every seed.
+        Sample i depends on the seed and on i, but not on `count`.
 
         Args:
-          count: number of samples.
-          request: how to sample.
-          seed: of the samples.
-          partitioner: the devices; None: those of the variables.
+          count: Total number of samples.
+          request: Settings of the samples.
+          seed: Seed of the samples.
+          partitioner: Partitioner of the batches; if None, the devices of the variables are used.
 
         Yields:
-          Images [B, H, W, C] in [-1, 1], and their classes [B]; None: they have none.
+          Images [B, H, W, C] in [-1, 1], and their classes [B], or None if they have no classes.
 
         Raises:
-          UserError: the run has no use for something that the request asks for.
+          UserError: If the run does not support a field of the request.
         """
         resolved = self.resolve(request)
         partitioner = partitioner or sharding.placed(self.variables.params)
         size, key = partitioner.round_up(SAMPLE_BATCH), purpose_key(seed, SAMPLE)
-        for start in range(0, count, size):  # one shape, compiled once
+        for start in range(0, count, size):  # all batches have one shape, to compile once
             keys = example_keys(key, 0, partitioner.indices(start, size))
             labels = resolved.labels(keys)
             images = resolved.task.sample(
@@ -104,13 +104,13 @@ class TrainedRun:
         """Return samples [count, H, W, C] in [-1, 1].
 
         Args:
-          count: number of samples.
-          seed: of the samples.
-          **request: fields of a `requests.Request`: label, sampler, steps, guidance, prompt,
+          count: Number of samples.
+          seed: Seed of the samples.
+          **request: Fields of `requests.Request`: label, sampler, steps, guidance, prompt,
             negative_prompt.
 
         Raises:
-          UserError: the run has no use for something that the request asks for.
+          UserError: If the run does not support a field of the request.
         """
         batches = self.batches(count, Request(**request), seed)
         return np.concatenate([images for images, _ in batches])
@@ -120,21 +120,21 @@ class TrainedRun:
         labels: Sequence[int] | Int[np.ndarray, "batch"] | Int[Array, "batch"] | None = None,
         **request: Unpack[RequestFields],
     ) -> Denoiser:
-        """Return the denoiser that sampling uses.
+        """Return the denoiser that sampling uses, with guidance.
 
         Args:
-          labels: classes [B]; None: the network has none.
-          **request: fields of a `requests.Request`, such as guidance.
+          labels: Classes [B], or None for an unconditional network.
+          **request: Fields of `requests.Request`, such as guidance.
 
         Returns:
-          (x_t [B, H, W, C], logsnr) -> Prediction(x0, eps).
+          A function (x_t [B, H, W, C], logsnr) -> Prediction(x0, eps).
 
         Raises:
-          UserError: the task has no denoiser.
+          UserError: If the task has no denoiser, or does not support a field of the request.
         """
         task = self.task
         if not isinstance(task, ImageDenoiser):
-            raise UserError(f"a run of {self.title} has no denoiser; give that of a diffusion run")
+            raise UserError(f"a run of {self.title} has no denoiser; load a diffusion run instead")
         resolved = self.resolve(Request(**request))
         classes = None if labels is None else jnp.asarray(labels)
         denoise = task.denoiser(

@@ -1,4 +1,4 @@
-"""What an experiment is: its config of sections, and how it is varied."""
+"""The types of experiments: their configs, sections, parts and reports."""
 
 import dataclasses
 import pathlib
@@ -25,13 +25,13 @@ T_co = TypeVar("T_co", bound=Task, covariant=True, default=Task)
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The data set of a run.
+    """Settings of the data set of a run.
 
     Attributes:
-      name: Name of the data set: digits, shapes, folder:PATH, or a name that TFDS knows.
-      validation: Validation images; none: the data set's own, or else a tenth of the training
-        images, at most 5,000; 0: all training images are trained on, and nothing is evaluated
-        before the end.
+      name: Name of the data set: digits, shapes, folder:PATH, or a TFDS name such as mnist.
+      validation: Number of training images held out for validation. With none, the validation
+        split of the data set is used or, if it has none, a tenth of the training images, at most
+        5,000. With 0, no image is held out, and nothing is evaluated before the end.
     """
 
     name: Annotated[str, PATH] = "digits"
@@ -40,13 +40,13 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Generic[T_co]):
-    """What is trained and how, without the data set, which several runs share.
+    """The config of one run without the data set, which several runs share.
 
     Attributes:
-      task: What is trained, with its network.
+      task: The task, with its network.
       optimizer: The optimizer.
-      ema: Moving averages of the parameters.
-      train: How long a run trains, and how often it reports.
+      ema: Exponential moving averages of the parameters.
+      train: Number of training steps, batch size and intervals.
     """
 
     task: T_co
@@ -65,10 +65,10 @@ class Config(Generic[T_co]):
 
     Attributes:
       data: The data set.
-      task: What is trained, with its network.
+      task: The task, with its network.
       optimizer: The optimizer.
-      ema: Moving averages of the parameters.
-      train: How long a run trains, and how often it reports.
+      ema: Exponential moving averages of the parameters.
+      train: Number of training steps, batch size and intervals.
     """
 
     data: Dataset
@@ -80,17 +80,22 @@ class Config(Generic[T_co]):
 
 @runtime_checkable
 class SeveralRuns(Protocol):
-    """The config of an experiment of several runs: a frozen dataclass with these methods."""
+    """Protocol of the config of an experiment of several runs, which is a frozen dataclass."""
 
     @property
     def data(self) -> Dataset:
         """The data set of all runs."""
 
     def parts(self, workdir: pathlib.Path) -> dict[str, Config]:
-        """Return the config of every run by the name of its directory, in order."""
+        """Return the configs of the runs by their directories in `workdir`, in training order."""
 
     def complete(self, part: str, configs: dict[str, Config]) -> Config:
-        """Return a part's bound config with what follows from the other parts' configs."""
+        """Return a part's bound config with the fields that follow from the other parts.
+
+        Args:
+          part: Name of the part.
+          configs: Bound configs of all parts by their names.
+        """
 
 
 AnyConfig = Config | SeveralRuns
@@ -98,13 +103,13 @@ C = TypeVar("C", bound=AnyConfig, default=AnyConfig)
 
 
 class Report(NamedTuple):
-    """What an experiment of several runs computes from them.
+    """The results of an experiment of several runs.
 
     Attributes:
-      title: Title of the table.
-      rows: Rows (name, text) of the table that is printed.
-      figures: Images [H, W, 3] of uint8 by the name of their file.
-      record: What summary.json holds.
+      title: Title of the printed table.
+      rows: Rows (name, text) of the printed table.
+      figures: Figures, uint8 [H, W, 3], by the names of their files.
+      record: Content of summary.json.
     """
 
     title: str
@@ -114,18 +119,18 @@ class Report(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the command line says besides the config.
+    """Options of the command line that are not fields of the config.
 
     Attributes:
       seed: Seed of all random numbers.
-      parallel: How a step is spread over devices.
-      data_dir: Where TFDS data sets are or get prepared.
-      strict_data: A missing data set is an error.
-      debug: A tiny variant.
-      profile: Trace some steps.
-      wandb: Log to Weights & Biases, too.
-      split: Split that --mode=eval evaluates on.
-      overrides: Paths of the fields of the config that the user set.
+      parallel: How a training step is partitioned across devices, one of `parallel.PARALLEL`.
+      data_dir: Directory of TFDS data sets; if None, the default directory of TFDS.
+      strict_data: If true, a missing data set is an error even if there is a fallback.
+      debug: If true, the tiny variant of the experiment is trained.
+      profile: If true, some steps are traced by jax's profiler.
+      wandb: If true, the run is also logged to Weights & Biases.
+      split: Split that --mode=eval uses: "validation" or "test".
+      overrides: Paths of the config fields that the user set.
     """
 
     seed: int = 0
@@ -140,12 +145,12 @@ class Options(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Where an experiment of several runs lies, and what the command line says.
+    """The directory, options and data set of an experiment of several runs.
 
     Attributes:
-      workdir: Its directory, in which every run has one.
-      options: What the command line says besides the config.
-      loaded: The data set.
+      workdir: Directory of the experiment, in which every run has a directory.
+      options: Options of the command line.
+      loaded: Data set of all runs.
     """
 
     workdir: pathlib.Path
@@ -155,12 +160,12 @@ class Context(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """One run for each value of a field.
+    """The config of a sweep: one run for each value of a field.
 
     Attributes:
-      base: The config of every run.
-      field: Path of the field in a run's config.
-      values: Its values.
+      base: The config of all runs, except for the field that is varied.
+      field: Path of the varied field in a run's config.
+      values: Values of the field, one for each run.
     """
 
     base: Config
@@ -173,15 +178,15 @@ class Sweep:
         return self.base.data
 
     def complete(self, part: str, configs: dict[str, Config]) -> Config:
-        """Return a part's config; no run needs another one."""
+        """Return a part's config unchanged: the runs of a sweep do not depend on each other."""
         return configs[part]
 
     def parts(self, workdir: pathlib.Path) -> dict[str, Config]:
         """Return the config of every run by the name of its directory.
 
         Raises:
-          FieldError: there is no such field, or a value does not fit it or gives the same directory
-            as another one.
+          FieldError: If the field does not exist, it does not accept a value, or two values give
+            the same directory.
         """
         del workdir
         hint, name = self._swept(), self.field.rpartition(".")[2]
@@ -201,28 +206,28 @@ class Sweep:
         return configs
 
     def _swept(self) -> object:
-        """Return the annotation of the field; FieldError if a run does not have it."""
+        """Return the annotation of the varied field; raise FieldError if it does not exist."""
         hints = {field.path: field.hint for field in fields_of(self.base)}
         if self.field not in hints:
             raise FieldError(
-                f"field={self.field}: a run has no such field; give the path of a number, such as "
-                "optimizer.learning_rate"
+                f"field={self.field}: a run has no such field; give the path of a numeric field, "
+                "such as optimizer.learning_rate"
             )
         return hints[self.field]
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Generic[C]):
-    """An experiment: the one name, EXPERIMENT, that is looked up in a file of experiments/.
+    """An experiment, which a file of experiments/ defines as `EXPERIMENT`.
 
     Attributes:
-      config: A `Config`, or that of several runs.
-      debug: Values of fields by their paths, for a tiny variant that ends in seconds.
-      alternatives: Tuned alternatives of sections, by their paths.
+      config: A `Config`, or a config of several runs.
+      debug: Values of fields by their paths for `--debug`, a tiny variant that ends in seconds.
+      alternatives: Tuned alternatives of sections, by the paths of the sections.
       fallback: Data set to use if the default one is not available and cannot be downloaded.
-      report: Computes the result of several runs: (config, summaries by directory, context).
-      samples: Of several runs, the part that --mode=sample and --mode=eval use; "": none.
-      name: Its file's name, set by the registry.
+      report: Returns the `Report` of several runs from (config, summaries by part, context).
+      samples: The part of several runs that --mode=sample and --mode=eval use; "" if none is.
+      name: Name of the file, set by the registry.
     """
 
     config: C
@@ -235,31 +240,31 @@ class Experiment(Generic[C]):
 
     @property
     def several(self) -> bool:
-        """Whether it trains several runs."""
+        """True if the experiment trains several runs."""
         return not isinstance(self.config, Config)
 
 
 def bind(config: Config[T], info: DataInfo) -> Config[T]:
-    """Return `config` with the bound fields of its task set for a data set."""
+    """Return a config with the `BOUND` fields of its task set for a data set."""
     task = config.task.bind(info, config.train.precision, config.train.batch_size)
     return dataclasses.replace(config, task=task)
 
 
 @runtime_checkable
 class BuiltOnParts(Protocol):
-    """A task on the networks of a text encoder and an autoencoder, which other runs train."""
+    """Protocol of a task that uses the text encoder and the autoencoder of other runs."""
 
     @property
     def parts_known(self) -> bool:
-        """Whether the fields that follow from the parts are set."""
+        """True if the fields that follow from the parts are set."""
 
     def with_parts(self, text: Task, autoencoder: Task) -> Task:
-        """Return the task with what follows from a text encoder's task and an autoencoder's."""
+        """Return the task with the networks of a text encoder's and an autoencoder's task."""
 
 
 @runtime_checkable
 class WithNetwork(Protocol):
-    """A task of one network."""
+    """Protocol of a task that has one network."""
 
     @property
     def network(self) -> nn.Module:
@@ -267,12 +272,12 @@ class WithNetwork(Protocol):
 
 
 def with_parts(config: Config, text: Config, autoencoder: Config) -> Config:
-    """Return a generation model's config with the networks of its parts, bound again.
+    """Return a generation model's config with the networks of its parts.
 
     Args:
-      config: bound, of a task that is built on parts.
-      text: of the text encoder.
-      autoencoder: of the autoencoder.
+      config: Bound config of the generation model.
+      text: Config of the text encoder's run.
+      autoencoder: Config of the autoencoder's run.
     """
     assert isinstance(config.task, BuiltOnParts)
     task = config.task.with_parts(text.task, autoencoder.task)
@@ -280,10 +285,10 @@ def with_parts(config: Config, text: Config, autoencoder: Config) -> Config:
 
 
 def checked_task(config: Config[T]) -> T:
-    """Return the task of a bound config, once its fields are checked.
+    """Check the fields of a bound config's task, and return the task.
 
     Raises:
-      ConfigError: fields contradict each other or the data.
+      ConfigError: If fields contradict each other or the data set.
     """
     try:
         config.task.check()
@@ -294,7 +299,7 @@ def checked_task(config: Config[T]) -> T:
 
 
 def title_of(experiment: str, part: str) -> str:
-    """Return what a run is called: its experiment's name, and the part's if it has one."""
+    """Return the title of a run: EXPERIMENT, or EXPERIMENT/PART if it is a part."""
     return f"{experiment}/{part}" if part else experiment
 
 
@@ -302,12 +307,12 @@ class Run(NamedTuple):
     """A run to train.
 
     Attributes:
-      name: Name of its experiment.
-      config: Its config, not bound yet.
-      workdir: Its directory.
-      loaded: Its data set.
-      options: What the command line says besides.
-      part: The part of an experiment of several runs.
+      name: Name of the experiment.
+      config: Config of the run; `bound` binds it to the data set.
+      workdir: Directory of the run.
+      loaded: Data set of the run.
+      options: Options of the command line.
+      part: Name of the part, or "" if the experiment is a single run.
     """
 
     name: str
@@ -319,23 +324,23 @@ class Run(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The experiment's name, and the part's."""
+        """The name of the experiment, followed by the part if there is one."""
         return title_of(self.name, self.part)
 
     def bound(self) -> "Run":
-        """Return the run with its config bound to the data."""
+        """Return the run with its config bound to the data set."""
         return self._replace(config=bind(self.config, info_of(self.loaded.data)))
 
 
-# Trains a bound run that needs no other, and returns its summary; None: it was asked to stop.
+# A function that trains a bound run, and returns its summary, or None if the user stopped it.
 TrainAlone = Callable[[Run, Data], Record | None]
 
 
 def parts_of(config: SeveralRuns, workdir: pathlib.Path) -> dict[str, Config]:
-    """Return the configs of several runs.
+    """Return the configs of an experiment of several runs by the names of their directories.
 
     Raises:
-      ConfigError: fields contradict each other.
+      ConfigError: If fields contradict each other.
     """
     try:
         return config.parts(workdir)

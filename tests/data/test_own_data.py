@@ -122,7 +122,7 @@ def test_other_data_are_refused(data, moved_run, launch_here):
 
 def test_sampling_refuses_a_data_set(moved_run, launch_here):
     result = launch_here("--mode=sample", "--workdir=run", "--config.data=folder:moved")
-    expect_one_line(result, "--config.data is what the run in run was trained with")
+    expect_one_line(result, "--config.data cannot change after the run in run")
 
 
 def test_classes_are_printed_without_control_characters(trained, tmp_path, launch_here):

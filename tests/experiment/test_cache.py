@@ -1,4 +1,4 @@
-"""What is kept for later runs is kept by all that it depends on, and made again if unusable."""
+"""Caches depend on everything that their content depends on, and are rebuilt if unusable."""
 
 import json
 import pathlib
@@ -27,83 +27,87 @@ NOWHERE = pathlib.Path("/nowhere/at/all")
 CLASSIFIER = load_experiment("classifier_digits")
 
 
-def of(debug):
-    """(loaded, options) of a run on digits."""
+def digits_run(debug):
+    """Return (loaded, options) of a run on digits."""
     options = Options(debug=debug)
     return load_data(CLASSIFIER, CLASSIFIER.config.data, NOWHERE, options), options
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    """A cache with a judge of a debug run."""
+    """A cache with a classifier that a debug run trained."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return feature_networks.trained(CLASSIFIER, *of(debug=True), train_alone)
+        return feature_networks.train_once(CLASSIFIER, *digits_run(debug=True), train_alone)
 
 
 @pytest.fixture
 def cached(pristine, tmp_path, monkeypatch):
-    """A copy of the judge, what trains none but notes it and copies, and what that noted."""
+    """A copy of the classifier, a fake training that copies it, and lists of directories.
+
+    The first list is filled with the directories that were trained; the second one holds those that
+    may already have checkpoints.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    place = feature_networks.feature_networks_dir() / pristine.name
-    shutil.copytree(pristine, place)
-    made = []
+    directory = feature_networks.feature_networks_dir() / pristine.name
+    shutil.copytree(pristine, directory)
+    trained_in = []
 
     def train(run, data):
         assert not (run.workdir / "checkpoints").exists() or run.workdir in continued
         assert len(data.train.images) == len(run.loaded.data.train.images)
-        made.append(run.workdir)
+        trained_in.append(run.workdir)
         shutil.copytree(pristine, run.workdir, dirs_exist_ok=True)
         return {}
 
     continued = []
-    return place, train, made, continued
+    return directory, train, trained_in, continued
 
 
-def test_debug_and_full_runs_and_other_splits_keep_judges_apart(cached):
-    place, train, made, _ = cached
-    assert feature_networks.trained(CLASSIFIER, *of(debug=True), train) == place
-    assert not made
-    full = feature_networks.trained(CLASSIFIER, *of(debug=False), train)
-    loaded, options = of(debug=True)
+def test_debug_and_full_runs_and_other_splits_have_separate_classifiers(cached):
+    directory, train, trained_in, _ = cached
+    assert feature_networks.train_once(CLASSIFIER, *digits_run(debug=True), train) == directory
+    assert not trained_in
+    full = feature_networks.train_once(CLASSIFIER, *digits_run(debug=False), train)
+    loaded, options = digits_run(debug=True)
     cut = loaded.data._replace(test=loaded.data.test.first(100))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feature_networks, "load_for", lambda *_: cut)
-        other = feature_networks.trained(CLASSIFIER, Loaded(cut), options, train)
-    assert len({place, full, other}) == 3
-    assert made == [full, other]
+        other = feature_networks.train_once(CLASSIFIER, Loaded(cut), options, train)
+    assert len({directory, full, other}) == 3
+    assert trained_in == [full, other]
 
 
-def test_a_folder_that_moved_has_the_classifier_that_it_had(tmp_path, monkeypatch, capfd):
-    made = []
+def test_a_moved_folder_has_the_same_classifier_as_before(tmp_path, monkeypatch, capfd):
+    trained_in = []
 
     def train(run, data):
-        made.append(run.workdir)
+        trained_in.append(run.workdir)
         (run.workdir / "checkpoints").mkdir(parents=True)
         record = record_of(run.name, run.config, run.config.data, run.loaded, run.options)
         (run.workdir / "config.json").write_text(json.dumps(record))
         (run.workdir / "summary.json").write_text('{"metrics": {}}')
         return {}
 
-    def trained(name):
+    def train_once(name):
         loaded = Loaded(loader.load(f"folder:{tmp_path / name}"))
-        return feature_networks.trained(CLASSIFIER, loaded, Options(debug=True), train)
+        return feature_networks.train_once(CLASSIFIER, loaded, Options(debug=True), train)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(feature_networks, "load_feature_network", lambda *_: None)
     for number in range(20):
         write(tmp_path / "birds" / f"{number % 2}" / f"{number}.png", png(number))
-    first = trained("birds")
+    first = train_once("birds")
     (tmp_path / "moved").mkdir()
     (tmp_path / "birds").rename(tmp_path / "moved" / "finches")
-    assert trained("moved/finches") == first
-    assert made == [first]
+    assert train_once("moved/finches") == first
+    assert trained_in == [first]
     assert "again" not in capfd.readouterr().err
     (tmp_path / "moved" / "finches" / "0").rename(tmp_path / "moved" / "finches" / "2")
-    renamed = trained("moved/finches")  # another class
+    renamed = train_once("moved/finches")  # another class
     write(tmp_path / "moved" / "finches" / "1" / "1.png", png(99))  # another image
-    assert made == [first, renamed, trained("moved/finches")]
-    assert len(set(made)) == 3
+    assert trained_in == [first, renamed, train_once("moved/finches")]
+    assert len(set(trained_in)) == 3
 
 
 def edit(path, change):
@@ -116,8 +120,8 @@ def tear(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def damage_checkpoints(place):
-    for path in (place / "checkpoints").rglob("*"):
+def damage_checkpoints(directory):
+    for path in (directory / "checkpoints").rglob("*"):
         if path.is_file():
             tear(path)
 
@@ -137,38 +141,38 @@ UNUSABLE = {
 }
 
 
-OF_FINISHED = {"a torn summary", "a summary of another form", "no checkpoints"}
+ONLY_IF_FINISHED = {"a torn summary", "a summary of another form", "no checkpoints"}
 
 
 @pytest.mark.parametrize(
     ("what", "finished"),
     [
         *((what, True) for what in UNUSABLE),
-        *((what, False) for what in sorted(UNUSABLE.keys() - OF_FINISHED)),
+        *((what, False) for what in sorted(UNUSABLE.keys() - ONLY_IF_FINISHED)),
     ],
 )
-def test_a_judge_that_cannot_be_used_is_made_again_and_said_so(cached, capfd, what, finished):
-    place, train, made, _ = cached
+def test_an_unusable_classifier_is_trained_again_with_a_message(cached, capfd, what, finished):
+    directory, train, trained_in, _ = cached
     if not finished:
-        (place / "summary.json").unlink()
-    UNUSABLE[what](place)
-    assert feature_networks.trained(CLASSIFIER, *of(debug=True), train) == place
-    assert made == [place]
-    assert "it is made again" in capfd.readouterr().err
-    feature_networks.load_feature_network(str(place))
+        (directory / "summary.json").unlink()
+    UNUSABLE[what](directory)
+    assert feature_networks.train_once(CLASSIFIER, *digits_run(debug=True), train) == directory
+    assert trained_in == [directory]
+    assert "the classifier is trained again" in capfd.readouterr().err
+    feature_networks.load_feature_network(str(directory))
 
 
-def test_a_judge_that_was_begun_in_the_same_setting_goes_on(cached, capfd):
-    place, train, made, continued = cached
-    (place / "summary.json").unlink()
-    continued.append(place)
-    assert feature_networks.trained(CLASSIFIER, *of(debug=True), train) == place
-    assert made == [place]
+def test_an_interrupted_classifier_with_the_same_record_is_resumed(cached, capfd):
+    directory, train, trained_in, continued = cached
+    (directory / "summary.json").unlink()
+    continued.append(directory)
+    assert feature_networks.train_once(CLASSIFIER, *digits_run(debug=True), train) == directory
+    assert trained_in == [directory]
     assert "again" not in capfd.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_its_judge_is_trained_blocks_no_later_run(tmp_path):
+def test_a_run_killed_while_its_classifier_is_trained_blocks_no_later_run(tmp_path):
     cache = tmp_path / "cache"
     command = [sys.executable, str(ROOT / "launch.py"), "--experiment=ddpm_digits",
                "--config.task.evaluation.features=classifier_digits", "--config.train.steps=4",
@@ -194,8 +198,8 @@ def test_a_run_killed_while_its_judge_is_trained_blocks_no_later_run(tmp_path):
     killed_when_a_checkpoint_is_there("full")
     for name, flags in (("debug", ["--debug"]), ("full", []), ("again", ["--debug"])):
         process = start(name, *flags)
-        _, said = process.communicate(timeout=600)
-        assert process.returncode == 0, said
+        _, stderr = process.communicate(timeout=600)
+        assert process.returncode == 0, stderr
     assert len(list(cache.glob("ddpm_jax/feature_networks/*"))) == 2
 
 
@@ -210,18 +214,20 @@ def folder_of_images(root):
     return f"folder:{root}"
 
 
-def other_labels(place):
-    np.save(place / "train_labels.npy", np.zeros(3, np.int32))
+def write_other_labels(directory):
+    np.save(directory / "train_labels.npy", np.zeros(3, np.int32))
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda place: tear(place / "train_images.npy"),
-        lambda place: tear(place / "meta.json"),
-        lambda place: (place / "test_captions.npy").unlink(),
-        other_labels,
-        lambda place: np.save(place / "test_images.npy", np.zeros((2, 8, 8, 3), np.float32)),
+        lambda directory: tear(directory / "train_images.npy"),
+        lambda directory: tear(directory / "meta.json"),
+        lambda directory: (directory / "test_captions.npy").unlink(),
+        write_other_labels,
+        lambda directory: np.save(
+            directory / "test_images.npy", np.zeros((2, 8, 8, 3), np.float32)
+        ),
     ],
 )
 def test_decoded_images_that_cannot_be_used_are_decoded_again(tmp_path, monkeypatch, damage):
@@ -229,22 +235,22 @@ def test_decoded_images_that_cannot_be_used_are_decoded_again(tmp_path, monkeypa
     name = folder_of_images(tmp_path / "images")
     first = loader.load(name, validation=0)
     expected = [np.array(array) for array in first.train]  # of files that are damaged below
-    (place,) = (path.parent for path in cache_module.cache_dir().glob("decoded/*/meta.json"))
-    damage(place)
+    (directory,) = (path.parent for path in cache_module.cache_dir().glob("decoded/*/meta.json"))
+    damage(directory)
     again = loader.load(name, validation=0)
     assert again.fingerprint == first.fingerprint
-    for found, array in zip(again.train, expected, strict=True):
-        np.testing.assert_array_equal(found, array)
+    for actual, array in zip(again.train, expected, strict=True):
+        np.testing.assert_array_equal(actual, array)
     assert any("decoded again" in note for note in again.notes)
     assert not loader.load(name, validation=0).notes
 
 
-def test_features_of_captions_that_cannot_be_used_are_made_again(tmp_path, monkeypatch, capfd):
+def test_unusable_features_of_captions_are_computed_again(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    asked = []
+    calls = []
 
     def encode(name, texts):
-        asked.append(name)
+        calls.append(name)
         tokens = np.ones((len(texts), 4, 3), np.float16)
         return pretrained_text.Features(tokens, np.ones((len(texts), 4), bool), tokens[:, 0])
 
@@ -256,15 +262,15 @@ def test_features_of_captions_that_cannot_be_used_are_made_again(tmp_path, monke
         damage(path)
         assert pretrained_text._kept("an encoder", texts).tokens.shape == (2, 4, 3)
         assert "computed again" in capfd.readouterr().err
-    assert len(asked) == 4
+    assert len(calls) == 4
     assert pretrained_text._kept("an encoder", texts).tokens.shape == (2, 4, 3)
-    assert len(asked) == 4
+    assert len(calls) == 4
 
 
-def test_features_are_kept_by_the_files_of_the_encoder(tmp_path, monkeypatch):
+def test_cached_features_depend_on_the_files_of_the_encoder(tmp_path, monkeypatch):
     folder = tmp_path / "encoder"
     folder.mkdir()
     (folder / "weights").write_text("one")
     before = pretrained_text._version(str(folder))
-    (folder / "weights").write_text("another")  # the folder's own time stays
+    (folder / "weights").write_text("another")  # the folder's modification time does not change
     assert pretrained_text._version(str(folder)) != before

@@ -1,4 +1,4 @@
-"""Every experiment under --debug, through the command line, as a user would run it."""
+"""Every experiment runs with --debug through the command line, as a user would run it."""
 
 import json
 import time
@@ -10,21 +10,17 @@ from PIL import Image
 from helpers.launching import ROOT
 
 EXPERIMENTS = sorted(path.stem for path in ROOT.glob("experiments/[a-z]*.py"))
-# There is no fashion, no CIFAR-10 and no folder without a network or a user.
+# Fashion-MNIST, CIFAR-10 and a folder of images are not available in tests.
 DATA = dict.fromkeys(
     ("vae_fashion_mnist", "ddpm_fashion_mnist", "classifier_fashion_mnist", "ddpm_folder"),
     "--config.data=digits:28",
 ) | dict.fromkeys(("ddpm_cifar10", "classifier_cifar10"), "--config.data=digits")
-DATA["iddpm_cifar10"] = "--config.data=digits:32"  # which its attention at side 8 fits
+DATA["iddpm_cifar10"] = "--config.data=digits:32"  # its attention needs feature maps of side 8
 
-
-WHOLE = "text_to_image_shapes"  # whose parts a generation model stands on
-
-
-RUNS = {"text_encoder_scaling": 5}  # of an experiment that is many
-PARTS = {"text_encoder_shapes", "autoencoder_shapes"}  # which WHOLE trains, too
-# Fashion-MNIST's and a folder's are MNIST's but for the data, in the place of which digits stand
-# here, and ddpm_cifar10 is less than iddpm_cifar10; `test_launch.py` runs vae_mnist, too.
+CHAIN = "text_to_image_shapes"  # trains the parts of a generation model
+RUNS = {"text_encoder_scaling": 5}  # number of runs, for experiments of many runs
+PARTS = {"text_encoder_shapes", "autoencoder_shapes"}  # CHAIN trains these, too
+# With digits as the data set, these experiments equal others; `test_launch.py` runs vae_mnist.
 ALIKE = {name for name in EXPERIMENTS if name.endswith("fashion_mnist")}
 ALIKE |= {"ddpm_folder", "ddpm_cifar10", "vae_mnist"}
 LONG = {"text_encoder_scaling", *PARTS, *ALIKE}
@@ -44,8 +40,8 @@ def test_an_experiment_under_debug_ends_in_seconds(experiment, launch, tmp_path)
 
 @pytest.mark.slow
 def test_a_generation_model_is_trained_on_parts_of_another_run(launch, tmp_path):
-    debugs(WHOLE, launch, tmp_path)
-    parts = tmp_path / "runs" / f"{WHOLE}-debug"
+    debugs(CHAIN, launch, tmp_path)
+    parts = tmp_path / "runs" / f"{CHAIN}-debug"
     flags = [
         f"--config.task.text_encoder={parts / 'text'}",
         f"--config.task.autoencoder={parts / 'autoencoder'}",
@@ -58,7 +54,7 @@ def debugs(experiment, launch, tmp_path, *flags):
     start, limit = time.perf_counter(), 120 * RUNS.get(experiment, 1)
     result = launch(f"--experiment={experiment}", "--debug", *flags, timeout=limit)
     assert result.returncode == 0, result.stderr
-    assert time.perf_counter() - start < limit  # a run: 20 s on an idle machine, where it is alone
+    assert time.perf_counter() - start < limit  # one run takes 20 s on an idle machine
     workdir = tmp_path / "runs" / f"{experiment}-debug"
     assert (workdir / "summary.json").exists()
     assert list((workdir / "images").glob("*.png"))
@@ -66,8 +62,8 @@ def debugs(experiment, launch, tmp_path, *flags):
 
 
 @pytest.mark.slow
-def test_a_diffusion_run_is_evaluated_and_drawn_from_in_other_ways(launch, tmp_path):
-    """Sampling needs no flag retyped, and how is drawn may differ from one time to the next."""
+def test_a_diffusion_run_is_evaluated_and_sampled_with_other_settings(launch, tmp_path):
+    """Settings of sampling may differ from those of the training."""
     workdir = tmp_path / "runs" / "ddpm_digits-debug"
     assert launch("--experiment=ddpm_digits", "--debug").returncode == 0
     result = launch(
@@ -99,14 +95,14 @@ def test_a_diffusion_run_is_evaluated_and_drawn_from_in_other_ways(launch, tmp_p
 
 
 def write_images(folder, count, captions=False):
-    """A few images of two classes, drawn by chance."""
-    draws = np.random.default_rng(0)
+    """Write a few random images of two classes."""
+    rng = np.random.default_rng(0)
     for number in range(count):
         path = folder / f"class{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draws.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
         if captions:
-            path.with_suffix(".txt").write_text(f"picture {number % 3}")
+            path.with_suffix(".txt").write_text(f"image {number % 3}")
 
 
 @pytest.mark.slow
@@ -138,8 +134,8 @@ def test_every_kind_of_data_set_is_trained_on_or_refused_in_one_line(
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-def test_a_handful_of_labelled_images_is_judged_by_a_classifier_of_their_own(launch, tmp_path):
-    """What one held-out image does not give is left out, and no metric is named after MNIST."""
+def test_a_few_labelled_images_are_evaluated_by_a_classifier_trained_on_them(launch, tmp_path):
+    """Metrics that need several test images are left out, and no metric is named after MNIST."""
     write_images(tmp_path / "birds", 6)
     result = launch(
         "--experiment=ddpm_folder", "--debug", f"--config.data=folder:{tmp_path / 'birds'}",

@@ -1,4 +1,4 @@
-"""A classifier that judges: its name, its one training, its data."""
+"""Feature networks: the name of a classifier, its single training, and its data set."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from ddpm_jax.experiment.types import Dataset, Options, bind
 from ddpm_jax.metrics.pixels import to_images
 
 
-def test_a_judge_is_called_after_the_data_that_it_was_trained_on():
+def test_a_classifier_is_named_after_the_data_that_it_was_trained_on():
     names = {
         "mnist": "classifier_mnist",
         "digits": "classifier_digits",
@@ -25,7 +25,7 @@ def test_a_judge_is_called_after_the_data_that_it_was_trained_on():
     assert {data: feature_networks.feature_network_name(data) for data in names} == names
 
 
-def test_a_classifier_is_trained_once_and_judges(tmp_path, monkeypatch, capfd):
+def test_a_classifier_is_trained_once_and_extracts_features(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     loaded, options = Loaded(load("digits")), Options(debug=True)
 
@@ -40,11 +40,13 @@ def test_a_classifier_is_trained_once_and_judges(tmp_path, monkeypatch, capfd):
     assert "training classifier_digits once" in capfd.readouterr().err
     (again,) = feature_networks.load_features(config, loaded, options, never)
     assert "training" not in capfd.readouterr().err
-    place = feature_networks.trained(load_experiment("classifier_digits"), loaded, options, never)
-    by_place = replace(config, {"task.evaluation.features": (str(place),)})
-    assert feature_networks.check_features(by_place, loaded) == by_place
-    (third,) = feature_networks.load_features(by_place, loaded, options, never)
-    network = feature_networks.load_feature_network(str(place))
+    directory = feature_networks.train_once(
+        load_experiment("classifier_digits"), loaded, options, never
+    )
+    by_directory = replace(config, {"task.evaluation.features": (str(directory),)})
+    assert feature_networks.check_features(by_directory, loaded) == by_directory
+    (third,) = feature_networks.load_features(by_directory, loaded, options, never)
+    network = feature_networks.load_feature_network(str(directory))
     assert [load().about for load in (first, again, third)] == [network.about] * 3
     features, logs = network.extract(to_images(loaded.data.test.images[:7], 17))
     assert network.name == "classifier_digits"
@@ -55,12 +57,12 @@ def test_a_classifier_is_trained_once_and_judges(tmp_path, monkeypatch, capfd):
     assert feature_networks.load_features(none, loaded, options, never) == ()
 
 
-def test_data_without_labels_have_no_classifier_and_an_unknown_one_is_named(capfd):
+def test_without_labels_there_is_no_classifier_and_an_unknown_name_is_an_error(capfd):
     loaded = Loaded(load("digits"))
     config = bind(load_experiment("ddpm_digits").config, info_of(loaded.data))
     bare = Loaded(loaded.data._replace(classes=()))
     assert feature_networks.check_features(config, bare).task.evaluation.features == ()
-    assert "no labels, so no classifier" in capfd.readouterr().err
+    assert "the data set has no labels" in capfd.readouterr().err
     for name, says in (
         ("classifier_digit", 'no feature network "classifier_digit"; did you mean "classifier_d'),
         ("auto", 'no feature network "auto"'),
@@ -71,12 +73,12 @@ def test_data_without_labels_have_no_classifier_and_an_unknown_one_is_named(capf
             feature_networks.check_features(odd, loaded)
 
 
-def test_a_judge_reads_its_data_where_the_run_read_them(monkeypatch):
-    """A resumed run knows the folder from its record, not from the command line."""
-    asked = []
+def test_a_classifier_reads_the_data_set_from_the_directory_of_the_run(monkeypatch):
+    """A resumed run takes the directory from its record, not from the command line."""
+    calls = []
     monkeypatch.setattr(
-        inputs, "load", lambda *arguments: asked.append(arguments) or load("digits")
+        inputs, "load", lambda *arguments: calls.append(arguments) or load("digits")
     )
     loaded = Loaded(load("digits"), data_dir="/where/the/run/read")
     inputs.load_for(Dataset("digits", validation=7), loaded, Options())
-    assert asked == [("digits", "/where/the/run/read", 7, True)]
+    assert calls == [("digits", "/where/the/run/read", 7, True)]

@@ -1,4 +1,4 @@
-"""A notebook stays open while runs are trained further: what is loaded again is new."""
+"""A run that was trained further is loaded anew, for example in an open notebook."""
 
 import json
 import shutil
@@ -36,39 +36,37 @@ def equal(params, others):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The run of a guidance model, and a copy of it that it guides."""
-    place = tmp_path_factory.mktemp("fresh")
-    guide, guided = place / "guide", place / "guided"
-    train(guide, 1)
-    shutil.copytree(guide, guided)
+    """The run of a guidance model, and a copy of this run that is guided by it."""
+    directory = tmp_path_factory.mktemp("fresh")
+    model, guided = directory / "model", directory / "guided"
+    train(model, 1)
+    shutil.copytree(model, guided)
     record = json.loads((guided / "config.json").read_text())
-    record["config"]["task"]["sampling"]["guidance_model"] = str(guide)
+    record["config"]["task"]["sampling"]["guidance_model"] = str(model)
     (guided / "config.json").write_text(json.dumps(record))
-    return guide, guided
+    return model, guided
 
 
-def test_a_guidance_model_that_was_trained_further_guides_with_its_new_parameters(
-    runs, monkeypatch
-):
-    guide, guided = runs
+def test_a_guidance_model_that_was_trained_further_has_its_new_parameters(runs, monkeypatch):
+    model, guided = runs
     loads = []
     load_state = guidance_models.load_state
     monkeypatch.setattr(guidance_models, "load_state", lambda *a: loads.append(a) or load_state(*a))
     first = ddpm_jax.load_run(guided)
     images = first.sample(2, guidance=3.0)
-    assert equal(first.guidance_model.params, ddpm_jax.load_run(guide).variables.params)
+    assert equal(first.guidance_model.params, ddpm_jax.load_run(model).variables.params)
     np.testing.assert_array_equal(first.sample(2, guidance=3.0), images)
     assert len(loads) == 1  # a run loads its guidance model once
     config, loaded = read_model(guided).run_config, Loaded(load("digits"))
-    for _ in range(3):  # as the runs of a sweep are checked
+    for _ in range(3):  # as when the runs of a sweep are checked
         assert guidance_models.check_guidance(config, loaded) == config
     assert len(loads) == 2
 
-    train(guide, 2)
+    train(model, 2)
     assert guidance_models.check_guidance(config, loaded) == config
     assert len(loads) == 3
     again = ddpm_jax.load_run(guided)
-    assert equal(again.guidance_model.params, ddpm_jax.load_run(guide).variables.params)
+    assert equal(again.guidance_model.params, ddpm_jax.load_run(model).variables.params)
     assert not equal(again.guidance_model.params, first.guidance_model.params)
     assert "step 2" in again.guidance_model.about
     assert not np.array_equal(again.sample(2, guidance=3.0), images)

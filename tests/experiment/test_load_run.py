@@ -1,4 +1,4 @@
-"""A trained run as a library: what `--mode=sample` itself calls."""
+"""A trained run as a library, whose functions `--mode=sample` calls, too."""
 
 import re
 import subprocess
@@ -18,14 +18,14 @@ from helpers.launching import ROOT
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A directory with short runs of three tasks, in runs/."""
-    place = tmp_path_factory.mktemp("library")
+    directory = tmp_path_factory.mktemp("library")
     for name in ("ddpm_digits", "vae_digits", "classifier_digits"):
-        arguments = [f"--experiment={name}", "--debug", f"--workdir={place / 'runs' / name}"]
+        arguments = [f"--experiment={name}", "--debug", f"--workdir={directory / 'runs' / name}"]
         assert launch.report([*arguments, "--config.train.steps=2"]) == 0
-    return place
+    return directory
 
 
-def test_samples_are_those_of_the_command_line(folder):
+def test_samples_equal_those_of_the_command_line(folder):
     out = folder / "images.npz"
     workdir = folder / "runs" / "ddpm_digits"
     command = ["--mode=sample", f"--workdir={workdir}", f"--out={out}", "--num_samples=5"]
@@ -35,27 +35,27 @@ def test_samples_are_those_of_the_command_line(folder):
     np.testing.assert_array_equal(plots.to_uint8(images), saved)
 
 
-def test_a_denoiser_is_that_of_sampling_and_predicts_both_coordinates(folder):
+def test_a_denoiser_predicts_x0_and_eps_that_add_up_to_xt(folder):
     run = ddpm_jax.load_run(folder / "runs" / "ddpm_digits")
     labels, logsnr = jnp.array([1, 2]), jnp.asarray(0.5)
     xt = jnp.ones((2, 8, 8, 1)) * 0.1
-    found = run.denoiser(labels)(xt, logsnr)
+    prediction = run.denoiser(labels)(xt, logsnr)
     alpha, sigma = jnp.sqrt(1 / (1 + jnp.exp(-logsnr))), jnp.sqrt(1 / (1 + jnp.exp(logsnr)))
-    np.testing.assert_allclose(alpha * found.x0 + sigma * found.eps, xt, atol=1e-5)
+    np.testing.assert_allclose(alpha * prediction.x0 + sigma * prediction.eps, xt, atol=1e-5)
     other = run.denoiser(labels, guidance=4.0)(xt, logsnr)
-    assert not np.allclose(other.x0, found.x0)
+    assert not np.allclose(other.x0, prediction.x0)
 
 
-def test_what_a_run_cannot_do_is_said(folder):
+def test_what_a_run_cannot_do_is_an_error(folder):
     with pytest.raises(UserError, match="has no denoiser"):
         ddpm_jax.load_run(folder / "runs" / "vae_digits").denoiser()
     with pytest.raises(UserError, match="no images"):
         ddpm_jax.load_run(folder / "runs" / "classifier_digits").sample(1)
     with pytest.raises(UserError, match="there is no run"):
-        ddpm_jax.load_run(folder / "nothing")
+        ddpm_jax.load_run(folder / "empty")
 
 
-def test_the_readme_shows_it(folder, monkeypatch):
+def test_the_example_of_the_readme_runs(folder, monkeypatch):
     text = (ROOT / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(import ddpm_jax\n.*?)```", text, re.DOTALL)
     monkeypatch.chdir(folder)

@@ -1,6 +1,6 @@
 """Attacks and faults that must harm nothing: each leaves a trace if it succeeds.
 
-A run directory may be a stranger's, the disk full, the directory gone.
+A run directory may come from an untrusted source, the disk may be full, the directory removed.
 """
 
 import contextlib
@@ -57,11 +57,11 @@ def run(vae, tmp_path):
     return shutil.copytree(vae, tmp_path / "run")
 
 
-# Links out of a run directory.
+# Links that lead out of a run directory.
 
 
-def leads_to(path, target):
-    """Put a link in the place of a file or a folder."""
+def replace_by_link(path, target):
+    """Replace a file or a folder by a link."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(target)
@@ -72,10 +72,10 @@ def leads_to(path, target):
     "place", ["images/sampled.png", "images/samples.png", "eval.json", "profile/plugins/profile",
               "config.json.draft", "tensorboard/events", "metrics.jsonl", "wandb_id"],
 )  # fmt: skip
-def test_no_file_outside_of_a_run_is_written_to(launch_here, run, tmp_path, mode, place):
+def test_no_file_outside_of_a_run_directory_is_written(launch_here, run, tmp_path, mode, place):
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    leads_to(run / place, victim)
+    replace_by_link(run / place, victim)
     how = {"train": [*DIGITS, "--config.train.steps=25", "--profile"]}.get(mode, [f"--mode={mode}"])
     result = launch_here(*how, "--workdir=run")
     assert victim.read_text() == "precious"
@@ -87,14 +87,14 @@ def test_links_are_refused_whatever_a_run_directory_is_called(launch_here, run, 
     victim = tmp_path / "victim"
     victim.mkdir()
     run.rename(tmp_path / name)
-    leads_to(tmp_path / name / "profile" / "plugins", victim)
+    replace_by_link(tmp_path / name / "profile" / "plugins", victim)
     more = ["--config.train.steps=25", "--profile"]
     result = launch_here(*DIGITS, *more, f"--workdir={name}")
     assert not list(victim.iterdir())
     expect_one_line(result, "is a link, and a run writes nothing through links")
 
 
-def test_what_systems_and_a_killed_start_leave_behind_is_no_obstacle(launch_here, tmp_path):
+def test_a_directory_with_files_of_the_system_or_a_killed_start_is_used(launch_here, tmp_path):
     for name in ("lost+found", ".cache", "checkpoints/.probe.abc/0"):
         (tmp_path / "run" / name).mkdir(parents=True)
     for name in ("desktop.ini", ".DS_Store", "lock"):
@@ -105,11 +105,13 @@ def test_what_systems_and_a_killed_start_leave_behind_is_no_obstacle(launch_here
 
 @pytest.mark.parametrize("mode", ["sample", "eval", "train"])
 @pytest.mark.parametrize("place", ["images", "tensorboard", "checkpoints", "damaged", "profile"])
-def test_nothing_is_written_into_a_folder_outside_of_a_run(launch_here, run, tmp_path, mode, place):
+def test_nothing_is_written_to_a_folder_outside_of_a_run_directory(
+    launch_here, run, tmp_path, mode, place
+):
     victim = tmp_path / "victim"
     shutil.copytree(run / place, victim) if (run / place).exists() else victim.mkdir()
     before = sorted(victim.rglob("*"))
-    leads_to(run / place, victim)
+    replace_by_link(run / place, victim)
     how = {"train": [*DIGITS, "--config.train.steps=25", "--profile"]}.get(mode, [f"--mode={mode}"])
     result = launch_here(*how, "--workdir=run")
     assert sorted(victim.rglob("*")) == before
@@ -117,24 +119,24 @@ def test_nothing_is_written_into_a_folder_outside_of_a_run(launch_here, run, tmp
 
 
 @pytest.mark.parametrize("mode", ["sample", "eval"])
-def test_a_part_of_a_run_that_lies_elsewhere_is_not_written_to(launch_here, run, tmp_path, mode):
-    """Of a text-to-image run `generator` is evaluated, and `--mode=sample` writes into it."""
-    whole = tmp_path / "whole"
-    whole.mkdir()
+def test_a_part_that_is_a_link_to_another_run_is_not_written_to(launch_here, run, tmp_path, mode):
+    """`--mode=eval` and `--mode=sample` use the part `generator` of a text-to-image run."""
+    chain = tmp_path / "chain"
+    chain.mkdir()
     record = read_record(run)
     experiment = load_experiment("text_to_image_shapes")
     record |= {"experiment": experiment.name, "config": to_record(experiment.config)}
-    (whole / "config.json").write_text(json.dumps(record))
-    (whole / "generator").symlink_to(run)
+    (chain / "config.json").write_text(json.dumps(record))
+    (chain / "generator").symlink_to(run)
     before = sorted(run.rglob("*"))
-    result = launch_here(f"--mode={mode}", "--workdir=whole")
+    result = launch_here(f"--mode={mode}", "--workdir=chain")
     assert sorted(run.rglob("*")) == before
     expect_one_line(result, "generator is a link")
 
 
 @pytest.mark.slow
-def test_the_runs_that_a_record_names_are_read_alone(launch_here, ddpm, vae, tmp_path):
-    """A feature network and a guidance model of a record are paths: nothing is written there."""
+def test_the_runs_that_a_record_names_are_only_read(launch_here, ddpm, vae, tmp_path):
+    """Nothing is written to the directories of a recorded feature network and guidance model."""
     run, other = shutil.copytree(ddpm, tmp_path / "run"), shutil.copytree(vae, tmp_path / "other")
     before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
     record = json.loads((run / "config.json").read_text())
@@ -150,13 +152,13 @@ def test_the_runs_that_a_record_names_are_read_alone(launch_here, ddpm, vae, tmp
         assert {p: p.read_bytes() for p in other.rglob("*") if p.is_file()} == before
 
 
-# What a stranger wrote reaches no terminal.
+# Control characters of an untrusted run reach no terminal.
 
 EVIL = "\x1b]0;evil\x07\x1b[2J\x9b31m\u202eabc\u2028\x7f\rerror: hm"
 
 
 def harmless(result):
-    """Whether no control character but the ends of lines is there."""
+    """Return True if the only control characters of the output are line ends."""
     text = (result.stdout + result.stderr).replace("\n", "")
     return printable(text) == text
 
@@ -200,7 +202,7 @@ def test_control_characters_of_a_path_reach_no_terminal(launch_here, run, tmp_pa
         assert harmless(result)
 
 
-def test_permission_to_read_is_called_that(tmp_path):
+def test_a_missing_permission_to_read_is_named(tmp_path):
     if os.getuid() == 0:
         pytest.skip("root may read everything")
     (tmp_path / "config.json").write_text("{}")
@@ -210,7 +212,7 @@ def test_permission_to_read_is_called_that(tmp_path):
 
 
 @pytest.mark.parametrize("entries", [[".DS_Store", "lock"], ["lock", "checkpoints/"]])
-def test_a_directory_that_holds_nothing_of_anybodys_is_used(launch_here, tmp_path, entries):
+def test_a_directory_without_files_of_a_user_is_used(launch_here, tmp_path, entries):
     (tmp_path / "run").mkdir()
     for entry in entries:
         path = tmp_path / "run" / entry
@@ -221,17 +223,17 @@ def test_a_directory_that_holds_nothing_of_anybodys_is_used(launch_here, tmp_pat
     assert result.returncode == 0, result.stderr
 
 
-# What samples are written into.
+# Output files of samples.
 
 
-def test_samples_replace_samples_and_with_overwrite_anything(launch_here, run, tmp_path):
+def test_samples_replace_samples_and_other_files_only_with_overwrite(launch_here, run, tmp_path):
     sample = ("--mode=sample", "--workdir=run", "--num_samples=3")
     for name in ("a.png", "a.npz"):
         assert launch_here(*sample, f"--out={name}").returncode == 0
-        assert launch_here(*sample, f"--out={name}").returncode == 0  # its own
-        (tmp_path / name).write_text("somebody's")
+        assert launch_here(*sample, f"--out={name}").returncode == 0  # a file of samples
+        (tmp_path / name).write_text("a text")
         expect_one_line(launch_here(*sample, f"--out={name}"), "not written by this program")
-        assert (tmp_path / name).read_text() == "somebody's"
+        assert (tmp_path / name).read_text() == "a text"
         assert launch_here(*sample, f"--out={name}", "--overwrite").returncode == 0
     Image.new("L", (9, 9)).save(tmp_path / "photo.png")
     expect_one_line(launch_here(*sample, "--out=photo.png"), "not written by this program")
@@ -244,17 +246,17 @@ def test_samples_replace_samples_and_with_overwrite_anything(launch_here, run, t
 def test_arrays_of_samples_hold_their_labels(launch_here, ddpm, run, tmp_path):
     sample = ("--mode=sample", "--out=a.npz")
     assert launch_here(*sample, f"--workdir={ddpm}", "--num_samples=70").returncode == 0
-    drawn = dict(np.load(tmp_path / "a.npz"))
-    assert drawn["images"].shape == (70, 8, 8, 1)
-    assert drawn["labels"].dtype.kind == "i"
-    assert drawn["labels"].shape == (70,)
-    assert set(drawn["labels"]) == set(range(10))
-    assert "prompts" not in drawn
-    one = int(drawn["labels"][4])  # image 4 under this very label is image 4
-    launch_here(*sample, f"--workdir={ddpm}", "--num_samples=5", f"--label={one}")
+    samples = dict(np.load(tmp_path / "a.npz"))
+    assert samples["images"].shape == (70, 8, 8, 1)
+    assert samples["labels"].dtype.kind == "i"
+    assert samples["labels"].shape == (70,)
+    assert set(samples["labels"]) == set(range(10))
+    assert "prompts" not in samples
+    label = int(samples["labels"][4])  # image 4 sampled with this label is the same image
+    launch_here(*sample, f"--workdir={ddpm}", "--num_samples=5", f"--label={label}")
     again = dict(np.load(tmp_path / "a.npz"))
-    assert again["labels"].tolist() == [one] * 5
-    assert np.array_equal(again["images"][4], drawn["images"][4])
+    assert again["labels"].tolist() == [label] * 5
+    assert np.array_equal(again["images"][4], samples["images"][4])
     assert launch_here(*sample, "--workdir=run", "--num_samples=2").returncode == 0
     assert np.load(tmp_path / "a.npz")["labels"].tolist() == [-1, -1]
 
@@ -264,14 +266,14 @@ def test_arrays_of_samples_hold_their_prompts(tmp_path):
     file.add(np.zeros((2, 4, 4, 3), np.float32), None)
     file.add(np.ones((1, 4, 4, 3), np.float32), None)
     file.write()
-    found = dict(np.load(tmp_path / "a.npz"))
-    assert found["prompts"].tolist() == ["a red circle", "a red circle", "é"]
-    assert found["labels"].tolist() == [-1, -1, -1]
-    assert found["images"][:, 0, 0, 0].tolist() == [128, 128, 255]
+    arrays = dict(np.load(tmp_path / "a.npz"))
+    assert arrays["prompts"].tolist() == ["a red circle", "a red circle", "é"]
+    assert arrays["labels"].tolist() == [-1, -1, -1]
+    assert arrays["images"][:, 0, 0, 0].tolist() == [128, 128, 255]
 
 
 @pytest.mark.slow
-def test_images_that_are_not_finite_are_an_error_not_black(launch_here, ddpm, tmp_path):
+def test_images_that_are_not_finite_are_an_error(launch_here, ddpm, tmp_path):
     sample = ("--mode=sample", f"--workdir={ddpm}", "--out=a.png", "--num_samples=2")
     diverging = (
         "--config.task.sampling.x0_thresholding=none",
@@ -282,15 +284,15 @@ def test_images_that_are_not_finite_are_an_error_not_black(launch_here, ddpm, tm
     assert "stopped: 128 of 128 values of the images are non-finite" in result.stderr
     assert not (tmp_path / "a.png").exists()
     run = shutil.copytree(ddpm, tmp_path / "run")
-    pictures = {path: path.read_bytes() for path in (run / "images").iterdir()}
+    images = {path: path.read_bytes() for path in (run / "images").iterdir()}
     result = launch_here("--mode=eval", "--workdir=run", *diverging)
     assert result.returncode == 1
     assert "non-finite" in result.stderr.splitlines()[-1]
-    assert pictures == {path: path.read_bytes() for path in (run / "images").iterdir()}
+    assert images == {path: path.read_bytes() for path in (run / "images").iterdir()}
 
 
 @pytest.mark.slow
-def test_training_goes_on_without_a_picture_that_is_not_finite(launch_here, tmp_path):
+def test_training_continues_without_an_image_that_is_not_finite(launch_here, tmp_path):
     diverging = (
         "--config.task.sampling.x0_thresholding=none",
         "--config.task.sampling.guidance=3e38",
@@ -303,7 +305,7 @@ def test_training_goes_on_without_a_picture_that_is_not_finite(launch_here, tmp_
     assert (tmp_path / "run" / "images" / "levels.png").exists()
 
 
-# launch.py, in which a program takes a minute to compile, in C, where no signal is handled.
+# launch.py with a compilation that takes a minute in C code, where no signal is handled.
 COMPILES = f"""
 import hashlib, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -324,11 +326,13 @@ def sampling(*flags, size=100_000, start=None):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 1), (signal.SIGINT, 130)])
 @pytest.mark.slow
-def test_what_was_sampled_is_kept_when_sampling_is_stopped(ddpm, tmp_path, number, code):
+def test_the_images_sampled_so_far_are_written_when_sampling_is_stopped(
+    ddpm, tmp_path, number, code
+):
     out = tmp_path / "a.npz"
     process = sampling(f"--workdir={ddpm}", f"--out={out}", "--steps=100", size=10**7)
     lines = []
-    for line in process.stderr:  # until the first images are there
+    for line in process.stderr:  # until the first batch is sampled
         lines.append(line)
         if "(compiled)" in line:
             break
@@ -337,9 +341,9 @@ def test_what_was_sampled_is_kept_when_sampling_is_stopped(ddpm, tmp_path, numbe
     rest = process.stderr.read()
     assert process.wait(timeout=60) == code, rest
     assert "Traceback" not in rest
-    found = np.load(out)
-    assert f"the first {len(found['images'])} of 10000000 images are in {out}" in rest
-    assert 0 < len(found["images"]) == len(found["labels"])
+    arrays = np.load(out)
+    assert f"the first {len(arrays['images'])} of 10000000 images are in {out}" in rest
+    assert 0 < len(arrays["images"]) == len(arrays["labels"])
     assert lines[-1].startswith("image 64/10000000"), lines
 
 
@@ -352,42 +356,42 @@ def test_sampling_is_stopped_at_once_while_it_compiles(run, tmp_path):
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 1, rest
     assert time.monotonic() - begun < 5
-    assert rest == "stopped: asked to stop by SIGTERM\n"
+    assert rest == "stopped: by SIGTERM\n"
     assert not (tmp_path / "a.png").exists()
 
 
-def test_samples_are_written_as_they_come_and_progress_is_shown(
+def test_samples_are_written_during_sampling_and_progress_is_shown(
     launch_here, run, tmp_path, monkeypatch
 ):
     sizes = []
     write = sample_files.SampleFile.write
 
-    def spied(self):
+    def write_and_record(self):
         write(self)
         with Image.open(tmp_path / "a.png") as image:
             sizes.append((self.size, image.size))
 
     monkeypatch.setattr(sample_files, "SECONDS_BETWEEN_WRITES", 0.0)
-    monkeypatch.setattr(sample_files.SampleFile, "write", spied)
+    monkeypatch.setattr(sample_files.SampleFile, "write", write_and_record)
     result = launch_here("--mode=sample", "--workdir=run", "--num_samples=300", "--out=a.png")
     assert result.returncode == 0, result.stderr
     assert len(sizes) > 1
     assert [size for size, _ in sizes] == sorted(size for size, _ in sizes)
     assert sizes[0][0] < sizes[-1][0] == 300
-    assert {width for _, (width, _) in sizes} == {sizes[-1][1][0]}  # images stay where they are
+    assert {width for _, (width, _) in sizes} == {sizes[-1][1][0]}  # the grid keeps its width
     lines = result.stderr.splitlines()
-    assert lines[0].startswith("sampling 300 images in 5 batches of 64; the program for it is")
+    assert lines[0].startswith("sampling 300 images in 5 batches of 64; the sampling program")
     assert lines[1] == "image 64/300  (compiled)"
     assert lines[-1].startswith("image 300/300")
     assert "images/s" in lines[-1]
 
 
-# No run ends well without its weights.
+# A run whose last checkpoint is not written ends with an error.
 
 
 @contextlib.contextmanager
 def files_end_at(size):
-    """No file grows beyond so many bytes, as on a full disk."""
+    """Limit the size of files in bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -400,8 +404,10 @@ LONG = (*DIGITS, "--workdir=run", "--config.train.steps=30", "--config.train.eva
         "--config.train.checkpoint_every=0", "--config.train.log_every=1")  # fmt: skip
 
 
-def test_a_run_whose_last_checkpoint_could_not_be_written_does_not_end_well(launch_here, tmp_path):
-    launch_here(*LONG, "--workdir=other")  # so nothing is compiled, and kept, below
+def test_a_run_whose_last_checkpoint_cannot_be_written_ends_with_an_error(launch_here, tmp_path):
+    launch_here(
+        *LONG, "--workdir=other"
+    )  # so that the compilation cache is full before files are limited
     with files_end_at(20_000):
         result = launch_here(*LONG)
     assert result.returncode == 1, result.stderr
@@ -421,7 +427,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(launch_here):
 
 
 def during(workdir, fault):
-    """Do `fault` to a run once it has logged some steps, from another thread."""
+    """Call `fault` from another thread after the run has logged some steps."""
 
     def wait():
         lines = workdir / "metrics.jsonl"
@@ -464,13 +470,13 @@ def test_a_directory_that_vanishes_during_training_is_reported(launch_here, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_without_a_checkpoint_does_not_end_well(tmp_path):
+def test_a_run_that_is_stopped_without_a_checkpoint_ends_with_an_error(tmp_path):
     flags = [*LONG, "--config.train.steps=1000000", "--config.train.log_every=1000"]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "launch.py"), *flags],
         env=user_environment(XDG_CACHE_HOME=str(tmp_path)), cwd=tmp_path, stderr=subprocess.PIPE,
         text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
-    )  # fmt: skip  # a cache of its own, whose files end early, too
+    )  # fmt: skip  # its own cache, whose files are limited, too
     for line in process.stderr:
         if line.startswith("step "):
             break
@@ -490,7 +496,7 @@ def test_a_path_that_can_hold_checkpoints_is_not_refused(tmp_path, name):
 
 
 def test_a_damaged_checkpoint_that_cannot_be_moved_is_one_line(launch_here, run):
-    """`damaged/20` is where it would go; a file is there, which nothing may replace."""
+    """It would be moved to `damaged/20`, but a file of that name must not be replaced."""
     checkpoint = run / "checkpoints" / "20"
     largest = max(
         (path for path in (checkpoint / "state").rglob("*") if path.is_file()),

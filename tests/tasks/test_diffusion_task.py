@@ -68,7 +68,7 @@ def test_a_sample_does_not_depend_on_the_size_of_its_batch(tiny):
         (Request(sampler="ancestral_learned"), "has not learned a variance"),
         (Request(steps=1001), "has 1000 steps"),
         (Request(label=3), "there are 3 classes"),
-        (Request(prompt="a cat"), "--prompt means nothing"),
+        (Request(prompt="a cat"), "--prompt has no effect"),
     ],
 )
 def test_an_invalid_request_raises_a_user_error(tiny, request_, message):

@@ -275,9 +275,9 @@ def test_the_clip_score_of_a_pair_is_not_negative():
 def test_flags_without_an_effect_raise_a_user_error():
     codes = system("autoregressive")
     for flag, value in (("sampler", "ddim"), ("steps", 20), ("label", 1)):
-        with pytest.raises(UserError, match=f"--{flag} means nothing to this run"):
+        with pytest.raises(UserError, match=f"--{flag} has no effect for this run"):
             sample(codes, prompt="", **{flag: value})
-    with pytest.raises(UserError, match="--label means nothing"):
+    with pytest.raises(UserError, match="--label has no effect"):
         sample(system(), prompt="", label=1)
     with pytest.raises(UserError, match="give --prompt="):
         sample(system())

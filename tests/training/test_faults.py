@@ -307,7 +307,7 @@ def test_a_run_does_not_write_to_a_path_in_its_config_json(stopped, tmp_path, la
     path.write_text(json.dumps(record))
     refused = launch("--mode=sample", f"--workdir={workdir}")
     assert refused.returncode == 2
-    assert "which experiments/ has no file of" in refused.stderr
+    assert "but there is no file experiments/" in refused.stderr
 
 
 @pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "images", "checkpoints/99"])

@@ -1,4 +1,4 @@
-"""Runs that guide what others draw, through the files of experiments/."""
+"""Guidance models: trained runs that guide the sampling of other runs."""
 
 import functools
 import json
@@ -16,8 +16,7 @@ from ddpm_jax.config_records import to_record
 from ddpm_jax.data.loader import load
 from ddpm_jax.data.types import DataInfo, Loaded
 from ddpm_jax.errors import UserError
-from ddpm_jax.experiment import guidance_models as guide
-from ddpm_jax.experiment import sample
+from ddpm_jax.experiment import guidance_models, sample
 from ddpm_jax.experiment.load import load_recorded
 from ddpm_jax.experiment.recorded import read
 from ddpm_jax.experiment.registry import load_experiment
@@ -36,7 +35,7 @@ DIGITS = DataInfo("digits", (8, 8, 1), 17, 10)
 
 
 def config_of(guidance_model, classes=10):
-    """The config of the tiny unconditional run, guided by a run or by the labels."""
+    """Return the config of the tiny unconditional run with a guidance model, or "labels"."""
     experiment = load_experiment("ddpm_digits")
     config = override(experiment.config, TINY, experiment.debug, experiment.alternatives)
     config = replace(config, {"task.sampling.guidance_model": guidance_model})
@@ -45,25 +44,33 @@ def config_of(guidance_model, classes=10):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The runs of a noisy classifier and of an unconditional model that they guide and evaluate."""
-    place = tmp_path_factory.mktemp("runs")
+    """The directory of a noisy classifier and of a model that it guides and evaluates."""
+    directory = tmp_path_factory.mktemp("runs")
     tiny = [f"--config.{name}={value}" for name, value in TINY.items()]
-    its = ["--config.task.sampling.guidance_model=classifier", "--config.task.sampling.guidance=2",
-           "--config.task.evaluation.features=./classifier"]  # fmt: skip
+    guidance = [
+        "--config.task.sampling.guidance_model=classifier",
+        "--config.task.sampling.guidance=2",
+        "--config.task.evaluation.features=./classifier",
+    ]
     for name, flags in (
         ("classifier", CLASSIFIER),
-        ("guided", ["--experiment=ddpm_digits", *tiny, *its]),
+        ("guided", ["--experiment=ddpm_digits", *tiny, *guidance]),
     ):
         command = [sys.executable, ROOT / "launch.py", *flags, "--debug", f"--workdir={name}"]
         result = subprocess.run(
-            command, cwd=place, env=user_environment(), capture_output=True, text=True, timeout=240
+            command,
+            cwd=directory,
+            env=user_environment(),
+            capture_output=True,
+            text=True,
+            timeout=240,
         )
         assert result.returncode == 0, result.stderr
-    return place
+    return directory
 
 
-def summary(place):
-    return json.loads((place / "summary.json").read_text())
+def summary(directory):
+    return json.loads((directory / "summary.json").read_text())
 
 
 @pytest.mark.slow
@@ -74,9 +81,9 @@ def test_a_noisy_classifier_reports_its_accuracy_by_noise_level(runs):
     assert (runs / "classifier" / "images" / "levels.png").exists()
 
 
-def test_a_clean_classifier_has_the_parameters_it_always_had():
-    def names(**how):
-        net, image = ClassifierNetwork(10, (8,), **how), jnp.zeros((1, 8, 8, 1))
+def test_a_classifier_of_clean_images_has_no_parameters_for_the_noise_level():
+    def names(**settings):
+        net, image = ClassifierNetwork(10, (8,), **settings), jnp.zeros((1, 8, 8, 1))
         return set(jax.eval_shape(net.init, jax.random.key(0), image)["params"])
 
     assert names() == {"conv_0", "features", "logits"}
@@ -84,17 +91,17 @@ def test_a_clean_classifier_has_the_parameters_it_always_had():
 
 
 @pytest.mark.slow
-def test_an_unconditional_run_is_drawn_with_the_labels_of_a_classifier(runs):
-    found = summary(runs / "guided")
-    assert found["about"]["guide"].startswith("classifier: classifier_digits, step 6, /")
-    assert found["about"]["guidance"] == 2.0
-    assert 0 <= found["metrics"]["test/classifier_accuracy"] <= 1
+def test_an_unconditional_run_is_sampled_with_the_labels_of_a_classifier(runs):
+    result = summary(runs / "guided")
+    assert result["about"]["guide"].startswith("classifier: classifier_digits, step 6, /")
+    assert result["about"]["guidance"] == 2.0
+    assert 0 <= result["metrics"]["test/classifier_accuracy"] <= 1
 
 
 @pytest.mark.slow
-def test_a_run_guided_by_itself_is_itself_and_a_classifier_changes_it(runs, tmp_path):
-    def draw(guide, guidance, label=None):
-        run, out = read(runs / "guided")._replace(config=config_of(guide)), tmp_path / "sampled.npz"
+def test_guidance_by_the_run_itself_changes_no_sample_and_by_a_classifier_does(runs, tmp_path):
+    def sample_with(model, guidance, label=None):
+        run, out = read(runs / "guided")._replace(config=config_of(model)), tmp_path / "sampled.npz"
         trained, request = (
             functools.partial(load_recorded, run),
             Request(label=label, guidance=guidance),
@@ -102,9 +109,9 @@ def test_a_run_guided_by_itself_is_itself_and_a_classifier_changes_it(runs, tmp_
         sample.sample(trained, run.workdir, OPTIONS, request, 4, out)
         return np.load(out)["images"].astype(int)
 
-    alone = draw("labels", None)
-    np.testing.assert_allclose(draw(str(runs / "guided"), 3.0), alone, atol=1)
-    assert (draw(str(runs / "classifier"), 300.0, label=3) != alone).any()
+    alone = sample_with("labels", None)
+    np.testing.assert_allclose(sample_with(str(runs / "guided"), 3.0), alone, atol=1)
+    assert (sample_with(str(runs / "classifier"), 300.0, label=3) != alone).any()
 
 
 @pytest.mark.slow
@@ -121,15 +128,15 @@ def test_an_evaluation_is_guided_by_a_run(runs, launch, tmp_path):
     assert about["guidance"] == 2.0
 
 
-def record(place, experiment="ddpm_digits", known="", changes=None, shape=(8, 8, 1), **more):
-    """Write the record of a run of an experiment, `known`, under the name `experiment`."""
-    place.mkdir(exist_ok=True)
+def record(directory, experiment="ddpm_digits", like="", changes=None, shape=(8, 8, 1), **more):
+    """Write the record of a run, with the config of the experiment `like`."""
+    directory.mkdir(exist_ok=True)
     classes = [str(i) for i in range(10)]
     data = {"name": "digits", "title": "others", "shape": shape, "levels": 17, "classes": classes}
-    like = known or (experiment if isinstance(experiment, str) else "ddpm_digits")
+    like = like or (experiment if isinstance(experiment, str) else "ddpm_digits")
     config = {**to_record(replace(load_experiment(like).config, changes or {})), **more}
     written = {"format": 2, "experiment": experiment, "config": config, "data": data, "seed": 0}
-    (place / "config.json").write_text(json.dumps(written))
+    (directory / "config.json").write_text(json.dumps(written))
 
 
 @pytest.mark.parametrize(
@@ -140,52 +147,55 @@ def record(place, experiment="ddpm_digits", known="", changes=None, shape=(8, 8,
             "there is no run; train the guidance model first, or give "
             "--config.task.sampling.guidance_model=labels",
         ),
-        (dict(experiment="os", known="ddpm_digits"), "a run of os, which experiments/ has no file"),
-        (dict(experiment="../launch", known="ddpm_digits"), "a run of ../launch, which"),
+        (dict(experiment="os", like="ddpm_digits"), "a run of os, but there is no file"),
+        (
+            dict(experiment="../launch", like="ddpm_digits"),
+            "a run of ../launch, but there is no file",
+        ),
         (dict(experiment=["os"]), "config.json is damaged"),
         (dict(experiment="beta_vae_mnist"), "beta_vae_mnist trains several models"),
-        (dict(experiment="vae_digits"), "this run of vae_digits guides nothing"),
+        (dict(experiment="vae_digits"), "a run of vae_digits cannot guide sampling"),
         (dict(experiment="classifier_digits"), "trained with --config.task.schedule=cosine"),
         (dict(gone=1), "with unknown config fields: gone"),
         (
             dict(shape=(28, 28, 1), changes={"task.network.attention_sizes": ()}),
-            "of images of 28x28x1, not 8x8x1; give a run on the same data",
+            "was trained on images of 28x28x1, not 8x8x1; give a run on the same data",
         ),
         (
             dict(changes={"task.conditional": False}),
-            "its network knows 0 classes and should know 10",
+            "its network has 0 classes and must have 10",
         ),
         (dict(), "there is no checkpoint"),
     ],
 )
-def test_what_cannot_guide_is_one_line(tmp_path, written, says):
-    place = tmp_path / "guide"
+def test_a_run_that_cannot_guide_is_an_error_of_one_line(tmp_path, written, says):
+    directory = tmp_path / "model"
     if written is not None:
-        record(place, **written)
+        record(directory, **written)
     config = load_experiment("ddpm_digits").config
-    config = bind(replace(config, {"task.sampling.guidance_model": str(place)}), DIGITS)
+    config = bind(replace(config, {"task.sampling.guidance_model": str(directory)}), DIGITS)
     with pytest.raises(UserError) as error:
-        guide.guidance_of(config)()
+        guidance_models.guidance_of(config)()
     assert says in str(error.value)
-    assert str(error.value).startswith(f"--config.task.sampling.guidance_model={place}: ")
+    assert str(error.value).startswith(f"--config.task.sampling.guidance_model={directory}: ")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
-def test_a_guide_of_other_classes_is_refused(runs, tmp_path):
-    def refused(says, place=runs / "classifier", **changes):
+def test_a_guidance_model_of_other_classes_is_refused(runs, tmp_path):
+    def refused(says, directory=runs / "classifier", **changes):
         with pytest.raises(UserError, match=says):
-            guide.guidance_of(config_of(str(place), **changes))()
+            guidance_models.guidance_of(config_of(str(directory), **changes))()
 
-    refused("knows 10 classes and should know 3", classes=3)
+    refused("has 10 classes and must have 3", classes=3)
     record(tmp_path)
-    refused("knows 10 classes and should know 0", place=tmp_path)
+    refused("has 10 classes and must have 0", directory=tmp_path)
     clothes = load("digits")._replace(classes=tuple("abcdefghij"), title="clothes")
     with pytest.raises(UserError, match="whose classes are not those of clothes"):
-        guide.check_guidance(config_of(str(runs / "classifier")), Loaded(clothes))
+        guidance_models.check_guidance(config_of(str(runs / "classifier")), Loaded(clothes))
 
 
-def test_a_wrong_guide_is_reported_before_training(launch):
+def test_a_wrong_guidance_model_is_reported_before_training(launch):
     result = launch(
         "--experiment=ddpm_digits", "--debug", "--config.task.sampling.guidance_model=nowhere"
     )
