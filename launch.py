@@ -58,7 +58,7 @@ def apply_overrides(run: "Recorded", overrides: dict[str, str]) -> "Recorded":
     Raises:
       UserError: If an override is a field that must not change after training.
     """
-    from ddpm_jax.config import marked, override
+    from ddpm_jax.config import marked_paths, override
     from ddpm_jax.experiment.effects import check_effects
     from ddpm_jax.experiment.guidance_models import check_not_guided_by_itself
     from ddpm_jax.experiment.recorded import info_from
@@ -66,7 +66,7 @@ def apply_overrides(run: "Recorded", overrides: dict[str, str]) -> "Recorded":
     from ddpm_jax.fields import MAY_CHANGE
 
     config = override(run.config, overrides, None, run.experiment.alternatives)
-    allowed = marked(run.config, MAY_CHANGE)
+    allowed = marked_paths(run.config, MAY_CHANGE)
     if FLAGS.mode == "eval":
         allowed |= {"data", "data.name"}  # the data set may have been moved since the training
     refused = set(overrides) - allowed
@@ -87,7 +87,7 @@ def train(overrides: dict[str, str], options: "Options", cluster: Cluster | None
     from ddpm_jax.config import override
     from ddpm_jax.config_records import restore
     from ddpm_jax.experiment import inputs, preflight, run
-    from ddpm_jax.experiment.effects import check_sweep, named_by_user
+    from ddpm_jax.experiment.effects import check_sweep, start_with_user_field
     from ddpm_jax.training import metric_writers
 
     name = FLAGS.experiment
@@ -107,7 +107,7 @@ def train(overrides: dict[str, str], options: "Options", cluster: Cluster | None
     try:
         run.train(experiment, config, workdir, options)
     except ConfigError as error:
-        raise named_by_user(error, overrides) from None
+        raise start_with_user_field(error, overrides) from None
 
 
 def sample(run: "Recorded", options: "Options") -> None:
@@ -224,6 +224,6 @@ def _leave(code: int) -> None:
 
 if __name__ == "__main__":
     terminal.prepare()
-    with interrupts.ending_at_once():
+    with interrupts.end_on_ctrl_c():
         code = report(sys.argv[1:])
     _leave(code)

@@ -109,7 +109,7 @@ def measure(name: str, mode: str) -> None:
     def step(state, batch, collectives):
         return step_module.train_step(task, config, 0, state, batch, collectives=collectives)
 
-    program = partitioner.lower(step, partitioner.like(shapes), partitioner.feed(batch))()
+    program = partitioner.lower(step, partitioner.abstract_state(shapes), partitioner.feed(batch))()
     totals = sent(program.as_text(), count)
     parameters = sum(4 * math.prod(a.shape) for a in jax.tree.leaves(shapes.params))
     memory = program.memory_analysis()

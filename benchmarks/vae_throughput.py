@@ -43,7 +43,9 @@ def jax_runner(config: Config, data: Data):
     state = partitioner.place(step_module.init_state(task, config, examples, 0))
     program = step_module.train_steps(functools.partial(step_module.train_step, task, config, 0))
     first = next(training_batches(data.train, 0, train.batch_size, [(0, 1)], train.steps_per_call))
-    call = partitioner.lower(program, partitioner.like(state), partitioner.feed(first, axis=1), 1)()
+    call = partitioner.lower(
+        program, partitioner.abstract_state(state), partitioner.feed(first, axis=1), 1
+    )()
 
     def run(steps: int) -> float:
         nonlocal state

@@ -23,7 +23,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from ddpm_jax.errors import UserError, nearest
+from ddpm_jax.errors import UserError, suggestion
 from ddpm_jax.fields import (
     BOUND,
     FROM_PARTS,
@@ -31,7 +31,7 @@ from ddpm_jax.fields import (
     Hint,
     Value,
     bare_type,
-    notes,
+    marks_of,
     origin_of,
     parse,
 )
@@ -104,7 +104,7 @@ def choice_name(section: Setting) -> str:
 
 def is_section(value: Setting, hint: Hint) -> bool:
     """Return whether a field is a section, by its value or its annotation."""
-    if BOUND in notes(hint):  # the user can set no field of it
+    if BOUND in marks_of(hint):  # the user can set no field of it
         return False
     return (dataclasses.is_dataclass(value) and not isinstance(value, type)) or bool(
         alternatives_of(hint)
@@ -119,7 +119,7 @@ def fields_of(
         return
     for name, hint in hints_of(type(config)).items():
         value, path = getattr(config, name), prefix + name
-        all_marks = marks | {note for note in notes(hint) if isinstance(note, str)}
+        all_marks = marks | {note for note in marks_of(hint) if isinstance(note, str)}
         if is_section(value, hint):
             yield from fields_of(value, f"{path}.", all_marks)
         else:
@@ -150,13 +150,13 @@ def _attributes(cls: type) -> dict[str, str]:
     return entries
 
 
-def marked(config: Setting, mark: str) -> set[str]:
+def marked_paths(config: Setting, mark: str) -> set[str]:
     """Return the paths of the fields with a mark, or in a section with the mark."""
     value = config() if isinstance(config, type) else config
     return {field.path for field in fields_of(value) if mark in field.marks}
 
 
-def flat(config: Setting) -> dict[str, Setting]:
+def values_by_path(config: Setting) -> dict[str, Setting]:
     """Return the values of all fields and the names of chosen alternatives, by their paths."""
     values = {field.path: field.value for field in fields_of(config) if BOUND not in field.marks}
     for path, section, hint in sections_of(config):
@@ -260,7 +260,7 @@ def _choose(config: T, path: str, text: str, alternatives: Alternatives) -> T:
     if type(None) in typing.get_args(bare_type(hint)):
         classes["none"] = None
     if text not in classes:
-        raise UserError(f'--config.{path}: there is no "{text}"{nearest(text, classes)}')
+        raise UserError(f'--config.{path}: there is no "{text}"{suggestion(text, classes)}')
     tuned = [section for section in alternatives.get(path, ()) if choice_name(section) == text]
     cls = classes[text]
     default = None if cls is None else cls()
@@ -278,7 +278,7 @@ def _parse_field(field: Field, text: str, flag: str | None = None) -> Value:
     except ValueError as error:
         raise UserError(f"{flag}={text}: {error}") from None
     if PATH in field.marks:
-        expanded(flag, text.removeprefix("folder:"))
+        expand_path(flag, text.removeprefix("folder:"))
     return value
 
 
@@ -309,20 +309,20 @@ def _unknown(config: Setting, path: str) -> str:
     word = path.rpartition(".")[2]
     similar = paths_named(config, word)
     if not similar:
-        hint = nearest(word, {p.rpartition(".")[2] for p in known})
+        hint = suggestion(word, {p.rpartition(".")[2] for p in known})
         if "did you mean" in hint:
             similar = paths_named(config, re.findall(r'"(\w+)"', hint)[0])
         elif all("." not in p for p in known):
             return message + hint
     if not similar:
         return f"{message}; --help lists the fields"
-    suggestion = " or ".join(f"--config.{p}" for p in similar[:MAX_SUGGESTIONS])
+    paths = " or ".join(f"--config.{p}" for p in similar[:MAX_SUGGESTIONS])
     if all("." not in p for p in similar):
-        suggestion = f'"{similar[0]}"'
-    return f"{message}; did you mean {suggestion}?"
+        paths = f'"{similar[0]}"'
+    return f"{message}; did you mean {paths}?"
 
 
-def expanded(flag: str, text: str) -> pathlib.Path:
+def expand_path(flag: str, text: str) -> pathlib.Path:
     """Return the path in `text`, with `~` and `~user` replaced by the home directory.
 
     Args:

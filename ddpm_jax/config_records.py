@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from ddpm_jax.config import Setting, alternatives_of, choice_name, has_choice, hints_of, is_section
 from ddpm_jax.errors import UserError
-from ddpm_jax.fields import BOUND, Hint, Json, Value, bare_type, from_record, notes, shorten
+from ddpm_jax.fields import BOUND, Hint, Json, Value, bare_type, from_json, marks_of, shorten
 
 T = TypeVar("T")
 
@@ -17,7 +17,7 @@ def to_record(config: Setting) -> dict[str, Json]:
     record: dict[str, Json] = {}
     for name, hint in hints_of(type(config)).items():
         value = getattr(config, name)
-        if BOUND in notes(hint):
+        if BOUND in marks_of(hint):
             continue
         if is_section(value, hint):
             inner = None if value is None else to_record(value)
@@ -66,7 +66,7 @@ def _restore(like: T, values: Json, directory: str | os.PathLike[str], prefix: s
             restored[name] = _restore_section(default, hint, value, directory, prefix + name)
             continue
         try:
-            restored[name] = from_record(value, hint)
+            restored[name] = from_json(value, hint)
         except ValueError as error:
             raise UserError(
                 f"{damaged}: its {prefix}{name} {error}, and is {shorten(value)}; give another run"

@@ -52,7 +52,7 @@ def printable(text: str, lines: bool = False) -> str:
     return HIDDEN.sub(escape, text)
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def suggestion(word: str, words: Iterable[str]) -> str:
     """Return a hint such as `; did you mean "steps"?`, or all words if none is similar."""
     words = sorted(words)
     similar = difflib.get_close_matches(word, words, n=1, cutoff=0.5)

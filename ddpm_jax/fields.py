@@ -79,14 +79,14 @@ SMALLEST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # of normal float32, in absolut
 BOUND = "bound"  # set from the data set, the batch size or the precision; not recorded
 FROM_PARTS = "from parts"  # set from the trained runs that this run is built on
 MAY_CHANGE = "may change on resuming"
-OR_NONE = "an empty tuple means none"
+EMPTY_ALLOWED = "an empty tuple means none"
 PATH = "path"  # a path of a run, or a word that stands for one
 Count = Annotated[int, AtLeast(1)]
 Layers = Annotated[
     int, AtLeast(1), AtMost(1000)
 ]  # a number of consecutive layers or blocks of a network
-MoreLayers = Annotated[int, AtLeast(0), AtMost(1000)]  # a number of layers that may be 0
-Few = Annotated[int, AtLeast(1), AtMost(1000)]  # copies of each example of a batch
+OptionalLayers = Annotated[int, AtLeast(0), AtMost(1000)]  # a number of layers that may be 0
+Copies = Annotated[int, AtLeast(1), AtMost(1000)]  # copies of each example of a batch
 SampleSteps = Annotated[int, AtLeast(1), AtMost(1e6), MAY_CHANGE]  # steps of a sampler
 NoiseSteps = Annotated[int, AtLeast(2), AtMost(1e6)]  # steps of a table of betas
 EvalTimes = Annotated[int, AtLeast(1), AtMost(1e6)]  # times of each image in an evaluation
@@ -113,7 +113,7 @@ def origin_of(hint: Hint) -> object:
     return origin
 
 
-def notes(hint: Hint) -> tuple[Mark, ...]:
+def marks_of(hint: Hint) -> tuple[Mark, ...]:
     """Return the marks and bounds of an annotation, which follow the type in `Annotated`."""
     return tuple(hint.__metadata__) if origin_of(hint) is Annotated else ()
 
@@ -143,7 +143,7 @@ def parse(text: str, hint: Hint) -> Value:
       ValueError: If the text is not a value of the type or is out of its range. The message states
         what is allowed.
     """
-    if OR_NONE in notes(hint) and text.strip().lower() in ("", "()", "none"):
+    if EMPTY_ALLOWED in marks_of(hint) and text.strip().lower() in ("", "()", "none"):
         return ()
     value = _read(text, bare_type(hint))
     _check_range(value, hint)
@@ -156,7 +156,7 @@ def _check_range(value: Value, hint: Hint) -> None:
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("must be a finite number")
-    for note in notes(hint):
+    for note in marks_of(hint):
         if isinstance(note, AtLeast) and not value >= note.low:
             raise ValueError(f"must be at least {note.low:g}")
         if isinstance(note, MoreThan) and not value > note.low:
@@ -218,7 +218,7 @@ def _read(text: str, hint: Hint) -> Value:
     return text
 
 
-def from_record(value: Json, hint: Hint) -> Value:
+def from_json(value: Json, hint: Hint) -> Value:
     """Return a JSON value as a value of the annotated type `hint`.
 
     Raises:
@@ -234,13 +234,13 @@ def from_record(value: Json, hint: Hint) -> Value:
         if value is None:
             return None
         (inner,) = (arg for arg in args if arg is not type(None))
-        return from_record(value, inner)
+        return from_json(value, inner)
     elif origin is tuple:
         any_length = args[-1] is Ellipsis
         if not isinstance(value, list | tuple) or not (any_length or len(value) == len(args)):
             raise ValueError("must be a list" + ("" if any_length else f" of {len(args)} values"))
         item_hints = [args[0]] * len(value) if any_length else args
-        return tuple(from_record(item, h) for item, h in zip(value, item_hints, strict=True))
+        return tuple(from_json(item, h) for item, h in zip(value, item_hints, strict=True))
     else:
         allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}[bare]
         if type(value) not in allowed:

@@ -46,7 +46,7 @@ def to_uint8(images: Float[np.ndarray, "*batch"]) -> UInt8[np.ndarray, "*batch"]
     return np.asarray(levels.astype(np.uint8))
 
 
-def attempt(
+def image_or_error(
     function: Callable[P, np.ndarray], *args: P.args, **kwargs: P.kwargs
 ) -> np.ndarray | NonFinite:
     """Return the image that `function` computes, or the NonFinite error that it raises."""

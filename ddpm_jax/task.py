@@ -111,7 +111,7 @@ class Evaluation(NamedTuple):
     Attributes:
       metrics: Metrics by name. The caller adds the name of the split, as in "test/loss".
       images: Images uint8 [H, W, C] or animations [F, H, W, C] by name. An error stands for an
-        image whose values are not finite (`plots.attempt`).
+        image whose values are not finite (`plots.image_or_error`).
       about: Further information for the record, such as the settings of sampling.
     """
 
@@ -144,7 +144,7 @@ class GuidanceModel(NamedTuple):
     """A trained network that guides the sampling of another network.
 
     Attributes:
-      task: Task of the network, whose `guide` does not return None.
+      task: Task of the network, whose `guidance_method` does not return None.
       params: Parameters of the network.
       about: Description of its run, for the record.
     """
@@ -178,11 +178,11 @@ class Task(Protocol):
     frozen parts or other runs.
 
     Attributes:
-      provides: Type of the run for other runs that name it, such as "classifier".
+      run_type: Type of the run for other runs that name it, such as "classifier".
       init_examples: Number of training examples that `init` needs.
     """
 
-    provides: ClassVar[str]
+    run_type: ClassVar[str]
     init_examples: ClassVar[int] = 1
 
     @property
@@ -198,7 +198,7 @@ class Task(Protocol):
         """Return the other runs that the settings name."""
         return Needs()
 
-    def fit_to(self: TaskT, data: Data) -> TaskT:
+    def adapt_to(self: TaskT, data: Data) -> TaskT:
         """Return the bound task with its settings adapted to a data set.
 
         Raises:
@@ -207,7 +207,7 @@ class Task(Protocol):
         del data
         return self
 
-    def adapt(self, data: Data) -> Data:
+    def prepare_data(self, data: Data) -> Data:
         """Return the data that the task is trained on, for instance only the labelled images."""
         return data
 
@@ -274,7 +274,7 @@ class Task(Protocol):
         metric of `loss` is the same quantity.
         """
 
-    def guide(self, params: PyTree, scale: float | Array) -> PyTree | None:
+    def guidance_method(self, params: PyTree, scale: float | Array) -> PyTree | None:
         """Return a `diffusion.guidance.Method` that guides the sampling of another task.
 
         None is returned if the network cannot guide another task.
@@ -335,7 +335,7 @@ class SamplingTask(Task, Protocol):
           compile: Compiles functions with the task as a static argument.
         """
 
-    def sample_in_turn(
+    def sample_for_evaluation(
         self, keys: Key[Array, "batch"], index: Array, context: "Context"
     ) -> tuple[Float[Array, "batch h w c"], tuple[Array, Array] | None]:
         """Return the samples of an evaluation, and the trace of the first (see `Samples`).
@@ -414,7 +414,7 @@ class Context(abc.ABC):
         """Number of classes that samples are conditioned on; see `sample_classes`."""
 
     @abc.abstractmethod
-    def shared(self, compute: "Callable[[Context], R]") -> R:
+    def cached(self, compute: "Callable[[Context], R]") -> R:
         """Return `compute(context)`, which is computed once in an evaluation and cached."""
 
     @abc.abstractmethod

@@ -52,10 +52,10 @@ from ddpm_jax.experiment.types import (
 from ddpm_jax.fields import MAY_CHANGE, FieldError, Json, NumSamples, SampleSteps, section
 from ddpm_jax.metrics.features import FeatureNetwork
 from ddpm_jax.metrics.pixels import to_images
-from ddpm_jax.metrics.quality import WHOLE, quality
+from ddpm_jax.metrics.quality import MAX_TRAINING_IMAGES, quality
 from ddpm_jax.nn.dit import DiT
 from ddpm_jax.nn.unet import UNet
-from ddpm_jax.parallel.sharding import fetch, placed
+from ddpm_jax.parallel.sharding import fetch, partitioner_of
 from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
 from ddpm_jax.task import Resources
 from ddpm_jax.tasks.diffusion import Diffusion
@@ -204,7 +204,10 @@ def compare_samplers(
     trained = dataclasses.replace(load_run(context.workdir / "model"), resources=Resources())
     classes = trained.task.info.classes
     per_class = max(1, config.num_samples // classes)
-    key, compile = purpose_key(context.options.seed, SAMPLE), placed(trained.variables).compile
+    key, compile = (
+        purpose_key(context.options.seed, SAMPLE),
+        partitioner_of(trained.variables).compile,
+    )
     metrics: dict[str, dict[str, float]] = {}
     examples: list[np.ndarray] = []
     for name in config.samplers:
@@ -239,12 +242,12 @@ def report(config: SamplerStudy, summaries: dict[str, dict[str, Json]], context:
     names = (fd, "classifier_accuracy", "nearest_ratio", "std")
     rows = plots.comparison_rows(samplers, names)
     texts = dict(plots.metric_rows(samplers[config.samplers[-1]]))
-    train = to_images(data.train.some(WHOLE).images, data.levels)
+    train = to_images(data.train.random_subset(MAX_TRAINING_IMAGES).images, data.levels)
     train_std = float(train.std(0).mean())
     train_fd = texts.get(f"{fd}_of_training", "left out")
     rows.append(("training set", f"{fd} {train_fd}  std {train_std:.4g}"))
     columns = min(10, model.task.info.classes)
-    figures = {"a_row_each": plots.grid(np.concatenate(examples), columns=columns)}
+    figures = {"samples_by_sampler": plots.grid(np.concatenate(examples), columns=columns)}
     ddim = {name: metrics for name, metrics in samplers.items() if name[:4] == "ddim"}
     etas = {float(n.partition(":")[2] or 0): m[fd] for n, m in ddim.items() if fd in m}
     if len(etas) > 1:

@@ -80,7 +80,7 @@ class Scaling:
           FieldError: If the data set is not shapes, two runs would share a directory, or the
             generation model is not a U-Net.
         """
-        if not shapes.is_named(self.data.name):
+        if not shapes.is_shapes(self.data.name):
             raise FieldError(
                 f"data={self.data.name}: alignment with the caption can be computed for shapes "
                 "only; give data=shapes or shapes:64"

@@ -44,7 +44,7 @@ from ddpm_jax.tasks.image_sampler import Sampling
 from ddpm_jax.tasks.latent_diffusion import LatentDiffusion
 from ddpm_jax.training.ema import EMA
 from ddpm_jax.training.optimizer import Adam, Muon
-from ddpm_jax.training.records import can_write
+from ddpm_jax.training.records import reporting_write_errors
 from ddpm_jax.training.settings import Train
 
 CONFIG = Chain(
@@ -136,7 +136,7 @@ HEADLINES = {
 def report(config: Chain, summaries: dict[str, dict[str, Json]], context: Context) -> Report:
     """Return the main metrics of the three parts, and copy the generator's images."""
     del config
-    with can_write(context.workdir):
+    with reporting_write_errors(context.workdir):
         (context.workdir / "images").mkdir(exist_ok=True)
         for image in (context.workdir / "generator" / "images").glob("*[a-z].png"):
             shutil.copy(image, context.workdir / "images")

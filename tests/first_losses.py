@@ -122,14 +122,14 @@ def samples_of(workdir: pathlib.Path) -> np.ndarray | None:
     from ddpm_jax.experiment.types import checked_task
     from ddpm_jax.rng import SAMPLE, example_keys, purpose_key
     from ddpm_jax.task import Variables
-    from ddpm_jax.training.step import averaged
+    from ddpm_jax.training.step import evaluated_params
     from helpers.sampling import sample
 
     config, state = load_state(workdir)
-    captioned = config.task.provides == "text to image"
+    captioned = config.task.run_type == "text to image"
     request = Request(prompt=PROMPT) if captioned else Request()
     keys = example_keys(purpose_key(0, SAMPLE), 0, jnp.arange(SAMPLES))
-    variables = Variables(averaged(state, config), state.extra)
+    variables = Variables(evaluated_params(state, config), state.extra)
     try:
         images = sample(checked_task(config), variables, keys, request)
     except UserError:  # a classifier, an encoder or an autoencoder

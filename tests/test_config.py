@@ -112,7 +112,7 @@ class Small:
     """
 
     width: fields.Count = 4
-    names: Annotated[tuple[str, ...], fields.OR_NONE] = ("a",)
+    names: Annotated[tuple[str, ...], fields.EMPTY_ALLOWED] = ("a",)
     size: Annotated[int, fields.BOUND] = 0
 
 
@@ -213,7 +213,7 @@ def test_sections_are_restored_from_their_record_which_has_no_bound_fields():
 
 
 def test_a_mark_on_a_section_applies_to_all_of_its_fields():
-    assert c.marked(Whole(), fields.MAY_CHANGE) == {
+    assert c.marked_paths(Whole(), fields.MAY_CHANGE) == {
         "sampling.width", "sampling.names", "sampling.size"
     }  # fmt: skip
 
@@ -363,7 +363,7 @@ def test_debug_values_belong_to_fields_of_the_config_or_an_alternative(name):
         assert path in known, path
         field = known[path]
         assert not {fields.BOUND, fields.FROM_PARTS} & field.marks, path
-        assert fields.from_record(value, field.hint) == value, path
+        assert fields.from_json(value, field.hint) == value, path
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -388,7 +388,7 @@ def test_default_values_are_in_the_range_of_their_fields(name, debug):
     for config in variants(name, debug):
         for field in c.fields_of(config):
             if fields.BOUND not in field.marks:
-                value = fields.from_record(field.value, field.hint)
+                value = fields.from_json(field.value, field.hint)
                 assert (value, type(value)) == (field.value, type(field.value)), field.path
 
 
@@ -462,7 +462,7 @@ def test_bounds_of_different_types_are_different_in_annotations():
     assert len({bound(0.0) for bound in bounds}) == len(bounds)
     for first, second in ((a, b) for a in bounds for b in bounds):
         hints = Annotated[float, first(0.0)], Annotated[float, second(0.0)]
-        assert [fields.notes(hint)[0] for hint in hints] == [first(0.0), second(0.0)]
+        assert [fields.marks_of(hint)[0] for hint in hints] == [first(0.0), second(0.0)]
     assert fields.parse("0", fields.NonNegative) == 0.0
     with pytest.raises(ValueError, match="more than 0"):
         fields.parse("0", fields.Positive)

@@ -63,9 +63,9 @@ def entries(block, table):
 def test_the_sampler_schedule_weight_metric_network_and_data_set_of_the_guide_train(copy):
     maths, tasks = copy / "ddpm_jax/diffusion", copy / "ddpm_jax/tasks"
     (block,) = examples("A sampler")
-    code, lines, _ = entries(block, "SAMPLERS: dict[str, Named]")
-    insert(maths / "samplers.py", "SAMPLERS: dict[str, Named] = {\n", code)
-    replace(maths / "samplers.py", '    "ddim": Named', f'{lines}    "ddim": Named')
+    code, lines, _ = entries(block, "SAMPLERS: dict[str, SamplerEntry]")
+    insert(maths / "samplers.py", "SAMPLERS: dict[str, SamplerEntry] = {\n", code)
+    replace(maths / "samplers.py", '    "ddim": SamplerEntry', f'{lines}    "ddim": SamplerEntry')
 
     (block,) = examples("A noise schedule")
     code, _, union = block.rpartition("NoiseSchedule = ")
@@ -88,7 +88,7 @@ def test_the_sampler_schedule_weight_metric_network_and_data_set_of_the_guide_tr
 
     brightness, brightest = examples("A metric")
     metrics = copy / "ddpm_jax/metrics/quality.py"
-    table = "METRICS: tuple[Callable[[Comparison], Measured], ...] = (\n"
+    table = "METRICS: tuple[Callable[[Comparison], MetricValues], ...] = (\n"
     insert(metrics, table, brightness)
     replace(metrics, table, f"{table}    brightness,\n")
     insert(tasks / "sample_figures.py", "SAMPLE_EVALUATIONS = (", brightest)

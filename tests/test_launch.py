@@ -186,7 +186,7 @@ def test_without_mnist_a_run_uses_digits_and_nothing_names_them_mnist(launch, tm
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert record["data"]["name"] == "digits:28"
-    assert record["data_asked_for"] == "mnist"
+    assert record["data_requested"] == "mnist"
     assert "mnist is not available" in summary["data_note"]
     assert "MNIST" not in summary["data"]
     assert "MNIST" not in result.stdout

@@ -7,7 +7,7 @@ import pytest
 
 from ddpm_jax.data import loader
 from ddpm_jax.errors import ConfigError, UserError
-from ddpm_jax.experiment.effects import IDLE, named_by_user
+from ddpm_jax.experiment.effects import NO_EFFECT, start_with_user_field
 from ddpm_jax.fields import FieldError, section
 from helpers.launching import expect_one_line
 
@@ -166,7 +166,7 @@ def test_the_error_of_a_contradiction_begins_with_the_field_that_the_user_set():
         ({"task.network.heads": "3"}, "--config.task.network.heads=3: must"),
         ({"task.network.width": "4"}, "--config.task.network.width=4: --config.task.network.heads"),
     ):
-        assert str(named_by_user(error, set_by_user)).startswith(beginning)
+        assert str(start_with_user_field(error, set_by_user)).startswith(beginning)
 
 
 def test_every_field_that_may_have_no_effect_exists_in_an_experiment():
@@ -174,7 +174,7 @@ def test_every_field_that_may_have_no_effect_exists_in_an_experiment():
     from ddpm_jax.experiment.registry import load_experiment, names
 
     paths = {field.path for name in names() for field in fields_of(load_experiment(name).config)}
-    assert {idle.path for idle in IDLE} <= paths
+    assert {idle.path for idle in NO_EFFECT} <= paths
 
 
 @pytest.mark.parametrize(

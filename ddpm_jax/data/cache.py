@@ -23,7 +23,7 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(root) / "ddpm_jax"
 
 
-def decoded_once(source: pathlib.Path, stamp: str, decode: Callable[[], Data]) -> Data:
+def load_decoded(source: pathlib.Path, stamp: str, decode: Callable[[], Data]) -> Data:
     """Return the data set of `decode()` from the user's cache; decode and cache it if needed.
 
     Args:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax.data.cache import decoded_once, fingerprint
+from ddpm_jax.data.cache import fingerprint, load_decoded
 from ddpm_jax.data.captions import TABLES, is_captions, read_captions, usable_captions
 from ddpm_jax.data.folder_splits import find_splits, resolve_hashed
 from ddpm_jax.data.images import DARK_NOTE, ENDINGS, Decoded, decode, decoding, reason_of
@@ -74,7 +74,7 @@ def load(argument: str, data_dir: str | None) -> Data:
         )
     splits = find_splits(root, listing.images)
     stamp = f"{VERSION} {listing.stamp}"
-    data = decoded_once(root, stamp, lambda: _decode(root, listing, *splits))
+    data = load_decoded(root, stamp, lambda: _decode(root, listing, *splits))
     return data._replace(notes=(*data.notes, *map(printable, listing.others)))
 
 

@@ -17,7 +17,7 @@ from ddpm_jax.fields import Json
 
 COMMON = ("mnist", "fashion_mnist", "cifar10")  # TFDS names that are often misspelled
 # Modules of this package that are not data sets.
-NO_SOURCES = {
+NOT_SOURCES = {
     "__init__", "batches", "cache", "captions", "folder_splits", "images", "loader", "prefetch",
     "shape_negatives", "split_names", "splits", "tfds", "tfds_builders", "tokenizer",
     "types",
@@ -64,7 +64,7 @@ def check_name(name: str) -> None:
       UserError: If it is; the message contains the name to use.
     """
     source, colon, argument = name.partition(":")
-    sources = {path.stem for path in pathlib.Path(__file__).parent.glob("*.py")} - NO_SOURCES
+    sources = {path.stem for path in pathlib.Path(__file__).parent.glob("*.py")} - NOT_SOURCES
     if source in sources:
         return
     path = pathlib.Path(os.path.expanduser(name)) if name.startswith("~") else pathlib.Path(name)
@@ -85,7 +85,7 @@ def check_name(name: str) -> None:
 def is_of_tfds(name: str) -> bool:
     """Return whether data set `name` is read by TFDS and not by a module of this package."""
     modules = {path.stem for path in pathlib.Path(__file__).parent.glob("*.py")}
-    return name.partition(":")[0] not in modules - NO_SOURCES
+    return name.partition(":")[0] not in modules - NOT_SOURCES
 
 
 def check_recorded_dir(name: str, data_dir: Json) -> None:

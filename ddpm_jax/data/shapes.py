@@ -106,7 +106,7 @@ class Scene(NamedTuple):
       groups: One or two groups of shapes.
       relation: A key of `RELATIONS`; None if the caption does not state a relation.
       background: The background colour in the caption; None if the caption does not state it.
-      behind: The background colour of the image, a key of `BACKGROUNDS`.
+      background_colour: The background colour of the image, a key of `BACKGROUNDS`.
       shapes: All shapes of the image.
       caption: The caption.
     """
@@ -114,7 +114,7 @@ class Scene(NamedTuple):
     groups: tuple[Group, ...]
     relation: str | None
     background: str | None
-    behind: str
+    background_colour: str
     shapes: tuple[Shape, ...]
     caption: str
 
@@ -192,7 +192,7 @@ def _groups(rng: np.random.Generator, only: str | None) -> tuple[tuple[Group, ..
     return groups, relation
 
 
-def is_named(data: str) -> bool:
+def is_shapes(data: str) -> bool:
     """Return whether the data set name `data` is `shapes` or `shapes:SIZE`."""
     return data.partition(":")[0] == "shapes"
 
@@ -275,7 +275,7 @@ def caption_of(
 def render(scene: Scene, side: int = 32) -> np.ndarray:
     """Return the image of a scene, uint8 [side, side, 3], antialiased by oversampling."""
     scale = OVERSAMPLE * side / 32
-    image = Image.new("RGB", (side * OVERSAMPLE,) * 2, BACKGROUNDS[scene.behind])
+    image = Image.new("RGB", (side * OVERSAMPLE,) * 2, BACKGROUNDS[scene.background_colour])
     pen = ImageDraw.Draw(image)
     for shape in scene.shapes:
         left, top = round(shape.left * scale), round(shape.top * scale)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ddpm_jax.data.cache import decoded_once, fingerprint
+from ddpm_jax.data.cache import fingerprint, load_decoded
 from ddpm_jax.data.captions import usable_captions
 from ddpm_jax.data.images import DARK_NOTE, decode, decoding, reason_of
 from ddpm_jax.data.split_names import split_folders
@@ -31,7 +31,7 @@ from ddpm_jax.data.tfds_builders import (
     prepare,
 )
 from ddpm_jax.data.types import Data, Split
-from ddpm_jax.errors import UserError, nearest, printable
+from ddpm_jax.errors import UserError, printable, suggestion
 from ddpm_jax.system.terminal import print_error
 
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
@@ -64,7 +64,7 @@ def load(name: str, data_dir: str | None, may_prepare: bool = True) -> Data:
             raise tfds.core.DatasetNotFoundError(name)
         builder = tfds.builder(name, data_dir=root)
     except tfds.core.DatasetNotFoundError:
-        hint = nearest(base_name(name), [*known_names(), "digits"])
+        hint = suggestion(base_name(name), [*known_names(), "digits"])
         raise UserError(f'there is no data set "{printable(name)}"{hint}') from None
     except Exception as error:  # TFDS may raise any exception for an invalid name or damaged files
         raise UserError(f"data set {name}: {first_line(error)}") from None
@@ -85,7 +85,7 @@ def load(name: str, data_dir: str | None, may_prepare: bool = True) -> Data:
             stat = path.stat()
             line = f" {stat.st_size} {stat.st_mtime_ns}\n"
             stamp.update(os.fsencode(path.name) + line.encode())
-    return decoded_once(folder, stamp.hexdigest(), lambda: _decode(name, builder))
+    return load_decoded(folder, stamp.hexdigest(), lambda: _decode(name, builder))
 
 
 class _Features(NamedTuple):

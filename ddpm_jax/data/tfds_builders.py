@@ -145,7 +145,11 @@ def prepare(
 
 
 def without_tensorflow(name: str) -> type[Builder]:
-    """Return a builder for a data set of `PREPARED_HERE` that does not need TensorFlow."""
+    """Return a builder for a data set of `PREPARED_HERE` that does not need TensorFlow.
+
+    Raises:
+      NotImplementedError: If `_generate_examples` of the builder is called, which TFDS does not do.
+    """
     tfds = library()
     original = tfds.builder_cls(name)
     cifar = name == "cifar10"

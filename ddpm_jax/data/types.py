@@ -50,7 +50,7 @@ class Split(NamedTuple):
         """Return the first `count` examples."""
         return self._map(lambda array: array[:count])
 
-    def some(self, count: int) -> "Split":
+    def random_subset(self, count: int) -> "Split":
         """Return a fixed random sample of `count` examples, or all if there are fewer."""
         size = len(self.images)
         if size == ENDLESS:
@@ -160,7 +160,7 @@ class Data(NamedTuple):
     notes: tuple[str, ...] = ()
     validation: Split | None = None
 
-    def part(self, split: str) -> Split:
+    def split(self, split: str) -> Split:
         """Return the split "train", "validation" or "test".
 
         Raises:

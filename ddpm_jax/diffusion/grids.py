@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ddpm_jax.diffusion.schedules import FEW, NOISE, Scalar, Schedule
+from ddpm_jax.diffusion.schedules import FEW_STEPS, PURE_NOISE_LOGSNR, Scalar, Schedule
 
 Spacing = Literal["leading", "trailing", "linspace", "quadratic", "logsnr", "rho7"]
 
@@ -26,8 +26,8 @@ def grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Float
     rho7       uniform in (sigma / alpha)^(1/7), with both ends (Karras et al. 2022, eq. 5)
 
     Sampling starts with pure noise, but the first entries of `leading` and `quadratic` are less
-    noisy than t = 1. With at most `FEW` steps, a first entry that exceeds `NOISE` is therefore
-    replaced by logsnr(1). With more steps the grid is as published.
+    noisy than t = 1. With at most `FEW_STEPS` steps, a first entry that exceeds
+    `PURE_NOISE_LOGSNR` is therefore replaced by logsnr(1). Grids of more steps are as published.
 
     >>> from ddpm_jax.diffusion import schedules
     >>> print(grid(schedules.linear(-8.0, 8.0), 4))
@@ -47,9 +47,9 @@ def grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Float
     if spacing in ("logsnr", "rho7"):
         return jnp.append(_between_ends(schedule, steps, spacing), jnp.inf)
     logsnrs = jax.vmap(schedule.logsnr)(jnp.asarray(_times(total, steps, spacing)))
-    if steps <= FEW:
+    if steps <= FEW_STEPS:
         end = schedule.logsnr(jnp.asarray(1.0))
-        logsnrs = logsnrs.at[0].set(jnp.where(logsnrs[0] > NOISE, end, logsnrs[0]))
+        logsnrs = logsnrs.at[0].set(jnp.where(logsnrs[0] > PURE_NOISE_LOGSNR, end, logsnrs[0]))
     return jnp.append(logsnrs, jnp.inf)
 
 
@@ -115,7 +115,7 @@ def step_number(t: Float[Array, "*batch"], steps: int) -> Float[Array, "*batch"]
     return jnp.clip(jnp.floor(t * steps) + 1, 1, steps)
 
 
-def within(
+def stratum_time(
     index: Int[Array, "..."], offset: Float[Array, "*batch"], count: int
 ) -> Float[Array, "*batch"]:
     """Return (index + offset) / count, a time in part `index` of `count` equal parts of [0, 1).

@@ -205,7 +205,12 @@ class ClassifierFree:
     ) -> tuple[Prediction, Prediction]:
         """Return the conditional and the guided prediction, from one batch of twice the size.
 
-        See `Method.predictions`.
+        Args:
+          predict: The network, called as (x_t, logsnr [B], conditioning).
+          xt: x_t of a batch, [B, *event].
+          logsnr: The log signal-to-noise ratio, the same for all examples.
+          conditioning: What the network is conditioned on, such as labels [B].
+          null: The null conditioning, of the same structure.
         """
         size = len(xt)
         both = predict(
@@ -239,7 +244,15 @@ class ClassifierGuidance:
     def predictions(
         self, predict: Predict, xt: Array, logsnr: Array, conditioning: PyTree, null: PyTree
     ) -> tuple[Prediction, Prediction]:
-        """Return the network's and the guided prediction; see `Method.predictions`."""
+        """Return the network's and the guided prediction.
+
+        Args:
+          predict: The network, called as (x_t, logsnr [B], conditioning).
+          xt: x_t of a batch, [B, *event].
+          logsnr: The log signal-to-noise ratio, the same for all examples.
+          conditioning: What the network is conditioned on, such as labels [B].
+          null: The null conditioning, of the same structure.
+        """
         del null
         prediction = predict(xt, jnp.full(len(xt), logsnr), conditioning)
 
@@ -270,7 +283,15 @@ class Autoguidance:
     def predictions(
         self, predict: Predict, xt: Array, logsnr: Array, conditioning: PyTree, null: PyTree
     ) -> tuple[Prediction, Prediction]:
-        """Return the network's and the guided prediction; see `Method.predictions`."""
+        """Return the network's and the guided prediction.
+
+        Args:
+          predict: The network, called as (x_t, logsnr [B], conditioning).
+          xt: x_t of a batch, [B, *event].
+          logsnr: The log signal-to-noise ratio, the same for all examples.
+          conditioning: What the network is conditioned on, such as labels [B].
+          null: The null conditioning, of the same structure.
+        """
         del null
         logsnrs = jnp.full(len(xt), logsnr)
         prediction = predict(xt, logsnrs, conditioning)

@@ -71,7 +71,7 @@ def hybrid(mse: Array, vlb: Array, vlb_weight: float = 1e-3) -> Array:
 # Weights of the squared error of eps.
 
 
-def one(logsnr: Scalar) -> Scalar:
+def unit_weight(logsnr: Scalar) -> Scalar:
     """Return 1, the weight of L_simple."""
     return jnp.ones_like(logsnr)
 
@@ -111,7 +111,7 @@ def edm_weight(logsnr: Scalar, sigma_data: float = 0.5) -> Scalar:
 
 
 WEIGHTS: dict[str, Callable[[Scalar], Scalar]] = {
-    "simple": one,
+    "simple": unit_weight,
     "v": v_weight,
     "min_snr": min_snr,
     "sigmoid": sigmoid_weight,

@@ -280,7 +280,7 @@ def dpmpp_2m_sde() -> Sampler:
     return Sampler(init_two_step, step)
 
 
-class Named(NamedTuple):
+class SamplerEntry(NamedTuple):
     """An entry of `SAMPLERS`.
 
     Attributes:
@@ -293,16 +293,16 @@ class Named(NamedTuple):
 
 
 # The samplers that `--sampler` accepts.
-SAMPLERS: dict[str, Named] = {
-    "ancestral": Named(lambda steps, noise: ancestral("posterior", noise), 1.0),
-    "ancestral_beta": Named(lambda steps, noise: ancestral("beta", noise), 1.0),
-    "ancestral_learned": Named(lambda steps, noise: ancestral("learned", noise), 1.0),
-    "ddim": Named(lambda steps, eta: ddim(eta), 0.0),
-    "heun": Named(lambda steps, _: heun()),
-    "edm": Named(edm, 40.0),
-    "dpmpp_2m": Named(lambda steps, _: dpmpp_2m()),
-    "dpmpp_2m_sde": Named(lambda steps, _: dpmpp_2m_sde()),
-    "unipc": Named(lambda steps, _: unipc()),
+SAMPLERS: dict[str, SamplerEntry] = {
+    "ancestral": SamplerEntry(lambda steps, noise: ancestral("posterior", noise), 1.0),
+    "ancestral_beta": SamplerEntry(lambda steps, noise: ancestral("beta", noise), 1.0),
+    "ancestral_learned": SamplerEntry(lambda steps, noise: ancestral("learned", noise), 1.0),
+    "ddim": SamplerEntry(lambda steps, eta: ddim(eta), 0.0),
+    "heun": SamplerEntry(lambda steps, _: heun()),
+    "edm": SamplerEntry(edm, 40.0),
+    "dpmpp_2m": SamplerEntry(lambda steps, _: dpmpp_2m()),
+    "dpmpp_2m_sde": SamplerEntry(lambda steps, _: dpmpp_2m_sde()),
+    "unipc": SamplerEntry(lambda steps, _: unipc()),
 }
 
 

@@ -23,9 +23,9 @@ from ddpm_jax.fields import AtMost, FieldError, MoreThan, NoiseSteps
 
 Scalar = Float[Array, ""]
 
-NOISE = -5.0  # up to this logsnr x_t counts as pure noise; alpha is 0.08
+PURE_NOISE_LOGSNR = -5.0  # up to this logsnr x_t counts as pure noise; alpha is 0.08
 
-FEW = 4  # up to this number of steps, grids are changed to start at pure noise
+FEW_STEPS = 4  # up to this number of steps, grids are changed to start at pure noise
 
 Beta = Annotated[float, MoreThan(0.0), AtMost(0.99)]
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from ddpm_jax.diffusion.grids import within
+from ddpm_jax.diffusion.grids import stratum_time
 
 
 def uniform_times(
@@ -30,7 +30,7 @@ def stratified_times(
     This replaces VDM's antithetic sampling, which has the same u for all examples (Kingma et al.
     2021, app. I.1). Independent u_i allow a batch to be partitioned across devices.
     """
-    return within(index, jax.vmap(jax.random.uniform)(keys), size)
+    return stratum_time(index, jax.vmap(jax.random.uniform)(keys), size)
 
 
 class LossHistory(NamedTuple):
@@ -68,12 +68,12 @@ def importance_times(
     def sample_time(key: Key[Array, ""]) -> tuple[Array, Array]:
         bin_key, offset_key = jax.random.split(key)
         index = jax.random.categorical(bin_key, jnp.log(p))
-        return within(index, jax.random.uniform(offset_key), bins), 1 / (p[index] * bins)
+        return stratum_time(index, jax.random.uniform(offset_key), bins), 1 / (p[index] * bins)
 
     return jax.vmap(sample_time)(keys)
 
 
-def record(
+def add_losses(
     history: LossHistory, times: Float[Array, "batch"], losses: Float[Array, "batch"]
 ) -> LossHistory:
     """Add the unweighted losses of a batch to a history; they replace the oldest ones."""
@@ -134,7 +134,14 @@ class UniformTimes(TimeSampler):
     def sample(
         self, state: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
     ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-        """Return uniform times with weight 1; see `TimeSampler.sample`."""
+        """Return uniform times with weight 1.
+
+        Args:
+          state: The state of the sampler of times.
+          keys: One key for each example, [B].
+          index: The index of each example in the global batch, [B].
+          batch_size: The number of examples of the global batch.
+        """
         del state
         return uniform_times(keys, index, batch_size), jnp.ones(len(keys))
 
@@ -146,7 +153,14 @@ class StratifiedTimes(TimeSampler):
     def sample(
         self, state: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
     ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-        """Return stratified times with weight 1; see `TimeSampler.sample`."""
+        """Return stratified times with weight 1.
+
+        Args:
+          state: The state of the sampler of times.
+          keys: One key for each example, [B].
+          index: The index of each example in the global batch, [B].
+          batch_size: The number of examples of the global batch.
+        """
         del state
         return stratified_times(keys, index % batch_size, batch_size), jnp.ones(len(keys))
 
@@ -174,7 +188,14 @@ class ImportanceTimes(TimeSampler):
     def sample(
         self, state: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
     ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-        """Return importance-sampled times and their weights; see `TimeSampler.sample`."""
+        """Return importance-sampled times and their weights.
+
+        Args:
+          state: The state of the sampler of times.
+          keys: One key for each example, [B].
+          index: The index of each example in the global batch, [B].
+          batch_size: The number of examples of the global batch.
+        """
         del index, batch_size
         return importance_times(state["history"], keys)
 
@@ -184,7 +205,7 @@ class ImportanceTimes(TimeSampler):
 
     def update(self, state: PyTree, statistics: PyTree) -> PyTree:
         """Return the history with the losses of a batch."""
-        return {"history": record(state["history"], statistics["t"], statistics["losses"])}
+        return {"history": add_losses(state["history"], statistics["t"], statistics["losses"])}
 
 
 Times = Literal["uniform", "stratified", "importance"]

@@ -12,13 +12,13 @@ from ddpm_jax.config import (
     Setting,
     alternatives_of,
     choice_name,
-    expanded,
+    expand_path,
     fields_of,
     has_choice,
     paths_named,
     sections_of,
 )
-from ddpm_jax.errors import UserError, nearest
+from ddpm_jax.errors import UserError, suggestion
 from ddpm_jax.experiment import registry
 from ddpm_jax.fields import LARGEST_FLOAT, LARGEST_INT, bare_type, type_name
 from ddpm_jax.parallel import PARALLEL
@@ -143,7 +143,7 @@ def parse(arguments: list[str]) -> dict[str, str]:
     except flags.UnrecognizedFlagError as error:
         names = [name for name in FLAGS if len(name) > 1]
         path = path_of(error.flagname, arguments)
-        hint = f"; give --config.{path}=VALUE" if path else nearest(error.flagname, names)
+        hint = f"; give --config.{path}=VALUE" if path else suggestion(error.flagname, names)
         raise UserError(f'unknown flag "--{error.flagname}"{hint}') from None
     except flags.IllegalFlagValueError as error:
         flag = FLAGS[str(error).split("flag --")[1].split("=")[0]]
@@ -159,7 +159,7 @@ def parse(arguments: list[str]) -> dict[str, str]:
         if value == "":
             raise UserError(f"--{name}= is empty: give a path")
         if value is not None:
-            expanded(f"--{name}", value)
+            expand_path(f"--{name}", value)
     if not_flags:
         raise UserError(f'"{not_flags[0]}" is not a flag: flags are written --NAME=VALUE')
     return overrides
@@ -207,7 +207,7 @@ def config_flag(text: str, arguments: list[str]) -> str:
 def _explain(flag: flags.Flag[Setting], message: str) -> str:
     value, reason = message.split("=", 1)[1].split(": ", 1)
     if isinstance(flag, flags.EnumFlag):
-        return f'--{flag.name}: there is no "{value}"{nearest(value, flag.parser.enum_values)}'
+        return f'--{flag.name}: there is no "{value}"{suggestion(value, flag.parser.enum_values)}'
     if reason.startswith(("invalid literal", "could not convert", "('Non-boolean")):
         allowed = {"int": "a whole number", "float": "a number", "bool": "true or false"}
         reason = f"must be {allowed[flag.flag_type()]}"

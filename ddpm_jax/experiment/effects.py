@@ -3,14 +3,14 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, TypeAlias
 
-from ddpm_jax.config import Setting, flat
+from ddpm_jax.config import Setting, values_by_path
 from ddpm_jax.errors import ConfigError, UserError
 from ddpm_jax.experiment.types import AnyConfig, Config, Sweep
 
 Values: TypeAlias = dict[str, Setting]  # values of a config's fields by their paths
 
 
-class Idle(NamedTuple):
+class NoEffect(NamedTuple):
     """A condition under which a field has no effect.
 
     Attributes:
@@ -37,36 +37,38 @@ def _no_guidance(values: Values, classes: int) -> bool:
 
 
 NO_CLASSES = "the network has no classes; give task.conditional=true and a data set with labels"
-IDLE = (
-    Idle("task.sampling.guidance", _no_labels, NO_CLASSES),
-    Idle(
+NO_EFFECT = (
+    NoEffect("task.sampling.guidance", _no_labels, NO_CLASSES),
+    NoEffect(
         "task.sampling.guidance_interval",
         _no_guidance,
         "guidance is disabled; give task.sampling.guidance=2",
     ),
-    Idle(
+    NoEffect(
         "task.sampling.guidance_rescale",
         _no_guidance,
         "guidance is disabled; give task.sampling.guidance=2",
     ),
-    Idle("task.label_dropout", lambda v, c: not (c and v["task.conditional"]), NO_CLASSES),
-    Idle(
+    NoEffect("task.label_dropout", lambda v, c: not (c and v["task.conditional"]), NO_CLASSES),
+    NoEffect(
         "task.network.text_refiner_blocks",
         lambda v, c: True,
         "the network reads no captions; leave it out",
     ),
-    Idle(
+    NoEffect(
         "task.generator.sampling.guidance_model",
         lambda v, c: True,
         "classifier-free guidance by the caption is used; leave it out",
     ),
-    Idle(
+    NoEffect(
         "task.vlb_weight",
         lambda v, c: v["task.variance"] != "learned",
         "the variance is not learned; give task.variance=learned",
     ),
-    Idle("task.kl_weight", lambda v, c: v["task.codes"] > 0, "codes have no KL; give task.codes=0"),
-    Idle(
+    NoEffect(
+        "task.kl_weight", lambda v, c: v["task.codes"] > 0, "codes have no KL; give task.codes=0"
+    ),
+    NoEffect(
         "task.commitment_weight",
         lambda v, c: v["task.codes"] == 0,
         "Gaussian latents have no commitment loss; give task.codes=256",
@@ -84,8 +86,8 @@ def check_effects(config: Config, overrides: Collection[str]) -> None:
     Raises:
       UserError: If a field has no effect.
     """
-    values = flat(config)
-    for idle in IDLE:
+    values = values_by_path(config)
+    for idle in NO_EFFECT:
         if idle.path in overrides and idle.when(values, config.task.info.classes):
             raise UserError(
                 f"--config.{idle.path}={values[idle.path]}: has no effect: {idle.reason}"
@@ -106,7 +108,7 @@ def check_sweep(config: AnyConfig, overrides: Mapping[str, str]) -> None:
         )
 
 
-def named_by_user(error: ConfigError, overrides: dict[str, str]) -> UserError:
+def start_with_user_field(error: ConfigError, overrides: dict[str, str]) -> UserError:
     """Return an error about contradicting fields that begins with a field that the user set.
 
     Args:

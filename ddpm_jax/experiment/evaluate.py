@@ -17,7 +17,7 @@ from ddpm_jax.system.record import Record
 from ddpm_jax.task import Evaluation, Variables
 from ddpm_jax.training import evaluation
 from ddpm_jax.training.records import check_entries, check_same, write_json
-from ddpm_jax.training.step import averaged
+from ddpm_jax.training.step import evaluated_params
 
 
 def evaluate(run: Recorded, options: Options) -> dict[str, float]:
@@ -58,10 +58,10 @@ def evaluate(run: Recorded, options: Options) -> dict[str, float]:
     run_resources = resources.load(config, loaded, options, train_alone)
     if run_resources is None:
         return {}
-    task, data = checked_task(config), config.task.adapt(data)
+    task, data = checked_task(config), config.task.prepare_data(data)
     context = evaluation.EvaluationContext(
         task,
-        Variables(averaged(state, config), state.extra),
+        Variables(evaluated_params(state, config), state.extra),
         data,
         split=options.split,
         seed=record["seed"],

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ddpm_jax.config import expanded, replace
+from ddpm_jax.config import expand_path, replace
 from ddpm_jax.data.cache import cache_dir
 from ddpm_jax.data.types import DataInfo, Loaded, info_of
-from ddpm_jax.errors import UserError, nearest, one_line
-from ddpm_jax.experiment.inputs import config_for, load_for, record_of
+from ddpm_jax.errors import UserError, one_line, suggestion
+from ddpm_jax.experiment.inputs import config_with, load_for, record_of
 from ddpm_jax.experiment.recorded import load_state, read_named
 from ddpm_jax.experiment.registry import load_experiment, names
 from ddpm_jax.experiment.types import (
@@ -40,7 +40,7 @@ from ddpm_jax.progress import log, log_once
 from ddpm_jax.system.files import check_writable
 from ddpm_jax.system.record import Record
 from ddpm_jax.training.records import check_same, read_record
-from ddpm_jax.training.step import averaged
+from ddpm_jax.training.step import evaluated_params
 
 FLAG = "--config.task.evaluation.features"
 # Version of cached classifiers: raise it when the same config would train a different classifier.
@@ -83,14 +83,14 @@ def check_features(config: Config, loaded: Loaded) -> Config:
                     f"metrics in the features of {name} are left out: the data set has no labels "
                     "to train this classifier"
                 )
-        elif os.sep in name or os.path.isdir(expanded(FLAG, name)):
-            directory = expanded(FLAG, name).absolute()
+        elif os.sep in name or os.path.isdir(expand_path(FLAG, name)):
+            directory = expand_path(FLAG, name).absolute()
             check_classifier(f"{FLAG}={name}", directory, config.task.info)
             features.append(str(directory))
         else:
             raise UserError(
                 f'{FLAG}: there is no feature network "{name}"'
-                f"{nearest(name, [*_classifiers(), 'inception'])}"
+                f"{suggestion(name, [*_classifiers(), 'inception'])}"
             )
     return replace(config, {"task.evaluation.features": tuple(features)})
 
@@ -116,7 +116,7 @@ def check_classifier(flag: str, directory: pathlib.Path, info: DataInfo) -> None
         f"there is no finished run of a classifier in {directory}; train one first, or give the "
         f"name of its experiment, such as {FLAG}=classifier_digits",
     )
-    if classifier.run_config.task.provides != "classifier":
+    if classifier.run_config.task.run_type != "classifier":
         raise UserError(
             f"{flag}: holds a run of {classifier.title}, which is not a classifier; give the "
             "directory of a classifier"
@@ -205,7 +205,7 @@ def train_once(
     Returns:
       The directory, or None if the user stopped the training.
     """
-    config = config_for(experiment, options.debug, {"data.name": loaded.data.name})
+    config = config_with(experiment, options.debug, {"data.name": loaded.data.name})
     loaded = loaded._replace(data=load_for(config.data, loaded, options))
     options = options._replace(seed=0, profile=False, wandb=False)
     config = bind(config, info_of(loaded.data))
@@ -226,7 +226,7 @@ def train_once(
         name = feature_network_name(loaded.data.name)
         log(f"training {name} once, to compare samples in its features")
         run = Run(experiment.name, config, directory, loaded, options)
-        if train(run, config.task.adapt(loaded.data)) is None:
+        if train(run, config.task.prepare_data(loaded.data)) is None:
             return None
     return directory
 
@@ -330,6 +330,6 @@ def load_feature_network(directory: str) -> FeatureNetwork:
     network = feature_network(
         feature_network_name(data["name"]),
         ClassifierFeatures(task.network),
-        averaged(state, config),
+        evaluated_params(state, config),
     )
     return network._replace(about=about)

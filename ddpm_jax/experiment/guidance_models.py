@@ -17,13 +17,13 @@ import functools
 import pathlib
 from collections.abc import Callable
 
-from ddpm_jax.config import expanded, replace
+from ddpm_jax.config import expand_path, replace
 from ddpm_jax.data.types import DataInfo, Loaded
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.recorded import Recorded, flagged, load_state, read_named, stamp_of
 from ddpm_jax.experiment.types import Config, checked_task
 from ddpm_jax.task import GuidanceModel
-from ddpm_jax.training.step import averaged
+from ddpm_jax.training.step import evaluated_params
 
 LABELS = "labels"
 FLAG = "--config.task.sampling.guidance_model"
@@ -45,7 +45,7 @@ def check_guidance(config: Config, loaded: Loaded) -> Config:
     name = config.task.needs().guidance_model
     if name == LABELS:
         return config
-    directory = expanded(FLAG, name).absolute()
+    directory = expand_path(FLAG, name).absolute()
     config = replace(config, {"task.sampling.guidance_model": str(directory)})
     run = read_guidance_run(str(directory), config.task.info, config.task.classes)
     with flagged(f"{FLAG}={directory}"):
@@ -110,8 +110,8 @@ def load_guidance_model(directory: str, info: DataInfo, classes: int) -> Guidanc
     with flagged(f"{FLAG}={directory}"):
         config, state = load_state(run.workdir, run.run_config)
     task = config.task
-    about = f"{task.provides}: {run.title}, step {int(state.step)}, {run.workdir}"
-    return GuidanceModel(task, averaged(state, config), about)
+    about = f"{task.run_type}: {run.title}, step {int(state.step)}, {run.workdir}"
+    return GuidanceModel(task, evaluated_params(state, config), about)
 
 
 def read_guidance_run(directory: str, info: DataInfo, classes: int) -> Recorded:
@@ -125,12 +125,12 @@ def read_guidance_run(directory: str, info: DataInfo, classes: int) -> Recorded:
     Raises:
       UserError: If there is no run in the directory, or it cannot guide such a run.
     """
-    flag, workdir = f"{FLAG}={directory}", expanded(FLAG, directory)
+    flag, workdir = f"{FLAG}={directory}", expand_path(FLAG, directory)
     missing = f"there is no run; train the guidance model first, or give {FLAG}={LABELS}"
     run = read_named(flag, workdir, missing, finished=False)
     with flagged(flag):
         task = checked_task(run.run_config)
-    if task.guide({}, 1.0) is None:
+    if task.guidance_method({}, 1.0) is None:
         raise UserError(
             f"{flag}: a run of {run.title} cannot guide sampling; give the directory of a "
             "diffusion run, or of a classifier that was trained with "
@@ -141,7 +141,7 @@ def read_guidance_run(directory: str, info: DataInfo, classes: int) -> Recorded:
         raise UserError(
             f"{flag}: was trained on images of {shape}, not {expected}; give a run on the same data"
         )
-    expected_classes = info.classes if task.provides == "classifier" else classes
+    expected_classes = info.classes if task.run_type == "classifier" else classes
     if task.classes != expected_classes:
         raise UserError(
             f"{flag}: its network has {task.classes} classes and must have {expected_classes}; "

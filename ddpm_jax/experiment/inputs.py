@@ -71,7 +71,7 @@ def load_data(
         `--strict_data` is given.
     """
     name, earlier = dataset.name, read_record(workdir)
-    if earlier is not None and earlier.get("data_asked_for") == name:
+    if earlier is not None and earlier.get("data_requested") == name:
         data = load_again(earlier, options, dataset.validation)
         recorded_dir = earlier.get("data_dir")
         if not isinstance(recorded_dir, str):
@@ -146,11 +146,11 @@ def _load(
 
 
 def load_for(dataset: Dataset, like: Loaded, options: Options) -> Data:
-    """Return the data set of `like`, split by the validation field of `dataset`."""
+    """Return the data set of `abstract_state`, split by the validation field of `dataset`."""
     return _load(like.data.name, like.data_dir, options.debug, dataset.validation)
 
 
-def config_for(experiment: Experiment, debug: bool, values: Mapping[str, object]) -> Config:
+def config_with(experiment: Experiment, debug: bool, values: Mapping[str, object]) -> Config:
     """Return the config of an experiment with some fields replaced.
 
     Args:
@@ -184,7 +184,7 @@ def record_of(
         "seed": options.seed,
         "debug": options.debug,
         "data": loaded.data.describe(),
-        "data_asked_for": dataset.name,
+        "data_requested": dataset.name,
         "data_note": loaded.note,
         "data_dir": loaded.data_dir and os.path.abspath(os.path.expanduser(loaded.data_dir)),
         "parallel": options.parallel,

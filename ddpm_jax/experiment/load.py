@@ -8,7 +8,7 @@ from ddpm_jax.experiment.resources import for_sampling
 from ddpm_jax.experiment.trained import TrainedRun
 from ddpm_jax.experiment.types import checked_task
 from ddpm_jax.task import Variables
-from ddpm_jax.training.step import averaged
+from ddpm_jax.training.step import evaluated_params
 
 
 def load_run(workdir: str | os.PathLike[str], parallel: str = "jit") -> TrainedRun:
@@ -29,5 +29,5 @@ def load_recorded(run: Recorded, parallel: str = "jit") -> TrainedRun:
     """Return a recorded run with its newest checkpoint, using the config of `run`."""
     config, state = load_state(run.workdir, run.run_config, parallel)
     checked_task(config)
-    variables = Variables(averaged(state, config), state.extra)
+    variables = Variables(evaluated_params(state, config), state.extra)
     return TrainedRun(config, variables, int(state.step), run.title, for_sampling(config))

@@ -5,13 +5,13 @@ import pathlib
 import flax.linen as nn
 from jaxtyping import PyTree
 
-from ddpm_jax.config import expanded, replace
+from ddpm_jax.config import expand_path, replace
 from ddpm_jax.data.types import DataInfo
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment.recorded import Recorded, load_state, read_named
 from ddpm_jax.experiment.types import BuiltOnParts, Config, WithNetwork, with_parts
 from ddpm_jax.task import Needs
-from ddpm_jax.training.step import averaged
+from ddpm_jax.training.step import evaluated_params
 
 # Experiments that train the parts, named in error messages.
 EXPERIMENTS = {"text encoder": "text_encoder_shapes", "autoencoder": "autoencoder_shapes"}
@@ -42,7 +42,7 @@ def check_parts_of(config: Config) -> Config:
     """
     task, info, needs = config.task, config.task.info, config.task.needs()
     assert isinstance(task, BuiltOnParts)
-    if task.parts_known:
+    if task.parts_bound:
         return config
     text = read_finished_part("task.text_encoder", needs.text_encoder, "text encoder", info)
     autoencoder = read_finished_part("task.autoencoder", needs.autoencoder, "autoencoder", info)
@@ -53,13 +53,13 @@ def check_parts_of(config: Config) -> Config:
     return with_parts(replace(config, directories), text.run_config, autoencoder.run_config)
 
 
-def read_finished_part(path: str, directory: str, provides: str, info: DataInfo) -> Recorded:
+def read_finished_part(path: str, directory: str, run_type: str, info: DataInfo) -> Recorded:
     """Return the recorded run of a finished part that a config field names.
 
     Args:
       path: Path of the config field.
       directory: Value of the field.
-      provides: Required kind of network: "text encoder" or "autoencoder".
+      run_type: Required kind of network: "text encoder" or "autoencoder".
       info: Data set of the config.
 
     Raises:
@@ -67,15 +67,15 @@ def read_finished_part(path: str, directory: str, provides: str, info: DataInfo)
         its images or captions have another size.
     """
     flag = f"--config.{path}"
-    workdir = expanded(flag, directory).absolute()
+    workdir = expand_path(flag, directory).absolute()
     flag = f"{flag}={workdir}"
-    advice = f"train one first: python launch.py --experiment={EXPERIMENTS[provides]}"
+    advice = f"train one first: python launch.py --experiment={EXPERIMENTS[run_type]}"
     run = read_named(flag, workdir, f"there is no finished run; {advice}")
-    if run.run_config.task.provides != provides:
-        raise UserError(f"{flag}: holds a run of {run.title}, not of a trained {provides}")
+    if run.run_config.task.run_type != run_type:
+        raise UserError(f"{flag}: holds a run of {run.title}, not of a trained {run_type}")
     trained_on = run.run_config.task.info
     for name in ("shape", "levels", "caption_length"):
-        if name == "caption_length" and provides == "autoencoder":
+        if name == "caption_length" and run_type == "autoencoder":
             continue
         if getattr(trained_on, name) != getattr(info, name):
             raise UserError(
@@ -91,8 +91,8 @@ def load_parts(needs: Needs) -> PyTree:
     text, text_state = load_state(pathlib.Path(needs.text_encoder))
     autoencoder, state = load_state(pathlib.Path(needs.autoencoder))
     return {
-        "text": averaged(text_state, text),
-        "autoencoder": {"params": averaged(state, autoencoder), "extra": state.extra},
+        "text": evaluated_params(text_state, text),
+        "autoencoder": {"params": evaluated_params(state, autoencoder), "extra": state.extra},
     }
 
 
@@ -100,4 +100,4 @@ def load_dual_encoder(directory: str) -> tuple[nn.Module, PyTree]:
     """Return the dual encoder (text and image tower) of a run, and its averaged parameters."""
     config, state = load_state(pathlib.Path(directory))
     assert isinstance(config.task, WithNetwork)
-    return config.task.network, averaged(state, config)
+    return config.task.network, evaluated_params(state, config)

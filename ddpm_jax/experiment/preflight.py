@@ -20,7 +20,7 @@ RECORD_TYPES: dict[str, tuple[type, ...]] = {
     "seed": (int,),
     "debug": (bool,),
     "data": (dict,),
-    "data_asked_for": (str,),
+    "data_requested": (str,),
     "data_note": (str,),
     "data_dir": (str, type(None)),
 }

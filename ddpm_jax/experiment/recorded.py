@@ -24,7 +24,7 @@ from ddpm_jax.parallel import processes, sharding
 from ddpm_jax.system.record import Record
 from ddpm_jax.training.checkpoint import open_checkpoints
 from ddpm_jax.training.records import check_entries
-from ddpm_jax.training.step import TrainState, state_shapes, without_training
+from ddpm_jax.training.step import TrainState, inference_state, state_shapes
 
 
 class Recorded(NamedTuple):
@@ -199,13 +199,13 @@ def load_state(
         raise no_checkpoint
     with contextlib.closing(open_checkpoints(folder, read_only=True)) as checkpoints:
         shapes = state_shapes(checked_task(config), config, config.task.info.shape)
-        like = sharding.make(parallel).like(shapes)
+        like = sharding.make(parallel).abstract_state(shapes)
         if not for_training:
-            like = without_training(like, config, ...)
+            like = inference_state(like, config, ...)
         _, state, _ = checkpoints.restore_newest(like)
         if state is None:
             raise no_checkpoint
-        return config, state if for_training else without_training(state, config, None)
+        return config, state if for_training else inference_state(state, config, None)
 
 
 def check_average(config: Config) -> None:

@@ -8,7 +8,7 @@ import pathlib
 import sys
 from typing import Any
 
-from ddpm_jax.errors import UserError, nearest
+from ddpm_jax.errors import UserError, suggestion
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,7 @@ def load_experiment(name: str) -> Any:
       UserError: If there is no such file.
     """
     if name not in names():
-        raise UserError(f'there is no experiment "{name}"{nearest(name, names())}')
+        raise UserError(f'there is no experiment "{name}"{suggestion(name, names())}')
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT

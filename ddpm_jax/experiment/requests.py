@@ -88,8 +88,8 @@ def resolve(task: Task, request: Request, model: GuidanceModel | None = None) ->
     """
     if not isinstance(task, SamplingTask):
         raise UserError(
-            f"--mode=sample: this run is a trained {task.provides}, which samples no images; "
-            f"{ADVICE.get(task.provides, 'use --mode=eval')}"
+            f"--mode=sample: this run is a trained {task.run_type}, which samples no images; "
+            f"{ADVICE.get(task.run_type, 'use --mode=eval')}"
         )
     for name in Request._fields:
         if getattr(request, name) is not None and name not in task.request_fields:

@@ -30,7 +30,7 @@ def prepare(config: Config, loaded: Loaded, pending: Collection[str] = ()) -> Co
     Raises:
       UserError: If a named run does not exist, or does not fit the config.
     """
-    config = replace(config, {"task": config.task.fit_to(loaded.data)})
+    config = replace(config, {"task": config.task.adapt_to(loaded.data)})
     needs = config.task.needs()
     if needs.guidance_model != LABELS:
         config = check_guidance(config, loaded)

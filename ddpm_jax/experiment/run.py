@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from ddpm_jax import plots
-from ddpm_jax.config import hints_of, marked
+from ddpm_jax.config import hints_of, marked_paths
 from ddpm_jax.data.types import Loaded
 from ddpm_jax.errors import ConfigError, UserError
 from ddpm_jax.experiment import resources
@@ -30,7 +30,7 @@ from ddpm_jax.fields import MAY_CHANGE
 from ddpm_jax.parallel.processes import is_main
 from ddpm_jax.progress import print_result
 from ddpm_jax.system.record import Record
-from ddpm_jax.training.records import can_write, write_json
+from ddpm_jax.training.records import reporting_write_errors, write_json
 
 
 def train(
@@ -64,7 +64,7 @@ def train_run(run: Run) -> Record | None:
         run_resources = resources.load(run.config, run.loaded, run.options, train_alone)
         if run_resources is None:
             return None
-        data = run.config.task.adapt(run.loaded.data)
+        data = run.config.task.prepare_data(run.loaded.data)
         stack.pop_all()  # `fit_run` closes the directory
     return fit_run(run, data, run_resources, directory)
 
@@ -99,7 +99,7 @@ def train_several(
     check_several(config, runs)
     check_parts(workdir, experiment.name, parts)
     record = record_of(experiment.name, config, config.data, loaded, options)
-    with opened(workdir, record, marked(config, MAY_CHANGE)):
+    with opened(workdir, record, marked_paths(config, MAY_CHANGE)):
         summaries = {}
         for part, run in runs.items():
             summary = train_run(run)
@@ -176,7 +176,7 @@ def report(
     print_result(plots.table(result.rows, result.title))
     images = context.workdir / "images"
     for name, figure in result.figures.items():
-        with can_write(context.workdir):
+        with reporting_write_errors(context.workdir):
             plots.save_png(images / f"{name}.png", figure)
     path = context.workdir / "summary.json"
     write_json(path, summary)

@@ -11,7 +11,7 @@ from ddpm_jax.experiment.trained import SAMPLE_BATCH, TrainedRun
 from ddpm_jax.experiment.types import Options
 from ddpm_jax.parallel import processes, sharding
 from ddpm_jax.progress import log, print_result
-from ddpm_jax.training.records import can_write, check_entries
+from ddpm_jax.training.records import check_entries, reporting_write_errors
 
 
 def sample(
@@ -73,7 +73,7 @@ def sample(
         raise RunError(
             f"{error}: the sampler diverged; try another --guidance, --steps or --sampler"
         ) from None
-    with can_write(out):
+    with reporting_write_errors(out):
         processes.from_main(file.write)
     print_result(f"{file.size} images of {trained.title}, step {trained.step}: {out}")
     return out

@@ -17,7 +17,7 @@ from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.parallel.processes import is_main
 from ddpm_jax.progress import Clock, log
 from ddpm_jax.system import interrupts
-from ddpm_jax.system.files import check_writable, is_ours, write_npz
+from ddpm_jax.system.files import check_writable, has_our_mark, write_npz
 
 # Minimum; writes are also at least ten times as far apart as one write takes.
 SECONDS_BETWEEN_WRITES = 10.0
@@ -54,7 +54,7 @@ def check_out(out: pathlib.Path, default: pathlib.Path, overwrite: bool) -> None
         names = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe"}
         name = names.get(stat.S_IFMT(mode), "a device")
         raise UserError(f"{flag} is {name}, not a file; give another --out")
-    if mode is not None and out != default and not (overwrite or is_ours(out)):
+    if mode is not None and out != default and not (overwrite or has_our_mark(out)):
         raise UserError(
             f"{flag} exists and was not written by this program; give another --out, or "
             "--overwrite to replace it"
@@ -153,7 +153,7 @@ class SampleFile:
             contextlib.closing(clock),
             _handled(signal.SIGTERM, stop),
             _handled(signal.SIGINT, signal.default_int_handler),
-            interrupts.watched(notice),
+            interrupts.on_signals(notice),
         ):
             try:
                 yield clock

@@ -9,7 +9,7 @@ import jax
 from jaxtyping import PyTree
 
 from ddpm_jax import plots
-from ddpm_jax.config import marked
+from ddpm_jax.config import marked_paths
 from ddpm_jax.data.types import Data
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import preflight, sizes
@@ -24,9 +24,9 @@ from ddpm_jax.progress import log, print_result
 from ddpm_jax.system.record import Record
 from ddpm_jax.task import Resources
 from ddpm_jax.training import loop
-from ddpm_jax.training.checkpoint import check_store, open_checkpoints
+from ddpm_jax.training.checkpoint import check_can_store, open_checkpoints
 from ddpm_jax.training.evaluation import describe_evaluation
-from ddpm_jax.training.run_dir import RunDir, bystander, open_run
+from ddpm_jax.training.run_dir import RunDir, non_writing_run_dir, open_run
 
 
 def check(run: Run) -> None:
@@ -50,7 +50,7 @@ def record(run: Run) -> Record:
 
 def open_directory(run: Run) -> RunDir:
     """Open the directory of a run."""
-    return open_run_dir(run.workdir, record(run), marked(run.config, MAY_CHANGE))
+    return open_run_dir(run.workdir, record(run), marked_paths(run.config, MAY_CHANGE))
 
 
 def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> Record | None:
@@ -58,7 +58,7 @@ def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> Re
 
     Args:
       run: Bound run.
-      data: Data set of the run, as `Task.adapt` returns it.
+      data: Data set of the run, as `Task.prepare_data` returns it.
       resources: Resources that the task needs from other runs.
       directory: Open directory of the run, which is closed at the end.
 
@@ -83,15 +83,23 @@ def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> Re
         if summary is not None and step == summary.get("step") == steps:
             log_finished(workdir, summary)
             return summary
-        processes.from_main(lambda: check_store(workdir / "checkpoints"))
+        processes.from_main(lambda: check_can_store(workdir / "checkpoints"))
         log_start(run.title, run.loaded, workdir)
         processes.from_main(directory.write_record)
         partitioner = devices.make(options.parallel)
-        watch = loop.Watch(options.profile, options.wandb)
+        monitoring = loop.Monitoring(options.profile, options.wandb)
         result = loop.fit(
-            task, config, data, directory, checkpoints, options.seed, partitioner, watch, resources
+            task,
+            config,
+            data,
+            directory,
+            checkpoints,
+            options.seed,
+            partitioner,
+            monitoring,
+            resources,
         )
-        processes.from_main(directory.check_there)
+        processes.from_main(directory.check_exists)
         if result.step:
             checkpoints.check_written(result.step)  # it is written during the evaluation
         if result.final is None:
@@ -129,8 +137,8 @@ def opened(workdir: pathlib.Path, record: Record, may_change: set[str]) -> Itera
 
 def open_run_dir(workdir: pathlib.Path, record: Record, may_change: set[str]) -> RunDir:
     """Open a run directory. Only process 0 opens it; the other processes write nothing."""
-    directory: RunDir = processes.from_main_alone(
-        lambda: open_run(workdir, record, may_change), bystander(workdir, record)
+    directory: RunDir = processes.on_main(
+        lambda: open_run(workdir, record, may_change), non_writing_run_dir(workdir, record)
     )
     return directory
 

@@ -82,7 +82,7 @@ class TrainedRun:
           UserError: If the run does not support a field of the request.
         """
         resolved = self.resolve(request)
-        partitioner = partitioner or sharding.placed(self.variables.params)
+        partitioner = partitioner or sharding.partitioner_of(self.variables.params)
         size, key = partitioner.round_up(SAMPLE_BATCH), purpose_key(seed, SAMPLE)
         for start in range(0, count, size):  # all batches have one shape, to compile once
             keys = example_keys(key, 0, partitioner.indices(start, size))

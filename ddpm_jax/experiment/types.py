@@ -255,7 +255,7 @@ class BuiltOnParts(Protocol):
     """Protocol of a task that uses the text encoder and the autoencoder of other runs."""
 
     @property
-    def parts_known(self) -> bool:
+    def parts_bound(self) -> bool:
         """True if the fields that follow from the parts are set."""
 
     def with_parts(self, text: Task, autoencoder: Task) -> Task:

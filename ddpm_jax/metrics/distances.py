@@ -63,7 +63,7 @@ def _combined(a: Moments, b: Moments, sign: int = 1) -> Moments:
     return Moments(total, mean, a.scatter + sign * (b.scatter + between))
 
 
-class Grouped:
+class GroupedMoments:
     """Moments of random groups of a set, for a jackknife that leaves out one group at a time.
 
     The groups are always the same: of each `GROUPS` consecutive images, every group has one. So
@@ -71,7 +71,7 @@ class Grouped:
     """
 
     def __init__(
-        self, features: Float[np.ndarray, "n d"], previous: "Grouped | None" = None
+        self, features: Float[np.ndarray, "n d"], previous: "GroupedMoments | None" = None
     ) -> None:
         """Append `features` to the `previous` features of the set."""
         start = previous.moments.size if previous else 0
@@ -169,7 +169,7 @@ class Jackknife(NamedTuple):
         return Jackknife(ratio, (ratio + first, ratio - denominator_first, without_second))
 
 
-def frechet_distance(a: Grouped, b: Grouped, paired: bool = False) -> Jackknife:
+def frechet_distance(a: GroupedMoments, b: GroupedMoments, paired: bool = False) -> Jackknife:
     """Return `frechet` of two sets, with the distances without each group.
 
     The distances without a group are of first order in the moments, so that one decomposition

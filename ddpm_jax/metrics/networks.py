@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ddpm_jax.metrics.features import FeatureNetwork
 from ddpm_jax.parallel.partitioner import fetch
-from ddpm_jax.parallel.replicated import placed
+from ddpm_jax.parallel.replicated import partitioner_of
 
 
 @runtime_checkable
@@ -45,7 +45,7 @@ def feature_network(
     def extract(
         images: Float[np.ndarray, "n h w c"],
     ) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n classes"]]:
-        partitioner, parts = placed(params), []
+        partitioner, parts = partitioner_of(params), []
         size = partitioner.round_up(batch_size)
         compiled = partitioner.compile(features_of, static_argnums=0)
         for start in range(0, len(images), size):

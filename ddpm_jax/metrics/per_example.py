@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.data.batches import evaluation_batches
 from ddpm_jax.data.types import Batch, Split
-from ddpm_jax.diffusion.grids import within
+from ddpm_jax.diffusion.grids import stratum_time
 from ddpm_jax.parallel.partitioner import Partitioner, fetch
 from ddpm_jax.rng import EVALUATE, example_keys, purpose_key
 
@@ -77,4 +77,4 @@ def evaluation_times(
     noise = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
     product = index.astype(jnp.uint32) * jnp.uint32(2654435769)
     start = (product >> 8).astype(noise.dtype) / 2**24
-    return within(jnp.arange(count), (start[:, None] + noise / 997) % 1, count)
+    return stratum_time(jnp.arange(count), (start[:, None] + noise / 997) % 1, count)

@@ -12,7 +12,7 @@ from ddpm_jax import errors, plots
 from ddpm_jax.data.types import Data, Split
 from ddpm_jax.metrics.averages import averages, with_error
 from ddpm_jax.metrics.distances import (
-    Grouped,
+    GroupedMoments,
     Jackknife,
     Moments,
     frechet_distance,
@@ -28,7 +28,7 @@ from ddpm_jax.metrics.neighbours import NEIGHBOUR_RANK, nearest_neighbours, prec
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.progress import log
 
-WHOLE = 100_000  # largest number of training images that samples are compared with
+MAX_TRAINING_IMAGES = 100_000  # largest number of training images that samples are compared with
 CHUNK = 1000  # images of one call of a feature network
 MAX_FEATURES = 10_000  # features per set that KID, precision and recall are computed from
 MAX_PIXEL_SAMPLES = 10_000  # samples whose nearest training images are searched
@@ -39,11 +39,11 @@ class Quality(NamedTuple):
 
     Attributes:
       metrics: Metrics by name.
-      neighbours: Samples above their nearest training images; None without comparing pixels.
+      nearest_training_images: Samples above these images; None if no pixels are compared.
     """
 
     metrics: dict[str, float]
-    neighbours: np.ndarray | errors.NonFinite | None
+    nearest_training_images: np.ndarray | errors.NonFinite | None
 
 
 class FeatureSet(NamedTuple):
@@ -55,7 +55,7 @@ class FeatureSet(NamedTuple):
       log_probs: log p(y|x) [N, classes] of all images.
     """
 
-    grouped: Grouped
+    grouped: GroupedMoments
     features: np.ndarray
     log_probs: np.ndarray
 
@@ -80,7 +80,7 @@ def extract_features(
     stored_log_probs = [previous.log_probs] if previous else []
     for chunk in chunks:
         features, log_probs = network.extract(chunk)
-        grouped = Grouped(features, grouped)
+        grouped = GroupedMoments(features, grouped)
         room = MAX_FEATURES - sum(len(rows) for rows in stored)
         stored.append(features[:room].astype(np.float32))
         stored_log_probs.append(log_probs.astype(np.float32))
@@ -142,7 +142,7 @@ class Comparison:
         return min(self.counts[name] for name in sets) >= count
 
 
-class Measured(NamedTuple):
+class MetricValues(NamedTuple):
     """Metrics that one function of `METRICS` computes.
 
     Attributes:
@@ -164,7 +164,7 @@ def _compare(
     split: str = "test",
 ) -> Comparison:
     """Return the sets of images with their features; the arguments are those of `quality`."""
-    train = data.train.some(len(samples))
+    train = data.train.random_subset(len(samples))
     size = len(train.images)
     order = np.arange(len(samples))
     if size < len(samples):  # a random subset, since the samples may be sorted by class
@@ -178,22 +178,22 @@ def _compare(
         sample_features=every_sample,
         matched_sample_features=matched,
         training_features=extract_features(network, _split_chunks(train, data.levels)),
-        held_out_features=extract_features(network, _split_chunks(data.part(split), data.levels)),
+        held_out_features=extract_features(network, _split_chunks(data.split(split), data.levels)),
     )  # fmt: skip
 
 
-def frechet_of_samples(sets: Comparison) -> Measured:
+def frechet_of_samples(sets: Comparison) -> MetricValues:
     """Measure the Frechet distance of samples and held-out images."""
     if not sets.has_images(2, "sampled", "held-out"):
-        return Measured({}, (sets.distance_name,))
-    return Measured(_with_jackknife_error(sets.distance_name, sets.distance))
+        return MetricValues({}, (sets.distance_name,))
+    return MetricValues(_with_jackknife_error(sets.distance_name, sets.distance))
 
 
-def frechet_ratio(sets: Comparison) -> Measured:
+def frechet_ratio(sets: Comparison) -> MetricValues:
     """Measure the ratio of Frechet distances of equally many samples and training images."""
     name = sets.distance_name
     if not sets.has_images(2, *sets.counts):
-        return Measured({}, (f"{name}_ratio",))
+        return MetricValues({}, (f"{name}_ratio",))
     held_out, of_samples = sets.held_out_features.grouped, sets.distance
     if sets.size < len(sets.samples):
         of_samples = frechet_distance(sets.matched_sample_features.grouped, held_out)
@@ -201,75 +201,75 @@ def frechet_ratio(sets: Comparison) -> Measured:
     metrics = _with_jackknife_error(f"{name}_of_training", of_training)
     ratio = of_samples.divided_by(of_training)
     if ratio is None:
-        return Measured(metrics, (f"{name}_ratio",))
+        return MetricValues(metrics, (f"{name}_ratio",))
     metrics |= _with_jackknife_error(f"{name}_ratio", ratio)
-    return Measured({**metrics, f"{name}_ratio_images": float(sets.size)})
+    return MetricValues({**metrics, f"{name}_ratio_images": float(sets.size)})
 
 
-def kernel_of_samples(sets: Comparison) -> Measured:
+def kernel_of_samples(sets: Comparison) -> MetricValues:
     """Measure the kernel distance (KID) of samples and held-out images."""
     name = f"kid_{sets.network.name}"
     if not sets.has_images(2, "sampled", "held-out"):
-        return Measured({}, (name,))
+        return MetricValues({}, (name,))
     distance = kernel_distance(sets.sample_features.features, sets.held_out_features.features)
-    return Measured(with_error(name, distance))
+    return MetricValues(with_error(name, distance))
 
 
-def score(sets: Comparison) -> Measured:
+def score(sets: Comparison) -> MetricValues:
     """Measure the Inception score of samples, in the classes of the feature network."""
     name = f"score_{sets.network.name}"
     if not sets.has_images(2, "sampled"):
-        return Measured({}, (name,))
+        return MetricValues({}, (name,))
     p = np.exp(sets.sample_features.log_probs)
-    return Measured(with_error(name, (inception_score(p), inception_score_error(p))))
+    return MetricValues(with_error(name, (inception_score(p), inception_score_error(p))))
 
 
-def precision_and_recall(sets: Comparison) -> Measured:
+def precision_and_recall(sets: Comparison) -> MetricValues:
     """Measure precision and recall of samples with respect to held-out images."""
     names = f"precision_{sets.network.name}", f"recall_{sets.network.name}"
     if not sets.has_images(NEIGHBOUR_RANK + 1, "sampled", "held-out"):
-        return Measured({}, (", ".join(names),))
+        return MetricValues({}, (", ".join(names),))
     metrics: dict[str, float] = {}
     held_out, samples = sets.held_out_features.features, sets.sample_features.features
     shares = precision_recall(held_out, samples)
     for name, share, count in zip(names, shares, (len(samples), len(held_out)), strict=True):
         metrics |= with_error(name, (share, share_error(share, count)))
-    return Measured(metrics)
+    return MetricValues(metrics)
 
 
-def fid_to_training(sets: Comparison) -> Measured:
+def fid_to_training(sets: Comparison) -> MetricValues:
     """Measure the FID of samples and the training set, as papers report it (Inception only)."""
     if sets.network.name != "inception":
-        return Measured({})
+        return MetricValues({})
     if not sets.has_images(2, "sampled", "training"):
-        return Measured({}, ("fid_to_training",))
-    train = _split_chunks(sets.data.train.some(WHOLE), sets.data.levels)
+        return MetricValues({}, ("fid_to_training",))
+    train = _split_chunks(sets.data.train.random_subset(MAX_TRAINING_IMAGES), sets.data.levels)
     training = extract_features(sets.network, train).grouped
     distance = frechet_distance(sets.sample_features.grouped, training)
-    return Measured(_with_jackknife_error("fid_to_training", distance))
+    return MetricValues(_with_jackknife_error("fid_to_training", distance))
 
 
-def classifier_shares(sets: Comparison) -> Measured:
+def classifier_shares(sets: Comparison) -> MetricValues:
     """Measure the accuracy of a classifier on samples, and how often it is confident."""
     if sets.network.name == "inception":
-        return Measured({})
+        return MetricValues({})
     log_probs = sets.sample_features.log_probs
     values = {"confident_share": np.exp(log_probs).max(1) > 0.9}
     if sets.labels is not None:
         labels = np.asarray(sets.labels)[sets.order]
         values["classifier_accuracy"] = log_probs.argmax(1) == labels
-    return Measured(averages(values))
+    return MetricValues(averages(values))
 
 
-def nearest_training_images(sets: Comparison) -> Measured:
+def nearest_training_images(sets: Comparison) -> MetricValues:
     """Measure the median distance, in pixels, of samples to their nearest training images.
 
     Its ratio to the same median of held-out images is well below 1 if the model repeats training
     images. There is no ratio if at least half of the held-out images are training images.
     """
     samples, levels = sets.samples[:MAX_PIXEL_SAMPLES], sets.data.levels
-    train = to_images(sets.data.train.some(WHOLE).images, levels)
-    held_out = to_images(sets.data.part(sets.split).images, levels)
+    train = to_images(sets.data.train.random_subset(MAX_TRAINING_IMAGES).images, levels)
+    held_out = to_images(sets.data.split(sets.split).images, levels)
     rows = [images.reshape(len(images), -1) for images in (samples, held_out, train)]
     distances, indices = nearest_neighbours(rows[0], rows[2])
     held_out_distances, _ = nearest_neighbours(rows[1], rows[2])
@@ -283,10 +283,10 @@ def nearest_training_images(sets: Comparison) -> Measured:
     for start in range(0, min(40, len(samples)) // 10 * 10, 10):
         shown += [samples[start : start + 10], train[indices[start : start + 10]]]
     sheet = np.concatenate(shown) if shown else samples
-    return Measured(metrics, missing, plots.attempt(plots.grid, sheet, columns=10))
+    return MetricValues(metrics, missing, plots.image_or_error(plots.grid, sheet, columns=10))
 
 
-METRICS: tuple[Callable[[Comparison], Measured], ...] = (
+METRICS: tuple[Callable[[Comparison], MetricValues], ...] = (
     frechet_of_samples,
     frechet_ratio,
     kernel_of_samples,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax.fields import BOUND, Count, Layers, MoreLayers, Share
+from ddpm_jax.fields import BOUND, Count, Layers, OptionalLayers, Share
 from ddpm_jax.nn.layers import Context
 from ddpm_jax.nn.text_refiner import refine_text
 from ddpm_jax.nn.transformer import Block, check_width
@@ -32,7 +32,7 @@ class CodeTransformer(nn.Module):
     width: Count = 192
     depth: Layers = 6
     heads: Count = 6
-    text_refiner_blocks: MoreLayers = 0
+    text_refiner_blocks: OptionalLayers = 0
     dropout: Share = 0.0
     dtype: Annotated[DTypeLike | None, BOUND] = None
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from ddpm_jax.fields import BOUND, Count, FieldError, Layers, MoreLayers, Share
+from ddpm_jax.fields import BOUND, Count, FieldError, Layers, OptionalLayers, Share
 from ddpm_jax.nn.layers import (
     Context,
     CrossAttention,
@@ -48,7 +48,7 @@ class DiT(nn.Module):
     heads: Count = 6
     dropout: Share = 0.0
     classes: Annotated[int, BOUND] = 0
-    text_refiner_blocks: MoreLayers = 0
+    text_refiner_blocks: OptionalLayers = 0
     dtype: Annotated[DTypeLike, BOUND] = jnp.float32
     remat: bool = False
 

@@ -73,7 +73,7 @@ class DualEncoder(nn.Module):
         start = nn.initializers.constant(-math.log(0.07))
         self.log_scale = self.param("log_scale", start, ())
 
-    def read(self, tokens: UInt8[Array, "batch length"]) -> Context:
+    def encode_text(self, tokens: UInt8[Array, "batch length"]) -> Context:
         """Return the features of captions, to condition a generation model on."""
         return self.text(tokens)
 

@@ -10,12 +10,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from ddpm_jax.fields import (
     BOUND,
-    OR_NONE,
+    EMPTY_ALLOWED,
     AtLeast,
     Count,
     FieldError,
     Layers,
-    MoreLayers,
+    OptionalLayers,
     Share,
 )  # fmt: skip
 from ddpm_jax.nn.layers import (
@@ -82,11 +82,11 @@ class UNet(nn.Module):
     channels: Count = 128
     multipliers: tuple[Count, ...] = (1, 2, 2, 2)
     blocks: Layers = 2
-    attention_sizes: Annotated[tuple[Count, ...], OR_NONE] = (16,)
+    attention_sizes: Annotated[tuple[Count, ...], EMPTY_ALLOWED] = (16,)
     head_channels: Annotated[int, AtLeast(0)] = 0
     dropout: Share = 0.1
     classes: Annotated[int, BOUND] = 0
-    text_refiner_blocks: MoreLayers = 0
+    text_refiner_blocks: OptionalLayers = 0
     scale_shift: bool = False
     dtype: Annotated[DTypeLike, BOUND] = jnp.float32
     remat: bool = False

@@ -134,7 +134,15 @@ class ShardedCollectives(Collectives):
     def per_device(
         self, compute: Compute, params: PyTree, extra: PyTree, batch: PyTree, keys: PyTree
     ) -> tuple[PyTree, PyTree, PyTree]:
-        """Return `compute(collectives, ...)`, computed on each device; see `Collectives`."""
+        """Return `compute(collectives, ...)`, computed on each device.
+
+        Args:
+          compute: The function `(collectives, params, extra, batch, keys)` of one device.
+          params: The parameters, sharded.
+          extra: The extra variables, sharded.
+          batch: The global batch.
+          keys: One key for each example.
+        """
         specs = jax.tree.map(lambda array: self.split(array.shape), (params, extra))
         sizes = frozenset(array.size for array in jax.tree.leaves(params))
         examples, replicated = PartitionSpec(self.mesh.axis_names), PartitionSpec()

@@ -83,7 +83,7 @@ class Partitioner(Protocol):
         """Put a state on the devices."""
         return jax.device_put(tree, self.shardings(tree))
 
-    def like(self, tree: PyTree) -> PyTree:
+    def abstract_state(self, tree: PyTree) -> PyTree:
         """Return the shapes, types and shardings of a state, for restoring a checkpoint."""
         return jax.tree.map(
             lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),

@@ -38,7 +38,8 @@ def coordination_client() -> Coordinator | None:
     """Return jax's client of the coordination service; None in a run of one process.
 
     The client is private to jax, which has no public barrier with a time limit.  For a version of
-    jax that has moved it, None is returned in a run of several processes, too (`without_client`).
+    jax that has moved it, None is returned in a run of several processes, too; then
+    `missing_client_warning` returns a text.
     """
     try:
         from jax._src import distributed
@@ -49,9 +50,9 @@ def coordination_client() -> Coordinator | None:
         return None
 
 
-def without_client() -> str:
+def missing_client_warning() -> str:
     """Return a warning if several processes run without jax's client; "": no warning."""
-    if alone() or coordination_client() is not None:
+    if is_single_process() or coordination_client() is not None:
         return ""
     return (
         f"ddpm_jax was not tested with jax {jax.__version__}: checkpoints use the barriers of "
@@ -105,7 +106,7 @@ def from_main(fn: Callable[[], T]) -> T:
     return cast(T, message["value"])
 
 
-def from_main_alone(fn: Callable[[], T], otherwise: T) -> T:
+def on_main(fn: Callable[[], T], otherwise: T) -> T:
     """Return `fn()` in the first process, and `otherwise` in the other processes.
 
     Errors of `fn` are raised in all processes, as by `from_main`.
@@ -120,14 +121,14 @@ def from_main_alone(fn: Callable[[], T], otherwise: T) -> T:
     return result
 
 
-def alone() -> bool:
+def is_single_process() -> bool:
     """Return whether the run has only one process."""
     return bool(jax.process_count() == 1)
 
 
-def complaint(text: str) -> str:
+def first_error(text: str) -> str:
     """Return in all processes the error message of the first that has one; "": no error."""
-    if alone():
+    if is_single_process():
         return text
     padded = np.zeros(MAX_MESSAGE_BYTES, np.uint8)
     content = text.encode()[:MAX_MESSAGE_BYTES]
@@ -149,7 +150,7 @@ class Barrier(Protocol):
         """Wait for the other processes."""
 
 
-class Meeting:
+class ThreadBarrier:
     """A barrier for the background threads of all processes.
 
     It does not use the devices, because only the main threads may.  Each process sends a key; if
@@ -165,7 +166,7 @@ class Meeting:
 
     def barrier(self) -> Barrier | None:
         """Return `wait`; None if there is no client, in which case orbax uses its own barrier."""
-        return None if without_client() else self.wait
+        return None if missing_client_warning() else self.wait
 
     def wait(self, *, key: str, timeout_ms: int) -> None:
         """Wait at most `timeout_ms` milliseconds for the other processes, which send the same key.
@@ -175,7 +176,7 @@ class Meeting:
         Raises:
           OSError: If a process has failed, with its reason, or has not arrived in time.
         """
-        if alone() or self._failed:
+        if is_single_process() or self._failed:
             return
         client = coordination_client()
         assert client is not None

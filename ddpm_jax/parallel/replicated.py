@@ -97,7 +97,7 @@ def data_mesh(devices: list[jax.Device]) -> Mesh:
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def placed(tree: PyTree) -> Replicated:
+def partitioner_of(tree: PyTree) -> Replicated:
     """Return the partitioner of the devices that hold the arrays of a tree.
 
     If the tree has no jax arrays, it is the partitioner of the first device.

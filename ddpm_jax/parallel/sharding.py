@@ -14,10 +14,10 @@ from ddpm_jax.parallel.replicated import (
     Replicated,
     data_mesh,
     device_order,
-    placed,
+    partitioner_of,
 )
 
-__all__ = ["MODES", "Partitioner", "check_batch", "fetch", "make", "placed"]
+__all__ = ["MODES", "Partitioner", "check_batch", "fetch", "make", "partitioner_of"]
 
 MODES = PARALLEL
 

@@ -16,7 +16,7 @@ HEAD = 512  # the mark is in the first bytes of a PNG
 
 
 @contextlib.contextmanager
-def draft_of(path: pathlib.Path, durable: bool = False) -> Iterator[IO[bytes]]:
+def open_atomic(path: pathlib.Path, durable: bool = False) -> Iterator[IO[bytes]]:
     """Open a new temporary file that replaces `path` when the context ends without an error.
 
     An existing file or symbolic link at `path` is replaced, not written to.
@@ -71,7 +71,7 @@ def write_npz(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
       OSError: If the file cannot be written.
     """
     entries: dict[str, Any] = {**arrays, "software": np.array(SOFTWARE)}
-    with draft_of(path) as file:
+    with open_atomic(path) as file:
         np.savez_compressed(file, **entries)
 
 
@@ -86,11 +86,11 @@ def write_with(path: pathlib.Path, save: Callable[[IO[bytes]], object]) -> None:
       OSError: If the file cannot be written.
     """
     path.parent.mkdir(exist_ok=True)
-    with draft_of(path) as file:
+    with open_atomic(path) as file:
         save(file)
 
 
-def is_ours(path: pathlib.Path) -> bool:
+def has_our_mark(path: pathlib.Path) -> bool:
     """Return whether a .png or .npz file has this program's mark."""
     try:
         if path.suffix.lower() == ".png":

@@ -26,7 +26,7 @@ def end_now(line: str = "interrupted: by Ctrl-C", code: int = ENDED) -> None:
 
 
 @contextlib.contextmanager
-def watched(on_signal: Callable[[int], None]) -> Iterator[None]:
+def on_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
     """Call `on_signal(number)` at once, in a thread, for each signal that arrives in this context.
 
     Only signals with a Python handler are reported.  Outside of the main thread, this context has
@@ -59,7 +59,7 @@ def watched(on_signal: Callable[[int], None]) -> Iterator[None]:
 
 
 def warning(warn: Callable[[], None], *numbers: int) -> Callable[[int], None]:
-    """Return an `on_signal` function for `watched`: a first signal warns, a later Ctrl-C ends.
+    """Return an `on_signal` function for `on_signals`: a first signal warns, a later Ctrl-C ends.
 
     Args:
       warn: Function that is called at the first signal of `numbers`; it logs what the program waits
@@ -80,7 +80,7 @@ def warning(warn: Callable[[], None], *numbers: int) -> Callable[[int], None]:
 
 
 @contextlib.contextmanager
-def ending_at_once() -> Iterator[None]:
+def end_on_ctrl_c() -> Iterator[None]:
     """End the process at once at Ctrl-C, unless training handles it (`training.loop.fit`)."""
 
     def on_signal(number: int) -> None:
@@ -89,7 +89,7 @@ def ending_at_once() -> Iterator[None]:
 
     before = signal.signal(signal.SIGINT, lambda *_: None)  # only the thread ends the process
     try:
-        with watched(on_signal):
+        with on_signals(on_signal):
             yield
     finally:
         signal.signal(signal.SIGINT, before)

@@ -19,7 +19,7 @@ from ddpm_jax import plots
 from ddpm_jax.data.types import UNBOUND, Batch, DataInfo
 from ddpm_jax.fields import BOUND, AtLeast, EvalBatch, NonNegative, RunPath, section
 from ddpm_jax.metrics.averages import averages, with_error
-from ddpm_jax.metrics.distances import Grouped, frechet_distance
+from ddpm_jax.metrics.distances import GroupedMoments, frechet_distance
 from ddpm_jax.metrics.networks import image_tower
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.metrics.reconstruction import SIDE, psnr, ssim
@@ -143,7 +143,7 @@ class LatentAutoencoder(Task):
     text_encoder: RunPath = "none"
     info: Annotated[DataInfo, BOUND] = UNBOUND
 
-    provides: ClassVar[str] = "autoencoder"
+    run_type: ClassVar[str] = "autoencoder"
 
     def needs(self) -> Needs:
         """Return the name of the run whose text encoder computes metrics, if there is one."""
@@ -208,7 +208,12 @@ class LatentAutoencoder(Task):
     ) -> LossOutput:
         """Return the pixel error of every reconstruction plus the term that bounds its latents.
 
-        The arguments are those of `Task.loss`.
+        Args:
+          variables: The parameters and the extra variables.
+          batch: Images, labels and indices of B examples.
+          keys: One key for each example, [B].
+          train: If True, dropout and the other randomness of training are on.
+          all_gather: The function that gathers the arrays of all devices.
         """
         del train, all_gather
         x = to_images(batch.images, self.info.levels)
@@ -293,7 +298,7 @@ def shared_reconstructions(context: Context) -> Reconstructions:
 
 def evaluate_reconstructions(task: LatentAutoencoder, context: Context) -> Evaluation:
     """Return the loss, its terms, the PSNR and, of large enough images, the SSIM."""
-    originals, images, values = context.shared(shared_reconstructions)
+    originals, images, values = context.cached(shared_reconstructions)
     names = ("loss", "absolute_error", "commitment" if task.codes else "kl")
     metrics = {name: values[name] for name in names} | {"psnr": psnr(images, originals)}
     if min(originals.shape[1:3]) >= SIDE:
@@ -303,7 +308,7 @@ def evaluate_reconstructions(task: LatentAutoencoder, context: Context) -> Evalu
 
 def evaluate_codes(task: LatentAutoencoder, context: Context) -> Evaluation:
     """Return the share of the codes that are used, and their perplexity."""
-    indices = context.shared(shared_reconstructions).values["codes"].astype(int).ravel()
+    indices = context.cached(shared_reconstructions).values["codes"].astype(int).ravel()
     counts = np.bincount(indices, minlength=task.codes)
     perplexity = float(vq.perplexity(jnp.asarray(counts, jnp.float32)))
     return Evaluation({"codes_used": float((counts > 0).mean()), "perplexity": perplexity})
@@ -312,7 +317,7 @@ def evaluate_codes(task: LatentAutoencoder, context: Context) -> Evaluation:
 def evaluate_latents(task: LatentAutoencoder, context: Context) -> Evaluation:
     """Return the standard deviation of the normalised latents, which should be near 1."""
     del task
-    z = context.shared(shared_reconstructions).values["z"]
+    z = context.cached(shared_reconstructions).values["z"]
     mean, std = jax.tree.map(np.asarray, context.compile(latent_moments)(context.variables.extra))
     return Evaluation({"latent_std": float(((z - mean) / std).std())})
 
@@ -329,12 +334,12 @@ def evaluate_frechet_distance(task: LatentAutoencoder, context: Context) -> Eval
     tower = image_tower("text_encoder", *load())
     name = f"fd_{tower.name}"
     about = {"fd": f"reconstructions against their originals, in the features of {tower.name}"}
-    originals, images, _ = context.shared(shared_reconstructions)
+    originals, images, _ = context.cached(shared_reconstructions)
     if len(images) < 2:
         log(f"metric {name} is left out: it needs at least 2 images, and the split has fewer")
         return Evaluation(about=about)
     plots.check_finite(images)
-    sets = [Grouped(tower.extract(part)[0]) for part in (images, originals)]
+    sets = [GroupedMoments(tower.extract(part)[0]) for part in (images, originals)]
     distance = frechet_distance(sets[0], sets[1], paired=True)
     return Evaluation(with_error(name, (distance.value, distance.error)), about=about)
 
@@ -342,8 +347,8 @@ def evaluate_frechet_distance(task: LatentAutoencoder, context: Context) -> Eval
 def reconstruction_sheet(task: LatentAutoencoder, context: Context) -> Evaluation:
     """Return a sheet of the first 40 images, with the reconstructions below each row."""
     del task
-    originals, images, _ = context.shared(shared_reconstructions)
+    originals, images, _ = context.cached(shared_reconstructions)
     starts = range(0, min(len(originals), 40), 10)
     rows = [part[start : start + 10] for start in starts for part in (originals, images)]
-    sheet = plots.attempt(plots.grid, np.concatenate(rows), columns=10)
+    sheet = plots.image_or_error(plots.grid, np.concatenate(rows), columns=10)
     return Evaluation(images={"reconstructions": sheet})

@@ -86,11 +86,11 @@ class TextToImage(SamplingTask):
     autoencoder_network: Annotated[Autoencoder, FROM_PARTS] = Autoencoder()
     codes: Annotated[int, AtLeast(0), FROM_PARTS] = 0
     feature_width: Annotated[int, AtLeast(0), FROM_PARTS] = 0
-    parts_known: Annotated[bool, FROM_PARTS] = False
+    parts_bound: Annotated[bool, FROM_PARTS] = False
     info: Annotated[DataInfo, BOUND] = UNBOUND
     batch_size: Annotated[int, BOUND] = 0
 
-    provides: ClassVar[str] = "text to image"
+    run_type: ClassVar[str] = "text to image"
 
     def needs(self) -> Needs:
         """Return the names of the runs of the parts, and of an encoder that computes metrics."""
@@ -102,7 +102,7 @@ class TextToImage(SamplingTask):
             dual_encoder_field="evaluation.text_encoder",
         )
 
-    def fit_to(self, data: Data) -> "TextToImage":
+    def adapt_to(self, data: Data) -> "TextToImage":
         """Return the task unchanged, if the data set has captions.
 
         Raises:
@@ -121,12 +121,12 @@ class TextToImage(SamplingTask):
             text_network=text.network,
             autoencoder_network=autoencoder.network,
             codes=autoencoder.codes,
-            parts_known=True,
+            parts_bound=True,
         )
 
-    def adapt(self, data: Data) -> Data:
+    def prepare_data(self, data: Data) -> Data:
         """Return the data with captions in the form that the text encoder reads."""
-        return self.encoder.adapt(data)
+        return self.encoder.prepare_data(data)
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "TextToImage":
         """Return the task for a data set, a precision and a batch size."""

@@ -50,14 +50,14 @@ class Classifier(Task):
     eval_batch_size: EvalBatch = 500
     info: Annotated[DataInfo, BOUND] = UNBOUND
 
-    provides: ClassVar[str] = "classifier"
+    run_type: ClassVar[str] = "classifier"
 
     @property
     def classes(self) -> int:
         """The number of classes."""
         return self.network.classes
 
-    def adapt(self, data: Data) -> Data:
+    def prepare_data(self, data: Data) -> Data:
         """Return the data without the images that have no class."""
         return without_unlabelled(data)
 
@@ -128,7 +128,12 @@ class Classifier(Task):
     ) -> LossOutput:
         """Return the cross-entropy of every image in nats, which is 0 for an unlabelled image.
 
-        The arguments are those of `Task.loss`.
+        Args:
+          variables: The parameters and the extra variables.
+          batch: Images, labels and indices of B examples.
+          keys: One key for each example, [B].
+          train: If True, dropout and the other randomness of training are on.
+          all_gather: The function that gathers the arrays of all devices.
         """
         del all_gather
         shift_keys, dropout_keys, *noise_keys = split_keys(keys, 4 if self.schedule else 2)
@@ -167,7 +172,7 @@ class Classifier(Task):
         nll = cross_entropy(logits, jnp.minimum(labels, self.classes - 1))
         return jnp.where(labels < self.classes, -nll, 0.0)
 
-    def guide(self, params: PyTree, scale: float | Array) -> ClassifierGuidance | None:
+    def guidance_method(self, params: PyTree, scale: float | Array) -> ClassifierGuidance | None:
         """Return classifier guidance of scale `scale`, or None if the classifier is not noisy."""
         return ClassifierGuidance(scale, params, self) if self.schedule else None
 
@@ -233,13 +238,13 @@ def shared_predictions(context: Context) -> dict[str, np.ndarray]:
 def evaluate_accuracy(task: Classifier, context: Context) -> Evaluation:
     """Return the loss and the accuracy."""
     del task
-    values = context.shared(shared_predictions)
+    values = context.cached(shared_predictions)
     return Evaluation(averages({"loss": values["nll"], "accuracy": values["correct"]}))
 
 
 def hardest_images(task: Classifier, context: Context) -> Evaluation:
     """Return a sheet of the 40 images with the largest losses, in the order of the split."""
-    worst = np.argsort(-context.shared(shared_predictions)["nll"].mean(1))[:40]
+    worst = np.argsort(-context.cached(shared_predictions)["nll"].mean(1))[:40]
     images = to_images(context.held_out.rows(np.sort(worst)).images, task.info.levels)
     return Evaluation(images={"hardest": plots.grid(images, columns=10)})
 
@@ -247,7 +252,7 @@ def hardest_images(task: Classifier, context: Context) -> Evaluation:
 def evaluate_noise_levels(task: Classifier, context: Context) -> Evaluation:
     """Return the accuracy of a noisy classifier for the times in each tenth of [0, 1]."""
     del task
-    correct = context.shared(shared_predictions)["correct"]
+    correct = context.cached(shared_predictions)["correct"]
     t = np.arange(NOISE_LEVELS) / NOISE_LEVELS
     names = [f"accuracy_t_{level:.1f}" for level in t]
     image = plots.lines(t, {"accuracy": correct.mean(0)}, "t", "Accuracy by noise level")

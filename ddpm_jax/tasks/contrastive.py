@@ -57,16 +57,16 @@ class Contrastive(Task):
     info: Annotated[DataInfo, BOUND] = UNBOUND
     batch_size: Annotated[int, BOUND] = 0
 
-    provides: ClassVar[str] = "text encoder"
+    run_type: ClassVar[str] = "text encoder"
 
-    def fit_to(self, data: Data) -> "Contrastive":
+    def adapt_to(self, data: Data) -> "Contrastive":
         """Return the task, without hard negatives if the data set has none.
 
         Raises:
           UserError: If the data set has no captions.
         """
         check_captions(info_of(data))
-        if not self.hard_negatives or shapes.is_named(data.name):
+        if not self.hard_negatives or shapes.is_shapes(data.name):
             return self
         log(
             f"hard_negatives is set to 0: data set {data.name} has no hard negatives (only shapes "
@@ -74,7 +74,7 @@ class Contrastive(Task):
         )
         return dataclasses.replace(self, hard_negatives=0)
 
-    def adapt(self, data: Data) -> Data:
+    def prepare_data(self, data: Data) -> Data:
         """Return the data with hard negatives after the captions."""
         return with_hard_negatives(data, self.hard_negatives) if self.hard_negatives else data
 
@@ -135,7 +135,12 @@ class Contrastive(Task):
     ) -> LossOutput:
         """Return the loss of every pair, eq. (1), with a softmax over the pairs of all devices.
 
-        The arguments are those of `Task.loss`.
+        Args:
+          variables: The parameters and the extra variables.
+          batch: Images, labels and indices of B examples.
+          keys: One key for each example, [B].
+          train: If True, dropout and the other randomness of training are on.
+          all_gather: The function that gathers the arrays of all devices.
         """
         del keys, train
         text, image, negatives, scale = self.embed(variables.params, batch)
@@ -278,7 +283,7 @@ def split_nll(
       size: The number of pairs that are compared with each other.
       context: The context of the evaluation.
     """
-    vectors = dict(context.shared(shared_embeddings))
+    vectors = dict(context.cached(shared_embeddings))
     vectors.pop("hard_negative_accuracy", None)
     count, parts, compiled = len(captions), [], context.compile(batch_nll)
     for start in range(0, count, size):
@@ -293,7 +298,7 @@ def split_nll(
 
 def evaluate_pairs(task: Contrastive, context: Context) -> Evaluation:
     """Return the loss, the scale, and the accuracies of finding the image of a caption."""
-    held_out, values = context.held_out, context.shared(shared_embeddings)
+    held_out, values = context.held_out, context.cached(shared_embeddings)
     compiled = context.compile(temperature_scale, static_argnums=0)
     scale = np.asarray(compiled(task, context.variables.params))
     captions = positive_captions(held_out.rows(np.arange(len(held_out.images))).captions)
@@ -316,12 +321,12 @@ def nearest_images(task: Contrastive, context: Context) -> Evaluation:
     The nearest images are those of the first 500 images with the largest cosine.
     """
     images = to_images(np.asarray(context.held_out.first(500).images), task.info.levels)
-    values = context.shared(shared_embeddings)
+    values = context.cached(shared_embeddings)
     similarity = values["text"][:10] @ values["image"][: len(images)].T
     nearest = np.argsort(-similarity, 1)[:, :8]
     rows = [np.concatenate([images[i : i + 1], images[nearest[i]]]) for i in range(len(nearest))]
     sheet = plots.grid(np.concatenate(rows), columns=1 + nearest.shape[1])
-    return Evaluation(images={"found": sheet})
+    return Evaluation(images={"nearest_images": sheet})
 
 
 def check_captions(info: DataInfo) -> None:

@@ -165,7 +165,12 @@ class Diffusion(ImageDenoiser):
     ) -> LossOutput:
         """Return the loss of every image at one random time.
 
-        The arguments are those of `Task.loss`.
+        Args:
+          variables: The parameters and the extra variables.
+          batch: Images, labels and indices of B examples.
+          keys: One key for each example, [B].
+          train: If True, dropout and the other randomness of training are on.
+          all_gather: The function that gathers the arrays of all devices.
         """
         del all_gather
         t_keys, eps_keys, label_keys, flip_keys, drop_keys = split_keys(keys, 5)
@@ -324,7 +329,7 @@ def shared_terms(context: Context) -> dict[str, np.ndarray]:
 
 def evaluate_loss(task: Diffusion, context: Context) -> Evaluation:
     """Return the loss and its terms, averaged over stratified times."""
-    terms = context.shared(shared_terms)
+    terms = context.cached(shared_terms)
     names = ("loss", "mse", "vlb") if task.learned_variance else ("loss", "mse")
     return Evaluation(averages({name: terms[name] for name in names}))
 
@@ -333,7 +338,7 @@ def evaluate_bound(task: Diffusion, context: Context) -> Evaluation:
     """Return the variational bound in bits per dimension, if the schedule has a table."""
     if not task.table_steps:
         return Evaluation()
-    terms = context.shared(shared_terms)
+    terms = context.cached(shared_terms)
     bound = terms["kl"].mean(1) + terms["prior"] + terms["decoder"]
     ends = {f"bits_per_dim_{name}": terms[name] for name in ("decoder", "prior")}
     scale = 1 / (int(np.prod(task.info.shape)) * np.log(2))
@@ -344,5 +349,5 @@ def evaluate_noise_levels(task: Diffusion, context: Context) -> Evaluation:
     """Return errors and rates by noise level, in a final evaluation."""
     if not context.full:
         return Evaluation()
-    metrics, images = noise_levels(context.shared(shared_terms), int(np.prod(task.info.shape)))
+    metrics, images = noise_levels(context.cached(shared_terms), int(np.prod(task.info.shape)))
     return Evaluation(metrics, {**images})

@@ -11,7 +11,7 @@ from typing import Annotated, Protocol, runtime_checkable
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ddpm_jax.diffusion.guidance import Guidance
-from ddpm_jax.fields import MAY_CHANGE, OR_NONE, EvalBatch, NumSamples, RunPath
+from ddpm_jax.fields import EMPTY_ALLOWED, MAY_CHANGE, EvalBatch, NumSamples, RunPath
 from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.nn.layers import Context
 from ddpm_jax.system.record import Record
@@ -134,7 +134,7 @@ class TextToImageEvaluation:
     batch_size: EvalBatch = 128
     num_samples: NumSamples = 256
     num_prompts: NumSamples = 128
-    guidance_scales: Annotated[tuple[float, ...], OR_NONE, MAY_CHANGE] = ()
+    guidance_scales: Annotated[tuple[float, ...], EMPTY_ALLOWED, MAY_CHANGE] = ()
     text_encoder: RunPath = "none"
 
 

@@ -10,8 +10,8 @@ from ddpm_jax.data.types import DataInfo
 from ddpm_jax.diffusion.guidance import Autoguidance, Guidance
 from ddpm_jax.diffusion.prediction import Denoiser
 from ddpm_jax.fields import (
+    EMPTY_ALLOWED,
     MAY_CHANGE,
-    OR_NONE,
     EvalBatch,
     EvalTimes,
     NumSamples,
@@ -63,7 +63,7 @@ class SampleEvaluation:
     times_per_image: EvalTimes = 8
     num_samples: NumSamples = 1000
     num_samples_between: NumSamplesBetween = 0
-    features: Annotated[tuple[str, ...], OR_NONE, MAY_CHANGE] = ()
+    features: Annotated[tuple[str, ...], EMPTY_ALLOWED, MAY_CHANGE] = ()
 
 
 def class_labels(labels: Int[Array, "batch"], classes: int) -> Int[Array, "batch"]:
@@ -81,7 +81,7 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
       evaluation: The settings of the evaluation.
     """
 
-    provides: ClassVar[str] = "diffusion"
+    run_type: ClassVar[str] = "diffusion"
 
     @property
     def network(self) -> DenoisingNetwork:
@@ -172,7 +172,7 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
         if self.classes and self.no_label_dropout:
             check_guidance_is_trained(self.no_label_dropout, scale)
 
-    def guide(self, params: PyTree, scale: float | Array) -> Autoguidance:
+    def guidance_method(self, params: PyTree, scale: float | Array) -> Autoguidance:
         """Return autoguidance with this trained network as the worse model (Karras et al. 2024)."""
         return Autoguidance(scale, params, self)
 
@@ -219,7 +219,7 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
         images, _ = sample(sampler, 0, variables.params, guidance, keys, labels, self.null(labels))
         return images
 
-    def sample_in_turn(
+    def sample_for_evaluation(
         self,
         keys: Key[Array, "batch"],
         index: Int[Array, "batch"],

@@ -20,8 +20,8 @@ from ddpm_jax.diffusion.prediction import (
     threshold_x0,
 )
 from ddpm_jax.diffusion.process import q_sample
-from ddpm_jax.diffusion.schedules import NOISE, Schedule
-from ddpm_jax.errors import nearest
+from ddpm_jax.diffusion.schedules import PURE_NOISE_LOGSNR, Schedule
+from ddpm_jax.errors import suggestion
 from ddpm_jax.fields import PATH, AtLeast, AtMost, FieldError, SampleSteps
 from ddpm_jax.progress import log_once
 from ddpm_jax.system.record import Record
@@ -94,7 +94,7 @@ class Sampling:
         scale = self.guidance if scale is None else scale
         method: Method | None = ClassifierFree(scale) if conditional else None
         if model is not None:
-            method = model.task.guide(model.params, scale)
+            method = model.task.guidance_method(model.params, scale)
         if method is None or scale == method.neutral:
             return Guidance()
         return Guidance(method, self.guidance_interval, self.guidance_rescale)
@@ -274,11 +274,11 @@ def check_start(prediction: PredictionType, schedule: Schedule, sampling: Sampli
       FieldError: If sampling starts at a noise level where eps does not determine x0.
     """
     end = float(schedule.logsnr(jnp.asarray(1.0)))
-    if end > NOISE:
+    if end > PURE_NOISE_LOGSNR:
         log_once(
             f"the noise schedule ends at logsnr {end:.1f}, but sampling starts from pure noise "
-            f"(logsnr below {NOISE:g}), which makes samples worse; give a schedule that ends at a "
-            "lower logsnr"
+            f"(logsnr below {PURE_NOISE_LOGSNR:g}), which makes samples worse; give a schedule "
+            "that ends at a lower logsnr"
         )
     if prediction != "eps" or sampling.x0_thresholding != "none":
         return
@@ -307,7 +307,7 @@ def check_sampling(sampling: Sampling, steps: int | None, learned_variance: bool
     name = sampling.sampler
     base = name.partition(":")[0]
     if base not in samplers.SAMPLERS:
-        raise FieldError(f'sampler: there is no "{base}"{nearest(base, samplers.SAMPLERS)}')
+        raise FieldError(f'sampler: there is no "{base}"{suggestion(base, samplers.SAMPLERS)}')
     try:
         samplers.named(name, sampling.steps)
     except ValueError as error:

@@ -13,7 +13,7 @@ from ddpm_jax.diffusion.guidance import Guidance
 from ddpm_jax.diffusion.prediction import Prediction, PredictionType
 from ddpm_jax.diffusion.schedules import CosineBetas, NoiseSchedule, Schedule, shifted
 from ddpm_jax.diffusion.times import StratifiedTimes
-from ddpm_jax.fields import BOUND, MAY_CHANGE, Few, Positive, section
+from ddpm_jax.fields import BOUND, MAY_CHANGE, Copies, Positive, section
 from ddpm_jax.nn.autoencoder import Autoencoder
 from ddpm_jax.nn.denoising_networks import DenoisingNetwork
 from ddpm_jax.nn.layers import Context
@@ -64,7 +64,7 @@ class LatentDiffusion:
     noise_shift: Positive = 1.0
     prediction: PredictionType = "v"
     loss_weight: losses.Weight = "v"
-    times_per_image: Few = 1
+    times_per_image: Copies = 1
     sampling: Annotated[Sampling, MAY_CHANGE] = Sampling(x0_thresholding="none")
     latents: Annotated[Latents, BOUND] = Latents(Autoencoder(), 0)
     batch_size: Annotated[int, BOUND] = 0

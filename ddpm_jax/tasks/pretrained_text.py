@@ -218,7 +218,9 @@ def with_features(name: str, data: Data) -> Data:
         distinct = sorted(set(texts))
         row_of = {text: row for row, text in enumerate(distinct)}
         rows = np.array([row_of[text] for text in texts])
-        return split._replace(captions=EncodedCaptions(texts, _kept(name, distinct), rows))
+        return split._replace(
+            captions=EncodedCaptions(texts, _cached_features(name, distinct), rows)
+        )
 
     validation = None if data.validation is None else encode_split(data.validation)
     return data._replace(
@@ -226,7 +228,7 @@ def with_features(name: str, data: Data) -> Data:
     )
 
 
-def _kept(name: str, texts: list[str]) -> Features:
+def _cached_features(name: str, texts: list[str]) -> Features:
     """Return the features of texts from the cache, after computing them if they are missing."""
     parts = [name, _version(name), VERSION, str(LENGTH), *texts]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]

@@ -36,8 +36,8 @@ def sample_sheet(task: ImageDenoiser, context: Context) -> Evaluation:
     """Return a sheet of samples, and the settings that they were sampled with."""
     images = context.samples(SHEET).images
     model = context.guidance_model
-    about = {**task.sampling.about(), "guide": model.about if model else "labels"}
-    return Evaluation({}, {"samples": plots.attempt(plots.grid, images, columns=10)}, about)
+    about = {**task.sampling.about(), "guidance_model": model.about if model else "labels"}
+    return Evaluation({}, {"samples": plots.image_or_error(plots.grid, images, columns=10)}, about)
 
 
 def trajectories(task: ImageDenoiser, context: Context) -> Evaluation:
@@ -57,14 +57,14 @@ def plot_trajectories(samples: Samples) -> Images:
     )
     columns = np.unique(np.linspace(0, len(xt) - 1, TRACED).round().astype(int))
     rows = [steps[columns, image] for image in range(4) for steps in (xt, x0)]
-    sheet = plots.attempt(plots.grid, np.concatenate(rows), columns=len(columns))
+    sheet = plots.image_or_error(plots.grid, np.concatenate(rows), columns=len(columns))
     frames = np.unique(np.linspace(0, len(xt) - 1, ANIMATION_FRAMES).round().astype(int))
 
     def animation() -> np.ndarray:
         images = (np.concatenate([xt[frame], x0[frame]]) for frame in frames)
         return np.stack([plots.grid(rows, columns=TRACED) for rows in images])
 
-    return {"trajectories": sheet, "trajectories_animation": plots.attempt(animation)}
+    return {"trajectories": sheet, "trajectories_animation": plots.image_or_error(animation)}
 
 
 def edits(task: ImageDenoiser, context: Context) -> Evaluation:
@@ -126,7 +126,7 @@ def edits(task: ImageDenoiser, context: Context) -> Evaluation:
         "interpolation": [edit(same_keys, BLEND_TIME, row, row, no_mask) for row in mixed],
     }
     sheets: Images = {
-        name: plots.attempt(plots.grid, np.concatenate(fetch(parts)), columns=count)
+        name: plots.image_or_error(plots.grid, np.concatenate(fetch(parts)), columns=count)
         for name, parts in rows.items()
         if parts
     }
@@ -151,8 +151,8 @@ def sample_quality(task: ImageDenoiser, context: Context) -> Evaluation:
         )
         metrics |= result.metrics
         features[network.name] = network.about
-        if result.neighbours is not None:
-            images["neighbours"] = result.neighbours
+        if result.nearest_training_images is not None:
+            images["nearest_training_images"] = result.nearest_training_images
     about = {"reference": f"{context.split} split", "features": features}
     return Evaluation(metrics, images, about)
 

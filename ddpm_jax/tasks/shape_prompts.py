@@ -86,4 +86,4 @@ class ShapePrompts:
 
 def prompts_of(data: str, count: int) -> Prompts:
     """Return the prompts of a data set by its name, with `count` prompts in each prompt set."""
-    return ShapePrompts(count) if shapes.is_named(data) else NoPrompts()
+    return ShapePrompts(count) if shapes.is_shapes(data) else NoPrompts()

@@ -29,7 +29,7 @@ class TextEncoder(Protocol):
     def width(self) -> int:
         """The number of features per token."""
 
-    def adapt(self, data: Data) -> Data:
+    def prepare_data(self, data: Data) -> Data:
         """Return the data set with prepared captions."""
 
     def prepare(self, texts: Sequence[str]) -> PyTree:
@@ -68,7 +68,7 @@ class BytesEncoder:
         """The number of features per token."""
         return SIZES[self.network.size].features
 
-    def adapt(self, data: Data) -> Data:
+    def prepare_data(self, data: Data) -> Data:
         """Return the data set unchanged, since its captions are tokens already."""
         return data
 
@@ -83,7 +83,7 @@ class BytesEncoder:
           params: The parameters of the dual encoder.
           prepared: The tokens [B, L].
         """
-        context = self.network.apply(params, prepared, method="read")
+        context = self.network.apply(params, prepared, method="encode_text")
         assert isinstance(context, Context)
         return context
 
@@ -120,7 +120,7 @@ class PretrainedEncoder:
     name: str
     width: int
 
-    def adapt(self, data: Data) -> Data:
+    def prepare_data(self, data: Data) -> Data:
         """Return the data set with captions replaced by their features."""
         return with_features(self.name, data)
 

@@ -15,7 +15,7 @@ from ddpm_jax.data.tokenizer import tokenize
 from ddpm_jax.data.types import Batch
 from ddpm_jax.metrics.averages import Average, average, averages, with_error
 from ddpm_jax.metrics.clip_score import clip_scores, cosines
-from ddpm_jax.metrics.distances import Grouped, frechet_distance
+from ddpm_jax.metrics.distances import GroupedMoments, frechet_distance
 from ddpm_jax.metrics.features import FeatureNetwork
 from ddpm_jax.metrics.networks import image_tower
 from ddpm_jax.metrics.pixels import to_images
@@ -48,7 +48,7 @@ class TextSamples(NamedTuple):
     prompts: dict[str, tuple[list[str], Float[np.ndarray, "m h w c"]]]
 
 
-# Functions for `Context.shared`, whose results several parts of an evaluation use.
+# Functions for `Context.cached`, whose results several parts of an evaluation use.
 
 
 def _task(context: Context) -> CaptionTask:
@@ -76,14 +76,14 @@ def dual_encoder(context: Context) -> tuple[DualEncoder, PyTree]:
 
 def image_features(context: Context) -> FeatureNetwork:
     """Return the image tower of the dual encoder, whose features compare images."""
-    return image_tower(FEATURES, *context.shared(dual_encoder))
+    return image_tower(FEATURES, *context.cached(dual_encoder))
 
 
-def reference_features(context: Context) -> Grouped:
+def reference_features(context: Context) -> GroupedMoments:
     """Return the features of as many held-out images as there are samples."""
-    images = context.held_out.some(len(context.shared(held_out_captions))).images
-    network, levels = context.shared(image_features), context.data.levels
-    return Grouped(network.extract(to_images(images, levels))[0])
+    images = context.held_out.random_subset(len(context.cached(held_out_captions))).images
+    network, levels = context.cached(image_features), context.data.levels
+    return GroupedMoments(network.extract(to_images(images, levels))[0])
 
 
 def default_samples(context: Context) -> TextSamples:
@@ -93,7 +93,7 @@ def default_samples(context: Context) -> TextSamples:
 
 def default_metrics(context: Context) -> dict[str, float]:
     """Return the metrics of the samples at the guidance scale of the settings."""
-    return metrics_of(context.shared(default_samples), context)
+    return metrics_of(context.cached(default_samples), context)
 
 
 # Sampling.
@@ -133,7 +133,7 @@ def sample_at(scale: float, context: Context) -> TextSamples:
     Raises:
       NonFinite: If a value of an image is not finite.
     """
-    task, captions = _task(context), context.shared(held_out_captions)
+    task, captions = _task(context), context.cached(held_out_captions)
     sets = task.prompts.sets(context.split) if context.full else {}
     guidance = task.generator.make_guidance(scale)
     images, *prompt_images = sample_texts(context, [captions, *sets.values()], guidance)
@@ -158,9 +158,9 @@ def distance_metrics(samples: TextSamples, context: Context) -> dict[str, float]
     """Return the Frechet distance of samples to held-out images, in a final evaluation."""
     if not context.full:
         return {}
-    network = context.shared(image_features)
-    images = Grouped(network.extract(samples.images)[0])
-    return distance_to(context.shared(reference_features), images, f"fd_{network.name}")
+    network = context.cached(image_features)
+    images = GroupedMoments(network.extract(samples.images)[0])
+    return distance_to(context.cached(reference_features), images, f"fd_{network.name}")
 
 
 def clip_metrics(samples: TextSamples, context: Context) -> dict[str, float]:
@@ -189,7 +189,7 @@ def metrics_of(samples: TextSamples, context: Context) -> dict[str, float]:
     return metrics
 
 
-def distance_to(reference: Grouped, images: Grouped, name: str) -> dict[str, float]:
+def distance_to(reference: GroupedMoments, images: GroupedMoments, name: str) -> dict[str, float]:
     """Return the Frechet distance as the metric `name`, with its standard error.
 
     If there are fewer than 2 images, the metric is left out, and this is logged.
@@ -205,7 +205,7 @@ def clip_score(
     texts: Sequence[str], images: Float[np.ndarray, "n h w c"], context: Context
 ) -> Average:
     """Return the mean of `clip_scores` of captions and images (values in [-1, 1])."""
-    network, params = context.shared(dual_encoder)
+    network, params = context.cached(dual_encoder)
     tokens, parts = tokenize(texts, network.length), []
     compiled = context.compile(cosines, static_argnums=0)
     for start in range(0, len(texts), CHUNK):
@@ -248,7 +248,7 @@ def sample_sheet(task: CaptionTask, context: Context) -> Evaluation:
     repeated = [caption for caption in captions for _ in range(columns)]
     (images,) = sample_texts(context, [repeated], context.guidance)
     parts = [images[start : start + columns] for start in range(0, len(images), columns)]
-    sheet = plots.attempt(plots.captioned, list(zip(captions, parts, strict=True)))
+    sheet = plots.image_or_error(plots.captioned, list(zip(captions, parts, strict=True)))
     return Evaluation(images={"samples": sheet})
 
 
@@ -260,11 +260,13 @@ def reference_metrics(task: CaptionTask, context: Context) -> Evaluation:
     """
     if not context.full:
         return Evaluation()
-    captions, network = context.shared(held_out_captions), context.shared(image_features)
+    captions, network = context.cached(held_out_captions), context.cached(image_features)
     name = f"fd_{network.name}_of_training"
-    training = to_images(context.data.train.some(len(captions)).images, context.data.levels)
-    features = Grouped(network.extract(training)[0])
-    metrics = distance_to(context.shared(reference_features), features, name)
+    training = to_images(
+        context.data.train.random_subset(len(captions)).images, context.data.levels
+    )
+    features = GroupedMoments(network.extract(training)[0])
+    metrics = distance_to(context.cached(reference_features), features, name)
     metrics[f"{name}_images"] = float(features.moments.size)
     real = to_images(context.held_out.first(len(captions)).images, context.data.levels)
     metrics |= with_error("clip_score_of_images", clip_score(captions, real, context))
@@ -281,14 +283,14 @@ def reference_metrics(task: CaptionTask, context: Context) -> Evaluation:
 def sample_metrics(task: CaptionTask, context: Context) -> Evaluation:
     """Return the metrics of samples at the guidance scale of the settings."""
     del task
-    return Evaluation(dict(context.shared(default_metrics)))
+    return Evaluation(dict(context.cached(default_metrics)))
 
 
 def guidance_sweep(task: CaptionTask, context: Context) -> Evaluation:
     """Return the metrics of samples at every guidance scale, and plots, in a final evaluation."""
     if not context.full:
         return Evaluation()
-    curve = {task.generator.guidance_scale: context.shared(default_metrics)}
+    curve = {task.generator.guidance_scale: context.cached(default_metrics)}
     for scale in task.evaluation.guidance_scales:
         if scale not in curve:
             curve[scale] = metrics_of(sample_at(scale, context), context)

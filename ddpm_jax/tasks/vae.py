@@ -73,7 +73,7 @@ class VAE(SamplingTask):
     iwae_images: Length = 1000
     info: Annotated[DataInfo, BOUND] = UNBOUND
 
-    provides: ClassVar[str] = "vae"
+    run_type: ClassVar[str] = "vae"
     init_examples: ClassVar[int] = 1000  # images whose moments initialise the decoder
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "VAE":
@@ -143,7 +143,12 @@ class VAE(SamplingTask):
     ) -> LossOutput:
         """Return the negative ELBO of every image in nats, with the KL weighted by beta.
 
-        The arguments are those of `Task.loss`.
+        Args:
+          variables: The parameters and the extra variables.
+          batch: Images, labels and indices of B examples.
+          keys: One key for each example, [B].
+          train: If True, dropout and the other randomness of training are on.
+          all_gather: The function that gathers the arrays of all devices.
         """
         del train, all_gather  # there is no dropout, and images are not compared
         posterior = self.posterior(variables.params, batch, keys)
@@ -293,7 +298,7 @@ def reconstruct(
       keys: Random keys, one for each image.
     """
     posterior = task.posterior(params, batch, keys)
-    x = task.pixels.show(posterior.x)
+    x = task.pixels.to_image(posterior.x)
     return {"x": x, "reconstruction": task.decode(params, posterior.mean)}
 
 
@@ -306,14 +311,16 @@ def reconstructions(task: VAE, context: Context) -> Evaluation:
     rows = []
     for start in range(0, len(values["x"]), 10):
         rows += [values[name][start : start + 10] for name in ("x", "reconstruction")]
-    sheet = plots.attempt(plots.grid, np.concatenate(rows), columns=10)
+    sheet = plots.image_or_error(plots.grid, np.concatenate(rows), columns=10)
     return Evaluation(images={"reconstructions": sheet})
 
 
 def sample_sheet(task: VAE, context: Context) -> Evaluation:
     """Return a sheet of 100 samples."""
     del task
-    return Evaluation(images={"samples": plots.attempt(plots.grid, context.samples(100).images)})
+    return Evaluation(
+        images={"samples": plots.image_or_error(plots.grid, context.samples(100).images)}
+    )
 
 
 def latent_plane(task: VAE, context: Context) -> Evaluation:
@@ -324,4 +331,4 @@ def latent_plane(task: VAE, context: Context) -> Evaluation:
     images = np.asarray(
         context.compile(decode, static_argnums=0)(task, context.variables.params, plane)
     )
-    return Evaluation(images={"latent_plane": plots.attempt(plots.grid, images, columns=20)})
+    return Evaluation(images={"latent_plane": plots.image_or_error(plots.grid, images, columns=20)})

@@ -148,7 +148,12 @@ class VDM(ImageDenoiser):
     ) -> LossOutput:
         """Return the bound in bits per dimension of every example.
 
-        The arguments are those of `Task.loss`.
+        Args:
+          variables: The parameters and the extra variables.
+          batch: Images, labels and indices of B examples.
+          keys: One key for each example, [B].
+          train: If True, dropout and the other randomness of training are on.
+          all_gather: The function that gathers the arrays of all devices.
         """
         del all_gather
         params, x0 = variables.params, to_images(batch.images, self.info.levels)
@@ -212,10 +217,16 @@ class VDM(ImageDenoiser):
 
 
 def bounds(task: VDM, params: PyTree, batch: Batch, keys: Key[Array, "batch"]) -> dict[str, Array]:
-    """Return the terms of both bounds of each image in nats, with the arguments of `ode_nll`.
+    """Return the terms of both bounds of each image in nats.
 
     "prior" and "decoder" are terms of both bounds; "continuous" and "discrete" are the diffusion
     terms of eq. (1) in continuous time and in `STEPS` steps.
+
+    Args:
+      task: The task, bound to a data set.
+      params: The parameters of the network and of the schedule.
+      batch: Images, labels and indices of B examples.
+      keys: One key for each example, [B].
     """
     x0, labels = to_images(batch.images, task.info.levels), task.conditioning(batch.labels)
     schedule, count = task.noise_schedule(params), task.evaluation.times_per_image
@@ -293,7 +304,7 @@ def bits_scale(task: VDM) -> float:
 
 def evaluate_bounds(task: VDM, context: Context) -> Evaluation:
     """Return the continuous and the discrete bound in bits per dimension, and their terms."""
-    nats = context.shared(shared_bounds)
+    nats = context.cached(shared_bounds)
     ends = nats["prior"] + nats["decoder"]
     values = {"loss": ends + nats["continuous"]}
     values |= {f"bits_per_dim_{name}": ends + nats[name] for name in ("continuous", "discrete")}

@@ -26,12 +26,12 @@ from jaxtyping import PyTree
 
 from ddpm_jax.errors import RunError, UserError, one_line
 from ddpm_jax.parallel.processes import (
-    Meeting,
-    alone,
-    complaint,
+    ThreadBarrier,
+    first_error,
     from_main,
     is_main,
-    without_client,
+    is_single_process,
+    missing_client_warning,
 )
 from ddpm_jax.progress import log, log_once
 from ddpm_jax.system.unraisable import quiet_event_loop
@@ -56,7 +56,7 @@ class Checkpoints(NamedTuple):
     """The checkpoints of one run directory."""
 
     manager: "ocp.CheckpointManager"
-    meeting: Meeting  # the barrier of all processes after they have written their parts
+    barrier: ThreadBarrier  # the barrier of all processes after they have written their parts
     read_only: bool = False  # True: the directory is not changed
 
     def save(
@@ -82,11 +82,11 @@ class Checkpoints(NamedTuple):
         import orbax.checkpoint as ocp
 
         self.wait()
-        why = "" if alone() else complaint(self._refusal())
+        why = "" if is_single_process() else first_error(self._refusal())
         if why:
             self._log_failure(f" of step {step}", why)
             return
-        self.meeting.begin()
+        self.barrier.begin()
         record = copy.deepcopy(dict(host))
         record |= {SUMS: check_sums(state, record), "format": FORMAT}
         args = ocp.args.Composite(
@@ -147,13 +147,13 @@ class Checkpoints(NamedTuple):
             raise  # caused by the machine, not by the files
         except Exception as error:  # orbax and its libraries raise exceptions of many types
             why = " ".join(str(error).split())[:200] or repr(error)
-        why = complaint(why)
+        why = first_error(why)
         if not why:  # every process has read its part; all processes compute the sums together
             same = sums is None or agree(sums, check_sums(state, host))
-            why = complaint("" if same else "its check sums differ")
+            why = first_error("" if same else "its check sums differ")
         if why:
-            other = any(text in why for text in OTHER_VERSION)
-            problem = "was written by another version of the code" if other else "is damaged"
+            newer = any(text in why for text in OTHER_VERSION)
+            problem = "was written by another version of the code" if newer else "is damaged"
             raise UserError(f"the checkpoint of step {step} {problem}: {why}")
         return state, host
 
@@ -275,23 +275,23 @@ def open_checkpoints(folder: pathlib.Path, read_only: bool = False) -> Checkpoin
             ),
         ]
     )
-    folder, meeting = folder.resolve(), Meeting()
-    if without_client():
-        log_once(without_client())
-    if not (alone() or read_only):
+    folder, barrier = folder.resolve(), ThreadBarrier()
+    if missing_client_warning():
+        log_once(missing_client_warning())
+    if not (is_single_process() or read_only):
         from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     options = ocp.CheckpointManagerOptions(
-        async_options=ocp.AsyncOptions(WRITE_SECONDS, barrier_sync_fn=meeting.barrier()),
+        async_options=ocp.AsyncOptions(WRITE_SECONDS, barrier_sync_fn=barrier.barrier()),
         preservation_policy=None if read_only else policy,
         cleanup_tmp_directories=not read_only,
-        create=alone() and not read_only,
+        create=is_single_process() and not read_only,
         multiprocessing_options=_processes(range(jax.process_count())),
         read_only=read_only,
     )
-    return Checkpoints(ocp.CheckpointManager(folder, options=options), meeting, read_only)
+    return Checkpoints(ocp.CheckpointManager(folder, options=options), barrier, read_only)
 
 
-def check_store(folder: pathlib.Path) -> None:
+def check_can_store(folder: pathlib.Path) -> None:
     """Write and read a small checkpoint, to check that checkpoints can be stored in `folder`.
 
     If there are several processes, only a file is written, because one process alone cannot write a
@@ -320,7 +320,7 @@ def check_store(folder: pathlib.Path) -> None:
         # In a new directory, because an open manager removes incomplete checkpoints beside its own.
         probe = pathlib.Path(tempfile.mkdtemp(prefix=".probe.", dir=folder))
         (probe / "file").write_bytes(bytes(4096))
-        if not alone():
+        if not is_single_process():
             return
         with quiet_event_loop(), contextlib.closing(_reader()) as checkpointer:
             checkpointer.save(probe / "0", args=ocp.args.Composite(**args))
@@ -354,7 +354,7 @@ def _processes(indices: Iterable[int]) -> Any:
     import orbax.checkpoint as ocp
 
     active = set(indices)
-    if alone():
+    if is_single_process():
         return ocp.options.MultiprocessingOptions()
     return ocp.options.MultiprocessingOptions(primary_host=min(active), active_processes=active)
 

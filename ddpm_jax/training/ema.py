@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
-from ddpm_jax.fields import MAY_CHANGE, OR_NONE, AtMost, MoreThan, NonNegative
+from ddpm_jax.fields import EMPTY_ALLOWED, MAY_CHANGE, AtMost, MoreThan, NonNegative
 
 EMA_WARMUP = 0.05  # largest half-life, as a share of the images seen so far (Karras et al. 2024)
 # With a width above 1 / sqrt(12) the weights of a power-function average would fall with time.
@@ -30,8 +30,8 @@ class EMA:
     """
 
     half_life_images: NonNegative = 0.0
-    more_half_lives_images: Annotated[tuple[NonNegative, ...], OR_NONE] = ()
-    power_widths: Annotated[tuple[Width, ...], OR_NONE] = ()
+    more_half_lives_images: Annotated[tuple[NonNegative, ...], EMPTY_ALLOWED] = ()
+    power_widths: Annotated[tuple[Width, ...], EMPTY_ALLOWED] = ()
     evaluated: Annotated[str, MAY_CHANGE] = "first"
 
     @property

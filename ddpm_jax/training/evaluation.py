@@ -70,7 +70,7 @@ class EvaluationContext(Context):
     @property
     def held_out(self) -> Split:
         """The examples of the split."""
-        return self.data.part(self.split)
+        return self.data.split(self.split)
 
     @property
     def compile(self) -> Compile:
@@ -97,7 +97,7 @@ class EvaluationContext(Context):
         assert isinstance(self.task, SamplingTask)
         return self.task
 
-    def shared(self, compute: Callable[[Context], R]) -> R:
+    def cached(self, compute: Callable[[Context], R]) -> R:
         """Return `compute(context)`; compute it at the first call and cache the result."""
         if compute not in self._results:
             self._results[compute] = compute(self)
@@ -135,7 +135,7 @@ class EvaluationContext(Context):
             index = self.partitioner.indices(sum(map(len, self._batches)), size)
             keys = example_keys(purpose_key(self.seed, SAMPLE), 0, index)
             task = self._sampling_task
-            images, trace = task.sample_in_turn(keys, index, self)
+            images, trace = task.sample_for_evaluation(keys, index, self)
             self._batches.append(fetch(images))
             self._trace = self._trace or fetch(trace)
         if len(self._batches) > 1:

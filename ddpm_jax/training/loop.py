@@ -36,17 +36,17 @@ from ddpm_jax.training.preemption import Preemption
 from ddpm_jax.training.program import StepProgram, calls
 from ddpm_jax.training.run_dir import RunDir
 from ddpm_jax.training.settings import Settings
-from ddpm_jax.training.step import TrainState, averaged, initializer
+from ddpm_jax.training.step import TrainState, evaluated_params, initializer
 
 
-class Watch(NamedTuple):
+class Monitoring(NamedTuple):
     """Options of monitoring: a profiler trace of a few steps, and Weights & Biases."""
 
     profile: bool = False
     wandb: bool = False
 
 
-UNWATCHED = Watch()
+NO_MONITORING = Monitoring()
 
 
 class Fit(NamedTuple):
@@ -71,7 +71,7 @@ def fit(
     checkpoints: Checkpoints,
     seed: int,
     partitioner: Partitioner,
-    watch: Watch = UNWATCHED,
+    monitoring: Monitoring = NO_MONITORING,
     resources: Resources = Resources(),
 ) -> Fit:
     """Train to the last step and evaluate; start from the newest checkpoint if there is one.
@@ -84,7 +84,7 @@ def fit(
       checkpoints: The checkpoints of the run.
       seed: The seed of the run.
       partitioner: The partitioner of the devices.
-      watch: Options of monitoring.
+      monitoring: Options of monitoring.
       resources: Models from other runs that the task needs.
 
     Raises:
@@ -95,8 +95,8 @@ def fit(
         steps = StepProgram(task, config, data.train, seed, partitioner)
         start = _restore_or_initialise(steps, checkpoints, resources)
         state = start.state
-        processes.from_main(lambda: run.begin(start.step, start.step == total, watch.wandb))
-        profiler = _Profiler(run.path / "profile", start.step, watch.profile)
+        processes.from_main(lambda: run.begin(start.step, start.step == total, monitoring.wandb))
+        profiler = _Profiler(run.path / "profile", start.step, monitoring.profile)
         plan = functools.partial(calls, start.step, config, profiler.cuts)
         batches = prefetch(steps.batches(plan()), steps.place)
         stack.enter_context(contextlib.closing(batches))
@@ -159,7 +159,7 @@ def _restore_or_initialise(
     examples = batch_of(steps.split, np.arange(size), np.arange(size))
     init = jax.jit(initializer(steps.task, steps.config, steps.seed))  # traced only once
     shapes = jax.eval_shape(init, examples)
-    like = partitioner.like(shapes)
+    like = partitioner.abstract_state(shapes)
     with ThreadPoolExecutor(1) as background:
         lowered = None if checkpoints.newest() == total else steps.lower(like)
         compiled = background.submit(lowered.compile) if lowered else None
@@ -224,7 +224,7 @@ class _Hooks(NamedTuple):
         steps = self.steps
         context = EvaluationContext(
             steps.task,
-            Variables(averaged(state, steps.config), state.extra),
+            Variables(evaluated_params(state, steps.config), state.extra),
             self.data,
             split="test" if full else "validation",
             seed=steps.seed,

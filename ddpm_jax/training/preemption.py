@@ -44,7 +44,7 @@ class Preemption:
         self._before: dict[int, Handler] = {}
         # A separate thread logs at once, because the main thread may be compiling.
         notice = interrupts.warning(lambda: log(WAITING), signal.SIGTERM, signal.SIGINT)
-        self._watch = interrupts.watched(notice)
+        self._watch = interrupts.on_signals(notice)
 
     def __enter__(self) -> "Preemption":
         """Install the signal handlers."""
@@ -72,7 +72,7 @@ class Preemption:
 
     def announce(self) -> None:
         """Put the flag of this process on the devices, without waiting for the result."""
-        if not processes.alone():
+        if not processes.is_single_process():
             rows = self._partitioner.rows(self._partitioner.devices)
             flags = np.full(rows.stop - rows.start, self._signalled, np.int32)
             self._flags = replicate(self._partitioner.shard(flags))
@@ -82,7 +82,7 @@ class Preemption:
 
         A process that runs alone does not announce: its result is that of this moment.
         """
-        if processes.alone():
+        if processes.is_single_process():
             return self._signalled
         return self._flags is not None and bool(np.max(self._flags))
 
@@ -93,7 +93,7 @@ class Preemption:
           Interrupted: If a process received a signal. In a process that runs alone the signal
             handler raises it instead, at once.
         """
-        if not processes.alone():
+        if not processes.is_single_process():
             self.announce()
             if self.requested():
                 raise Interrupted
@@ -101,7 +101,9 @@ class Preemption:
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
         """End the body, which a resumed run repeats, as soon as a stop is requested."""
-        self._ends_at_once = processes.alone()  # other processes would wait for this one
+        self._ends_at_once = (
+            processes.is_single_process()
+        )  # other processes would wait for this one
         try:
             yield
         except Interrupted:

@@ -65,7 +65,7 @@ class StepProgram:
         return self.partitioner.feed(batch, axis=1 if self.stack else 0)
 
     def lower(self, like: TrainState) -> Lowered:
-        """Lower the program for a state with the shapes and shardings of `like`."""
+        """Lower the program for a state with the shapes and shardings of `abstract_state`."""
         step = functools.partial(train_step, self.task, self.config, self.seed)
         batch = self.place(next(self.batches([(0, 1)])))
         if self.stack:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.system.files import draft_of
+from ddpm_jax.system.files import open_atomic
 from ddpm_jax.system.record import Record
 
 FORMAT = 2  # the format of config.json and of checkpoints; format 1 had flat configs
@@ -205,12 +205,12 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:
     """Write a file atomically: it has either the old or the new content."""
-    with can_write(path), draft_of(path, durable=True) as file:
+    with reporting_write_errors(path), open_atomic(path, durable=True) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
-def can_write(path: pathlib.Path) -> Iterator[None]:
+def reporting_write_errors(path: pathlib.Path) -> Iterator[None]:
     """Turn an OSError in the body into an error that names `path`.
 
     Raises:

@@ -103,7 +103,7 @@ class RunDir(NamedTuple):
                 f"and the permissions of {self.path}"
             )
 
-    def check_there(self) -> None:
+    def check_exists(self) -> None:
         """Check that the directory still exists under its name.
 
         Raises:
@@ -123,7 +123,7 @@ class RunDir(NamedTuple):
     def _append(self, name: str, line: Line) -> None:
         if self.lock is None:
             return
-        self.check_there()
+        self.check_exists()
         self.pending.setdefault(name, []).append(line)
         self._write_pending(name)
 
@@ -204,7 +204,7 @@ class RunDir(NamedTuple):
         Raises:
           RunError: If the directory was removed or renamed.
         """
-        self.check_there()
+        self.check_exists()
         with self._reporting("the events of TensorBoard"):
             for writer in self.writers:
                 writer.flush()
@@ -303,6 +303,6 @@ def _has_entries(path: pathlib.Path) -> bool:
     return not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())
 
 
-def bystander(workdir: pathlib.Path, record: Record) -> RunDir:
+def non_writing_run_dir(workdir: pathlib.Path, record: Record) -> RunDir:
     """Return the run directory for a process that writes nothing, because the first one does."""
     return RunDir(workdir, record, None, [], {})

@@ -47,13 +47,13 @@ class TrainState(NamedTuple):
     ema: tuple[PyTree | None, ...]
 
 
-def averaged(state: TrainState, config: Settings) -> PyTree:
+def evaluated_params(state: TrainState, config: Settings) -> PyTree:
     """Return the parameters that `config.ema` selects for evaluation and sampling."""
     index = config.ema.index
     return state.ema[index] if config.ema.is_average[index] else state.params
 
 
-def without_training(
+def inference_state(
     state: TrainState, config: Settings, placeholder: EllipsisType | None
 ) -> TrainState:
     """Return the part of a state that evaluation and sampling read.

@@ -35,7 +35,7 @@ class Likelihood(NamedTuple):
     observe: Callable[[Key[Array, ""], UInt8[Array, "h w c"]], Float[Array, "h w c"]]
     nll: Callable[[Output, Float[Array, "h w c"]], Float[Array, ""]]
     mean_image: Callable[[Output], Float[Array, "..."]]
-    show: Callable[[Float[Array, "..."]], Float[Array, "..."]]
+    to_image: Callable[[Float[Array, "..."]], Float[Array, "..."]]
     bias: Callable[[Float[Array, "h w c"]], Float[Array, "h w c"]]
     bits_per_dim: Callable[[Float[Array, "*batch"], int], Float[Array, "*batch"]] | None
 
@@ -62,7 +62,7 @@ def bernoulli(levels: int) -> Likelihood:
         observe=observe,
         nll=lambda out, x: vae.bernoulli_nll(out[0], x),
         mean_image=lambda out: 2 * jax.nn.sigmoid(out[0]) - 1,
-        show=lambda x: 2 * x - 1,
+        to_image=lambda x: 2 * x - 1,
         bias=bias,
         bits_per_dim=None,  # binarised pixels do not determine the grey values
     )
@@ -91,7 +91,7 @@ def gaussian(levels: int, std: float | None) -> Likelihood:
         observe=observe,
         nll=nll,
         mean_image=lambda out: jnp.clip(out[0], -1, 1),
-        show=lambda x: x,
+        to_image=lambda x: x,
         bias=lambda mean: mean,
         bits_per_dim=lambda nats, dims: vae.density_to_bits_per_dim(nats, dims, levels),
     )

@@ -8,7 +8,7 @@ from ddpm_jax.data import loader, shape_negatives, shapes, types
 from ddpm_jax.data.tokenizer import tokenize, untokenize
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics import alignment
-from helpers.data_sets import picture
+from helpers.data_sets import shapes_example
 
 
 def test_an_example_is_a_function_of_its_split_and_index_alone():
@@ -125,7 +125,7 @@ def test_untokenize_inverts_tokenize_and_texts_are_truncated_between_characters(
 def test_a_hard_negative_is_wrong_for_its_image_and_contains_no_held_out_pair():
     kinds = set()
     for index in range(300):
-        image, scene = picture(index)
+        image, scene = shapes_example(index)
         text = shape_negatives.hard_negative("train", index)
         assert text == shape_negatives.hard_negative("train", index)
         assert not alignment.check_caption(image, text).aligned
@@ -147,7 +147,7 @@ def test_a_hard_negative_is_wrong_for_its_image_and_contains_no_held_out_pair():
 def test_hard_negatives_of_held_out_images_are_wrong():
     both = 0  # scenes with two held-out pairs, of which one change cannot remove both
     for index in range(1, 600, 2):
-        image, scene = picture(index, "test")
+        image, scene = shapes_example(index, "test")
         pairs = {(group.colour, group.kind) for group in scene.groups}
         both += len(pairs & shapes.ALL_HELD_OUT) == 2
         text = shape_negatives.hard_negative("test", index)

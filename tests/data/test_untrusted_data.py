@@ -173,4 +173,4 @@ def test_every_module_of_the_data_package_is_a_source_or_in_no_sources():
 
     for path in (ROOT / "ddpm_jax" / "data").glob("*.py"):
         is_source = "\ndef load(argument" in path.read_text()
-        assert is_source == (path.stem not in loader.NO_SOURCES), path
+        assert is_source == (path.stem not in loader.NOT_SOURCES), path

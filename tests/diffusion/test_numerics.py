@@ -37,7 +37,7 @@ from ddpm_jax.fields import FieldError
 from ddpm_jax.metrics.per_example import evaluation_times
 from ddpm_jax.tasks.image_sampler import Sampling, check_start
 from ddpm_jax.training import step as step_module
-from helpers.sampling import NOTHING, edited
+from helpers.sampling import NO_VARIABLES, edit_images
 from helpers.tasks import ExactDenoiser
 
 SPACINGS = ("leading", "trailing", "linspace", "quadratic", "logsnr", "rho7")
@@ -251,7 +251,7 @@ def test_a_stratified_time_whose_sum_rounds_to_1_is_below_1():
     """In float32, 127 + u is 128 for u >= 1 - 2^-18."""
     share = jnp.float32([1 - 2.0**-18, 1 - 2.0**-20, 1 - 2.0**-24])
     assert (127 + share == 128).all()
-    times = grids.within(jnp.int32([127] * 3), share, 128)
+    times = grids.stratum_time(jnp.int32([127] * 3), share, 128)
     assert (times < 1).all()
     assert (grids.step_number(times, 4000) == 4000).all()
 
@@ -412,7 +412,7 @@ def test_an_edit_with_few_steps_has_increasing_logsnr_and_samples_the_data(name)
         task.check()
         for t in (0.1, 0.3, 0.6, 1.0):
             visited.clear()
-            edit = edited(task, NOTHING, keys, None, t, images, images, free)
+            edit = edit_images(task, NO_VARIABLES, keys, None, t, images, images, free)
             jax.effects_barrier()
             np.testing.assert_allclose(edit, jnp.broadcast_to(POINT, edit.shape), atol=1e-3)
             start = float(EDIT_SCHEDULE.logsnr(jnp.asarray(t)))

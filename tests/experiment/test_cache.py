@@ -256,14 +256,14 @@ def test_unusable_features_of_captions_are_computed_again(tmp_path, monkeypatch,
 
     monkeypatch.setattr(pretrained_text, "encode", encode)
     texts = ["a", "b"]
-    pretrained_text._kept("an encoder", texts)
+    pretrained_text._cached_features("an encoder", texts)
     for damage in (tear, pathlib.Path.unlink, lambda path: np.save(path, np.ones((1, 4, 3)))):
         (path,) = tmp_path.rglob("*_tokens.npy")
         damage(path)
-        assert pretrained_text._kept("an encoder", texts).tokens.shape == (2, 4, 3)
+        assert pretrained_text._cached_features("an encoder", texts).tokens.shape == (2, 4, 3)
         assert "computed again" in capfd.readouterr().err
     assert len(calls) == 4
-    assert pretrained_text._kept("an encoder", texts).tokens.shape == (2, 4, 3)
+    assert pretrained_text._cached_features("an encoder", texts).tokens.shape == (2, 4, 3)
     assert len(calls) == 4
 
 

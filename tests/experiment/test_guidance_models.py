@@ -93,7 +93,7 @@ def test_a_classifier_of_clean_images_has_no_parameters_for_the_noise_level():
 @pytest.mark.slow
 def test_an_unconditional_run_is_sampled_with_the_labels_of_a_classifier(runs):
     result = summary(runs / "guided")
-    assert result["about"]["guide"].startswith("classifier: classifier_digits, step 6, /")
+    assert result["about"]["guidance_model"].startswith("classifier: classifier_digits, step 6, /")
     assert result["about"]["guidance"] == 2.0
     assert 0 <= result["metrics"]["test/classifier_accuracy"] <= 1
 
@@ -124,12 +124,12 @@ def test_an_evaluation_is_guided_by_a_run(runs, launch, tmp_path):
     result = launch("--mode=eval", f"--workdir={runs / 'guided'}", *flags)
     assert result.returncode == 0, result.stderr
     about = json.loads((runs / "guided" / "eval.json").read_text())["about"]
-    assert about["guide"].startswith("diffusion: ddpm_digits, step 2, /")
+    assert about["guidance_model"].startswith("diffusion: ddpm_digits, step 2, /")
     assert about["guidance"] == 2.0
 
 
 def record(directory, experiment="ddpm_digits", like="", changes=None, shape=(8, 8, 1), **more):
-    """Write the record of a run, with the config of the experiment `like`."""
+    """Write the record of a run, with the config of the experiment `abstract_state`."""
     directory.mkdir(exist_ok=True)
     classes = [str(i) for i in range(10)]
     data = {"name": "digits", "title": "others", "shape": shape, "levels": 17, "classes": classes}

@@ -25,7 +25,7 @@ from ddpm_jax.config_records import to_record
 from ddpm_jax.errors import UserError, printable
 from ddpm_jax.experiment import sample_files
 from ddpm_jax.experiment.registry import load_experiment
-from ddpm_jax.training.checkpoint import check_store, open_checkpoints
+from ddpm_jax.training.checkpoint import check_can_store, open_checkpoints
 from ddpm_jax.training.records import read_record
 from helpers.launching import ROOT, expect_one_line, user_environment
 
@@ -490,7 +490,7 @@ def test_a_run_that_is_stopped_without_a_checkpoint_ends_with_an_error(tmp_path)
 def test_a_path_that_can_hold_checkpoints_is_not_refused(tmp_path, name):
     (tmp_path / name).mkdir()
     start = time.perf_counter()
-    check_store(tmp_path / name / "checkpoints")
+    check_can_store(tmp_path / name / "checkpoints")
     assert time.perf_counter() - start < 1
     assert list((tmp_path / name).rglob("*")) == [tmp_path / name / "checkpoints"]
 

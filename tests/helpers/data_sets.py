@@ -30,7 +30,7 @@ def write(path, content):
     return path
 
 
-def picture(index, split="train", only=None, side=32):
+def shapes_example(index, split="train", only=None, side=32):
     """Return (pixels in [-1, 1], scene) of an example of `shapes`."""
     from ddpm_jax.data import shapes
 

@@ -46,7 +46,7 @@ def finish(workdir):
     assert process.wait(timeout=180) == 0, (workdir.parent / f"{workdir.name}.log").read_text()
 
 
-def steps_of(workdir):
+def count_logged_lines(workdir):
     """Return the number of lines in metrics.jsonl."""
     path = workdir / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
@@ -63,7 +63,7 @@ def result_of(workdir):
     return arrays, (workdir / "metrics.jsonl").read_bytes()
 
 
-def steps_kept(workdir):
+def checkpoint_steps(workdir):
     """Return the steps of the checkpoints, in rising order."""
     return sorted(
         int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()

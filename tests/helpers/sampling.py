@@ -8,7 +8,7 @@ from ddpm_jax.tasks.image_sampler import ImageSampler
 from ddpm_jax.training.evaluation import EvaluationContext, evaluate
 
 DEFAULT = Request()
-NOTHING = Variables({}, {})  # variables of a task whose network has no parameters
+NO_VARIABLES = Variables({}, {})  # variables of a task whose network has no parameters
 
 
 def sample(task, variables, keys, request=DEFAULT, model=None, partitioner=None):
@@ -23,14 +23,14 @@ def sample(task, variables, keys, request=DEFAULT, model=None, partitioner=None)
       partitioner: The partitioner; if None, the one that the variables are placed by.
     """
     resolved = resolve(task, request, model)
-    partitioner = partitioner or sharding.placed(variables.params)
+    partitioner = partitioner or sharding.partitioner_of(variables.params)
     labelled = resolved.request._replace(labels=resolved.labels(keys))
     return resolved.task.sample(
         Variables(*variables), keys, labelled, resolved.guidance, partitioner.compile
     )
 
 
-def edited(
+def edit_images(
     task,
     variables,
     keys,
@@ -56,7 +56,7 @@ def edited(
       guidance: The guidance of sampling.
       partitioner: The partitioner; if None, the one that the variables are placed by.
     """
-    partitioner = partitioner or sharding.placed(variables.params)
+    partitioner = partitioner or sharding.partitioner_of(variables.params)
     sdedit = partitioner.compile(ImageSampler.sdedit, static_argnums=0)
     null = task.null(labels)
     inputs = variables.params, guidance, keys, labels, null, t, images, known, mask

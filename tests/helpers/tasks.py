@@ -44,7 +44,7 @@ class SmallTask(Task):
 
     info: DataInfo = UNBOUND
 
-    provides: ClassVar[str] = "nothing"
+    run_type: ClassVar[str] = "nothing"
 
     def evaluations(self):
         """Return the evaluation of constant loss."""

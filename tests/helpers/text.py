@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def drawn(init, *arguments, seed=1):
+def random_params(init, *arguments, seed=1):
     """Return random parameters of the shapes of `init(key, *arguments)`, none of which is 0.
 
     They are sampled on the host from N(0, 0.1^2), or N(1, 0.1^2) for scales, without compiling

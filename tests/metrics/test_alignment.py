@@ -5,18 +5,18 @@ import pytest
 
 from ddpm_jax.data import shapes
 from ddpm_jax.metrics import alignment
-from helpers.data_sets import picture
+from helpers.data_sets import shapes_example
 
 
 @pytest.mark.parametrize("side", shapes.SIDES)
 def test_the_shapes_of_rendered_scenes_are_recovered(side):
     wrong = misplaced = 0
     for index in range(500):
-        image, scene = picture(index, side=side)
+        image, scene = shapes_example(index, side=side)
         wrong += not alignment.check_caption(image, scene.caption).aligned
         background, shapes_found, fragments = alignment.find_shapes(image)
         assert not fragments
-        assert background == scene.behind
+        assert background == scene.background_colour
         actual, expected = (
             sorted((s.colour, s.kind, s.left, s.top) for s in group)
             for group in (shapes_found, scene.shapes)
@@ -32,7 +32,7 @@ def test_the_shapes_of_rendered_scenes_are_recovered(side):
 def test_an_image_is_not_aligned_with_the_caption_of_other_shapes():
     compared = 0
     for index in range(300):
-        image, scene = picture(index)
+        image, scene = shapes_example(index)
         caption = shapes.scene("train", index + 1).caption
         groups, other_groups = (
             sorted((g.number, g.colour, g.kind) for g in alignment.parse(text)[0])
@@ -48,7 +48,7 @@ def test_the_opposite_relation_is_not_aligned():
     opposite = {"left": "right", "above": "below", "over": "under"}
     opposite |= {value: key for key, value in opposite.items()}
     for index in range(100):
-        image, scene = picture(index, "any", "relation")
+        image, scene = shapes_example(index, "any", "relation")
         word = next(w for w in opposite if w in scene.relation)
         caption = scene.caption.replace(
             scene.relation, scene.relation.replace(word, opposite[word])
@@ -79,14 +79,14 @@ def test_sizes_backgrounds_and_fragments_count_only_in_the_strict_criterion():
     """A wrong size, a wrong background and a fragment of 3 x 3 pixels are each detected."""
     sizes = backgrounds = fragments = 0
     for index in range(300):
-        image, scene = picture(index)
+        image, scene = shapes_example(index)
         words = scene.caption.split()
         changed = {"small": "large", "large": "small"}
         wrong = (
             [" ".join(changed.get(word, word) for word in words)] if scene.groups[0].size else []
         )
         if scene.background:
-            taken = {scene.behind, *(group.colour for group in scene.groups)}
+            taken = {scene.background_colour, *(group.colour for group in scene.groups)}
             other = next(name for name in shapes.BACKGROUNDS if name not in taken)
             old, new = (f"{name} background" for name in (scene.background, other))
             wrong.append(scene.caption.replace(old, new))

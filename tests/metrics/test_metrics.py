@@ -122,7 +122,7 @@ def test_the_error_of_a_frechet_distance_is_its_std_over_random_sets(shift):
     rows = []
     for _ in range(60):
         a, b, c = (
-            distances.Grouped(rng.normal(mean, 1, (size, 8)))
+            distances.GroupedMoments(rng.normal(mean, 1, (size, 8)))
             for mean, size in ((shift, 150), (0, 400), (0, 150))
         )
         distance = distances.frechet_distance(a, b)
@@ -139,7 +139,7 @@ def test_the_error_of_a_frechet_distance_is_its_std_over_random_sets(shift):
 
 def test_the_error_of_a_frechet_distance_of_pairs_leaves_out_both_images_of_a_pair():
     x = gaussian(300, np.zeros(4), np.eye(4))
-    original, shifted = distances.Grouped(x), distances.Grouped(x + 1.0)
+    original, shifted = distances.GroupedMoments(x), distances.GroupedMoments(x + 1.0)
     paired = distances.frechet_distance(original, shifted, paired=True)
     assert paired.value == pytest.approx(4.0)
     assert paired.error == pytest.approx(0, abs=1e-6)  # the shift is the same for all pairs
@@ -148,7 +148,7 @@ def test_the_error_of_a_frechet_distance_of_pairs_leaves_out_both_images_of_a_pa
 
 def test_distances_without_a_group_are_right_to_first_order():
     a, b = (
-        distances.Grouped(gaussian(2000, np.full(3, mean), np.diag(scales), 1))
+        distances.GroupedMoments(gaussian(2000, np.full(3, mean), np.diag(scales), 1))
         for mean, scales in ((0.0, [1.0, 4.0, 0.5]), (0.7, [2.0, 1.0, 1.0]))
     )
     result = distances.frechet_distance(a, b)
@@ -164,8 +164,8 @@ def test_distances_without_a_group_are_right_to_first_order():
 
 def test_moments_without_each_group_do_not_depend_on_parts():
     x = np.random.default_rng(0).normal(size=(47, 3))
-    whole = distances.Grouped(x)
-    parts = distances.Grouped(x[30:], distances.Grouped(x[:30]))
+    whole = distances.GroupedMoments(x)
+    parts = distances.GroupedMoments(x[30:], distances.GroupedMoments(x[:30]))
     np.testing.assert_allclose(parts.moments.covariance, np.cov(x.T), rtol=1e-10)
     sizes = [part.size for part in whole.without()]
     assert len(sizes) == distances.GROUPS
@@ -293,7 +293,7 @@ def test_only_the_distance_of_inception_features_is_named_fid(tmp_path, monkeypa
     result = quality(FeatureNetwork("inception", pixels), samples, None, data, pixels=False)
     assert result.metrics["fid"] > 0
     assert result.metrics["fid_to_training"] > 0
-    assert result.neighbours is None
+    assert result.nearest_training_images is None
     other = quality(FeatureNetwork("quarters", pixels), samples, None, data).metrics
     assert not [name for name in other if name.startswith("fid")]
 

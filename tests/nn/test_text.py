@@ -14,7 +14,7 @@ from ddpm_jax.nn.layers import Context
 from ddpm_jax.nn.text_encoder import MAX_WORD_BYTES, SIZES, TextEncoder, words
 from ddpm_jax.nn.transformer import Block
 from ddpm_jax.nn.unet import UNet
-from helpers.text import drawn
+from helpers.text import random_params
 
 BRANCHES = ("project", "mlp_2")
 SIZE = SIZES["tiny"]
@@ -37,7 +37,7 @@ def test_padding_has_no_effect():
 def encoder():
     """Return the parameters of a text encoder, and its compiled `apply`."""
     net = TextEncoder(SIZE, 48)
-    return drawn(net.init, jnp.zeros((1, 48), jnp.uint8)), jax.jit(net.apply)
+    return random_params(net.init, jnp.zeros((1, 48), jnp.uint8)), jax.jit(net.apply)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_words_are_tokens_in_any_language(text, parts):
 def test_the_embedding_of_a_word_does_not_depend_on_its_position():
     net = TextEncoder(SIZE._replace(depth=0), 48)
     texts = jnp.asarray(tokenize(["red circle", "one red triangle"], 48))
-    params = drawn(net.init, texts)
+    params = random_params(net.init, texts)
     params["params"]["places"] *= 0
     tokens = net.apply(params, texts).tokens
     np.testing.assert_allclose(tokens[0, 0], tokens[1, 1], atol=1e-5)
@@ -85,7 +85,7 @@ def test_the_convolution_of_a_block_reaches_tokens_within_its_radius_and_no_padd
     """The branches of attention and MLP are set to 0, and the Jacobian is inspected."""
     net, x = Block(2, conv_radius=2), jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 4)))
     mask = jnp.arange(8)[None] < 6
-    params = drawn(net.init, x, mask)
+    params = random_params(net.init, x, mask)
     zeroed = {name: jax.tree.map(jnp.zeros_like, params["params"][name]) for name in BRANCHES}
     params = {"params": {**params["params"], **zeroed}}
     jacobian = jax.jit(jax.jacobian(lambda x: net.apply(params, x, mask)))
@@ -116,7 +116,7 @@ def test_the_output_of_a_generation_model_depends_on_text_but_not_on_padding(net
         return Context(*map(jnp.asarray, (tokens, mask, pooled)))
 
     apply = jax.jit(net.apply)
-    params = drawn(net.init, x, t, None, None, context(tokens, mask))
+    params = random_params(net.init, x, t, None, None, context(tokens, mask))
 
     def out(tokens, mask=mask):
         return apply(params, x, t, None, None, context(tokens, mask))
@@ -133,7 +133,7 @@ def test_the_logits_of_a_code_depend_only_on_the_codes_before_it():
     net = CodeTransformer(11, width=16, depth=2, heads=2, text_refiner_blocks=1)
     context = Context(jnp.ones((1, 3, 8)), jnp.ones((1, 3), bool), jnp.ones((1, 8)))
     codes = jnp.arange(6)[None]
-    params = drawn(net.init, codes, context)
+    params = random_params(net.init, codes, context)
     apply = jax.jit(net.apply)
     changed = codes.at[0, 3].set(9)
     before, after = (apply(params, inputs, context) for inputs in (codes, changed))
@@ -144,7 +144,7 @@ def test_the_logits_of_a_code_depend_only_on_the_codes_before_it():
 def test_remat_does_not_change_results():
     x, t = jnp.ones((2, 4, 4, 3)), jnp.array([0.2, 0.8])
     plain = DiT(patch=1, width=16, depth=2, heads=2)
-    params = drawn(plain.init, x, t)
+    params = random_params(plain.init, x, t)
     rematerialised = plain.clone(remat=True)
     values = [
         jax.jit(jax.value_and_grad(lambda p, net=net: jnp.square(net.apply(p, x, t)).sum()))(params)

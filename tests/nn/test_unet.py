@@ -18,7 +18,7 @@ from ddpm_jax.nn.layers import (
     time_embedding,
 )
 from ddpm_jax.nn.unet import UNet
-from helpers.text import drawn
+from helpers.text import random_params
 
 
 def count(net, shape, **inputs):
@@ -92,7 +92,7 @@ def test_a_dit_is_initially_zero_and_the_images_of_a_batch_are_independent():
     params = jax.jit(DIT.init)(jax.random.key(1), x, time, labels)
     # adaLN-Zero (Peebles & Xie 2023, sec. 3.2): every block is the identity, the output 0.
     chex.assert_trees_all_equal(apply(params, x, time, labels), jnp.zeros((4, 4, 6, 2)))
-    params = drawn(DIT.init, x, time, labels)
+    params = random_params(DIT.init, x, time, labels)
     dropout_keys = jax.random.split(jax.random.key(3), 4)
     for keys in (None, dropout_keys):
         batch = apply(params, x, time, labels, keys)

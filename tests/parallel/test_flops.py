@@ -83,7 +83,9 @@ def test_a_step_has_the_same_operations_in_every_mode(mode, devices, accumulate,
                   np.tile(np.arange(16, dtype=np.int32), (shape[0], 1)))  # fmt: skip
     step = functools.partial(step_module.train_step, task, config, 0)
     single = jax.tree.map(lambda a: a[0], batch)
-    like = partitioner.like(jax.eval_shape(step_module.initializer(task, config, 0), single))
+    like = partitioner.abstract_state(
+        jax.eval_shape(step_module.initializer(task, config, 0), single)
+    )
     if stack:
         stacked = partitioner.feed(batch, axis=1)
         lowered = partitioner.lower(step_module.train_steps(step), like, stacked, 1)

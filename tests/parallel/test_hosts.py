@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from helpers.launching import ROOT, user_environment
-from helpers.runs import LIMITED, largest_file, steps_kept, steps_of, wait_for
+from helpers.runs import LIMITED, checkpoint_steps, count_logged_lines, largest_file, wait_for
 
 STEPS = 24
 
@@ -97,14 +97,17 @@ def test_two_processes_train_the_same_run_as_one_process(mode, single_process, t
 def test_when_one_of_two_processes_is_killed_the_other_ends_and_both_resume(tmp_path):
     workdir, steps = tmp_path / "run", 4000
     both = start_two(workdir, steps=steps)
-    wait_for(lambda: (workdir / "checkpoints" / "8").exists() and steps_of(workdir) > 5, both[0])
+    wait_for(
+        lambda: (workdir / "checkpoints" / "8").exists() and count_logged_lines(workdir) > 5,
+        both[0],
+    )
     both[1].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     assert both[0].wait(timeout=120) != 0, logs(workdir)
     assert time.monotonic() - killed < 60
     time.sleep(2)  # the exit watchdog, another process, prints the message
     assert "start all of them again" in (tmp_path / "run0.log").read_text()
-    last = steps_kept(workdir)[-1]  # an incomplete checkpoint has another name
+    last = checkpoint_steps(workdir)[-1]  # an incomplete checkpoint has another name
     steps = last + 40
     both = start_two(workdir, steps=steps)
     assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
@@ -117,7 +120,7 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_both_resume(tmp_
 def test_after_sigterm_to_one_process_both_write_a_checkpoint_and_exit_with_0(tmp_path):
     workdir = tmp_path / "run"
     both = start_two(workdir, steps=4000)
-    wait_for(lambda: steps_of(workdir) > 3, both[0])
+    wait_for(lambda: count_logged_lines(workdir) > 3, both[0])
     both[1].send_signal(signal.SIGTERM)  # a signal to one process only
     signalled = time.monotonic()
     assert [process.wait(timeout=120) for process in both] == [0, 0], logs(workdir)
@@ -136,19 +139,19 @@ def test_a_full_disk_of_one_of_two_processes_is_logged_and_the_run_continues(tmp
     workdir, more = tmp_path / "run", ("--parallel=fsdp", "--config.optimizer.lr_schedule=constant")
     both = start_two(workdir, *more, steps=8)
     assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
-    assert steps_kept(workdir) == [8]
+    assert checkpoint_steps(workdir) == [8]
     started = time.monotonic()
     both = start_two(workdir, *more, each=({}, {"limit": 10_000}))
     assert [process.wait(timeout=240) for process in both] == [1, 1], logs(workdir)
     assert time.monotonic() - started < 120
     for step in (12, 16, 24):
         assert f"cannot write the checkpoint of step {step}: process 1: " in logs(workdir)
-    assert steps_kept(workdir) == [8]
+    assert checkpoint_steps(workdir) == [8]
     assert "the last checkpoint, of step 24, could not be written" in logs(workdir)
     both = start_two(workdir, *more)  # without the limit
     assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
     assert "resuming at step 8" in (tmp_path / "run4.log").read_text()
-    assert steps_kept(workdir)[-1] == 24
+    assert checkpoint_steps(workdir)[-1] == 24
 
 
 @pytest.mark.slow
@@ -159,7 +162,7 @@ def test_a_directory_that_one_of_two_processes_cannot_write_is_logged_and_the_ru
     both = start_two(workdir, each=({}, {"limit": 1000}))
     assert [process.wait(timeout=240) for process in both] == [1, 1], logs(workdir)
     assert "cannot write the checkpoint of step 8: process 1: " in logs(workdir)
-    assert steps_kept(workdir) == []
+    assert checkpoint_steps(workdir) == []
 
 
 @pytest.mark.slow
@@ -170,7 +173,7 @@ def test_a_checkpoint_that_is_damaged_for_one_of_two_processes_is_not_used(
     workdir, directories = tmp_path / "run", (tmp_path / "good", tmp_path / "bad")
     both = start_two(workdir)
     assert [process.wait(timeout=240) for process in both] == [0, 0], logs(workdir)
-    *_, before, last = steps_kept(workdir)
+    *_, before, last = checkpoint_steps(workdir)
     part = largest_file(workdir / "checkpoints" / str(last) / "state")
     content = part.read_bytes()
     for directory, size in zip(directories, (len(content), len(content) // 2), strict=True):
@@ -185,7 +188,7 @@ def test_a_checkpoint_that_is_damaged_for_one_of_two_processes_is_not_used(
     assert f"the checkpoint of step {last} is damaged: process 1: " in log
     assert f"resuming at step {before}" in log
     assert (workdir / "damaged" / str(last)).exists()
-    assert steps_kept(workdir)[-1] == last
+    assert checkpoint_steps(workdir)[-1] == last
     assert_equal_lines(lines_of(workdir), single_process)
 
 
@@ -201,5 +204,5 @@ def test_after_sigterm_during_an_evaluation_both_processes_stop_it(tmp_path):
     assert [process.wait(timeout=120) for process in both] == [0, 0], logs(workdir)
     assert time.monotonic() - signalled < 30
     assert "stopped at step 8 of 8" in (tmp_path / "run0.log").read_text()
-    assert steps_kept(workdir) == [8]
+    assert checkpoint_steps(workdir) == [8]
     assert not (workdir / "summary.json").exists()

@@ -126,7 +126,7 @@ def trained(task, config, mode, count, double=True, steps=STEPS):
 
         size = config.train.batch_size
         first = partitioner.feed(batch_of(0, size))
-        call = partitioner.lower(step, partitioner.like(state), first)()
+        call = partitioner.lower(step, partitioner.abstract_state(state), first)()
         losses = []
         for number in range(steps):
             state, metrics = call(state, partitioner.feed(batch_of(number, size)))
@@ -291,7 +291,9 @@ def test_under_fsdp_a_step_never_holds_the_whole_model(dtype):
     def step(state, batch, collectives):
         return step_module.train_step(task, CONFIG, 0, state, batch, collectives=collectives)
 
-    program = partitioner.lower(step, partitioner.like(shapes), partitioner.feed(batch_of(0)))()
+    program = partitioner.lower(
+        step, partitioner.abstract_state(shapes), partitioner.feed(batch_of(0))
+    )()
     total = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes.params))
     assert program.memory_analysis().temp_size_in_bytes < total / 3
 
@@ -314,7 +316,7 @@ def test_the_state_is_donated_in_every_mode():
             return {"w": state["w"] + 1}, {}
 
         batch = partitioner.feed(np.zeros(8, np.float32))
-        call = partitioner.lower(step, partitioner.like(state), batch)()
+        call = partitioner.lower(step, partitioner.abstract_state(state), batch)()
         call(state, batch)
         assert state["w"].is_deleted()
 
@@ -333,7 +335,7 @@ def test_a_checkpoint_of_any_layout_is_restored_into_any_other(tmp_path):
         for mode, count in LAYOUTS:
             target = sharding.make(mode, jax.devices()[:count])
             checkpoints = open_checkpoints(tmp_path / str(index), read_only=True)
-            like = target.like(jax.eval_shape(lambda: start))
+            like = target.abstract_state(jax.eval_shape(lambda: start))
             step, restored, _ = checkpoints.restore_newest(like)
             checkpoints.close()
             assert step == 1

@@ -19,7 +19,7 @@ from ddpm_jax.parallel import sharding
 from ddpm_jax.task import Variables
 from ddpm_jax.tasks.image_sampler import Sampling
 from helpers.launching import ROOT
-from helpers.sampling import context_of, edited, sample
+from helpers.sampling import context_of, edit_images, sample
 from helpers.tasks import ExactDenoiser
 
 # Files that call jax's compilers: for training programs, whose shardings are stated, and for
@@ -96,7 +96,7 @@ def on(mode, count):
     labels = jnp.zeros(5, jnp.int32)
     sampled = sample(DENOISER, variables, keys, Request(guidance=2.0), partitioner=partitioner)
     images = (zeros, zeros, zeros)
-    edits = edited(DENOISER, variables, keys, labels, 0.5, *images, partitioner=partitioner)
+    edits = edit_images(DENOISER, variables, keys, labels, 0.5, *images, partitioner=partitioner)
     return sharding.fetch((samples.images, samples.trace, sampled, edits))
 
 
@@ -116,7 +116,7 @@ def test_a_sampler_is_traced_once_for_all_calls_and_guidance_scales():
     assert first > 0
     for scale in (1.5, 3.0, 2.0):
         sample(task, variables, keys, Request(guidance=scale))
-        partitioner = sharding.placed(PARAMS)
+        partitioner = sharding.partitioner_of(PARAMS)
         sample(task, variables, keys, Request(guidance=scale), partitioner=partitioner)
     assert len(traces) == first
 
@@ -147,7 +147,7 @@ def test_a_trained_state_has_the_mesh_of_evaluation(mode):
 
     state = partitioner.place(np.zeros(8, np.float32))
     batch = partitioner.feed(np.ones(8, np.float32))
-    state, _ = partitioner.lower(step, partitioner.like(state), batch)()(state, batch)
+    state, _ = partitioner.lower(step, partitioner.abstract_state(state), batch)()(state, batch)
     assert state.sharding.mesh == partitioner.indices(0, 8).sharding.mesh
 
 

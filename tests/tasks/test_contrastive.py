@@ -12,7 +12,7 @@ from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.nn.dual_encoder import DualEncoder
 from ddpm_jax.task import Variables
 from ddpm_jax.tasks.contrastive import Contrastive, contrastive_nll
-from helpers.text import drawn
+from helpers.text import random_params
 
 
 def nll(text, image, scale, same):
@@ -58,9 +58,9 @@ def test_a_part_of_a_batch_is_compared_with_the_complete_batch():
     task = Contrastive(DualEncoder("tiny", channels=(8,), embedding_dim=16), hard_negatives=2)
     task = task.bind(info_of(data), "float32", batch_size=8)
     task.check()
-    data = task.adapt(data)
+    data = task.prepare_data(data)
     full = jax.tree.map(jnp.asarray, batches.batch_of(data.train, np.arange(8), np.arange(8)))
-    params = drawn(lambda key, batch: task.init(key, batch).params, full)
+    params = random_params(lambda key, batch: task.init(key, batch).params, full)
     captions = full.captions[:, 0]
     keys = jax.random.split(jax.random.key(0), 8)
 

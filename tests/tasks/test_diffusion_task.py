@@ -19,7 +19,7 @@ from ddpm_jax.nn.unet import UNet
 from ddpm_jax.task import Variables
 from ddpm_jax.tasks.diffusion import Diffusion
 from ddpm_jax.tasks.image_sampler import Sampling
-from helpers.sampling import NOTHING, sample
+from helpers.sampling import NO_VARIABLES, sample
 from helpers.tasks import EvenBetas, bound, first_variables, loss_of
 
 
@@ -81,7 +81,7 @@ def test_guidance_of_an_unconditional_network_raises_a_user_error():
     network = UNet(channels=8, multipliers=(1,), blocks=1, attention_sizes=())
     task = bound(Diffusion(network), (4, 4, 1), 17)
     with pytest.raises(UserError, match="needs a class-conditional run"):
-        sample(task, NOTHING, jax.random.split(jax.random.key(0), 2), Request(guidance=2.0))
+        sample(task, NO_VARIABLES, jax.random.split(jax.random.key(0), 2), Request(guidance=2.0))
 
 
 def test_an_image_size_that_the_network_cannot_halve_raises_a_field_error():

@@ -175,13 +175,13 @@ def row_means(name):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Return a list to which each call of `sample_in_turn` appends the indices of its samples."""
+    """Return a list of the indices that each call of `sample_for_evaluation` samples."""
     indices = []
-    sample_in_turn = ImageDenoiser.sample_in_turn
+    sample_for_evaluation = ImageDenoiser.sample_for_evaluation
 
     def counted(self, keys, index, context):
         indices.append(np.asarray(index))
-        return sample_in_turn(self, keys, index, context)
+        return sample_for_evaluation(self, keys, index, context)
 
     monkeypatch.setattr(ImageDenoiser, "sample_in_turn", counted)
     return indices
@@ -196,7 +196,13 @@ def test_the_samples_of_an_evaluation_are_sampled_once_and_shared(calls):
     # 150 samples are two batches of 104: 100, rounded up to a multiple of 8 devices.
     np.testing.assert_array_equal(np.concatenate(calls), np.arange(208))
     assert len(calls) == 2
-    for name in ("samples", "trajectories", "trajectories_animation", "inpainting", "neighbours"):
+    for name in (
+        "samples",
+        "trajectories",
+        "trajectories_animation",
+        "inpainting",
+        "nearest_training_images",
+    ):
         assert name in evaluation.images
     assert {"test/fd_rows", "test/fd_others", "test/classifier_accuracy"} <= set(evaluation.metrics)
     assert evaluation.metrics["test/num_samples"] == 150

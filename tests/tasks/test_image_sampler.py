@@ -19,7 +19,7 @@ from ddpm_jax.fields import FieldError
 from ddpm_jax.task import GuidanceModel, Resources, Task, Variables
 from ddpm_jax.tasks.image_sampler import Sampling, check_start
 from ddpm_jax.tasks.sample_figures import edits, sample_sheet
-from helpers.sampling import NOTHING, context_of, edited, sample
+from helpers.sampling import NO_VARIABLES, context_of, edit_images, sample
 from helpers.tasks import ExactDenoiser
 
 STD = 0.1
@@ -49,7 +49,7 @@ def denoiser(predict=predict, classes=2, **settings):
 def images(label, **settings):
     """Return samples of a class, times PATTERN, so that all pixels have the same mean."""
     keys = jax.random.split(jax.random.key(0), 64)
-    samples = sample(denoiser(**settings), NOTHING, keys, Request(label=label))
+    samples = sample(denoiser(**settings), NO_VARIABLES, keys, Request(label=label))
     return np.asarray(samples * PATTERN)
 
 
@@ -74,7 +74,7 @@ def test_guidance_scales_share_one_program():
     task, keys = denoiser(counted), jax.random.split(jax.random.key(0), 8)
 
     def at(scale):
-        return sample(task, NOTHING, keys, Request(label=1, guidance=scale)) * PATTERN
+        return sample(task, NO_VARIABLES, keys, Request(label=1, guidance=scale)) * PATTERN
 
     assert at(1.5).mean() == pytest.approx(0.75, abs=0.05)
     count = len(traces)
@@ -130,7 +130,10 @@ def test_autoguidance_of_scale_0_is_the_worse_model_and_of_scale_1_the_better_on
     keys = jax.random.split(jax.random.key(0), 64)
 
     def at(scale):
-        return sample(denoiser(), NOTHING, keys, Request(label=1, guidance=scale), worse) * PATTERN
+        return (
+            sample(denoiser(), NO_VARIABLES, keys, Request(label=1, guidance=scale), worse)
+            * PATTERN
+        )
 
     expected = sample(denoiser(shifted), Variables(half, {}), keys, Request(label=1)) * PATTERN
     np.testing.assert_allclose(at(0.0), expected, atol=1e-5)
@@ -171,7 +174,7 @@ class ExactClassifier(Task):
         log_p = jnp.take_along_axis(logs, jnp.minimum(labels, 1)[:, None], 1)[:, 0]
         return jnp.where(labels < 2, log_p, 0.0)
 
-    def guide(self, params, scale):
+    def guidance_method(self, params, scale):
         return ClassifierGuidance(scale, params, self)
 
 
@@ -184,7 +187,7 @@ NO_DATA = Data("x", "x", IMAGES, IMAGES, 256, ("a", "b"), "")
 
 def evaluation_of(task, data=NO_DATA, model=None):
     """Return the context of an evaluation of a task, guided by `model` if it is not None."""
-    return context_of(task, NOTHING, data, resources=Resources(guidance=lambda: model))
+    return context_of(task, NO_VARIABLES, data, resources=Resources(guidance=lambda: model))
 
 
 def test_an_unconditional_model_guided_by_the_exact_classifier_samples_the_class():
@@ -195,15 +198,15 @@ def test_an_unconditional_model_guided_by_the_exact_classifier_samples_the_class
     np.testing.assert_allclose(samples.images, expected.images, atol=1e-3)
     keys = jax.random.split(jax.random.key(0), 64)
     request = Request(label=0, guidance=0.0)
-    unguided = sample(denoiser(mixture, 0), NOTHING, keys, request, EXACT)
-    alone = sample(denoiser(mixture, 0), NOTHING, keys)
+    unguided = sample(denoiser(mixture, 0), NO_VARIABLES, keys, request, EXACT)
+    alone = sample(denoiser(mixture, 0), NO_VARIABLES, keys)
     np.testing.assert_array_equal(unguided, alone)
     means = (alone * PATTERN).mean((1, 2, 3))
     assert (means > 0.4).any()  # there are samples of both classes
     assert (means < -0.4).any()
     for context, name in ((guided, "it"), (conditional, "labels")):
         about = sample_sheet(context.task, context).about
-        assert about["guide"] == name
+        assert about["guidance_model"] == name
 
 
 def test_classifier_guidance_has_no_effect_on_images_without_a_class():
@@ -211,7 +214,7 @@ def test_classifier_guidance_has_no_effect_on_images_without_a_class():
     task, labels = denoiser(mixture, 0), jnp.full(4, 2)
     guidance = task.guidance(None, EXACT)
     assert guidance.method is not None
-    edit = functools.partial(edited, task, NOTHING, keys)
+    edit = functools.partial(edit_images, task, NO_VARIABLES, keys)
     unlabelled = edit(labels, 1.0, start, start, start, guidance)
     expected = edit(labels, 1.0, start, start, start)
     np.testing.assert_allclose(unlabelled, expected, atol=1e-5)
@@ -225,20 +228,20 @@ def test_a_label_needs_a_class_conditional_network_or_a_classifier():
     itself = GuidanceModel(alone, {}, "it")
     for request in (Request(label=1), Request(guidance=2.0)):
         with pytest.raises(UserError, match="needs a class-conditional run, or "):
-            sample(alone, NOTHING, keys, request)
+            sample(alone, NO_VARIABLES, keys, request)
     with pytest.raises(UserError, match="--label needs a class-conditional run"):
-        sample(alone, NOTHING, keys, Request(label=1), itself)
-    guided = sample(alone, NOTHING, keys, Request(guidance=2.0), itself)
-    np.testing.assert_allclose(guided, sample(alone, NOTHING, keys), atol=1e-4)
+        sample(alone, NO_VARIABLES, keys, Request(label=1), itself)
+    guided = sample(alone, NO_VARIABLES, keys, Request(guidance=2.0), itself)
+    np.testing.assert_allclose(guided, sample(alone, NO_VARIABLES, keys), atol=1e-4)
     with pytest.raises(UserError, match="there are 2 classes"):
-        sample(alone, NOTHING, keys, Request(label=2), EXACT)
+        sample(alone, NO_VARIABLES, keys, Request(label=2), EXACT)
 
 
 def test_an_edit_does_not_change_known_pixels_and_is_closer_to_the_image_for_smaller_t():
     start = jnp.asarray(images(0)) * PATTERN
     labels, keys = jnp.zeros(64, jnp.int32), jax.random.split(jax.random.key(3), 64)
     full, free = jnp.ones_like(start), jnp.zeros_like(start)
-    edit = functools.partial(edited, denoiser(), NOTHING, keys, labels)
+    edit = functools.partial(edit_images, denoiser(), NO_VARIABLES, keys, labels)
     np.testing.assert_allclose(edit(1.0, free, start, full), start, atol=1e-6)
     error = [float(jnp.abs(edit(t, start, start, free) - start).mean()) for t in (0.02, 0.3, 1.0)]
     assert error[0] < alpha_sigma(SCHEDULE.logsnr(0.02))[1]  # less than the std of the noise
@@ -284,7 +287,7 @@ def test_inpainting_depends_on_neither_hidden_pixels_nor_labels():
 def test_an_edit_from_time_1_starts_from_noise_alone_where_the_mask_is_0():
     start, labels = jnp.asarray(images(0)), jnp.zeros(64, jnp.int32)
     keys, half = jax.random.split(jax.random.key(3), 64), jnp.zeros_like(start).at[:, :2].set(1.0)
-    edit = functools.partial(edited, denoiser(), NOTHING, keys, labels)
+    edit = functools.partial(edit_images, denoiser(), NO_VARIABLES, keys, labels)
     filled = edit(1.0, start, start, half)
     changed = jnp.where(half == 0, 0.9, start)
     np.testing.assert_array_equal(filled, edit(1.0, changed, changed, half))

@@ -125,7 +125,7 @@ def test_a_dropped_caption_has_the_features_of_the_empty_caption(folder):
     small = data._replace(
         train=data.train.first(4), validation=data.validation.first(4), test=data.test.first(4)
     )
-    texts = encoder.texts(encoder.adapt(small).test, 3)
+    texts = encoder.texts(encoder.prepare_data(small).test, 3)
     assert texts == BytesEncoder(DualEncoder(length=data.caption_length)).texts(data.test, 3)
 
 

@@ -31,7 +31,7 @@ from ddpm_jax.tasks.shape_prompts import ShapePrompts
 from ddpm_jax.tasks.text_encoders import BytesEncoder, PretrainedEncoder
 from ddpm_jax.training.evaluation import EvaluationContext, evaluate
 from helpers.metric_table import undefined
-from helpers.text import drawn
+from helpers.text import random_params
 
 DATA = loader.load("shapes")
 CODES = 12
@@ -74,9 +74,12 @@ def system(model="unet"):
     evaluation = {"num_samples": 4, "num_prompts": 3, "guidance_scales": (2.0,)}
     task = bound(model, codes, **{f"evaluation.{name}": v for name, v in evaluation.items()})
     task.check()
-    parts = {"text": drawn(TEXT.init, *TEXT_INPUTS), "autoencoder": trained_autoencoder(codes)}
+    parts = {
+        "text": random_params(TEXT.init, *TEXT_INPUTS),
+        "autoencoder": trained_autoencoder(codes),
+    }
     extra = jax.eval_shape(task.init, jax.random.key(0), batch(2)).extra
-    params = drawn(lambda *arguments: task.init(*arguments).params, batch(2))
+    params = random_params(lambda *arguments: task.init(*arguments).params, batch(2))
     return task, Variables(params, task.load_extra(extra, lambda: parts))
 
 
@@ -153,7 +156,7 @@ def test_the_loss_at_several_times_is_the_mean_loss_of_copies_of_the_image(model
     mask = jnp.arange(5) < jnp.array([[5], [2], [0], [3]])
     z, context = jnp.float32(z), Context(jnp.float32(tokens), mask, jnp.float32(pooled))
     several = generator(model, 4, 2)
-    params = drawn(several.init, context)
+    params = random_params(several.init, context)
     loss = jax.jit(several.loss, static_argnames="train")
     losses, _ = loss(params, z, context, jnp.arange(4), KEYS, train=True)
     z_copies, context_copies = jax.tree.map(lambda a: a.repeat(2, 0), (z, context))
@@ -214,7 +217,7 @@ def test_an_evaluation_has_metrics_of_every_set_and_scale(monkeypatch):
     assert not undefined(final.metrics)
     quick = evaluated(full=False)
     assert "test/aligned" in quick.metrics
-    other = TEXT, drawn(TEXT.init, *TEXT_INPUTS, seed=5)
+    other = TEXT, random_params(TEXT.init, *TEXT_INPUTS, seed=5)
     by_other = evaluated(full=False, dual_encoder=lambda: other)
     assert by_other.metrics["test/loss"] == quick.metrics["test/loss"]
     assert by_other.metrics["test/clip_score"] != quick.metrics["test/clip_score"]

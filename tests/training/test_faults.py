@@ -31,12 +31,12 @@ from helpers.launching import ROOT, user_environment
 from helpers.runs import (
     COMMAND,
     LIMITED,
+    checkpoint_steps,
+    count_logged_lines,
     finish,
     largest_file,
     result_of,
     start,
-    steps_kept,
-    steps_of,
     wait_for,
 )
 
@@ -61,7 +61,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def newest(workdir):
-    return workdir / "checkpoints" / str(steps_kept(workdir)[-1])
+    return workdir / "checkpoints" / str(checkpoint_steps(workdir)[-1])
 
 
 def truncate(checkpoint):
@@ -106,7 +106,7 @@ def test_a_run_logs_a_damaged_checkpoint_and_resumes_from_the_one_before_it(
 ):
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
-    *_, before, last = steps_kept(workdir)
+    *_, before, last = checkpoint_steps(workdir)
     damage(newest(workdir))
     finish(workdir)
     log = (tmp_path / "run.log").read_text()
@@ -119,7 +119,7 @@ def test_a_run_logs_a_damaged_checkpoint_and_resumes_from_the_one_before_it(
 def test_sampling_skips_a_damaged_checkpoint_and_changes_no_file(stopped, tmp_path, launch):
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
-    *_, before, last = steps_kept(workdir)
+    *_, before, last = checkpoint_steps(workdir)
     flip_all(newest(workdir))
     result = launch("--mode=sample", f"--workdir={workdir}", "--num_samples=4")
     assert result.returncode == 0, result.stderr
@@ -133,7 +133,7 @@ def test_sampling_skips_a_damaged_checkpoint_and_changes_no_file(stopped, tmp_pa
 def test_sampling_refuses_a_run_whose_checkpoints_are_all_damaged(stopped, tmp_path, launch):
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
-    for step in steps_kept(workdir):
+    for step in checkpoint_steps(workdir):
         flip_all(workdir / "checkpoints" / str(step))
     refused = launch("--mode=sample", f"--workdir={workdir}")
     assert refused.returncode == 2
@@ -242,7 +242,7 @@ def test_a_run_ends_well_if_its_data_directory_is_removed_during_it(tmp_path, la
     ]  # fmt: skip
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, env=user_environment(), stdout=log, stderr=log)
-        wait_for(lambda: steps_of(workdir) >= 5, process)
+        wait_for(lambda: count_logged_lines(workdir) >= 5, process)
         shutil.rmtree(folder)
         code = process.wait(timeout=180)
     assert code == 0, (tmp_path / "log").read_text()
@@ -261,9 +261,9 @@ def test_no_file_of_a_run_directory_is_unpickled(stopped, tmp_path, launch):
     """Each file of a checkpoint in turn is replaced by a pickle that would run a command."""
     config = recorded.read(stopped).config
     shapes = step_module.state_shapes(checked_task(config), config, config.task.info.shape)
-    like = sharding.make().like(shapes)
+    like = sharding.make().abstract_state(shapes)
     checkpoints = open_checkpoints(stopped / "checkpoints", read_only=True)
-    checkpoints.restore(steps_kept(stopped)[-1], like)  # the original can be read
+    checkpoints.restore(checkpoint_steps(stopped)[-1], like)  # the original can be read
     checkpoints.close()
     for number, file in enumerate(sorted(path for path in newest(stopped).rglob("*"))):
         if not file.is_file() or file.stat().st_size == 0:
@@ -274,7 +274,7 @@ def test_no_file_of_a_run_directory_is_unpickled(stopped, tmp_path, launch):
         evil.write_bytes(EVIL)
         checkpoints = open_checkpoints(workdir / "checkpoints", read_only=True)
         with contextlib.suppress(UserError):  # damaged, unless the file is not needed
-            checkpoints.restore(steps_kept(stopped)[-1], like)
+            checkpoints.restore(checkpoint_steps(stopped)[-1], like)
         checkpoints.close()
         assert not pathlib.Path("EVIL").exists()
 
@@ -326,11 +326,11 @@ def test_a_run_writes_nothing_through_a_link_in_its_directory(name, stopped, tmp
 
 def test_checkpoints_of_another_version_of_the_code_are_not_changed(stopped, tmp_path):
     checkpoints = open_checkpoints(shutil.copytree(stopped, tmp_path / "run") / "checkpoints")
-    before = steps_kept(tmp_path / "run")
+    before = checkpoint_steps(tmp_path / "run")
     with pytest.raises(UserError, match="was written by another version of the code"):
         checkpoints.restore_newest({"w": jax.ShapeDtypeStruct((3,), np.float32)})
     checkpoints.close()
-    assert steps_kept(tmp_path / "run") == before
+    assert checkpoint_steps(tmp_path / "run") == before
 
 
 def test_a_damaged_image_folder_runs_no_code(tmp_path, launch):

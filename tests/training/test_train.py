@@ -15,12 +15,12 @@ import optax
 import optax.contrib
 import pytest
 
-from ddpm_jax.config import marked, replace
+from ddpm_jax.config import marked_paths, replace
 from ddpm_jax.config_records import to_record
 from ddpm_jax.data import batches, loader, types
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.experiment import recorded, run
-from ddpm_jax.experiment.inputs import config_for
+from ddpm_jax.experiment.inputs import config_with
 from ddpm_jax.experiment.registry import load_experiment
 from ddpm_jax.experiment.types import Options, bind, checked_task
 from ddpm_jax.fields import MAY_CHANGE
@@ -37,7 +37,7 @@ from ddpm_jax.training import step as step_module
 from ddpm_jax.training.checkpoint import open_checkpoints
 from ddpm_jax.training.run_dir import open_run
 from ddpm_jax.variational.likelihoods import Gaussian
-from helpers.runs import COMMAND, finish, result_of, start, steps_of, wait_for
+from helpers.runs import COMMAND, count_logged_lines, finish, result_of, start, wait_for
 from helpers.sampling import sample
 from helpers.tasks import SmallTask, not_evaluated
 
@@ -57,7 +57,7 @@ def small(values=(), **train):
     """Return the debug config with batches of 16, `values` by path, and fields of `train`."""
     train = {f"train.{name}": value for name, value in train.items()}
     values = {"train.batch_size": 16, **train, **dict(values)}
-    return bind(config_for(EXPERIMENT, True, values), INFO)
+    return bind(config_with(EXPERIMENT, True, values), INFO)
 
 
 def ema(**fields):
@@ -77,7 +77,7 @@ def step_of(task, config, seed=0):
 def fit(config, data, workdir, task=None, seed=0):
     task = task or checked_task(config)
     record = {"experiment": "test", "config": to_record(config), "seed": seed, "data": {}}
-    run = open_run(workdir, record, marked(config, MAY_CHANGE))
+    run = open_run(workdir, record, marked_paths(config, MAY_CHANGE))
     checkpoints = open_checkpoints(workdir / "checkpoints")
     try:
         return train.fit(task, config, data, run, checkpoints, seed, sharding.make())
@@ -218,7 +218,9 @@ def test_a_state_has_several_averages_and_the_config_selects_one(digits, tmp_pat
     config = small(ema(half_life_images=1e6, evaluated="half_life=0", **averages))
     state = fit_alone(config, digits, tmp_path).state
     assert len(state.ema) == 4
-    chex.assert_trees_all_equal(step_module.averaged(state, config), state.params)  # no averaging
+    chex.assert_trees_all_equal(
+        step_module.evaluated_params(state, config), state.params
+    )  # no averaging
     alone = fit_alone(small(ema(half_life_images=100.0)), digits, tmp_path / "alone").state
     # The two programs round sums near 0 differently.
     chex.assert_trees_all_close(state.ema[2], alone.ema[0], rtol=1e-6, atol=1e-9)
@@ -423,11 +425,12 @@ def test_sampling_reads_only_the_selected_average_from_a_checkpoint(tmp_path):
     run.train(EXPERIMENT, config, tmp_path, Options())
     shapes = step_module.state_shapes(checked_task(config), config, INFO.shape)
     checkpoints = open_checkpoints(tmp_path / "checkpoints", read_only=True)
-    full_state, _ = checkpoints.restore(4, sharding.make().like(shapes))
+    full_state, _ = checkpoints.restore(4, sharding.make().abstract_state(shapes))
     checkpoints.close()
     _, state = recorded.load_state(tmp_path)
     chex.assert_trees_all_equal(
-        step_module.averaged(state, config), step_module.averaged(full_state, config)
+        step_module.evaluated_params(state, config),
+        step_module.evaluated_params(full_state, config),
     )
     chex.assert_trees_all_equal((state.step, state.extra), (full_state.step, full_state.extra))
     assert not jax.tree.leaves((state.params, state.opt_state, state.ema[0]))
@@ -448,8 +451,8 @@ def kill_and_resume(workdir, uninterrupted, moments):
     """Kill and resume a run: each time `delay` seconds after `lines` further logged lines."""
     for lines, delay in moments:
         process = start(workdir)
-        enough = steps_of(workdir) + lines
-        wait_for(lambda enough=enough: steps_of(workdir) >= enough, process)
+        enough = count_logged_lines(workdir) + lines
+        wait_for(lambda enough=enough: count_logged_lines(workdir) >= enough, process)
         time.sleep(delay)
         process.kill()
         process.wait()
@@ -475,7 +478,7 @@ def test_a_run_killed_twenty_times_ends_with_identical_bits(tmp_path, uninterrup
 def test_a_signal_stops_a_run_with_a_checkpoint_and_exit_code_0(number, tmp_path, uninterrupted):
     workdir = tmp_path / "run"
     process = start(workdir)
-    wait_for(lambda: steps_of(workdir) >= 5, process)
+    wait_for(lambda: count_logged_lines(workdir) >= 5, process)
     process.send_signal(number)
     signalled = time.monotonic()
     assert process.wait(timeout=60) == 0
@@ -492,7 +495,7 @@ def test_a_second_process_in_a_run_directory_is_refused_and_the_first_continues(
 ):
     workdir = tmp_path / "run"
     process = start(workdir)
-    wait_for(lambda: steps_of(workdir) >= 2, process)
+    wait_for(lambda: count_logged_lines(workdir) >= 2, process)
     second = launch(*COMMAND[2:], f"--workdir={workdir}")
     assert second.returncode == 2
     assert "another process is training in" in second.stderr
