@@ -220,8 +220,9 @@ def test_a_mark_on_a_section_applies_to_all_of_its_fields():
 
 def test_the_help_of_a_field_is_its_entry_in_the_docstring_of_its_class():
     rows = {path: (hint, default, text) for path, hint, default, text in describe(Whole())}
-    assert rows["network"] == ("small|deep", "small", "")
-    assert rows["extra"] == ("deep|none", "none", "")
+    chosen = "Type of this section, which decides its fields."
+    assert rows["network"] == ("small|deep", "small", chosen)
+    assert rows["extra"] == ("deep|none", "none", chosen)
     assert rows["network.width"] == ("int", "4", "Units of every layer.")
     assert rows["network.names"][2] == "Names of the inputs, in order."
     assert "network.size" not in rows
@@ -430,7 +431,7 @@ DATA = {
 EXCLUDED = {
     "iddpm_cifar10": "variance=learned: needs a table of betas",
     "text_to_image_shapes": "needs a quantised autoencoder",
-    "text_encoder_scaling": "differ in the channels of their U-Nets",
+    "text_encoder_scaling": "must be a U-Net, because the channels of U-Nets are varied",
 }
 
 

@@ -71,7 +71,7 @@ class TextToImage(SamplingTask):
       autoencoder_network: The network of the autoencoder.
       codes: Number of codes in the autoencoder's codebook; 0 for Gaussian latents.
       feature_width: Number of features per token of the pretrained text encoder; 0 without one.
-      parts_known: True if the fields that follow from the parts are set.
+      parts_bound: True if the fields that follow from the parts are set.
       info: The description of the data set.
       batch_size: Number of training images in one step.
     """

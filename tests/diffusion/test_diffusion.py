@@ -647,7 +647,7 @@ def test_importance_sampled_times_follow_the_losses_and_are_unbiased():
     history = times.empty_history(4)
     size = np.array([1.0, 2.0, 3.0, 4.0])
     for _ in range(10):
-        history = jax.jit(times.record)(history, (np.arange(4) + 0.5) / 4, size)
+        history = jax.jit(times.add_losses)(history, (np.arange(4) + 0.5) / 4, size)
     keys = jax.random.split(jax.random.key(17), 50_000)
     t, weights = map(np.asarray, jax.jit(times.importance_times)(history, keys))
     rows = np.floor(t * 4).astype(int)
@@ -658,7 +658,7 @@ def test_importance_sampled_times_follow_the_losses_and_are_unbiased():
 
 
 def test_importance_sampling_is_uniform_until_the_history_is_full_of_the_last_losses():
-    history = times.record(times.empty_history(2, 3), jnp.full(5, 0.1), jnp.arange(5.0))
+    history = times.add_losses(times.empty_history(2, 3), jnp.full(5, 0.1), jnp.arange(5.0))
     assert sorted(np.asarray(history.losses[0])) == [2, 3, 4]
     _, weights = times.importance_times(history, jax.random.split(jax.random.key(0), 9))
     chex.assert_trees_all_close(weights, jnp.ones(9))
