@@ -183,7 +183,7 @@ def calls(monkeypatch):
         indices.append(np.asarray(index))
         return sample_for_evaluation(self, keys, index, context)
 
-    monkeypatch.setattr(ImageDenoiser, "sample_in_turn", counted)
+    monkeypatch.setattr(ImageDenoiser, "sample_for_evaluation", counted)
     return indices
 
 

@@ -331,7 +331,7 @@ def test_a_generator_that_cannot_be_built_raises_an_error_before_its_parts_are_t
         assert not (tmp_path / "run").exists()
     scaling = load_experiment("text_encoder_scaling")
     digits = replace(scaling.config, {"data.name": "digits"})
-    with pytest.raises(UserError, match=r"data=digits: .* is known of shapes alone"):
+    with pytest.raises(UserError, match=r"data=digits: .* can be computed for shapes only"):
         run.train(scaling, digits, tmp_path / "run", Options())
 
 
