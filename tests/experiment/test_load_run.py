@@ -57,11 +57,12 @@ def test_what_a_run_cannot_do_is_an_error(folder):
 
 def test_the_example_of_the_readme_runs(folder, monkeypatch):
     text = (ROOT / "README.md").read_text()
-    (snippet,) = re.findall(r"```python\n(import ddpm_jax\n.*?)```", text, re.DOTALL)
+    pattern = r"```python\n(import numpy as np\n\nimport ddpm_jax\n.*?)```"
+    (snippet,) = re.findall(pattern, text, re.DOTALL)
     monkeypatch.chdir(folder)
     names = {}
     exec(snippet, names)
-    assert names["images"].shape[1:] == (8, 8, 1)
+    assert names["images"].shape == names["prediction"].x0.shape == (16, 8, 8, 1)
 
 
 def test_importing_the_package_loads_no_jax():
