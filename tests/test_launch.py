@@ -104,7 +104,7 @@ def test_without_validation_images_a_run_trains_on_all_training_images(launch, t
     result = launch(*DIGITS, "--config.data.validation=0", "--workdir=run")
     assert result.returncode == 0, result.stderr
     assert "1437 training images, 128 test images" in result.stderr
-    assert "there is no validation split; the test split is evaluated after" in result.stderr
+    assert "has no validation split; the test split is evaluated after" in result.stderr
     assert json.loads((tmp_path / "run/config.json").read_text())["data"]["validation"] == 0
     assert "validation/" not in (tmp_path / "run/metrics.jsonl").read_text()
     result = launch("--mode=eval", "--split=validation", "--workdir=run")

@@ -15,8 +15,8 @@ class CheckSums(TypedDict):
     """The check sums of a checkpoint.
 
     Attributes:
-      arrays: A check sum for every array; None for an array that was not read.
-      host: The CRC-32 of the host record.
+      arrays: The check sum of every array of the state; None for an array that was not read.
+      host: The CRC-32 of the host record, the part of the checkpoint that is stored as JSON.
     """
 
     arrays: list[int | None]
@@ -24,11 +24,15 @@ class CheckSums(TypedDict):
 
 
 def check_sums(state: PyTree, host: Mapping[str, object]) -> CheckSums:
-    """Return the check sums of a state's arrays and of its host record.
+    """Return the check sums of the arrays of a state and of the host record.
 
-    The check sum of an array is sum_i (2 i + 1) word_i modulo 2^32. It does not depend on how the
-    array is sharded. The factors are odd, so a change of any single word changes the sum. For an
-    array that was not read, which `...` stands for, it is None.
+    The check sum of an array is sum_i (2 i + 1) word_i modulo 2^32, where word_i are the numbers of
+    the array as unsigned words. The sum does not depend on how the array is sharded. The factors
+    are odd, so a change of any single word changes the sum.
+
+    Args:
+      state: The arrays. If `...` stands in the place of an array, the check sum is None.
+      host: The host record, the part of the checkpoint that is stored as JSON.
     """
     text = json.dumps(host, sort_keys=True).encode()
     # `_sum` waits for each result. Collectives of gloo (on CPUs) are not ordered, so processes that
@@ -39,7 +43,10 @@ def check_sums(state: PyTree, host: Mapping[str, object]) -> CheckSums:
 
 
 def agree(written: CheckSums, computed: CheckSums) -> bool:
-    """Return whether the check sums computed after reading equal those that were written."""
+    """Return whether the check sums computed after reading equal the check sums in the file.
+
+    Arrays that were not read, whose computed check sum is None, are not compared.
+    """
     arrays, expected = computed["arrays"], written["arrays"]
     if len(arrays) != len(expected) or computed["host"] != written["host"]:
         return False
@@ -47,10 +54,9 @@ def agree(written: CheckSums, computed: CheckSums) -> bool:
 
 
 def check_record(host: Mapping[str, object], sums: object) -> CheckSums | None:
-    """Check the types in a host record and in its check sums; return the check sums.
+    """Check the types of the values in a host record and in the check sums; return the check sums.
 
-    Returns:
-      The check sums, or None if the checkpoint has none.
+    `sums` are the check sums as read from the file; None for a checkpoint without check sums.
 
     Raises:
       ValueError: If a value has a type that `Checkpoints.save` does not write.
@@ -61,7 +67,7 @@ def check_record(host: Mapping[str, object], sums: object) -> CheckSums | None:
         arrays = sums.get("arrays") if isinstance(sums, dict) else None
         good = good and isinstance(arrays, list) and isinstance(sums, dict) and "host" in sums
     if not good or type(skipped) is not int:
-        raise ValueError("its host record has values of wrong types")
+        raise ValueError("its JSON part has values of wrong types")
     return cast(CheckSums | None, sums)
 
 
@@ -75,7 +81,7 @@ def _in_host_memory(array: jax.Array) -> bool:
 
 
 def sum_on_host(array: jax.Array) -> np.uint32:
-    """Return the same sum as `sum_on_devices`, computed by numpy without compilation."""
+    """Return sum_i (2 i + 1) word_i modulo 2^32, as `sum_on_devices` does, but by numpy."""
     words = np.asarray(array).reshape(-1)
     words = words.view(f"u{min(words.dtype.itemsize, 4)}").astype(np.uint32)
     return cast(np.uint32, words @ np.arange(1, 2 * words.size, 2, dtype=np.uint32))
@@ -83,11 +89,14 @@ def sum_on_host(array: jax.Array) -> np.uint32:
 
 @jax.jit  # compiled once per shape; a state has few different shapes
 def sum_on_devices(array: jax.Array) -> jax.Array:
-    """Return sum_i (2 i + 1) word_i modulo 2^32 for the words of 1, 2 or 4 bytes of an array."""
+    """Return sum_i (2 i + 1) word_i modulo 2^32, where word_i are the numbers of an array as words.
+
+    A number of 1, 2 or 4 bytes is one unsigned word; a number of 8 bytes is two words of 4 bytes.
+    """
     words = array
     if array.dtype == bool:
         words = array.astype(jnp.uint8)
-    else:  # a number of 8 bytes becomes two words of 4 bytes
+    else:
         sizes = {1: jnp.uint8, 2: jnp.uint16}
         words = jax.lax.bitcast_convert_type(array, sizes.get(array.dtype.itemsize, jnp.uint32))
     index = jnp.zeros((), jnp.uint32)

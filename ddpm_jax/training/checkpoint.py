@@ -1,12 +1,8 @@
 """Write and read checkpoints with orbax; no other file imports orbax.
 
-A checkpoint consists of the arrays of a state and a small JSON record of the host. It is written in
-the background and gets its name only when it is complete, so a process that is killed at any moment
-leaves the previous checkpoint.
-
-With several processes, each process writes and reads its part. If one of them fails, all of them
-give up the checkpoint: they test the directory before they write, wait for each other at a barrier
-after they have written, and compare their results after they have read.
+A checkpoint consists of the arrays of a state and a host record (values that are stored as JSON).
+It gets its final name when it is complete; a killed process leaves the previous checkpoint. Each
+process writes and reads its part of the arrays. If one fails, no process uses the checkpoint.
 """
 
 import contextlib
@@ -46,9 +42,8 @@ KEEP_NEWEST = 3
 KEEP_BEST = 1
 BEST = "validation/loss"  # the metric of the best checkpoint, which has the lowest value
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space on the disk or within the quota
-SUMS = "check_sums"  # key in the host record
-
-# Parts of messages, the first by orbax, about a checkpoint that another version of the code wrote.
+SUMS = "check_sums"  # key of the check sums in the host record
+# Parts of the error messages (the first is orbax's) for checkpoints of another version of the code.
 OTHER_VERSION = ("tree structures do not match", "its format is")
 
 
@@ -56,8 +51,8 @@ class Checkpoints(NamedTuple):
     """The checkpoints of one run directory."""
 
     manager: "ocp.CheckpointManager"
-    barrier: ThreadBarrier  # the barrier of all processes after they have written their parts
-    read_only: bool = False  # True: the directory is not changed
+    barrier: ThreadBarrier  # every process waits at the barrier after it has written its part
+    read_only: bool = False  # if True, no file in the directory is changed
 
     def save(
         self,
@@ -66,18 +61,14 @@ class Checkpoints(NamedTuple):
         host: Mapping[str, object],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Start to write a checkpoint in the background.
-
-        The state and the host record are copied first, because the next training step overwrites
-        the donated state and the host updates its record. A failure to write is logged, and earlier
-        checkpoints remain.
+        """Copy a state and write a checkpoint in the background; log an error if that fails.
 
         Args:
           step: Number of training steps taken.
-          state: The arrays.
-          host: The host record, whose values have JSON types.
-          metrics: Metrics of an evaluation at this step, one of which selects the best checkpoint;
-            None if there was no evaluation.
+          state: The arrays of the training state. The next training step may overwrite them.
+          host: The host record: values of JSON types, which are stored as JSON.
+          metrics: Metrics of the evaluation at this step, of which "validation/loss" selects the
+            best checkpoint. If None, the checkpoint cannot become the best.
         """
         import orbax.checkpoint as ocp
 
@@ -98,7 +89,7 @@ class Checkpoints(NamedTuple):
             self.manager.save(step, args=args, metrics=best, force=True)
 
     def _refusal(self) -> str:
-        """Return why a test file cannot be written to the directory; "" if it can be written."""
+        """Write a test file; return the error message, or an empty string if it was written."""
         probe = pathlib.Path(self.manager.directory) / f"probe.{jax.process_index()}"
         try:
             try:
@@ -110,20 +101,19 @@ class Checkpoints(NamedTuple):
         return ""
 
     def newest(self) -> int | None:
-        """Return the step of the newest checkpoint; None if there is no checkpoint."""
+        """Return the training step of the newest checkpoint, or None without a checkpoint."""
         return cast(int | None, self.manager.latest_step())
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, object]]:
-        """Return the state and the host record of a checkpoint.
+        """Read a checkpoint and return (state, host record).
 
         Args:
-          step: The step of the checkpoint.
-          like: A tree with the shapes, types and shardings of the state. A leaf `...` is not read
-            and is `...` in the result.
+          step: The training step of the checkpoint.
+          like: A tree with the shapes, types and shardings of the arrays. If an entry is `...`,
+            this array is not read, and the returned entry is `...`.
 
         Raises:
-          UserError: If this or another process finds the checkpoint damaged, or if another version
-            of the code wrote it.
+          UserError: If the checkpoint is damaged or was written by another version of the code.
         """
         import orbax.checkpoint as ocp
 
@@ -140,17 +130,16 @@ class Checkpoints(NamedTuple):
             state, host = read.state, dict(read.host)
             version = host.pop("format", 1)
             if version != FORMAT:
-                raise ValueError(f"its format is {version}; this version reads {FORMAT} only")
-            # Checkpoints that were written before check sums were added have none.
-            sums = check_record(host, host.pop(SUMS, None))
+                raise ValueError(f"its format is {version}; this code reads format {FORMAT} only")
+            sums = check_record(host, host.pop(SUMS, None))  # None in old checkpoints
         except (MemoryError, jax.errors.JaxRuntimeError):
-            raise  # caused by the machine, not by the files
+            raise  # the machine causes these errors, not the files
         except Exception as error:  # orbax and its libraries raise exceptions of many types
             why = " ".join(str(error).split())[:200] or repr(error)
         why = first_error(why)
-        if not why:  # every process has read its part; all processes compute the sums together
+        if not why:  # all processes have read the checkpoint; they compute the sums together
             same = sums is None or agree(sums, check_sums(state, host))
-            why = first_error("" if same else "its check sums differ")
+            why = first_error("" if same else "its arrays do not match their check sums")
         if why:
             newer = any(text in why for text in OTHER_VERSION)
             problem = "was written by another version of the code" if newer else "is damaged"
@@ -158,13 +147,13 @@ class Checkpoints(NamedTuple):
         return state, host
 
     def restore_newest(self, like: PyTree) -> tuple[int, PyTree | None, dict[str, object]]:
-        """Return (step, state, host record) of the newest readable checkpoint, as `restore` does.
+        """Return (step, state, host record) of the newest checkpoint that can be read.
 
-        Return (0, None, {}) if there is no checkpoint. Newer checkpoints that cannot be read are
-        logged and, unless `read_only`, moved to the directory `damaged`.
+        Return (0, None, {}) without a checkpoint. Newer checkpoints that cannot be read are logged
+        and, unless `read_only` is True, moved to the directory `damaged`. For `like` see `restore`.
 
         Raises:
-          UserError: If there are checkpoints and none of them can be read.
+          UserError: If the directory has checkpoints, but none of them can be read.
         """
         steps = from_main(lambda: sorted(self.manager.all_steps(), reverse=True))
         damaged = []
@@ -172,7 +161,7 @@ class Checkpoints(NamedTuple):
             try:
                 state, host = self.restore(step, like)
             except UserError as error:
-                log(f"{error}; trying the checkpoint before it")
+                log(f"{error}; the run reads the previous checkpoint instead")
                 damaged.append(step)
                 continue
             for bad_step in [] if self.read_only else damaged:
@@ -180,9 +169,9 @@ class Checkpoints(NamedTuple):
             return step, state, host
         if steps:
             raise UserError(
-                f"every checkpoint in {self.manager.directory} is damaged or was written by "
-                "another version of the code, and none was changed; give another --workdir, or use "
-                "the version of the code that config.json names as git_commit"
+                f"every checkpoint in {self.manager.directory} is damaged or of another version of "
+                "the code, and none was changed; give another --workdir, or use the version of the "
+                "code that config.json lists as git_commit"
             )
         return 0, None, {}
 
@@ -206,10 +195,10 @@ class Checkpoints(NamedTuple):
         self.manager.reload()
 
     def check_written(self, step: int) -> None:
-        """Wait for the checkpoint of `step`, the last step, and check that it is on disk.
+        """Wait for the checkpoint of `step`, the last training step; check that it is on disk.
 
         Raises:
-          RunError: If it is not on disk. The message names the newest checkpoint that is.
+          RunError: If the checkpoint is not on disk.
         """
         self.wait()
 
@@ -223,12 +212,12 @@ class Checkpoints(NamedTuple):
         start = "the beginning" if written is None else f"the newest checkpoint, of step {written}"
         raise RunError(
             f"the last checkpoint, of step {step}, could not be written to "
-            f"{self.manager.directory}; check the free space and the permissions of this "
+            f"{self.manager.directory}; free disk space or correct the permissions of this "
             f"directory, then run the same command again to continue from {start}"
         )
 
     def wait(self) -> None:
-        """Wait until the checkpoint in progress is on disk; log a failure to write it."""
+        """Wait until the started checkpoint is on disk; log the error if it cannot be written."""
         with self._reporting():
             self.manager.wait_until_finished()
 
@@ -241,20 +230,19 @@ class Checkpoints(NamedTuple):
         except Exception as error:  # orbax and the file system raise exceptions of many types
             directory = pathlib.Path(self.manager.directory)
             drafts = sorted(directory.glob("*.orbax-checkpoint-tmp"))
-            for draft in drafts if is_main() else []:  # free the space of the incomplete checkpoint
+            for draft in drafts if is_main() else []:  # delete incomplete checkpoints
                 shutil.rmtree(draft, ignore_errors=True)
             of_step = f" of step {drafts[-1].name.partition('.')[0]}" if drafts else ""
             self._log_failure(of_step, one_line(error))
 
     def _log_failure(self, of_step: str, why: str) -> None:
         log(
-            f"cannot write the checkpoint{of_step}: {why}; the run continues without it, and "
-            "earlier checkpoints remain; check the free space and the permissions of "
-            f"{self.manager.directory}"
+            f"cannot write the checkpoint{of_step}: {why}; the run continues, and earlier "
+            f"checkpoints remain; check the free space and permissions of {self.manager.directory}"
         )
 
     def close(self) -> None:
-        """Finish writing and release the directory."""
+        """Wait until the started checkpoint is on disk, and close the orbax manager."""
         self.wait()
         self.manager.close()
 
@@ -294,12 +282,11 @@ def open_checkpoints(folder: pathlib.Path, read_only: bool = False) -> Checkpoin
 def check_can_store(folder: pathlib.Path) -> None:
     """Write and read a small checkpoint, to check that checkpoints can be stored in `folder`.
 
-    If there are several processes, only a file is written, because one process alone cannot write a
-    checkpoint. If `folder` has a checkpoint already, a full disk is only logged.
+    With several processes only a file is written. A full disk is only logged if checkpoints exist.
 
     Raises:
-      UserError: If checkpoints cannot be stored. Orbax does not accept every path.
-      RunError: If the disk is full and there is no checkpoint.
+      UserError: If `folder` cannot be written, or if orbax does not accept its path.
+      RunError: If the disk is full and `folder` has no checkpoint.
     """
     import orbax.checkpoint as ocp
 
@@ -317,7 +304,7 @@ def check_can_store(folder: pathlib.Path) -> None:
     probe = None
     try:
         folder.mkdir(exist_ok=True)
-        # In a new directory, because an open manager removes incomplete checkpoints beside its own.
+        # A new directory: a manager that is open in `folder` deletes incomplete checkpoints there.
         probe = pathlib.Path(tempfile.mkdtemp(prefix=".probe.", dir=folder))
         (probe / "file").write_bytes(bytes(4096))
         if not is_single_process():
@@ -326,7 +313,7 @@ def check_can_store(folder: pathlib.Path) -> None:
             checkpointer.save(probe / "0", args=ocp.args.Composite(**args))
             read = checkpointer.restore(probe / "0", args=ocp.args.Composite(**like))
         if read.state["probe"].tolist() != [0, 1, 2] or read.host != host:
-            raise ValueError("a checkpoint that was read differs from what was written")
+            raise ValueError("the checkpoint that was read differs from what was written")
     except Exception as error:  # orbax and the file system raise exceptions of many types
         text = str(error)
         why = next((os.strerror(n) for n in FULL if os.strerror(n) in text), None)
@@ -346,11 +333,7 @@ def check_can_store(folder: pathlib.Path) -> None:
 
 
 def _processes(indices: Iterable[int]) -> Any:
-    """Return orbax's options for a set of processes that wait for each other.
-
-    Processes that are listed wait through the coordinator, for at most 5 minutes. By default orbax
-    waits through the devices, without a limit, even for a process that has given up.
-    """
+    """Return options of orbax: the processes `indices` wait for each other at most 5 minutes."""
     import orbax.checkpoint as ocp
 
     active = set(indices)
@@ -360,7 +343,7 @@ def _processes(indices: Iterable[int]) -> Any:
 
 
 def _reader() -> Any:
-    """Return a checkpointer that does not wait for other processes, which may have failed."""
+    """Return an orbax checkpointer that does not wait for other processes, which may fail."""
     import orbax.checkpoint as ocp
 
     options = _processes([jax.process_index()])

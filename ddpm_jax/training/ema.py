@@ -1,4 +1,4 @@
-"""Exponential and power-function moving averages of parameters."""
+"""Exponential and power-function moving averages of the parameters of a network."""
 
 import dataclasses
 from typing import Annotated
@@ -10,7 +10,8 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from ddpm_jax.fields import EMPTY_ALLOWED, MAY_CHANGE, AtMost, MoreThan, NonNegative
 
-EMA_WARMUP = 0.05  # largest half-life, as a share of the images seen so far (Karras et al. 2024)
+# The largest half-life, divided by the number of training images so far (Karras et al. 2024).
+EMA_WARMUP = 0.05
 # With a width above 1 / sqrt(12) the weights of a power-function average would fall with time.
 Width = Annotated[float, MoreThan(0.0), AtMost(0.28)]
 
@@ -20,13 +21,14 @@ class EMA:
     """Moving averages of the parameters, one of which is evaluated and sampled from.
 
     Attributes:
-      half_life_images: Half-life of the first average, in training images; 0 disables averaging.
-      more_half_lives_images: Half-lives of additional averages, in training images; 0 stands for
-        the parameters without averaging.
+      half_life_images: Half-life of the first average, in training images. If it is 0, the
+        parameters themselves are used instead of this average.
+      more_half_lives_images: Half-lives of additional exponential averages, in training images; a
+        value of 0 adds the parameters themselves to the choices of `evaluated`.
       power_widths: Relative widths of additional power-function averages (Karras et al. 2024), more
         than 0 and at most 0.28.
-      evaluated: Name of the average that is evaluated and sampled from: "first", or a name such as
-        half_life=50000 or power=0.05.
+      evaluated: Name of the average that evaluation and sampling use: "first" for the average of
+        `half_life_images`, or a name such as half_life=50000 or power=0.05.
     """
 
     half_life_images: NonNegative = 0.0
@@ -36,26 +38,26 @@ class EMA:
 
     @property
     def half_lives(self) -> tuple[float, ...]:
-        """The half-lives of all exponential averages, in training images."""
+        """The half-lives of all exponential averages in training images; 0 disables averaging."""
         return (self.half_life_images, *self.more_half_lives_images)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the averages, in the order of `TrainState.ema`."""
+        """The names of the averages, such as "power=0.05", in the order of `TrainState.ema`."""
         lives = [f"half_life={life:.9g}" for life in self.half_lives]
         return (*lives, *(f"power={width:.9g}" for width in self.power_widths))
 
     @property
     def is_average(self) -> tuple[bool, ...]:
-        """For each name: False if its half-life is 0, so that it stands for the parameters."""
+        """For each name in `names`: True for an average; False for a half-life of 0."""
         return (*(life > 0 for life in self.half_lives), *(True for _ in self.power_widths))
 
     @property
     def index(self) -> int:
-        """The index in `names` of the average that is evaluated.
+        """The index in `names` of the average that evaluation and sampling use.
 
         Raises:
-          ValueError: If no average has the name `evaluated`.
+          ValueError: If `names` does not contain the name in the field `evaluated`.
         """
         if self.evaluated == "first":
             return 0
@@ -68,11 +70,15 @@ class EMA:
 
 
 def ema_decay(step: Int[Array, ""] | int, batch_size: int, half_life: float) -> Float[Array, ""]:
-    """Return the decay of an exponential average at a step: 2^(-batch_size / half_life).
+    """Return the decay 2^(-batch_size / half_life) of an exponential average at a training step.
 
-    The half-life is limited to 5 % of the images seen so far, so that the initial parameters do not
-    dominate the average early in training (Karras et al. 2024, `training_loop.py`). It is counted
-    in images, and steps are counted from 1.
+    The half-life is limited to 5 % of the training images so far, so that the initial parameters do
+    not dominate the average early in training (Karras et al. 2024, `training_loop.py`).
+
+    Args:
+      step: The number of the training step, starting at 1.
+      batch_size: Number of images per training step.
+      half_life: The half-life in training images, more than 0.
     """
     seen = jnp.asarray(step, jnp.float32) * batch_size
     images = jnp.maximum(jnp.minimum(half_life, EMA_WARMUP * seen), 1e-8)
@@ -80,11 +86,14 @@ def ema_decay(step: Int[Array, ""] | int, batch_size: int, half_life: float) -> 
 
 
 def power_decay(step: Int[ArrayLike, "*steps"], width: float) -> Float[Array, "*steps"]:
-    """Return the decay of a power-function average at each step: (1 - 1 / step)^(g + 1).
+    """Return the decay (1 - 1 / step)^(g + 1) of a power-function average at each training step.
 
-    The average weighs the parameters at time t by t^g. The standard deviation of this weight over
-    time, relative to the time so far, is `width`: width^2 = (g + 1) / ((g + 2)^2 (g + 3)) (Karras
-    et al. 2024, eq. 121 and 123).
+    The average weighs the parameters at time t by t^g. The exponent g follows from the width by
+    width^2 = (g + 1) / ((g + 2)^2 (g + 3)) (Karras et al. 2024, eq. 121 and 123).
+
+    Args:
+      step: The numbers of the training steps, starting at 1.
+      width: Standard deviation of the time t under the weight t^g, divided by the last time.
     """
     t = width**-2
     power = float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
@@ -94,9 +103,9 @@ def power_decay(step: Int[ArrayLike, "*steps"], width: float) -> Float[Array, "*
 def ema_decays(
     ema: EMA, step: Int[Array, ""] | int, batch_size: int
 ) -> list[Float[Array, ""] | None]:
-    """Return the decay of every average at a step, in the order of `EMA.names`.
+    """Return the decay of every average at a training step, in the order of `EMA.names`.
 
-    The entry is None for a half-life of 0, which stands for the parameters without averaging.
+    The decay is None for a half-life of 0, which is not averaged. Steps are counted from 1.
     """
     return [
         *(ema_decay(step, batch_size, life) if life else None for life in ema.half_lives),
@@ -111,14 +120,14 @@ def update_averages(
     step: Int[Array, ""] | int,
     batch_size: int,
 ) -> tuple[PyTree | None, ...]:
-    """Return the averages after a step, in the order of `EMA.names`.
+    """Return the averages of the parameters after a training step, in the order of `EMA.names`.
 
     Args:
-      ema: The settings of the averages.
-      averages: The averages before the step; None for a half-life of 0.
-      params: The parameters after the step.
-      step: The number of the step, starting at 1.
-      batch_size: Images per step, on all devices together.
+      ema: The section `ema` of the config.
+      averages: The averages before the training step; None for a half-life of 0.
+      params: The parameters after the training step.
+      step: The number of the training step, starting at 1.
+      batch_size: Number of images per training step, on all devices together.
     """
     return tuple(
         None if decay is None else optax.incremental_update(params, old, 1 - decay)
@@ -127,7 +136,10 @@ def update_averages(
 
 
 def parameters_used(ema: EMA) -> str:
-    """Return a description of the parameters that are evaluated, for the record of a run."""
+    """Return the text that describes the evaluated parameters in the results of a run.
+
+    Examples are "EMA, half-life 50000 images", and "as trained" for parameters without averaging.
+    """
     index, lives = ema.index, ema.half_lives
     if index >= len(lives):
         return f"power EMA, width {ema.power_widths[index - len(lives)]:g}"

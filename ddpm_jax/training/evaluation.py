@@ -1,4 +1,4 @@
-"""The evaluation of a task on a split."""
+"""The evaluation of a task on the validation or test split."""
 
 import functools
 import math
@@ -30,7 +30,7 @@ from ddpm_jax.task import (
 from ddpm_jax.training.ema import parameters_used
 from ddpm_jax.training.settings import Settings
 
-SAMPLES_AT_ONCE = 100  # batch size of a sampler
+SAMPLES_AT_ONCE = 100  # number of images in a batch of samples
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -38,10 +38,12 @@ Ts = TypeVarTuple("Ts")
 
 
 class EvaluationContext(Context):
-    """The context that the functions of one evaluation share; `task.Context` lists its attributes.
+    """The arguments and cached results that the functions of one evaluation share.
+
+    `task.Context` describes the other arguments, which are attributes of the same names.
 
     Args:
-      partitioner: The partitioner of the devices.
+      partitioner: The partitioner, which partitions batches across the devices.
       check_preemption: A function that is called between batches and may raise an exception to end
         the evaluation early.
     """
@@ -69,27 +71,27 @@ class EvaluationContext(Context):
 
     @property
     def held_out(self) -> Split:
-        """The examples of the split."""
+        """The examples of the evaluated split."""
         return self.data.split(self.split)
 
     @property
     def compile(self) -> Compile:
-        """The function that compiles functions for the devices."""
+        """A function like `jax.jit`, which compiles functions for the devices of the evaluation."""
         return self.partitioner.compile
 
     @functools.cached_property
     def guidance_model(self) -> GuidanceModel | None:
-        """The guidance model; None if the run names none."""
+        """The guidance model, loaded from another run; None if the config names no such run."""
         return self.resources.guidance()
 
     @functools.cached_property
     def guidance(self) -> PyTree:
-        """The guidance that the settings of the task select."""
+        """The `diffusion.guidance.Guidance` of sampling, from the task's config, or None."""
         return self._sampling_task.guidance(None, self.guidance_model)
 
     @property
     def classes(self) -> int:
-        """Number of classes of the samples; 0 if samples have no classes."""
+        """Number of classes on which samples are conditioned; 0 if samples have no classes."""
         return sample_classes(self._sampling_task, self.guidance_model)
 
     @property
@@ -98,7 +100,7 @@ class EvaluationContext(Context):
         return self.task
 
     def cached(self, compute: Callable[[Context], R]) -> R:
-        """Return `compute(context)`; compute it at the first call and cache the result."""
+        """Return `compute(self)`, which is computed at the first call and then cached."""
         if compute not in self._results:
             self._results[compute] = compute(self)
         result: R = self._results[compute]
@@ -111,7 +113,10 @@ class EvaluationContext(Context):
         batch_size: int,
         *arguments: *Ts,
     ) -> dict[str, np.ndarray]:
-        """Return `compute(task, *arguments, batch, keys)` for all examples; see `task.Context`."""
+        """Return the results of a function for every example of a split, [N, ...] by name.
+
+        `task.Context.per_example` describes the arguments.
+        """
         return per_example(
             compute,
             split,
@@ -125,12 +130,12 @@ class EvaluationContext(Context):
         )
 
     def samples(self, count: int) -> Samples:
-        """Return `count` samples; sample i has class i modulo the number of classes.
+        """Return the first `count` samples; sample i has class i modulo the number of classes.
 
-        Samples are cached: an evaluation samples each image once.
+        Samples are cached, so a second call returns the same images without sampling them again.
         """
         size = self.round_up(SAMPLES_AT_ONCE)
-        while sum(map(len, self._batches)) < count:  # all batches have one shape: one compilation
+        while sum(map(len, self._batches)) < count:  # equal shapes, one compilation
             self.check_preemption()
             index = self.partitioner.indices(sum(map(len, self._batches)), size)
             keys = example_keys(purpose_key(self.seed, SAMPLE), 0, index)
@@ -139,7 +144,7 @@ class EvaluationContext(Context):
             self._batches.append(fetch(images))
             self._trace = self._trace or fetch(trace)
         if len(self._batches) > 1:
-            self._batches = [np.concatenate(self._batches)]  # avoid two copies in memory
+            self._batches = [np.concatenate(self._batches)]  # free the separate batches
         labels = np.arange(count) % self.classes if self.classes else None
         return Samples(self._batches[0][:count], labels, self._trace)
 
@@ -148,7 +153,7 @@ class EvaluationContext(Context):
         return self.partitioner.round_up(batch_size)
 
     def place(self, tree: PyTree) -> PyTree:
-        """Partition a batch, which every process holds in full, across the devices."""
+        """Partition arrays [B, ...] across the devices; each process passes the full batch."""
         size = len(jax.tree.leaves(tree)[0])
         rows = self.partitioner.rows(size)
         return self.partitioner.shard(jax.tree.map(lambda array: array[rows], tree))
@@ -159,9 +164,9 @@ class EvaluationContext(Context):
 
 
 def evaluate(context: EvaluationContext) -> Evaluation:
-    """Call all evaluation functions of a task and return their metrics and images.
+    """Call all evaluation functions of a task and return their results together.
 
-    The name of the split is put before the name of every metric, as in "test/loss".
+    The name of every metric begins with the name of the split, as in "test/loss".
 
     Raises:
       RunError: If a metric is not finite.
@@ -188,14 +193,14 @@ def check_finite_metrics(metrics: dict[str, float]) -> None:
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise RunError(
-                f"{name} is {value}, so training has diverged; train again in another --workdir "
-                "with a smaller --config.optimizer.learning_rate or with "
+                f"the metric {name} is {value}, so training has diverged; train again in another "
+                "--workdir with a smaller --config.optimizer.learning_rate or with "
                 "--config.optimizer.grad_clip_norm=1"
             )
 
 
 def describe_evaluation(evaluation: Evaluation, config: Settings) -> Record:
-    """Return the description of an evaluation for its record, with the average that it used."""
+    """Return `evaluation.about` with the name and a description of the evaluated average."""
     return {
         **evaluation.about,
         "ema": config.ema.names[config.ema.index],

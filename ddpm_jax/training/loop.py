@@ -1,14 +1,14 @@
 """The training loop, which is the same for every task.
 
-The order of events is fixed, so that a run that is interrupted at any moment and started again ends
-with the same result, to the last bit, as a run without interruption:
+The order of events is fixed, so that a run that is interrupted at any moment and then resumed has
+the same result, bit for bit, as a run without interruption:
 
     evaluate, if due -> write a checkpoint, if due -> dispatch the next call -> log the metrics
     of the previous call
 
-A call is one dispatch of the step program, which runs up to `steps_per_call` training steps. The
-metrics of a call are fetched after the next call has been dispatched, so that the devices do not
-wait for the host. Before an evaluation or a checkpoint the metrics of all steps are logged.
+A call is one dispatch of the compiled training steps (`StepProgram`), of which a call runs up to
+`steps_per_call`. The metrics of a call are fetched after the next call has been dispatched, so that
+the devices do not wait for the host. Before an evaluation or a checkpoint all metrics are logged.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from ddpm_jax.training.step import TrainState, evaluated_params, initializer
 
 
 class Monitoring(NamedTuple):
-    """Options of monitoring: a profiler trace of a few steps, and Weights & Biases."""
+    """Options to write a profiler trace of five training steps and to use Weights & Biases."""
 
     profile: bool = False
     wandb: bool = False
@@ -53,9 +53,9 @@ class Fit(NamedTuple):
     """The result of `fit`.
 
     Attributes:
-      state: The last state.
-      step: Number of steps taken.
-      final: The final evaluation; None if the training was stopped before its end.
+      state: The training state after the last step.
+      step: Number of training steps taken.
+      final: The evaluation on the test split; None if the training was stopped before the end.
     """
 
     state: TrainState
@@ -74,18 +74,20 @@ def fit(
     monitoring: Monitoring = NO_MONITORING,
     resources: Resources = Resources(),
 ) -> Fit:
-    """Train to the last step and evaluate; start from the newest checkpoint if there is one.
+    """Train a task to the last training step and evaluate it on the test split.
+
+    If the run has checkpoints, training continues from the newest one.
 
     Args:
       task: The task that is trained.
-      config: The config of the run.
-      data: The data set.
-      run: The run directory.
+      config: The sections of the config that training reads.
+      data: The training, validation and test splits.
+      run: The run directory, to which metrics and images are written.
       checkpoints: The checkpoints of the run.
-      seed: The seed of the run.
-      partitioner: The partitioner of the devices.
+      seed: The seed of all random numbers.
+      partitioner: The partitioner, which partitions arrays across the devices.
       monitoring: Options of monitoring.
-      resources: Models from other runs that the task needs.
+      resources: Functions that load networks of other runs, such as the guidance model.
 
     Raises:
       RunError: If a loss or another metric is not finite. Checkpoints of earlier steps remain.
@@ -108,8 +110,8 @@ def fit(
         )
         if config.train.eval_every and data.validation is None:
             log(
-                f"--config.train.eval_every={config.train.eval_every} has no effect, because there "
-                "is no validation split; the test split is evaluated after the last step"
+                f"--config.train.eval_every={config.train.eval_every} has no effect, because the "
+                "data set has no validation split; the test split is evaluated after the last step"
             )
         hooks = _Hooks(steps, data, run, checkpoints, preemption, clock, accumulator, resources)
         for first, last in itertools.chain(plan(), [(total, total)]):
@@ -131,14 +133,14 @@ def fit(
 
 
 class _Start(NamedTuple):
-    """The state and the program with which a training starts.
+    """The state and the compiled program with which a training starts.
 
     Attributes:
-      step: Number of steps taken before.
+      step: Number of training steps taken before the start; 0 for a new run.
       state: The state of the newest checkpoint, or a new state.
-      host: The host record of the checkpoint; empty for a new run.
-      program: The compiled training steps; None if no step remains.
-      flops: Floating-point operations of one step on one device; 0 if unknown.
+      host: The part of the checkpoint that is stored as JSON; empty for a new run.
+      program: The compiled training steps; None if all training steps have been taken.
+      flops: Floating-point operations of one training step on one device; 0 if unknown.
     """
 
     step: int
@@ -151,7 +153,7 @@ class _Start(NamedTuple):
 def _restore_or_initialise(
     steps: StepProgram, checkpoints: Checkpoints, resources: Resources
 ) -> _Start:
-    """Restore the newest checkpoint or initialise a new state, while the program is compiled."""
+    """Restore the newest checkpoint or initialise a new state; compile the training steps."""
     partitioner, total = steps.partitioner, steps.config.train.steps
     if partitioner.warning():
         log_once(partitioner.warning())
@@ -170,14 +172,14 @@ def _restore_or_initialise(
             state = state._replace(extra=partitioner.place(extra))
         else:
             log(f"resuming at step {step}")
-    if step < total and lowered is None:  # the checkpoint of the last step is damaged
+    if step < total and lowered is None:  # the checkpoint of the last step could not be read
         lowered = steps.lower(like)
     program = compiled.result() if compiled else lowered and lowered()
     return _Start(step, cast(TrainState, state), host, program, lowered.flops if lowered else 0.0)
 
 
 class _Hooks(NamedTuple):
-    """Evaluations and checkpoints between the calls of the step program."""
+    """The evaluations and checkpoints of `fit` between the calls of the compiled training steps."""
 
     steps: StepProgram
     data: Data
@@ -189,19 +191,19 @@ class _Hooks(NamedTuple):
     resources: Resources
 
     def ends(self, step: int) -> bool:
-        """Return whether this process takes no further step."""
+        """Return whether `step` is the last training step or a stop signal was received."""
         return step == self.steps.config.train.steps or self.preemption.requested()
 
     def evaluation_due(self, step: int) -> bool:
-        """Return whether to evaluate the validation split before the next call."""
+        """Return whether to evaluate on the validation split after `step` training steps."""
         every = self.steps.config.train.eval_every if self.data.validation is not None else 0
         return _due(step, every) and not self.ends(step)
 
     def evaluate(self, step: int, state: TrainState) -> Mapping[str, float] | None:
-        """Evaluate the validation split and return its metrics.
+        """Evaluate on the validation split and return the metrics by name.
 
-        Returns:
-          None if metrics.jsonl already has this evaluation, or if a stop request interrupts it.
+        Return None if metrics.jsonl already has the evaluation at this step, or if a stop signal
+        interrupts the evaluation.
         """
         self.accumulator.flush()
         if processes.from_main(functools.partial(self.run.evaluated, step)):
@@ -211,7 +213,7 @@ class _Hooks(NamedTuple):
         return None
 
     def evaluate_finally(self, state: TrainState) -> Evaluation | None:
-        """Evaluate the test split; return None if a stop is requested before the end."""
+        """Evaluate on the test split; return None if a stop signal is received before the end."""
         if self.preemption.requested():
             return None
         log("evaluating on the test split")
@@ -220,7 +222,7 @@ class _Hooks(NamedTuple):
         return None
 
     def _evaluated(self, step: int, state: TrainState, full: bool) -> Evaluation:
-        """Evaluate the average of the parameters that the config selects; write the results."""
+        """Evaluate on the test split if `full` is True, else on validation; write the results."""
         steps = self.steps
         context = EvaluationContext(
             steps.task,
@@ -240,35 +242,35 @@ class _Hooks(NamedTuple):
         return evaluation
 
     def checkpoint_due(self, step: int) -> bool:
-        """Return whether to write a checkpoint before the next call."""
+        """Return whether to write a checkpoint after `step` training steps."""
         return _due(step, self.steps.config.train.checkpoint_every) or self.ends(step)
 
     def checkpoint(self, step: int, state: TrainState, metrics: Mapping[str, float] | None) -> None:
-        """Write a checkpoint, unless this step has one already."""
+        """Write a checkpoint, unless the run already has a checkpoint of this step."""
         self.accumulator.flush()
         if processes.from_main(functools.partial(self._may_save, step)):
             with self.clock.pause("checkpoint"):
                 self.checkpoints.save(step, state, self.accumulator.host(), metrics)
 
     def _may_save(self, step: int) -> bool:
-        """Return whether this step lacks a checkpoint and all metrics up to it are on disk."""
+        """Return False if the checkpoint exists or metrics of earlier steps cannot be written."""
         if step == 0 or self.checkpoints.newest() == step:
             return False
         if self.run.flush():
             return True
         log(
-            f"the checkpoint of step {step} is left out, because metrics of earlier steps could "
-            f"not be written; the run continues; free disk space on the disk of {self.run.path}"
+            f"the checkpoint of step {step} was not written, because metrics of earlier steps "
+            f"cannot be written; the run continues; free disk space on the disk of {self.run.path}"
         )
         return False
 
 
 class _Profiler:
-    """A profiler trace of five training steps, after the first ten steps of the process.
+    """A profiler trace of five training steps, after the first ten training steps of the process.
 
     Args:
       directory: The directory to which the trace is written.
-      first: Number of steps taken before the training starts.
+      first: Number of training steps taken before the process started.
       enabled: Whether to write a trace.
     """
 
@@ -277,7 +279,7 @@ class _Profiler:
         self.cuts: Sequence[int] = (first + 10, first + 15) if enabled else ()
 
     def reach(self, step: int, accumulator: MetricAccumulator) -> None:
-        """Start or stop the trace if `step` is its first or last; wait for earlier steps first."""
+        """Start or stop the trace if it begins or ends after `step` training steps."""
         if step in self.cuts:
             accumulator.flush()
             if step == self.cuts[0]:
@@ -287,7 +289,7 @@ class _Profiler:
                 self._stop()
 
     def finish(self, step: int) -> None:
-        """Stop the trace if training ends during it; log if training ended before it."""
+        """Stop a trace that was started; log a message if training ended before the trace."""
         if self._tracing:
             self._stop()
         elif self.cuts and step <= self.cuts[0]:

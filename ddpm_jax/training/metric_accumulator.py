@@ -1,4 +1,7 @@
-"""Metrics of training steps: checked, averaged and logged after the next call is dispatched."""
+"""Check, average and log the metrics of training steps.
+
+The metrics of a call are fetched from the devices after the next call has been dispatched.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,12 +20,12 @@ from ddpm_jax.training.settings import Train
 
 
 class Call(NamedTuple):
-    """One dispatched call of the step program.
+    """One dispatched call of the compiled training steps.
 
     Attributes:
-      first: Number of steps taken before the call.
-      last: Number of steps taken after the call.
-      metrics: Metrics of its steps, on the devices.
+      first: Number of training steps taken before the call.
+      last: Number of training steps taken when the call has ended.
+      metrics: Arrays on the devices with the metrics of the training steps, by name.
     """
 
     first: int
@@ -31,17 +34,17 @@ class Call(NamedTuple):
 
 
 class MetricAccumulator:
-    """Sums of the metrics since the last logged line, and the number of skipped steps.
+    """Sums of the metrics since the last logged line, and the number of skipped training steps.
 
     Args:
       train: The section `train` of the config.
-      run: The run directory, to which lines are written.
+      run: The run directory, to which the means of the metrics are written.
       clock: The progress display.
-      checkpoints: The checkpoints of the run; an error names the newest one.
-      order: A function (start, stop) -> indices of the training examples at these positions of the
-        sequence of all training examples that the run trains on.
-      flops: Floating-point operations of one step on one device.
-      host: The result of the method `host` from a checkpoint; empty for a new run.
+      checkpoints: The checkpoints of the run. An error message states the newest checkpoint.
+      order: A function (start, stop) -> indices of the training examples start ... stop - 1 in
+        the order in which the run reads them.
+      flops: Floating-point operations of one training step on one device; 0 if unknown.
+      host: The result of the method `host` as read from a checkpoint; empty for a new run.
     """
 
     def __init__(
@@ -61,19 +64,20 @@ class MetricAccumulator:
         self._pending: Call | None = None
 
     def host(self) -> dict[str, object]:
-        """Return the state of this object, for the host record of a checkpoint."""
+        """Return the sums and the number of skipped steps as JSON values, for a checkpoint."""
         return {"window": self._sums, "skipped": self._skipped}
 
     def add(self, call: Call) -> None:
-        """Process the metrics of the previous call, and store this call for later."""
+        """Process the metrics of the previous call, and store `call` for the next `flush`."""
         self.flush()
         self._pending = call
 
     def flush(self) -> None:
-        """Fetch the metrics of the stored call; check, sum and log them.
+        """Fetch the metrics of the stored call from the devices; check, sum and log the metrics.
 
         Raises:
-          RunError: If metrics of more consecutive steps than the config allows are not finite.
+          RunError: If a metric is not finite, in more consecutive training steps than the field
+            `max_consecutive_nonfinite_steps` allows.
         """
         if self._pending is None:
             return
@@ -98,7 +102,7 @@ class MetricAccumulator:
             size = self._train.batch_size
             examples = self._order((step - 1) * size, step * size)[~finite]
             newest = self._checkpoints.newest()
-            state = "there is no" if newest is None else f"step {newest} has the newest"
+            state = "the run has no" if newest is None else f"step {newest} has the newest"
             raise RunError(
                 f"{_not_finite(name, values[name], step, examples)}; {state} checkpoint; train "
                 "again in another --workdir with a smaller --config.optimizer.learning_rate or "
@@ -120,7 +124,7 @@ class MetricAccumulator:
 
 
 def _not_finite(name: str, value: float, step: int, examples: np.ndarray) -> str:
-    """Return a message that names the step and the indices of the training examples."""
+    """Return an error message that lists up to five examples whose loss is not finite."""
     listed = ", ".join(map(str, examples[:5])) + ", ..." * (len(examples) > 5)
     if len(examples):
         return f"{name} is {value} at step {step}, for training examples {listed}"

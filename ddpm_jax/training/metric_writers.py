@@ -12,7 +12,14 @@ from ddpm_jax.system.record import Record
 
 
 class MetricWriter(NamedTuple):
-    """A writer: log(step, {name: value}); log_image(step, name, uint8 [H, W, C])."""
+    """Functions that write the metrics and images of a run to one destination.
+
+    Attributes:
+      log: Function (step, {name: value}) that writes metrics.
+      log_image: Function (step, name, image) that writes an image, uint8 [H, W, C].
+      flush: Function that writes all stored values to disk.
+      close: Function that ends the writer.
+    """
 
     log: Callable[[int, dict[str, float]], None]
     log_image: Callable[[int, str, np.ndarray], None]
@@ -21,10 +28,11 @@ class MetricWriter(NamedTuple):
 
 
 def tensorboard(directory: pathlib.Path, step: int) -> MetricWriter:
-    """Return a writer of TensorBoard event files; TensorBoard hides earlier events after `step`.
+    """Return a writer of TensorBoard event files for a run that starts or resumes at `step`.
 
-    Events are written in the caller's thread: the thread of tensorboardX's `SummaryWriter` hangs
-    forever when the system clock is set back.
+    TensorBoard does not display events of later steps that the run wrote before it was resumed.
+    Events are written in the calling thread, because the thread of tensorboardX's `SummaryWriter`
+    hangs forever when the system clock is set back.
     """
     from tensorboardX import summary
     from tensorboardX.event_file_writer import EventsWriter
@@ -49,9 +57,10 @@ def tensorboard(directory: pathlib.Path, step: int) -> MetricWriter:
 
 
 def weights_and_biases(workdir: pathlib.Path, record: Record) -> MetricWriter:
-    """Return a writer to Weights & Biases, where the run has the name of its directory.
+    """Return a writer to Weights & Biases, where the run has the name of the run directory.
 
-    The identifier is stored in the directory, so that a resumed run continues the same W&B run.
+    The file `wandb_id` stores the identifier of the run, so that a resumed run continues the same
+    run on Weights & Biases. `record` is the content of config.json.
 
     Raises:
       UserError: If Weights & Biases is not installed.
@@ -79,10 +88,10 @@ def weights_and_biases(workdir: pathlib.Path, record: Record) -> MetricWriter:
 
 
 def check_wandb() -> None:
-    """Check that Weights & Biases is installed.
+    """Check that the package wandb (Weights & Biases) is installed.
 
     Raises:
-      UserError: If it is not installed.
+      UserError: If wandb is not installed.
     """
     _wandb()
 
@@ -91,5 +100,7 @@ def _wandb() -> Any:
     try:
         import wandb
     except ImportError:
-        raise UserError("--wandb: wandb is not installed; run pip install wandb") from None
+        raise UserError(
+            "--wandb needs the package wandb, which is not installed; run pip install wandb"
+        ) from None
     return wandb

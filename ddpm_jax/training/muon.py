@@ -1,10 +1,10 @@
 """Muon (Jordan et al. 2024): orthogonalised momentum for matrices, Adam for other parameters.
 
-`optax.contrib.muon` multiplies the full matrix at each of the five Newton-Schulz iterations, which
+`optax.contrib.muon` multiplies the full matrix X in each of five Newton-Schulz iterations, which
 took a fifth of a training step on a CPU. This module iterates on the small matrix X^T X instead.
-The update rule and the state are those of optax, so a run can continue with either implementation.
+The update rule and the state are the same as in optax, so a run can continue with either module.
 
-Time of an update of the kernels of a U-Net on 2 CPU cores (AMD EPYC, jax 0.10.2, optax 0.2.8),
+Time of one update of all kernels of a U-Net on 2 CPU cores (AMD EPYC, jax 0.10.2, optax 0.2.8),
 medians of alternating runs:
 
     experiment     parameters    this module    optax
@@ -24,23 +24,23 @@ from optax.contrib import MuonState
 
 NEWTON_SCHULZ = 5 * ((3.4445, -4.775, 2.0315),)  # (a, b, c) of each iteration (Jordan et al. 2024)
 MOMENTUM = 0.95
-# Root mean square of an update, divided by the learning rate; for Adam it is about 0.2 to 0.4.
+# Root mean square of an update divided by the learning rate. The updates of Adam have 0.2 to 0.4.
 RMS = 0.4
 INPUT_AND_OUTPUT_LAYERS = ("conv_in", "conv_out", "patches", "out")  # trained by Adam
 
 
 @jax.jit  # traced once per shape; a network has few different shapes
 def orthogonal(x: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
-    """Return U V^T of x = U S V^T approximately: its singular values are within 30 % of 1.
+    """Return an approximation of U V^T, where x = U S V^T is the singular value decomposition.
 
-    For X = x / |x|_F with at least as many rows as columns, and A = X^T X, each of the five
-    Newton-Schulz iterations (Jordan et al. 2024) is
+    The singular values of the result are within 30 % of 1. For X = x / |x|_F with at least as many
+    rows as columns, and A = X^T X, each of five Newton-Schulz iterations (Jordan et al. 2024) is
 
         X <- X p(A),  p(A) = a + b A + c A^2.
 
-    p(A) commutes with A, so A <- p(A)^2 A, and X is multiplied only once, by the product of all
-    p(A). For X [m, n] this takes 4 m n^2 + 40 n^3 operations instead of 20 m n^2 + 10 n^3; it is
-    used if m > 2 n.
+    p(A) commutes with A, so an iteration changes A to p(A)^2 A, and it is enough to multiply X by
+    the product of all p(A) at the end. For X [m, n] this takes 4 m n^2 + 40 n^3 operations instead
+    of 20 m n^2 + 10 n^3. The function iterates on A if m > 2 n, and on X otherwise.
     """
     rows, columns = x.shape
     if rows < columns:
@@ -69,17 +69,18 @@ def orthogonal(x: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
 
 
 def _matrices(kernel: Array) -> Float[Array, "matrices rows columns"]:
-    """Reshape a kernel to matrices [inputs, outputs].
+    """Reshape a kernel [..., outputs] to matrices with one column per output channel.
 
-    The spatial axes of a 2-D convolution count as inputs. The first axis of a kernel with three
-    axes numbers separate matrices: the positions of a 1-D convolution or the layers of a scan.
+    A row of a 2-D convolution is a pair of a spatial position and an input channel. A kernel with
+    three axes becomes one matrix for each index of its first axis, which is the position in a 1-D
+    convolution or the layer of a scan over layers.
     """
     leading = kernel.shape[:-2] if kernel.ndim < 4 else ()
     return kernel.reshape(math.prod(leading), -1, kernel.shape[-1])
 
 
 def scale_by_muon() -> optax.GradientTransformation:
-    """Return the transformation to orthogonalised Nesterov momentum, of root mean square `RMS`."""
+    """Return a gradient transformation: orthogonalised momentum of root mean square `RMS`."""
     reference = optax.contrib.scale_by_muon(NEWTON_SCHULZ, beta=MOMENTUM)
 
     def update(
@@ -105,14 +106,16 @@ def scale_by_muon() -> optax.GradientTransformation:
 def muon(
     rate: float | optax.Schedule, b2: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Return Muon for inner kernels, and Adam with Nesterov momentum for all other parameters.
+    """Return an optimizer: Muon for kernels, Adam with Nesterov momentum for other parameters.
 
-    The kernels of a network's input and output layers are trained by Adam (Jordan et al. 2024).
+    The kernels of the input and output layers of a network are updated by Adam, too (Jordan et al.
+    2024).
 
     Args:
-      rate: The learning rate, or a function step -> learning rate.
+      rate: The learning rate, or a function from the number of steps taken to the learning rate.
       b2: The decay rate of Adam's second-moment average.
-      weight_decay: The decoupled weight decay of all parameters, multiplied by the learning rate.
+      weight_decay: The decoupled weight decay, at least 0. Each update subtracts learning rate
+        times weight decay times the parameter.
     """
 
     def label(path: tuple[KeyEntry, ...], leaf: PyTree) -> str:

@@ -58,10 +58,10 @@ class Muon:
 
 
 def make_optimizer(optimizer: Adam | Muon, steps: int) -> optax.GradientTransformation:
-    """Return the optax transformation for the settings of an optimizer.
+    """Return the optax transformation that clips gradients and applies Adam, AdamW or Muon.
 
     Args:
-      optimizer: The settings.
+      optimizer: The section `optimizer` of the config.
       steps: Number of training steps, at the end of which a cosine schedule reaches 0.
     """
     peak = optax.constant_schedule(optimizer.learning_rate)

@@ -1,4 +1,4 @@
-"""Stop a training after a signal, in all its processes after the same step."""
+"""Stop a training after a signal; all processes of the run stop after the same training step."""
 
 import contextlib
 import signal
@@ -14,33 +14,33 @@ from ddpm_jax.progress import log
 from ddpm_jax.system import interrupts
 
 WAITING = (
-    "stopping: waiting for the current step and its checkpoint; press Ctrl-C again to end at once "
-    "with the newest checkpoint written so far"
+    "stopping: waiting for the current step to end and for its checkpoint to be written; press "
+    "Ctrl-C again to end at once, with the newest checkpoint written so far"
 )
 
 Handler = Callable[[int, FrameType | None], object] | int | None  # the type of `signal.signal`
 
 
 class Interrupted(Exception):
-    """Raised to end an evaluation, which a resumed run repeats."""
+    """An exception that ends an evaluation after a stop signal; a resumed run evaluates again."""
 
 
 class Preemption:
     """Handlers of SIGTERM and Ctrl-C, which stop a training in all its processes.
 
-    A second Ctrl-C ends the process at once. With several processes, each process puts a flag on
-    the devices between the steps and reads the flags of all processes. All processes therefore stop
-    after the same step.
+    A second Ctrl-C ends the process at once. With several processes, each process puts a flag
+    (whether it received a signal) on the devices between training steps, and reads the flags of all
+    processes. All processes therefore stop after the same training step.
 
     Args:
-      partitioner: The partitioner of the devices.
+      partitioner: The partitioner, which puts the flags on the devices.
     """
 
     def __init__(self, partitioner: Partitioner) -> None:
         self._partitioner = partitioner
         self._signalled = False
         self._ends_at_once = False
-        self._flags: Array | None = None  # of all processes; None before the first `announce`
+        self._flags: Array | None = None  # flags of all processes; None before `announce`
         self._before: dict[int, Handler] = {}
         # A separate thread logs at once, because the main thread may be compiling.
         notice = interrupts.warning(lambda: log(WAITING), signal.SIGTERM, signal.SIGINT)
@@ -71,27 +71,27 @@ class Preemption:
             raise Interrupted
 
     def announce(self) -> None:
-        """Put the flag of this process on the devices, without waiting for the result."""
+        """Put the flag of this process (whether it received a signal) on the devices."""
         if not processes.is_single_process():
             rows = self._partitioner.rows(self._partitioner.devices)
             flags = np.full(rows.stop - rows.start, self._signalled, np.int32)
             self._flags = replicate(self._partitioner.shard(flags))
 
     def requested(self) -> bool:
-        """Return whether a process had received a signal at the last `announce`.
+        """Return whether any process had received a signal when `announce` was last called.
 
-        A process that runs alone does not announce: its result is that of this moment.
+        In a run of one process, return whether the process has received a signal until now.
         """
         if processes.is_single_process():
             return self._signalled
         return self._flags is not None and bool(np.max(self._flags))
 
     def check(self) -> None:
-        """Announce and read the flags; called between the batches of an evaluation.
+        """End an evaluation if any process received a signal; called between its batches.
 
         Raises:
-          Interrupted: If a process received a signal. In a process that runs alone the signal
-            handler raises it instead, at once.
+          Interrupted: If any process of several received a signal. In a run of one process the
+            signal handler raises this exception instead.
         """
         if not processes.is_single_process():
             self.announce()
@@ -100,7 +100,7 @@ class Preemption:
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """End the body, which a resumed run repeats, as soon as a stop is requested."""
+        """Return a context whose body ends early, without an error, after a stop signal."""
         self._ends_at_once = (
             processes.is_single_process()
         )  # other processes would wait for this one

@@ -1,4 +1,4 @@
-"""The record of a run (config.json) and checks of its directory."""
+"""The content of config.json (the record of a run), and checks of run directories."""
 
 import contextlib
 import importlib.metadata
@@ -32,18 +32,18 @@ def read_record(workdir: pathlib.Path) -> Record | None:
     """Return the content of config.json in a run directory; None if the file does not exist.
 
     Raises:
-      UserError: If the file exists but cannot be read or is not the record of a run.
+      UserError: If the file exists, but cannot be read or is not a config.json of this program.
     """
     path = workdir / "config.json"
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise UserError(f"{path} is not a file; give another --workdir")
+            raise UserError(f"{path} is not a regular file; give another --workdir")
         text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:  # ValueError: a path that contains NUL
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path}: {reason}") from None
+        raise UserError(f"cannot read {path}: {reason}; give another --workdir") from None
     record = _parsed(text)
     types = {"experiment": str, "config": dict, "data": dict, "seed": int}
     if not isinstance(record, dict) or not all(
@@ -58,11 +58,12 @@ def read_record(workdir: pathlib.Path) -> Record | None:
 def check_entries(workdir: pathlib.Path) -> None:
     """Check that a run directory contains no links and only the expected types of files.
 
-    The directory may come from an untrusted source. Entries whose names begin with a dot are not
-    checked, because a run writes no such files.
+    The directory may come from an untrusted source. Files whose names begin with a dot are not
+    checked, because a run does not write to such files.
 
     Raises:
-      UserError: If there is a link, a pipe, or a file instead of a directory or the reverse.
+      UserError: If the directory contains a link or a pipe, a file in place of a directory of a
+        run, or a directory in place of a file of a run.
     """
     directories = [workdir]
     while directories:
@@ -108,16 +109,16 @@ def check_same(
     record: Record,
     may_change: Collection[str] = (),
 ) -> None:
-    """Check that a run can be continued with the settings of `record`.
+    """Check that the config, the seed and the data of this command are those of an earlier run.
 
     Args:
-      workdir: The run directory, for messages.
-      earlier: The record in the directory.
-      record: The record with the settings of this command.
-      may_change: Paths of the config fields that may differ.
+      workdir: The run directory, for error messages.
+      earlier: The content of config.json in the run directory.
+      record: The content that config.json would have for this command.
+      may_change: Paths of the config fields that may differ, such as "train.steps".
 
     Raises:
-      UserError: If the records differ in other values. The message names up to four of them.
+      UserError: If other values differ. The message lists up to four of these values.
     """
     if earlier["experiment"] != record["experiment"]:
         raise UserError(
@@ -142,12 +143,12 @@ def check_same(
     if differ:
         raise UserError(
             f"{workdir} holds a run with another setting ({'; '.join(differ[:4])}); "
-            "give another --workdir, or the same setting"
+            "give another --workdir, or give the same values as before"
         )
 
 
 def flatten(config: Record, prefix: str = "") -> Record:
-    """Return the values of a recorded config by their paths, such as `train.steps`."""
+    """Return the values of a nested config in one dictionary, by paths such as "train.steps"."""
     values: Record = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -195,23 +196,27 @@ def _parsed(text: bytes) -> Any:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a JSON file atomically.
+    """Write `value` to a JSON file; a killed process leaves the old or the new content.
 
     Raises:
-      RunError: If it cannot be written.
+      RunError: If the file cannot be written.
     """
     replace_file(path, _json(value))
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:
-    """Write a file atomically: it has either the old or the new content."""
+    """Write `content` to a file; a killed process leaves the old or the new content.
+
+    Raises:
+      RunError: If the file cannot be written.
+    """
     with reporting_write_errors(path), open_atomic(path, durable=True) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
 def reporting_write_errors(path: pathlib.Path) -> Iterator[None]:
-    """Turn an OSError in the body into an error that names `path`.
+    """Return a context that replaces an OSError of its body by an error message with `path`.
 
     Raises:
       RunError: If the body raises an OSError.

@@ -1,11 +1,11 @@
-"""The run directory, with the record, the metrics, the images and the checkpoints of a run.
+"""The run directory, with the config, the metrics, the images and the checkpoints of a run.
 
-config.json       experiment, config, seed, data, versions, devices, git commit
-metrics.jsonl     one line per logged step, reproducible to the bit
-timing.jsonl      times in seconds, and memory and compute use
+config.json       experiment, config, seed, data, versions, devices, git commit: the record
+metrics.jsonl     one line per logged step; equal runs write equal lines, bit for bit
+timing.jsonl      times in seconds, memory in bytes, and operations per second
 tensorboard/      metrics and images for TensorBoard
 images/           images and animations
-checkpoints/      see checkpoint.py
+checkpoints/      one directory per checkpoint, named by the number of training steps
 damaged/          checkpoints that could not be read
 summary.json      the final metrics
 """
@@ -35,58 +35,59 @@ from ddpm_jax.training.records import (
     write_json,
 )
 
-Line = Record  # a JSON object: a step, and values by name
+Line = Record  # a line of a .jsonl file: {"step": 100, "train/loss": 0.5, ...}
 
 TRAINED = (
     "checkpoints/[0-9]*",
     "damaged/[0-9]*",
     "*/config.json",
-)  # they exist once training started
+)  # at least one exists after the first training step
 
 OF_SYSTEMS = ("lost+found", "desktop.ini")  # files that operating systems create on a disk
 
 
 class RunDir(NamedTuple):
-    """An open run directory, which only one run at a time can use.
+    """An open run directory, which is locked so that only one run at a time can use it.
 
-    In a run of several processes only the first process writes. A failure to write, such as on a
-    full disk, is logged and does not end the training: the lines are stored and written later.
+    In a run of several processes only the first process writes. If a line of metrics cannot be
+    written, for instance on a full disk, the training continues, and the line is written later.
     """
 
     path: pathlib.Path
     record: Record  # the content of config.json
     lock: IO[str] | None  # the open lock file; None in a process that does not write
-    writers: list[MetricWriter]  # further writers of metrics, which `begin` adds
-    pending: dict[str, list[Line]]  # lines that could not be written yet, by the name of their file
+    writers: list[MetricWriter]  # writers to TensorBoard and W&B, which `begin` adds
+    pending: dict[str, list[Line]]  # lines that are not written yet, by the name of the file
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append a line to metrics.jsonl, and send it to the other writers."""
+        """Append a line to metrics.jsonl, and write the metrics to TensorBoard and W&B."""
         self._append("metrics.jsonl", {"step": step, **metrics})
         with self._reporting("the events of TensorBoard"):
             for writer in self.writers:
                 writer.log(step, metrics)
 
     def time(self, step: int, **seconds: float) -> None:
-        """Append a line to timing.jsonl."""
+        """Append a line to timing.jsonl: the step, the Unix time and the given measurements."""
         self._append("timing.jsonl", {"step": step, "time": time.time(), **seconds})
 
     def write_image(
         self, name: str, image: np.ndarray | errors.NonFinite, step: int, last: bool = False
     ) -> None:
-        """Write an image or an animation.
+        """Write an image or an animation to the directory `images`.
 
         Args:
           name: The name of the file, without its extension.
-          image: uint8 [H, W, C], or [F, H, W, C] for an animation. An error in place of an image
-            is logged.
-          step: Number of steps taken, which is appended to the name of the file.
-          last: Whether this is the final image of this name, whose file name has no step.
+          image: An image, uint8 [H, W, C], or an animation of F frames, uint8 [F, H, W, C]. If it
+            is an error, the error is logged and no file is written.
+          step: Number of training steps taken. It is appended to the name of the file, unless
+            `last` is True.
+          last: Whether the image is from the final evaluation.
         """
         if self.lock is None:
             return
         stem = name if last else f"{name}_{step:08d}"
         if isinstance(image, errors.NonFinite):
-            log(f"no image {stem}: {image}; the run continues without it")
+            log(f"the image {stem} was not written: {image}; the run continues")
             return
         with self._reporting(f"the image {stem}"):
             for writer in self.writers if image.ndim == 3 else ():
@@ -104,10 +105,10 @@ class RunDir(NamedTuple):
             )
 
     def check_exists(self) -> None:
-        """Check that the directory still exists under its name.
+        """Check that the run directory still exists.
 
         Raises:
-          RunError: If it was removed or renamed.
+          RunError: If the run directory was removed or renamed.
         """
         if self.lock is None:
             return
@@ -142,18 +143,18 @@ class RunDir(NamedTuple):
         return True
 
     def lines(self) -> list[Line]:
-        """Return the lines of metrics.jsonl."""
+        """Return the lines of metrics.jsonl, each as a dictionary."""
         return plots.read_lines(self.path / "metrics.jsonl")
 
     def evaluated(self, step: int) -> bool:
-        """Return whether metrics.jsonl has an evaluation on the validation split at `step`."""
+        """Return whether metrics.jsonl has an evaluation on the validation split at this step."""
         return any(line["step"] == step and "validation/loss" in line for line in self.lines())
 
     def begin(self, step: int, last: bool = False, wandb: bool = False) -> None:
-        """Remove incomplete lines and lines of later steps than `step`; open the other writers.
+        """Open the writers and remove lines of later training steps than `step` from .jsonl files.
 
-        If `step` is the last step, lines of a final evaluation are removed too, because that
-        evaluation may be incomplete.
+        Incomplete lines are removed too. If `last` is True, `step` is the last training step; lines
+        of the final evaluation are then removed, because that evaluation may be incomplete.
         """
 
         def final(line: Line) -> bool:
@@ -180,10 +181,10 @@ class RunDir(NamedTuple):
             self.writers.append(weights_and_biases(self.path, self.record))
 
     def finish(self, summary: dict[str, object], title: str) -> None:
-        """Write summary.json, and a plot of all metrics under `title`.
+        """Write summary.json, and a plot of all metrics with the heading `title`.
 
         Raises:
-          RunError: If the metrics or the summary cannot be written. The run is then not finished.
+          RunError: If metrics.jsonl or summary.json cannot be written. The run is then unfinished.
         """
         if not self.flush():
             raise RunError(
@@ -195,14 +196,14 @@ class RunDir(NamedTuple):
         write_json(self.path / "summary.json", summary)
 
     def write_record(self) -> None:
-        """Write config.json, which marks the directory as that of this run."""
+        """Write the attribute `record` to config.json, which marks a directory as a run."""
         write_json(self.path / "config.json", self.record)
 
     def flush(self) -> bool:
-        """Write pending lines to disk; return whether metrics.jsonl is complete.
+        """Write all pending lines to disk; return whether metrics.jsonl has all lines now.
 
         Raises:
-          RunError: If the directory was removed or renamed.
+          RunError: If the run directory was removed or renamed.
         """
         self.check_exists()
         with self._reporting("the events of TensorBoard"):
@@ -223,18 +224,19 @@ class RunDir(NamedTuple):
 
 
 def open_run(workdir: pathlib.Path, record: Record, may_change: set[str]) -> RunDir:
-    """Open a run directory for a new run or to resume one; write only the lock file.
+    """Open and lock a run directory, for a new run or to resume the run in the directory.
 
-    A run of other settings may use the directory if no training has started in it.
+    If no training has started in the directory, config.json may have other values than `record`.
 
     Args:
       workdir: The directory, which is created if it does not exist.
-      record: The record of this run, with its experiment, config, seed and data.
-      may_change: Paths of config fields that may differ from the record in the directory.
+      record: The content of config.json for this run: experiment, config, seed, data.
+      may_change: Paths of config fields that may differ from config.json in the directory, such as
+        "train.steps".
 
     Raises:
       UserError: If the directory contains a run with another experiment, config, seed or data set,
-        if another process uses it, or if it cannot be written.
+        if another process uses the directory, or if the directory cannot be written.
     """
     try:
         if workdir.exists() and not workdir.is_dir():
@@ -260,7 +262,7 @@ def open_run(workdir: pathlib.Path, record: Record, may_change: set[str]) -> Run
 
 
 def _locked(workdir: pathlib.Path) -> IO[str]:
-    """Lock a directory; return the lock file, whose closing releases the lock."""
+    """Lock a directory and return the open lock file; closing this file releases the lock."""
     handle = os.open(workdir / "lock", os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
     lock = os.fdopen(handle, "w")
     try:
@@ -280,7 +282,7 @@ def _locked(workdir: pathlib.Path) -> IO[str]:
 
 
 def _check_free(workdir: pathlib.Path) -> None:
-    """Raise UserError if a directory without a record contains more than an empty new run."""
+    """Check that a directory without config.json contains no files of other programs or runs."""
     inner = next(workdir.glob("*/config.json"), None)
     if inner is not None:
         raise UserError(
@@ -299,10 +301,10 @@ def _check_free(workdir: pathlib.Path) -> None:
 
 
 def _has_entries(path: pathlib.Path) -> bool:
-    """Return whether a path is a file, or a directory with entries that are not hidden."""
+    """Return whether a path is a file, or a directory with files that are not hidden."""
     return not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())
 
 
 def non_writing_run_dir(workdir: pathlib.Path, record: Record) -> RunDir:
-    """Return the run directory for a process that writes nothing, because the first one does."""
+    """Return a run directory whose methods write nothing, for all processes but the first."""
     return RunDir(workdir, record, None, [], {})

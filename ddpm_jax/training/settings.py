@@ -1,4 +1,4 @@
-"""The section `train` of a config, and the sections that training reads."""
+"""The section `train` of a config, and the interface of the config that training reads."""
 
 import dataclasses
 from typing import Annotated, Literal, Protocol, runtime_checkable
@@ -14,18 +14,19 @@ class Train:
 
     Attributes:
       steps: Number of training steps, at the end of which a cosine learning rate reaches 0.
-      batch_size: Number of training images per step, on all devices together.
-      log_every: Number of steps between two logged lines of metrics.
-      eval_every: Number of steps between two evaluations on the validation split; with 0, only the
-        final evaluation on the test split runs.
-      checkpoint_every: Number of steps between two checkpoints; with 0, a checkpoint is written
-        only when training ends or is stopped.
+      batch_size: Number of images per training step, on all devices together.
+      log_every: Number of training steps between two logged lines of metrics.
+      eval_every: Number of training steps between two evaluations on the validation split; with 0,
+        only the final evaluation on the test split runs.
+      checkpoint_every: Number of training steps between two checkpoints; with 0, a checkpoint is
+        written only when training ends or is stopped.
       steps_per_call: Number of training steps that one dispatch to the devices runs.
-      grad_accum_steps: Number of equal parts of a batch, whose gradients are computed one after
-        another to save memory and then averaged.
+      grad_accum_steps: Number of equal parts of a batch. The gradients of the parts are computed
+        one after another, which saves memory, and then averaged.
       precision: Number format in which networks compute; parameters are always float32.
-      max_consecutive_nonfinite_steps: Number of consecutive steps with a loss or gradient that is
-        not finite whose updates are skipped before the run stops; with 0, it stops at the first.
+      max_consecutive_nonfinite_steps: Number of consecutive training steps that are skipped if the
+        loss or the gradient is not finite. One more such step stops the run, so with 0 the run
+        stops at the first such step.
     """
 
     steps: Length = 1000
@@ -41,16 +42,16 @@ class Train:
 
 @runtime_checkable
 class Settings(Protocol):
-    """The sections of a config that training reads."""
+    """The interface of a config for training: the sections that training reads."""
 
     @property
     def optimizer(self) -> Adam | Muon:
-        """The settings of the optimizer."""
+        """The section `optimizer`: the optimizer and its learning rate."""
 
     @property
     def ema(self) -> EMA:
-        """The settings of the averages of the parameters."""
+        """The section `ema`: the moving averages of the parameters."""
 
     @property
     def train(self) -> Train:
-        """The settings of the training loop."""
+        """The section `train`: the settings of the training loop."""

@@ -25,19 +25,20 @@ GLOBAL_VIEW = GlobalCollectives()  # XLA inserts the communication between devic
 
 GradientOfPart = Callable[
     [PyTree, Batch, Array], tuple[PyTree, dict[str, Array], dict[str, PyTree]]
-]  # (params, batch, keys) -> (gradient, means, values of each example)
+]  # (params, batch, keys) -> (gradient, mean metrics, values of each example)
 
 
 class TrainState(NamedTuple):
     """The state that a training step updates and that a checkpoint stores.
 
     Attributes:
-      step: Number of steps taken.
-      params: The parameters.
-      extra: Variables without gradients: frozen parts and statistics that steps update.
+      step: Number of training steps taken.
+      params: The parameters with respect to which the loss is differentiated.
+      extra: Extra variables: arrays that are not trained by gradients (frozen networks, moving
+        averages of statistics).
       opt_state: The state of the optimizer.
       ema: The averages of the parameters, in the order of `EMA.names`; None for a half-life of 0,
-        which stands for the parameters without averaging.
+        which is not averaged.
     """
 
     step: Array
@@ -48,7 +49,7 @@ class TrainState(NamedTuple):
 
 
 def evaluated_params(state: TrainState, config: Settings) -> PyTree:
-    """Return the parameters that `config.ema` selects for evaluation and sampling."""
+    """Return the averaged parameters that `config.ema` selects for evaluation and sampling."""
     index = config.ema.index
     return state.ema[index] if config.ema.is_average[index] else state.params
 
@@ -56,12 +57,13 @@ def evaluated_params(state: TrainState, config: Settings) -> PyTree:
 def inference_state(
     state: TrainState, config: Settings, placeholder: EllipsisType | None
 ) -> TrainState:
-    """Return the part of a state that evaluation and sampling read.
+    """Replace the arrays of a state that only training reads by a placeholder.
 
     Args:
-      state: The state.
-      config: The config of the run, which selects one average of the parameters.
-      placeholder: Replaces every array that only training reads.
+      state: The training state.
+      config: The config, whose section `ema` selects the average of the parameters that evaluation
+        and sampling read.
+      placeholder: The value in place of every array that is not read: `...` or None.
     """
 
     def replaced(tree: PyTree) -> PyTree:
@@ -74,25 +76,28 @@ def inference_state(
 
 
 def init_state(task: Task, config: Settings, batch: Batch, seed: int) -> TrainState:
-    """Return the state before the first step.
+    """Return the training state before the first training step.
 
     Args:
-      task: The task.
-      config: The settings of the optimizer, the averages and the training loop.
+      task: The task that is trained.
+      config: The sections of the config that training reads.
       batch: Training examples for `Task.init`.
-      seed: The seed of the run.
+      seed: The seed of all random numbers.
     """
-    init = jax.jit(initializer(task, config, seed))  # one program, not one for each operation
+    init = jax.jit(initializer(task, config, seed))  # faster than separate operations
     return cast(TrainState, init(batch))
 
 
 def initializer(task: Task, config: Settings, seed: int) -> Callable[[Batch], TrainState]:
-    """Return the function batch -> state before the first step, which the caller compiles."""
+    """Return a function from training examples to the state before the first training step.
+
+    The caller compiles the function. `init_state` describes the arguments.
+    """
 
     def init(batch: Batch) -> TrainState:
         params, extra = task.init(purpose_key(seed, INIT), batch)
         opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
-        # Copies, because a step donates all arrays and no array can be donated twice.
+        # The averages are copies, because a training step donates each array of the state once.
         ema = tuple(
             jax.tree.map(jnp.copy, params) if is_average else None
             for is_average in config.ema.is_average
@@ -103,7 +108,10 @@ def initializer(task: Task, config: Settings, seed: int) -> Callable[[Batch], Tr
 
 
 def state_shapes(task: Task, config: Settings, shape: tuple[int, ...]) -> TrainState:
-    """Return the shapes and types of the state for images of `shape` [H, W, C]."""
+    """Return a training state with `jax.ShapeDtypeStruct` in place of arrays.
+
+    `shape` is the shape (H, W, C) of an image of the data set.
+    """
     images = np.zeros((2, *shape), np.uint8)
     batch = Batch(images, np.zeros(2, np.int32), np.arange(2))
     return cast(TrainState, jax.eval_shape(initializer(task, config, 0), batch))
@@ -122,16 +130,16 @@ def train_step(
 
     Args:
       task: The task that is trained.
-      config: The config of the run.
-      seed: The seed of the run.
-      state: The state before the step.
-      batch: The part of the batch on this device; `batch.index` holds the index of each of its
-        examples in the full batch.
-      collectives: The communication with the other devices.
+      config: The sections of the config that training reads.
+      seed: The seed of all random numbers.
+      state: The state before the training step.
+      batch: The batch, or the part of the batch on this device if the step runs by `pmap`.
+        `batch.index` contains the index of each example in the full batch.
+      collectives: The collective operations by which the devices exchange arrays.
 
     Returns:
-      The next state and a dictionary of metrics: means over the batch, and `finite`, bool [B],
-      True for each example whose loss is finite.
+      The next state and a dictionary of metrics: means [] over the full batch, and "finite", bool
+      [B], which is True for each example whose loss is finite.
     """
     keys = example_keys(purpose_key(seed, TRAIN), state.step, batch.index)
     compute = functools.partial(_gradient, task, config.train.grad_accum_steps)
@@ -159,7 +167,12 @@ def _gradient(
     batch: Batch,
     keys: Key[Array, "batch"],
 ) -> tuple[PyTree, dict[str, Array], dict[str, PyTree]]:
-    """Return (gradient, means, values of each example), as one device computes them."""
+    """Return (gradient, mean metrics, values of each example) of a batch; runs on each device.
+
+    `batch` is the part of the batch on this device, and `parts` is the number of parts of gradient
+    accumulation. The values of each example are "finite" (whether the loss is finite, bool [B]) and
+    "statistics" (for `Task.update_extra`). The results are the same on all devices.
+    """
     all_gather = collectives.all_gather if parts == 1 else _all_gather_in_parts
     loss = functools.partial(_mean_loss, task, all_gather)
     gradient_of = functools.partial(_gradient_of_part, collectives.value_and_grad(loss), extra)
@@ -179,7 +192,7 @@ def _mean_loss(
     batch: Batch,
     keys: Key[Array, "batch"],
 ) -> tuple[Float[Array, ""], tuple[dict[str, Array], dict[str, PyTree]]]:
-    """Return the mean loss, and (means of the metrics, values of each example)."""
+    """Return (mean loss, (mean of each metric, values of each example)) of a batch."""
     losses, metrics, statistics = task.loss(
         Variables(params, extra), batch, keys, train=True, all_gather=all_gather
     )
@@ -194,7 +207,7 @@ def _gradient_of_part(
     batch: Batch,
     keys: Key[Array, "batch"],
 ) -> tuple[PyTree, dict[str, Array], dict[str, PyTree]]:
-    """Return (gradient, means of loss and metrics, values of each example) for part of a batch."""
+    """Return (gradient, means of loss and metrics, values of each example) of a part of a batch."""
     (loss, (means, examples)), gradient = value_and_grad(params, extra, batch, keys)
     return gradient, {"loss": loss, **means}, examples
 
@@ -206,10 +219,10 @@ def _accumulated(
     keys: Key[Array, "batch"],
     parts: int,
 ) -> tuple[PyTree, dict[str, Array], dict[str, PyTree]]:
-    """Return (gradient, means, values of each example) of a batch, computed in `parts` parts.
+    """Return (gradient, mean metrics, values of each example), computed in parts of the batch.
 
-    Example i belongs to part i mod `parts`, so that every part is partitioned across all devices
-    in the same way as the batch.
+    Example i of the batch belongs to part i modulo `parts`, so that every part is partitioned
+    across all devices in the same way as the batch. `gradient_of` computes one part.
     """
     if parts == 1:
         return gradient_of(params, batch, keys)
@@ -238,7 +251,7 @@ def _unless_nonfinite(new: TrainState, old: TrainState, metrics: dict[str, Array
 
 
 def _all_gather_in_parts(tree: PyTree) -> PyTree:
-    """Raise UserError, because a part of a batch lacks the other examples of the batch."""
+    """Raise UserError: a loss that compares examples needs the full batch, not parts of it."""
     raise UserError(
         "--config.train.grad_accum_steps must be 1, because the loss of this experiment compares "
         "the examples of a batch with each other; to save memory, use a smaller "
@@ -247,10 +260,10 @@ def _all_gather_in_parts(tree: PyTree) -> PyTree:
 
 
 def _norm(tree: PyTree) -> Float[Array, ""]:
-    """Return the global L2 norm.
+    """Return the L2 norm of all numbers in a tree of arrays.
 
-    A dot product uses all cores of a CPU. The arrays are not reshaped, because that would replicate
-    a sharded array.
+    The sum of squares is a dot product, which uses all cores of a CPU. The arrays are not reshaped,
+    because reshaping would replicate a sharded array on every device.
     """
 
     def square(leaf: Array) -> Array:
@@ -261,11 +274,12 @@ def _norm(tree: PyTree) -> Float[Array, ""]:
 
 
 def train_steps(step: Step) -> Step:
-    """Return call(state, batches [K, B, ...], count, collectives=), which takes several steps.
+    """Return the function call(state, batches, count, collectives=) that takes several steps.
 
-    The call takes one step for each of the first `count` <= K batches and returns metrics [K, ...],
-    of which the first `count` rows are valid. The same compiled program is used for every `count`,
-    so the number of steps in a call does not change any bit of the result.
+    The batches are arrays [K, B, ...]. The function calls `step` for each of the first `count` <= K
+    batches, and returns the next state and metrics [K, ...], of which the first `count` rows are
+    valid. Every `count` uses the same compiled program, so the number of steps per call does not
+    change any bit of the result.
     """
 
     def call(
