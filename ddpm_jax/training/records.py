@@ -15,7 +15,9 @@ from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.system.files import open_atomic
 from ddpm_jax.system.record import Record
 
-FORMAT = 2  # the format of config.json and of checkpoints; format 1 had flat configs
+# The format of config.json and of checkpoints; format 1 had flat configs. If you raise it, add a
+# reader of the present format (tests/experiment/test_format.py).
+FORMAT = 2
 
 LAST_OF_FORMAT_1 = "97e069b"  # the last commit that reads runs of format 1
 
