@@ -29,6 +29,27 @@ def to_record(config: Setting) -> dict[str, Json]:
     return record
 
 
+def default_record(config: Setting) -> dict[str, Json]:
+    """Return the record of a config whose fields all have the defaults of their classes.
+
+    The sections have the classes that they have in `config`. A section has no "type" if its default
+    is of another class.
+    """
+    default, record = type(config)(), to_record(config)
+    for name, hint in hints_of(type(config)).items():
+        value = getattr(config, name)
+        if name not in record or value is None:
+            continue
+        if is_section(value, hint):
+            inner = default_record(value)
+            if has_choice(hint) and type(value) is type(getattr(default, name)):
+                inner = {"type": choice_name(value), **inner}
+            record[name] = inner
+        else:
+            record[name] = to_record(default)[name]
+    return record
+
+
 def restore(like: T | type[T], values: Json, directory: str | os.PathLike[str]) -> T:
     """Return the config that `to_record` has converted to JSON values.
 

@@ -327,7 +327,7 @@ def load(argument: str, data_dir: str | None) -> Data:
         raise UserError(f"shapes:{argument}: the size must be {' or '.join(map(str, SIDES))}")
     return Data(
         name="shapes" + (f":{side}" if argument else ""),
-        title=f"shapes {side}x{side} (drawn)",
+        title=f"shapes {side}x{side} (rendered)",
         train=computed_split("train", range(ENDLESS), side),
         validation=computed_split("validation", range(HELD_OUT_EXAMPLES), side),
         test=computed_split("test", range(HELD_OUT_EXAMPLES), side),

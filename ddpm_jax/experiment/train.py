@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from ddpm_jax import plots
 from ddpm_jax.config import marked_paths
+from ddpm_jax.config_records import default_record
 from ddpm_jax.data.types import Data
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import preflight, sizes
@@ -50,7 +51,8 @@ def record(run: Run) -> Record:
 
 def open_directory(run: Run) -> RunDir:
     """Open the directory of a run."""
-    return open_run_dir(run.workdir, record(run), marked_paths(run.config, MAY_CHANGE))
+    may_change = marked_paths(run.config, MAY_CHANGE)
+    return open_run_dir(run.workdir, record(run), may_change, default_record(run.config))
 
 
 def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> Record | None:

@@ -223,7 +223,12 @@ class RunDir(NamedTuple):
             self.lock.close()
 
 
-def open_run(workdir: pathlib.Path, record: Record, may_change: set[str]) -> RunDir:
+def open_run(
+    workdir: pathlib.Path,
+    record: Record,
+    may_change: set[str],
+    defaults: Record | None = None,
+) -> RunDir:
     """Open and lock a run directory, for a new run or to resume the run in the directory.
 
     If no training has started in the directory, config.json may have other values than `record`.
@@ -233,6 +238,8 @@ def open_run(workdir: pathlib.Path, record: Record, may_change: set[str]) -> Run
       record: The content of config.json for this run: experiment, config, seed, data.
       may_change: Paths of config fields that may differ from config.json in the directory, such as
         "train.steps".
+      defaults: The record of the config with the defaults of all fields, for fields that
+        config.json in the directory lacks.
 
     Raises:
       UserError: If the directory contains a run with another experiment, config, seed or data set,
@@ -252,7 +259,7 @@ def open_run(workdir: pathlib.Path, record: Record, may_change: set[str]) -> Run
             _check_free(workdir)
         check_entries(workdir)
         if earlier is not None and any(any(workdir.glob(pattern)) for pattern in TRAINED):
-            check_same(workdir, earlier, record, may_change)
+            check_same(workdir, earlier, record, may_change, defaults)
         lock = _locked(workdir)
     except OSError as error:
         raise UserError(
