@@ -79,7 +79,7 @@ def _strip_wrappers(
 def _named_splits(
     root: pathlib.Path, paths: list[pathlib.PurePath]
 ) -> tuple[list[pathlib.PurePath], np.ndarray]:
-    """Return the first two results of `find_splits`, for paths that `_strip_wrappers` returned."""
+    """Return each image's path relative to its split's folder, and its split as `find_splits`."""
     tops = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]
     folders = {top for top in tops if top}
     _check_names(root, folders)
@@ -121,7 +121,7 @@ def _named_splits(
 
 
 def _check_names(root: pathlib.Path, folders: set[str]) -> None:
-    """Raise UserError if folders are not splits but have names such as `train2017`, `val2017`."""
+    """Raise UserError if names are similar to those of splits, such as `train2017`, `val2017`."""
     exact = {name for names in split_folders(folders).values() for name in names}
     named, begins, ends = (
         {name: match for name in sorted(folders - exact) if (match := pattern.fullmatch(name))}

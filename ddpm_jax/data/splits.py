@@ -38,7 +38,7 @@ def with_validation(data: Data, count: int | None) -> Data:
     size = len(data.train.images)
     if size == ENDLESS:
         raise UserError(
-            f"{data.name} is endless and has no validation split; give --config.data.validation=0 "
+            f"data set {data.name} is endless and has no validation split; give --config.data.validation=0 "
             "to train without one"
         )
     if count is None and size < 2:
