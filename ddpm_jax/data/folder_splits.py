@@ -79,7 +79,7 @@ def _strip_wrappers(
 def _named_splits(
     root: pathlib.Path, paths: list[pathlib.PurePath]
 ) -> tuple[list[pathlib.PurePath], np.ndarray]:
-    """Return each image's path relative to its split's folder, and its split as `find_splits`."""
+    """Return each image's path relative to its split's folder, and the name of its split."""
     tops = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]
     folders = {top for top in tops if top}
     _check_names(root, folders)

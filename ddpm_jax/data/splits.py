@@ -38,8 +38,8 @@ def with_validation(data: Data, count: int | None) -> Data:
     size = len(data.train.images)
     if size == ENDLESS:
         raise UserError(
-            f"data set {data.name} is endless and has no validation split; give --config.data.validation=0 "
-            "to train without one"
+            f"data set {data.name} is endless and has no validation split; give "
+            "--config.data.validation=0 to train without a validation split"
         )
     if count is None and size < 2:
         raise UserError(
