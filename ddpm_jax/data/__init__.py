@@ -1,1 +1,1 @@
-"""Data sets: `loader.load` loads one by name; each source is a module of this package."""
+"""Data sets: `loader.load` loads a data set by name; each source of data is a module here."""

@@ -1,4 +1,8 @@
-"""Batches of training and evaluation; a training batch is a function of (seed, step)."""
+"""Batches of examples for training and evaluation.
+
+The examples of a training batch depend only on the seed and the training step, so that a resumed
+run needs no state of an iterator.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -8,25 +12,24 @@ from ddpm_jax.data.types import ENDLESS, Batch, Leaf, Split
 
 ALL_ROWS = slice(None)
 
-# The order is a function of (seed, step) alone, so that a resumed run needs no iterator state.
-
 
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Return the order of the examples in epoch `epoch`, int64 [size]."""
+    """Return the order of the examples in one epoch, a permutation of 0 ... size - 1, int64."""
     bits = np.random.Philox(key=[seed % 2**64, epoch])
     return np.random.Generator(bits).permutation(size)
 
 
 def epoch_order(seed: int, size: int) -> Callable[[int, int], np.ndarray]:
-    """Return the function `rows(start, stop)` of the training order.
+    """Return a function `rows(start, stop)` that looks up the order of the training examples.
 
-    It returns the indices of the examples at positions start ... stop - 1 of the order, int64. The
-    order of a finite data set is a sequence of epochs, each a new permutation of all examples. A
-    batch may contain examples of two epochs.
+    `rows` returns the indices of the examples at positions start ... stop - 1 of the training
+    order, int64 [stop - start]. The order of a finite data set is a sequence of epochs, and each
+    epoch is a new permutation of all examples. A batch may contain examples of two epochs.
 
-    An endless data set is read in the order of its indices, modulo 2^31 - 1, from a first index
-    that depends on the seed. No example occurs twice. Two runs of 200,000 examples with different
-    seeds have an example in common with a probability of 2e-4.
+    An endless data set (`size` is `ENDLESS`) is read in the order of its indices, modulo 2^31 - 1,
+    and the first index depends on the seed. No example occurs twice in a run. Two runs with
+    different seeds that read 200,000 examples each have an example in common with a probability of
+    2e-4.
     """
     if size == ENDLESS:
         rng = np.random.Generator(np.random.Philox(key=[seed % 2**64, ENDLESS]))
@@ -56,16 +59,17 @@ def training_batches(
     stack: int | None,
     batch_rows: slice = ALL_ROWS,
 ) -> Iterator[Batch]:
-    """Yield the batches of steps [first, last) for every pair (first, last) of `plan`.
+    """Yield the batches of training steps first ... last - 1 for each (first, last) in `plan`.
 
     Args:
       split: The split to read.
       seed: The seed of the order of the examples.
       batch_size: The number of examples in a batch.
-      plan: The steps of each call of the compiled program, as pairs (first, last).
-      stack: The number of batches that are stacked along a new first axis,
-        [stack, batch_size, ...]. Batches of steps from `last` on are padding. If None, every call
-        is one step and batches are not stacked.
+      plan: A pair (first, last) for each call of the compiled program.
+      stack: The number of training steps for which the compiled program is compiled. Each yielded
+        array then contains the batches of steps first ... first + stack - 1 and has the shape
+        [stack, rows, ...]; the program ignores the batches of steps from `last` on. If None, each
+        call is one training step, and arrays have the shape [rows, ...].
       batch_rows: The rows of each batch that this process reads.
     """
     rows = epoch_order(seed, len(split.images))
@@ -81,7 +85,7 @@ def training_batches(
 
 
 def _stacked(tree: Leaf, stack: int) -> Leaf:
-    """Reshape every array of nested tuples from [stack * rows, ...] to [stack, rows, ...]."""
+    """Reshape every array in nested tuples from [stack * rows, ...] to [stack, rows, ...]."""
     if isinstance(tree, tuple):
         return type(tree)(*(_stacked(array, stack) for array in tree))
     return tree if tree is None else tree.reshape(stack, -1, *tree.shape[1:])
@@ -90,16 +94,16 @@ def _stacked(tree: Leaf, stack: int) -> Leaf:
 def evaluation_batches(
     split: Split, batch_size: int, batch_rows: slice = ALL_ROWS
 ) -> Iterator[tuple[Batch, int]]:
-    """Yield pairs (batch, count) that contain every example of a split once, in order.
+    """Yield pairs (batch, count); the batches contain every example of a split once, in order.
 
-    All batches have the same size: the last one is padded with copies of its first example, and
-    `count` is the number of examples before the padding. The index of an example is its position
-    in the split.
+    All batches have the same size, because the last batch is padded with copies of its first
+    example. `count` is the number of examples before the padding. `Batch.index` is the position of
+    each example in the split.
 
     Args:
       split: The split to read.
       batch_size: The number of examples in a batch.
-      batch_rows: The rows of each batch that this process reads; `count` is of the full batch.
+      batch_rows: The rows of each batch that this process reads. `count` refers to the full batch.
     """
     size = len(split.images)
     for start in range(0, size, batch_size):
@@ -111,6 +115,6 @@ def evaluation_batches(
 
 
 def batch_of(split: Split, rows: np.ndarray, index: np.ndarray) -> Batch:
-    """Return a batch of the examples at positions `rows` of a split, with `index` as its index."""
+    """Return the batch of the examples at positions `rows`, with `index` as `Batch.index`."""
     images, labels, captions = split.rows(rows)
     return Batch(images, labels, index, captions)

@@ -1,4 +1,4 @@
-"""Cache of decoded images, as memory-mapped arrays in the user's cache directory."""
+"""Cache of decoded data sets, as memory-mapped arrays in the user's cache directory."""
 
 import hashlib
 import json
@@ -14,17 +14,20 @@ from ddpm_jax.data.types import SPLITS, Data, RowArray, Split
 from ddpm_jax.fields import Json
 
 # A cached data set is a directory with meta.json and, for each split, SPLIT_images.npy,
-# SPLIT_labels.npy and, if it has captions, SPLIT_captions.npy.
+# SPLIT_labels.npy and, if there are captions, SPLIT_captions.npy.
 
 
 def cache_dir() -> pathlib.Path:
-    """Return the cache directory: $XDG_CACHE_HOME/ddpm_jax or ~/.cache/ddpm_jax."""
+    """Return $XDG_CACHE_HOME/ddpm_jax, or ~/.cache/ddpm_jax if the variable is not set."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return pathlib.Path(root) / "ddpm_jax"
 
 
 def load_decoded(source: pathlib.Path, stamp: str, decode: Callable[[], Data]) -> Data:
-    """Return the data set of `decode()` from the user's cache; decode and cache it if needed.
+    """Return a decoded data set from the user's cache.
+
+    If the data set is not in the cache, or if the stamp has changed, call `decode` and write the
+    result to the cache. Notes for the user about the cache are appended to `Data.notes`.
 
     Args:
       source: The directory of the original files. Nothing is written there.
@@ -39,15 +42,16 @@ def load_decoded(source: pathlib.Path, stamp: str, decode: Callable[[], Data]) -
     notes: list[str] = []
     if (directory / "meta.json").exists():
         notes.append(
-            f"decoded again: the cache {directory} is damaged, or the original files have changed"
+            f"the images were decoded again, because the cache {directory} is damaged or the "
+            "original files have changed"
         )
     data = decode()
     try:
         _write_decoded(directory, stamp, data)
     except OSError as error:
         notes.append(
-            f"cannot write the cache {directory} ({error.strerror}); the images are decoded again "
-            "at the next start"
+            f"cannot write the cache {directory} ({error.strerror}); the images will be "
+            "decoded again at the next start"
         )
         cached = data
     else:
@@ -56,7 +60,7 @@ def load_decoded(source: pathlib.Path, stamp: str, decode: Callable[[], Data]) -
 
 
 def fingerprint(*splits: Split | None) -> str:
-    """Return a hash of the arrays of all splits; a split may be None if it does not exist."""
+    """Return a hash of the arrays of all splits, 16 hexadecimal digits; None is ignored."""
     digest = hashlib.sha256()
     for split in (split for split in splits if split is not None):
         for array in (array for array in split if array is not None):
@@ -66,7 +70,7 @@ def fingerprint(*splits: Split | None) -> str:
 
 
 def _read_decoded(directory: pathlib.Path, stamp: str) -> Data | None:
-    """Return a cached data set; None if it is absent, damaged or has another stamp."""
+    """Return a cached data set; return None if it is missing, damaged or has another stamp."""
     try:
         meta = json.loads((directory / "meta.json").read_text())
         if meta.pop("stamp") != stamp:
@@ -94,7 +98,7 @@ def _read_split(directory: pathlib.Path, split: str) -> Split:
 
 
 def _check_decoded(data: Data) -> None:
-    """Raise ValueError if the arrays and the description of a data set do not agree."""
+    """Raise ValueError if the arrays or the description of a cached data set are not valid."""
     captions = data.train.captions
     for part in (data.train, data.validation, data.test):
         if part is None:
@@ -110,16 +114,16 @@ def _check_decoded(data: Data) -> None:
         if (captions is None) != (part.captions is None) or any(
             array.dtype != dtype or array.shape != shape for array, dtype, shape in expected
         ):
-            raise ValueError("the shapes or types of the arrays do not agree")
+            raise ValueError("an array of the cached data set has a wrong shape or dtype")
         if count and not -1 <= labels.min() <= labels.max() < max(len(data.classes), 1):
-            raise ValueError("a label is not the index of a class")
+            raise ValueError("a label of the cached data set is not the index of a class")
     texts = (data.name, data.title, data.fingerprint, *data.classes, *data.notes)
     if not all(isinstance(text, str) for text in texts) or data.levels != 256:
-        raise ValueError("the description is not text, or the number of levels is not 256")
+        raise ValueError("a name or note of the cached data set is not text, or levels is not 256")
 
 
 def _array_specs(split: Split | None) -> Json:
-    """Return the shape and the dtype of each array of a split, as lists for JSON."""
+    """Return the lists [shape, dtype] of a split's arrays that are not None, for JSON."""
     return [[list(a.shape), str(a.dtype)] for a in split or () if a is not None]
 
 

@@ -1,12 +1,14 @@
-"""Captions of a folder's images: `.txt` files, `metadata.jsonl` and `metadata.csv`.
+"""Captions of `folder:PATH`, from `.txt` files, `metadata.jsonl` and `metadata.csv`.
 
-`a.txt` contains the caption of every image `a` (with any ending) in the same directory; `a.png.txt`
-contains the caption of `a.png`.  A line of `metadata.jsonl`, {"file_name": ..., "text": ...}, or a
-row of `metadata.csv` contains the caption of the image at `file_name`, a path relative to the
-directory of the metadata file.  The key of the caption is `text`, `caption` or `prompt`.  If an
-image has several captions, one of metadata has priority over one of a `.txt` file, `a.png.txt` has
-priority over `a.txt`, and otherwise the first one is used.  File names are compared after Unicode
-normalization (NFC).
+The file `a.txt` contains the caption of `a.png`, `a.jpg` and so on in the same directory, and
+`a.png.txt` contains the caption of `a.png` only.  A line of `metadata.jsonl`,
+{"file_name": ..., "text": ...}, or a row of `metadata.csv` contains the caption of the image at
+`file_name`, a path relative to the directory of the metadata file.  The key of the caption is
+`text`, `caption` or `prompt`.
+
+If an image has several captions, a caption of a metadata file has priority over a caption of a
+`.txt` file, `a.png.txt` has priority over `a.txt`, and otherwise the first caption is used.  File
+names are compared after Unicode normalization (NFC).
 """
 
 import csv
@@ -30,12 +32,12 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 
 
 def is_captions(name: str) -> bool:
-    """Return whether a file of this name may contain captions."""
+    """Return whether `name` is the name of a caption file: `.txt` or one of `TABLES`."""
     return name.lower().endswith(".txt") or name.lower() in TABLES
 
 
 def read_text(path: pathlib.Path) -> str:
-    """Return the content of a UTF-8 text file, without a byte-order mark.
+    """Return the content of a UTF-8 text file without its byte-order mark.
 
     Raises:
       OSError: If the file cannot be read or is not a regular file.
@@ -47,25 +49,27 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    r"""Return the lines of a text, which only "\n" and "\r\n" separate."""
+    r"""Return the lines of a text. Only "\n" and "\r\n" end a line, unlike in `splitlines`."""
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def read_captions(
     root: pathlib.Path, images: Iterable[str], files: Sequence[str]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Read the captions of a folder's images.
+    """Read the captions of the images in a folder.
 
     Args:
       root: The folder.
-      images: The paths of the images, relative to `root` and separated by "/".
-      files: The paths of the files of captions, relative to `root` and separated by "/".
+      images: The paths of the images, relative to `root`, with "/" between directories.
+      files: The paths of the caption files, relative to `root`, with "/" between directories.
 
     Returns:
-      The captions by the path of their image, and notes about captions that are not used.
+      A dict from the path of an image to its caption, and notes for the user about captions that
+      are not used.
 
     Raises:
-      UserError: If a file cannot be read, has an invalid line, or names no existing image.
+      UserError: If a file cannot be read or has an invalid line, or if no image that is listed in
+        a metadata file exists.
     """
     image_names = _Names(images)
     tables = [file for file in files if posixpath.basename(file).lower() in TABLES]
@@ -93,7 +97,9 @@ def read_captions(
     captions = {**of_text_files, **captions}
     notes = []
     if duplicates:
-        notes.append(f"{duplicates} captions are not used: their images have another caption")
+        notes.append(
+            f"{duplicates} captions are not used, because their images have another caption"
+        )
     if missing:
         notes.append(f"{len(missing)} captions name images that do not exist ({missing[0]})")
     if unused:
@@ -102,7 +108,7 @@ def read_captions(
 
 
 class _Names:
-    """Paths of images; a look-up tries the exact path, then its composed Unicode form (NFC)."""
+    """Paths of images; `find` compares exact paths first, then their normal form NFC."""
 
     def __init__(self, paths: Iterable[str]) -> None:
         self.paths = sorted(paths)
@@ -110,7 +116,7 @@ class _Names:
         self._composed = {_composed(path): path for path in reversed(self.paths)}
 
     def find(self, path: str) -> str | None:
-        """Return the path of an image as the file system has it; None if it does not exist."""
+        """Return the spelling of `path` in the file system, or None if there is no such image."""
         return path if path in self._exact else self._composed.get(_composed(path))
 
 
@@ -121,7 +127,11 @@ def _composed(text: str) -> str:
 def _text_captions(
     root: pathlib.Path, images: _Names, files: Iterable[str]
 ) -> tuple[dict[str, str], list[str], int]:
-    """Return captions by image, files without an image, and the number of unused captions."""
+    """Read the captions of the `.txt` files `files`.
+
+    Return a dict from the path of an image to its caption, the files that belong to no image, and
+    the number of captions that are not used because an image has several captions.
+    """
     stems: dict[str, list[str]] = {}
     composed: dict[str, list[str]] = {}
     for image in images.paths:
@@ -152,7 +162,7 @@ def _text_captions(
 
 
 def _rows(root: pathlib.Path, file: str) -> Iterator[tuple[str, str, str]]:
-    """Yield ("line NUMBER", file name, caption) of each row of a metadata file."""
+    """Yield ("line NUMBER", path of the image, caption) for each row of a metadata file."""
     path = root / file
     text = _text(path)
     rows: Iterator[tuple[int, Mapping[str, Json]]] = (
@@ -165,7 +175,8 @@ def _rows(root: pathlib.Path, file: str) -> Iterator[tuple[str, str, str]]:
         if key is None or FILE not in row:
             keys = ", ".join(str(key) for key in row) or "no keys"
             raise UserError(
-                f"{path}, {line}: must have {FILE} and one of {', '.join(KEYS)}; it has {keys}"
+                f"{path}, {line}: the row must have {FILE} and one of {', '.join(KEYS)}, but it "
+                f"has {keys}; add the missing key"
             )
         caption = row[key]
         if isinstance(caption, list) and caption:
@@ -173,7 +184,8 @@ def _rows(root: pathlib.Path, file: str) -> Iterator[tuple[str, str, str]]:
         for name, value in ((FILE, row[FILE]), (key, caption)):
             if not isinstance(value, str):
                 raise UserError(
-                    f"{path}, {line}: {name} must be a string, not {json.dumps(value)[:60]}"
+                    f"{path}, {line}: {name} must be a string, not {json.dumps(value)[:60]}; "
+                    "correct this line"
                 )
         yield line, row[FILE], caption
 
@@ -188,7 +200,7 @@ def _json_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, J
             row = None
         if not isinstance(row, dict):
             raise UserError(
-                f"{path}, line {number}: must be a JSON object such as "
+                f"{path}, line {number}: every line must be a JSON object such as "
                 f'{{"{FILE}": "...", "{KEYS[0]}": "..."}}'
             )
         yield number, row
@@ -200,14 +212,15 @@ def _csv_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, st
         names = [name.strip() for name in reader.fieldnames or ()]
         if len(set(names)) < len(names):
             raise UserError(
-                f"{path}, line 1: two columns have the same name: {', '.join(names)}; rename one"
+                f"{path}, line 1: two columns have the same name: {', '.join(names)}; "
+                "rename one of them"
             )
         for row in reader:
             if None in row:
                 cells = len(names) + len(row[None])
                 raise UserError(
-                    f"{path}, line {reader.line_num}: has {cells} cells, but the header has "
-                    f"{len(names)}; put captions that contain commas in quotes"
+                    f"{path}, line {reader.line_num}: the row has {cells} cells, but the "
+                    f"header has {len(names)}; put captions that contain commas in quotes"
                 )
             yield (
                 reader.line_num,
@@ -215,12 +228,19 @@ def _csv_rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, st
             )
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num}: {error}; the file must be valid CSV"
+            f"{path}, line {reader.line_num}: {error}; correct it to valid CSV"
         ) from None
 
 
 def _image(root: pathlib.Path, file: str, line: str, name: str, images: _Names) -> str | None:
-    """Return the path of an image of a metadata file, relative to `root`; None if not found."""
+    """Return the path of an image relative to `root`, or None if the image does not exist.
+
+    `name` is the path of the image relative to the directory of the metadata file `file`. It occurs
+    in `line`, such as "line 3".
+
+    Raises:
+      UserError: If `name` is a path outside of `root`.
+    """
     folder = posixpath.dirname(file)
     for path in dict.fromkeys((name, name.replace("\\", "/"))):
         image = posixpath.normpath(posixpath.join(folder, path))
@@ -251,14 +271,14 @@ def _text(path: pathlib.Path) -> str:
 def usable_captions(
     texts: dict[str, list[str]],
 ) -> tuple[dict[str, np.ndarray | None], tuple[str, ...]]:
-    """Tokenize the captions of all splits to one length.
+    """Tokenize the captions of all splits, with the same number of tokens for every caption.
 
     Args:
-      texts: The captions of each split, by its name.
+      texts: A dict from the name of a split to the captions of its N images.
 
     Returns:
-      The tokens uint8 [N, length] of each split, and notes for the user. If no training image has
-      a caption, the tokens of every split are None.
+      A dict from the name of a split to its tokens, uint8 [N, length], and notes for the user. If
+      all training captions are empty, the dict contains None for every split.
     """
     if not any(text.strip() for text in texts["train"]):
         note = "all captions of the training images are empty; the data are used without captions"

@@ -1,9 +1,9 @@
 """`digits`: 1,797 real handwritten digits of 8x8 pixels and 17 grey levels.
 
-scikit-learn contains them (`sklearn.datasets.load_digits`: the test part of the UCI "optical
+scikit-learn contains the images (`sklearn.datasets.load_digits`: the test part of the UCI "optical
 recognition of handwritten digits" set), so they need no download.  `digits:28` is the same set,
-resized to 28x28 pixels and 256 grey levels; it replaces MNIST where that is not available.  The set
-has no official split: a fixed random fifth of the examples is the test split.
+resized to 28x28 pixels and 256 grey levels; it replaces MNIST if MNIST is not available.  The set
+has no official split, so a fixed random fifth of the examples is the test split.
 """
 
 import gzip
@@ -21,7 +21,9 @@ TEST_EXAMPLES = 360
 
 
 def load(argument: str, data_dir: str | None) -> Data:
-    """Return the digits at 8x8 pixels, or resized to `argument` x `argument` pixels.
+    """Return the data set `digits`, with images of `argument` x `argument` pixels.
+
+    If `argument` is empty, images have the original size of 8x8 pixels. `data_dir` is not used.
 
     Raises:
       UserError: If the size is not a number from 8 to 256, or scikit-learn is not installed.
@@ -32,7 +34,8 @@ def load(argument: str, data_dir: str | None) -> Data:
     if argument:
         if not argument.isdecimal() or not 8 <= int(argument) <= 256:
             raise UserError(
-                f"digits:{argument}: the size must be a number from 8 to 256, as in digits:28"
+                f"digits:{argument}: the size must be a number of pixels from 8 to 256; give for "
+                "example digits:28"
             )
         side = int(argument)
         images, levels = _resize(images, side), 256
@@ -55,7 +58,7 @@ def _read() -> tuple[np.ndarray, np.ndarray]:
     """Return the images, uint8 [1797, 8, 8, 1] in 0 ... 16, and the labels, int32 [1797]."""
     spec = importlib.util.find_spec("sklearn")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("data set digits requires scikit-learn: pip install scikit-learn")
+        raise UserError("data set digits requires scikit-learn; run pip install scikit-learn")
     # Read the file without importing sklearn, which takes two seconds.
     path = pathlib.Path(spec.submodule_search_locations[0]) / "datasets/data/digits.csv.gz"
     if path.exists():
@@ -70,7 +73,7 @@ def _read() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _resize(images: np.ndarray, side: int) -> np.ndarray:
-    """Resize images of 17 levels to `side` pixels and 256 levels by bicubic interpolation."""
+    """Resize images from [N, 8, 8, 1], 17 levels, to [N, side, side, 1], 256 levels (bicubic)."""
     from PIL import Image
 
     grey = np.round(images[..., 0] * (255 / 16)).astype(np.uint8)

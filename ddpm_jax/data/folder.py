@@ -1,12 +1,13 @@
-"""`folder:PATH`: images of the user, with labels from sub-folders.
+"""`folder:PATH`: the user's images in the folder PATH, with labels from sub-folders.
 
-`folder_splits.py` describes the splits.  The sub-folders of a split are its classes; an image that
-is in no sub-folder has no class.  All images must have the same size.  A file that cannot be
-decoded, or that is neither an image nor a file of captions, is skipped and reported.
+The names of sub-folders select the splits (see `folder_splits.py`).  The sub-folders of a split are
+the classes, and an image that is in no sub-folder has no class.  All images must have the same
+size.  A file that cannot be decoded, or that is neither an image nor a caption file (see
+`captions.py`), is skipped, and a note reports it.
 
 Files and folders are ignored if their names begin with a dot or if they belong to the operating
-system or another program (`SKIPPED`, `SYSTEM_FILES`).  A linked folder is read once.  `captions.py`
-describes the files of captions.
+system or another program (`SKIPPED`, `SYSTEM_FILES`).  A folder is read only once, even if symbolic
+links lead to it.
 """
 
 import hashlib
@@ -33,11 +34,11 @@ MAX_NAMES = 5  # the number of names in a note
 
 
 class Listing(NamedTuple):
-    """The files below a folder.
+    """The files in a folder and its sub-folders.
 
     Attributes:
       images: The paths of the images relative to the folder, sorted.
-      captions: The paths of the files of captions relative to the folder, sorted.
+      captions: The paths of the caption files relative to the folder, sorted.
       stamp: A hash that changes when one of these files changes.
       notes: Notes for the user about images, captions and folders that cannot be read.
       others: Notes for the user about files that are neither images nor captions.
@@ -51,11 +52,13 @@ class Listing(NamedTuple):
 
 
 def load(argument: str, data_dir: str | None) -> Data:
-    """Return the data set of the images below folder `argument`.
+    """Return the data set of the images in folder `argument` and its sub-folders.
+
+    The decoded images are cached. `data_dir` is not used.
 
     Raises:
-      UserError: If the folder does not exist, contains no images, its splits are ambiguous, or the
-        images differ in size.
+      UserError: If the folder does not exist or contains no images, if its splits are ambiguous, if
+        the images differ in size, or if a caption file is not valid.
     """
     del data_dir
     path = os.path.expanduser(argument)
@@ -79,7 +82,7 @@ def load(argument: str, data_dir: str | None) -> Data:
 
 
 def list_files(root: pathlib.Path) -> Listing:
-    """List the images and the files of captions below a folder."""
+    """List the images and the caption files in a folder and its sub-folders."""
     images: list[pathlib.PurePath] = []
     captions: list[pathlib.PurePath] = []
     irregular: list[str] = []
@@ -105,7 +108,7 @@ def list_files(root: pathlib.Path) -> Listing:
             line = f" {status.st_size} {status.st_mtime_ns}\n"
             digest.update(os.fsencode(path) + line.encode())
     if irregular:
-        notes.append(f"skipped {len(irregular)} names that are not files: {_first_of(irregular)}")
+        notes.append(f"skipped {len(irregular)} paths that are not files: {_first_of(irregular)}")
     digest.update("\n".join(notes).encode(errors="surrogateescape"))
     return Listing(
         sorted(images, key=lambda path: path.parts),
@@ -117,7 +120,7 @@ def list_files(root: pathlib.Path) -> Listing:
 
 
 def _notes_on_others(paths: list[pathlib.PurePath]) -> tuple[str, ...]:
-    """Return notes on the files that are neither images nor captions."""
+    """Return notes for the user about files that are neither images nor captions."""
     notes: tuple[str, ...] = ()
     tables = [path for path in paths if path.suffix.lower() in (".jsonl", ".csv")]
     if tables:
@@ -138,9 +141,10 @@ def _notes_on_others(paths: list[pathlib.PurePath]) -> tuple[str, ...]:
 
 
 def _folders(root: pathlib.Path, notes: list[str]) -> Iterator[tuple[pathlib.PurePath, list[str]]]:
-    """Yield the path of each folder below `root`, relative to `root`, and its file names.
+    """Yield (path relative to `root`, file names) of `root` and of each folder in it.
 
-    Linked folders come last, so that a folder that is also linked is read by its own path.
+    Folders that are symbolic links come last, so that a folder inside of `root` is listed under its
+    real path and not under the path of a link. Append notes for the user to `notes`.
     """
     visited: set[str] = set()
     pending = [str(root)]
@@ -184,7 +188,10 @@ def _decode(
     splits: np.ndarray,
     wrapper: str,
 ) -> Data:
-    """Return the data set; the last three arguments are the results of `find_splits`."""
+    """Decode the images of a folder and return the data set.
+
+    `split_paths`, `splits` and `wrapper` are the three results of `find_splits`.
+    """
     images, decoded, notes = _decode_images(root, listing.images)
     paths = [listing.images[row] for row in decoded]
     split_paths = [split_paths[row] for row in decoded]
@@ -238,7 +245,10 @@ def _decode(
 def _decode_images(
     root: pathlib.Path, files: list[pathlib.PurePath]
 ) -> tuple[np.ndarray, list[int], tuple[str, ...]]:
-    """Return the images of all valid files, the indices of these files, and notes on the others."""
+    """Decode image files and skip those that are damaged.
+
+    Return the images, uint8 [N, H, W, C], their N positions in `files`, and notes for the user.
+    """
     images: list[np.ndarray] = []
     decoded: list[int] = []
     corrupt: list[str] = []

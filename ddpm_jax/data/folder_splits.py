@@ -1,4 +1,4 @@
-"""The splits of a folder of images, from the names of its sub-folders.
+"""Splits of a folder of images, from the names of its sub-folders.
 
 The sub-folders `train`, `validation` and `test` are the splits (`SPLIT_NAMES` lists all allowed
 names).  If there is no `test`, `validation` is the test split.  If there is neither, one image
@@ -16,7 +16,7 @@ import numpy as np
 from ddpm_jax.data.split_names import SPLIT_NAMES, split_folders
 from ddpm_jax.errors import UserError
 
-HASHED = "train or test"
+HASHED = "train or test"  # a hash of the image's path selects the training or the test split
 _SPLIT_OF = {word: split for split, words in SPLIT_NAMES.items() for word in words}
 _SPLIT = "(" + "|".join(sorted(_SPLIT_OF, key=len, reverse=True)) + ")"
 _WORDS = r"(?:sets?|datasets?|data|images?|imgs?|pictures?|photos?|splits?|samples?|files?)"
@@ -31,17 +31,18 @@ _ENDS_AS = re.compile(rf"(.*[\W\d_])(?i:{_SPLIT})", re.DOTALL)
 def find_splits(
     root: pathlib.Path, paths: list[pathlib.PurePath]
 ) -> tuple[list[pathlib.PurePath], np.ndarray, str]:
-    """Return the split of each image.
+    """Find the split of each image from the names of the folders that contain the image.
 
     Args:
       root: The folder.
       paths: The paths of the images relative to `root`.
 
     Returns:
-      The path of each image relative to the folder of its split, the name of each image's split,
-      and the path of the folders without images that contain the splits or the classes ("" if
-      there are none). The name of the split is "" for an image that is in no split, and `HASHED`
-      for an image that `resolve_hashed` assigns to the training or test split.
+      A triple. First, the path of each image relative to the folder of its split. Second, the name
+      of each image's split, object [N]: "" for an image that is in no split, and `HASHED` for an
+      image that `resolve_hashed` assigns to the training or test split. Third, the path of the
+      folders that contain only one folder each, such as "photos/SPLIT/all" where SPLIT is any
+      split, or "" if there are no such folders.
 
     Raises:
       UserError: If the splits are ambiguous.
@@ -58,9 +59,10 @@ def find_splits(
 def _strip_wrappers(
     paths: list[pathlib.PurePath],
 ) -> tuple[list[pathlib.PurePath], pathlib.PurePath]:
-    """Return paths without the folders that only contain one folder, and the removed folders.
+    """Remove the first folder of all paths while it is the only one and has no use.
 
-    A folder is removed if it is the only one, directly contains no images and is not a split.
+    A folder has no use if it is not a split and all images are in its sub-folders. Return the
+    shortened paths, and the path of the removed folders.
     """
     removed = pathlib.PurePath()
     while True:
@@ -77,7 +79,7 @@ def _strip_wrappers(
 def _named_splits(
     root: pathlib.Path, paths: list[pathlib.PurePath]
 ) -> tuple[list[pathlib.PurePath], np.ndarray]:
-    """Return the first two results of `find_splits` for paths without wrapping folders."""
+    """Return each image's path relative to its split's folder, and the name of its split."""
     tops = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]
     folders = {top for top in tops if top}
     _check_names(root, folders)
@@ -119,7 +121,7 @@ def _named_splits(
 
 
 def _check_names(root: pathlib.Path, folders: set[str]) -> None:
-    """Raise UserError if folders are not splits but have names like `train2017` and `val2017`."""
+    """Raise UserError if names are similar to those of splits, such as `train2017`, `val2017`."""
     exact = {name for names in split_folders(folders).values() for name in names}
     named, begins, ends = (
         {name: match for name in sorted(folders - exact) if (match := pattern.fullmatch(name))}
@@ -142,7 +144,7 @@ def _check_names(root: pathlib.Path, folders: set[str]) -> None:
 
 
 def _check_inner(root: pathlib.Path, paths: list[pathlib.PurePath]) -> None:
-    """Raise UserError if a sub-folder contains splits, whose images would be mixed."""
+    """Raise UserError if a class folder contains splits, because their images would be mixed."""
     folders_in: dict[str, set[str]] = {}
     for path in paths:
         if len(path.parts) > 2:
@@ -158,15 +160,16 @@ def _check_inner(root: pathlib.Path, paths: list[pathlib.PurePath]) -> None:
 
 
 def resolve_hashed(paths: list[pathlib.PurePath], splits: np.ndarray) -> np.ndarray:
-    """Replace every `HASHED` split by "train" or, for one image in ten, "test".
+    """Return `splits` with "train", or "test" for one image in ten, instead of `HASHED`.
 
     Args:
-      paths: The path of each image relative to the folder of its split; its hash decides.
+      paths: The path of each image relative to the folder of its split. A hash of this path selects
+        the split.
       splits: The name of each image's split, as `find_splits` returns it.
     """
     hashed = splits == HASHED
     test = np.array([_held_out(path) for path in paths]) & hashed
-    if hashed.sum() > 1 and (test[hashed].all() or not test.any()):  # few images: test on the first
+    if hashed.sum() > 1 and (test[hashed].all() or not test.any()):  # this occurs with few images
         test = np.arange(len(paths)) == np.flatnonzero(hashed)[0]
     return np.where(hashed, np.where(test, "test", "train"), splits).astype(object)
 

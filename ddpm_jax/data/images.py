@@ -1,4 +1,4 @@
-"""Decoding of image files, for folders and for the records of TFDS."""
+"""Decoding of image files, for `folder:PATH` and for TFDS data sets."""
 
 import contextlib
 import io
@@ -18,8 +18,8 @@ ENDINGS = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", "
 ENDINGS |= {".tif", ".tiff"}
 ORIENTATION = 0x0112  # the EXIF tag
 GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
-GREY_SCALES = {"L;2": 85, "L;4": 17}  # by raw mode of PNG: the factor from its values to 8 bits
-DARK_LIMIT = 2**12 >> 8  # 12-bit values that are read as 16 bits are less than this in 8 bits
+GREY_SCALES = {"L;2": 85, "L;4": 17}  # factors from 2 and 4 bits to 8 bits, by raw mode of PNG
+DARK_LIMIT = 2**12 >> 8  # 8-bit limit of 12-bit values that are stored in 16 bits
 DARK_NOTE = (
     "images of 16 bits have no value above 4095 and are therefore dark; if their values have 12 "
     "bits or fewer, convert the files to 8 bits"
@@ -31,8 +31,8 @@ class Decoded(NamedTuple):
 
     Attributes:
       pixels: The pixels, uint8 [H, W, 1 or 3].
-      animated: True if the file has several frames, of which this is the first.
-      dark: True if the values have 16 bits or more, but all of them are below 2^12.
+      animated: True if the file has several frames; `pixels` is the first frame.
+      dark: True if the values in the file have 16 bits or more, but all of them are below 2^12.
     """
 
     pixels: np.ndarray
@@ -41,18 +41,19 @@ class Decoded(NamedTuple):
 
 
 def decode(file: bytes | pathlib.Path) -> Decoded:
-    """Decode an image file to 8-bit grey or RGB pixels, in the context of `decoding`.
+    """Decode an image file to 8-bit grey or RGB pixels.
 
-    The image is turned upright by its EXIF orientation and composited on white. Grey images have
-    one channel. 16-bit and 32-bit values are reduced to their upper byte; 32-bit grey values are
-    read as 16-bit values if all of them are below 2^16.
+    Call this function inside the context manager `decoding`. Pixels are rotated by the EXIF
+    orientation, and transparent pixels are blended with white. A grey image has one channel. Of
+    16-bit and 32-bit values, the upper 8 bits are used; 32-bit grey values are read as 16-bit
+    values if all of them are below 2^16.
 
     Args:
       file: The path or the content of the file.
 
     Raises:
       ValueError: If the pixels are floats, whose range is unknown.
-      Exception: Any exception that a decoder of Pillow raises for a damaged file.
+      Exception: If the file is damaged. Pillow's decoders may raise exceptions of any type.
     """
     # Pillow memory-maps some files that it opens by path, and then turns them wrongly.
     content = file if isinstance(file, bytes) else file.read_bytes()
@@ -67,7 +68,7 @@ def decode(file: bytes | pathlib.Path) -> Decoded:
 
 @contextlib.contextmanager
 def decoding() -> Iterator[None]:
-    """Turn Pillow's warning of too many pixels into an error, and ignore its other warnings."""
+    """Raise Pillow's warning of too many pixels as an error, and ignore its other warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -75,7 +76,7 @@ def decoding() -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return why a file could not be decoded, in a few words."""
+    """Return a few words that explain the error of `decode`, such as "too many pixels"."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
@@ -87,18 +88,18 @@ def reason_of(error: Exception) -> str:
 
 
 def _pixels(image: Image.Image, raw: str) -> np.ndarray:
-    """Return the pixels of an image before rotation, [H, W, 1 or 3].
+    """Return the pixels of an image, blended with white and not yet rotated, [H, W, 1 or 3].
 
     Args:
       image: The loaded image.
-      raw: The raw mode of its file.
+      raw: Pillow's raw mode, the name of the pixel format in the file, such as "RGB;16B".
     """
     mode, key = image.mode, image.info.get("transparency")
     if mode in GREY_16 or mode == "I":
         wide = np.asarray(image).astype(np.int64)
         return _on_white(_eight_bits(wide), _alpha_of(wide, key))
     if mode == "F":
-        raise ValueError("the range of float pixels is unknown")
+        raise ValueError("the range of float pixels is unknown; convert the file to 8 bits")
     if mode in ("1", "L"):
         grey = np.asarray(image if mode == "L" else image.convert("L"))
         if key is not None:  # PNG stores the key in the bit depth of the file
@@ -120,18 +121,24 @@ def _pixels(image: Image.Image, raw: str) -> np.ndarray:
 
 
 def _eight_bits(grey: np.ndarray) -> np.ndarray:
-    """Convert grey values of 16 or 32 bits, int64, to 8 bits."""
+    """Convert grey values of 16 or 32 bits, int64 [H, W], to uint8 [H, W]."""
     grey = np.where(grey < 0, grey + 2**32, grey)  # Pillow reads 32-bit values as signed integers
     return (grey >> (8 if grey.max() < 2**16 else 24)).astype(np.uint8)
 
 
 def _alpha_of(values: np.ndarray, key: object) -> np.ndarray | None:
-    """Return alpha, 0 where a value equals `key` and 255 elsewhere; None if `key` is None."""
+    """Return the opacity [H, W]: 0 where a value equals `key`, and 255 at all other pixels.
+
+    Return None if `key`, the value of transparent pixels, is None.
+    """
     return None if key is None else np.where(values == key, 0, 255).astype(np.uint8)
 
 
 def _on_white(pixels: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
-    """Composite pixels [H, W] or [H, W, C] with alpha [H, W] on white, rounded, [H, W, C]."""
+    """Blend pixels, [H, W] or [H, W, C], with white by their opacity alpha, uint8 [H, W].
+
+    Return the rounded values, uint8 [H, W, C]. If `alpha` is None, the values do not change.
+    """
     pixels = pixels if pixels.ndim == 3 else pixels[..., None]
     if alpha is None:
         return pixels
@@ -147,8 +154,8 @@ def _from_lab(image: Image.Image) -> Image.Image:
 
 
 def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
-    """Rotate and mirror pixels by the EXIF orientation; Pillow does so itself for TIFF."""
-    if not image.info:  # without metadata there is no EXIF
+    """Rotate and mirror pixels [H, W, C] by the EXIF orientation of `image`."""
+    if not image.info:  # without metadata there is no EXIF; Pillow itself has rotated TIFF images
         return pixels
     try:
         orientation = image.getexif().get(ORIENTATION, 1)

@@ -1,8 +1,8 @@
 """Loading of data sets by name.
 
-The name of a data set is `SOURCE[:ARGUMENT]`, which the function `load(argument, data_dir)` of the
-module `ddpm_jax/data/SOURCE.py` reads, or the name of a TFDS data set.  A new source is a new
-module.  The data package does not import jax.
+The name of a data set is `SOURCE[:ARGUMENT]` or the name of a TFDS data set.  The function
+`load(argument, data_dir)` of the module `ddpm_jax/data/SOURCE.py` loads the data set
+`SOURCE:ARGUMENT`.  To add a source, add a module.  The data package does not import jax.
 """
 
 import importlib
@@ -30,17 +30,19 @@ def load(
     validation: int | None = None,
     may_prepare: bool = True,
 ) -> Data:
-    """Load data set `name`, with a validation split.
+    """Load data set `name` and select its validation split.
 
     Args:
-      name: `digits`, `digits:28`, `folder:PATH`, or a TFDS name such as `mnist`.
-      data_dir: The directory of prepared TFDS data sets. If None, TFDS's default directory.
-      validation: The number of validation images; `with_validation` describes 0 and None.
-      may_prepare: If True, a TFDS data set that is not in `data_dir` is downloaded and prepared.
+      name: The name, such as `digits`, `digits:28`, `folder:PATH`, or a TFDS name such as `mnist`.
+      data_dir: The directory of prepared TFDS data sets. If None, TFDS's default directory is used.
+      validation: The number of validation images. If 0, there is no validation split; if None,
+        `with_validation` selects the default number.
+      may_prepare: If True, a TFDS data set that is not in `data_dir` is downloaded and prepared. If
+        False, UserError is raised.
 
     Raises:
-      MissingData: If the data set is not prepared and cannot be downloaded.
-      UserError: If the name is unknown, or the data set is invalid.
+      MissingData: If a TFDS data set is not prepared and cannot be downloaded.
+      UserError: If the name is unknown, or the data set is not valid.
     """
     check_name(name)
     source, _, argument = name.partition(":")
@@ -53,7 +55,9 @@ def load(
         data = tfds.load(name, data_dir, may_prepare)
     for split, part in (("training", data.train), ("test", data.test)):
         if not len(part.images):
-            raise UserError(f"data set {name} has no {split} images; add some, or give another")
+            raise UserError(
+                f"data set {name} has no {split} images; add images, or give another data set"
+            )
     return with_validation(data, validation)
 
 
@@ -61,7 +65,7 @@ def check_name(name: str) -> None:
     """Check that the name of a data set is not a path or a known name in another spelling.
 
     Raises:
-      UserError: If it is; the message contains the name to use.
+      UserError: If it is a path or another spelling; the message contains the correct name.
     """
     source, colon, argument = name.partition(":")
     sources = {path.stem for path in pathlib.Path(__file__).parent.glob("*.py")} - NOT_SOURCES
@@ -77,22 +81,22 @@ def check_name(name: str) -> None:
     for correct in sorted({*sources, *COMMON}):
         if source != correct and letters == correct.replace("_", ""):
             raise UserError(
-                f"--config.data={printable(name)} is not a data set; its name is spelled "
-                f"{correct}: give --config.data={correct}{colon}{printable(argument)}"
+                f"--config.data={printable(name)} is not a data set; give the correct "
+                f"spelling: --config.data={correct}{colon}{printable(argument)}"
             )
 
 
 def is_of_tfds(name: str) -> bool:
-    """Return whether data set `name` is read by TFDS and not by a module of this package."""
+    """Return True if TFDS reads data set `name`, False if a module of this package reads it."""
     modules = {path.stem for path in pathlib.Path(__file__).parent.glob("*.py")}
     return name.partition(":")[0] not in modules - NOT_SOURCES
 
 
 def check_recorded_dir(name: str, data_dir: Json) -> None:
-    """Check that the TFDS directory in a run's record may be read and contains the data set.
+    """Check that data set `name` may be read from `data_dir`, recorded in a run's config.json.
 
     Raises:
-      UserError: If TFDS itself does not have a data set of this name, or it is not in `data_dir`.
+      UserError: If the data set is not part of TFDS, or `data_dir` does not contain it.
     """
     from ddpm_jax.data import tfds_builders
 

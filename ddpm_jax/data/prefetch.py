@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
-AHEAD = 2  # batches
+AHEAD = 2  # number of batches that are prepared before they are needed
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -19,22 +19,22 @@ class _Ready(Generic[B]):
 
 
 class _End(NamedTuple):
-    """The last queue item; `error` is the exception that ended the batches, or None."""
+    """The last queue item; `error` is the exception that stopped the thread, or None."""
 
     error: BaseException | None = None
 
 
 def prefetch(batches: Iterator[A], transfer: Callable[[A], B]) -> Generator[B, None, None]:
-    """Yield `transfer(batch)` for every batch, computed up to two batches ahead in a thread.
+    """Yield `transfer(batch)` for every batch; a thread computes up to two results in advance.
 
-    Closing the generator ends the thread.
+    The thread ends when the generator is closed.
 
     Args:
       batches: The batches on the host.
       transfer: A function that transfers a batch to the devices.
 
     Raises:
-      BaseException: The exception that `batches` or `transfer` raised, instead of the next batch.
+      BaseException: If `batches` or `transfer` raised this exception in the thread.
     """
     ready: queue.Queue[_Ready[B] | _End] = queue.Queue(AHEAD)
     closed = threading.Event()

@@ -1,4 +1,4 @@
-"""Hard negatives of `shapes`: captions with one statement that is wrong for the image."""
+"""Hard negatives of the data set `shapes`: captions with one wrong statement about the image."""
 
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -34,11 +34,12 @@ VALUES: dict[str, Iterable[str | int]] = {  # allowed values of the fields of `G
 
 
 def hard_negative(split: str, index: int, number: int = 0) -> str:
-    """Return hard negative `number` of example `index`: a caption with one wrong statement.
+    """Return a hard negative of example `index` of a split: its caption with one wrong statement.
 
-    A number, size, colour, shape or background is replaced, two groups exchange their colours or
+    `number`, from 0, selects one of many random hard negatives of the example. In each of them a
+    count, size, colour, shape or background is replaced, two groups exchange their colours or
     shapes, or the relation is reversed. Changes that are harder to recognize are more frequent.
-    The caption contains no held-out pair of colour and shape, except those of the example.
+    The caption contains no held-out pair of colour and shape, except the pairs of the example.
     """
     true = scene(split, index)
     excluded = ALL_HELD_OUT - {(group.colour, group.kind) for group in true.groups}
@@ -57,7 +58,7 @@ def hard_negative(split: str, index: int, number: int = 0) -> str:
 
 
 def _describes(groups: Sequence[Group], scene: Scene) -> bool:
-    """Return whether groups are those of a scene in any order, with correct sizes if stated."""
+    """Return whether `groups` are the scene's groups in any order; a size is correct or None."""
     described = {(group.number, group.colour, group.kind) for group in groups}
     present = {(group.number, group.colour, group.kind) for group in scene.groups}
     sizes = {(s.colour, s.kind): "small" if s.width <= SMALL[1] else "large" for s in scene.shapes}
@@ -67,9 +68,9 @@ def _describes(groups: Sequence[Group], scene: Scene) -> bool:
 def _altered(
     rng: np.random.Generator, scene: Scene
 ) -> tuple[tuple[Group, ...], str | None, str | None]:
-    """Return the groups, relation and background of a scene after one random change.
+    """Return the groups, the relation and the background of a caption after one random change.
 
-    The change can leave the scene as it is, because a new value may equal the old one.
+    The result may equal the fields of `scene`, because a new value may equal the old value.
     """
     groups, relation, background = list(scene.groups), scene.relation, scene.background
     index = rng.integers(len(groups))
@@ -104,9 +105,10 @@ def _choose(rng: np.random.Generator, options: Iterable[T]) -> T:
 
 
 def with_hard_negatives(data: Data, count: int) -> Data:
-    """Return `data` with `count` hard negatives after each caption.
+    """Return `data`, the data set `shapes`, with `count` hard negatives added for each image.
 
-    The captions become uint8 [N, 1 + count, LENGTH], and the correct caption of an image is first.
+    The captions become uint8 [N, 1 + count, LENGTH]; index 0 of the second axis is the correct
+    caption, and the other indices are hard negatives.
     """
     train = _with_negatives("train", data.train, count)
     validation = data.validation and _with_negatives("validation", data.validation, count)

@@ -1,7 +1,8 @@
-"""`shapes`: an endless set of rendered shapes with captions, 32x32 pixels, or 64x64: `shapes:64`.
+"""`shapes`: an endless set of images of simple shapes with captions, 32x32 pixels.
 
-An image has one to three circles, squares and triangles, in one or two groups of equal shapes. The
-caption states number, size, colour and shape of each group, and the relation of two groups:
+The images of `shapes:64` have 64x64 pixels.  An image has one to three circles, squares or
+triangles, in one or two groups of equal shapes.  The caption states the number, size, colour and
+shape of each group, and the relation of two groups:
 
     a small red circle to the left of a large blue square on a green background
 
@@ -10,8 +11,6 @@ their captions state a relation.  The `HELD_OUT` pairs of colour and shape occur
 example.  Every second validation example has a pair of `HELD_OUT["validation"]`, and every second
 test example has a pair of `HELD_OUT["test"]`.  Example i of a split is a pure function of
 (split, i) and is rendered when it is read, so no training example occurs twice.
-
-`ddpm_jax/metrics/alignment.py` recognizes these shapes in the pixels of an image.
 """
 
 import functools
@@ -69,12 +68,12 @@ RELATIONS = {  # (axis, True if the first group has the smaller coordinates on t
     "below": (1, False),
     "under": (1, False),
 }
-OVERSAMPLE = 8
+OVERSAMPLE = 8  # images are rendered at this multiple of their size and then reduced
 TRIES = 64  # random arrangements that are tried at once
 
 
 class Group(NamedTuple):
-    """A group of shapes with the same properties.
+    """A group of shapes with the same colour, kind and size.
 
     Attributes:
       number: The number of shapes.
@@ -90,7 +89,7 @@ class Group(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """A shape: its colour, kind and square box, in pixels of a 32x32 image."""
+    """A shape in a square box; left, top and width are in pixels of a 32x32 image."""
 
     colour: str
     kind: str
@@ -127,15 +126,15 @@ def scene(split: str, index: int, only: str | None = None) -> Scene:
     """Return the scene of example `index` of a split.
 
     Args:
-      split: "train", "validation" or "test", optionally followed by a space and a name, which
-        selects another random stream of examples for that split.
+      split: "train", "validation" or "test". A space and a word may follow; each word selects other
+        random examples.
       index: The index of the example, from 0.
-      only: "single" for one shape, "relation" for two shapes with a relation. If " held out" is
-        appended, one of the held-out pairs of the split occurs, otherwise none does. If None, one
-        to three shapes, with a held-out pair if the split has some and `index` is odd.
+      only: If "single", the scene has one shape; if "relation", it has two shapes with a relation.
+        With the ending " held out" it has a held-out pair of the split, otherwise no held-out pair.
+        If None, one to three shapes; odd indices have a held-out pair if the split has such pairs.
 
     Raises:
-      AssertionError: If no arrangement is found in 1,000 attempts, which does not happen.
+      AssertionError: If 1,000 attempts fail, which does not happen.
     """
     allowed = HELD_OUT.get(split.partition(" ")[0], frozenset())
     for attempt in range(1000):
@@ -156,11 +155,11 @@ def scene(split: str, index: int, only: str | None = None) -> Scene:
             )
             caption = caption_of(rng, groups, relation, background)
             return Scene(groups, relation, background, behind, shapes, caption)
-    raise AssertionError(f"no scene for {split} {index}")
+    raise AssertionError(f"no valid scene in 1,000 attempts for example {index} of split {split}")
 
 
 def stream(words: str, number: int) -> np.random.Generator:
-    """Return the random number generator of the stream (words, number)."""
+    """Return a random number generator whose seed is a function of `words` and `number`."""
     name = hashlib.blake2b(words.encode(), digest_size=8).digest()
     return np.random.Generator(np.random.Philox(key=[int.from_bytes(name, "little"), number]))
 
@@ -173,7 +172,7 @@ def _group(rng: np.random.Generator, number: int) -> Group:
 
 
 def _groups(rng: np.random.Generator, only: str | None) -> tuple[tuple[Group, ...], str | None]:
-    """Sample the groups of a scene and their relation."""
+    """Sample one or two groups, and their relation or None (`only` is as in `scene`)."""
     layout = (only or "any").split()[0]
     numbers: tuple[int, ...] = ((1,), (2,), (3,), (1, 1), (1, 1), (1, 2), (2, 1))[
         rng.choice(7, p=[0.18, 0.05, 0.04, 0.305, 0.305, 0.06, 0.06])
@@ -200,7 +199,7 @@ def is_shapes(data: str) -> bool:
 def _arrange(
     rng: np.random.Generator, groups: tuple[Group, ...], relation: str | None
 ) -> tuple[Shape, ...] | None:
-    """Sample positions of separate shapes that satisfy the relation; None if no try succeeds."""
+    """Sample shapes that do not overlap and satisfy the relation; return None if all tries fail."""
     group_of = np.repeat(np.arange(len(groups)), [group.number for group in groups])
     ranges = np.array([SMALL if group.size == "small" else LARGE for group in groups])[group_of]
     width = ranges[:, 0] + (ranges[:, 1] - ranges[:, 0]) * rng.random((TRIES, len(group_of)))
@@ -227,7 +226,7 @@ def _arrange(
 
 
 def related(first: Sequence[Shape], second: Sequence[Shape], relation: str) -> bool:
-    """Return whether every shape of `first` has the relation to every shape of `second`."""
+    """Return whether all shapes of `first` are, for example, "above" all shapes of `second`."""
     axis, smaller = RELATIONS[relation]
     low, high = (first, second) if smaller else (second, first)
     ends = [(s.left, s.top)[axis] + s.width for s in low]
@@ -249,7 +248,7 @@ def caption_of(
     relation: str | None,
     background: str | None,
 ) -> str:
-    """Return a caption of a scene in one of several forms.
+    """Return a caption of a scene; the form of the sentence is random.
 
     Args:
       rng: The random number generator that selects the form.
@@ -273,7 +272,7 @@ def caption_of(
 
 
 def render(scene: Scene, side: int = 32) -> np.ndarray:
-    """Return the image of a scene, uint8 [side, side, 3], antialiased by oversampling."""
+    """Return the image of a scene, uint8 [side, side, 3]; the edges are antialiased."""
     scale = OVERSAMPLE * side / 32
     image = Image.new("RGB", (side * OVERSAMPLE,) * 2, BACKGROUNDS[scene.background_colour])
     pen = ImageDraw.Draw(image)
@@ -308,7 +307,7 @@ def draw_shape(
 
 
 def computed_split(split: str, rows: range, side: int) -> Split:
-    """Return a split of images and captions without labels, computed when they are read."""
+    """Return the examples `rows` of a split, computed when they are read; all labels are -1."""
     images = Computed(lambda i: render(scene(split, i), side), rows, (side, side, 3))
     labels = Computed(lambda i: -1, rows, (), np.int32)
     captions = Computed(lambda i: tokenize([scene(split, i).caption], LENGTH)[0], rows, (LENGTH,))
@@ -316,7 +315,7 @@ def computed_split(split: str, rows: range, side: int) -> Split:
 
 
 def load(argument: str, data_dir: str | None) -> Data:
-    """Return the data set at `argument` pixels (32 by default), rendered when it is read.
+    """Return the data set `shapes` with images of `argument` x `argument` pixels ("" means 32).
 
     Raises:
       UserError: If `argument` is not a supported size.
@@ -324,7 +323,9 @@ def load(argument: str, data_dir: str | None) -> Data:
     del data_dir  # there are no files
     side = int(argument) if argument.isdecimal() else 32
     if argument not in ("", *map(str, SIDES)):
-        raise UserError(f"shapes:{argument}: the size must be {' or '.join(map(str, SIDES))}")
+        raise UserError(
+            f"shapes:{argument} is not allowed; the size must be {' or '.join(map(str, SIDES))}"
+        )
     return Data(
         name="shapes" + (f":{side}" if argument else ""),
         title=f"shapes {side}x{side} (rendered)",
@@ -338,7 +339,7 @@ def load(argument: str, data_dir: str | None) -> Data:
 
 
 def _fingerprint(side: int) -> str:
-    """Return a checksum of the first images and captions, which detects changes in rendering."""
+    """Return a hash of the first 32 examples of each split, which detects changes in rendering."""
     digest = hashlib.sha256()
     for split in SPLITS:
         for index in range(32):

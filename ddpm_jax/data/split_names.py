@@ -11,9 +11,10 @@ SPLIT_NAMES = {
 
 
 def split_folders(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the members of `names` that are names of a split, in any case, for each split.
+    """Return a dict from each split to the members of `names` that are names of this split.
 
-    The preferred name of a split is first. A split is left out if no member is a name of it.
+    Upper and lower case are equal. The preferred name of a split is first in its list. A split
+    without a name in `names` is not in the dict.
     """
     names = sorted(names)
     folders = {

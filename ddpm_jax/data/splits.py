@@ -1,4 +1,4 @@
-"""The validation split, taken from the training images if a data set has none."""
+"""Selection of the validation split, from the training images if there is no such split."""
 
 import numpy as np
 
@@ -12,17 +12,18 @@ MAX_VALIDATION = 5_000  # the largest number of validation images by default
 def with_validation(data: Data, count: int | None) -> Data:
     """Return `data` with `count` validation images.
 
-    If the data set has a validation split, its first images are used. Otherwise images that a
-    fixed seed selects are moved from the training split to the validation split.
+    If the data set has a validation split, the first `count` images of this split are used.
+    Otherwise, `count` training images, selected with a fixed seed, become the validation split.
 
     Args:
       data: The data set.
       count: The number of validation images. If 0, there is no validation split and the training
-        split is not changed. If None, the whole validation split of the data set is used, or a
-        tenth of the training images, at least 1 and at most 5,000.
+        split is not changed. If None, all images of the validation split are used; a data set
+        without this split uses a tenth of the training images, at least 1 and at most 5,000.
 
     Raises:
-      UserError: If there are not enough images.
+      UserError: If `count` is larger than the number of available images, or a data set without a
+        validation split is endless or has only one training image.
     """
     if count == 0:
         return data._replace(validation=None)
@@ -37,8 +38,8 @@ def with_validation(data: Data, count: int | None) -> Data:
     size = len(data.train.images)
     if size == ENDLESS:
         raise UserError(
-            f"{data.name} is endless and has no validation split; give --config.data.validation=0 "
-            "to train without one"
+            f"data set {data.name} is endless and has no validation split; give "
+            "--config.data.validation=0 to train without a validation split"
         )
     if count is None and size < 2:
         raise UserError(

@@ -1,9 +1,10 @@
-"""Image data sets of TFDS, read by name without TensorFlow.
+"""Image data sets of TFDS (TensorFlow Datasets), read by name without TensorFlow.
 
-`tfds.data_source` needs no TensorFlow, and the builders of `tfds_builders` prepare MNIST,
-Fashion-MNIST and CIFAR-10 without it.  Only feature classes of TFDS itself are imported, because
-the files of a data set may be untrusted.  Decoded images are cached as memory-mapped arrays,
-because `tfds.data_source` needs almost a millisecond for each image.
+`tfds.data_source` reads prepared data sets without TensorFlow, and the builders in
+`tfds_builders.py` prepare MNIST, Fashion-MNIST and CIFAR-10 without TensorFlow.  Only feature
+classes of TFDS itself are imported, because the files of a data set may be untrusted.  Decoded
+images are cached as memory-mapped arrays, because `tfds.data_source` needs almost a millisecond for
+each image.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-
 CAPTIONS = ("caption", "captions", "text", "description")  # feature names, the preferred one first
 VERSION = 5  # of the cached data; increase it when the same records are decoded differently
 CHUNK = 1000  # records read at a time
-MANY = 5000  # more records than this take seconds to decode
+MANY = 5000  # a message is printed before more records than this are decoded
 Label: TypeAlias = int | str | None
 Source: TypeAlias = Any  # TFDS's random access to the records of a split
 Record: TypeAlias = Any  # the protobuf features of a record by name
@@ -49,13 +50,14 @@ def load(name: str, data_dir: str | None, may_prepare: bool = True) -> Data:
 
     Args:
       name: The name of the data set, `NAME[/CONFIG][:VERSION]`.
-      data_dir: The directory of prepared data sets. If None, TFDS's default directory.
-      may_prepare: If True, a data set that is not in `data_dir` is downloaded and prepared.
+      data_dir: The directory of prepared data sets. If None, TFDS's default directory is used.
+      may_prepare: If True, a data set that is not in `data_dir` is downloaded and prepared. If
+        False, UserError is raised.
 
     Raises:
       MissingData: If the data set is not prepared and its host does not answer within 3 seconds.
-      UserError: If TFDS has no data set of this name, it does not contain images of one size, its
-        preparation needs TensorFlow, or it has feature classes that are not part of TFDS.
+      UserError: If TFDS has no data set of this name, the images of the data set do not have one
+        size, the preparation needs TensorFlow, or a feature class is not part of TFDS.
     """
     tfds = library()
     root = pathlib.Path(os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)).absolute()
@@ -67,7 +69,7 @@ def load(name: str, data_dir: str | None, may_prepare: bool = True) -> Data:
         hint = suggestion(base_name(name), [*known_names(), "digits"])
         raise UserError(f'there is no data set "{printable(name)}"{hint}') from None
     except Exception as error:  # TFDS may raise any exception for an invalid name or damaged files
-        raise UserError(f"data set {name}: {first_line(error)}") from None
+        raise UserError(f"data set {name} cannot be opened: {first_line(error)}") from None
     folder = pathlib.Path(str(builder.data_path))
     if not (folder / "dataset_info.json").exists():
         if not may_prepare:
@@ -89,12 +91,12 @@ def load(name: str, data_dir: str | None, may_prepare: bool = True) -> Data:
 
 
 class _Features(NamedTuple):
-    """The features of a data set that are read, in addition to the image.
+    """The TFDS features of a data set that are read, in addition to the feature `image`.
 
     Attributes:
-      label: The name of the feature of labels; None if there are no labels.
-      classes: The names of the classes; None if the data set has no names for them.
-      caption: The name of the feature of captions; None if there are no captions.
+      label: The name of the label feature; None if there are no labels.
+      classes: The names of the classes; None if the data set does not name its classes.
+      caption: The name of the caption feature; None if there are no captions.
       notes: Notes for the user.
     """
 
@@ -105,7 +107,11 @@ class _Features(NamedTuple):
 
 
 class _Examples(NamedTuple):
-    """The decoded examples of a split; a label is a number, a text, or None if it is missing."""
+    """The N decoded examples of a split, with notes for the user.
+
+    `images` are uint8 [N, H, W, C]. A label is a number, a text, or None if it is missing.
+    `captions` is empty if the data set has no captions.
+    """
 
     images: np.ndarray
     labels: list[Label]
@@ -113,7 +119,7 @@ class _Examples(NamedTuple):
     notes: tuple[str, ...]
 
     def rows(self, rows: np.ndarray) -> "_Examples":
-        """Return the examples at positions `rows`, without notes."""
+        """Return the examples at positions `rows`, int [N]; the result has no notes."""
         captions = [self.captions[row] for row in rows] if self.captions else []
         return _Examples(self.images[rows], [self.labels[row] for row in rows], captions, ())
 
@@ -127,7 +133,7 @@ def _decode(name: str, builder: Builder) -> Data:
         )
     features = _features(name, builder.info.features)
     if builder.info.splits.total_num_examples > MANY:
-        print_error(f"decoding {name}; later runs read the decoded images from the cache")
+        print_error(f"decoding the images of {name}; later runs read them from the cache")
     names = {split: folders[0] for split, folders in splits.items()}
     if "test" not in names and "validation" in names:  # the final metrics need a test split
         names["test"] = names.pop("validation")
@@ -162,14 +168,14 @@ def _decode(name: str, builder: Builder) -> Data:
 
 
 def _features(name: str, features: Connector) -> _Features:
-    """Return the features of a data set that are read."""
+    """Select the features to read from all TFDS features of data set `name`."""
     types = library().features
     features = dict(features) if isinstance(features, types.FeaturesDict) else {}
     image = features.get("image")
     if not isinstance(image, types.Image):
         raise UserError(
             f"data set {name} has no images in a feature called image; its features are "
-            f"{', '.join(features)}"
+            f"{', '.join(features)}; give another data set"
         )
     if np.dtype(image.np_dtype).kind != "u":
         raise UserError(
@@ -194,9 +200,10 @@ def _features(name: str, features: Connector) -> _Features:
 def _labels(
     name: str, features: _Features, labels_of: dict[str, list[Label]]
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Return the labels of each split, int32 [N], -1 if missing, and the names of the classes.
+    """Return the labels of each split as indices of classes, and the names of the classes.
 
-    If the data set does not name its classes, the classes are the distinct labels, sorted.
+    The labels are int32 [N], with -1 for a missing label. If the data set does not name its
+    classes, the classes are the distinct labels, sorted.
     """
     present = {label for labels in labels_of.values() for label in labels} - {None, -1, ""}
     class_index: dict[Label, int]
@@ -223,8 +230,8 @@ def _labels(
 def _read(name: str, builder: Builder, split: str, features: _Features) -> _Examples:
     """Return every example of a split that can be decoded.
 
-    The records are read in chunks, and only the features in use are decoded, which takes a fifth of
-    the time of reading the examples of `tfds.data_source` one by one.
+    The records are read in chunks, and only the selected features are decoded. This takes a fifth
+    of the time that `tfds.data_source` takes to read the examples one by one.
     """
     images: np.ndarray | None = None
     examples = _Examples(np.empty(0), [], [], ())
@@ -266,7 +273,7 @@ def _read(name: str, builder: Builder, split: str, features: _Features) -> _Exam
 
 @contextlib.contextmanager
 def _readable(name: str, builder: Builder) -> Iterator[None]:
-    """Replace exceptions of TFDS about files that it cannot read by a UserError of one line."""
+    """Replace any exception that TFDS raises while it reads files by a UserError of one line."""
     try:
         yield
     except UserError:
@@ -274,12 +281,12 @@ def _readable(name: str, builder: Builder) -> Iterator[None]:
     except Exception as error:
         raise UserError(
             f"data set {name} in {builder.data_path} cannot be read ({first_line(error)}); "
-            "prepare it again in another directory, and give this as --data_dir=DIR"
+            "prepare it again in another directory, and give that directory as --data_dir=DIR"
         ) from error
 
 
 def _records(source: Source) -> Iterator[Record]:
-    """Yield the encoded features of every record."""
+    """Yield a mapping from feature names to encoded features for each record."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     for start in range(0, len(source), CHUNK):
@@ -290,9 +297,10 @@ def _records(source: Source) -> Iterator[Record]:
 def _with_image(
     name: str, images: np.ndarray | None, row: int, image: np.ndarray, count: int
 ) -> np.ndarray:
-    """Return `images` [count, H, W, C] with `image` in row `row`.
+    """Return `images`, uint8 [count, H, W, C], with `image`, uint8 [H, W, C], in row `row`.
 
-    If some images are grey and others are RGB, all of them become RGB.
+    If `images` is None, the array is created. If some images are grey and others are RGB, all
+    images become RGB.
     """
     if images is None:
         images = np.empty((count, *image.shape), np.uint8)
@@ -309,7 +317,7 @@ def _with_image(
 
 
 def _label(record: Record, name: str | None) -> Label:
-    """Return the label of a record, the feature `name`; None if it is missing."""
+    """Return feature `name` of a record, which is its label; return None if it has no label."""
     if name is None:
         return None
     words, numbers = record[name].bytes_list.value, record[name].int64_list.value

@@ -1,8 +1,9 @@
 """Import of TFDS on demand, and preparation of its data sets.
 
 The builders of TFDS for MNIST, Fashion-MNIST and CIFAR-10 need TensorFlow to extract and encode
-images.  The builders of this module inherit downloads and checksums from them, read the original
-files without TensorFlow, and pass PIL images to TFDS, which it encodes without TensorFlow.
+images.  The builders of this module are subclasses, which inherit the URLs and the checksums.  They
+read the original files without TensorFlow and give PIL images to TFDS, which encodes such images
+without TensorFlow.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ DownloadManager: TypeAlias = Any  # tfds.download.DownloadManager, which compare
 Connector: TypeAlias = Any  # tfds.features.FeatureConnector, or a subclass
 
 PREPARED_HERE = ("mnist", "fashion_mnist", "cifar10")  # prepared without TensorFlow
-PROBE_SECONDS = 3.0
+PROBE_SECONDS = 3.0  # time limit for the answer of a host
 NAME = re.compile(r"\w+(/[\w.\-]+)?(:[\d*]+(\.[\d*]+)*)?", re.ASCII)
 TFDS_CLASS = re.compile(r"tensorflow_datasets(\.\w+)+", re.ASCII)
 Examples: TypeAlias = Iterator[tuple[int, dict[str, str | int | Image.Image]]]
@@ -41,7 +42,7 @@ Examples: TypeAlias = Iterator[tuple[int, dict[str, str | int | Image.Image]]]
 
 @functools.cache
 def library() -> Library:
-    """Import TFDS, restricted to its own feature classes, and return the module."""
+    """Import TFDS, prevent imports of feature classes that are not its own; return the module."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with contextlib.redirect_stderr(io.StringIO()):
         import tensorflow_datasets as tfds
@@ -51,9 +52,10 @@ def library() -> Library:
 
 
 def _refuse_other_classes(connector: Connector) -> None:
-    """Prevent TFDS from importing classes outside of TFDS that the files of a data set name.
+    """Let `connector` raise ValueError for names of classes that are not part of TFDS.
 
-    The files may be untrusted, and an import runs code.
+    Otherwise TFDS imports every class that the files of a data set name. The files may be
+    untrusted, and an import runs code.
     """
     original = connector.cls_from_name  # the only function that imports a class by its name
 
@@ -100,11 +102,12 @@ def prepare(
     """Download and prepare a data set below `root`, and return a builder that reads it.
 
     Args:
-      name: The name of the data set. Those in `PREPARED_HERE` need no TensorFlow; others may.
+      name: The name of the data set. Data sets in `PREPARED_HERE` do not need TensorFlow.
       builder: The builder of TFDS for the data set.
       root: The directory of prepared data sets.
       log: The function that prints a line for the user.
-      manual_dir: A directory of files that are already downloaded. Their checksums are compared.
+      manual_dir: A directory of files that are already downloaded; TFDS compares their checksums.
+        If None, the files are downloaded.
 
     Raises:
       MissingData: If the data set cannot be downloaded.
@@ -145,7 +148,7 @@ def prepare(
 
 
 def without_tensorflow(name: str) -> type[Builder]:
-    """Return a builder for a data set of `PREPARED_HERE` that does not need TensorFlow.
+    """Return a TFDS builder class that prepares a data set of `PREPARED_HERE` without TensorFlow.
 
     Raises:
       NotImplementedError: If `_generate_examples` of the builder is called, which TFDS does not do.
@@ -155,7 +158,7 @@ def without_tensorflow(name: str) -> type[Builder]:
     cifar = name == "cifar10"
 
     class Prepared(original):  # type: ignore[misc]
-        """Builder that reads files with gzip and tarfile, and images with PIL."""
+        """Builder that reads the original files with gzip or tarfile and yields PIL images."""
 
         @classmethod
         def _get_pkg_dir_path(cls) -> os.PathLike[str]:  # the directory of TFDS's checksums
@@ -178,7 +181,7 @@ def without_tensorflow(name: str) -> type[Builder]:
             }
 
         def _generate_examples(self) -> NoReturn:
-            raise NotImplementedError("_split_generators returns the examples of each split")
+            raise NotImplementedError("call _split_generators, which returns the examples")
 
     Prepared.name = name
     Prepared.__module__ = original.__module__
@@ -186,8 +189,8 @@ def without_tensorflow(name: str) -> type[Builder]:
 
 
 def _idx(images: os.PathLike[str], labels: os.PathLike[str]) -> Examples:
-    """Yield the examples of gzipped IDX files; headers have 16 bytes (images) and 8 (labels)."""
-    with gzip.open(str(images)) as file:
+    """Yield a pair (key, features) for each example of two gzipped IDX files, MNIST's format."""
+    with gzip.open(str(images)) as file:  # the header has 16 bytes for images, 8 for labels
         pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
     with gzip.open(str(labels)) as file:
         values = np.frombuffer(file.read(), np.uint8, offset=8)
@@ -196,10 +199,10 @@ def _idx(images: os.PathLike[str], labels: os.PathLike[str]) -> Examples:
 
 
 def _cifar10(path: os.PathLike[str], split: str) -> Examples:
-    """Yield the examples of the binary version of CIFAR-10.
+    """Yield a pair (key, features) for each example of a split of CIFAR-10's binary version.
 
-    Each record is one byte of the label, then 3 x 32 x 32 bytes of the pixels, channels first. As
-    in TFDS, the key of an example and its `id` contain its number within the split.
+    A record has one byte for the label, then 3 x 32 x 32 bytes for the pixels [channel, row,
+    column]. As in TFDS, the key and the `id` of an example contain its position in the split.
     """
     batches = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
     row = 0
@@ -225,7 +228,7 @@ def _cifar10(path: os.PathLike[str], split: str) -> Examples:
 
 
 def address(builder: Builder) -> str | None:
-    """Return the URL from which a data set is downloaded; None if it is unknown."""
+    """Return the URL from which TFDS downloads a data set; return None if it is unknown."""
     if hasattr(builder, "_cifar_info"):
         return str(builder._cifar_info.url)
     if hasattr(builder, "URL"):
@@ -236,10 +239,11 @@ def address(builder: Builder) -> str | None:
 def reachable(url: str | None, seconds: float = PROBE_SECONDS) -> bool:
     """Return whether the host of `url` answers a HEAD request within `seconds`.
 
-    The time includes the look-up of the host name. If `url` is None, return True.
+    The time limit includes the look-up of the host name. If `url` is None, return True, because
+    the download itself will fail if there is no connection.
     """
     if url is None:
-        return True  # the download itself will fail if there is no connection
+        return True
     answered = threading.Event()
 
     def request_head() -> None:
@@ -264,10 +268,10 @@ def have_tensorflow() -> bool:
 
 
 def make_folder(root: pathlib.Path) -> None:
-    """Create the directory of data sets, before anything is downloaded.
+    """Create the directory `root` of data sets if it does not exist.
 
     Raises:
-      UserError: If it cannot be created.
+      UserError: If the directory cannot be created.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Byte tokenizer of captions, for all languages and without a vocabulary file.
 
-Each token is one byte of the text in UTF-8.  Token 0 is padding; byte 0 is removed from texts.
+Each token is one byte of the text in UTF-8.  Token 0 is padding, so characters with code 0 are
+removed from texts.
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ PADDING = 0
 def tokenize(texts: Iterable[str], length: int) -> np.ndarray:
     """Return the tokens of texts, uint8 [texts, length], truncated or padded to `length`.
 
-    A text is truncated between two characters, not within one.
+    A text is truncated between two characters, not within the bytes of a character.
     """
     rows = [_bytes(text)[: length + 1] for text in texts]
     tokens = np.full((len(rows), length), PADDING, np.uint8)
@@ -40,7 +41,7 @@ def padded_length(texts: Iterable[str]) -> int:
 
 
 def untokenize(tokens: np.ndarray) -> list[str]:
-    """Return the texts of tokens [texts, length]; truncated texts stay truncated."""
+    """Return the texts of tokens, uint8 [texts, length], without padding."""
     return [bytes(row[row != PADDING]).decode(errors="replace") for row in tokens]
 
 

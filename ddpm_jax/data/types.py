@@ -8,18 +8,18 @@ from numpy.typing import DTypeLike
 
 Leaf: TypeAlias = Any  # a numpy or jax array, or another leaf of the tree of a batch
 
-ENDLESS = 2**31 - 1  # the number of examples of a set that computes its examples when read
+ENDLESS = 2**31 - 1  # number of examples of an endless split, which computes examples when read
 
 SPLITS = ("train", "validation", "test")
 
 
 @runtime_checkable
 class RowArray(Protocol):
-    """An array, or an object that is indexed like one and computes its rows when indexed."""
+    """An array, or an object that is indexed as an array and computes its rows when indexed."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape; the first axis is over rows."""
+        """The shape; the first axis is the axis of rows."""
         ...
 
     @property
@@ -38,8 +38,8 @@ class Split(NamedTuple):
     Attributes:
       images: The images, uint8 [N, H, W, C] in 0 ... levels - 1.
       labels: The indices of the classes, int32 [N]; -1 for an example without a class.
-      captions: The tokens of the captions, uint8 [N, L], by `ddpm_jax/data/tokenizer.py`, or the
-        inputs of a pretrained text encoder. None if there are no captions.
+      captions: The tokens of the captions, uint8 [N, L] (see `ddpm_jax/data/tokenizer.py`), or the
+        features that a pretrained text encoder has computed. None if there are no captions.
     """
 
     images: RowArray
@@ -51,7 +51,7 @@ class Split(NamedTuple):
         return self._map(lambda array: array[:count])
 
     def random_subset(self, count: int) -> "Split":
-        """Return a fixed random sample of `count` examples, or all if there are fewer."""
+        """Return `count` random examples, or all examples if there are fewer; the seed is fixed."""
         size = len(self.images)
         if size == ENDLESS:
             return self.rows(np.arange(count))
@@ -61,11 +61,11 @@ class Split(NamedTuple):
         return self.rows(np.sort(rng.permutation(size)[:count]))
 
     def rows(self, rows: np.ndarray) -> "Split":
-        """Return the examples at positions `rows` as arrays in memory."""
+        """Return the examples at positions `rows`, int [N], as arrays in memory."""
         return self._map(lambda array: array[rows])
 
     def subset(self, rows: np.ndarray) -> "Split":
-        """Return the examples at positions `rows`, which are read when they are indexed."""
+        """Return the examples at positions `rows`, read only when indexed (see `take_rows`)."""
         return self._map(lambda array: take_rows(array, rows))
 
     def _map(self, function: Callable[[RowArray], RowArray]) -> "Split":
@@ -74,7 +74,7 @@ class Split(NamedTuple):
 
 
 class Rows:
-    """A subset of the rows of an array, read when it is indexed by a slice or by integers.
+    """A subset of the rows of an array. The rows are read only when the subset is indexed.
 
     Args:
       array: The array.
@@ -99,12 +99,12 @@ class Rows:
 
 
 class Computed:
-    """An array [N, *shape] whose rows are computed when it is indexed by a slice or by integers.
+    """An array [N, *shape] whose rows are computed only when the array is indexed.
 
     Args:
-      make: A function that returns the row of the example with a given index.
+      make: A function that computes the row of an example from the index of the example.
       rows: The indices of the N examples.
-      shape: The shape of a row.
+      shape: The shape of one row.
       dtype: The dtype of the elements.
     """
 
@@ -142,12 +142,12 @@ class Data(NamedTuple):
       title: The name in tables, figures and messages.
       train: The training split.
       test: The test split, for the final metrics.
-      levels: The number of grey levels of a pixel channel.
+      levels: The number of values of a pixel channel, which are 0 ... levels - 1.
       classes: The names of the classes, in the order of their labels; empty if there are no labels.
-      fingerprint: A hash of all splits.
+      fingerprint: A hash that changes when the examples of a split change.
       notes: Notes for the user, for example about skipped files.
       validation: The validation split, for metrics during training and the choice of the best
-        checkpoint. None if there is none or --config.data.validation is 0.
+        checkpoint. None if the data set has no validation split or --config.data.validation is 0.
     """
 
     name: str
@@ -164,11 +164,11 @@ class Data(NamedTuple):
         """Return the split "train", "validation" or "test".
 
         Raises:
-          ValueError: If there is no validation split.
+          ValueError: If `split` is "validation" and the data set has no validation split.
         """
         part = {"train": self.train, "validation": self.validation, "test": self.test}[split]
         if part is None:
-            raise ValueError(f"{self.name} has no {split} split")
+            raise ValueError(f"data set {self.name} has no {split} split")
         return part
 
     @property
@@ -183,7 +183,7 @@ class Data(NamedTuple):
         return 0 if self.train.captions is None else self.train.captions.shape[1]
 
     def describe(self) -> dict[str, str | int | list[int] | list[str]]:
-        """Return the description for `config.json`, which a later run compares with its data."""
+        """Return the description for config.json; a resumed run compares it with its data set."""
         return {
             "name": self.name,
             "title": self.title,
@@ -206,7 +206,7 @@ class Batch(NamedTuple):
       labels: The indices of the classes, int32 [B]; -1 for an example without a class.
       index: The indices of the examples, int32 [B]: in training the position in the batch, in
         evaluation the position in the split.
-      captions: The captions, as in `Split`; None if there are none.
+      captions: The tokens of the captions, as in `Split`; None if there are no captions.
     """
 
     images: Leaf
@@ -216,17 +216,20 @@ class Batch(NamedTuple):
 
 
 def take_rows(array: RowArray, rows: np.ndarray) -> RowArray:
-    """Return the rows `rows`: copied if `array` is in memory, otherwise read when indexed."""
+    """Return the rows at positions `rows`, int [N], of an array.
+
+    If `array` is in memory, the rows are copied; otherwise they are read when they are indexed.
+    """
     return array[rows] if type(array) is np.ndarray else Rows(array, rows)
 
 
 class Loaded(NamedTuple):
-    """A loaded data set.
+    """A loaded data set and its origin.
 
     Attributes:
       data: The data set.
-      note: A warning if a fallback replaces the data set of the config; otherwise "".
-      data_dir: The directory of TFDS data sets that was read; None for the default one.
+      note: A warning if another data set replaces the data set of the config; otherwise "".
+      data_dir: The directory of TFDS data sets. If None, TFDS's default directory was used.
     """
 
     data: Data
@@ -240,7 +243,7 @@ class DataInfo(NamedTuple):
     Attributes:
       name: The name of the data set, such as `digits` or `folder:PATH`.
       shape: The (height, width, channels) of an image.
-      levels: The number of grey levels of a pixel channel.
+      levels: The number of values of a pixel channel, which are 0 ... levels - 1.
       classes: The number of classes; 0 if there are no labels.
       caption_length: The number of tokens of a caption; 0 if there are no captions.
     """
@@ -252,7 +255,7 @@ class DataInfo(NamedTuple):
     caption_length: int = 0
 
 
-UNBOUND = DataInfo("", (0, 0, 0), 2)  # `info` of a task before `bind`
+UNBOUND = DataInfo("", (0, 0, 0), 2)  # `info` of a task before `Task.bind` sets it
 
 
 def info_of(data: Data) -> DataInfo:

@@ -232,7 +232,7 @@ def test_files_with_other_endings_are_counted(tmp_path):
     (tmp_path / "e.ppm").touch()
     again = load(tmp_path)
     assert "skipped 5 files with other endings: .heic (2), .ppm (2), no ending (1)" in again.notes
-    assert not any(text.startswith("decoded again") for text in again.notes)
+    assert not any(text.startswith("the images were decoded again") for text in again.notes)
 
 
 @pytest.mark.parametrize("names", [["a.heic", "b/c.avif"], ["a.ppm"], ["a.svg", "a.txt"]])
@@ -279,7 +279,7 @@ def test_names_that_are_not_files_are_reported_and_pipes_do_not_block(tmp_path):
     images(tmp_path / "folder.png", 1, 5)
     data = load(tmp_path)
     assert sorted(numbers(data.train) + numbers(data.test)) == list(range(6))
-    skipped = note(data, "skipped 6 names that are not files")
+    skipped = note(data, "skipped 6 paths that are not files")
     assert "broken.png (No such file or directory)" in skipped
     assert "000.txt (not a regular file)" in skipped
 
@@ -387,9 +387,9 @@ def test_all_caption_keys_of_metadata_are_read(key, table, tmp_path):
             "metadata.jsonl", '{"file_name": ["000.png"], "text": "a"}',
             "file_name must be a string, not",
         ),
-        ("metadata.jsonl", '{"file_name": "000.png", "text": "a"}\n[1]', "line 2: must be"),
-        ("metadata.jsonl", "[" * 100_000, "line 1: must be"),
-        ("metadata.jsonl", '{"file_name": "000.png" "text": "a"}', "line 1: must be"),
+        ("metadata.jsonl", '{"file_name": "000.png", "text": "a"}\n[1]', "line 2: every line must"),
+        ("metadata.jsonl", "[" * 100_000, "line 1: every line must be"),
+        ("metadata.jsonl", '{"file_name": "000.png" "text": "a"}', "line 1: every line must be"),
         ("metadata.jsonl", '{"file_name": "../000.png", "text": "a"}', r"file_name .*outside of"),
         (
             "metadata.jsonl", '{"file_name": "/etc/passwd", "text": "a"}',
@@ -433,7 +433,7 @@ def test_the_first_of_several_captions_is_used_and_the_others_are_counted(tmp_pa
     (tmp_path / "003.txt").write_text("text file")
     actual, data = captions(tmp_path)
     assert actual == {0: "first", 1: "the first key", 2: "first", 3: "text file"}
-    assert note(data, "2 captions are not used: their images have another caption")
+    assert note(data, "2 captions are not used, because their images have another caption")
 
 
 def test_captions_without_an_image_are_counted(tmp_path):
@@ -500,7 +500,7 @@ def test_two_text_files_of_one_image_are_counted(tmp_path):
     assert actual[0] == "000.png.txt"
     assert actual[1] == "001.TXT"
     assert (actual[3], actual[4]) == ("003.png.txt", "of the stem")
-    assert note(data, "3 captions are not used: their images have another caption")
+    assert note(data, "3 captions are not used, because their images have another caption")
 
 
 def test_paths_in_metadata_may_have_backslashes_and_folders(tmp_path):
@@ -620,7 +620,7 @@ def test_a_damaged_cache_is_decoded_again(damage, tmp_path, monkeypatch):
     list(damages(meta.parent).values())[damage]()
     actual, data = captions(root)
     assert actual == first
-    assert note(data, "decoded again: ")
+    assert note(data, "the images were decoded again, ")
     assert not captions(root)[1].notes
 
 

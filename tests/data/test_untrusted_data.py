@@ -165,7 +165,7 @@ def test_features_that_cannot_be_read_are_an_error_of_one_line(content, tmp_path
     (folder / "features.json").write_text(content)
     arguments = ("--config.data=strange", f"--data_dir={tmp_path}", "--workdir=mine")
     result = launch_here("--experiment=vae_fashion_mnist", "--debug", *arguments)
-    expect_one_line(result, "data set strange: |no data set|its features are|no images")
+    expect_one_line(result, "data set strange cannot be |no data set|its features are|no images")
 
 
 def test_every_module_of_the_data_package_is_a_source_or_in_no_sources():

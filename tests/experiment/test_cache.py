@@ -241,7 +241,7 @@ def test_decoded_images_that_cannot_be_used_are_decoded_again(tmp_path, monkeypa
     assert again.fingerprint == first.fingerprint
     for actual, array in zip(again.train, expected, strict=True):
         np.testing.assert_array_equal(actual, array)
-    assert any("decoded again" in note for note in again.notes)
+    assert any("were decoded again" in note for note in again.notes)
     assert not loader.load(name, validation=0).notes
 
 
