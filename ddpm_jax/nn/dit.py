@@ -104,8 +104,8 @@ class DiT(nn.Module):
         """
         if shape[0] % self.patch or shape[1] % self.patch:
             raise FieldError(
-                f"patch={self.patch}: the DiT cuts images into patches of this side, and "
-                f"{shape[0]}x{shape[1]} is not divisible by it; give a divisor of both sides"
+                f"patch={self.patch}: images of {shape[0]}x{shape[1]} pixels cannot be cut "
+                f"into patches of {self.patch}x{self.patch}; give a divisor of both sides"
             )
         check_width(self.width, self.heads)
 
@@ -132,7 +132,7 @@ class DiTBlock(nn.Module):
         context: Context | None,
         number: Int[Array, ""],
     ) -> tuple[Float[Array, "batch tokens d"], None]:
-        """Return (tokens, None) for `nn.scan`; `number` is the index of the block."""
+        """Return (output tokens, None), as `nn.scan` requires; `number` is the block's index."""
         size, tokens, width = x.shape
         drop = Dropout(self.dropout, name="drop")
         modulation = _modulation(self, emb, 6, "modulation")

@@ -344,5 +344,5 @@ def depth_to_space(
 
 
 def inner_dtype(precision: str) -> str | None:
-    """Return the `dtype` field of a network: None for "float32", otherwise `precision` itself."""
+    """Return the `dtype` field of a network: None if `precision` is "float32", or `precision`."""
     return None if precision == "float32" else precision

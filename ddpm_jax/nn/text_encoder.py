@@ -2,7 +2,7 @@
 
 It is a small version of the text encoder of CLIP (Radford et al. 2021, sec. 2.4).  It computes
 features of each word, for the cross-attention of a generation model, and one feature vector of the
-caption, from which the embedding is computed that is compared with embeddings of images.
+caption, from which the dual encoder computes the embedding of the caption.
 """
 
 from typing import NamedTuple
@@ -32,7 +32,7 @@ class Size(NamedTuple):
 
     @property
     def features(self) -> int:
-        """The number of output features of a token: `width` of the word and `width` of the block."""
+        """The number of output features of a token; `TextEncoder` describes them."""
         return 2 * self.width
 
 

@@ -33,7 +33,7 @@ class TextRefiner(nn.Module):
 
     @nn.compact
     def __call__(self, context: Context) -> Context:
-        """Return the transformed text features, with `width` features of tokens and captions."""
+        """Return the transformed text features; tokens and captions have `width` features."""
         tokens, mask, pooled = context
         x = nn.Dense(self.width, dtype=self.dtype, name="tokens")(tokens)
         x += time_embedding(jnp.arange(x.shape[1]) / 1000, self.width).astype(x.dtype)

@@ -206,8 +206,8 @@ class UNet(nn.Module):
         for multiplier in self.multipliers:
             if self.head_channels and self.channels * multiplier % self.head_channels:
                 raise FieldError(
-                    f"head_channels={self.head_channels}: a level has {self.channels * multiplier} "
-                    "channels, which is not divisible by it; give a divisor",
+                    f"head_channels={self.head_channels}: must divide the number of channels of "
+                    f"each level, and a level has {self.channels * multiplier}",
                     "channels",
                     "multipliers",
                 )

@@ -81,9 +81,8 @@ class VAENetwork(nn.Module):
     Attributes:
       shape: Height, width and number of channels of an image.
       latents: Dimension of z.
-      hidden: Widths of the hidden layers of the encoder, in reverse order those of the decoder. If
-        `conv`, these are the numbers of channels of the convolutions; each convolution halves the
-        sides.
+      hidden: Widths of the hidden layers of the encoder; the decoder has the reverse order. If
+        `conv`, numbers of channels of the convolutions, each of which halves the sides.
       conv: Use convolutional networks instead of MLPs.
       dtype: Data type of the computation in the hidden layers. If None, the type of the images.
     """

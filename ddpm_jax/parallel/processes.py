@@ -22,7 +22,7 @@ class Coordinator(Protocol):
     """The client of jax's coordination service, with barriers and a key-value store."""
 
     def wait_at_barrier(self, barrier_id: str, timeout_in_ms: int) -> None:
-        """Wait until all processes have called this; raise JaxRuntimeError at the time limit."""
+        """Wait until all processes call this method; raise JaxRuntimeError at the time limit."""
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
         """Store `value` under `key`, where all processes can read it."""
@@ -133,8 +133,8 @@ def is_single_process() -> bool:
 def first_error(text: str) -> str:
     """Return the error message of the lowest-numbered process that has one.
 
-    All processes call this together with their own message, which is empty if they have no error,
-    and get the same text, which is empty if no process has an error.
+    All processes must call this function together, each with its own message `text`, which is empty
+    if there is no error.  All get the same result, which is empty if no process has an error.
     """
     if is_single_process():
         return text
@@ -155,7 +155,7 @@ class Barrier(Protocol):
     """A barrier function, with the arguments that orbax requires."""
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
-        """Wait until all processes have called this with the same `key`."""
+        """Wait until all processes have called the barrier with the same `key`."""
 
 
 class ThreadBarrier:
