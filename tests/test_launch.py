@@ -158,7 +158,7 @@ def test_a_run_on_four_devices_samples_and_evaluates_on_one(launch, tmp_path):
 def test_a_run_that_failed_before_training_leaves_its_directory_usable(launch, tmp_path):
     devices = "--xla_force_host_platform_device_count=3"
     result = launch(*DIGITS, "--workdir=run", "--config.train.batch_size=32", XLA_FLAGS=devices)
-    expect_one_line(result, "batch_size=32 does not divide over 3 devices")
+    expect_one_line(result, "batch_size=32: must be a multiple of 3")
     assert launch(*DIGITS, "--workdir=run").returncode == 0
 
 

@@ -1,1 +1,1 @@
-"""Networks, written as Flax modules; inputs and outputs are batches [B, *event]."""
+"""Networks as Flax modules; the first axis of their inputs and outputs is the batch."""

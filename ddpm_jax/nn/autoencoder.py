@@ -1,11 +1,11 @@
-"""The autoencoder of latent diffusion; its latents are images with f times shorter sides.
+"""The autoencoder of latent diffusion.  It divides the sides of images by f = 2^levels.
 
-The architecture follows Rombach et al. 2022, app. E: residual blocks, with the sides halved or
-doubled between levels.  The first level moves squares of 2x2 pixels into channels, so that no
-convolution runs at the full image size.  Group norm is not used: it removes what is constant across
-an image, which is most of the content of an image of uniform areas.  Without any norm, training on
-`shapes` diverged at a learning rate of 3e-3; an RMS norm over the channels of each pixel, before
-each block, prevents this.
+The architecture follows Rombach et al. 2022, app. E: residual blocks at each level, and sides that
+are halved or doubled between levels.  The first level moves squares of 2x2 pixels into channels, so
+that no convolution runs at the full image size.  Group norm is not used, because it removes values
+that are constant across an image, and images of uniform areas consist mostly of such values.
+Without any norm, training on the data set `shapes` diverged at a learning rate of 3e-3.  An RMS
+norm over the channels of each pixel, before each block, prevents this.
 """
 
 from typing import Annotated
@@ -21,13 +21,13 @@ from ddpm_jax.nn.layers import Conv, depth_to_space, space_to_depth
 
 
 class Residual(nn.Module):
-    """A residual block x + f(x): f is an RMS norm, then twice swish and a 3x3 convolution."""
+    """A residual block x + f(x), where f is norm, swish, convolution, swish, convolution."""
 
     dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
-        """Return x + f(x), which is initially x."""
+        """Return x + f(x), of the shape of x; with the initial parameters, f(x) = 0."""
 
         def conv(h: Array, name: str, init: Initializer) -> Array:
             layer = Conv(x.shape[-1], (3, 3), kernel_init=init, dtype=self.dtype, name=name)
@@ -39,15 +39,16 @@ class Residual(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """An autoencoder of images x [B, H, W, C], with latents z [B, H / f, W / f, latent_channels].
+    """An autoencoder of images x [B, H, W, C] with latents z [B, H / f, W / f, latent_channels].
 
     Attributes:
-      shape: Height, width and channels of an image.
-      channels: Channels of each level, starting at the image; each level halves the sides, so
-        f = 2^levels.
-      latent_channels: Channels of z.
-      blocks: Residual blocks of each level, in the encoder and in the decoder.
-      dtype: Type of the computation; norms, z and the decoded image stay float32.
+      shape: Height, width and number of channels of an image.
+      channels: Number of channels at each level, starting with the level next to the image. Each
+        level halves the sides, so f = 2^levels.
+      latent_channels: Number of channels of z.
+      blocks: Number of residual blocks at each level of the encoder and of the decoder.
+      dtype: Data type of the computation, except norms, z and the decoded image, which are float32.
+        If None, everything is computed in the type of the images.
     """
 
     shape: Annotated[tuple[int, int, int], BOUND] = (0, 0, 0)
@@ -58,7 +59,7 @@ class Autoencoder(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """The number of rows, columns and channels of z."""
+        """The shape of z for one image: rows, columns, channels."""
         factor = 2 ** len(self.channels)
         return self.shape[0] // factor, self.shape[1] // factor, self.latent_channels
 
@@ -70,21 +71,22 @@ class Autoencoder(nn.Module):
     def encode(
         self, x: Float[Array, "batch h w c"]
     ) -> tuple[Float[Array, "batch rows columns d"], Float[Array, "batch rows columns d"]]:
-        """Return (mean, logvar) of q(z|x); the variance is a sigmoid, at most the prior's (1).
+        """Return (mean, logvar) of q(z|x), where the variance is a sigmoid, which is at most 1.
 
-        A variance above 1 has a larger KL divergence and carries less information, so the bound
-        costs nothing.  Without it, one large encoder output gives an image a variance of
-        exp(output), and noise of that size ruins the decoder in one step.
+        The prior has variance 1; a larger variance of q(z|x) increases the KL divergence and
+        carries less information, so the limit has no cost.  Without a limit, the variance is
+        exp(output of the encoder); one large output then adds so much noise to z that a single
+        training step ruins the decoder.
         """
         mean, logit = jnp.split(self.encoder(x), 2, -1)
         return mean, jnp.maximum(nn.log_sigmoid(logit), -20.0)
 
     def decode(self, z: Float[Array, "batch rows columns d"]) -> Float[Array, "batch h w c"]:
-        """Return the images that the latents z decode to."""
+        """Return the images that are decoded from the latents z."""
         return self.decoder(z)
 
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
-        """Return the reconstruction of x from the mean of q(z|x)."""
+        """Return the images that are decoded from the mean of q(z|x)."""
         return self.decode(self.encode(x)[0])
 
     def check(self) -> None:
@@ -96,14 +98,14 @@ class Autoencoder(nn.Module):
         factor, (height, width, _) = 2 ** len(self.channels), self.shape
         if height % factor or width % factor:
             raise FieldError(
-                f"channels={','.join(map(str, self.channels))}: the autoencoder divides the "
-                f"sides of images by {factor}, and {height}x{width} does not divide by {factor}; "
-                "give fewer channels, or images of another size"
+                f"channels={','.join(map(str, self.channels))}: the autoencoder divides the sides "
+                f"of images by {factor}, and {height}x{width} is not divisible by {factor}; give "
+                "a shorter list, or use images of another size"
             )
 
 
 class Encoder(nn.Module):
-    """The convolutional encoder; each level halves the sides, the first by `space_to_depth`."""
+    """The encoder; level 0 halves the sides by `space_to_depth`, other levels by stride 2."""
 
     channels: tuple[int, ...]
     outputs: int
@@ -112,7 +114,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch rows columns d"]:
-        """Return the mean of q(z|x), and the logits of its variance, as channels."""
+        """Return the mean of q(z|x) and the logits of the variance, concatenated as channels."""
         x = space_to_depth(x, 2)
         for level, width in enumerate(self.channels):
             strides = 2 if level else 1
@@ -124,9 +126,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The convolutional decoder; each level doubles the sides, by `depth_to_space`.
+    """The convolutional decoder; each level doubles the sides by `depth_to_space`.
 
-    A convolution computes four pixels as channels of one (Shi et al. 2016).
+    A convolution computes each square of 2x2 pixels as the channels of one pixel, and
+    `depth_to_space` moves them to their positions (Shi et al. 2016).
     """
 
     channels: tuple[int, ...]
@@ -136,7 +139,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "batch rows columns d"]) -> Float[Array, "batch h w c"]:
-        """Return the images that the latents z decode to."""
+        """Return the images that are decoded from the latents z."""
         width = self.channels[-1]
         x = Conv(width, (3, 3), dtype=self.dtype, name="conv_in")(z)
         for level in reversed(range(len(self.channels))):

@@ -1,4 +1,4 @@
-"""A small convolutional classifier; the layer before the logits gives an image's features."""
+"""A small convolutional classifier, which also serves as a feature network."""
 
 from typing import Annotated
 
@@ -10,20 +10,22 @@ from jaxtyping import Array, Float, Key
 from ddpm_jax.fields import BOUND, Count, Share
 from ddpm_jax.nn.layers import Conv, Dropout, condition
 
-SMALLEST = 8  # convolutions halve longer sides only
-SINES = 64  # width of the time embedding
+SMALLEST = 8  # a convolution has stride 2 if the sides are longer than this
+SINES = 64  # width of the sinusoidal time embedding
 
 
 class ClassifierNetwork(nn.Module):
-    """Images [B, H, W, C] in [-1, 1] -> (logits [B, classes], features [B, features]).
+    """A classifier: images [B, H, W, C] in [-1, 1] -> (logits [B, classes], features).
 
     Attributes:
       classes: Number of classes.
-      channels: Channels of the 3x3 convolutions, each of which halves sides longer than 8.
-      features: Width of the layer before the logits.
-      dropout: Dropout rate on the features, in training.
+      channels: Number of channels of each 3x3 convolution. A convolution halves the sides if they
+        are longer than 8.
+      features: Number of features, which are the outputs of the layer before the logits.
+      dropout: Dropout rate on the features in training.
       noisy: Classify noisy images x_t; an embedding of t is added after every convolution.
-      dtype: Type of the computation; the logits stay float32. None: the type of the images.
+      dtype: Data type of the computation, except the logits, which are float32. If None, the type
+        of the images.
     """
 
     classes: Annotated[int, BOUND] = 0
@@ -40,12 +42,12 @@ class ClassifierNetwork(nn.Module):
         keys: Key[Array, "batch"] | None = None,
         time: Float[Array, "batch"] | None = None,
     ) -> tuple[Float[Array, "batch classes"], Float[Array, "batch features"]]:
-        """Return the logits and the features.
+        """Return (logits, features); both have at least the precision of float32.
 
         Args:
           x: Images in [-1, 1].
-          keys: Keys of dropout, one for each image; None outside training.
-          time: Times in [0, 1], where 1 is pure noise, for a noisy classifier. If None, all are 0.
+          keys: Keys of dropout, one for each image. If None, dropout is off.
+          time: Times t in [0, 1], where 1 is pure noise; only used if `noisy`. If None, t = 0.
         """
         emb = None
         if self.noisy:

@@ -1,4 +1,4 @@
-"""The transformer of an autoregressive generation model of image codes, given a caption."""
+"""The transformer of an autoregressive generation model of codebook indices, given a caption."""
 
 from typing import Annotated
 
@@ -14,18 +14,20 @@ from ddpm_jax.nn.transformer import Block, check_width
 
 
 class CodeTransformer(nn.Module):
-    """A causal transformer: codes [B, N] -> logits [B, N, codes].
+    """A causal transformer: codebook indices [B, N] -> logits [B, N, codes].
 
-    The logits at position i are of code i, given the codes before it and the caption.
+    The logits at position i are those of p(index i | indices before i, caption).
 
     Attributes:
-      codes: Number of codes in the codebook.
-      width: Width of a token.
-      depth: Number of blocks.
+      codes: Number of vectors in the codebook.
+      width: Number of features of a token.
+      depth: Number of transformer blocks.
       heads: Number of attention heads.
-      text_refiner_blocks: Blocks of the text refiner (`nn.text_refiner`). 0: no text refiner.
-      dropout: Dropout rate after each branch, in training.
-      dtype: Type of the computation; norms, softmax and logits stay float32.
+      text_refiner_blocks: Number of blocks of the text refiner, a small transformer that is trained
+        with this network and processes the text features; 0: there is no text refiner.
+      dropout: Dropout rate after each branch of a block in training.
+      dtype: Data type of the computation, except norms, softmax and logits, which are float32. If
+        None, everything is computed in float32.
     """
 
     codes: Annotated[int, BOUND] = 0
@@ -43,18 +45,18 @@ class CodeTransformer(nn.Module):
         context: Context,
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch positions codes"]:
-        """Return the logits.
+        """Return the logits of the codebook indices, [B, N, codes].
 
         Args:
-          codes: Codes in raster order; the last one has no effect.
-          context: Features of captions, one for each n images side by side.
-          keys: Keys of dropout, one for each image; None outside training.
+          codes: Codebook indices of the B images in raster order. The last index has no effect.
+          context: Text features of B / n captions; image i has the caption i // n.
+          keys: Keys of dropout, one for each image. If None, dropout is off.
         """
         context = refine_text(
             context, len(codes), self.width, self.text_refiner_blocks, self.heads, self.dtype
         )
         normal = nn.initializers.normal(0.02)
-        # The start token has the index `codes`.
+        # The start token has the index `self.codes`.
         previous = jnp.pad(codes[:, :-1], ((0, 0), (1, 0)), constant_values=self.codes)
         x = nn.Embed(self.codes + 1, self.width, embedding_init=normal, name="codes")(previous)
         x += self.param("places", normal, x.shape[1:])
@@ -67,7 +69,7 @@ class CodeTransformer(nn.Module):
         return nn.Dense(self.codes, kernel_init=nn.initializers.zeros, name="out")(x)
 
     def check(self) -> None:
-        """Check that the network can be built.
+        """Check that the network can be built with these fields.
 
         Raises:
           FieldError: If `width` is odd or not a multiple of `heads`.

@@ -1,7 +1,8 @@
-"""The denoising networks, which are the alternatives of `network` in all tasks that denoise.
+"""The union of all denoising networks: the type of the config section `network` of diffusion tasks.
 
-A file of this directory that defines a denoising network names its class in the last line, as in
-`DENOISING_NETWORK = UNet`. `DenoisingNetwork` is the union of these classes.
+A file of this directory that defines a denoising network assigns the class to the global name
+`DENOISING_NETWORK` in the last line.  `DenoisingNetwork` is the union of these classes, such as
+UNet | DiT.
 """
 
 import functools
@@ -13,23 +14,23 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 if TYPE_CHECKING:
 
     class DenoisingNetwork(Protocol):
-        """A Flax module that denoises; `UNet` describes its fields and arguments."""
+        """A denoising network as a Flax module; `UNet` documents the fields and arguments."""
 
         @property
         def classes(self) -> int:
-            """The number of classes; 0 for an unconditional network."""
+            """The number of classes; 0 if the network is not conditioned on class labels."""
 
         def check(self, shape: tuple[int, int, int]) -> None:
-            """Raise FieldError if the network does not fit images of this shape."""
+            """Raise FieldError if the network cannot be built for images of `shape` [H, W, C]."""
 
         def init(self, rngs: Any, *args: Any) -> Any:
-            """Return new parameters, as all Flax modules do."""
+            """Return new parameters (`flax.linen.Module.init`)."""
 
         def apply(self, variables: Any, *args: Any) -> Any:
-            """Return the output, as all Flax modules do."""
+            """Return the output of the network (`flax.linen.Module.apply`)."""
 
         def clone(self, *, parent: None = None, **fields: Any) -> Self:
-            """Return a copy with new values of some fields, as all Flax modules do."""
+            """Return a copy with new values of `fields` (`flax.linen.Module.clone`)."""
 
 else:
     _files = sorted(pathlib.Path(__file__).parent.glob("[a-z]*.py"))

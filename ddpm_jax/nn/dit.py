@@ -25,19 +25,22 @@ from ddpm_jax.nn.transformer import check_width
 class DiT(nn.Module):
     """A diffusion transformer: x_t [B, H, W, C] -> [B, H, W, outputs].
 
-    The tokens are patches of the image.  The blocks are one module, scanned `depth` times, so that
-    the compile time does not depend on `depth`.
+    The tokens are patches of the image.  All blocks are one module in a `lax.scan` of length
+    `depth`, so that the compile time does not depend on `depth`.
 
     Attributes:
-      outputs: Channels of the output.
-      patch: Side of a patch, in pixels; a patch is a token.
-      width: Width of a token.
-      depth: Number of blocks.
+      outputs: Number of channels of the output: C, or 2 C with a learned variance.
+      patch: Side of a patch in pixels.
+      width: Number of features of a token.
+      depth: Number of transformer blocks.
       heads: Number of attention heads.
-      dropout: Dropout rate after attention and after the MLP of each block, in training.
-      classes: Number of classes; the label `classes` is the null label. 0: unconditional.
-      text_refiner_blocks: Blocks of the text refiner (`nn.text_refiner`). 0: no text refiner.
-      dtype: Type of the computation; norms, softmax, time embedding and output stay float32.
+      dropout: Dropout rate after attention and after the MLP of each block in training.
+      classes: Number of classes; the null label is the integer `classes`. If 0, the network is not
+        conditioned on labels.
+      text_refiner_blocks: Number of blocks of the text refiner, a small transformer that is trained
+        with this network and processes the text features; 0: there is no text refiner.
+      dtype: Data type of the computation, except norms, softmax, time embedding and output, which
+        are float32.
       remat: Recompute the activations of a block in the backward pass instead of storing them.
     """
 
@@ -61,7 +64,7 @@ class DiT(nn.Module):
         keys: Key[Array, "batch"] | None = None,
         context: Context | None = None,
     ) -> Float[Array, "batch h w outputs"]:
-        """Return the network's raw output; the arguments are those of `UNet.__call__`."""
+        """Return the output of the last layer; the arguments are those of `UNet.__call__`."""
         size, height, width, _ = xt.shape
         rows, columns = height // self.patch, width // self.patch
         default = nn.initializers.lecun_normal()
@@ -101,8 +104,8 @@ class DiT(nn.Module):
         """
         if shape[0] % self.patch or shape[1] % self.patch:
             raise FieldError(
-                f"patch={self.patch}: the DiT cuts images into patches of this side, and "
-                f"{shape[0]}x{shape[1]} does not divide by it; give a divisor of both sides"
+                f"patch={self.patch}: images of {shape[0]}x{shape[1]} pixels cannot be cut "
+                f"into patches of {self.patch}x{self.patch}; give a divisor of both sides"
             )
         check_width(self.width, self.heads)
 
@@ -110,9 +113,10 @@ class DiT(nn.Module):
 class DiTBlock(nn.Module):
     """A DiT block with adaLN-Zero (Peebles & Xie 2023, sec. 3.2).
 
-    The input of attention and of the MLP is normalised, scaled and shifted, and their output is
-    gated, all by functions of the embedding.  With a caption, attention to its tokens is between
-    them.
+    The inputs of self-attention and of the MLP are normalised, scaled and shifted, and the outputs
+    are multiplied by gates.  Scales, shifts and gates are linear functions of the embedding of the
+    time, label and caption.  If there are captions, cross-attention to their tokens precedes the
+    MLP.
     """
 
     heads: int
@@ -128,7 +132,7 @@ class DiTBlock(nn.Module):
         context: Context | None,
         number: Int[Array, ""],
     ) -> tuple[Float[Array, "batch tokens d"], None]:
-        """Return the new tokens, and None as the output of `nn.scan`."""
+        """Return (output tokens, None), as `nn.scan` requires; `number` is the block's index."""
         size, tokens, width = x.shape
         drop = Dropout(self.dropout, name="drop")
         modulation = _modulation(self, emb, 6, "modulation")
@@ -153,7 +157,7 @@ class DiTBlock(nn.Module):
 def _modulation(
     module: nn.Module, emb: Float[Array, "batch d"], parts: int, name: str
 ) -> list[Float[Array, "batch 1 d"]]:
-    """Return `parts` linear functions of the embedding, initially zero."""
+    """Return a list of `parts` linear functions of the embedding, which are initially zero."""
     zeros = nn.initializers.zeros
     dense = nn.Dense(parts * emb.shape[-1], kernel_init=zeros, name=name, parent=module)
     return jnp.split(dense(emb)[:, None], parts, -1)

@@ -1,8 +1,9 @@
-"""The Inception network whose features FID, KID and IS use (Szegedy et al. 2015).
+"""The Inception network (Szegedy et al. 2015), on which the metrics FID, KID and IS are based.
 
-It is the TensorFlow graph of 2015-12-05, as ported by pytorch-fid and torch-fidelity: average pools
-exclude padding from the mean, and the last block has a max pool.  Convolutions have the names of
-these ports, such as `Mixed_5b.branch5x5_1`, and include their batch normalisation.
+It is the TensorFlow graph of 2015-12-05, as ported to PyTorch by pytorch-fid and torch-fidelity:
+average pools exclude padding from the mean, and the last block has a max pool.  Convolutions have
+the names of the PyTorch ports, such as `Mixed_5b.branch5x5_1`; the batch normalisation after each
+convolution is part of the weights of the convolution.
 """
 
 from collections.abc import Mapping
@@ -18,15 +19,16 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.nn.layers import Conv
 
 SIDE = 299  # pixels of a side of the resized image
-EPSILON = 1e-3  # added to variances in batch normalisation
-PRECISION = jax.lax.Precision.HIGHEST  # float32 on every device
+EPSILON = 1e-3  # added to the variances in batch normalisation
+PRECISION = jax.lax.Precision.HIGHEST  # products in float32 on every device
 
 
 class Inception(nn.Module):
-    """The network: images [B, H, W, C] in 0 ... 255 -> (features [B, 2048], logits [B, 1008]).
+    """The Inception network: images [B, H, W, C] -> (features [B, 2048], logits [B, 1008]).
 
-    Images are resized to 299x299; with C = 1, the channel is repeated.  The logits exclude the bias
-    of the last layer, as in the original code of the Inception score.
+    Pixels are from 0 to 255.  Images are resized to 299x299.  If C = 1, the channel is repeated
+    three times.  The logits exclude the bias of the last layer, as in the original code of the
+    Inception score.
 
     Raises:
       UserError: If C is neither 1 nor 3.
@@ -36,9 +38,9 @@ class Inception(nn.Module):
     def __call__(
         self, images: Float[Array, "batch h w c"]
     ) -> tuple[Float[Array, "batch 2048"], Float[Array, "batch 1008"]]:
-        """Return the features and the logits."""
+        """Return (features, logits)."""
         if images.shape[-1] not in (1, 3):
-            raise UserError(f"Inception takes images of 1 or 3 channels, not {images.shape[-1]}")
+            raise UserError(f"images of {images.shape[-1]} channels: Inception requires 1 or 3")
         x = (resize(images.astype(jnp.float32)) - 128) / 128
         x = jnp.broadcast_to(x, (*x.shape[:3], 3))
         x = _conv(x, "Conv2d_1a_3x3", 32, (3, 3), "VALID", 2)
@@ -62,10 +64,11 @@ class Inception(nn.Module):
 
 
 def resize(x: Float[Array, "batch h w c"], side: int = SIDE) -> Float[Array, "batch side side c"]:
-    """Resize bilinearly, as TensorFlow 1 with align_corners=False.
+    """Return images resized by bilinear interpolation, as TensorFlow 1 with align_corners=False.
 
-    Output pixel i samples the input at i * length / side: without an offset of half a pixel,
-    without smoothing, and with the edge pixel repeated beyond the edge.
+    Output pixel i is the input at position i * length / side, interpolated between two pixels.
+    There is no offset of half a pixel and no smoothing before downsampling, and the edge pixel is
+    repeated beyond the edge.
     """
     for axis in (2, 1):
         length = x.shape[axis]
@@ -78,15 +81,16 @@ def resize(x: Float[Array, "batch h w c"], side: int = SIDE) -> Float[Array, "ba
 
 
 def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """Return the variables of `Inception`, from the state dict of torch-fidelity or pytorch-fid.
+    """Convert the PyTorch weights of torch-fidelity or pytorch-fid to variables of `Inception`.
 
-    Batch normalisation becomes part of the convolution before it, computed in float64:
+    The batch normalisation after each convolution is merged into the convolution, in float64:
 
         kernel = weight gamma / sqrt(variance + 1e-3)
         bias = beta - mean gamma / sqrt(variance + 1e-3)
 
     Args:
-      state: Arrays by their PyTorch names; unused ones, such as `fc.bias`, are ignored.
+      state: Map from PyTorch names to arrays. Arrays that are not used, such as `fc.bias`, are
+        ignored.
 
     Raises:
       UserError: If an array is missing or has the wrong shape.
@@ -96,7 +100,7 @@ def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str,
 
     def read(key: str, *shape: int) -> np.ndarray:
         if key not in state:
-            raise UserError(f'not the weights of Inception: there is no array "{key}"')
+            raise UserError(f'not the weights of Inception: the file has no array "{key}"')
         if state[key].shape != shape:
             actual = state[key].shape
             raise UserError(
@@ -129,7 +133,7 @@ Size = tuple[int, int]
 
 
 class _Layer(NamedTuple):
-    """Settings of a convolution; the arguments of `_conv` after `name`."""
+    """The arguments of `_conv` after `name`."""
 
     width: int
     size: Size = (1, 1)
@@ -145,7 +149,7 @@ def _conv(
 
 
 def _sequence(x: Array, name: str, *layers: _Layer) -> Array:
-    """Apply convolutions one after the other; their names end in their index, starting at 1."""
+    """Apply convolutions in sequence; convolution i = 1, 2, ... is named f"{name}_{i}"."""
     for index, layer in enumerate(layers, 1):
         x = _conv(x, f"{name}_{index}", *layer)
     return x

@@ -1,4 +1,4 @@
-"""Layers that Flax lacks or implements differently: convolution, dropout, attention and others."""
+"""Layers that Flax lacks or implements differently, such as convolution, dropout and attention."""
 
 import functools
 import zlib
@@ -14,12 +14,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class Context(NamedTuple):
-    """Features of captions, to condition a network on.
+    """Text features of captions, on which a network is conditioned.
 
     Attributes:
-      tokens: Features of the tokens.
+      tokens: Features of each token.
       mask: True for tokens that are text, False for padding.
-      pooled: Features of each caption as a whole.
+      pooled: One feature vector for each caption, such as the mean over the tokens.
     """
 
     tokens: Float[Array, "batch length width"]
@@ -41,25 +41,25 @@ def convolution(
 ) -> Float[Array, "batch *out_sides outputs"]:
     """Convolve as `jax.lax.conv_general_dilated`, with gradients that are fast in loops on CPUs.
 
-    XLA for CPUs reorders the dimensions of a convolution for its fast kernels (in its pass
-    ConvCanonicalization), but only outside of loops; within a loop, the gradients that jax derives
-    are 20 to 50 times slower.  So on CPUs both gradients are written as convolutions with the
-    dimensions in that order; the values are the same:
+    XLA's fast convolutions on CPUs require arrays ordered as (batch, space, channels).  Outside of
+    loops, XLA reorders arrays (its pass ConvCanonicalization); within loops it does not, and the
+    gradients that jax derives are 20 to 50 times slower.  So on CPUs both gradients are computed by
+    convolutions of arrays in the fast order, with the same values:
 
         dL/dx = conv(dL/dy, kernel), with the kernel reversed in space and its channels exchanged
         dL/dkernel = conv(x, dL/dy), with the batch as the channels that are summed over
 
-    Reverse-mode derivatives of any order exist, forward-mode derivatives do not.
+    Reverse-mode derivatives of any order are supported; forward-mode derivatives are not.
 
     Args:
       x: Input, batch first and channels last.
       kernel: Weights, with fan = inputs / feature_group_count.
-      strides: Strides of the window, one for each spatial dimension.
+      strides: Stride of the window in each spatial dimension.
       padding: "SAME", "VALID", or (low, high) for each spatial dimension.
-      lhs_dilation: Dilation of the input in each spatial dimension; None: 1.
-      rhs_dilation: Dilation of the kernel in each spatial dimension; None: 1.
+      lhs_dilation: Dilation of the input in each spatial dimension. If None, 1.
+      rhs_dilation: Dilation of the kernel in each spatial dimension. If None, 1.
       dimension_numbers: Order of the dimensions, as Flax passes it: batch first, channels last.
-      feature_group_count: Groups of channels; with more than one, jax derives the gradients.
+      feature_group_count: Number of groups of channels. If it is not 1, jax derives the gradients.
       precision: Precision of the products.
 
     Returns:
@@ -85,7 +85,7 @@ def _dilated(sizes: Sequence[int], dilation: Sequence[int]) -> list[int]:
 
 
 class _Window(NamedTuple):
-    """Settings of a convolution; the arguments of `convolution` that are not arrays."""
+    """The arguments of `convolution` that are not arrays."""
 
     strides: tuple[int, ...]
     pads: tuple[tuple[int, int], ...]
@@ -119,7 +119,7 @@ def _convolution_backward(
         return dx, dkernel
 
     def ordered(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
-        """Return both gradients as convolutions of arrays ordered as batch, space, channels."""
+        """Return (dL/dx, dL/dkernel), by convolutions in the order (batch, space, channels)."""
         x_sides = _dilated(x.shape[1:-1], window.lhs_dilation)
         kernel_sides = _dilated(kernel.shape[:-2], window.rhs_dilation)
         dy_sides = _dilated(dy.shape[1:-1], window.strides)
@@ -149,13 +149,13 @@ Conv = functools.partial(nn.Conv, conv_general_dilated=convolution)
 
 
 class Dropout(nn.Module):
-    """Dropout with a key for each example, so that an example's mask is the same in any batch.
+    """Dropout with a key for each example.  The mask of an example is the same in any batch.
 
-    The layer's path is folded into the keys, so that layers have independent masks.  Without keys
-    (outside training), the layer is the identity.
+    The path of the layer in the network is folded into the keys, so that the masks of two layers
+    are independent.  Without keys (outside training), the layer is the identity.
 
     Attributes:
-      rate: Probability that a unit is dropped.
+      rate: Probability that a unit is set to 0.
     """
 
     rate: float
@@ -170,8 +170,8 @@ class Dropout(nn.Module):
 
         Args:
           x: Activations.
-          keys: One key for each example; None outside training.
-          number: Number of the call, where one layer is called several times, such as in a scan.
+          keys: One key for each example. If None, dropout is off.
+          number: Index of the call, if a layer is called several times, such as in a scan.
         """
         if keys is None or self.rate == 0.0:
             return x
@@ -187,10 +187,10 @@ class Dropout(nn.Module):
 
 
 def time_embedding(time: Float[Array, "batch"], width: int) -> Float[Array, "batch width"]:
-    """Return the sinusoidal embedding of times in [0, 1] (Ho et al. 2020, from tensor2tensor).
+    """Return the sinusoidal embeddings of times t in [0, 1], as in the code of Ho et al. 2020.
 
-    It consists of the sines, then the cosines, of 1000 t at width / 2 frequencies, which decrease
-    geometrically from 1 to 1 / 10,000.  Step i of Ho et al.'s T = 1000 steps is 1000 t here.
+    An embedding is the concatenation of sin(1000 t f_k) and cos(1000 t f_k) for n = width / 2
+    frequencies f_k = 10,000^(-k / (n - 1)).  1000 t is the step of a noise schedule with T = 1000.
     """
     half = width // 2
     rates = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / max(half - 1, 1))
@@ -199,7 +199,7 @@ def time_embedding(time: Float[Array, "batch"], width: int) -> Float[Array, "bat
 
 
 def grid_embedding(height: int, width: int, channels: int) -> Float[Array, "height width channels"]:
-    """Return position embeddings: half of the channels embed the row, the others the column."""
+    """Return 2-D position embeddings; half of the channels embed the row, half the column."""
     half = channels // 2
     rows, columns = (time_embedding(jnp.arange(side) / 1000, half) for side in (height, width))
     both = (rows[:, None], columns[None])
@@ -216,20 +216,20 @@ def condition(
     label_std: float,
     pooled: Float[Array, "batch d"] | None = None,
 ) -> Float[Array, "batch width"]:
-    """Return the embedding of the conditioning: swish of the sum for time, label and caption.
+    """Return swish(time embedding + label embedding + caption embedding) of each image.
 
-    It is called within a module's compact method, and creates the submodules time_1, time_2, label
-    and pooled of that module.
+    Call this function in a compact method of a Flax module; it creates the submodules time_1,
+    time_2, label and pooled of that module.
 
     Args:
       time: Times in [0, 1], where 1 is pure noise.
-      labels: Class labels; the label `classes` is the null label. Unused if `classes` is 0.
-      classes: Number of classes. 0: the network is not conditioned on labels.
+      labels: Class labels, or `classes` for the null label. Unused if `classes` is 0.
+      classes: Number of classes. If 0, there is no label embedding.
       sines: Width of the sinusoidal time embedding.
       width: Width of the result.
-      kernel_init: Initializer of the dense layers' weights.
+      kernel_init: Initializer of the weights of the dense layers.
       label_std: Standard deviation of the initial label embeddings.
-      pooled: Features of each caption as a whole; None: there are no captions.
+      pooled: One feature vector for each caption. If None, there is no caption embedding.
 
     Raises:
       ValueError: If `classes` is not 0 and `labels` is None.
@@ -238,7 +238,7 @@ def condition(
     emb = nn.Dense(width, kernel_init=kernel_init, name="time_2")(nn.swish(emb))
     if classes:
         if labels is None:
-            raise ValueError("a class-conditional network needs labels")
+            raise ValueError("labels=None: a class-conditional network requires labels")
         normal = nn.initializers.normal(label_std)
         emb += nn.Embed(classes + 1, width, embedding_init=normal, name="label")(labels)
     if pooled is not None:
@@ -252,16 +252,16 @@ def attention(
     value: Float[Array, "batch k heads d"],
     mask: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "batch q heads d"]:
-    """Return softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1), for each head.
+    """Return softmax(q k^T / sqrt(d)) v for each head (Vaswani et al. 2017, eq. 1).
 
-    Logits, softmax and sums are computed in float32, also for inputs of lower precision.
+    Logits, softmax and sums are computed in float32, also if the inputs have lower precision.
 
     Args:
       query: The queries q.
       key: The keys k.
       value: The values v, one for each key.
-      mask: True where a query attends to a key, broadcast to [batch, heads, q, k], with at least
-        one key for each query. None: every query attends to all keys.
+      mask: True where a query attends to a key, broadcast to [batch, heads, q, k]; each query
+        must attend to at least one key. If None, every query attends to all keys.
     """
     scale = query.shape[-1] ** -0.5
     float32 = jnp.promote_types(query.dtype, jnp.float32)
@@ -279,7 +279,7 @@ class CrossAttention(nn.Module):
 
     Attributes:
       heads: Number of attention heads.
-      dtype: Type of the computation; None: the type of the inputs.
+      dtype: Data type of the computation. If None, the type of the inputs.
     """
 
     heads: int
@@ -289,7 +289,7 @@ class CrossAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "batch length width"], context: Context
     ) -> Float[Array, "batch length width"]:
-        """Return the result of the attention, of the shape of x."""
+        """Return the output of the attention, of the shape of x."""
         size, _, width = x.shape
         tokens = context.tokens
         normal = nn.initializers.normal(0.02)
@@ -310,7 +310,7 @@ class CrossAttention(nn.Module):
 
 
 def group_norm(x: Float[Array, "batch h w c"], name: str) -> Float[Array, "batch h w c"]:
-    """Apply group norm with 32 groups, or fewer for few channels; statistics are in float32."""
+    """Apply group norm with at most 32 groups of at least 4 channels, with float32 statistics."""
     groups = min(32, x.shape[-1] // 4)
     while x.shape[-1] % groups:
         groups -= 1
@@ -319,7 +319,7 @@ def group_norm(x: Float[Array, "batch h w c"], name: str) -> Float[Array, "batch
 
 
 def layer_norm(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens d"]:
-    """Apply layer norm without parameters, in float32."""
+    """Return the layer norm of x without scale and bias, in float32."""
     norm = nn.LayerNorm(use_bias=False, use_scale=False, epsilon=1e-6)
     out: Array = norm(x.astype(jnp.float32))
     return out
@@ -328,7 +328,7 @@ def layer_norm(x: Float[Array, "batch tokens d"]) -> Float[Array, "batch tokens 
 def space_to_depth(
     x: Float[Array, "batch h w c"], side: int
 ) -> Float[Array, "batch rows columns d"]:
-    """Move each square of side x side pixels into the channels of one pixel."""
+    """Move each square of side x side pixels to channels; this divides the sides by `side`."""
     size, height, width, channels = x.shape
     x = x.reshape(size, height // side, side, width // side, side, channels).swapaxes(2, 3)
     return x.reshape(size, height // side, width // side, side * side * channels)
@@ -337,12 +337,12 @@ def space_to_depth(
 def depth_to_space(
     x: Float[Array, "batch rows columns d"], side: int
 ) -> Float[Array, "batch h w c"]:
-    """Return the inverse of `space_to_depth`."""
+    """Move the channels of each pixel to side x side pixels; the inverse of `space_to_depth`."""
     size, rows, columns, features = x.shape
     x = x.reshape(size, rows, columns, side, side, features // side**2).swapaxes(2, 3)
     return x.reshape(size, rows * side, columns * side, features // side**2)
 
 
 def inner_dtype(precision: str) -> str | None:
-    """Return the `dtype` of a network for a precision; None: the type of the network's inputs."""
+    """Return the `dtype` field of a network: None if `precision` is "float32", or `precision`."""
     return None if precision == "float32" else precision

@@ -1,8 +1,8 @@
-"""The text encoder: a transformer over the bytes of captions.
+"""The text encoder: a transformer over the words of captions, which are given as bytes.
 
-It is a small version of CLIP's (Radford et al. 2021, sec. 2.4).  It computes the features of each
-word, for the cross-attention of a generation model, and of the caption as a whole, for the
-embedding that is compared with those of images.
+It is a small version of the text encoder of CLIP (Radford et al. 2021, sec. 2.4).  It computes
+features of each word, for the cross-attention of a generation model, and one feature vector of the
+caption, from which the dual encoder computes the embedding of the caption.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,8 @@ class Size(NamedTuple):
     """The size of a text encoder.
 
     Attributes:
-      width: Width of a token.
-      depth: Number of blocks.
+      width: Number of features of a token within the transformer.
+      depth: Number of transformer blocks.
       heads: Number of attention heads.
     """
 
@@ -32,35 +32,37 @@ class Size(NamedTuple):
 
     @property
     def features(self) -> int:
-        """Number of features of a token: those of its word, and the output of the blocks."""
+        """The number of output features of a token; `TextEncoder` describes them."""
         return 2 * self.width
 
 
 SIZES = {"tiny": Size(64, 2, 2), "small": Size(128, 4, 4), "base": Size(384, 8, 6)}
 
-VOCABULARY = 256  # values of a byte
+VOCABULARY = 256  # number of values of a byte
 MAX_WORD_BYTES = 12  # longer words are split
-BYTES_PER_TOKEN = 5  # L bytes have room for ceil(L / 5) tokens
-SPACE = ord(" ")  # it and the bytes below it are separators or padding
+BYTES_PER_TOKEN = 5  # a caption of L bytes has at most ceil(L / 5) tokens
+SPACE = ord(" ")  # bytes <= SPACE are separators or padding
 
 
 class TextEncoder(nn.Module):
-    """The text encoder: bytes [B, L] -> `Context` with ceil(L / 5) tokens of 2 width features.
+    """The text encoder: bytes [B, L] -> `Context` with ceil(L / 5) tokens per caption.
 
-    Each word is a token, embedded from its bytes alone, so that its embedding does not depend on
-    its position (words as patches of bytes: Slagle 2024, "SpaceByte").  Pre-norm blocks follow,
-    each with a convolution over adjacent tokens and attention to all tokens but padding, in both
-    directions.  The pooled features are the mean over the tokens; an empty caption has no tokens,
-    and its pooled features are 0.
+    Each word is a token.  The embedding of a word is a function of the bytes of the word only, so
+    it does not depend on the position of the word (Slagle 2024, "SpaceByte": words as patches of
+    bytes).  Pre-norm transformer blocks follow, each with a convolution over adjacent tokens and
+    bidirectional attention to all tokens except padding.  The pooled features are the mean over the
+    tokens; for an empty caption, which has no tokens, they are 0.
 
-    The features of a token are the layer-normalised embedding of its word and the output of the
-    blocks.  The output of the blocks suffices for distinguishing images, but not for generating
-    them: blocks trained through the pooled features need not preserve a word at its position.
+    A token has 2 width features: the layer-normalised embedding of the word, and the output of the
+    last block.  The output of the blocks alone suffices to distinguish images, but not to generate
+    them: the blocks are trained through the mean over the tokens, so the output at a position need
+    not contain the word of that position.
 
     Attributes:
       size: Size of the transformer.
-      length: Number of bytes of the longest caption.
-      dtype: Type of the computation; norms and softmax stay float32.
+      length: Maximum number of bytes of a caption.
+      dtype: Data type of the computation, except norms and softmax, which are float32. If None,
+        everything is computed in float32.
     """
 
     size: Size
@@ -69,7 +71,7 @@ class TextEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: UInt8[Array, "batch length"]) -> Context:
-        """Return the features of captions."""
+        """Return the text features of captions, given as bytes that are padded with 0."""
         width, depth, _ = self.size
         normal = nn.initializers.normal(0.02)
 
@@ -100,11 +102,12 @@ class TextEncoder(nn.Module):
 def words(
     tokens: UInt8[Array, "batch length"],
 ) -> tuple[Int[Array, "batch length"], Int[Array, "batch length"]]:
-    """Return (the index of the word that each byte belongs to, the byte's offset in the word).
+    """Return, for each byte, (the index of the word of the byte, the offset within the word).
 
-    A word begins where a letter, a digit or a byte of a non-ASCII character follows any other byte;
-    other bytes belong to the word before them.  A word is split after `MAX_WORD_BYTES` bytes.
-    Words beyond the maximum number of words are parts of the last one.
+    Letters, digits and bytes of non-ASCII characters are word bytes.  A word begins at each word
+    byte that does not follow a word byte; separators belong to the word before them.  A word is
+    split after `MAX_WORD_BYTES` bytes.  If there are more words than `_max_words`, the last word
+    contains all further words.
     """
     length = tokens.shape[1]
     lower = tokens | 0x20

@@ -1,4 +1,7 @@
-"""The text refiner: trained blocks of a generation model over the frozen features of captions."""
+"""The text refiner: a small transformer that processes the text features of captions.
+
+It is trained with the generation model, whereas the text encoder is frozen.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,18 +12,18 @@ from ddpm_jax.nn.transformer import CONV_RADIUS, Block, masked_mean, norm_float3
 
 
 class TextRefiner(nn.Module):
-    """Transformer blocks over the features of captions: [B, L, any] -> [B, L, width].
+    """A transformer over the text features of captions: [B, L, features] -> [B, L, width].
 
-    The text encoder is frozen, and was trained to distinguish images; its features may lack what
-    generation needs.  The refiner transforms them and is trained with the generation model (the
-    token refiner of Kong et al. 2024, sec. 4.2, but without the time as input).  It adds sinusoidal
-    embeddings of the tokens' positions.
+    The frozen text encoder was trained to distinguish images, and its features may lack information
+    that generation requires.  The text refiner follows the token refiner of Kong et al. 2024,
+    sec. 4.2, but time is not an input.  It adds sinusoidal embeddings of the token positions.
 
     Attributes:
-      width: Width of a token.
-      depth: Number of blocks.
+      width: Number of output features of a token.
+      depth: Number of transformer blocks.
       heads: Number of attention heads.
-      dtype: Type of the computation; None: the type of the inputs.
+      dtype: Data type of the computation, except norms and softmax, which are float32. If None, the
+        type of the inputs.
     """
 
     width: int
@@ -30,7 +33,7 @@ class TextRefiner(nn.Module):
 
     @nn.compact
     def __call__(self, context: Context) -> Context:
-        """Return the transformed features of captions."""
+        """Return the transformed text features; tokens and captions have `width` features."""
         tokens, mask, pooled = context
         x = nn.Dense(self.width, dtype=self.dtype, name="tokens")(tokens)
         x += time_embedding(jnp.arange(x.shape[1]) / 1000, self.width).astype(x.dtype)
@@ -47,18 +50,19 @@ class TextRefiner(nn.Module):
 def refine_text(
     context: Context, size: int, width: int, depth: int, heads: int, dtype: DTypeLike | None
 ) -> Context:
-    """Return the output of the text refiner, repeated for every image of a caption.
+    """Return the text features of B images after the text refiner.
 
-    It is called within a module's compact method, and creates the submodule `refiner` of that
-    module.
+    Call this function in a compact method of a Flax module; the text refiner becomes the submodule
+    `refiner` of that module.
 
     Args:
-      context: Features of B / n captions, each of which belongs to n images side by side.
+      context: Text features of B / n captions; image i has the caption i // n.
       size: The number B of images.
-      width: Width of a token of the refiner.
-      depth: Number of blocks of the refiner. 0: there is no refiner, and `context` is repeated.
-      heads: Number of attention heads of the refiner.
-      dtype: Type of the computation; None: the type of the inputs.
+      width: Number of output features of a token.
+      depth: Number of blocks of the text refiner. If 0, there is no text refiner, and `context` is
+        only repeated n times.
+      heads: Number of attention heads of the text refiner.
+      dtype: Data type of the computation. If None, the type of the inputs.
     """
     if depth:
         context = TextRefiner(width, depth, heads, dtype, name="refiner")(context)

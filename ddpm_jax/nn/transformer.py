@@ -1,4 +1,4 @@
-"""The transformer block of text encoders, text refiners and models over codes."""
+"""The transformer block of the text encoder, the text refiner and the `CodeTransformer`."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,17 +18,19 @@ CONV_RADIUS = 3  # words on either side in the convolution: "small red circle to
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: self-attention, cross-attention if there is a context, an MLP.
+    """A pre-norm transformer block: self-attention, cross-attention to captions (optional), MLP.
 
-    If `conv_radius` is not 0, a linear convolution precedes them, which mixes adjacent words such
-    as "large blue square" (Allen-Zhu 2025, "Canon layers"; Gulati et al. 2020, "Conformer").
+    If `conv_radius` is not 0, the first layer is a linear convolution, which mixes adjacent words
+    such as "large blue square" (Allen-Zhu 2025, "Canon layers"; Gulati et al. 2020, "Conformer").
 
     Attributes:
       heads: Number of attention heads.
-      causal: Restrict self-attention to the position itself and the positions before it.
-      dropout: Dropout rate after each branch, in training.
-      dtype: Type of the computation; None: the type of the inputs.
-      conv_radius: Number of tokens on either side in the convolution. 0: no convolution.
+      causal: Let each position attend only to itself and to earlier positions.
+      dropout: Dropout rate after each branch in training.
+      dtype: Data type of the computation, except norms and softmax, which are float32. If None, the
+        type of the inputs.
+      conv_radius: Number of tokens on either side in the convolution. If 0, there is no
+        convolution.
     """
 
     heads: int
@@ -45,14 +47,14 @@ class Block(nn.Module):
         context: Context | None = None,
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch length width"]:
-        """Return the new tokens, of the shape of x.
+        """Return the output of the block, of the shape of x.
 
         Args:
           x: Tokens.
-          mask: True for tokens that are text, False for padding; unused in a causal block. None:
-            there is no padding.
-          context: Features of captions for cross-attention; None: there is no cross-attention.
-          keys: Keys of dropout, one for each example; None outside training.
+          mask: True for tokens that are text, False for padding; self-attention of a causal block
+            does not use it. If None, there is no padding.
+          context: Text features for cross-attention. If None, there is no cross-attention.
+          keys: Keys of dropout, one for each example. If None, dropout is off.
         """
         size, length, width = x.shape
 
@@ -81,7 +83,7 @@ class Block(nn.Module):
 
 
 def check_width(width: int, heads: int) -> None:
-    """Check that a transformer and its `TextRefiner` can have this width.
+    """Check that a transformer and a `TextRefiner` can have `width` features and `heads` heads.
 
     Raises:
       FieldError: If `width` is odd or not a multiple of `heads`.
@@ -89,19 +91,19 @@ def check_width(width: int, heads: int) -> None:
     if width % heads:
         raise FieldError(f"width={width}: must be a multiple of heads={heads}", "heads")
     if width % 2:
-        raise FieldError(f"width={width}: must be even, for pairs of a sine and a cosine")
+        raise FieldError(f"width={width}: must be even, to embed positions by sines and cosines")
 
 
 def masked_mean(
     x: Float[Array, "batch length width"], mask: Bool[Array, "batch length"]
 ) -> Float[Array, "batch width"]:
-    """Return the mean over the tokens that are text; 0 for a caption without tokens."""
+    """Return the mean over the tokens whose mask is True, or 0 if there are none."""
     return jnp.einsum("bl,bld->bd", mask / jnp.maximum(mask.sum(1, keepdims=True), 1), x)
 
 
 def norm_float32(
     x: Float[Array, "batch length width"], name: str
 ) -> Float[Array, "batch length width"]:
-    """Apply layer norm in float32."""
+    """Return the layer norm of x, computed in float32, by a submodule named `name`."""
     out: Array = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=name)(x)
     return out.astype(x.dtype)

@@ -34,17 +34,17 @@ from ddpm_jax.nn.text_refiner import refine_text
 
 
 def _init(scale: float) -> Initializer:
-    """Return the initializer of DDPM: uniform, of variance `scale` / mean fan; 0 becomes 1e-10."""
+    """Return the uniform initializer of variance max(scale, 1e-10) / mean(fan in, fan out)."""
     return nn.initializers.variance_scaling(max(scale, 1e-10), "fan_avg", "uniform")
 
 
 class Conditioning(NamedTuple):
-    """The inputs of a block other than the image.
+    """The inputs of a block in addition to the feature map.
 
     Attributes:
-      emb: Embedding of the time and the class.
-      keys: Keys of dropout, one for each image; None outside training.
-      context: Features of captions.
+      emb: Sum of the embeddings of time, class label and caption (`layers.condition`).
+      keys: Keys of dropout, one for each image. If None, dropout is off.
+      context: Text features. If None, there is no cross-attention.
     """
 
     emb: Float[Array, "batch e"]
@@ -55,25 +55,28 @@ class Conditioning(NamedTuple):
 class UNet(nn.Module):
     """A U-Net: x_t [B, H, W, C] -> [B, H, W, outputs].
 
-    The defaults are the network of Ho et al. for CIFAR-10, with 35,746,307 parameters.
+    The default fields give the network of Ho et al. for CIFAR-10, with 35,746,307 parameters.
 
     Attributes:
-      outputs: Channels of the output: C, or 2 C with a learned variance.
+      outputs: Number of channels of the output: C, or 2 C with a learned variance.
       space_to_depth: Side of the squares of pixels that are moved into channels at the input, and
-        back at the output. 1: no squares; larger sides make the network faster.
-      channels: Channels of the first level.
-      multipliers: Channels of each level, as multiples of `channels`; every level but the last
-        halves the sides.
-      blocks: Residual blocks of each level on the way down; there is one more on the way up.
-      attention_sizes: Sides of the feature maps at which every block is followed by attention.
-      head_channels: Channels of an attention head. 0: one head.
+        back at the output. If 1, pixels are not moved. Larger sides make the network faster.
+      channels: Number of channels of the first level.
+      multipliers: Number of channels of each level, divided by `channels`. Every level except the
+        last one halves the sides.
+      blocks: Number of residual blocks of each level of the downward path. Each level of the
+        upward path has one more.
+      attention_sizes: Heights of the feature maps at which every block is followed by attention.
+      head_channels: Number of channels of an attention head. If 0, there is one head.
       dropout: Dropout rate in training.
-      classes: Number of classes; the label `classes` is the null label. 0: unconditional.
-      text_refiner_blocks: Blocks of the text refiner (`nn.text_refiner`). 0: no text refiner.
-      scale_shift: Let the time embedding scale and shift after the norm (Nichol & Dhariwal 2021)
-        instead of adding it before the norm.
-      dtype: Type of the computation; norms' statistics, softmax, time embedding and output stay
-        float32.
+      classes: Number of classes; the null label is the integer `classes`. If 0, the network is not
+        conditioned on labels.
+      text_refiner_blocks: Number of blocks of the text refiner, a small transformer that is trained
+        with this network and processes the text features; 0: there is no text refiner.
+      scale_shift: Scale and shift the output of the second norm of a block by functions of the
+        embedding (Nichol & Dhariwal 2021), instead of adding the embedding before the norm.
+      dtype: Data type of the computation, except statistics of norms, softmax, time embedding and
+        output, which are float32.
       remat: Recompute the activations of a block in the backward pass instead of storing them.
     """
 
@@ -100,15 +103,16 @@ class UNet(nn.Module):
         keys: Key[Array, "batch"] | None = None,
         context: Context | None = None,
     ) -> Float[Array, "batch h w outputs"]:
-        """Return the network's raw output.
+        """Return the output of the last layer, which is float32.
 
         Args:
           xt: Noisy images x_t.
           time: Times in [0, 1], where 1 is pure noise.
           labels: Class labels, or `classes` for the null label; required if `classes` is not 0.
-          keys: Keys of dropout, one for each image; None outside training.
-          context: Features of B / n captions, each of which belongs to n images side by side.  All
-            attention attends to their tokens, and their pooled features are added to the time's.
+          keys: Keys of dropout, one for each image. If None, dropout is off.
+          context: Text features of B / n captions; image i has the caption i // n. Every attention
+            block attends to the tokens, and an embedding of the pooled features is added to the
+            time embedding. If None, there are no captions.
         """
         deepest_channels = self.channels * self.multipliers[-1]
         heads = deepest_channels // self.head_channels if self.head_channels else 1
@@ -134,10 +138,10 @@ class UNet(nn.Module):
         out = Conv(features, (3, 3), kernel_init=_init(0.0), name="conv_out")
         return depth_to_space(out(x.astype(jnp.float32)), self.space_to_depth)
 
-    # Parts of `__call__`, the compact method to which their submodules belong.
+    # The following methods are called by the compact method `__call__`.
 
     def _down(self, x: Array, conditioning: Conditioning) -> tuple[Array, list[Array]]:
-        """Return (the smallest feature map, the maps of the skip connections, in order)."""
+        """Return (the smallest feature map, the list of feature maps for the skip connections)."""
         skips = [x]
         for level, multiplier in enumerate(self.multipliers):
             for index in range(self.blocks):
@@ -160,7 +164,7 @@ class UNet(nn.Module):
         return x
 
     def _level(self, x: Array, features: int, name: str, conditioning: Conditioning) -> Array:
-        """Apply a residual block, and attention if the map's side is one of `attention_sizes`."""
+        """Apply a residual block, and attention if the height of x is one of `attention_sizes`."""
         x = self._block(x, features, name, conditioning)
         return self._attend(x, name, conditioning) if x.shape[1] in self.attention_sizes else x
 
@@ -182,9 +186,9 @@ class UNet(nn.Module):
         """Check that the network can be built for images of `shape` [H, W, C].
 
         Raises:
-          FieldError: If the sides are not multiples of the total reduction, a number of channels is
-            not a multiple of 4 or of `head_channels`, or an attention size is not the side of a
-            feature map.
+          FieldError: If the sides of the images are not divisible by the product of all reductions
+            of the size, a number of channels is not a multiple of 4 or of `head_channels`, or no
+            feature map has a height in `attention_sizes`.
         """
         halvings, side = len(self.multipliers) - 1, self.space_to_depth
         (height, width, _), multipliers = shape, ",".join(map(str, self.multipliers))
@@ -193,7 +197,7 @@ class UNet(nn.Module):
             squares = f"moves squares of {side}x{side} pixels into channels and " * (side > 1)
             raise FieldError(
                 f"multipliers={multipliers}: the U-Net {squares}halves images {halvings} times, "
-                f"and {height}x{width} does not divide by {reduction}; give fewer multipliers, or "
+                f"and {height}x{width} is not divisible by {reduction}; give fewer multipliers, or "
                 "images of another size",
                 "space_to_depth",
             )
@@ -202,8 +206,8 @@ class UNet(nn.Module):
         for multiplier in self.multipliers:
             if self.head_channels and self.channels * multiplier % self.head_channels:
                 raise FieldError(
-                    f"head_channels={self.head_channels}: {self.channels * multiplier}, the "
-                    "channels of a level, must be a multiple of it",
+                    f"head_channels={self.head_channels}: must divide the number of channels of "
+                    f"each level, and a level has {self.channels * multiplier}",
                     "channels",
                     "multipliers",
                 )
@@ -213,7 +217,7 @@ class UNet(nn.Module):
                 raise FieldError(
                     f"attention_sizes={','.join(map(str, self.attention_sizes))}: no feature map "
                     f"has the side {size}; for images of {height}x{width} the sides are "
-                    f"{', '.join(map(str, sizes))}; give some of these, or none",
+                    f"{', '.join(map(str, sizes))}; give sides of this list, or an empty value",
                     "multipliers",
                     "space_to_depth",
                 )
@@ -222,7 +226,8 @@ class UNet(nn.Module):
 class ResBlock(nn.Module):
     """A residual block of two 3x3 convolutions, conditioned on the time (Ho et al. 2020, app. B).
 
-    Norm, swish, convolution, time embedding; norm, swish, dropout, convolution; shortcut.
+    The layers are norm, swish, convolution, addition of the time embedding, norm, swish, dropout
+    and convolution.  The result is added to x, or to a linear map of x if the channels change.
     """
 
     features: int
@@ -237,7 +242,7 @@ class ResBlock(nn.Module):
         emb: Float[Array, "batch e"],
         keys: Key[Array, "batch"] | None,
     ) -> Float[Array, "batch h w features"]:
-        """Return the feature map, with `features` channels."""
+        """Return the new feature map, with `features` channels."""
         h = nn.swish(group_norm(x, "norm_1"))
         h = Conv(self.features, (3, 3), kernel_init=_init(1.0), dtype=self.dtype, name="conv_1")(h)
         if self.scale_shift:
@@ -259,8 +264,8 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Residual self-attention over all pixels, and cross-attention to the tokens of a caption.
 
-    The queries of the cross-attention include a 2-D position embedding, without which words such as
-    "left" have no meaning.
+    A 2-D position embedding is added to the input of the cross-attention, because words such as
+    "left" refer to positions.
     """
 
     head_channels: int
@@ -270,7 +275,7 @@ class AttentionBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "batch h w c"], context: Context | None = None
     ) -> Float[Array, "batch h w c"]:
-        """Return the feature map, of the shape of x."""
+        """Return the new feature map, of the shape of x."""
         batch, height, width, channels = x.shape
         heads = channels // self.head_channels if self.head_channels else 1
         h = group_norm(x, "norm")

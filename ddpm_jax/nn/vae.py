@@ -14,7 +14,7 @@ from ddpm_jax.nn.layers import Conv
 
 
 class MLP(nn.Module):
-    """A multilayer perceptron with GELU: [B, *event] -> [B, outputs]."""
+    """A multilayer perceptron with GELU activations: [B, *event] -> [B, outputs]."""
 
     hidden: tuple[int, ...]
     outputs: int
@@ -23,7 +23,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch *event"]) -> Float[Array, "batch outputs"]:
-        """Return the output of the last layer."""
+        """Return the output of the last layer, which is linear."""
         x = x.reshape(x.shape[0], -1)
         for width in self.hidden:
             x = nn.gelu(nn.Dense(width, dtype=self.dtype)(x))
@@ -31,7 +31,7 @@ class MLP(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """3x3 convolutions, each of which halves the sides: [B, H, W, C] -> [B, outputs]."""
+    """A convolutional encoder: [B, H, W, C] -> [B, outputs]; each convolution halves the sides."""
 
     channels: tuple[int, ...]
     outputs: int
@@ -39,17 +39,17 @@ class ConvEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch outputs"]:
-        """Return the output of the last layer."""
+        """Return the output of the last layer, which is linear."""
         for width in self.channels:
             x = nn.gelu(Conv(width, (3, 3), strides=2, dtype=self.dtype)(x))
         return nn.Dense(self.outputs, name="out")(x.reshape(x.shape[0], -1))
 
 
 class ConvDecoder(nn.Module):
-    """3x3 convolutions, each of which doubles the sides: [B, Z] -> [B, H, W, C].
+    """A convolutional decoder: [B, Z] -> [B, H, W, C]; each convolution doubles the sides.
 
-    Each convolution runs on the smaller image: it computes four pixels as channels of one, which
-    are then moved to their positions (Shi et al. 2016).
+    A convolution computes each square of 2x2 pixels as the channels of one pixel of the smaller
+    image; `_double` then moves the channels to their positions (Shi et al. 2016).
     """
 
     channels: tuple[int, ...]
@@ -58,7 +58,7 @@ class ConvDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "batch latent"]) -> Float[Array, "batch h w c"]:
-        """Return the logits or the means of images."""
+        """Return the logits (Bernoulli) or the means (Gaussian) of all pixels under p(x|z)."""
         scale = 2 ** len(self.channels)
         height, width = self.shape[0] // scale, self.shape[1] // scale
         x = nn.gelu(nn.Dense(height * width * self.channels[-1], dtype=self.dtype)(z))
@@ -76,15 +76,15 @@ def _double(x: Float[Array, "batch h w four_c"]) -> Float[Array, "batch two_h tw
 
 
 class VAENetwork(nn.Module):
-    """An encoder, a decoder, and one log variance for a Gaussian p(x|z).
+    """An encoder of q(z|x), a decoder of p(x|z), and a scalar log variance for a Gaussian p(x|z).
 
     Attributes:
-      shape: Height, width and channels of an image.
-      latents: Dimensions of z.
-      hidden: Widths of the MLP's hidden layers from the image to z, reversed in the decoder; with
-        `conv`, channels of the convolutions, each of which halves the sides.
+      shape: Height, width and number of channels of an image.
+      latents: Dimension of z.
+      hidden: Widths of the hidden layers of the encoder; the decoder has the reverse order. If
+        `conv`, numbers of channels of the convolutions, each of which halves the sides.
       conv: Use convolutional networks instead of MLPs.
-      dtype: Type of the computation of the hidden layers; None: the type of the images.
+      dtype: Data type of the computation in the hidden layers. If None, the type of the images.
     """
 
     shape: Annotated[tuple[int, int, int], BOUND] = (0, 0, 0)
@@ -111,36 +111,36 @@ class VAENetwork(nn.Module):
     def encode(
         self, x: Float[Array, "batch h w c"]
     ) -> tuple[Float[Array, "batch latent"], Float[Array, "batch latent"]]:
-        """Return (mean, logvar) of q(z|x)."""
+        """Return (mean, logvar) of the Gaussian q(z|x), each [B, Z]."""
         mean, logvar = jnp.split(self.encoder(x), 2, axis=-1)
         return mean, logvar
 
     def decode(
         self, z: Float[Array, "batch latent"]
     ) -> tuple[Float[Array, "batch h w c"], Float[Array, ""]]:
-        """Return (logits or mean, logvar) of p(x|z); only a Gaussian p(x|z) uses `logvar`."""
+        """Return (logits or means, logvar) of p(x|z); only a Gaussian p(x|z) uses `logvar`."""
         return self.decoder(z).reshape(z.shape[0], *self.shape), self.logvar
 
     def __call__(
         self, x: Float[Array, "batch h w c"]
     ) -> tuple[Float[Array, "batch h w c"], Float[Array, ""]]:
-        """Return p(x|z) as `decode` does, with z the mean of q(z|x)."""
+        """Return the result of `decode` where z is the mean of q(z|x)."""
         return self.decode(self.encode(x)[0])
 
 
 def check_shape(net: VAENetwork) -> None:
-    """Check that the networks can be built for images of this size.
+    """Check that the networks can be built for images of `net.shape`.
 
     Raises:
-      FieldError: If a convolutional network cannot halve the sides as often as it has layers.
+      FieldError: If the networks are convolutional, and a side is not divisible by 2^layers.
     """
     height, width, _ = net.shape
     scale = 2 ** len(net.hidden)
     if net.conv and (height % scale or width % scale):
         raise FieldError(
             f"hidden={','.join(map(str, net.hidden))}: the convolutional VAE halves images "
-            f"{len(net.hidden)} times, and {height}x{width} does not divide by {scale}; give fewer "
-            "hidden layers, or images of another size",
+            f"{len(net.hidden)} times, and {height}x{width} is not divisible by {scale}; give "
+            "fewer hidden layers, or images of another size",
             "conv",
         )
 
@@ -148,11 +148,11 @@ def check_shape(net: VAENetwork) -> None:
 def with_data_moments(
     params: PyTree, bias: Float[Array, "h w c"], logvar: Float[Array, ""]
 ) -> PyTree:
-    """Return parameters in which p(x|z) starts at the mean and the variance of the data.
+    """Return `params`, changed so that p(x|z) initially has the mean and variance of the data.
 
     Args:
       params: Parameters of a `VAENetwork`.
-      bias: Bias of the decoder's output, which is `Likelihood.bias` of the mean image.
+      bias: New bias of the last layer of the decoder: the logits or means of the mean image.
       logvar: Log of the variance around the mean image, averaged over pixels.
     """
     decoder = dict(params["params"]["decoder"])

@@ -1,3 +1,3 @@
-"""Parallelism: training steps and arrays partitioned across devices and processes."""
+"""Parallel training: partitioning of arrays and training steps across devices and processes."""
 
-PARALLEL = ["jit", "pmap", "fsdp"]  # values of --parallel
+PARALLEL = ["jit", "pmap", "fsdp"]  # allowed values of --parallel

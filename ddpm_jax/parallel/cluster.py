@@ -1,4 +1,4 @@
-"""Start and end of the processes of a run on several hosts."""
+"""Functions that start and end the processes of a training on several hosts."""
 
 import atexit
 import contextlib
@@ -17,13 +17,15 @@ from ddpm_jax.system import interrupts
 
 RESOLVE_SECONDS = 10.0  # time limit for resolving the name of the coordinator's host
 HOST = re.compile(r"[^\s:/\[\]]+|\[[0-9A-Fa-f:.]+(?:%[^\s\]]+)?\]")  # a name, or [an IPv6 address]
-LEAVE_SECONDS = 5.0  # time limit for the processes of a failed run to wait for each other
-SILENT_SECONDS = 10.0  # after which waiting for the coordinator is logged
-HEARTBEAT = 30  # seconds without a heartbeat after which jax regards a process as dead
+LEAVE_SECONDS = 5.0  # time limit for processes that fail and wait for each other
+SILENT_SECONDS = 10.0  # after this time, "waiting for the coordinator" is printed
+HEARTBEAT = 30  # jax aborts if a process sends no heartbeat for this many seconds
 
 
 def check_cluster(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Check the values of --coordinator, --num_processes and --process_id; None: not given.
+    """Check the values of --coordinator, --num_processes and --process_id.
+
+    The value of a flag that was not given is None.
 
     Raises:
       UserError: If the coordinator's address is not HOST:PORT, or the index of the process is not
@@ -39,16 +41,16 @@ def check_cluster(coordinator: str | None, processes: int | None, process: int |
             )
     if process is not None and processes is not None and process >= processes:
         raise UserError(
-            f"--process_id={process}: must be less than --num_processes={processes}; the first "
-            "process is 0"
+            f"--process_id={process}: must be less than --num_processes={processes}; "
+            "processes are numbered from 0"
         )
 
 
 def check_host(coordinator: str) -> None:
-    """Check that the host of the address HOST:PORT resolves within `RESOLVE_SECONDS`.
+    """Check that the host name of the address HOST:PORT has an IP address.
 
     Raises:
-      UserError: If the name does not resolve.
+      UserError: If no IP address is found within `RESOLVE_SECONDS`.
     """
     host, resolved = coordinator.rpartition(":")[0].strip("[]"), threading.Event()
 
@@ -67,23 +69,23 @@ def check_host(coordinator: str) -> None:
     if not success:
         raise UserError(
             f"--coordinator={coordinator}: no host of the name {host} was found within "
-            f"{RESOLVE_SECONDS:g} s; give the address of process 0"
+            f"{RESOLVE_SECONDS:g} s; give HOST:PORT of the host of process 0"
         )
 
 
 def initialize(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Connect this process to the others (`jax.distributed.initialize`).
+    """Connect this process to the other processes (`jax.distributed.initialize`).
 
-    Arguments that are None are read from the cluster's environment (TPU, SLURM, Kubernetes).
+    jax reads arguments that are None from the cluster manager (TPU, SLURM, Kubernetes).
 
     Args:
-      coordinator: Address HOST:PORT of the first process.
+      coordinator: Address HOST:PORT at which process 0 runs jax's coordination service.
       processes: Number of processes.
       process: Index of this process, starting at 0.
 
     Raises:
-      UserError: If there is no cluster environment to read None arguments from, or the coordinator
-        does not answer.
+      UserError: If an argument is None and there is no cluster manager, or if no connection to
+        the coordinator is possible.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if coordinator is not None:
@@ -108,20 +110,20 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
         waiting.cancel()
 
 
-# jax aborts a process when another one is dead, without running any more Python code in it.
+# jax aborts a process if another process ends unexpectedly; no Python code can run after this.
 EXIT_WATCHDOG = """
 import sys
 if not sys.stdin.read():
-    print("stopped: this process ended before its run was complete, because it or another process "
-          "of the run was killed; start all of them again, and the run resumes from its newest "
-          "checkpoint", file=sys.stderr)
+    print("stopped: this process ended before training was complete, because this or another "
+          "process was killed; start all processes again to resume from the newest checkpoint",
+          file=sys.stderr)
 """
 
 _watchdogs: list[subprocess.Popen[bytes]] = []
 
 
 def _start_exit_watchdog() -> None:
-    """Start a process that prints a message if this one ends without a call of `leave`."""
+    """Start a second process, which prints a message if this process ends without `leave()`."""
     _watchdogs.append(
         subprocess.Popen(
             [sys.executable, "-c", EXIT_WATCHDOG], stdin=subprocess.PIPE, start_new_session=True
@@ -132,23 +134,23 @@ def _start_exit_watchdog() -> None:
 
 
 def leave() -> None:
-    """Stop the exit watchdog, because this process ends normally."""
+    """Stop the exit watchdog without a message; call this before this process ends normally."""
     while _watchdogs:
         _watchdogs.pop().communicate(b"farewell")
 
 
 def meet_before_leaving() -> None:
-    """Wait until all processes of a failed run can end, for at most `LEAVE_SECONDS`.
+    """Wait at most `LEAVE_SECONDS` until all processes have called this function after an error.
 
-    jax aborts a process when the coordinator, which is the first process, has ended.  So processes
-    that fail together wait for each other, and the first process ends last.
+    jax aborts the other processes when process 0, the coordinator, ends.  So processes that fail
+    together wait for each other, and process 0 ends last.
     """
     client = coordination_client()
     if client is None:
         return
     try:
         client.wait_at_barrier("ddpm_jax/leaving", round(1000 * LEAVE_SECONDS))
-    except jax.errors.JaxRuntimeError:  # the other processes are still running, or are dead
+    except jax.errors.JaxRuntimeError:  # not all processes have failed, or one was killed
         return
     if is_main():
         time.sleep(1.0)

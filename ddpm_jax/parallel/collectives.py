@@ -1,8 +1,11 @@
-"""Collective operations of a training step, for each way of parallelism.
+"""Collective operations of a training step, for each value of --parallel (jit, pmap, fsdp).
 
-A step is written for one device: it computes with the device's part of the batch, and communicates
-with the other devices through `Collectives`.  Under `jit` a step computes with global arrays; the
-collectives do nothing, and XLA inserts the communication.
+The code of a training step is that of one device: it computes with the part of the batch of this
+device, and calls methods of `Collectives` where devices exchange data.  With `jit`, a training step
+computes with global arrays; the methods return their argument, and XLA inserts the communication.
+
+In this file, `params` are the trained parameters, and `extra` are the extra variables: arrays that
+are not trained by gradients, such as frozen networks and running statistics.
 """
 
 import dataclasses
@@ -17,12 +20,12 @@ from jaxtyping import Array, PyTree
 
 @runtime_checkable
 class Loss(Protocol):
-    """A loss as a function of parameters, extra variables, a batch and keys."""
+    """A loss as a function of parameters, extra variables, a batch and one key for each example."""
 
     def __call__(
         self, params: PyTree, extra: PyTree, batch: PyTree, keys: PyTree
     ) -> tuple[Array, PyTree]:
-        """Return the mean loss of a batch, and auxiliary results."""
+        """Return (mean loss of the batch, auxiliary results such as metrics)."""
 
 
 @runtime_checkable
@@ -32,41 +35,41 @@ class ValueAndGrad(Protocol):
     def __call__(
         self, params: PyTree, extra: PyTree, batch: PyTree, keys: PyTree
     ) -> tuple[tuple[Array, PyTree], PyTree]:
-        """Return ((mean loss, auxiliary results), gradient)."""
+        """Return ((mean loss, auxiliary results), gradient with respect to `params`)."""
 
 
 @runtime_checkable
 class Compute(Protocol):
-    """A function that computes the gradient of a batch, from the arrays of one device."""
+    """A function that one device calls to compute the gradient of the loss of a global batch."""
 
     def __call__(
         self, collectives: "Collectives", params: PyTree, extra: PyTree, batch: PyTree, keys: PyTree
     ) -> tuple[PyTree, PyTree, PyTree]:
-        """Return (gradient, means, examples), each the same on all devices.
+        """Return (gradient, means, examples) of the global batch, given one device's part of it.
 
-        `means` are means over the global batch; `examples` are arrays whose first axis is the
-        examples of the global batch.
+        `means` are mean metrics; `examples` are arrays whose first axis is the global batch. Both
+        are equal on all devices.
         """
 
 
 @runtime_checkable
 class Collectives(Protocol):
-    """Communication of one step between devices; the default methods do not communicate."""
+    """Communication between devices in a training step; the default methods do not communicate."""
 
     def value_and_grad(self, loss: Loss) -> ValueAndGrad:
-        """Return the function that computes a loss and its gradient by the first argument."""
+        """Return the function that computes a loss and the gradient with respect to `params`."""
         return jax.value_and_grad(loss, has_aux=True)
 
     def mean(self, tree: PyTree) -> PyTree:
-        """Return the mean over devices."""
+        """Return the mean over devices of each array of a tree."""
         return tree
 
     def mean_gradient(self, gradient: PyTree) -> PyTree:
-        """Return the mean over devices of a gradient that `value_and_grad` computed."""
+        """Return the mean over devices of a gradient that was computed by `value_and_grad`."""
         return self.mean(gradient)
 
     def all_gather(self, tree: PyTree) -> PyTree:
-        """Concatenate the devices' parts along the first axis."""
+        """Return the arrays of all devices, concatenated along the first axis."""
         return tree
 
     def per_device(
@@ -75,10 +78,10 @@ class Collectives(Protocol):
         """Return `compute(collectives, params, extra, batch, keys)`, computed on each device.
 
         Args:
-          compute: Function that computes the gradient of a batch.
+          compute: Function that computes the gradient of a batch on one device.
           params: Parameters.
-          extra: Extra variables.
-          batch: Arrays whose first axis is the examples.
+          extra: Extra variables (arrays that are not trained by gradients).
+          batch: Arrays whose first axis is the batch.
           keys: One key for each example.
         """
         return compute(self, params, extra, batch, keys)
@@ -86,25 +89,25 @@ class Collectives(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class GlobalCollectives(Collectives):
-    """Collectives of `jit`, in which the step computes with global arrays."""
+    """Collectives of `jit`, with which a training step computes with global arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceCollectives(Collectives):
-    """Collectives of `pmap`, in which the step is called for each device, with the whole state.
+    """Collectives of `pmap`, with which each device has a part of the batch and the full state.
 
     Attributes:
-      axis: Name of the axis of devices.
+      axis: Name of the axis of devices (`axis_name` of `jax.pmap`).
     """
 
     axis: str
 
     def mean(self, tree: PyTree) -> PyTree:
-        """Return the mean over devices."""
+        """Return the mean over devices of each array of a tree."""
         return jax.lax.pmean(tree, self.axis)
 
     def all_gather(self, tree: PyTree) -> PyTree:
-        """Concatenate the devices' parts along the first axis."""
+        """Return the arrays of all devices, concatenated along the first axis."""
         return _all_gather(tree, self.axis)
 
 
@@ -113,19 +116,19 @@ class Split(Protocol):
     """A function that partitions arrays across the axes of a mesh."""
 
     def __call__(self, shape: tuple[int, ...]) -> PartitionSpec:
-        """Return the partition of an array of a shape."""
+        """Return the partition of an array of the shape `shape`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardedCollectives(Collectives):
-    """Collectives of `fsdp`, in which arrays of the state are partitioned across devices.
+    """Collectives of `fsdp`, with which arrays of the state are partitioned across devices.
 
-    The step computes with global arrays, except for the loss and its gradient, which are computed
-    on each device (`per_device`).
+    A training step computes with global arrays, except that each device computes the loss and the
+    gradient of its part of the batch (`per_device`).
 
     Attributes:
-      mesh: The devices.
-      split: Function that partitions an array of the state.
+      mesh: The mesh of devices.
+      split: Function that returns the partition of an array of the state.
     """
 
     mesh: Mesh
@@ -134,13 +137,13 @@ class ShardedCollectives(Collectives):
     def per_device(
         self, compute: Compute, params: PyTree, extra: PyTree, batch: PyTree, keys: PyTree
     ) -> tuple[PyTree, PyTree, PyTree]:
-        """Return `compute(collectives, ...)`, computed on each device.
+        """Return `compute(collectives, params, extra, batch, keys)`, computed on each device.
 
         Args:
-          compute: The function `(collectives, params, extra, batch, keys)` of one device.
-          params: The parameters, sharded.
-          extra: The extra variables, sharded.
-          batch: The global batch.
+          compute: Function that computes the gradient of a batch on one device.
+          params: Parameters, partitioned across devices.
+          extra: Extra variables (not trained by gradients), partitioned across devices.
+          batch: Arrays of the global batch.
           keys: One key for each example.
         """
         specs = jax.tree.map(lambda array: self.split(array.shape), (params, extra))
@@ -158,15 +161,16 @@ class ShardedCollectives(Collectives):
 
 @dataclasses.dataclass(frozen=True)
 class ShardCollectives(Collectives):
-    """Collectives of one device that holds a part of each array of the state.
+    """Collectives that one device calls in `fsdp`, where it has a part of each array of the state.
 
-    Each parameter is gathered where it is used, in the forward and again in the backward pass, and
-    is not stored in between; its gradient is summed and scattered in one operation.
+    Each parameter is gathered from all devices where it is used, in the forward pass and again in
+    the backward pass; the gathered array is not stored in between.  One operation (reduce-scatter)
+    sums the gradients of all devices and returns to each device the sum for its part.
 
     Attributes:
-      mesh: The devices.
-      specs: The partitions of the arrays of (params, extra).
-      sizes: The sizes (numbers of elements) of the parameters when gathered.
+      mesh: The mesh of devices.
+      specs: Partition of each array in the tuple (params, extra).
+      sizes: Numbers of elements of the gathered parameters.
     """
 
     mesh: Mesh
@@ -174,7 +178,7 @@ class ShardCollectives(Collectives):
     sizes: frozenset[int]
 
     def value_and_grad(self, loss: Loss) -> ValueAndGrad:
-        """Return the function that computes a loss and its gradient, given one device's parts."""
+        """Return the function that computes a loss and the gradient from the parts of a device."""
 
         def loss_of_parts(params: PyTree, extra: PyTree, *rest: PyTree) -> tuple[Array, PyTree]:
             return loss(*jax.tree.map(_gather, (params, extra), self.specs), *rest)
@@ -183,11 +187,14 @@ class ShardCollectives(Collectives):
         return jax.value_and_grad(jax.checkpoint(loss_of_parts, policy=policy), has_aux=True)
 
     def mean(self, tree: PyTree) -> PyTree:
-        """Return the mean over devices."""
+        """Return the mean over devices of each array of a tree."""
         return jax.lax.pmean(tree, self.mesh.axis_names)
 
     def mean_gradient(self, gradient: PyTree) -> PyTree:
-        """Return the mean over devices, given sums over the mesh axes of each array's partition."""
+        """Return the mean over devices of a gradient.
+
+        `value_and_grad` has already summed it over the mesh axes that partition each array.
+        """
 
         def mean(array: Array, spec: PartitionSpec) -> Array:
             summed = jax.tree.leaves(tuple(spec))
@@ -198,7 +205,7 @@ class ShardCollectives(Collectives):
         return jax.tree.map(mean, gradient, self.specs[0])
 
     def all_gather(self, tree: PyTree) -> PyTree:
-        """Concatenate the devices' parts along the first axis."""
+        """Return the arrays of all devices, concatenated along the first axis."""
         return _all_gather(tree, self.mesh.axis_names)
 
 
@@ -207,7 +214,7 @@ def _all_gather(tree: PyTree, names: str | tuple[str, ...], axis: int = 0) -> Py
 
 
 def _gather(array: Array, spec: PartitionSpec) -> Array:
-    """Return the whole array, of which each device holds a part."""
+    """Return the full array, given the part of this device and the partition `spec`."""
     for axis, names in enumerate(spec):
         array = _all_gather(array, names, axis) if names else array
     return array
@@ -216,9 +223,10 @@ def _gather(array: Array, spec: PartitionSpec) -> Array:
 def _is_stored(
     sizes: frozenset[int], primitive: Primitive, /, *inputs: PyTree, **parameters: object
 ) -> bool:
-    """Return whether a result is stored for the backward pass; gathered parameters are not.
+    """Return whether the result of the operation `primitive` is stored for the backward pass.
 
-    A gathered parameter may be cast or reshaped; it is recognised by its size, one of `sizes`.
+    A gathered parameter is not stored, nor is the result of a cast, reshape or transposition of a
+    gathered parameter.  An input with a number of elements in `sizes` is regarded as a parameter.
     """
     if primitive.name in ("convert_element_type", "reshape", "transpose"):
         return bool(inputs[0].size not in sizes)

@@ -1,7 +1,7 @@
-"""Number of floating-point operations of a program, counted in its jaxpr.
+"""The number of floating-point operations (FLOPs) of a program, counted in the jaxpr.
 
-XLA's count of a compiled program excludes library calls, such as the convolutions of cuDNN.  The
-count of a jaxpr is the same on every platform.
+A count of the jaxpr is the same on every platform.  XLA also counts the operations of a compiled
+program, but without library calls, such as the convolutions of cuDNN.
 """
 
 import math
@@ -13,19 +13,17 @@ from jax.interpreters import partial_eval
 
 
 def flops(program: ClosedJaxpr) -> float:
-    """Count the operations of a program's matrix products and convolutions, on all devices.
+    """Return the number of operations in matrix products and convolutions, summed over devices.
 
-    A multiplication and its addition are two operations.  A convolution's products with padding or
-    with the holes of a dilated input are not counted, as in XLA's HloCostAnalysis.  The body of
-    `lax.scan` is counted for every iteration, and the body of a `while` loop once, because its
-    number of iterations is unknown.  For `lax.cond`, the branch with the most operations is
-    counted.  Operations on which no result depends are not counted.
+    A multiplication followed by an addition is two operations.  In convolutions, products with
+    padding or with the zeros between the elements of a dilated input are not counted, as in XLA's
+    HloCostAnalysis.  The body of `lax.scan` is counted for every iteration.  The body of
+    `lax.while_loop` is counted once, because the number of iterations is unknown.  For `lax.cond`,
+    the branch with the most operations is counted.  Operations on which no output of the program
+    depends are not counted.
 
     Args:
-      program: The traced program.
-
-    Returns:
-      The number of operations.
+      program: The program, as `jax.make_jaxpr` returns it.
     """
     jaxpr, _ = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
     return _flops(jaxpr)
@@ -45,7 +43,7 @@ def _flops(jaxpr: Jaxpr) -> float:
                 total += max(inner)
             elif name == "scan":
                 total += params["length"] * sum(inner)
-            elif name == "shard_map":  # its body is the program of one device
+            elif name == "shard_map":  # the body is the program of one device
                 total += math.prod(params["mesh"].shape.values()) * sum(inner)
             else:
                 total += sum(inner)
@@ -53,7 +51,7 @@ def _flops(jaxpr: Jaxpr) -> float:
 
 
 def _bodies(params: dict[str, object]) -> Iterator[Jaxpr]:
-    """Yield the programs in the parameters of an equation."""
+    """Yield the jaxprs in the parameters of an equation, such as the body of a loop."""
     for value in params.values():
         for body in value if isinstance(value, tuple | list) else (value,):
             if isinstance(body, ClosedJaxpr):
@@ -79,7 +77,7 @@ def _convolution_flops(equation: JaxprEqn) -> float:
     x, kernel = map(_shape, equation.invars)
     out = _shape(equation.outvars[0])
     numbers = params["dimension_numbers"]
-    # Each output is a sum over the window and the input channels of one group, as in the kernel.
+    # Each output is a sum over the window and over the input channels of one group.
     channels = kernel[numbers.rhs_spec[1]]
     total: float = 2.0 * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * channels
     for axis, (low, _) in enumerate(params["padding"]):

@@ -1,8 +1,8 @@
 """Fully sharded data parallelism: every array of the state is partitioned across devices.
 
-This is stage 3 of ZeRO (Rajbhandari et al. 2020).  The loss is computed on each device, which
-gathers each parameter where it is used (`ShardedCollectives`); the optimizer computes with global
-arrays.
+This is stage 3 of ZeRO (Rajbhandari et al. 2020).  Each device computes the loss of its part of the
+batch, and gathers each parameter from all devices where it is used (`ShardedCollectives`).  The
+optimizer computes with global arrays.
 """
 
 import dataclasses
@@ -39,25 +39,28 @@ class FullySharded(Partitioner):
     mesh: Mesh
 
     def shardings(self, tree: PyTree) -> PyTree:
-        """Return the sharding of each array of a state."""
+        """Return a tree of the shardings (`NamedSharding`) of the arrays of a state."""
         return jax.tree.map(lambda a: NamedSharding(self.mesh, self._partition(a.shape)), tree)
 
     def _partition(self, shape: tuple[int, ...]) -> PartitionSpec:
         return partition(shape, self.mesh.devices.shape, self.mesh.axis_names)
 
     def lower(self, step: Step, state: PyTree, batch: PyTree, *rest: PyTree) -> Lowered:
-        """Lower step(state, batch, *rest, collectives=...), with `state` donated."""
+        """Return step(state, batch, *rest, collectives=...), lowered; it donates `state`."""
         options = compiler_options(LATE_GATHERS) if on_cpu(self.mesh) else None
         collectives = ShardedCollectives(self.mesh, self._partition)
         return lower_global(self, collectives, step, state, batch, *rest, options=options)
 
     def warning(self) -> str:
-        """Return a warning if this version of jaxlib makes steps slow or large; "": no warning."""
+        """Return a warning if this jaxlib makes training steps slower or use more memory.
+
+        Return an empty string if it does not.
+        """
         return missing_flags_warning(FAST_CONVOLUTIONS, *LATE_GATHERS) if on_cpu(self.mesh) else ""
 
 
 def prime_factors(number: int) -> tuple[int, ...]:
-    """Return the prime factors of a number, the largest first, or (1,) for 1."""
+    """Return the prime factors of `number` in descending order; return (1,) for 1."""
     factors, factor = [], 2
     while number > 1:
         if number % factor:
@@ -73,16 +76,17 @@ def partition(
 ) -> PartitionSpec:
     """Return the partition of an array across the axes of a mesh.
 
-    If all mesh axes together divide an axis of the array, they partition the longest such axis, so
-    that gathering is one transfer.  Otherwise each mesh axis in turn partitions the longest
-    remaining axis that it divides; a mesh axis that divides none is not used.
+    If some axes of the array are divisible by the number of devices, the longest of these is
+    partitioned across all mesh axes, so that the array is gathered in one transfer.  Otherwise,
+    each mesh axis in turn partitions the longest axis of the remaining part that is divisible by
+    the size of the mesh axis; without such an axis, the array is replicated along the mesh axis.
 
     Args:
       shape: Shape of the array.
-      factors: Sizes of the mesh axes.
+      factors: Sizes of the mesh axes; the product is the number of devices.
       axes: Names of the mesh axes.
     """
-    sides: list[int] = list(shape)  # of one device's part
+    sides: list[int] = list(shape)  # shape of one device's part
     names: list[tuple[str, ...]] = [()] * len(shape)
     divisible = [i for i, size in enumerate(shape) if size % math.prod(factors) == 0]
     if divisible:

@@ -1,4 +1,4 @@
-"""The devices of a run: their names, peak memory and utilisation."""
+"""Properties of the devices: name, peak memory and utilisation."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from ddpm_jax.system.record import Record
 
 
 def memory() -> dict[str, float]:
-    """Return the peak memory of this process's devices in bytes; {} if they do not report it."""
+    """Return the peak memory in bytes of this process's devices, or {} if it is not reported."""
     all_stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [stats["peak_bytes_in_use"] for stats in all_stats if "peak_bytes_in_use" in stats]
     return {"peak_memory_bytes": float(max(peaks))} if peaks else {}
@@ -26,11 +26,14 @@ PEAKS = {
 
 
 def utilisation(per_step: float, lap: dict[str, float]) -> dict[str, float]:
-    """Return a device's operations per second, and their ratio to its peak if that is known.
+    """Return a device's operations per second, and the ratio to the peak rate in `PEAKS`.
+
+    The ratio is omitted if `PEAKS` does not contain the device.  Return an empty dict if `per_step`
+    is 0 or not finite.
 
     Args:
-      per_step: Floating-point operations of a step on one device; 0: unknown.
-      lap: Timings since the last log line, with the entry `steps_per_second`.
+      per_step: Floating-point operations of one training step on one device; 0 if unknown.
+      lap: Timings since the last log line; the entry `steps_per_second` is used.
     """
     if not per_step or not math.isfinite(per_step):
         return {}
@@ -42,7 +45,7 @@ def utilisation(per_step: float, lap: dict[str, float]) -> dict[str, float]:
 
 
 def describe() -> Record:
-    """Return a description of the devices, for `config.json`."""
+    """Return the platform, type and number of all devices, to be written to `config.json`."""
     devices = jax.devices()
     return {
         "platform": devices[0].platform,
@@ -53,7 +56,7 @@ def describe() -> Record:
 
 
 def check_platform() -> None:
-    """Check that jax has devices of the platform that `JAX_PLATFORMS` selects.
+    """Check that jax finds devices of the platform that the variable `JAX_PLATFORMS` names.
 
     Raises:
       UserError: If there are no devices of that platform.
@@ -66,7 +69,7 @@ def check_platform() -> None:
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = one_line(error, 150) or "there are no such devices"
         raise UserError(
-            f"{name}={platform}: jax has no devices of this platform: {reason}; unset {name}, or "
-            "set it to cpu"
+            f"environment variable {name}={platform}: jax finds no devices of this platform "
+            f"({reason}); unset {name}, or set it to cpu"
         ) from None
     check_device()

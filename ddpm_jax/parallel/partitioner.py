@@ -1,8 +1,8 @@
 """The interface of partitioners, which partition arrays and training steps across devices.
 
-A step is a pure function step(state, batch, ..., collectives=) -> (state, metrics).  The rows of a
-batch are partitioned across the devices in the order of the processes, so each process reads one
-contiguous range of rows.
+A training step is a pure function step(state, batch, ..., collectives=) -> (state, metrics).  A
+row of a batch is one example.  The rows are partitioned across the devices in the order of the
+processes, so each process reads one contiguous range of rows.
 """
 
 import functools
@@ -23,44 +23,44 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Step(Protocol):
-    """A step that can be partitioned across devices."""
+    """A training step that can be partitioned across devices."""
 
     def __call__(
         self, state: PyTree, batch: PyTree, *rest: PyTree, collectives: Collectives
     ) -> tuple[PyTree, PyTree]:
-        """Return the next state and metrics."""
+        """Return (next state, metrics)."""
 
 
 @runtime_checkable
 class Program(Protocol):
-    """A compiled step; it donates the memory of the state."""
+    """A compiled training step; it donates `state`, which must not be used afterwards."""
 
     def __call__(self, state: PyTree, batch: PyTree, *rest: PyTree) -> tuple[PyTree, PyTree]:
-        """Return the next state and metrics."""
+        """Return (next state, metrics)."""
 
 
 class Lowered(NamedTuple):
-    """A step before it is compiled.
+    """A training step that is lowered (`jax.stages.Lowered`), but not yet compiled.
 
     Attributes:
-      compile: Function that compiles the step.
-      flops: Floating-point operations of one step on one device; 0: unknown.
+      compile: Function that returns the compiled training step.
+      flops: Floating-point operations of one training step on one device; 0 if unknown.
     """
 
     compile: Callable[[], Program]
     flops: float
 
     def __call__(self) -> Program:
-        """Compile the step."""
+        """Return the compiled training step."""
         return self.compile()
 
 
 @runtime_checkable
 class Partitioner(Protocol):
-    """The devices, and the partition of arrays and steps across them.
+    """A set of devices, and the way in which arrays and training steps are partitioned across it.
 
     Attributes:
-      mesh: The devices, in the order of their processes.
+      mesh: The mesh of devices, in the order of their processes.
     """
 
     mesh: Mesh
@@ -72,19 +72,19 @@ class Partitioner(Protocol):
 
     @property
     def replicated(self) -> NamedSharding:
-        """The sharding of an array that is replicated on every device."""
+        """The sharding with which every device has the full array."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def shardings(self, tree: PyTree) -> PyTree:
-        """Return the sharding of each array of a state."""
+        """Return a tree of the shardings (`NamedSharding`) of the arrays of a state."""
         return jax.tree.map(lambda _: self.replicated, tree)
 
     def place(self, tree: PyTree) -> PyTree:
-        """Put a state on the devices."""
+        """Return a copy of a state on the devices, with the shardings of `shardings`."""
         return jax.device_put(tree, self.shardings(tree))
 
     def abstract_state(self, tree: PyTree) -> PyTree:
-        """Return the shapes, types and shardings of a state, for restoring a checkpoint."""
+        """Return a tree of `jax.ShapeDtypeStruct` with shardings, for restoring a checkpoint."""
         return jax.tree.map(
             lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
             tree,
@@ -92,35 +92,35 @@ class Partitioner(Protocol):
         )
 
     def rows(self, size: int) -> slice:
-        """Return the rows of a global batch of `size` examples that this process reads."""
+        """Return the slice of a global batch of `size` examples that this process reads."""
         processes = [device.process_index for device in self.mesh.devices.flat]
         local = [i for i, process in enumerate(processes) if process == jax.process_index()]
         return slice(local[0] * size // self.devices, (local[-1] + 1) * size // self.devices)
 
     def shard(self, tree: PyTree, axis: int = 0) -> PyTree:
-        """Put this process's rows of a batch on the devices, partitioned along `axis`."""
+        """Return the global batch, partitioned along `axis`, given this process's rows of it."""
         sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, self.mesh.axis_names))
         return jax.tree.map(lambda array: put(np.asarray(array), sharding), tree)
 
     def feed(self, tree: PyTree, axis: int = 0) -> PyTree:
-        """Put this process's rows of a batch on the devices, in the form that the step takes."""
+        """Return the global batch in the form of the step's argument, given this process's rows."""
         return self.shard(tree, axis)
 
     def lower(self, step: Step, state: PyTree, batch: PyTree, *rest: PyTree) -> Lowered:
-        """Lower step(state, batch, *rest, collectives=...), with `state` donated."""
+        """Return step(state, batch, *rest, collectives=...), lowered; it donates `state`."""
         ...
 
     def warning(self) -> str:
-        """Return a warning if this version of jaxlib makes steps slow or large; "": no warning."""
+        """Return a warning if this jaxlib makes training slower, otherwise an empty string."""
         return ""
 
     def compile(
         self, fn: Callable[P, T], static_argnums: int | tuple[int, ...] = ()
     ) -> Callable[P, T]:
-        """Return a compiled version of `fn`, whose results are replicated on every device.
+        """Return `jax.jit(fn)` with results that are replicated on every device.
 
-        It is compiled once for each set of static arguments (at the positions `static_argnums`)
-        and of shapes, also if several callers compile it.
+        Several calls with the same `fn` and `static_argnums` (positions of static arguments) return
+        the same object, so that `fn` is compiled only once for the same shapes.
         """
         return cast(Callable[P, T], compiled(self.replicated, fn, static_argnums))
 
@@ -129,7 +129,7 @@ class Partitioner(Protocol):
         return -(-batch_size // self.devices) * self.devices
 
     def indices(self, start: int, size: int) -> Int[Array, "size"]:
-        """Return the integers start ... start + size - 1, partitioned like a batch."""
+        """Return the array [start, ..., start + size - 1], partitioned across devices."""
         numbers = np.arange(start, start + size, dtype=np.int32)
         return cast(Array, self.shard(numbers[self.rows(size)]))
 
@@ -143,16 +143,16 @@ def lower_global(
     *rest: PyTree,
     options: dict[str, str | bool] | None = None,
 ) -> Lowered:
-    """Lower a step that computes with global arrays.
+    """Lower a training step that computes with global arrays.
 
     Args:
-      partitioner: Partitioner that gives the shardings of the next state.
-      collectives: Collectives that the step is called with.
-      step: The step; the memory of its state is donated.
+      partitioner: Partitioner with the method `shardings` for the next state.
+      collectives: Collectives that are passed to `step`.
+      step: The training step; the compiled program donates the memory of the state.
       state: State, as arrays or as shapes with shardings.
       batch: Global batch, as arrays or as shapes with shardings.
       *rest: Further arguments of the step.
-      options: Options of XLA's compiler; None: the defaults.
+      options: Options of XLA's compiler. If None, the defaults.
     """
     traced = jax.jit(
         functools.partial(step, collectives=collectives),
@@ -164,7 +164,7 @@ def lower_global(
 
 
 def on_cpu(mesh: Mesh) -> bool:
-    """Return whether the devices are CPUs."""
+    """Return whether the devices of `mesh` are CPUs."""
     return bool(mesh.devices.flat[0].platform == "cpu")
 
 
@@ -172,22 +172,22 @@ def on_cpu(mesh: Mesh) -> bool:
 def compiled(
     sharding: NamedSharding, fn: Callable[..., Any], static_argnums: int | tuple[int, ...] = ()
 ) -> Callable[..., Any]:
-    """Return the jitted `fn`; calls with equal arguments return the same object.
+    """Return `jax.jit(fn)` with the output sharding `sharding`, cached for equal arguments.
 
-    The sharding of the outputs is stated, because one that jax infers may not divide their shapes.
+    Without this, the sharding that jax infers may not divide the shape of an output.
     """
     return jax.jit(fn, static_argnums=static_argnums, out_shardings=sharding)
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Put this process's rows of an array on the devices."""
+    """Return the global array with `sharding`, given this process's rows of it."""
     if jax.process_count() == 1:
         return cast(jax.Array, jax.device_put(array, sharding))
     return cast(jax.Array, jax.make_array_from_process_local_data(sharding, array))
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """Return the arrays as global numpy arrays; all processes must call it together."""
+    """Return the global arrays of a tree as numpy arrays; all processes must call this together."""
     return jax.tree.map(_fetch, tree)
 
 
@@ -200,7 +200,7 @@ def _fetch(array: PyTree) -> np.ndarray:
 
 
 def replicate(array: jax.Array) -> jax.Array:
-    """Return an array replicated on every device of its mesh."""
+    """Return a copy of a global array that is replicated on every device of the mesh."""
     sharding = array.sharding
     assert isinstance(sharding, NamedSharding)
     replicated = NamedSharding(sharding.mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""Communication between the processes of a run on several hosts."""
+"""Communication between the processes of a training on several hosts."""
 
 import itertools
 import json
@@ -14,32 +14,32 @@ from jax.experimental import multihost_utils
 from ddpm_jax.errors import RunError, UserError, one_line
 
 T = TypeVar("T")
-MAX_MESSAGE_BYTES = 256  # of an error message that a process sends to the others
+MAX_MESSAGE_BYTES = 256  # longer error messages are cut for other processes
 
 
 @runtime_checkable
 class Coordinator(Protocol):
-    """The client of jax's coordination service: barriers with a time limit, key-value store."""
+    """The client of jax's coordination service, with barriers and a key-value store."""
 
     def wait_at_barrier(self, barrier_id: str, timeout_in_ms: int) -> None:
-        """Wait until all processes have arrived, or raise JaxRuntimeError."""
+        """Wait until all processes call this method; raise JaxRuntimeError at the time limit."""
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
-        """Store a value."""
+        """Store `value` under `key`, where all processes can read it."""
 
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
-        """Return (key, value) of all keys below a key."""
+        """Return the pairs (key, value) of all keys that begin with the directory `key`."""
 
     def key_value_delete(self, key: str) -> None:
-        """Delete a key and all keys below it."""
+        """Delete `key` and all keys that begin with the directory `key`."""
 
 
 def coordination_client() -> Coordinator | None:
-    """Return jax's client of the coordination service; None in a run of one process.
+    """Return jax's client of the coordination service; return None if there is only one process.
 
-    The client is private to jax, which has no public barrier with a time limit.  For a version of
-    jax that has moved it, None is returned in a run of several processes, too; then
-    `missing_client_warning` returns a text.
+    The client is private to jax, because jax has no public barrier with a time limit.  If this
+    version of jax has no such private object, return None also for several processes;
+    `missing_client_warning` then returns a warning.
     """
     try:
         from jax._src import distributed
@@ -51,7 +51,7 @@ def coordination_client() -> Coordinator | None:
 
 
 def missing_client_warning() -> str:
-    """Return a warning if several processes run without jax's client; "": no warning."""
+    """Return a warning if several processes have no client, otherwise an empty string."""
     if is_single_process() or coordination_client() is not None:
         return ""
     return (
@@ -61,30 +61,34 @@ def missing_client_warning() -> str:
 
 
 def check_same_everywhere(what: str, value: str) -> None:
-    """Check that all processes have the same `value`, which `what` names in the error message.
+    """Check that all processes have the same value.
+
+    Args:
+      what: Name of the value in the error message, such as "the data set".
+      value: The value in this process.
 
     Raises:
-      UserError: If the value differs from that of the first process.
+      UserError: If the value of this process differs from the value of process 0.
     """
     first = from_main(lambda: value)
     if first != value:
         raise UserError(
-            f"{what} is {value} in process {jax.process_index()} and {first} in the first process; "
-            "give all processes the same"
+            f"{what} is {value} in process {jax.process_index()} and {first} in process 0; "
+            "start all processes with the same files and flags"
         )
 
 
 def is_main() -> bool:
-    """Return whether this process is the first one, which alone prints and writes records."""
+    """Return whether this is process 0; only process 0 prints and writes JSON files."""
     return bool(jax.process_index() == 0)
 
 
 def from_main(fn: Callable[[], T]) -> T:
-    """Call `fn` in the first process, and return its result, of JSON types, in all processes.
+    """Call `fn` in process 0, and return the result, of JSON types, in all processes.
 
     Raises:
-      Exception: If `fn` raises it; in the first process.
-      RunError: If `fn` raises an exception; in the other processes, with its message.
+      Exception: In process 0, if `fn` raises it.
+      RunError: In the other processes, if `fn` raises an exception; with the same message.
     """
     if jax.process_count() == 1:
         return fn()
@@ -93,7 +97,7 @@ def from_main(fn: Callable[[], T]) -> T:
     if is_main():
         try:
             message = {"value": fn()}
-        except Exception as error:  # the other processes wait for the message
+        except Exception as error:  # sent too, because the other processes wait for a message
             message, failure = {"error": str(error)}, error
     text = json.dumps(message).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
@@ -102,14 +106,14 @@ def from_main(fn: Callable[[], T]) -> T:
     sent = multihost_utils.broadcast_one_to_all(padded)
     message = json.loads(np.asarray(sent, np.uint8).tobytes()[:size])
     if "error" in message:
-        raise failure or RunError(f"the first process failed: {message['error']}")
+        raise failure or RunError(f"process 0 failed: {message['error']}")
     return cast(T, message["value"])
 
 
 def on_main(fn: Callable[[], T], otherwise: T) -> T:
-    """Return `fn()` in the first process, and `otherwise` in the other processes.
+    """Return `fn()` in process 0, and `otherwise` in the other processes.
 
-    Errors of `fn` are raised in all processes, as by `from_main`.
+    If `fn` raises an error, all processes raise an error, as in `from_main`.
     """
     result = otherwise
 
@@ -122,12 +126,16 @@ def on_main(fn: Callable[[], T], otherwise: T) -> T:
 
 
 def is_single_process() -> bool:
-    """Return whether the run has only one process."""
+    """Return whether there is only one process."""
     return bool(jax.process_count() == 1)
 
 
 def first_error(text: str) -> str:
-    """Return in all processes the error message of the first that has one; "": no error."""
+    """Return the error message of the lowest-numbered process that has one.
+
+    All processes must call this function together, each with its own message `text`, which is empty
+    if there is no error.  All get the same result, which is empty if no process has an error.
+    """
     if is_single_process():
         return text
     padded = np.zeros(MAX_MESSAGE_BYTES, np.uint8)
@@ -144,37 +152,39 @@ _barriers = itertools.count()
 
 @runtime_checkable
 class Barrier(Protocol):
-    """A barrier function, as an argument of orbax."""
+    """A barrier function, with the arguments that orbax requires."""
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
-        """Wait for the other processes."""
+        """Wait until all processes have called the barrier with the same `key`."""
 
 
 class ThreadBarrier:
-    """A barrier for the background threads of all processes.
+    """A barrier at which the background threads of all processes wait for each other.
 
-    It does not use the devices, because only the main threads may.  Each process sends a key; if
-    the keys differ, a process has failed, and the barrier raises an error in all processes.
+    The threads communicate through jax's coordination service, because only main threads may use
+    the devices.  Each process sends a key; if the keys differ, a process has failed, and the
+    barrier raises an error in all processes.
     """
 
     def __init__(self) -> None:
         self._directory, self._count, self._failed = "", 0, False
 
     def begin(self) -> None:
-        """Start a new barrier; all main threads call it before their background threads wait."""
+        """Start a new barrier; the main thread of each process calls this before any `wait`."""
         self._directory, self._count, self._failed = f"ddpm_jax/{next(_barriers)}", 0, False
 
     def barrier(self) -> Barrier | None:
-        """Return `wait`; None if there is no client, in which case orbax uses its own barrier."""
+        """Return `wait`, or None if there is no client; orbax then uses a barrier of its own."""
         return None if missing_client_warning() else self.wait
 
     def wait(self, *, key: str, timeout_ms: int) -> None:
-        """Wait at most `timeout_ms` milliseconds for the other processes, which send the same key.
+        """Wait until all processes have called `wait` with the same `key`.
 
-        After an error, further calls return at once.
+        After an error, further calls return immediately.
 
         Raises:
-          OSError: If a process has failed, with its reason, or has not arrived in time.
+          OSError: If the keys differ, which means that a process has failed, or if a process does
+            not call `wait` within `timeout_ms` milliseconds.
         """
         if is_single_process() or self._failed:
             return

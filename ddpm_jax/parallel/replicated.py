@@ -1,4 +1,4 @@
-"""Data parallelism with a replicated state: `jit` with global arrays, `pmap` with local ones."""
+"""Data parallelism with a replicated state, for --parallel=jit and --parallel=pmap."""
 
 import dataclasses
 import functools
@@ -26,27 +26,27 @@ AXIS = "data"  # name of the mesh axis of devices
 
 @dataclasses.dataclass(frozen=True)
 class Replicated(Partitioner):
-    """The partitioner of `jit`: batches are partitioned, and XLA inserts the communication."""
+    """The partitioner of `jit`: batches are partitioned, and the state is replicated."""
 
     mesh: Mesh
 
     def lower(self, step: Step, state: PyTree, batch: PyTree, *rest: PyTree) -> Lowered:
-        """Lower step(state, batch, *rest, collectives=...), with `state` donated."""
+        """Return step(state, batch, *rest, collectives=...), lowered; it donates `state`."""
         return lower_global(self, GlobalCollectives(), step, state, batch, *rest)
 
     def warning(self) -> str:
-        """Return a warning if this version of jaxlib makes steps slow or large; "": no warning."""
+        """Return a warning if this jaxlib makes training slower, otherwise an empty string."""
         return missing_flags_warning(FAST_CONVOLUTIONS) if on_cpu(self.mesh) else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class PerDevice(Partitioner):
-    """The partitioner of `pmap`: the step is called for each device, the first axis of a batch."""
+    """The partitioner of `pmap`: arrays of a batch are [devices, examples per device, ...]."""
 
     mesh: Mesh
 
     def feed(self, tree: PyTree, axis: int = 0) -> PyTree:
-        """Put this process's rows of a batch on the devices, with the devices as first axis."""
+        """Return the global batch with a new first axis of devices, given this process's rows."""
         return jax.tree.map(functools.partial(self._feed, axis=axis), tree)
 
     def _feed(self, array: PyTree, axis: int) -> jax.Array:
@@ -56,7 +56,7 @@ class PerDevice(Partitioner):
         return put(np.moveaxis(parts, axis, 0), NamedSharding(self.mesh, PartitionSpec(AXIS)))
 
     def lower(self, step: Step, state: PyTree, batch: PyTree, *rest: PyTree) -> Lowered:
-        """Lower step(state, batch, *rest, collectives=...), with `state` donated."""
+        """Return step(state, batch, *rest, collectives=...), lowered; it donates `state`."""
         mapped = jax.pmap(
             functools.partial(step, collectives=DeviceCollectives(AXIS)),
             axis_name=AXIS,
@@ -83,24 +83,24 @@ class PerDevice(Partitioner):
         return Lowered(program, 0.0)
 
     def _on_all_processes(self, array: jax.Array) -> jax.Array:
-        """Return the replicated array whose parts on this process's devices `pmap` returned."""
+        """Return an array that is replicated on all processes, given a local result of `pmap`."""
         parts = [part.data for part in array.addressable_shards]
         return jax.make_array_from_single_device_arrays(array.shape, self.replicated, parts)
 
     def warning(self) -> str:
-        """Return a warning if this version of jaxlib makes steps slow or large; "": no warning."""
+        """Return a warning if this jaxlib makes training slower, otherwise an empty string."""
         return missing_flags_warning(FAST_CONVOLUTIONS) if on_cpu(self.mesh) else ""
 
 
 def data_mesh(devices: list[jax.Device]) -> Mesh:
-    """Return the mesh of `jit` and `pmap`, with one axis."""
+    """Return the mesh of `jit` and `pmap`, whose only axis is `AXIS`."""
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def partitioner_of(tree: PyTree) -> Replicated:
-    """Return the partitioner of the devices that hold the arrays of a tree.
+    """Return a partitioner of the devices on which the first jax array of a tree is stored.
 
-    If the tree has no jax arrays, it is the partitioner of the first device.
+    If the tree has no jax arrays, return a partitioner of the first device.
     """
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     devices = list(arrays[0].sharding.device_set) if arrays else jax.devices()[:1]
@@ -108,5 +108,5 @@ def partitioner_of(tree: PyTree) -> Replicated:
 
 
 def device_order(device: jax.Device) -> tuple[int, int]:
-    """Return the key by which devices are sorted in a mesh: process, then number."""
+    """Return the sort key of a device in a mesh: (index of the process, number of the device)."""
     return device.process_index, device.id

@@ -1,4 +1,4 @@
-"""Creation of the partitioner of a mode of parallelism: `jit`, `pmap` or `fsdp`."""
+"""Creation of the partitioner for a value of --parallel: `jit`, `pmap` or `fsdp`."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ MODES = PARALLEL
 
 
 def make(mode: str = "jit", devices: list[jax.Device] | None = None) -> Partitioner:
-    """Return the partitioner of a mode on `devices`; None: all devices.
+    """Return the partitioner for --parallel=`mode` on `devices`, or on all devices if None.
 
     Raises:
       UserError: If `mode` is not one of `MODES`.
@@ -40,15 +40,15 @@ def make(mode: str = "jit", devices: list[jax.Device] | None = None) -> Partitio
 
 
 def check_batch(batch_size: int, accumulate: int = 1) -> None:
-    """Check that a training batch divides evenly over devices and gradient accumulation steps.
+    """Check that a batch can be divided over devices and `accumulate` accumulation steps.
 
     Raises:
-      UserError: If the batch does not divide evenly.
+      UserError: If `batch_size` is not a multiple of (number of devices) x `accumulate`.
     """
     parts = jax.device_count() * accumulate
     if batch_size % parts:
         divisors = f"{jax.device_count()} devices" + f" x {accumulate} parts" * (accumulate > 1)
         raise UserError(
-            f"--config.train.batch_size={batch_size} does not divide over {divisors}; "
-            f"give a multiple of {parts}"
+            f"--config.train.batch_size={batch_size}: must be a multiple of {parts}, because each "
+            f"batch is divided over {divisors}"
         )

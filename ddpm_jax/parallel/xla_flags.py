@@ -1,4 +1,4 @@
-"""Flags of XLA; each is set only for the versions of jaxlib that it was tested with."""
+"""Flags of XLA; a flag is set only if it was tested with the installed version of jaxlib."""
 
 import functools
 import importlib.metadata
@@ -16,8 +16,9 @@ class Flag(NamedTuple):
     Attributes:
       name: Name of the flag, without dashes.
       value: Value of the flag.
-      versions: Versions of jaxlib that it was tested with; others may abort the process.
-      effect: Effect on a run without the flag; "": no effect that a user would notice.
+      versions: Versions of jaxlib with which the flag was tested. Other versions may abort the
+        process if the flag is set.
+      effect: Text of a warning if the flag cannot be set; empty if no warning is necessary.
     """
 
     name: str
@@ -27,14 +28,14 @@ class Flag(NamedTuple):
 
     @property
     def is_supported(self) -> bool:
-        """True if the installed jaxlib is one of `versions`."""
+        """True if the flag was tested with the installed version of jaxlib."""
         return importlib.metadata.version("jaxlib") in self.versions
 
 
-# Flags of the environment.  FAST_CONVOLUTIONS makes the gradients of convolutions 2 to 3 times
-# faster.  The first of FAST_COMPILATION makes compilation 1/3 faster and programs slower; the
-# second splits compilation into parts for half of the cores, because often two programs compile at
-# the same time, instead of into 32 parts.
+# Flags of XLA_FLAGS.  FAST_CONVOLUTIONS makes the gradients of convolutions 2 to 3 times faster.
+# The first flag of FAST_COMPILATION makes compilation 1/3 faster and programs slower.  The second
+# flag sets the number of parallel parts of a compilation to half of the cores instead of 32,
+# because often two programs are compiled at the same time.
 FAST_CONVOLUTIONS = Flag(
     "xla_cpu_experimental_ynn_fusion_type",
     "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
@@ -49,28 +50,28 @@ FAST_COMPILATION = (
         ("0.10.2", "0.12.0.1"),
     ),
 )
-# Flags of the compiler, for a partitioned state.  Without them XLA gathers parameters as early as
-# possible, and merges the gathers of the forward and the backward pass, so that a device holds all
-# parameters at once.
+# Options of the compiler for `fsdp`.  Without them, XLA gathers parameters as early as possible,
+# and merges the gathers of the forward and the backward pass, so that a device stores all
+# parameters at the same time.
 LATE_GATHERS = (
     Flag(
         "xla_cpu_scheduler_type",
         "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
         ("0.10.2",),
-        "fsdp on CPUs may hold all parameters at once",
+        "with fsdp, a CPU device may store all parameters at the same time",
     ),
     Flag("xla_disable_hlo_passes", "cse_barrier_expander", ("0.10.2",)),
 )
 
 
 def compiler_options(flags: tuple[Flag, ...]) -> dict[str, str | bool] | None:
-    """Return flags as options of the compiler; None if this jaxlib does not support all of them."""
+    """Return {name: value} for the compiler, or None if jaxlib does not support all `flags`."""
     supported = all(flag.is_supported for flag in flags)
     return {flag.name: flag.value for flag in flags} if supported else None
 
 
 def missing_flags_warning(*flags: Flag) -> str:
-    """Return a warning of the effects of flags that this jaxlib does not support; "": no effect."""
+    """Return a warning about flags that this jaxlib does not support, or an empty string."""
     effects = [flag.effect for flag in flags if flag.effect and not flag.is_supported]
     version = importlib.metadata.version("jaxlib")
     text = f"ddpm_jax was not tested with jaxlib {version}: {'; '.join(effects)}"
@@ -78,9 +79,10 @@ def missing_flags_warning(*flags: Flag) -> str:
 
 
 def tune_cpu(debug: bool = False) -> None:
-    """Set the supported ones of `FAST_CONVOLUTIONS` and, for debug runs, of `FAST_COMPILATION`.
+    """Add `FAST_CONVOLUTIONS` and, if `debug`, `FAST_COMPILATION` to `XLA_FLAGS`.
 
-    It has an effect only before the first computation.
+    Flags that the installed jaxlib does not support are not added.  Call this function before the
+    first computation; later it has no effect.
     """
     for flag in (FAST_CONVOLUTIONS, *(FAST_COMPILATION if debug else ())):
         flags = os.environ.get("XLA_FLAGS", "")
@@ -89,10 +91,11 @@ def tune_cpu(debug: bool = False) -> None:
 
 
 def tune_gpu() -> None:
-    """Make programs on GPUs reproducible to the bit, without atomic additions and autotuning.
+    """Add flags to `XLA_FLAGS` that make results on GPUs reproducible to the bit.
 
-    Scatters and the gradients of convolutions become slower.  Programs on CPUs and TPUs are
-    reproducible by default.  It has an effect only before the first computation.
+    They turn off atomic additions and autotuning, so scatters and the gradients of convolutions
+    become slower.  Results on CPUs and TPUs are reproducible without flags.  Call this function
+    before the first computation; later it has no effect.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     added = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
@@ -101,7 +104,7 @@ def tune_gpu() -> None:
 
 @functools.cache
 def check_flags(flags: str) -> None:
-    """Check the value of `XLA_FLAGS` in another process, because XLA ends a process on errors.
+    """Check the value of `XLA_FLAGS` in a second process, because XLA ends a process on errors.
 
     Raises:
       UserError: If XLA does not accept the flags.
@@ -113,6 +116,7 @@ def check_flags(flags: str) -> None:
     if result.returncode:
         reason = next((line for line in result.stderr.splitlines() if "XLA_FLAGS" in line), "")
         raise UserError(
-            f"XLA_FLAGS={flags}: {reason.rpartition('] ')[2] or 'XLA does not accept it'}; correct "
-            "it, or unset XLA_FLAGS"
+            f"environment variable XLA_FLAGS={flags}: "
+            f"{reason.rpartition('] ')[2] or 'XLA does not accept it'}; correct the value, or "
+            "unset XLA_FLAGS"
         )

@@ -1,1 +1,1 @@
-"""Files, the terminal, signals and environment variables."""
+"""Access to files, the terminal, signals and environment variables."""

@@ -1,4 +1,4 @@
-"""Checks of jax's environment variables, with errors of one line."""
+"""Checks of jax's environment variables, with error messages of one line."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from ddpm_jax.errors import UserError
 
 MAX_CPU_DEVICES = 1024  # more devices take minutes to start
-# Options for debugging jax; with these values, no training step can be compiled or run.
+# Options for debugging jax. With these values, training steps cannot be compiled or run.
 REFUSED: dict[str, tuple[bool | str, ...]] = {
     "jax_disable_jit": (True,),
     "jax_no_execution": (True,),
@@ -20,7 +20,7 @@ REFUSED: dict[str, tuple[bool | str, ...]] = {
 
 
 def import_jax() -> None:
-    """Import jax and jaxtyping, which read their environment variables on import.
+    """Import jax and jaxtyping, and check the environment variables that they read.
 
     Raises:
       UserError: If a variable has a value that is not allowed.
@@ -32,8 +32,8 @@ def import_jax() -> None:
         variable = option.upper()
         if getattr(jax.config, option, None) in values and variable in os.environ:
             raise UserError(
-                f"{variable}={os.environ[variable]}: is for debugging jax, and this program "
-                f"cannot run with it; unset {variable}"
+                f"environment variable {variable}={os.environ[variable]} is for debugging jax, and "
+                f"this program cannot run with it; unset {variable}"
             )
     _check_cpu_devices(jax.config.values["jax_num_cpu_devices"])
 
@@ -42,7 +42,7 @@ def check_device() -> None:
     """Check that jax can put an array on its default device.
 
     Raises:
-      UserError: If `JAX_DEFAULT_DEVICE` is not a device.
+      UserError: If the value of `JAX_DEFAULT_DEVICE` is not a device.
     """
     import jax
 
@@ -51,19 +51,21 @@ def check_device() -> None:
 
 
 def _check_cpu_devices(count: int) -> None:
-    """Check the number of CPU devices, by `count` (-1: not set) and by `XLA_FLAGS`."""
+    """Check the number of CPU devices in `count`, unless it is -1, and in `XLA_FLAGS`."""
     name = "--xla_force_host_platform_device_count"
     numbers = [("JAX_NUM_CPU_DEVICES", count)] if count != -1 else []
     for text in re.findall(rf"{name}=(-?\d+)(?!\S)", os.environ.get("XLA_FLAGS", "")):
         numbers.append((f"XLA_FLAGS: {name}", int(text[:20])))
     for flag, number in numbers:
         if not 1 <= number <= MAX_CPU_DEVICES:
-            raise UserError(f"{flag}={number}: must be from 1 to {MAX_CPU_DEVICES}")
+            raise UserError(
+                f"environment variable {flag}={number}: must be from 1 to {MAX_CPU_DEVICES}"
+            )
 
 
 @contextlib.contextmanager
 def _one_line(names: Iterable[str]) -> Iterator[None]:
-    """Turn a ValueError about one of these variables into a UserError; re-raise other errors."""
+    """Raise UserError instead of a ValueError about an environment variable in `names`."""
     try:
         yield
     except ValueError as error:
@@ -76,6 +78,7 @@ def _one_line(names: Iterable[str]) -> Iterator[None]:
             if matching:
                 name = matching[0]
                 raise UserError(
-                    f"{name}={values[name]}: is not allowed ({reason}); correct it, or unset {name}"
+                    f"environment variable {name}={values[name]} is not allowed ({reason}); "
+                    f"correct the value, or unset {name}"
                 ) from None
         raise

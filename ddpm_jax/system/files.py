@@ -1,4 +1,4 @@
-"""Writing of files, which are replaced atomically, and never through a symbolic link."""
+"""Functions that write files; they replace files atomically and do not follow symbolic links."""
 
 import contextlib
 import os
@@ -10,20 +10,20 @@ import numpy as np
 
 from ddpm_jax.errors import UserError
 
-SOFTWARE = "ddpm_jax"  # the mark in a file that this program may replace
+SOFTWARE = "ddpm_jax"  # the text in files that this program has written and may replace
 PNG_MARK = b"tEXtSoftware\0" + SOFTWARE.encode()
-HEAD = 512  # the mark is in the first bytes of a PNG
+HEAD = 512  # a PNG file contains PNG_MARK within this number of first bytes
 
 
 @contextlib.contextmanager
 def open_atomic(path: pathlib.Path, durable: bool = False) -> Iterator[IO[bytes]]:
-    """Open a new temporary file that replaces `path` when the context ends without an error.
+    """Open a temporary file, which replaces `path` when the context ends without an error.
 
-    An existing file or symbolic link at `path` is replaced, not written to.
+    If `path` is a symbolic link, the link is replaced, and the target of the link does not change.
 
     Args:
-      path: Path of the file.
-      durable: Wait until the content is on the disk (`fsync`).
+      path: Path of the file to replace or create.
+      durable: Wait until the content is written to the disk (`fsync`).
 
     Raises:
       OSError: If the file cannot be written; `path` is then unchanged.
@@ -46,7 +46,7 @@ def open_atomic(path: pathlib.Path, durable: bool = False) -> Iterator[IO[bytes]
 
 
 def append(path: pathlib.Path, content: bytes) -> None:
-    """Append all of `content` to a file, or nothing; symbolic links are not followed.
+    """Append `content` to a file; if this fails, the file does not change.
 
     Raises:
       OSError: If the content cannot be written, or `path` is a symbolic link.
@@ -65,7 +65,7 @@ def append(path: pathlib.Path, content: bytes) -> None:
 
 
 def write_npz(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays to a .npz file with this program's mark, the entry `software`.
+    """Write arrays to a .npz file, with an entry `software`, which `has_our_mark` reads.
 
     Raises:
       OSError: If the file cannot be written.
@@ -76,7 +76,7 @@ def write_npz(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def write_with(path: pathlib.Path, save: Callable[[IO[bytes]], object]) -> None:
-    """Write a file, whose directory is created if needed.
+    """Write a file atomically, and create the directory of the file if it does not exist.
 
     Args:
       path: Path of the file.
@@ -91,26 +91,26 @@ def write_with(path: pathlib.Path, save: Callable[[IO[bytes]], object]) -> None:
 
 
 def has_our_mark(path: pathlib.Path) -> bool:
-    """Return whether a .png or .npz file has this program's mark."""
+    """Return whether a .png or .npz file was written by this program."""
     try:
         if path.suffix.lower() == ".png":
             with path.open("rb") as file:
                 return PNG_MARK in file.read(HEAD)
         with np.load(path, allow_pickle=False) as arrays:
             return str(arrays["software"]) == SOFTWARE
-    except Exception:  # of many types, if the file has another format
+    except Exception:  # np.load raises errors of many types for other formats
         return False
 
 
 def check_writable(directory: pathlib.Path, flag: str) -> None:
-    """Check that files can be created in a directory, or in its nearest existing parent.
+    """Check that files can be created in a directory, or in the nearest existing parent.
 
     Args:
       directory: The directory.
-      flag: Flag and value for the error message.
+      flag: Flag and value for the error message, such as "--workdir=PATH".
 
     Raises:
-      UserError: If files cannot be created there.
+      UserError: If files cannot be created.
     """
     reason = _unwritable_reason(directory)
     if reason:
@@ -118,12 +118,12 @@ def check_writable(directory: pathlib.Path, flag: str) -> None:
 
 
 def is_writable(directory: pathlib.Path) -> bool:
-    """Return whether files can be created in a directory, or in its nearest existing parent."""
+    """Return whether files can be created in a directory, or in the nearest existing parent."""
     return not _unwritable_reason(directory)
 
 
 def _unwritable_reason(directory: pathlib.Path) -> str:
-    """Return the reason why files cannot be created in a directory; "" if they can."""
+    """Return the reason why files cannot be created, or an empty string if they can."""
     directory = directory.absolute()
     while not os.path.exists(directory) and directory != directory.parent:
         directory = directory.parent

@@ -1,8 +1,9 @@
-"""Signal handling that is immediate, also while the main thread compiles or computes.
+"""Immediate handling of signals, also while the main thread compiles or computes.
 
-Python calls the handler of a signal in the main thread, between two Python instructions; so it
-waits while XLA compiles, which may take minutes.  But the interpreter's C code writes the number of
-each signal to a pipe at once (`signal.set_wakeup_fd`), and a thread reads the pipe.
+Python calls the handler of a signal in the main thread between two Python instructions, so the call
+is delayed while XLA compiles, which may take minutes.  But C code of the interpreter immediately
+writes the number of each signal to a pipe (`signal.set_wakeup_fd`).  In this file, a thread reads
+the pipe.
 """
 
 import contextlib
@@ -14,11 +15,11 @@ from collections.abc import Callable, Iterator
 from ddpm_jax.system import terminal
 
 ENDED = 130  # the exit code after Ctrl-C
-before_end: list[Callable[[], None]] = []  # functions that `end_now` calls
+before_end: list[Callable[[], None]] = []  # `end_now` calls these functions
 
 
 def end_now(line: str = "interrupted: by Ctrl-C", code: int = ENDED) -> None:
-    """Print a line to stderr and end the process at once, without waiting for other threads."""
+    """Print `line` to stderr and end the process with the exit code `code` immediately."""
     for function in before_end:
         function()
     terminal.print_error(line)
@@ -27,10 +28,10 @@ def end_now(line: str = "interrupted: by Ctrl-C", code: int = ENDED) -> None:
 
 @contextlib.contextmanager
 def on_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
-    """Call `on_signal(number)` at once, in a thread, for each signal that arrives in this context.
+    """Call `on_signal(number)` in a thread, immediately, for each signal during this context.
 
-    Only signals with a Python handler are reported.  Outside of the main thread, this context has
-    no effect.
+    Only signals with a Python handler cause a call.  In a thread other than the main thread, this
+    context has no effect.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -59,12 +60,13 @@ def on_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
 
 
 def warning(warn: Callable[[], None], *numbers: int) -> Callable[[int], None]:
-    """Return an `on_signal` function for `on_signals`: a first signal warns, a later Ctrl-C ends.
+    """Return a function for `on_signals` that calls `warn` once, then ends at Ctrl-C.
+
+    It calls `warn` at the first signal of `numbers`.  If a Ctrl-C follows, it ends the process.
 
     Args:
-      warn: Function that is called at the first signal of `numbers`; it logs what the program waits
-        for.
-      *numbers: Numbers of the signals.
+      warn: Function without arguments that logs a warning.
+      *numbers: Numbers of signals, such as `signal.SIGTERM`.
     """
     warned = False
 
@@ -81,13 +83,13 @@ def warning(warn: Callable[[], None], *numbers: int) -> Callable[[int], None]:
 
 @contextlib.contextmanager
 def end_on_ctrl_c() -> Iterator[None]:
-    """End the process at once at Ctrl-C, unless training handles it (`training.loop.fit`)."""
+    """End the process immediately at Ctrl-C, unless training or sampling handles the signal."""
 
     def on_signal(number: int) -> None:
         if number == signal.SIGINT:
             end_now()
 
-    before = signal.signal(signal.SIGINT, lambda *_: None)  # only the thread ends the process
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # the thread ends the process
     try:
         with on_signals(on_signal):
             yield

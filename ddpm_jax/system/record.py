@@ -1,7 +1,7 @@
-"""The type of the records in the JSON files of a run."""
+"""The type of JSON objects in the files of a run directory."""
 
 from typing import Any, TypeAlias
 
-# A JSON object: config.json, eval.json, summary.json, or a part of one of them. Python has no
-# precise type for the values that `json` reads and writes.
+# The content of config.json, eval.json or summary.json, or a part of it. Python has no precise
+# type for the values that `json` reads and writes.
 Record: TypeAlias = dict[str, Any]

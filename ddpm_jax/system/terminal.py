@@ -1,4 +1,4 @@
-"""Printing to stdout and stderr, which may be closed, full, or of an encoding such as ASCII.
+"""Functions that print to stdout and stderr, also if these are closed, full or ASCII only.
 
 Control characters are escaped, because printed text may come from files of unknown origin.
 """
@@ -9,14 +9,15 @@ import sys
 
 from ddpm_jax.errors import printable
 
-_failures: list[str] = []  # why lines could not be printed to standard output
+_failures: list[str] = []  # the reason why a line could not be printed to standard output
 
 
 def prepare() -> None:
-    """Make both streams usable, also if they were closed when the process started.
+    """Prepare stdout and stderr for printing, also if they were closed when the process started.
 
-    A closed descriptor is opened on the null device, because otherwise the next open file would get
-    its number.  Characters that the encoding lacks are printed as escapes.
+    Each closed standard descriptor (0 to 2) is opened on the null device, because otherwise the
+    next file that is opened would get this number.  Characters that the encoding lacks are printed
+    as escape sequences.
     """
     closed = []
     for number in range(3):
@@ -35,7 +36,7 @@ def prepare() -> None:
 
 
 def show(text: str) -> None:
-    """Print to standard output; an error is stored for `failure` instead of raised."""
+    """Print `text` to standard output; instead of raising an error, store it for `failure`."""
     if _failures:
         return
     try:
@@ -46,20 +47,20 @@ def show(text: str) -> None:
 
 
 def failure() -> str:
-    """Return the reason why printing to standard output failed, and clear it; "" if it did not."""
+    """Return and clear the reason why `show` failed, or return an empty string if it did not."""
     reason = next(iter(_failures), "")
     _failures.clear()
     return reason
 
 
 def print_error(line: str) -> None:
-    """Print to standard error; errors are ignored."""
+    """Print `line` to standard error; ignore errors of printing."""
     with contextlib.suppress(OSError, ValueError):
         print(printable(line, lines=True), file=sys.stderr, flush=True)
 
 
 def flush() -> None:
-    """Flush both streams, so that flushing cannot fail when the interpreter ends."""
+    """Flush stdout and stderr, so that Python does not fail to flush them when it ends."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()
@@ -68,7 +69,7 @@ def flush() -> None:
 
 
 def _discard(number: int) -> None:
-    """Redirect a stream, with its unwritten content, to the null device."""
+    """Redirect the file descriptor `number` to the null device, which discards all content."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, number)
     os.close(null)

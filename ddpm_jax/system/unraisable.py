@@ -1,4 +1,4 @@
-"""Errors that Python cannot raise, but only print (`sys.unraisablehook`)."""
+"""Suppression of errors that Python prints instead of raising (`sys.unraisablehook`)."""
 
 import contextlib
 import sys
@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_event_loop() -> Iterator[None]:
-    """Suppress the errors that follow the first one when a parallel read of arrays fails.
+    """Suppress messages "Event loop is closed" while orbax reads arrays in parallel.
 
-    After the first error, asyncio's event loop is closed, and the other reads fail with "Event loop
-    is closed", some of them after this context; so after an error, such messages stay suppressed.
+    If one read fails, orbax closes asyncio's event loop, and the other reads print this message,
+    some after the end of this context; so after an error in this context, the messages remain
+    suppressed.
     """
     before = sys.unraisablehook
 

@@ -118,11 +118,11 @@ def test_the_blocks_of_a_dit_have_independent_dropout_masks():
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (DiT(patch=3), "^patch=3: .* and 28x28 does not divide by it"),
+        (DiT(patch=3), "^patch=3: images of 28x28 pixels cannot be cut"),
         (DiT(width=10, heads=4), "^width=10: must be a multiple of heads=4"),
         (
             UNet(multipliers=(1, 2), channels=48, head_channels=32),
-            "^head_channels=32: 48, the channels of a level",
+            "^head_channels=32: must divide .* and a level has 48",
         ),
         (
             UNet(space_to_depth=2, multipliers=(1, 2, 2)),

@@ -131,7 +131,7 @@ def test_after_sigterm_to_one_process_both_write_a_checkpoint_and_exit_with_0(tm
 def test_a_wrong_flag_is_reported_by_both_processes_and_neither_waits(tmp_path):
     both = start_two(tmp_path / "run", "--config.train.batch_size=6")
     assert [process.wait(timeout=120) for process in both] == [2, 2]
-    assert "does not divide over 4 devices" in (tmp_path / "run0.log").read_text()
+    assert "each batch is divided over 4 devices" in (tmp_path / "run0.log").read_text()
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def test_flags_are_not_set_for_an_untested_jaxlib(untested, monkeypatch):
 
 
 def test_a_warning_states_the_effects_of_an_untested_jaxlib(untested):
-    slow, memory = "convolutions' gradients on CPUs may be", "fsdp on CPUs may hold all parameters"
+    slow, memory = "convolutions' gradients on CPUs may be", "a CPU device may store all parameters"
     for mode in sharding.MODES:
         warning = sharding.make(mode).warning()
         assert warning.startswith("ddpm_jax was not tested with jaxlib 9.9.9: ")

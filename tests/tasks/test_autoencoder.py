@@ -72,5 +72,5 @@ def test_the_posterior_is_never_wider_than_the_prior_for_any_parameters():
 
 
 def test_an_image_size_that_the_network_cannot_halve_raises_a_field_error():
-    with pytest.raises(FieldError, match=r"^network\..* 30x30 does not divide"):
+    with pytest.raises(FieldError, match=r"^network\..* 30x30 is not divisible"):
         LatentAutoencoder(Autoencoder((30, 30, 3), (8, 8, 8))).check()

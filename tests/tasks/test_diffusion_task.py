@@ -85,7 +85,7 @@ def test_guidance_of_an_unconditional_network_raises_a_user_error():
 
 
 def test_an_image_size_that_the_network_cannot_halve_raises_a_field_error():
-    with pytest.raises(FieldError, match=r"^network\..* 3 times, and 28x28 does not divide by 8"):
+    with pytest.raises(FieldError, match=r"^network\..* 3 times, and 28x28 is not divisible by 8"):
         bound(Diffusion(UNet()), (28, 28, 1), 256)
 
 
