@@ -206,7 +206,7 @@ def test_sections_are_restored_from_their_record_which_has_no_bound_fields():
         ({"network": 3}, "must have a type"),
         ({"data": []}, "its data must be a section"),
         ({"data": {"nam": "x"}}, "unknown config fields: data.nam"),
-        ({"data": {"name": 3}}, "its data.name must be text"),
+        ({"data": {"name": 3}}, "its data.name must be a text"),
     ):
         with pytest.raises(UserError, match=message):
             restore(Whole(), wrong, "runs/x")
