@@ -234,7 +234,7 @@ def override(
 def _in_alternative(
     config: Setting, path: str, choices: Mapping[str, str], alternatives: Alternatives
 ) -> bool:
-    """Return True if `path` is a section of an alternative that the user chose in `choices`."""
+    """Return True if the user's `choices` include an alternative that has a section at `path`."""
     parent = path.rpartition(".")[0]
     if parent not in choices:
         return False

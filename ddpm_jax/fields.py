@@ -108,7 +108,7 @@ ValidationImages = Annotated[int, AtLeast(0)] | None
 
 
 def origin_of(hint: Hint) -> object:
-    """Return Literal, Union or tuple for such an annotation; return None if it is a class."""
+    """Return Literal, Union or tuple, the form of an annotation; return None for a class."""
     origin: object = typing.get_origin(hint)
     return origin
 

@@ -204,11 +204,11 @@ class Task(Protocol):
         return 0
 
     def needs(self) -> Needs:
-        """Return the names of the networks of other runs that the fields of the task name."""
+        """Return the names of the trained networks of other runs that the task uses."""
         return Needs()
 
     def adapt_to(self: TaskT, data: Data) -> TaskT:
-        """Return the bound task without options that the data set does not support.
+        """Return a copy of the task without the options that the data set does not support.
 
         Raises:
           UserError: If the task cannot be trained on the data set.
@@ -230,7 +230,7 @@ class Task(Protocol):
         """
 
     def check(self) -> None:
-        """Check that the fields of the bound task agree with each other and with the data set.
+        """Check, after `bind`, that the fields agree with each other and with the data set.
 
         Raises:
           FieldError: If two fields, or a field and the data set, contradict each other.
@@ -440,7 +440,7 @@ class Context(abc.ABC):
 
     @abc.abstractmethod
     def cached(self, compute: "Callable[[Context], R]") -> R:
-        """Return `compute` of this context; repeated calls return the cached result."""
+        """Return `compute(self)`; it is computed at the first call and then cached."""
 
     @abc.abstractmethod
     def per_example(

@@ -167,7 +167,7 @@ def test_a_tuned_alternative_comes_before_debug_and_debug_before_the_command_lin
     [
         ("width", "3", "did you mean --config.network.width or --config.sampling.width"),
         ("network.widht", "3", "did you mean --config.network.width"),
-        ("network.depth", "3", "a field of deep, and --config.network is small; give"),
+        ("network.depth", "3", "a field of deep, but --config.network is small; give"),
         ("network", "q", 'there is no "q"; there are: deep, small'),
         ("sampling", "small", "has several fields; set one of them, such as --config.sampling.wid"),
         ("network.size", "3", "cannot be set"),

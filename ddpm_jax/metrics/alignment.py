@@ -191,7 +191,7 @@ def _closest_shape(colour: str, coverage: Float[np.ndarray, "side side"], scale:
 def _render_coverage(
     kind: str, left: float, top: float, width: float, side: int
 ) -> Float[np.ndarray, "side side"]:
-    """Return the part of each pixel, in [0, 1], that a shape covers."""
+    """Return the part of each pixel, in [0, 1], that a shape covers; lengths are in pixels."""
     from PIL import Image, ImageDraw
 
     image = Image.new("L", (side * OVERSAMPLE,) * 2)

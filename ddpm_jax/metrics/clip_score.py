@@ -1,4 +1,4 @@
-"""The CLIP score of captions and images (Hessel et al. 2021)."""
+"""The CLIP score: similarity of a caption and an image (Hessel et al. 2021)."""
 
 from typing import cast
 

@@ -77,7 +77,7 @@ class GroupedMoments:
     def __init__(
         self, features: Float[np.ndarray, "n d"], previous: "GroupedMoments | None" = None
     ) -> None:
-        """Add `features`, [n, D], after the `previous` features, whose moments are copied."""
+        """Compute the moments of the `previous` features followed by `features`, [n, D]."""
         start = previous.moments.size if previous else 0
         group = _GROUP[(start + np.arange(len(features))) % len(_GROUP)]
         self._groups: dict[int, Moments] = dict(previous._groups) if previous else {}
@@ -312,7 +312,7 @@ def _divergences(probabilities: Float[np.ndarray, "n classes"]) -> Float[np.ndar
 
 
 def share_error(share: float, count: int) -> float | None:
-    """Return the standard error sqrt(p (1 - p) / (n - 1)) of p = `share`; None for n = `count` = 1."""
+    """Return the standard error sqrt(p (1 - p) / (n - 1)) of a share p of n, None for n = 1."""
     return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
 
 
