@@ -134,7 +134,7 @@ class Needs(NamedTuple):
       guidance_model: Run directory of the guidance model; "labels" if no second model is used.
       text_encoder: Run directory of the frozen text encoder of a text-to-image task.
       autoencoder: Run directory of the frozen autoencoder of a text-to-image task.
-      dual_encoder: Run directory of the text and image encoders that compute the CLIP score.
+      dual_encoder: Run directory of the text and image encoders for metrics such as the CLIP score.
       dual_encoder_field: Path, within the task's config, of the field that names `dual_encoder`.
     """
 
@@ -168,8 +168,8 @@ class Resources(NamedTuple):
       guidance: Loads the guidance model. It returns None if the task has no guidance model.
       parts: Loads the parameters of the frozen networks of a new text-to-image run: the text
         encoder and the autoencoder. None if the task has no frozen networks.
-      dual_encoder: Loads the dual encoder for the CLIP score, as (network, parameters). None if the
-        evaluation does not compute this score with the network of another run.
+      dual_encoder: Loads the text and image encoders for metrics, as (network, parameters). None if
+        the evaluation does not use these encoders of another run.
     """
 
     features: tuple[Callable[[], FeatureNetwork], ...] = ()
@@ -217,7 +217,7 @@ class Task(Protocol):
         return self
 
     def prepare_data(self, data: Data) -> Data:
-        """Return the examples on which the task is trained, such as only the labelled images."""
+        """Return the part of `data` on which the task is trained, such as the labelled images."""
         return data
 
     def bind(self: TaskT, info: DataInfo, precision: str, batch_size: int) -> TaskT:
@@ -238,7 +238,7 @@ class Task(Protocol):
         return None
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
-        """Return initial variables; `batch` has the first `init_examples` training examples."""
+        """Return initial variables; `batch` contains `init_examples` training examples."""
 
     def load_extra(self, extra: PyTree, load: Callable[[], PyTree] | None) -> PyTree:
         """Return the extra variables with the trained parameters of the frozen networks.
@@ -264,7 +264,7 @@ class Task(Protocol):
         """Return the losses and metrics of the examples of a batch.
 
         Args:
-          variables: Parameters and extra variables.
+          variables: Parameters and extra variables (arrays that are not trained by gradients).
           batch: A batch, or the part of a batch on one device or of one accumulation step.
           keys: One key for each example.
           train: If True, dropout, augmentation and label dropout are used.

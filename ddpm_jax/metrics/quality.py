@@ -239,7 +239,7 @@ def precision_and_recall(sets: Comparison) -> MetricValues:
 
 
 def fid_to_training(sets: Comparison) -> MetricValues:
-    """Compute the FID between samples and training images, as in papers; only for Inception."""
+    """Compute the FID between samples and training images, if the network is Inception."""
     if sets.network.name != "inception":
         return MetricValues({})
     if not sets.has_images(2, "sampled", "training"):
