@@ -1,12 +1,12 @@
 """Configs: frozen dataclasses of fields and sections, which the command line can change.
 
-A field is a value (see `fields`) or a section. A section is a dataclass, such as a Flax module, or
-a union of dataclasses, which are its alternatives. A field is named by its path, such as
-`task.network.channels`. On the command line,
+A field has a value (see `fields`). A section is a part of a config: a dataclass, such as a Flax
+module, that contains fields and sections. If the annotation of a section is a union of dataclasses,
+these are its alternatives. Paths such as `task.network.channels` name fields and sections. The flag
 
-    --config.task.network.channels=64    sets a field
-    --config.task.network=dit            chooses an alternative of a section
-    --config.data=folder:PATH            sets the field `name` of a section
+    --config.task.network.channels=64    sets a field,
+    --config.task.network=dit            chooses an alternative of a section, and
+    --config.data=folder:PATH            sets the field `name` of a section.
 
 The order of the flags does not matter: alternatives are chosen before fields are set.
 """
@@ -38,22 +38,22 @@ from ddpm_jax.fields import (
 
 SET_BY_PROGRAM = {BOUND, FROM_PARTS}
 FLAX_FIELDS = {"parent", "name"}  # fields that Flax adds to every module
-NAMES = {"DiT": "dit"}  # classes whose name on the command line is not in snake case
-MAX_SUGGESTIONS = 3  # largest number of paths in an error message
+NAMES = {"DiT": "dit"}  # exceptions from snake case on the command line
+MAX_SUGGESTIONS = 3  # largest number of suggested paths in an error message
 T = TypeVar("T")
 Setting: TypeAlias = Any  # a section or the value of a field
-Alternatives: TypeAlias = Mapping[str, Sequence[Setting]]  # sections by their path
+Alternatives: TypeAlias = Mapping[str, Sequence[Setting]]  # path of a section: possible sections
 
 
 class Field(NamedTuple):
-    """A field of a config that is not a section.
+    """A field of a config, with the value of the field.
 
     Attributes:
-      path: Names of the sections and of the field, separated by dots.
+      path: Names of the sections that contain the field and name of the field, joined by dots.
       value: Value of the field.
       hint: Annotation of the field.
-      marks: Marks of the field and of the sections that contain it.
-      owner: Class of the section that contains the field.
+      marks: Marks (such as BOUND) of the field and of all sections that contain the field.
+      owner: Class of the innermost section that contains the field.
     """
 
     path: str
@@ -64,12 +64,12 @@ class Field(NamedTuple):
 
     @property
     def help(self) -> str:
-        """The entry of the field under "Attributes:" in the docstring of its class, or ""."""
+        """The description of the field in the docstring of its class; "" if there is none."""
         return _attributes(self.owner).get(self.path.rpartition(".")[2], "")
 
 
 def hints_of(cls: type) -> dict[str, Hint]:
-    """Return the annotations of the fields of a section's class, without those of Flax."""
+    """Return a dictionary from the names of a section's fields and sections to annotations."""
     return _hints_of(cls)
 
 
@@ -82,7 +82,7 @@ def _hints_of(cls: type) -> dict[str, Hint]:
 
 
 def alternatives_of(hint: Hint) -> tuple[type, ...]:
-    """Return the classes in the annotation of a section; () for a field with a value."""
+    """Return the dataclasses in the annotation of a section; return () for a field."""
     bare = bare_type(hint)
     args = typing.get_args(bare) if _is_union(bare) else (bare,)
     return tuple(
@@ -95,7 +95,7 @@ def _is_union(hint: Hint) -> bool:
 
 
 def choice_name(section: Setting) -> str:
-    """Return the name of an alternative on the command line, such as linear_betas."""
+    """Return the name of a section or its class on the command line, such as "linear_betas"."""
     if section is None:
         return "none"
     name = (section if isinstance(section, type) else type(section)).__name__
@@ -103,8 +103,8 @@ def choice_name(section: Setting) -> str:
 
 
 def is_section(value: Setting, hint: Hint) -> bool:
-    """Return whether a field is a section, by its value or its annotation."""
-    if BOUND in marks_of(hint):  # the user can set no field of it
+    """Return True for a section, which has a dataclass as its value or in its annotation."""
+    if BOUND in marks_of(hint):  # the program sets it as a single value
         return False
     return (dataclasses.is_dataclass(value) and not isinstance(value, type)) or bool(
         alternatives_of(hint)
@@ -114,7 +114,7 @@ def is_section(value: Setting, hint: Hint) -> bool:
 def fields_of(
     config: Setting, prefix: str = "", marks: frozenset[str] = frozenset()
 ) -> Iterator[Field]:
-    """Yield the fields of a config and of its sections, with `prefix` before their paths."""
+    """Yield all fields in a config and in its sections; add `prefix` and `marks` to each."""
     if config is None:
         return
     for name, hint in hints_of(type(config)).items():
@@ -127,7 +127,7 @@ def fields_of(
 
 
 def sections_of(config: Setting, prefix: str = "") -> Iterator[tuple[str, Setting, Hint]]:
-    """Yield (path, section, annotation) for the sections of a config and their sections."""
+    """Yield (path, section, annotation) of all sections of a config, nested sections included."""
     if config is None:
         return
     for name, hint in hints_of(type(config)).items():
@@ -138,7 +138,7 @@ def sections_of(config: Setting, prefix: str = "") -> Iterator[tuple[str, Settin
 
 
 def _attributes(cls: type) -> dict[str, str]:
-    """Return the entries under "Attributes:" in the docstrings of a class and its bases."""
+    """Return the descriptions of fields, by name, in the docstrings of a class and its bases."""
     entries: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, text = (inspect.cleandoc(base.__dict__.get("__doc__") or "")).partition(
@@ -151,13 +151,13 @@ def _attributes(cls: type) -> dict[str, str]:
 
 
 def marked_paths(config: Setting, mark: str) -> set[str]:
-    """Return the paths of the fields with a mark, or in a section with the mark."""
+    """Return the paths of all fields that have a mark or are in a section with this mark."""
     value = config() if isinstance(config, type) else config
     return {field.path for field in fields_of(value) if mark in field.marks}
 
 
 def values_by_path(config: Setting) -> dict[str, Setting]:
-    """Return the values of all fields and the names of chosen alternatives, by their paths."""
+    """Return the values of all fields that are not BOUND, and the chosen alternatives, by path."""
     values = {field.path: field.value for field in fields_of(config) if BOUND not in field.marks}
     for path, section, hint in sections_of(config):
         if has_choice(hint):
@@ -166,18 +166,18 @@ def values_by_path(config: Setting) -> dict[str, Setting]:
 
 
 def has_choice(hint: Hint) -> bool:
-    """Return whether a section has at least two alternatives."""
+    """Return True if the annotation of a section allows at least two classes, or None."""
     bare = bare_type(hint)
     return _is_union(bare) and len(typing.get_args(bare)) > 1
 
 
 def get(config: Setting, path: str) -> Setting:
-    """Return the field or section at `path`."""
+    """Return the value of the field, or the section, at `path`."""
     return functools.reduce(getattr, path.split("."), config)
 
 
 def replace(config: T, values: Mapping[str, Setting]) -> T:
-    """Return `config` with fields or sections replaced by their paths, sections first."""
+    """Return a copy of `config` in which `values`, by path, replace fields or sections."""
     for path in sorted(values, key=lambda path: path.count(".")):
         config = _replace_one(config, path.split("."), values[path])
     return config
@@ -196,18 +196,19 @@ def override(
     debug: Mapping[str, Setting] | None = None,
     alternatives: Alternatives | None = None,
 ) -> T:
-    """Return `config` with the values that the user has set.
+    """Return a copy of `config` with the values that the user has set.
 
     Args:
       config: A frozen dataclass of fields and sections.
-      texts: Texts by path, such as {"train.steps": "100"} for `--config.train.steps=100`.
-      debug: Values of fields, or sections, by path. They are set after the choice of alternatives
-        and before the other `texts`. Paths that the chosen sections do not have are ignored.
-      alternatives: Tuned alternatives of the experiment by the path of their section.
+      texts: The flags of the user: {"train.steps": "100"} for `--config.train.steps=100`.
+      debug: Values by path that `--debug` sets. They replace defaults but not values in `texts`.
+        Paths that the chosen sections do not have are ignored.
+      alternatives: Tuned sections of the experiment, by path. If the user chooses an alternative
+        that is not among them, the default values of its class are used.
 
     Raises:
-      UserError: If a field or alternative is unknown, a value is not of the type of its field or is
-        out of range, or a field is set by the program.
+      UserError: If a field or alternative does not exist, if a value is not of the type of the
+        field or is out of range, or if the user may not set the field.
     """
     sections = {path for path, _, _ in sections_of(config)}
     choices = {path: text for path, text in texts.items() if path in sections}
@@ -233,7 +234,7 @@ def override(
 def _in_alternative(
     config: Setting, path: str, choices: Mapping[str, str], alternatives: Alternatives
 ) -> bool:
-    """Return whether `path` is a section of an alternative in `choices`."""
+    """Return True if the user's `choices` include an alternative that has a section at `path`."""
     parent = path.rpartition(".")[0]
     if parent not in choices:
         return False
@@ -242,7 +243,7 @@ def _in_alternative(
 
 
 def _choose(config: T, path: str, text: str, alternatives: Alternatives) -> T:
-    """Return `config` with an alternative chosen at `path`, or the field `name` set there."""
+    """Set the section at `path` to the alternative `text`, or its field `name` to `text`."""
     hint = {p: hint for p, _, hint in sections_of(config)}[path]
     section = get(config, path)
     if not has_choice(hint):
@@ -270,9 +271,9 @@ def _choose(config: T, path: str, text: str, alternatives: Alternatives) -> T:
 def _parse_field(field: Field, text: str, flag: str | None = None) -> Value:
     flag = flag or f"--config.{field.path}"
     if BOUND in field.marks:
-        raise UserError(f"{flag} follows from the data set and cannot be set; leave it out")
+        raise UserError(f"{flag} follows from the data set and cannot be set; remove this flag")
     if FROM_PARTS in field.marks:
-        raise UserError(f"{flag} follows from the parts and cannot be set; leave it out")
+        raise UserError(f"{flag} follows from the text encoder and autoencoder; remove this flag")
     try:
         value = parse(text, field.hint)
     except ValueError as error:
@@ -283,18 +284,18 @@ def _parse_field(field: Field, text: str, flag: str | None = None) -> Value:
 
 
 def settable(config: Setting) -> list[str]:
-    """Return the paths that the command line can set: first fields, then sections."""
+    """Return the paths that command-line flags can set: first fields, then sections."""
     paths = [field.path for field in fields_of(config) if not SET_BY_PROGRAM & field.marks]
     return paths + [path for path, _, _ in sections_of(config)]
 
 
 def paths_named(config: Setting, name: str) -> list[str]:
-    """Return the paths that the command line can set and whose last word is `name`."""
+    """Return the paths that command-line flags can set and that end with the word `name`."""
     return [path for path in settable(config) if path == name or path.endswith(f".{name}")]
 
 
 def _unknown(config: Setting, path: str) -> str:
-    """Return the error message of an unknown path, which suggests at most three others."""
+    """Return the error message for a `path` that does not exist, with similar paths."""
     known = settable(config)
     message = f'unknown field "--config.{path}"'
     for section, value, hint in sections_of(config):
@@ -303,7 +304,7 @@ def _unknown(config: Setting, path: str) -> str:
         owner = next((cls for cls in others if name in hints_of(cls)), None)
         if path.startswith(f"{section}.") and owner:
             return (
-                f"--config.{path} is a field of {choice_name(owner)}, and --config.{section} is "
+                f"--config.{path} is a field of {choice_name(owner)}, but --config.{section} is "
                 f"{choice_name(value)}; give --config.{section}={choice_name(owner)}, too"
             )
     word = path.rpartition(".")[2]
@@ -323,14 +324,14 @@ def _unknown(config: Setting, path: str) -> str:
 
 
 def expand_path(flag: str, text: str) -> pathlib.Path:
-    """Return the path in `text`, with `~` and `~user` replaced by the home directory.
+    """Return the path `text` with `~` or `~user` replaced by the home directory of the user.
 
     Args:
-      flag: The flag with the path, for error messages.
+      flag: Name of the flag that has the path as its value, for error messages.
       text: The path.
 
     Raises:
-      UserError: If there is no such user, or if the path is too long for the system.
+      UserError: If the user does not exist, or if the operating system does not accept the path.
     """
     try:
         path = pathlib.Path(text).expanduser()
@@ -343,5 +344,5 @@ def expand_path(flag: str, text: str) -> pathlib.Path:
     except (OSError, ValueError) as error:
         if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
             reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"{flag}={text}: is not a path: {reason}; give a shorter one") from None
+            raise UserError(f"{flag}={text}: is not a path ({reason}); give another") from None
     return path

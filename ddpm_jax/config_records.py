@@ -1,4 +1,4 @@
-"""Conversion of configs to the JSON values of config.json, and back to equal configs."""
+"""Conversion of a config to the JSON values in config.json, and back to an equal config."""
 
 import dataclasses
 import os
@@ -13,7 +13,11 @@ T = TypeVar("T")
 
 
 def to_record(config: Setting) -> dict[str, Json]:
-    """Return a config as JSON values: all fields except bound ones, and chosen alternatives."""
+    """Convert a config to nested dictionaries of JSON values.
+
+    Fields with the mark BOUND are left out, because they follow from the data set. A section that
+    has alternatives gets the entry "type": the name of the chosen alternative.
+    """
     record: dict[str, Json] = {}
     for name, hint in hints_of(type(config)).items():
         value = getattr(config, name)
@@ -54,13 +58,14 @@ def restore(like: T | type[T], values: Json, directory: str | os.PathLike[str]) 
     """Return the config that `to_record` has converted to JSON values.
 
     Args:
-      like: The config of the experiment, or its class, which has the types of the sections.
-      values: The JSON values. A field that is missing has the default of its class.
-      directory: The run directory, for error messages.
+      like: A config with the same sections, such as the default config of the experiment, or its
+        class.
+      values: The JSON values. A field that is missing gets the default value of its class.
+      directory: The run directory with the file config.json, for error messages.
 
     Raises:
-      UserError: If `values` has fields or sections that `like` does not have, or a value that is
-        not of the type of its field or is out of range.
+      UserError: If `values` has fields or sections that `like` does not have, or if a value is not
+        of the type of the field or is out of range.
     """
     default: T = like() if isinstance(like, type) else like
     return _restore(default, values, directory, "")
@@ -71,14 +76,14 @@ def _restore(like: T, values: Json, directory: str | os.PathLike[str], prefix: s
     if not isinstance(values, dict):
         path = prefix.rstrip(".") or "config"
         raise UserError(
-            f"{damaged}: its {path} must be a section, and is {shorten(values)}; give another run"
+            f"{damaged}: its {path} must be a section, but is {shorten(values)}; give another run"
         )
     hints = hints_of(type(like))
     unknown = sorted(prefix + name for name in set(values) - set(hints))
     if unknown:
         raise UserError(
-            f"the run in {directory} was made by another version, with unknown config fields: "
-            f"{', '.join(unknown)}; use that version, or give another run"
+            f"the run in {directory} was made by another version of this program, with unknown "
+            f"config fields: {', '.join(unknown)}; use that version, or give another run"
         )
     restored = {}
     for name, value in values.items():
@@ -90,7 +95,7 @@ def _restore(like: T, values: Json, directory: str | os.PathLike[str], prefix: s
             restored[name] = from_json(value, hint)
         except ValueError as error:
             raise UserError(
-                f"{damaged}: its {prefix}{name} {error}, and is {shorten(value)}; give another run"
+                f"{damaged}: its {prefix}{name} {error}, but is {shorten(value)}; give another run"
             ) from None
     for field in dataclasses.fields(like):  # type: ignore[arg-type]
         if field.name in hints and field.name not in restored and _is_required(field):
@@ -114,7 +119,7 @@ def _restore_section(
     if not isinstance(chosen, str) or chosen not in classes:
         raise UserError(
             f"the config.json of the run in {directory} is damaged: its {path} must have a type, "
-            f"one of {', '.join(classes)}, and is {shorten(value)}; give another run"
+            f"one of {', '.join(classes)}, but is {shorten(value)}; give another run"
         )
     inner = {name: item for name, item in value.items() if name != "type"}
     like = default if choice_name(default) == chosen else classes[chosen]()

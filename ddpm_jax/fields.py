@@ -1,9 +1,10 @@
-"""Types, ranges and marks of the fields of a config, and the parsing of texts and JSON values.
+"""Types, ranges and marks of config fields, and the conversion of texts and JSON to values.
 
-The annotation of a field states its type: `int`, `float`, `bool`, `str`, `Literal[...]`,
-`tuple[int, ...]` or `... | None`. Bounds and marks are added by `Annotated`:
-`Annotated[int, AtLeast(1)]` has a range, a field with `Annotated[..., MAY_CHANGE]` may change when
-a run is resumed, and a field with `Annotated[..., BOUND]` is set by the program.
+A field is one value of a config. The annotation of a field states the type: `int`, `float`, `bool`,
+`str`, `Literal[...]`, `tuple[int, ...]` or `... | None`. `Annotated` adds bounds and marks to the
+type. A bound is a limit of the range, as in `Annotated[int, AtLeast(1)]`. A mark is a property of
+the field: the user may change a field with the mark MAY_CHANGE when a run (a training) is resumed,
+and the program sets a field with the mark BOUND.
 """
 
 import contextlib
@@ -14,13 +15,13 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
-Hint: TypeAlias = Any  # an annotation: a type, or a form of `typing` such as int | None
+Hint: TypeAlias = Any  # an annotation: a class, or an expression such as int | None
 Json: TypeAlias = Any  # a value that `json` reads or writes
 Value: TypeAlias = int | float | bool | str | tuple[object, ...] | None  # the value of a field
 
 
-# Bounds are dataclasses, since instances of two dataclasses are never equal. Named tuples with the
-# same number are equal, and Python 3.11.2 replaces an annotation by an equal, earlier one.
+# Bounds are dataclasses, because AtLeast(1) and AtMost(1) must not be equal, as named tuples would
+# be: Python 3.11.2 reuses an earlier annotation that is equal to a new one.
 @dataclasses.dataclass(frozen=True)
 class AtLeast:
     """An inclusive lower bound of a number."""
@@ -46,13 +47,13 @@ Mark: TypeAlias = str | AtLeast | MoreThan | AtMost
 
 
 class FieldError(ValueError):
-    """Fields of a section that contradict each other or the data.
+    """An error about fields of a section that contradict each other or the data set.
 
     The message begins with a field and its value, such as "channels=30: must be divisible by 4".
 
     Attributes:
-      others: The other fields of the contradiction. The message that the user reads begins with
-        the field that the user has set.
+      others: Names of the other fields of the contradiction. If the user has set one of these
+        fields, the message that is printed begins with that field.
     """
 
     def __init__(self, message: str, *others: str) -> None:
@@ -62,10 +63,10 @@ class FieldError(ValueError):
 
 @contextlib.contextmanager
 def section(name: str) -> Iterator[None]:
-    """Prefix the fields of a FieldError with the name of their section.
+    """Add the name of a section before the field names in a FieldError of the `with` block.
 
     Raises:
-      FieldError: If the body raises a FieldError.
+      FieldError: If the `with` block raises a FieldError.
     """
     try:
         yield
@@ -74,57 +75,56 @@ def section(name: str) -> Iterator[None]:
         raise FieldError(f"{name}.{error}", *others) from None
 
 
-LARGEST_INT = 2**31 - 1  # of int32
-SMALLEST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # of normal float32, in absolute value
-BOUND = "bound"  # set from the data set, the batch size or the precision; not recorded
-FROM_PARTS = "from parts"  # set from the trained runs that this run is built on
+LARGEST_INT = 2**31 - 1  # the largest int32
+SMALLEST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38  # absolute values of normal float32 numbers
+BOUND = "bound"  # set by `Task.bind` from data set, batch size and precision; not in config.json
+FROM_PARTS = "from parts"  # set from the runs of the text encoder and the autoencoder
 MAY_CHANGE = "may change on resuming"
 EMPTY_ALLOWED = "an empty tuple means none"
-PATH = "path"  # a path of a run, or a word that stands for one
+PATH = "path"  # a path, or a name that stands for a path
 Count = Annotated[int, AtLeast(1)]
-Layers = Annotated[
-    int, AtLeast(1), AtMost(1000)
-]  # a number of consecutive layers or blocks of a network
-OptionalLayers = Annotated[int, AtLeast(0), AtMost(1000)]  # a number of layers that may be 0
-Copies = Annotated[int, AtLeast(1), AtMost(1000)]  # copies of each example of a batch
-SampleSteps = Annotated[int, AtLeast(1), AtMost(1e6), MAY_CHANGE]  # steps of a sampler
-NoiseSteps = Annotated[int, AtLeast(2), AtMost(1e6)]  # steps of a table of betas
-EvalTimes = Annotated[int, AtLeast(1), AtMost(1e6)]  # times of each image in an evaluation
+Layers = Annotated[int, AtLeast(1), AtMost(1000)]  # number of layers or blocks of a network
+OptionalLayers = Annotated[int, AtLeast(0), AtMost(1000)]  # number of layers; 0 means none
+Copies = Annotated[int, AtLeast(1), AtMost(1000)]  # number of copies of each example in a batch
+SampleSteps = Annotated[int, AtLeast(1), AtMost(1e6), MAY_CHANGE]  # number of sampling steps
+NoiseSteps = Annotated[int, AtLeast(2), AtMost(1e6)]  # T of a discrete noise schedule
+EvalTimes = Annotated[int, AtLeast(1), AtMost(1e6)]  # diffusion times per image in evaluations
 RunPath = Annotated[str, PATH, MAY_CHANGE]
 HOST_IMAGES = "number of images in the memory of the host"
 EVAL_BATCH = "number of images of an evaluation batch"
 NumSamples = Annotated[int, AtLeast(1), HOST_IMAGES, MAY_CHANGE]
-NumSamplesBetween = Annotated[int, AtLeast(0), HOST_IMAGES, MAY_CHANGE]  # 0: do not sample
+NumSamplesBetween = Annotated[int, AtLeast(0), HOST_IMAGES, MAY_CHANGE]  # 0: no sampling
 EvalBatch = Annotated[int, AtLeast(1), EVAL_BATCH]
 Positive = Annotated[float, MoreThan(0.0)]
 NonNegative = Annotated[float, AtLeast(0.0)]
-Share = Annotated[float, AtLeast(0.0), AtMost(0.99999)]  # such as a dropout rate, less than 1
-Length = Annotated[int, AtLeast(1), MAY_CHANGE]  # number of steps, or of images in a report
-Interval = Annotated[int, AtLeast(0), MAY_CHANGE]  # 0: only at the end
+Share = Annotated[float, AtLeast(0.0), AtMost(0.99999)]  # less than 1, such as a dropout rate
+Length = Annotated[int, AtLeast(1), MAY_CHANGE]  # number of steps or of images
+Interval = Annotated[int, AtLeast(0), MAY_CHANGE]  # in steps; 0: only after the last step
 
-# Number of validation images. None: those of the data set or, if it has none, a tenth of the
-# training images, at most 5,000. 0: there is no validation split and no evaluation during training.
+# Number of validation images. None: the validation split of the data set is used; if the data set
+# does not have one, a tenth of the training images is used, at most 5,000. 0: there is no
+# validation split, and training is not interrupted by evaluations.
 ValidationImages = Annotated[int, AtLeast(0)] | None
 
 
 def origin_of(hint: Hint) -> object:
-    """Return the form of an annotation, such as Literal, Union or tuple; None for a class."""
+    """Return Literal, Union or tuple, the form of an annotation; return None for a class."""
     origin: object = typing.get_origin(hint)
     return origin
 
 
 def marks_of(hint: Hint) -> tuple[Mark, ...]:
-    """Return the marks and bounds of an annotation, which follow the type in `Annotated`."""
+    """Return the marks and bounds in `Annotated[type, ...]`; return () for other annotations."""
     return tuple(hint.__metadata__) if origin_of(hint) is Annotated else ()
 
 
 def bare_type(hint: Hint) -> Hint:
-    """Return the type of an annotation, without its marks and bounds."""
+    """Return the type in an annotation, without `Annotated` and its marks and bounds."""
     return hint.__origin__ if origin_of(hint) is Annotated else hint
 
 
 def type_name(hint: Hint) -> str:
-    """Return the type of a field as `--help` shows it, such as int,... or eps|x0|v."""
+    """Return the text for a type in `--help`, such as "int,..." or "eps|x0|v"."""
     bare = bare_type(hint)
     if origin_of(bare) is Literal:
         return "|".join(str(value) for value in typing.get_args(bare))
@@ -137,11 +137,11 @@ def type_name(hint: Hint) -> str:
 
 
 def parse(text: str, hint: Hint) -> Value:
-    """Return the value of `text` in the annotated type `hint`.
+    """Convert `text`, the value of a command-line flag, to the annotated type `hint`.
 
     Raises:
-      ValueError: If the text is not a value of the type or is out of its range. The message states
-        what is allowed.
+      ValueError: If the text is not a value of the type, or is outside the range of the annotation.
+        The message states what is allowed.
     """
     if EMPTY_ALLOWED in marks_of(hint) and text.strip().lower() in ("", "()", "none"):
         return ()
@@ -151,7 +151,10 @@ def parse(text: str, hint: Hint) -> Value:
 
 
 def _check_range(value: Value, hint: Hint) -> None:
-    """Raise ValueError if a number is outside the range of its annotation, int32 or float32."""
+    """Raise ValueError if a number is outside the bounds of `hint` or the range of its type.
+
+    The types are int32 and float32. Values that are not numbers are not checked.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if isinstance(value, float) and not math.isfinite(value):
@@ -167,8 +170,8 @@ def _check_range(value: Value, hint: Hint) -> None:
         raise ValueError(f"must be at most {LARGEST_INT:,}")
     if isinstance(value, float) and value and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
         raise ValueError(
-            f"must be 0, or a number that float32 holds: from {SMALLEST_FLOAT:g} to "
-            f"{LARGEST_FLOAT:g} in absolute value"
+            f"must be 0, or have an absolute value that float32 holds: from {SMALLEST_FLOAT:g} to "
+            f"{LARGEST_FLOAT:g}"
         )
 
 
@@ -199,7 +202,7 @@ def _read(text: str, hint: Hint) -> Value:
         return values[text.lower()]
     if hint is int:
         try:
-            # Python parses at most 4300 digits.
+            # int() raises an error for texts of more than 4,300 digits.
             if text.strip("+-").isdecimal() and len(text) > 4000:
                 return LARGEST_INT + 1
             value = float(text) if "e" in text.lower() else int(text)  # also 1e5 and 100_000
@@ -219,11 +222,11 @@ def _read(text: str, hint: Hint) -> Value:
 
 
 def from_json(value: Json, hint: Hint) -> Value:
-    """Return a JSON value as a value of the annotated type `hint`.
+    """Convert a value that is read from JSON to the annotated type `hint`; a list to a tuple.
 
     Raises:
-      ValueError: If the value is not of the type or is out of its range. The message states what
-        is allowed.
+      ValueError: If the value is not of the type, or is outside the range of the annotation. The
+        message states what is allowed.
     """
     bare = bare_type(hint)
     origin, args = origin_of(bare), typing.get_args(bare)
@@ -250,19 +253,19 @@ def from_json(value: Json, hint: Hint) -> Value:
                 raise ValueError(f"must be at most {LARGEST_FLOAT:g}")
             value = float(value)
         if bare is str and any(ord(letter) < 32 for letter in value):
-            raise ValueError("must be text without control characters")
+            raise ValueError("must be a text without control characters")
     result: Value = value
     _check_range(result, hint)
     return result
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 def shorten(value: object, length: int = 60) -> str:
-    """Return at most `length` characters of a value, for an error message."""
+    """Return the text of a value, cut off after `length` characters, for an error message."""
     try:
         text = ascii(value)
-    except (ValueError, RecursionError):  # too many digits or levels for Python
+    except (ValueError, RecursionError):  # the value has too many digits or nested lists
         return "too large to show"
     return text if len(text) <= length else f"{text[:length]}..."

@@ -1,8 +1,8 @@
 """The interface between training and the models that are trained.
 
-A `Task` is a frozen dataclass of settings, without arrays, so that it can be a static argument of
-`jax.jit`. Its methods are pure functions. They do not call `jax.jit` and do not depend on devices:
-their callers compile them, or pass a `Compile`.
+A `Task` is a model together with its loss. It is a frozen dataclass without arrays, so that it can
+be a static argument of `jax.jit`. The methods of a task are pure functions. They do not call
+`jax.jit` and do not depend on devices: the callers compile the methods, or pass a `Compile`.
 """
 
 import abc
@@ -40,8 +40,9 @@ class Variables(NamedTuple):
     """Parameters and other arrays of a task.
 
     Attributes:
-      params: Parameters that the training step differentiates the loss by.
-      extra: Arrays without gradients: parameters of frozen parts, and running statistics.
+      params: Parameters with respect to which the training step differentiates the loss.
+      extra: Extra variables: arrays that are not trained by gradients, such as the parameters of
+        frozen networks and moving averages.
     """
 
     params: PyTree
@@ -53,8 +54,8 @@ class LossOutput(NamedTuple):
 
     Attributes:
       losses: The loss [B] of each example.
-      metrics: Metrics [B] of each example by name.
-      statistics: Statistics of the batch for `Task.update_extra`.
+      metrics: A dictionary from the name of a metric to its values [B], one for each example.
+      statistics: Arrays [B, ...] from which `Task.update_extra` computes the new extra variables.
     """
 
     losses: Float[Array, "batch"]
@@ -64,23 +65,24 @@ class LossOutput(NamedTuple):
 
 @runtime_checkable
 class Compile(Protocol):
-    """A `jax.jit` that compiles once for all calls with equal static arguments and shapes."""
+    """A replacement of `jax.jit`: compiles once per set of static arguments and array shapes."""
 
     def __call__(
         self, fn: Callable[P, R], static_argnums: int | tuple[int, ...] = ()
     ) -> Callable[P, R]:
-        """Return the compiled function."""
+        """Return `fn` in compiled form; `static_argnums` are the positions of static arguments."""
 
 
 class SampleRequest(NamedTuple):
-    """Settings of sampling; a field that is None has the value in the config of the task.
+    """Options of sampling that a caller of `SamplingTask.sample` can set.
 
     Attributes:
-      labels: Class of each image; None for a model without classes.
-      sampler: Name of the sampler.
-      steps: Number of steps of the sampler.
-      prompt: Caption that the images are conditioned on.
-      negative_prompt: Caption in the place of the null conditioning of guidance.
+      labels: Class [B] of each image. If None, the images are not conditioned on a class.
+      sampler: Name of the sampler. If None, the sampler in the task's config is used.
+      steps: Number of sampling steps. If None, the number in the task's config is used.
+      prompt: Caption on which all images are conditioned; None for a task without captions.
+      negative_prompt: Caption that replaces the null conditioning in classifier-free guidance. If
+        None, the null conditioning (the empty caption) is used.
     """
 
     labels: Int[Array, "batch"] | Int[np.ndarray, "batch"] | None = None
@@ -94,10 +96,10 @@ class Samples(NamedTuple):
     """Sampled images.
 
     Attributes:
-      images: [N, H, W, C] in [-1, 1].
-      labels: Class [N] of each image; None for a model without classes.
-      trace: x_t and the predicted x0 [steps, n, H, W, C] of the first n images at every step of the
-        sampler; None for a task without such steps.
+      images: The sampled images, [N, H, W, C] in [-1, 1].
+      labels: The class [N] on which each image is conditioned; None for a model without classes.
+      trace: The pair (x_t, predicted x0) of the first n images at every sampling step, two arrays
+        [steps, n, H, W, C]. None for a task whose samples are not produced step by step.
     """
 
     images: Float[np.ndarray, "n h w c"]
@@ -109,10 +111,11 @@ class Evaluation(NamedTuple):
     """Results of an evaluation.
 
     Attributes:
-      metrics: Metrics by name. The caller adds the name of the split, as in "test/loss".
-      images: Images uint8 [H, W, C] or animations [F, H, W, C] by name. An error stands for an
-        image whose values are not finite (`plots.image_or_error`).
-      about: Further information for the record, such as the settings of sampling.
+      metrics: A dictionary from the name of a metric to its value. The caller adds the name of the
+        split, as in "test/loss".
+      images: A dictionary from a name to an image, uint8 [H, W, C], or to an animation of F frames,
+        uint8 [F, H, W, C]. An image whose values are not finite is replaced by an error object.
+      about: Information that is written to the run directory with the metrics, such as the sampler.
     """
 
     metrics: dict[str, float] = {}  # noqa: RUF012
@@ -121,15 +124,18 @@ class Evaluation(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Other runs that the settings of a task name; "" stands for no run.
+    """The trained networks of other runs that a task uses, as its config names them.
+
+    A network is named by its run directory. "" means that the task does not use such a network.
 
     Attributes:
-      features: Feature networks: experiments or runs of classifiers, or "inception".
-      guidance_model: Run of the guidance model; "labels" for guidance without another model.
-      text_encoder: Run of the text encoder that the task contains.
-      autoencoder: Run of the autoencoder that the task contains.
-      dual_encoder: Run of the text encoder and its image tower, which compute metrics.
-      dual_encoder_field: Path of the field that names this run, within the section `task`.
+      features: The feature networks whose features are compared in metrics such as FID. Each is the
+        name of a classifier experiment, the run directory of a classifier, or "inception".
+      guidance_model: Run directory of the guidance model; "labels" if no second model is used.
+      text_encoder: Run directory of the frozen text encoder of a text-to-image task.
+      autoencoder: Run directory of the frozen autoencoder of a text-to-image task.
+      dual_encoder: Run directory of the text and image encoders for metrics such as the CLIP score.
+      dual_encoder_field: Path, within the task's config, of the field that names `dual_encoder`.
     """
 
     features: tuple[str, ...] = ()
@@ -144,9 +150,9 @@ class GuidanceModel(NamedTuple):
     """A trained network that guides the sampling of another network.
 
     Attributes:
-      task: Task of the network, whose `guidance_method` does not return None.
+      task: Task with which the network was trained. Its `guidance_method` returns a method.
       params: Parameters of the network.
-      about: Description of its run, for the record.
+      about: Description of the training run of the network. Evaluations of samples store it.
     """
 
     task: "Task"
@@ -155,13 +161,15 @@ class GuidanceModel(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """Functions that load networks of other runs, as named by `Needs`.
+    """Functions that load the networks of other runs, which `Needs` names.
 
     Attributes:
-      features: Functions that load the feature networks.
-      guidance: Loads the guidance model; returns None if there is no guidance model.
-      parts: Loads the parameters of the frozen parts of a new run.
-      dual_encoder: Loads the network and the parameters of the dual encoder of the evaluation.
+      features: One function for each feature network, which loads the network.
+      guidance: Loads the guidance model. It returns None if the task has no guidance model.
+      parts: Loads the parameters of the frozen networks of a new text-to-image run: the text
+        encoder and the autoencoder. None if the task has no frozen networks.
+      dual_encoder: Loads the text and image encoders for metrics, as (network, parameters). None if
+        the evaluation does not use these encoders of another run.
     """
 
     features: tuple[Callable[[], FeatureNetwork], ...] = ()
@@ -172,14 +180,15 @@ class Resources(NamedTuple):
 
 @runtime_checkable
 class Task(Protocol):
-    """A model and its loss: the section `task` of a config, a frozen dataclass.
+    """A model and its loss: a frozen dataclass, which is the section `task` of a config.
 
-    Tasks subclass this protocol. The methods with a body have defaults for tasks without classes,
-    frozen parts or other runs.
+    Tasks subclass this protocol. Some fields of a task depend on the data set, such as the image
+    shape. `bind` sets these fields; a bound task is a task after `bind`. Methods with a body have a
+    default for tasks that have no classes and no frozen networks and use no other runs.
 
     Attributes:
-      run_type: Type of the run for other runs that name it, such as "classifier".
-      init_examples: Number of training examples that `init` needs.
+      run_type: Name of what a run of this task provides to other runs, such as "classifier".
+      init_examples: Number of training examples in the batch that `init` gets.
     """
 
     run_type: ClassVar[str]
@@ -187,19 +196,19 @@ class Task(Protocol):
 
     @property
     def info(self) -> DataInfo:
-        """Information about the data set, set by `bind`."""
+        """Image shape, number of classes and other properties of the data set, set by `bind`."""
 
     @property
     def classes(self) -> int:
-        """Number of classes that the network predicts or is conditioned on; 0 without classes."""
+        """Number of classes that the network predicts or is conditioned on; 0 without labels."""
         return 0
 
     def needs(self) -> Needs:
-        """Return the other runs that the settings name."""
+        """Return the names of the trained networks of other runs that the task uses."""
         return Needs()
 
     def adapt_to(self: TaskT, data: Data) -> TaskT:
-        """Return the bound task with its settings adapted to a data set.
+        """Return a copy of the task without the options that the data set does not support.
 
         Raises:
           UserError: If the task cannot be trained on the data set.
@@ -208,35 +217,37 @@ class Task(Protocol):
         return self
 
     def prepare_data(self, data: Data) -> Data:
-        """Return the data that the task is trained on, for instance only the labelled images."""
+        """Return the part of `data` on which the task is trained, such as the labelled images."""
         return data
 
     def bind(self: TaskT, info: DataInfo, precision: str, batch_size: int) -> TaskT:
-        """Return the task with its fields set that are marked as BOUND.
+        """Return the task with values for the fields that depend on the data set (mark `BOUND`).
 
         Args:
-          info: Information about the data set.
+          info: Image shape, number of classes and other properties of the data set.
           precision: Name of the number type of the computation, such as "bfloat16".
-          batch_size: Number of examples of a training batch, over all devices.
+          batch_size: Number of examples in a training batch, summed over all devices.
         """
 
     def check(self) -> None:
-        """Check that the fields of the bound task do not contradict each other or the data.
+        """Check, after `bind`, that the fields agree with each other and with the data set.
 
         Raises:
-          FieldError: If fields contradict each other or the data.
+          FieldError: If two fields, or a field and the data set, contradict each other.
         """
         return None
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
-        """Return initial variables; `batch` has `init_examples` training examples."""
+        """Return initial variables; `batch` contains `init_examples` training examples."""
 
     def load_extra(self, extra: PyTree, load: Callable[[], PyTree] | None) -> PyTree:
-        """Return the extra variables of a new run, with the trained parameters of frozen parts.
+        """Return the extra variables with the trained parameters of the frozen networks.
 
         Args:
-          extra: The extra variables of `init`, in which these parameters are zeros.
-          load: The function `Resources.parts`, which loads the parameters.
+          extra: The extra variables that `init` returns (arrays that are not trained by gradients).
+            The parameters of frozen networks are zeros in them.
+          load: The function `Resources.parts`, which loads these parameters; None if the task has
+            no frozen networks.
         """
         del load
         return extra
@@ -253,31 +264,39 @@ class Task(Protocol):
         """Return the losses and metrics of the examples of a batch.
 
         Args:
-          variables: Parameters and extra variables.
+          variables: Parameters and extra variables (arrays that are not trained by gradients).
           batch: A batch, or the part of a batch on one device or of one accumulation step.
           keys: One key for each example.
-          train: Whether to use dropout, augmentation and label dropout.
-          all_gather: Concatenates arrays of all devices, for losses that compare examples. With
-            gradient accumulation it raises an error.
+          train: If True, dropout, augmentation and label dropout are used.
+          all_gather: A function that concatenates the arrays [B, ...] of all devices, for losses
+            that compare the examples of a batch. It raises an error if gradients are accumulated.
         """
 
     def update_extra(self, extra: PyTree, statistics: PyTree) -> PyTree:
-        """Return the extra variables after a step, given the statistics of the entire batch."""
+        """Return new values of the arrays that are not trained by gradients, after a training step.
+
+        `statistics` has the arrays `LossOutput.statistics` [B, ...] of the entire batch.
+        """
         del statistics
         return extra
 
     def evaluations(self: TaskT) -> "tuple[Evaluate[TaskT], ...]":
         """Return the functions that evaluate the task.
 
-        One of them returns the metric "loss": the mean of `loss` with `train` False. Its value on
-        the validation split decides which checkpoint is the best. A metric with the name of a
-        metric of `loss` is the same quantity.
+        One of the functions returns the metric "loss": the mean of `loss` with `train` = False. The
+        checkpoint with the lowest "loss" on the validation split is the best checkpoint. A metric
+        of an evaluation and a metric of `loss` with the same name are the same quantity.
         """
 
     def guidance_method(self, params: PyTree, scale: float | Array) -> PyTree | None:
-        """Return a `diffusion.guidance.Method` that guides the sampling of another task.
+        """Return the guidance method by which the network guides another network.
 
-        None is returned if the network cannot guide another task.
+        Args:
+          params: Parameters of the network.
+          scale: Guidance scale.
+
+        Returns:
+          A `diffusion.guidance.Method`, or None if the network cannot guide another network.
         """
         del params, scale
         return None
@@ -288,28 +307,31 @@ class SamplingTask(Task, Protocol):
     """A task whose trained network samples images.
 
     Attributes:
-      request_fields: Names of the sampling options that the task supports.
+      request_fields: Names of the sampling options that the task supports, such as "steps".
     """
 
     @property
     def request_fields(self) -> tuple[str, ...]:
-        """Names of supported options: label, sampler, steps, guidance, prompt, ..."""
+        """Names of the supported sampling options: label, sampler, steps, guidance or prompt."""
         return ()
 
     def check_request(self, request: SampleRequest) -> None:
-        """Check that the task supports the settings of a request.
+        """Check that the task supports the sampling options of a request.
 
         Raises:
-          FieldError: If a setting is not supported.
+          FieldError: If the task does not support an option or its value.
         """
         del request
 
     def guidance(self, scale: float | None, model: GuidanceModel | None) -> PyTree:
-        """Return the `diffusion.guidance.Guidance` of sampling; None without guidance.
+        """Return the guidance that `sample` applies, with its scale and its networks.
 
         Args:
-          scale: The guidance scale; None for the scale in the config.
-          model: The guidance model; None for classifier-free guidance by labels or captions.
+          scale: The guidance scale. If None, the scale in the task's config is used.
+          model: The guidance model. If None, guidance is classifier-free, by labels or captions.
+
+        Returns:
+          A `diffusion.guidance.Guidance`, or None if samples are not guided.
 
         Raises:
           FieldError: If the network does not support this guidance.
@@ -330,20 +352,23 @@ class SamplingTask(Task, Protocol):
         Args:
           variables: Variables of the trained task.
           keys: One key for each image.
-          request: Settings of sampling.
-          guidance: Result of the method `guidance`.
-          compile: Compiles functions with the task as a static argument.
+          request: Options of sampling.
+          guidance: The result of the method `guidance`.
+          compile: Compiles functions for the devices; the task is a static argument of them.
         """
 
     def sample_for_evaluation(
         self, keys: Key[Array, "batch"], index: Array, context: "Context"
     ) -> tuple[Float[Array, "batch h w c"], tuple[Array, Array] | None]:
-        """Return the samples of an evaluation, and the trace of the first (see `Samples`).
+        """Return a batch of the samples of an evaluation.
 
         Args:
           keys: One key for each image.
-          index: Index [B] of each sample. Its class is the index modulo the number of classes.
-          context: Context of the evaluation.
+          index: Index [B] of each sample; index modulo number of classes is the sample's class.
+          context: Arguments and cached results of the evaluation.
+
+        Returns:
+          Images [B, H, W, C] in [-1, 1], and their trace (see `Samples`) or None.
         """
         del index
         images = self.sample(
@@ -357,23 +382,23 @@ class Evaluate(Protocol[T_contra]):
     """A function that evaluates a task and computes one or several metrics."""
 
     def __call__(self, task: T_contra, context: "Context") -> Evaluation:
-        """Return metrics and images of the split in the context."""
+        """Return the metrics and images of the split `context.split`."""
 
 
 class Context(abc.ABC):
     """Arguments and cached results of the functions of one evaluation.
 
-    It is not a protocol, because a run-time check of a protocol reads its properties, and these
-    load models.
+    The class is not a protocol, because the run-time check of a protocol reads all properties, and
+    properties of this class load networks.
 
     Attributes:
       task: The task.
       variables: Variables of the task.
       data: The data set.
       split: Name of the split that is evaluated, "validation" or "test".
-      seed: Seed of all random numbers.
-      full: Whether this is the final evaluation. The evaluations during training are shorter.
-      resources: Functions that load networks of other runs.
+      seed: Seed of all random numbers of the evaluation.
+      full: True in the final evaluation. The evaluations during training are shorter.
+      resources: Functions that load the networks of other runs.
     """
 
     task: Task
@@ -387,35 +412,35 @@ class Context(abc.ABC):
     @property
     @abc.abstractmethod
     def held_out(self) -> Split:
-        """The examples of the split."""
+        """The examples of the split that is evaluated."""
 
     def examples(self, quick: int = 1000) -> Split:
-        """Return the examples of the split, only the first `quick` if `full` is False."""
+        """Return the held-out examples: all of them if `full`, else the first `quick`."""
         return self.held_out if self.full else self.held_out.first(quick)
 
     @property
     @abc.abstractmethod
     def compile(self) -> Compile:
-        """Function that compiles other functions for the devices of the evaluation."""
+        """A function that compiles other functions for the devices of the evaluation."""
 
     @property
     @abc.abstractmethod
     def guidance_model(self) -> GuidanceModel | None:
-        """The guidance model; None if the settings name none."""
+        """The guidance model; None if the task's config does not name a guidance model."""
 
     @property
     @abc.abstractmethod
     def guidance(self) -> PyTree:
-        """The guidance in the settings of the task, from `SamplingTask.guidance`."""
+        """The guidance of all samples of the evaluation: the result of `SamplingTask.guidance`."""
 
     @property
     @abc.abstractmethod
     def classes(self) -> int:
-        """Number of classes that samples are conditioned on; see `sample_classes`."""
+        """Number of classes on which samples are conditioned; 0 without classes."""
 
     @abc.abstractmethod
     def cached(self, compute: "Callable[[Context], R]") -> R:
-        """Return `compute(context)`, which is computed once in an evaluation and cached."""
+        """Return `compute(self)`; it is computed at the first call and then cached."""
 
     @abc.abstractmethod
     def per_example(
@@ -428,19 +453,20 @@ class Context(abc.ABC):
         """Return the results of a function for every example, in the order of the split.
 
         Args:
-          compute: Maps (task, *arguments, batch, keys) to arrays [B, ...] by name. It is a function
-            of a module, and is compiled with the task as a static argument.
+          compute: A function (task, *arguments, batch, keys) that returns a dictionary of arrays
+            [B, ...]. It must be a top-level function of a module, so that it is compiled only once.
+            The task is a static argument.
           split: The examples.
-          batch_size: Number of examples of a batch. The results do not depend on it.
+          batch_size: Number of examples in a batch. The results do not depend on this number.
           arguments: Further arguments of `compute`, such as parameters.
 
         Returns:
-          Arrays [N, ...] in float64 by name.
+          A dictionary of float64 arrays [N, ...] with the names that `compute` returns.
         """
 
     @abc.abstractmethod
     def samples(self, count: int) -> Samples:
-        """Return the first `count` samples, with the settings of the task.
+        """Return the first `count` samples, with the sampling options of the task's config.
 
         The class of sample i is i modulo the number of classes. Samples are cached, so that a
         second call returns the same samples.
@@ -448,17 +474,20 @@ class Context(abc.ABC):
 
     @abc.abstractmethod
     def round_up(self, batch_size: int) -> int:
-        """Return the smallest multiple of the number of devices that is not below `batch_size`."""
+        """Return `batch_size`, rounded up to a multiple of the number of devices."""
 
     @abc.abstractmethod
     def place(self, tree: PyTree) -> PyTree:
-        """Partition arrays [B, ...] across devices; all processes have the entire batch."""
+        """Partition a batch, arrays [B, ...] that every process has in full, across devices."""
 
     @abc.abstractmethod
     def check_preemption(self) -> None:
-        """Stop the evaluation in all processes on preemption; called between batches."""
+        """End the evaluation in all processes if one of them received a stop signal.
+
+        The functions of an evaluation call this method between two batches.
+        """
 
 
 def sample_classes(task: SamplingTask, model: GuidanceModel | None) -> int:
-    """Return the number of classes of the task, or of its guidance model if the task has none."""
+    """Return the number of classes of the task, or those of its guidance model if that is 0."""
     return task.classes if task.classes or model is None else model.task.classes

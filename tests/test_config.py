@@ -167,7 +167,7 @@ def test_a_tuned_alternative_comes_before_debug_and_debug_before_the_command_lin
     [
         ("width", "3", "did you mean --config.network.width or --config.sampling.width"),
         ("network.widht", "3", "did you mean --config.network.width"),
-        ("network.depth", "3", "a field of deep, and --config.network is small; give"),
+        ("network.depth", "3", "a field of deep, but --config.network is small; give"),
         ("network", "q", 'there is no "q"; there are: deep, small'),
         ("sampling", "small", "has several fields; set one of them, such as --config.sampling.wid"),
         ("network.size", "3", "cannot be set"),
@@ -206,7 +206,7 @@ def test_sections_are_restored_from_their_record_which_has_no_bound_fields():
         ({"network": 3}, "must have a type"),
         ({"data": []}, "its data must be a section"),
         ({"data": {"nam": "x"}}, "unknown config fields: data.nam"),
-        ({"data": {"name": 3}}, "its data.name must be text"),
+        ({"data": {"name": 3}}, "its data.name must be a text"),
     ):
         with pytest.raises(UserError, match=message):
             restore(Whole(), wrong, "runs/x")

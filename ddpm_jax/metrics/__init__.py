@@ -1,1 +1,1 @@
-"""Distances between sets of images, in the features of some network; float64 on the host."""
+"""Metrics of samples, reconstructions and likelihoods, computed in float64 on the host."""

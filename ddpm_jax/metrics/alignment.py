@@ -1,8 +1,9 @@
-"""Check from the pixels whether an image of the data set `shapes` shows what a caption states.
+"""Check from the pixels that an image of the data set `shapes` shows what a caption states.
 
-The check trains no network: it uses the code that renders the data set (`ddpm_jax/data/shapes.py`).
-A shape is a connected region of pixels that differ from the background colour. Each kind of shape
-is rendered with the area and the centre of mass of the region, and the closest kind is chosen.
+The check uses no trained network, but the code that renders the data set (`data/shapes.py`). A
+shape is a connected region of pixels that differ from the background colour. A circle, a square and
+a triangle with the area and the centre of mass of the region are rendered. The shape gets the kind
+whose rendering has the smallest squared error.
 """
 
 import re
@@ -24,30 +25,32 @@ from ddpm_jax.data.shapes import (
     related,
 )
 
-# Distances of colours are Euclidean, of RGB values in [0, 255]. Areas are numbers of pixels, and
-# widths are in pixels, of an image of 32 x 32.
-FOREGROUND_DISTANCE = 60.0  # smallest distance from the background colour to a pixel of a shape
-COLOUR_TOLERANCE = 80.0  # largest distance from a named colour to a shape of that colour
-MAX_FIT_ERROR = 0.1  # largest sum of squared errors of a shape's coverage, over its area
+# Distances between colours are Euclidean distances of RGB values in [0, 255]. Areas and widths are
+# in pixels of an image of 32 x 32 pixels.
+FOREGROUND_DISTANCE = 60.0  # smallest distance of a shape's pixel from the background
+COLOUR_TOLERANCE = 80.0  # largest distance of a shape from the colour with its name
+MAX_FIT_ERROR = 0.1  # largest sum of squared errors of the coverage, divided by the area
 MIN_SHAPE_AREA = 12.0  # smaller regions are not shapes
 MIN_FRAGMENT_AREA = 4.0  # smaller regions are ignored
-SIZE_BOUNDARY = 9.75  # widths below are small, the others large
-AREA = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # of a shape of width 1
-CENTRE = {"circle": 1 / 2, "square": 1 / 2, "triangle": 2 / 3}  # mean y, from the top, at width 1
-UNCLEAR = "unclear"  # the name of every other colour and kind of shape
+SIZE_BOUNDARY = 9.75  # smaller widths are "small", larger widths are "large"
+AREA = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # area at width 1
+CENTRE = {"circle": 1 / 2, "square": 1 / 2, "triangle": 2 / 3}  # mean y at width 1
+UNCLEAR = "unclear"  # name of all other colours and kinds
 
 
 class CaptionCheck(NamedTuple):
-    """The parts of a caption that an image shows.
+    """The result of comparing an image with a caption.
 
     Attributes:
-      number: Whether the image shows as many shapes as the caption names.
-      colours: Whether the shapes have the colours of the caption.
-      kinds: Whether the pairs of colour and kind agree with the caption.
-      relation: Whether the two groups are in the relation; None if the caption has no relation.
-      sizes: Whether the shapes have the sizes; None if the caption has no sizes.
-      background: Whether the background has the colour; None if the caption does not name it.
-      no_fragments: Whether the image has no regions that are too small for a shape.
+      number: True if the image shows as many shapes as the caption states.
+      colours: True if the shapes have the colours that the caption states.
+      kinds: True if the pairs of colour and kind (such as red circle) agree with the caption.
+      relation: True if the two groups of shapes are in the relation that the caption states (such
+        as "above"); None if the caption does not state a relation.
+      sizes: True if the shapes have the sizes that the caption states; None if it states no sizes.
+      background: True if the background has the colour that the caption states; None if the caption
+        does not state it.
+      no_fragments: True if no region of the image is too small for a shape.
     """
 
     number: bool
@@ -60,18 +63,21 @@ class CaptionCheck(NamedTuple):
 
     @property
     def aligned(self) -> bool:
-        """True if the image shows everything that the caption states, and no fragments."""
+        """True if the image shows everything that the caption states and has no fragments."""
         details = self.sizes is not False and self.background is not False
         return self.aligned_except_size_and_background and details and self.no_fragments
 
     @property
     def aligned_except_size_and_background(self) -> bool:
-        """True if number, colours, kinds and relation are right; fragments are allowed."""
+        """True if number, colours, kinds and relation of shapes agree; fragments are allowed."""
         return self.number and self.colours and self.kinds and self.relation is not False
 
 
 def parse(caption: str) -> tuple[tuple[Group, ...], str | None, str | None]:
-    """Return the (groups, relation, background) that a caption of this data set states."""
+    """Return (groups, relation, background) of a caption of the data set `shapes`.
+
+    A group is a number of equal shapes. Relation and background are None if not in the caption.
+    """
     numbers = {word: number for number, words in NUMBERS.items() for word in words} | {"an": 1}
     matches = re.findall(
         rf"\b(?:({'|'.join(numbers)}) )?(?:(small|large) )?({'|'.join(COLOURS)}) "
@@ -88,7 +94,7 @@ def parse(caption: str) -> tuple[tuple[Group, ...], str | None, str | None]:
 
 
 def check_caption(image: Float[np.ndarray, "side side 3"], caption: str) -> CaptionCheck:
-    """Return which parts of a caption of this data set an image in [-1, 1] shows."""
+    """Compare an image, [side, side, 3] in [-1, 1], with a caption of the data set `shapes`."""
     groups, relation, background = parse(caption)
     image_background, shapes, fragments = find_shapes(image)
     expected = sorted((g.colour, g.kind) for g in groups for _ in range(g.number))
@@ -117,10 +123,10 @@ def check_caption(image: Float[np.ndarray, "side side 3"], caption: str) -> Capt
 
 
 def find_shapes(image: Float[np.ndarray, "side side 3"]) -> tuple[str, list[Shape], int]:
-    """Return (background, shapes, number of fragments) of an image in [-1, 1].
+    """Return (background colour, shapes, number of fragments) of an image in [-1, 1].
 
-    A fragment is a region of `MIN_FRAGMENT_AREA` to `MIN_SHAPE_AREA` pixels. Colours and
-    kinds that the data set does not have are `UNCLEAR`.
+    A fragment is a region of `MIN_FRAGMENT_AREA` to `MIN_SHAPE_AREA` pixels. Colours and kinds of
+    shapes that do not occur in the data set `shapes` are named "unclear".
     """
     from scipy import ndimage
 
@@ -145,7 +151,7 @@ def find_shapes(image: Float[np.ndarray, "side side 3"]) -> tuple[str, list[Shap
         colour, contrast = _nearest_colour(rgb, COLOURS), rgb - background_rgb
         if np.sqrt(np.square(rgb - COLOURS[colour]).sum()) > COLOUR_TOLERANCE:
             colour = UNCLEAR
-        if contrast.any():  # project the pixels in and next to the region on the contrast
+        if contrast.any():  # project the pixels in and around the region on the contrast
             surroundings = ndimage.binary_dilation(region, np.ones((3, 3)))
             coverage = (pixels - background_rgb) @ contrast / (contrast @ contrast)
             coverage = np.clip(coverage, 0, 1) * surroundings
@@ -164,8 +170,8 @@ def _closest_shape(colour: str, coverage: Float[np.ndarray, "side side"], scale:
 
     Args:
       colour: The colour of the shape.
-      coverage: The share of every pixel that the shape covers, in [0, 1].
-      scale: The side of the image over 32.
+      coverage: The part of each pixel that the shape covers, [side, side] in [0, 1].
+      scale: The side of the image in pixels, divided by 32.
     """
     position = np.arange(len(coverage)) + 0.5
     area = coverage.sum()
@@ -185,7 +191,7 @@ def _closest_shape(colour: str, coverage: Float[np.ndarray, "side side"], scale:
 def _render_coverage(
     kind: str, left: float, top: float, width: float, side: int
 ) -> Float[np.ndarray, "side side"]:
-    """Return the share of every pixel, in [0, 1], that a shape covers."""
+    """Return the part of each pixel, in [0, 1], that a shape covers; lengths are in pixels."""
     from PIL import Image, ImageDraw
 
     image = Image.new("L", (side * OVERSAMPLE,) * 2)

@@ -1,4 +1,4 @@
-"""Averages over a split in which every example counts once, in float64 on the host."""
+"""Averages over the examples of a split with their standard errors, in float64 on the host."""
 
 import math
 from typing import NamedTuple
@@ -8,14 +8,14 @@ from jaxtyping import Bool, Float
 
 
 class Average(NamedTuple):
-    """A mean over examples and its standard error, which is None for a single example."""
+    """A mean over examples and the standard error of the mean, None if there is one example."""
 
     mean: float
     error: float | None
 
 
 def average(values: np.ndarray) -> Average:
-    """Return the mean of n values and its standard error s / sqrt(n), None for n = 1."""
+    """Return the mean of n values, [n], and its standard error s / sqrt(n), None for n = 1."""
     values = np.asarray(values, np.float64)
     size = len(values)
     error = float(values.std(ddof=1)) / math.sqrt(size) if size > 1 else None
@@ -25,11 +25,11 @@ def average(values: np.ndarray) -> Average:
 def ratio_of_sums(
     values: Float[np.ndarray, "examples times"], mask: Bool[np.ndarray, "examples times"]
 ) -> Average:
-    """Return the mean of the values that a mask selects, with its standard error over examples.
+    """Return the mean of the values that `mask` selects, and the standard error of the mean.
 
-    The values of one example are not independent. With s_i the sum of the selected values of
-    example i, c_i their number, and n the number of examples with c_i > 0, the standard error is
-    sqrt(n / (n - 1) sum_i (s_i - mean c_i)^2) / sum_i c_i (Cochran 1977, eq. 6.9).
+    The values of one example are not independent. Let s_i be the sum and c_i the number of selected
+    values of example i, and n the number of examples with c_i > 0. The standard error is
+    sqrt(n / (n - 1) sum_i (s_i - mean c_i)^2) / sum_i c_i (Cochran 1977, eq. 6.9), None for n = 1.
     """
     counts = mask.sum(1)
     sums = np.where(mask, values, 0.0).sum(1)[counts > 0]
@@ -44,12 +44,12 @@ def ratio_of_sums(
 def with_error(
     name: str, estimate: tuple[float, float | None], scale: float = 1.0
 ) -> dict[str, float]:
-    """Return a metric `name` and its standard error `name`_error as a dictionary.
+    """Return the dictionary {NAME: value, NAME_error: standard error} of a metric.
 
     Args:
       name: Name of the metric.
-      estimate: The value, and its standard error or None. If None, the dictionary has no error.
-      scale: Positive factor of the value and of its error.
+      estimate: The value and its standard error. If the error is None, NAME_error is left out.
+      scale: Positive number by which the value and the error are multiplied.
     """
     value, error = estimate
     metrics = {name: value * scale}
@@ -57,11 +57,12 @@ def with_error(
 
 
 def averages(values: dict[str, np.ndarray], scale: float = 1.0) -> dict[str, float]:
-    """Return the mean and the standard error over examples of every array (see `with_error`).
+    """Return the mean of every array, NAME, and the standard error of the mean, NAME_error.
 
     Args:
-      values: Arrays [N, ...] by the name of the metric. Further axes are averaged first.
-      scale: Positive factor of the means and of their errors.
+      values: A dictionary from the name of a metric to an array [N, ...] with one row per example.
+        Each row is averaged first.
+      scale: Positive number by which the means and errors are multiplied.
     """
     metrics: dict[str, float] = {}
     for name, array in values.items():

@@ -1,4 +1,4 @@
-"""The type of a trained network in whose features sets of images are compared."""
+"""The type of a feature network, with which metrics compare sets of images."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,12 +7,12 @@ import numpy as np
 
 
 class FeatureNetwork(NamedTuple):
-    """A trained network in whose features sets of images are compared.
+    """A trained network, such as Inception, whose features of two sets of images are compared.
 
     Attributes:
-      name: The part of a metric's name that stands for the network, as in `fd_NAME`.
+      name: Name of the network in the names of metrics, as in "fd_NAME".
       extract: Maps images [N, H, W, C] in [-1, 1] to features [N, D] and log p(y|x) [N, classes].
-      about: A description of the network for the records of a run.
+      about: Description of the network that is written to the run directory.
     """
 
     name: str

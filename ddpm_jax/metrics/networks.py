@@ -1,4 +1,4 @@
-"""Networks as feature networks: classifiers, and the image encoders of dual encoders."""
+"""Feature networks that are made of a trained classifier or a trained image encoder."""
 
 import dataclasses
 from typing import Protocol, runtime_checkable
@@ -16,16 +16,16 @@ from ddpm_jax.parallel.replicated import partitioner_of
 
 @runtime_checkable
 class Network(Protocol):
-    """A function of images; a hashable value that is a static argument of `jax.jit`."""
+    """A network as a hashable function, so that it can be a static argument of `jax.jit`."""
 
     def __call__(self, params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
-        """Return the logits and the features of images in [-1, 1]."""
+        """Return the logits [B, classes] and features [B, D] of images in [-1, 1]."""
 
 
 def features_of(
     network: Network, params: PyTree, x: Float[Array, "batch h w c"]
 ) -> tuple[Array, Array]:
-    """Return the features and log p(y|x) of images in [-1, 1]."""
+    """Return the features [B, D] and log p(y|x) [B, classes] of images in [-1, 1]."""
     logits, features = network(params, x)
     return features, jax.nn.log_softmax(logits)
 
@@ -33,13 +33,14 @@ def features_of(
 def feature_network(
     name: str, network: Network, params: PyTree, batch_size: int = 500
 ) -> FeatureNetwork:
-    """Return a `FeatureNetwork` that runs on the devices that hold its parameters.
+    """Return a `FeatureNetwork` that runs on the devices on which the parameters are stored.
 
     Args:
-      name: Name of the feature network.
-      network: The network. Equal networks share one compiled program.
+      name: Name of the feature network in the names of metrics.
+      network: The network. Equal networks use the same compiled program.
       params: Parameters of the network.
-      batch_size: Number of images of one call, rounded up to a multiple of the devices.
+      batch_size: Number of images in one call of the network. It is rounded up to a multiple of the
+        number of devices.
     """
 
     def extract(
@@ -63,16 +64,16 @@ def feature_network(
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierFeatures:
-    """A classifier of clean images.
+    """A classifier of clean images, in the form of a `Network`.
 
     Attributes:
-      network: The network of the classifier.
+      network: A Flax module that returns logits and features.
     """
 
     network: nn.Module
 
     def __call__(self, params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
-        """Return the logits, and the features from which the last layer computes them."""
+        """Return the logits [B, classes] and the features [B, D], the input of the last layer."""
         logits, features = self.network.apply(params, x)
         assert isinstance(features, jax.Array)
         assert isinstance(logits, jax.Array)
@@ -81,21 +82,21 @@ class ClassifierFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFeatures:
-    """The image encoder of a dual encoder, as a network with a single class.
+    """The image encoder of a dual encoder, in the form of a `Network` with a single class.
 
     Attributes:
-      network: The dual encoder.
+      network: A Flax module that encodes text and images.
     """
 
     network: nn.Module
 
     def __call__(self, params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
-        """Return the logits [B, 1], which are 0, and the embeddings of images."""
+        """Return logits [B, 1], which are 0, and the embeddings [B, D] of images."""
         features = self.network.apply(params, x, method="embed_image")
         assert isinstance(features, jax.Array)
         return jnp.zeros((len(x), 1)), features
 
 
 def image_tower(name: str, net: nn.Module, params: PyTree) -> FeatureNetwork:
-    """Return the image encoder of a dual encoder as a feature network with a single class."""
+    """Return a feature network whose features are the image embeddings of a dual encoder."""
     return feature_network(name, ImageFeatures(net), params)

@@ -1,30 +1,33 @@
-"""The error and the rate of a denoiser at each noise level."""
+"""The squared error and the rate, in bits per dimension, of a denoiser at each noise level."""
 
 import numpy as np
 
 from ddpm_jax import plots
 from ddpm_jax.metrics.averages import ratio_of_sums, with_error
 
-NOISE_LEVELS = 10  # intervals of t in [0, 1)
-
+NOISE_LEVELS = 10  # number of intervals of t in [0, 1)
 RATES = 50  # largest number of points of the rate-distortion curve
 
 
 def noise_levels(
     terms: dict[str, np.ndarray], dims: int
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Return the squared error of eps and the bits per dimension of each tenth of t, and plots.
+    """Compute the error of eps and the bits per dimension in each tenth of the diffusion time t.
 
-    Standard errors are over images, because the times of one image are not independent
-    (`ratio_of_sums`). The second plot is the rate-distortion curve of `rate_distortion`.
+    Standard errors are over images, because the times of one image are not independent.
 
     Args:
-      terms: Arrays [images, times] by name: `t` in [0, 1) and `mse`, the squared error of eps.
-        For a table of betas also `kl`, in nats times the number of steps T, and `distortion`.
-      dims: Number of values of an image.
+      terms: A dictionary of arrays [images, times]: "t", the times in [0, 1); "mse", the squared
+        error of eps. With a discrete noise schedule of T steps also "kl", T times the term L_(t-1)
+        in nats, and "distortion", the mean squared error of the predicted x0.
+      dims: Number of values of an image, H W C.
+
+    Returns:
+      Metrics with standard errors, by name, and plots, by name: "levels" (the metrics over t) and,
+      with a discrete noise schedule, "rate_distortion" (the curve of `rate_distortion`).
     """
     intervals = np.minimum((terms["t"] * NOISE_LEVELS).astype(int), NOISE_LEVELS - 1)
-    numbers = np.unique(intervals)  # a few images may have no time in some intervals
+    numbers = np.unique(intervals)  # with few images, an interval may contain no times
     levels = numbers / NOISE_LEVELS
     metrics: dict[str, float] = {}
 
@@ -52,20 +55,21 @@ def noise_levels(
 def rate_distortion(
     t: np.ndarray, kl: np.ndarray, distortion: np.ndarray, dims: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return rate and distortion of progressive coding, as t falls (Ho et al. 2020, sec. 4.3).
+    """Return the rate-distortion curve of progressive coding (Ho et al. 2020, sec. 4.3).
 
-    The rate at t is the integral of kl from t to 1, estimated from n sampled times: the sum of kl
-    over the larger times, and half of kl at t itself, over n. Rate and distortion are then averaged
-    over the same runs of consecutive times.
+    The rate at t is the integral of kl from t to 1. From n sampled times, it is estimated as
+    (sum of kl over larger times + kl at t / 2) / n. The times are then sorted from 1 to 0 and split
+    into at most `RATES` parts. Rate and squared error are averaged over the times of each part.
 
     Args:
-      t: Uniform times in [0, 1).
-      kl: Nats times the number of steps T, at each time.
-      distortion: Mean squared error of the predicted x0, of values in [-1, 1], at each time.
-      dims: Number of values of an image.
+      t: Uniform times in [0, 1), [images, times].
+      kl: T times the term L_(t-1) of the variational bound, in nats, [images, times].
+      distortion: Mean squared error of the predicted x0 in [-1, 1], [images, times].
+      dims: Number of values of an image, H W C.
 
     Returns:
-      The rate in bits per dimension, and the root mean squared error of values in [0, 255].
+      The rates in bits per dimension, [parts], and the root mean squared errors of x0 in pixel
+      values from 0 to 255, [parts].
     """
     order = np.argsort(-t.ravel(), kind="stable")
     nats, error = kl.ravel()[order], distortion.ravel()[order]

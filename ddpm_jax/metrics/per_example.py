@@ -1,4 +1,4 @@
-"""Compute a function of every example of a split, and the times of an evaluation."""
+"""Functions that compute metrics of every example of a split, and diffusion times for them."""
 
 from collections.abc import Callable
 from typing import TypeVarTuple
@@ -29,23 +29,24 @@ def per_example(
 ) -> dict[str, np.ndarray]:
     """Return the results of a function for every example, in the order of the split.
 
-    The random numbers of an example depend only on `seed` and on its index in the split. They are
-    the same at every evaluation, so that two evaluations differ only by the parameters.
+    The random numbers of an example depend only on `seed` and on the index of the example in the
+    split. They are the same at every evaluation, so that evaluations differ only by the parameters.
 
     Args:
-      compute: Maps (*arguments, batch, keys) to arrays [B, ...] by name. It is compiled once for
-        each function and its static arguments.
+      compute: A function (*arguments, batch, keys) that returns a dictionary of arrays [B, ...]. It
+        is compiled once for each set of static arguments.
       split: The examples.
-      batch_size: Number of examples of a batch, rounded up to a multiple of the devices. The
-        results do not depend on it.
-      seed: Seed of the keys.
-      partitioner: Partitions the batches across devices.
+      batch_size: Number of examples in a batch. It is rounded up to a multiple of the number of
+        devices. The results do not depend on this number.
+      seed: Seed of the random keys.
+      partitioner: The object that partitions the batches across devices.
       arguments: The first arguments of `compute`, such as parameters.
-      check: A function that is called before every batch. It may end the evaluation by an error.
+      check: A function that is called before every batch. It may raise an exception that ends the
+        evaluation.
       static_argnums: Positions of the static arguments of `compute`.
 
     Returns:
-      Arrays [N, ...] in float64 by name.
+      A dictionary of float64 arrays [N, ...] with the names that `compute` returns.
     """
     key = purpose_key(seed, EVALUATE)
     rows: dict[str, list[np.ndarray]] = {}
@@ -62,17 +63,17 @@ def per_example(
 def evaluation_times(
     index: Int[Array, "batch"], keys: Key[Array, "batch"], count: int
 ) -> Float[Array, "batch count"]:
-    """Return `count` times in [0, 1) for each image, which cover [0, 1) evenly over all images.
+    """Return `count` diffusion times for each image; the times of all images cover [0, 1) evenly.
 
-    The times of image i are (j + s_ij) / count for j = 0 ... count - 1, where s_ij is the
-    low-discrepancy sequence i (sqrt(5) - 1) / 2 plus noise below 1 / 997, modulo 1. The sequence
-    is computed in integers (Knuth 1998, sec. 6.4: 2654435769 / 2^32), so that it is as exact for
-    the last image as for the first.
+    The times of image i are (j + s_ij) / count for j = 0 ... count - 1, where
+    s_ij = (i (sqrt(5) - 1) / 2 + u_ij / 997) modulo 1 with uniform u_ij in [0, 1). The first term
+    is a low-discrepancy sequence. It is computed in integers (Knuth 1998, sec. 6.4:
+    2654435769 / 2^32), so that its rounding errors do not grow with i.
 
     Args:
-      index: Index of each image in its split.
-      keys: One key for each image.
-      count: Number of times of an image.
+      index: Index of each image in the split, [B].
+      keys: One key for each image, [B].
+      count: Number of times for each image.
     """
     noise = jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
     product = index.astype(jnp.uint32) * jnp.uint32(2654435769)

@@ -7,10 +7,11 @@ from ddpm_jax.data.types import Leaf
 
 
 def to_images(images: Leaf, levels: int) -> Leaf:
-    """Map grey levels 0 ... levels - 1 to float32 in [-1, 1].
+    """Map grey levels 0 ... levels - 1 to float32 values in [-1, 1].
 
     Args:
-      images: An array of jax or numpy, or rows that are read or rendered on access.
+      images: An array of JAX or NumPy, [..., H, W, C], or an object like an array whose images are
+        read or rendered when they are indexed.
       levels: Number of grey levels, such as 256.
     """
     if not isinstance(images, jax.Array):

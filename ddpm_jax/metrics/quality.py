@@ -1,4 +1,4 @@
-"""Quality of samples: their distances to images of a data set, in features and in pixels."""
+"""Quality of samples: metrics that compare features and pixels of samples and real images."""
 
 import dataclasses
 import functools
@@ -28,18 +28,19 @@ from ddpm_jax.metrics.neighbours import NEIGHBOUR_RANK, nearest_neighbours, prec
 from ddpm_jax.metrics.pixels import to_images
 from ddpm_jax.progress import log
 
-MAX_TRAINING_IMAGES = 100_000  # largest number of training images that samples are compared with
-CHUNK = 1000  # images of one call of a feature network
-MAX_FEATURES = 10_000  # features per set that KID, precision and recall are computed from
-MAX_PIXEL_SAMPLES = 10_000  # samples whose nearest training images are searched
+MAX_TRAINING_IMAGES = 100_000  # largest number of training images for a comparison
+CHUNK = 1000  # number of images in one call of a feature network
+MAX_FEATURES = 10_000  # largest number of features of a set in KID, precision, recall
+MAX_PIXEL_SAMPLES = 10_000  # largest number of samples that are compared in pixels
 
 
 class Quality(NamedTuple):
-    """Quality of a set of samples.
+    """Metrics of a set of samples.
 
     Attributes:
-      metrics: Metrics by name.
-      nearest_training_images: Samples above these images; None if no pixels are compared.
+      metrics: A dictionary from the name of a metric to its value.
+      nearest_training_images: A figure with samples, each above the nearest training image; an
+        error object if values are not finite; None if pixels are not compared.
     """
 
     metrics: dict[str, float]
@@ -47,11 +48,11 @@ class Quality(NamedTuple):
 
 
 class FeatureSet(NamedTuple):
-    """Features of a set of images.
+    """Features of a set of N images.
 
     Attributes:
-      grouped: The moments of all features.
-      features: The first `MAX_FEATURES` features [n, D].
+      grouped: Moments of the features of all images, in groups for standard errors.
+      features: Features [n, D] of the first images, at most `MAX_FEATURES`.
       log_probs: log p(y|x) [N, classes] of all images.
     """
 
@@ -61,19 +62,19 @@ class FeatureSet(NamedTuple):
 
     @property
     def moments(self) -> Moments:
-        """The moments of all features."""
+        """Moments of the features of all images."""
         return self.grouped.moments
 
 
 def extract_features(
     network: FeatureNetwork, chunks: Iterator[np.ndarray], previous: FeatureSet | None = None
 ) -> FeatureSet:
-    """Return the features of images, appended to those of `previous`.
+    """Return the features of a set of images.
 
     Args:
       network: The feature network.
-      chunks: Yields images [n, H, W, C] in [-1, 1].
-      previous: The features of images that come first in the set, or None.
+      chunks: An iterator of arrays of images, [n, H, W, C] in [-1, 1].
+      previous: Features of images that the set also contains, before the new images, or None.
     """
     grouped = previous.grouped if previous else None
     stored = [previous.features] if previous else []
@@ -90,19 +91,19 @@ def extract_features(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Comparison:
-    """Samples, training images and held-out images, and their features in one network.
+    """Samples, training images and held-out images, with features of one feature network.
 
     Attributes:
       network: The feature network.
-      samples: Images [N, H, W, C] in [-1, 1].
-      labels: Class [N] that each sample is conditioned on; None without classes.
+      samples: Samples, [N, H, W, C] in [-1, 1].
+      labels: The class [N] on which each sample is conditioned; None for a model without classes.
       order: Index in `samples` of each row of `sample_features`.
       data: The data set.
       split: Name of the split of the held-out images.
       size: Number of images in `matched_sample_features` and in `training_features`.
       sample_features: Features of all samples.
-      matched_sample_features: Features of `size` samples.
-      training_features: Features of `size` training images.
+      matched_sample_features: Features of a random subset of `size` samples.
+      training_features: Features of a random subset of `size` training images.
       held_out_features: Features of all held-out images.
     """
 
@@ -120,12 +121,12 @@ class Comparison:
 
     @property
     def distance_name(self) -> str:
-        """Name of the Frechet distance: `fid` for the Inception network, else `fd_<network>`."""
+        """Name of the Frechet distance: "fid" for the Inception network, else "fd_NETWORK"."""
         return "fid" if self.network.name == "inception" else f"fd_{self.network.name}"
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of images of each set."""
+        """Number of images in each set, with the keys "sampled", "held-out" and "training"."""
         return {
             "sampled": len(self.samples),
             "held-out": self.held_out_features.moments.size,
@@ -134,21 +135,21 @@ class Comparison:
 
     @functools.cached_property
     def distance(self) -> Jackknife:
-        """Frechet distance of samples and held-out images."""
+        """Frechet distance between samples and held-out images."""
         return frechet_distance(self.sample_features.grouped, self.held_out_features.grouped)
 
     def has_images(self, count: int, *sets: str) -> bool:
-        """Return whether each of the sets, named as in `counts`, has at least `count` images."""
+        """Return True if each of the `sets` (keys of `counts`) has at least `count` images."""
         return min(self.counts[name] for name in sets) >= count
 
 
 class MetricValues(NamedTuple):
-    """Metrics that one function of `METRICS` computes.
+    """The result of one function of `METRICS`.
 
     Attributes:
-      metrics: Metrics by name.
-      missing: Names of the metrics that need more images.
-      sheet: An image to save with the metrics, if there is one.
+      metrics: A dictionary from the name of a metric to its value.
+      missing: Names of metrics that are not computed because a set has too few images.
+      sheet: A figure of samples that is saved with the metrics, or None.
     """
 
     metrics: dict[str, float]
@@ -163,11 +164,11 @@ def _compare(
     data: Data,
     split: str = "test",
 ) -> Comparison:
-    """Return the sets of images with their features; the arguments are those of `quality`."""
+    """Compute the features of samples, training images and held-out images for `quality`."""
     train = data.train.random_subset(len(samples))
     size = len(train.images)
     order = np.arange(len(samples))
-    if size < len(samples):  # a random subset, since the samples may be sorted by class
+    if size < len(samples):  # random, because samples may be sorted by class
         order = np.random.Generator(np.random.Philox(key=[0, 4])).permutation(len(samples))
     matched = extract_features(network, _sample_chunks(samples, order[:size]))
     every_sample = matched
@@ -183,14 +184,14 @@ def _compare(
 
 
 def frechet_of_samples(sets: Comparison) -> MetricValues:
-    """Measure the Frechet distance of samples and held-out images."""
+    """Compute the Frechet distance between samples and held-out images."""
     if not sets.has_images(2, "sampled", "held-out"):
         return MetricValues({}, (sets.distance_name,))
     return MetricValues(_with_jackknife_error(sets.distance_name, sets.distance))
 
 
 def frechet_ratio(sets: Comparison) -> MetricValues:
-    """Measure the ratio of Frechet distances of equally many samples and training images."""
+    """Compute d(samples, held-out) / d(training, held-out) with equally many images."""
     name = sets.distance_name
     if not sets.has_images(2, *sets.counts):
         return MetricValues({}, (f"{name}_ratio",))
@@ -207,7 +208,7 @@ def frechet_ratio(sets: Comparison) -> MetricValues:
 
 
 def kernel_of_samples(sets: Comparison) -> MetricValues:
-    """Measure the kernel distance (KID) of samples and held-out images."""
+    """Compute the kernel distance (KID) between samples and held-out images."""
     name = f"kid_{sets.network.name}"
     if not sets.has_images(2, "sampled", "held-out"):
         return MetricValues({}, (name,))
@@ -216,7 +217,7 @@ def kernel_of_samples(sets: Comparison) -> MetricValues:
 
 
 def score(sets: Comparison) -> MetricValues:
-    """Measure the Inception score of samples, in the classes of the feature network."""
+    """Compute the Inception score of samples from the classes of the feature network."""
     name = f"score_{sets.network.name}"
     if not sets.has_images(2, "sampled"):
         return MetricValues({}, (name,))
@@ -225,7 +226,7 @@ def score(sets: Comparison) -> MetricValues:
 
 
 def precision_and_recall(sets: Comparison) -> MetricValues:
-    """Measure precision and recall of samples with respect to held-out images."""
+    """Compute precision and recall of samples with respect to held-out images."""
     names = f"precision_{sets.network.name}", f"recall_{sets.network.name}"
     if not sets.has_images(NEIGHBOUR_RANK + 1, "sampled", "held-out"):
         return MetricValues({}, (", ".join(names),))
@@ -238,7 +239,7 @@ def precision_and_recall(sets: Comparison) -> MetricValues:
 
 
 def fid_to_training(sets: Comparison) -> MetricValues:
-    """Measure the FID of samples and the training set, as papers report it (Inception only)."""
+    """Compute the FID between samples and training images, if the network is Inception."""
     if sets.network.name != "inception":
         return MetricValues({})
     if not sets.has_images(2, "sampled", "training"):
@@ -250,7 +251,7 @@ def fid_to_training(sets: Comparison) -> MetricValues:
 
 
 def classifier_shares(sets: Comparison) -> MetricValues:
-    """Measure the accuracy of a classifier on samples, and how often it is confident."""
+    """Compute the share of samples that the classifier assigns correctly, or with p > 0.9."""
     if sets.network.name == "inception":
         return MetricValues({})
     log_probs = sets.sample_features.log_probs
@@ -262,10 +263,10 @@ def classifier_shares(sets: Comparison) -> MetricValues:
 
 
 def nearest_training_images(sets: Comparison) -> MetricValues:
-    """Measure the median distance, in pixels, of samples to their nearest training images.
+    """Compute the median Euclidean distance, in pixels, of samples to the nearest training image.
 
-    Its ratio to the same median of held-out images is well below 1 if the model repeats training
-    images. There is no ratio if at least half of the held-out images are training images.
+    `nearest_ratio`, this median over that of held-out images, is far below 1 if the model repeats
+    training images. It is left out if half of the held-out images are training images.
     """
     samples, levels = sets.samples[:MAX_PIXEL_SAMPLES], sets.data.levels
     train = to_images(sets.data.train.random_subset(MAX_TRAINING_IMAGES).images, levels)
@@ -279,7 +280,7 @@ def nearest_training_images(sets: Comparison) -> MetricValues:
     if ratio is not None:
         metrics |= with_error("nearest_ratio", ratio)
     missing = ("nearest_ratio",) if ratio is None else ()
-    shown = []  # rows of ten samples, each above a row of their nearest training images
+    shown = []  # ten samples, their ten training images, ten more samples, ...
     for start in range(0, min(40, len(samples)) // 10 * 10, 10):
         shown += [samples[start : start + 10], train[indices[start : start + 10]]]
     sheet = np.concatenate(shown) if shown else samples
@@ -305,20 +306,20 @@ def quality(
     split: str = "test",
     pixels: bool = True,
 ) -> Quality:
-    """Compute every metric of `METRICS` for samples, each with its standard error `..._error`.
+    """Compute the metrics of `METRICS` for samples, with standard errors NAME_error.
 
-    The distance of two finite sets depends on their sizes, and is not 0 for a perfect model. The
-    distance of training images to held-out images is what a perfect model reaches, so the ratio
-    compares it with the distance of equally many samples (`..._ratio_images`). A metric that needs
-    more images than there are is left out, and a warning is logged.
+    The Frechet distance of two finite sets depends on the numbers of images, and is not 0 for a
+    perfect model: such a model reaches the distance of training images to held-out images. The
+    metric `..._ratio` compares these two distances with equally many samples and training images.
+    If a metric needs more images than are available, a warning is logged and it is left out.
 
     Args:
-      network: The feature network. The names of metrics contain its name.
-      samples: Images [N, H, W, C] in [-1, 1].
-      labels: Class [N] that each sample is conditioned on; None without classes.
+      network: The feature network. The names of metrics contain the name of the network.
+      samples: Samples, [N, H, W, C] in [-1, 1].
+      labels: The class [N] on which each sample is conditioned; None for a model without classes.
       data: The data set.
       split: Name of the split of the held-out images.
-      pixels: Whether to also compare pixels with the nearest training images.
+      pixels: If True, samples are also compared with training images in pixels.
     """
     sets = _compare(network, samples, labels, data, split)
     metrics: dict[str, float] = {"num_samples": float(len(samples))}
@@ -331,7 +332,7 @@ def quality(
         sheet = measured.sheet if measured.sheet is not None else sheet
     if missing:
         sizes = ", ".join(f"{count} {name}" for name, count in sets.counts.items())
-        log(f"too few images ({sizes}): {', '.join(missing)} are left out")
+        log(f"{', '.join(missing)} are not computed: there are too few images ({sizes})")
     return Quality(metrics, sheet)
 
 

@@ -3,15 +3,18 @@
 import numpy as np
 from jaxtyping import Float
 
-RANGE = 2.0  # the difference of white and black
-MAX_PSNR = 100.0  # dB; keeps the mean finite when a reconstruction is exact
+RANGE = 2.0  # difference between white (1) and black (-1)
+MAX_PSNR = 100.0  # dB; makes the PSNR of an exact reconstruction finite
 K1, K2, SIGMA, SIDE = 0.01, 0.03, 1.5, 11  # Wang et al. 2004, sec. III-C
 
 
 def psnr(
     a: Float[np.ndarray, "n h w c"], b: Float[np.ndarray, "n h w c"]
 ) -> Float[np.ndarray, "n"]:
-    """Return 10 log10(range^2 / mean squared error) of each pair, in dB, at most `MAX_PSNR`."""
+    """Return the PSNR of images `a` and `b` in [-1, 1], [N], in dB and at most `MAX_PSNR`.
+
+    PSNR = 10 log10(range^2 / mean squared error), with range = 2
+    """
     error = np.square(np.asarray(a, np.float64) - b).reshape(len(a), -1).mean(1)
     smallest = RANGE**2 * 10 ** (-MAX_PSNR / 10)
     return np.asarray(10 * np.log10(RANGE**2 / np.maximum(error, smallest)))
@@ -20,14 +23,15 @@ def psnr(
 def ssim(
     a: Float[np.ndarray, "n h w c"], b: Float[np.ndarray, "n h w c"]
 ) -> Float[np.ndarray, "n"]:
-    """Return the structural similarity of each pair (Wang et al. 2004, eq. 13), 1 if equal.
+    """Return the structural similarity of each pair of images, [N] (Wang et al. 2004, eq. 13).
 
-    Means and covariances are weighted by a Gaussian with std 1.5 pixels in windows of 11 x 11
-    pixels. The similarity is averaged over all windows within the image, and over the channels.
+    The similarity of equal images is 1. Means and covariances are weighted by a Gaussian with std
+    1.5 pixels in windows of 11 x 11 pixels. The similarity is averaged over all windows within the
+    image, and over the channels.
 
     Args:
-      a: Images in [-1, 1] of at least 11 x 11 pixels.
-      b: Images of the same shape.
+      a: Images [N, H, W, C] in [-1, 1] of at least 11 x 11 pixels.
+      b: Images of the same shape and range.
     """
     from scipy import ndimage
 
