@@ -176,7 +176,7 @@ class TextToImage(SamplingTask):
 
     @property
     def prompts(self) -> Prompts:
-        """The texts for which the final evaluation samples images and measures their alignment."""
+        """The prompts for which the final evaluation samples images, to check what these show."""
         return prompts_of(self.info.name, self.evaluation.num_prompts)
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
@@ -198,9 +198,9 @@ class TextToImage(SamplingTask):
         return {"text": text, "autoencoder": {"params": params, "extra": extra}}
 
     def load_extra(self, extra: PyTree, load: Callable[[], PyTree] | None) -> PyTree:
-        """Return the trained variables of the text encoder and the autoencoder for a new run.
+        """Return the trained text encoder and autoencoder as the extra variables of a new run.
 
-        `load` returns them; they are converted to the dtypes of `extra`, which `init` returned.
+        `load` returns their variables, which are converted to the dtypes of `extra`.
 
         Raises:
           RuntimeError: If `load` is None.

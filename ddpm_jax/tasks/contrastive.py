@@ -60,7 +60,7 @@ class Contrastive(Task):
     run_type: ClassVar[str] = "text encoder"
 
     def adapt_to(self, data: Data) -> "Contrastive":
-        """Return the task; if the data set has no hard negatives, set hard_negatives=0 and log this.
+        """Return the task, with hard_negatives=0 (which is logged) if the data set has none.
 
         Raises:
           UserError: If the data set has no captions.

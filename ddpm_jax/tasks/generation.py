@@ -161,7 +161,7 @@ class CaptionTask(SamplingTask, Protocol):
 
     @property
     def prompts(self) -> Prompts:
-        """The texts for which the final evaluation samples images and measures their alignment."""
+        """The prompts for which the final evaluation samples images, to check what these show."""
 
     def sample_captions(
         self,

@@ -127,9 +127,9 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
         return Needs(self.evaluation.features, self.sampling.guidance_model)
 
     def conditioning(self, labels: Int[Array, "batch"]) -> Int[Array, "batch"] | None:
-        """Return the labels [B] for the network, with `classes` for "no class", or None.
+        """Return the labels [B] for the network, where `classes` is the label "no class".
 
-        The result is None if the network is unconditional.
+        Return None if the network is unconditional.
         """
         return class_labels(labels, self.classes) if self.classes else None
 

@@ -232,7 +232,7 @@ class ImageSampler:
 
 
 def sampler_of(model: DenoisingModel, sampling: Sampling) -> ImageSampler:
-    """Return the sampler of a model that the fields in `sampling` describe."""
+    """Return the sampler for a model, with the sampler, steps and spacing of `sampling`."""
     return ImageSampler(
         model, sampling.sampler, sampling.steps, sampling.spacing, sampling.x0_thresholding
     )
@@ -248,7 +248,7 @@ def random_classes(keys: Key[Array, "batch"], classes: int) -> Int[Array, "batch
 
 
 def check_guidance_is_trained(field: str, scale: float) -> None:
-    """Raise an error if the guidance scale is not 1; for networks trained without label dropout.
+    """Raise an error if the guidance scale of a network trained without label dropout is not 1.
 
     Args:
       field: The field that turns label dropout off, with its value, such as "label_dropout=0".

@@ -90,7 +90,7 @@ def load_encoder(name: str) -> tuple[Any, Any]:
 
 @functools.lru_cache(maxsize=2)
 def _load_encoder(name: str, files: str) -> tuple[Any, Any]:
-    """Load the tokenizer and the encoder, again only if `files` (`_files_of(name)`) has changed."""
+    """Load the tokenizer and the encoder; cache them until `files` (`_files_of(name)`) changes."""
     del files
     missing = [m for m in ("transformers", "torch") if importlib.util.find_spec(m) is None]
     if missing:

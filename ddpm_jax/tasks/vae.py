@@ -322,7 +322,7 @@ def sample_sheet(task: VAE, context: Context) -> Evaluation:
 
 
 def latent_plane(task: VAE, context: Context) -> Evaluation:
-    """Return an image grid of the decoded points of a regular grid of two-dimensional z."""
+    """Return a grid of images that are decoded from a regular grid of two-dimensional z."""
     # The inverse normal CDF maps a regular grid to points of equal prior probability.
     axis = jax.scipy.stats.norm.ppf(jnp.linspace(0.02, 0.98, 20))
     plane = jnp.stack(jnp.meshgrid(axis, -axis), -1).reshape(-1, 2)

@@ -322,7 +322,7 @@ def evaluate_ode(task: VDM, context: Context) -> Evaluation:
 
 
 def evaluate_schedule(task: VDM, context: Context) -> Evaluation:
-    """Return the largest and smallest logsnr of the schedule; in the final evaluation, a plot."""
+    """Return the largest and smallest logsnr; in the final evaluation, also plot the schedule."""
     highest, lowest = (float(end) for end in fetch(context.variables.params["schedule"]["ends"]))
     metrics = {"logsnr_highest": highest, "logsnr_lowest": lowest}
     if not context.full:
