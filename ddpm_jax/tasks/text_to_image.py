@@ -196,12 +196,12 @@ def metrics_of(samples: TextSamples, context: Context) -> dict[str, float]:
 
 
 def distance_to(reference: GroupedMoments, images: GroupedMoments, name: str) -> dict[str, float]:
-    """Return the Frechet distance as the metric `name`, with its standard error.
+    """Return the Frechet distance of two sets of images as the metric `name`, with its error.
 
-    If one side has fewer than 2 images, log a warning and return an empty dictionary.
+    If one set has fewer than 2 images, log a warning and return an empty dictionary.
     """
     if min(reference.moments.size, images.moments.size) < 2:
-        log_once(f"metric {name} is left out: it needs at least 2 samples and 2 held-out images")
+        log_once(f"metric {name} is left out: it needs at least 2 images in each of the two sets")
         return {}
     distance = frechet_distance(images, reference)
     return with_error(name, (distance.value, distance.error))
