@@ -430,7 +430,7 @@ DATA = {
 # Alternatives that contradict another setting of the experiment, and the error message.
 EXCLUDED = {
     "iddpm_cifar10": "variance=learned: needs a table of betas",
-    "text_to_image_shapes": "needs a quantised autoencoder",
+    "text_to_image_shapes": "needs an autoencoder with a codebook",
     "text_encoder_scaling": "must be a U-Net, because the channels of U-Nets are varied",
 }
 

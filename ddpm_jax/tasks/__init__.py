@@ -1,1 +1,1 @@
-"""The tasks, their evaluations, and the sampling of images that they share."""
+"""Tasks: each one defines a model, its loss, its evaluation and its sampling."""

@@ -1,10 +1,10 @@
 """The task of an autoencoder whose latents a generation model is trained on.
 
 The latents are of one of two types. Gaussian latents (Rombach et al. 2022, sec. 3.1) have a KL term
-of small weight, which bounds them. Quantised latents (van den Oord et al. 2017) are codes of a
-codebook, which moving averages train. `Variables.extra` holds moving averages of the latents' mean
-and standard deviation per channel. They normalise the latents, so that a generation model is
-trained on latents of zero mean and unit variance.
+of small weight, which bounds them. Quantised latents (van den Oord et al. 2017) are vectors of a
+codebook, which is trained by moving averages. `Variables.extra` contains moving averages of the
+mean and the standard deviation of each latent channel. They normalise the latents, so that a
+generation model is trained on latents of zero mean and unit variance.
 """
 
 import dataclasses
@@ -38,8 +38,7 @@ from ddpm_jax.task import (
 )
 from ddpm_jax.variational import vae, vq
 
-QUICK_IMAGES = 512  # number of images in an evaluation that is not final
-
+QUICK_IMAGES = 512  # number of images in an evaluation during training
 MOMENTS_DECAY = 0.99  # decay per step of the moving averages of the latents' moments
 
 Latent = Float[Array, "batch rows columns d"]
@@ -47,14 +46,14 @@ Latent = Float[Array, "batch rows columns d"]
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """The encoder and the decoder of a trained autoencoder, for models of its latents.
+    """The encoder and the decoder of a trained autoencoder, as a generation model uses them.
 
-    The argument `frozen` of the methods is {"params": ..., "extra": ...}, the variables of the
-    trained autoencoder.
+    The argument `frozen` of the methods contains the variables of the trained autoencoder:
+    {"params": ..., "extra": ...}.
 
     Attributes:
       network: The network of the autoencoder.
-      codes: The number of codes in the codebook; 0 for Gaussian latents.
+      codes: The number of vectors in the codebook; 0 for Gaussian latents.
     """
 
     network: Autoencoder
@@ -66,15 +65,15 @@ class Latents:
         return self.network.latent_shape
 
     def encode(self, frozen: PyTree, images: Float[Array, "batch h w c"]) -> Latent:
-        """Return the normalised latents of images in [-1, 1]."""
+        """Return the normalised latents [B, rows, columns, d] of images in [-1, 1]."""
         if self.codes:
             return self.embed_codes(frozen, self.code_indices(frozen, images))
         return self._standardize(frozen, self._encoded_mean(frozen, images))
 
     def decode(self, frozen: PyTree, z: Latent) -> Float[Array, "batch h w c"]:
-        """Return the images in [-1, 1] that normalised latents decode to.
+        """Decode normalised latents [B, rows, columns, d] to images [B, H, W, C] in [-1, 1].
 
-        With a codebook, each latent vector is first replaced by the nearest code.
+        If there is a codebook, each latent vector is first replaced by the nearest codebook vector.
         """
         mean, std = latent_moments(frozen["extra"])
         z = z * std + mean
@@ -87,13 +86,13 @@ class Latents:
     def code_indices(
         self, frozen: PyTree, images: Float[Array, "batch h w c"]
     ) -> Int[Array, "batch rows columns"]:
-        """Return the index of the nearest code for each latent vector of images in [-1, 1]."""
+        """Encode images in [-1, 1] to the indices of the nearest codebook vectors."""
         return vq.nearest(self._encoded_mean(frozen, images), frozen["extra"]["book"].codes)
 
     def embed_codes(
         self, frozen: PyTree, indices: Int[Array, "*positions"]
     ) -> Float[Array, "*positions d"]:
-        """Return the normalised latents of code indices."""
+        """Return the normalised codebook vectors that have the given indices."""
         return self._standardize(frozen, frozen["extra"]["book"].codes[indices])
 
     def _encoded_mean(self, frozen: PyTree, images: Float[Array, "batch h w c"]) -> Latent:
@@ -109,7 +108,7 @@ class Latents:
 
 
 def latent_moments(extra: PyTree) -> tuple[Float[Array, "d"], Float[Array, "d"]]:
-    """Return the mean and the standard deviation of the latents, per channel."""
+    """Return the mean [d] and the standard deviation [d] of the latents, one value per channel."""
     weight = jnp.maximum(extra["weight"], 1e-6)  # sum of the moving averages' weights
     mean = extra["mean"] / weight
     return mean, jnp.sqrt(jnp.maximum(extra["square"] / weight - jnp.square(mean), 1e-8))
@@ -119,20 +118,20 @@ def latent_moments(extra: PyTree) -> tuple[Float[Array, "d"], Float[Array, "d"]]
 class LatentAutoencoder(Task):
     """An autoencoder whose latents a generation model is trained on.
 
-    The loss is the mean absolute error plus the mean squared error of the pixels, plus the weighted
-    KL of Gaussian latents or the weighted commitment loss of codes.
+    The loss is the mean absolute error plus the mean squared error of the pixels, plus `kl_weight`
+    times the KL of Gaussian latents or `commitment_weight` times the commitment loss.
 
     Attributes:
       network: The network of the encoder and the decoder.
-      kl_weight: Weight of the KL of q(z|x) to N(0, I), in nats per pixel and channel; it has an
-        effect only if codes=0.
-      codes: Number of codes in the codebook; with 0, the latents are Gaussian.
+      kl_weight: Weight of KL(q(z|x) || N(0, I)), in nats per pixel and channel; it has an effect
+        only if codes=0.
+      codes: Number of vectors in the codebook; 0 selects Gaussian latents without a codebook.
       commitment_weight: Weight of the commitment loss, the mean squared distance between the
-        encoder's output and its nearest code; it has an effect only if codes > 0.
-      eval_batch_size: Number of images in one batch of an evaluation.
-      text_encoder: Run directory of a trained text encoder; the features of its image tower give
-        the Frechet distance of reconstructions to images. With "none", that metric is left out.
-      info: The data set.
+        encoder's output and its nearest codebook vector; it has an effect only if codes > 0.
+      eval_batch_size: Number of images in one batch of an evaluation; it does not change results.
+      text_encoder: Run directory of a trained text encoder; its image encoder computes the features
+        for the Frechet distance of reconstructions to images. "none" leaves this metric out.
+      info: Description of the data set: image shape, number of classes and caption length.
     """
 
     network: Autoencoder = Autoencoder()
@@ -146,22 +145,18 @@ class LatentAutoencoder(Task):
     run_type: ClassVar[str] = "autoencoder"
 
     def needs(self) -> Needs:
-        """Return the name of the run whose text encoder computes metrics, if there is one."""
+        """Return the run of the text encoder that computes metrics, if the config names one."""
         dual = "" if self.text_encoder == "none" else self.text_encoder
         return Needs(dual_encoder=dual, dual_encoder_field="text_encoder")
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "LatentAutoencoder":
-        """Return the task for a data set and a precision."""
+        """Return the task with its network set up for the image shape and the precision."""
         del batch_size
         network = self.network.clone(shape=info.shape, dtype=inner_dtype(precision), parent=None)
         return dataclasses.replace(self, network=network, info=info)
 
     def check(self) -> None:
-        """Check that the network can be built for images of this size.
-
-        Raises:
-          FieldError: If a field of the network does not fit the image size.
-        """
+        """Raise FieldError if a field of the network does not fit the size of the images."""
         with section("network"):
             self.network.check()
 
@@ -180,11 +175,11 @@ class LatentAutoencoder(Task):
     def latent(
         self, variables: Variables, x: Float[Array, "batch h w c"], keys: Key[Array, "batch"]
     ) -> tuple[Latent, Latent, dict[str, Float[Array, "batch"]]]:
-        """Return (z, encoded, terms) of every image.
+        """Return (z, encoded, terms) for images x [B, H, W, C] in [-1, 1].
 
-        z is decoded: a sample of q(z|x), or the nearest codes with a straight-through gradient;
-        encoded is the output of the encoder, the mean of q(z|x); terms is {"kl": KL in nats} or
-        {"commitment": commitment loss}.
+        z [B, rows, columns, d] is the input of the decoder: a sample of q(z|x), or the nearest
+        codebook vectors with a straight-through gradient. encoded, of the same shape, is the mean
+        of q(z|x). terms is {"kl": [B]} in nats, or {"commitment": [B]}.
         """
         moments: PyTree = self.network.apply(variables.params, x, method="encode")
         mean, logvar = moments
@@ -206,14 +201,14 @@ class LatentAutoencoder(Task):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the pixel error of every reconstruction plus the term that bounds its latents.
+        """Return the loss of every image: the pixel errors plus the KL or the commitment loss.
 
         Args:
-          variables: The parameters and the extra variables.
+          variables: The parameters; the extra variables are the latents' moments and codebook.
           batch: Images, labels and indices of B examples.
-          keys: One key for each example, [B].
-          train: If True, dropout and the other randomness of training are on.
-          all_gather: The function that gathers the arrays of all devices.
+          keys: Random keys, one for each example, [B].
+          train: Not used, since the network has no dropout.
+          all_gather: Not used.
         """
         del train, all_gather
         x = to_images(batch.images, self.info.levels)
@@ -230,7 +225,7 @@ class LatentAutoencoder(Task):
         return LossOutput(losses, metrics, {"z": latents})
 
     def update_extra(self, extra: PyTree, statistics: PyTree) -> PyTree:
-        """Return the moving averages of the latents' moments, and the codebook, after a step."""
+        """Return the moving averages of the latents' moments and the codebook after a step."""
         z = statistics["z"].reshape(-1, self.network.latent_channels)
         batch = {"mean": z.mean(0), "square": jnp.square(z).mean(0), "weight": jnp.ones(())}
         decay = MOMENTS_DECAY
@@ -238,19 +233,20 @@ class LatentAutoencoder(Task):
         return {**moments, "book": vq.update(extra["book"], z)} if self.codes else moments
 
     def evaluations(self) -> "tuple[Evaluate[LatentAutoencoder], ...]":
-        """Return the functions that evaluate the task."""
+        """Return the functions that compute the metrics and images of an evaluation."""
         codes = (evaluate_codes,) if self.codes else ()
         metrics = (evaluate_reconstructions, *codes, evaluate_latents, evaluate_frechet_distance)
         return *metrics, reconstruction_sheet
 
 
 class Reconstructions(NamedTuple):
-    """Images, their reconstructions, and the other outputs of `reconstruct`.
+    """Images with their reconstructions, losses and latents.
 
     Attributes:
       originals: The original images [N, H, W, C] in [-1, 1].
       images: The reconstructed images [N, H, W, C] in [-1, 1].
-      values: The losses [N], the latents and the code indices by name.
+      values: By name, "loss" and its terms [N], the latents "z" [N, rows, columns, d], and with a
+        codebook the indices "codes" [N, rows * columns].
     """
 
     originals: Float[np.ndarray, "n h w c"]
@@ -261,12 +257,12 @@ class Reconstructions(NamedTuple):
 def reconstruct(
     task: LatentAutoencoder, variables: Variables, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return the loss, its terms, the reconstruction and the latents of every image.
+    """Return the arrays in `Reconstructions.values` and "reconstruction" for every image.
 
-    The reconstruction decodes the mean of q(z|x), or the nearest codes, as does a generation model.
+    The decoder's input is not sampled: it is the mean of q(z|x), or the nearest codebook vectors.
 
     Args:
-      task: The bound task.
+      task: The task, after `bind` has set the fields that depend on the data set.
       variables: The parameters, and the codebook if there is one.
       batch: A batch of images.
       keys: Random keys, one for each image.
@@ -287,7 +283,7 @@ def reconstruct(
 
 
 def shared_reconstructions(context: Context) -> Reconstructions:
-    """Return the outputs of `reconstruct` for the evaluated split, or for its first images."""
+    """Return the reconstructions of the split; during training, of its first 512 images."""
     task = context.task
     assert isinstance(task, LatentAutoencoder)
     split = context.examples(QUICK_IMAGES)
@@ -297,7 +293,7 @@ def shared_reconstructions(context: Context) -> Reconstructions:
 
 
 def evaluate_reconstructions(task: LatentAutoencoder, context: Context) -> Evaluation:
-    """Return the loss, its terms, the PSNR and, of large enough images, the SSIM."""
+    """Return the loss, its terms, PSNR, and SSIM if images have at least `SIDE` x `SIDE` pixels."""
     originals, images, values = context.cached(shared_reconstructions)
     names = ("loss", "absolute_error", "commitment" if task.codes else "kl")
     metrics = {name: values[name] for name in names} | {"psnr": psnr(images, originals)}
@@ -307,7 +303,7 @@ def evaluate_reconstructions(task: LatentAutoencoder, context: Context) -> Evalu
 
 
 def evaluate_codes(task: LatentAutoencoder, context: Context) -> Evaluation:
-    """Return the share of the codes that are used, and their perplexity."""
+    """Return the share of the codebook vectors that are used, from 0 to 1, and their perplexity."""
     indices = context.cached(shared_reconstructions).values["codes"].astype(int).ravel()
     counts = np.bincount(indices, minlength=task.codes)
     perplexity = float(vq.perplexity(jnp.asarray(counts, jnp.float32)))
@@ -323,9 +319,9 @@ def evaluate_latents(task: LatentAutoencoder, context: Context) -> Evaluation:
 
 
 def evaluate_frechet_distance(task: LatentAutoencoder, context: Context) -> Evaluation:
-    """Return the Frechet distance of reconstructions to the originals, in a final evaluation.
+    """Return the Frechet distance of reconstructions to the originals.
 
-    The features are computed by the image tower of `Resources.dual_encoder`, if there is one.
+    It is computed only in the final evaluation, and only if the config names a text encoder.
     """
     del task
     load = context.resources.dual_encoder
@@ -345,7 +341,7 @@ def evaluate_frechet_distance(task: LatentAutoencoder, context: Context) -> Eval
 
 
 def reconstruction_sheet(task: LatentAutoencoder, context: Context) -> Evaluation:
-    """Return a sheet of the first 40 images, with the reconstructions below each row."""
+    """Return a grid of the first 40 images, with the reconstructions below each row of 10."""
     del task
     originals, images, _ = context.cached(shared_reconstructions)
     starts = range(0, min(len(originals), 40), 10)

@@ -1,4 +1,4 @@
-"""An autoregressive model of the codes of a quantised autoencoder (Ramesh et al. 2021)."""
+"""An autoregressive model of the codebook indices of images (Ramesh et al. 2021)."""
 
 import dataclasses
 from typing import Annotated
@@ -19,21 +19,21 @@ from ddpm_jax.tasks.autoencoder import Latents
 
 @dataclasses.dataclass(frozen=True)
 class Autoregressive:
-    """An autoregressive model of the codes of a quantised autoencoder.
+    """An autoregressive model of the codebook indices k_i of an image, given its caption.
 
-    p(codes | caption) = prod_i p(code_i | code_1 ... code_(i-1), caption)
+    p(k | caption) = prod_i p(k_i | k_1 ... k_(i-1), caption)
 
-    The codes of an image are ordered row by row from the top. The loss is -log p in nats per code.
-    Guidance extrapolates l = log p before a code is sampled (Crowson 2021; Gafni et al. 2022, sec.
-    3.4): l = l_null + scale (l_caption - l_null).
+    A quantised autoencoder encodes an image to these indices, which are ordered row by row from the
+    top. The loss is -log p in nats per index. Guidance extrapolates l = log p before an index is
+    sampled (Crowson 2021; Gafni et al. 2022, sec. 3.4): l = l_null + scale (l_caption - l_null).
 
     Attributes:
-      network: The transformer that predicts the next code.
-      guidance: Scale of classifier-free guidance; 1 means no guidance, and larger values follow the
-        caption more closely.
-      temperature: Temperature, at least 0.001, of the distribution that codes are sampled from; 1
-        samples from the model, and smaller values prefer likely codes.
-      latents: The latents of the autoencoder.
+      network: The transformer that predicts the next codebook index.
+      guidance: Scale of classifier-free guidance; 1 means no guidance, and with larger values the
+        images follow the caption more closely.
+      temperature: Divisor of log p, at least 0.001, when codebook indices are sampled; 1 samples
+        from the model, and smaller values make likely indices more frequent.
+      latents: Encoder and decoder of the trained autoencoder.
     """
 
     network: CodeTransformer = CodeTransformer()
@@ -42,13 +42,13 @@ class Autoregressive:
     latents: Annotated[Latents, BOUND] = Latents(Autoencoder(), 0)
 
     def bind(self, latents: Latents, precision: str, batch_size: int) -> "Autoregressive":
-        """Return the model with its network set up for the codes of an autoencoder."""
+        """Return the model with its network set up for the codebook of an autoencoder."""
         del batch_size
         network = self.network.clone(codes=latents.codes, dtype=jnp.dtype(precision), parent=None)
         return dataclasses.replace(self, network=network, latents=latents)
 
     def check(self) -> None:
-        """Check that the network can be built, and that the autoencoder has codes.
+        """Check that the network can be built, and that the autoencoder has a codebook.
 
         Raises:
           FieldError: If the network cannot be built or the autoencoder has no codebook.
@@ -57,21 +57,21 @@ class Autoregressive:
             self.network.check()
         if not self.latents.codes:
             raise FieldError(
-                "network.codes=0: the autoregressive model needs a quantised autoencoder, and this "
-                "one has Gaussian latents; train an autoencoder with --config.task.codes=256"
+                "network.codes=0: the autoregressive model needs an autoencoder with a codebook, "
+                "and this autoencoder has Gaussian latents; train one with --config.task.codes=256"
             )
 
     @property
     def request_fields(self) -> tuple[str, ...]:
-        """The names of the fields of a request that have an effect, besides the prompts."""
+        """The names of the sampling options that the model supports, besides the prompts."""
         return ("guidance",)
 
     def check_request(self, request: SampleRequest) -> None:
-        """Accept every request, since none of its fields can be invalid for codes."""
+        """Accept every request; no value of a sampling option is invalid for this model."""
         del request
 
     def init(self, key: Key[Array, ""], context: Context) -> PyTree:
-        """Return the initial parameters, for captions' features of the shapes of `context`."""
+        """Return initial parameters; `context` gives the shapes of the text features."""
         rows, columns, _ = self.latents.shape
         codes = jnp.zeros((len(context.mask), rows * columns), jnp.int32)
         return self.network.init(key, codes, context)
@@ -79,7 +79,7 @@ class Autoregressive:
     def target(
         self, frozen: PyTree, images: Float[Array, "batch h w c"]
     ) -> Int[Array, "batch rows columns"]:
-        """Return the code indices of images in [-1, 1]."""
+        """Encode images in [-1, 1] to codebook indices, which the model learns to sample."""
         return self.latents.code_indices(frozen, images)
 
     def loss(
@@ -92,17 +92,17 @@ class Autoregressive:
         *,
         train: bool,
     ) -> tuple[Float[Array, "batch"], dict[str, Float[Array, "batch"]]]:
-        """Return -log p(codes | caption) in nats per code, and the accuracy, of every example.
+        """Return -log p(indices | caption) in nats per index, and {"accuracy": [B]}.
 
-        The accuracy is the share of the codes that are the most probable ones.
+        The accuracy is the share of positions whose index is the most probable one.
 
         Args:
           params: The parameters of the network.
-          target: The code indices.
-          context: The features of the captions.
+          target: The codebook indices.
+          context: The text features of the captions (`nn.layers.Context`).
           index: Not used.
           keys: Random keys, one for each example.
-          train: If true, dropout is on.
+          train: If True, dropout is on.
         """
         del index
         codes = target.reshape(len(target), -1)
@@ -113,11 +113,11 @@ class Autoregressive:
 
     @property
     def guidance_scale(self) -> float:
-        """The guidance scale of the settings."""
+        """The guidance scale of the config."""
         return self.guidance
 
     def make_guidance(self, scale: float | None) -> Guidance:
-        """Return the guidance by captions; if `scale` is None, at the scale of the settings."""
+        """Return guidance by captions, with the scale of the config if `scale` is None."""
         scale = self.guidance if scale is None else scale
         return Guidance() if scale == ClassifierFree.neutral else Guidance(ClassifierFree(scale))
 
@@ -132,17 +132,18 @@ class Autoregressive:
         request: SampleRequest,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1], one for each key.
+        """Sample one image in [-1, 1] for each key, conditioned on captions.
 
         Args:
           params: The parameters of the network.
-          frozen: The variables {"params", "extra"} of the autoencoder.
+          frozen: The variables {"params": ..., "extra": ...} of the trained autoencoder.
           keys: Random keys, one for each image.
-          context: The features of the captions.
-          null_context: The features that guidance leads away from (the null conditioning).
-          guidance: The guidance that `make_guidance` returns.
+          context: The text features of the captions (`nn.layers.Context`).
+          null_context: The text features of the empty caption or of a negative prompt, from which
+            guidance leads away.
+          guidance: The guidance method and scale that `make_guidance` returns.
           request: Not used.
-          compile: The function that compiles functions of the task.
+          compile: Compiles a function as `jax.jit` does, once for all its calls.
         """
         del request
         sample = compile(Autoregressive.sample_codes, static_argnums=0)
@@ -158,16 +159,17 @@ class Autoregressive:
         guidance: Guidance,
         temperature: float | Array,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1] after sampling their codes one after another.
+        """Sample codebook indices one after another, and decode them to images in [-1, 1].
 
         Args:
           params: The parameters of the network.
-          frozen: The variables {"params", "extra"} of the autoencoder.
+          frozen: The variables {"params": ..., "extra": ...} of the trained autoencoder.
           keys: Random keys, one for each image.
-          context: The features of the captions.
-          null_context: The features that guidance leads away from (the null conditioning).
-          guidance: The guidance; without a method, the null conditioning is not evaluated.
-          temperature: The temperature of the distribution that codes are sampled from.
+          context: The text features of the captions (`nn.layers.Context`).
+          null_context: The text features of the empty caption or of a negative prompt, from which
+            guidance leads away.
+          guidance: The guidance; if its method is None, `null_context` is not used.
+          temperature: The divisor of log p before an index is sampled.
         """
         size, method = len(keys), guidance.method
         rows, columns, _ = self.latents.shape
@@ -200,5 +202,5 @@ class Autoregressive:
         return logits
 
     def about(self) -> Record:
-        """Return the settings of sampling, for the record of an evaluation."""
+        """Return the sampling fields of the config by name; an evaluation stores them."""
         return {"guidance": self.guidance, "temperature": self.temperature}

@@ -1,10 +1,11 @@
-"""The task `TextToImage`: a generation model on a trained text encoder and autoencoder.
+"""The task `TextToImage`: a generation model with a trained text encoder and autoencoder.
 
     caption -> text encoder -> features -> generation model -> latents -> decoder -> image
 
-The three networks are trained one after another. In this task the text encoder and the autoencoder
-are frozen. Their variables are in `Variables.extra` and thus in every checkpoint, so that a
-checkpoint is enough to sample from. Only a pretrained text encoder is not stored there.
+The three networks are trained one after another. In this task, the text encoder and the autoencoder
+(the "parts") are frozen: gradients do not train them. Their variables are in `Variables.extra` and
+thus in every checkpoint, so that sampling needs only the checkpoint. The exception is a pretrained
+text encoder, which a checkpoint does not contain.
 """
 
 import dataclasses
@@ -57,23 +58,24 @@ class TextToImage(SamplingTask):
     """Text to image: a generation model conditioned on the features of a frozen text encoder.
 
     Attributes:
-      generator: The generation model: diffusion in the autoencoder's latents, or an autoregressive
-        model of its codes.
+      generator: The generation model: diffusion of the autoencoder's latents, or an autoregressive
+        model of its codebook indices.
       text_encoder: Run directory of the trained text encoder.
       autoencoder: Run directory of the trained autoencoder.
-      pretrained: Name or directory of a frozen text encoder of the package `transformers`, which
-        replaces the features of `text_encoder` (`text_encoder` then only computes metrics); empty
-        for none. It needs a finite data set.
+      pretrained: Name or directory of a text encoder of the package `transformers`, whose features
+        then condition the generation model (`text_encoder` then only computes metrics). It needs a
+        finite data set. If empty, the features of `text_encoder` are used.
       caption_dropout: Share of captions, from 0 to 1, that training replaces by the empty caption;
-        guidance needs a value above 0.
-      evaluation: The settings of the evaluation.
-      text_network: The network of the text encoder.
+        classifier-free guidance needs a value above 0.
+      evaluation: Fields of the evaluation, such as the number of samples.
+      text_network: The network of the text encoder and its image encoder.
       autoencoder_network: The network of the autoencoder.
-      codes: Number of codes in the autoencoder's codebook; 0 for Gaussian latents.
-      feature_width: Number of features per token of the pretrained text encoder; 0 without one.
-      parts_bound: True if the fields that follow from the parts are set.
-      info: The description of the data set.
-      batch_size: Number of training images in one step.
+      codes: Number of vectors in the autoencoder's codebook; 0 for Gaussian latents.
+      feature_width: Number of features per token of the pretrained text encoder; 0 if `pretrained`
+        is empty.
+      parts_bound: True if the fields that `with_parts` sets from the parts are set.
+      info: Description of the data set: image shape, number of classes and caption length.
+      batch_size: Number of images in one training step, over all devices.
     """
 
     generator: LatentDiffusion | Autoregressive = LatentDiffusion()
@@ -93,7 +95,7 @@ class TextToImage(SamplingTask):
     run_type: ClassVar[str] = "text to image"
 
     def needs(self) -> Needs:
-        """Return the names of the runs of the parts, and of an encoder that computes metrics."""
+        """Return the runs of the text encoder, the autoencoder, and the encoder for metrics."""
         dual = self.evaluation.text_encoder
         return Needs(
             text_encoder=self.text_encoder,
@@ -112,7 +114,7 @@ class TextToImage(SamplingTask):
         return self
 
     def with_parts(self, text: Contrastive, autoencoder: LatentAutoencoder) -> "TextToImage":
-        """Return the task with the fields that follow from the tasks of its parts."""
+        """Return the task with the networks of a trained text encoder and autoencoder."""
         name = absolute_name(self.pretrained)
         return dataclasses.replace(
             self,
@@ -125,11 +127,11 @@ class TextToImage(SamplingTask):
         )
 
     def prepare_data(self, data: Data) -> Data:
-        """Return the data with captions in the form that the text encoder reads."""
+        """Return the data with captions converted to the input of the text encoder."""
         return self.encoder.prepare_data(data)
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "TextToImage":
-        """Return the task for a data set, a precision and a batch size."""
+        """Return the task with its networks set up for the data set and the precision."""
         inner = inner_dtype(precision)
         autoencoder = self.autoencoder_network.clone(shape=info.shape, dtype=inner, parent=None)
         text = self.text_network.clone(length=info.caption_length, dtype=inner, parent=None)
@@ -143,7 +145,7 @@ class TextToImage(SamplingTask):
         )
 
     def check(self) -> None:
-        """Check that the fields of the bound task fit each other and the data.
+        """Check that the fields fit each other, the data set and the latents.
 
         Raises:
           UserError: If the data set has no captions.
@@ -155,12 +157,12 @@ class TextToImage(SamplingTask):
             self.generator.check()
 
     def _check_guidance(self, scale: float) -> None:
-        """Raise FieldError if the scale is not 1, but training never drops captions."""
+        """Raise FieldError if the guidance scale is not 1 and caption_dropout is 0."""
         if not self.caption_dropout and scale != 1.0:
             raise FieldError(
                 "caption_dropout=0: the network is never trained without captions, so "
                 f"classifier-free guidance of scale {scale:g} is not possible; give guidance 1, or "
-                "train with a caption_dropout above 0",
+                "train a new run with caption_dropout above 0",
                 "generator.sampling.guidance",
                 "generator.guidance",
             )
@@ -174,11 +176,11 @@ class TextToImage(SamplingTask):
 
     @property
     def prompts(self) -> Prompts:
-        """The prompts that the final evaluation samples."""
+        """The prompts for which the final evaluation samples images, to check what these show."""
         return prompts_of(self.info.name, self.evaluation.num_prompts)
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
-        """Return initial parameters of the generation model, and zeros for the frozen parts."""
+        """Return initial parameters of the generation model, and zeros for the frozen networks."""
         del batch
         length, width = self.text_network.length, self.encoder.width
         mask = jnp.zeros((1, length), bool)
@@ -196,7 +198,9 @@ class TextToImage(SamplingTask):
         return {"text": text, "autoencoder": {"params": params, "extra": extra}}
 
     def load_extra(self, extra: PyTree, load: Callable[[], PyTree] | None) -> PyTree:
-        """Return the frozen parts of a new run, in the dtypes that `init` returns.
+        """Return the trained text encoder and autoencoder as the extra variables of a new run.
+
+        `load` returns their variables, which are converted to the dtypes of `extra`.
 
         Raises:
           RuntimeError: If `load` is None.
@@ -204,7 +208,7 @@ class TextToImage(SamplingTask):
         if load is None:
             raise RuntimeError(
                 "a new text-to-image run needs the parameters of its text encoder and autoencoder, "
-                "but Resources.parts is None; give a function that loads them"
+                "but Resources.parts is None; pass Resources(parts=FUNCTION that loads them)"
             )
         return jax.tree.map(lambda old, new: np.asarray(new, old.dtype), extra, load())
 
@@ -220,10 +224,11 @@ class TextToImage(SamplingTask):
         """Return the loss of the generation model for every image given its caption.
 
         Args:
-          variables: The parameters of the generation model, and the frozen parts.
-          batch: Images with their prepared captions.
+          variables: The parameters of the generation model; the extra variables are those of the
+            frozen networks.
+          batch: Images with captions in the form that the text encoder takes.
           keys: Random keys, one for each example.
-          train: If true, captions are dropped at random and dropout is on.
+          train: If True, captions are dropped at random and dropout is on.
           all_gather: Not used.
         """
         del all_gather
@@ -240,35 +245,36 @@ class TextToImage(SamplingTask):
         return LossOutput(losses, metrics, {})
 
     def evaluations(self) -> tuple[Evaluate["TextToImage"], ...]:
-        """Return the functions that evaluate the task."""
+        """Return the functions that compute the metrics and images of an evaluation."""
         return EVALUATIONS
 
     @property
     def request_fields(self) -> tuple[str, ...]:
-        """The names of the fields of a request that have an effect."""
+        """The names of the sampling options that the task supports."""
         return (*self.generator.request_fields, "prompt", "negative_prompt")
 
     def check_request(self, request: SampleRequest) -> None:
-        """Check that a request has a prompt and that the generation model supports its fields.
+        """Check that the sampling options contain a prompt and fit the generation model.
 
         Raises:
-          FieldError: If the prompt is missing or a field is not supported.
+          FieldError: If the prompt is missing or an option is not supported.
         """
         self.generator.check_request(request)
         if request.prompt is None:
             raise FieldError(
-                'prompt="..." is missing: a text-to-image run needs a text that images should show'
+                'prompt="..." is missing: give the text that the images should show, such as '
+                'prompt="a small red circle"'
             )
 
     def guidance(self, scale: float | None, model: GuidanceModel | None) -> Guidance:
-        """Return the guidance by captions.
+        """Return the guidance by captions (classifier-free guidance), for `sample`.
 
         Args:
-          scale: The guidance scale; if None, the scale of the settings.
-          model: Not used, since no other network guides this one.
+          scale: The guidance scale; if None, the scale of the config.
+          model: Not used, because a guidance model is not supported.
 
         Raises:
-          FieldError: If the network is never trained without captions and the scale is not 1.
+          FieldError: If caption_dropout is 0 and the scale is not 1.
         """
         del model
         if scale is not None:
@@ -283,17 +289,18 @@ class TextToImage(SamplingTask):
         guidance: Guidance,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1] of a request's prompt, one for each key.
+        """Sample one image in [-1, 1] for each key, conditioned on the prompt of the request.
 
         Args:
-          variables: The variables of the trained task.
+          variables: The parameters and the extra variables (not trained by gradients) of the task.
           keys: Random keys, one for each image.
-          request: The prompt, the negative prompt, the sampler and the number of steps.
+          request: The prompt, the negative prompt, the sampler and the number of steps. Without a
+            negative prompt, guidance leads away from the empty caption.
           guidance: The guidance that the method `guidance` returns.
-          compile: The function that compiles functions of the task.
+          compile: Compiles a function as `jax.jit` does, once for all its calls.
 
         Raises:
-          FieldError: If the prompt is missing or a field of the request is not supported.
+          FieldError: If the prompt is missing or a sampling option is not supported.
         """
         self.check_request(request)
         prompt, negative = request.prompt or "", request.negative_prompt or ""
@@ -313,16 +320,16 @@ class TextToImage(SamplingTask):
         guidance: Guidance,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1] of prepared captions, one for each key.
+        """Sample one image in [-1, 1] for each prepared caption and its key.
 
         Args:
-          variables: The variables of the trained task.
+          variables: The parameters and the extra variables (not trained by gradients) of the task.
           keys: Random keys, one for each image.
-          captions: The captions that the text encoder has prepared, one for each key.
-          null: The prepared captions that guidance leads away from, one for each image.
-          request: The sampler and the number of steps; its prompts are not used.
+          captions: The captions, converted by `encoder.prepare`, one for each key.
+          null: The empty captions or negative prompts, converted in the same way, one for each key.
+          request: The sampler and the number of steps; the prompts in it are not used.
           guidance: The guidance that the method `guidance` returns.
-          compile: The function that compiles functions of the task.
+          compile: Compiles a function as `jax.jit` does, once for all its calls.
         """
         text, frozen = variables.extra["text"], variables.extra["autoencoder"]
         encode = compile(encode_captions, static_argnums=0)

@@ -24,24 +24,24 @@ from ddpm_jax.rng import split_keys
 from ddpm_jax.task import AllGather, Context, Evaluate, Evaluation, LossOutput, Task, Variables
 from ddpm_jax.tasks.denoising import corrupt
 
-NOISE_LEVELS = 10  # times at which a noisy classifier is evaluated per image
+NOISE_LEVELS = 10  # number of times t per image in the evaluation of a noisy classifier
 
 
 @dataclasses.dataclass(frozen=True)
 class Classifier(Task):
     """A classifier of clean or noisy images, trained by the cross-entropy of the labels.
 
-    With a schedule it is a classifier p(y | x_t) of noisy images, with t uniform in [0, 1], which
-    can guide diffusion models (Dhariwal & Nichol 2021, sec. 4). Its metrics are means over t.
+    If it has a noise schedule, it is a classifier p(y | x_t) of noisy images with t uniform in
+    [0, 1], for classifier guidance (Dhariwal & Nichol 2021, sec. 4). Its metrics are means over t.
 
     Attributes:
-      network: The network of the classifier; its last hidden layer gives the features of images.
-      shift: Maximum number of pixels, from 0 to 1000, by which training images are shifted at
-        random along each axis; 0 turns this augmentation off.
-      schedule: Noise schedule of the images of a classifier that guides diffusion models; with
-        "none", the images are clean.
-      eval_batch_size: Number of images in one batch of an evaluation.
-      info: The description of the data set.
+      network: The network of the classifier; metrics of samples use its last hidden layer.
+      shift: Training images are shifted at random by up to this many pixels along each axis; 0
+        turns this off.
+      schedule: Noise schedule of x_t for a classifier of noisy images, which classifier guidance
+        needs; with "none", the classifier is trained on clean images.
+      eval_batch_size: Number of images in one batch of an evaluation; it does not change results.
+      info: Description of the data set: image shape, number of classes and caption length.
     """
 
     network: ClassifierNetwork = ClassifierNetwork()
@@ -58,11 +58,11 @@ class Classifier(Task):
         return self.network.classes
 
     def prepare_data(self, data: Data) -> Data:
-        """Return the data without the images that have no class."""
+        """Return the data without the images that have no class label."""
         return without_unlabelled(data)
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "Classifier":
-        """Return the task for a data set and a precision."""
+        """Return the task with its network set up for the classes and the precision."""
         del batch_size
         network = self.network.clone(
             classes=info.classes,
@@ -85,7 +85,7 @@ class Classifier(Task):
             )
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
-        """Return the initial parameters."""
+        """Return the initial parameters of the network; there are no extra variables."""
         return Variables(self.network.init(key, to_images(batch.images[:1], self.info.levels)), {})
 
     def noisy(
@@ -94,7 +94,7 @@ class Classifier(Task):
         keys: Key[Array, "batch"],
         t: Float[Array, "batch"],
     ) -> Float[Array, "batch h w c"]:
-        """Return the noisy images x_t of images in [-1, 1], at times t of the schedule."""
+        """Add noise to images x0 in [-1, 1], and return x_t at the times t in [0, 1]."""
         assert self.schedule is not None
         return corrupt(x0, keys, self.schedule.make().logsnr(t)).xt
 
@@ -105,11 +105,11 @@ class Classifier(Task):
         keys: Key[Array, "batch"] | None,
         t: Float[Array, "batch"] | None,
     ) -> Float[Array, "batch classes"]:
-        """Return the logits of images in [-1, 1].
+        """Return the logits [B, classes] of images.
 
         Args:
           params: The parameters of the network.
-          x: Clean images x0 or noisy images x_t [B, H, W, C].
+          x: Clean images x0 in [-1, 1], or noisy images x_t, [B, H, W, C].
           keys: Random keys of dropout, one for each example; if None, dropout is off.
           t: The times of x_t [B] in [0, 1]; if None, the images are clean.
         """
@@ -126,14 +126,14 @@ class Classifier(Task):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the cross-entropy of every image in nats, which is 0 for an unlabelled image.
+        """Return the cross-entropy of every image in nats; it is 0 for an image without a label.
 
         Args:
-          variables: The parameters and the extra variables.
+          variables: The parameters of the network.
           batch: Images, labels and indices of B examples.
-          keys: One key for each example, [B].
-          train: If True, dropout and the other randomness of training are on.
-          all_gather: The function that gathers the arrays of all devices.
+          keys: Random keys, one for each example, [B].
+          train: If True, dropout and random shifts are on.
+          all_gather: Not used.
         """
         del all_gather
         shift_keys, dropout_keys, *noise_keys = split_keys(keys, 4 if self.schedule else 2)
@@ -151,20 +151,21 @@ class Classifier(Task):
         return LossOutput(cross_entropy(logits, batch.labels), {"accuracy": correct}, {})
 
     def evaluations(self) -> "tuple[Evaluate[Classifier], ...]":
-        """Return the functions that evaluate the task."""
+        """Return the functions that compute the metrics and images of an evaluation."""
         levels = (evaluate_noise_levels,) if self.schedule else ()
         return evaluate_accuracy, hardest_images, *levels
 
     def log_likelihood(
         self, params: PyTree, xt: Array, logsnr: Float[Array, ""], labels: Int[Array, "batch"]
     ) -> Float[Array, "batch"]:
-        """Return log p(label | x_t) of each image in nats.
+        """Return log p(label | x_t) of each image in nats, [B], for classifier guidance.
 
         Args:
           params: The parameters of the network.
           xt: Noisy images [B, H, W, C].
           logsnr: The log signal-to-noise ratio, the same for all images.
-          labels: The classes [B]; for the label `classes`, which means "no class", 0 is returned.
+          labels: The labels [B] in 0 ... classes. The label `classes` means "no class"; its result
+            is 0.
         """
         assert self.schedule is not None
         t = jnp.clip(self.schedule.make().time(logsnr), 0, 1)
@@ -173,14 +174,14 @@ class Classifier(Task):
         return jnp.where(labels < self.classes, -nll, 0.0)
 
     def guidance_method(self, params: PyTree, scale: float | Array) -> ClassifierGuidance | None:
-        """Return classifier guidance of scale `scale`, or None if the classifier is not noisy."""
+        """Return classifier guidance; return None if the classifier is trained on clean images."""
         return ClassifierGuidance(scale, params, self) if self.schedule else None
 
 
 def shift_image(
     key: Key[Array, ""], image: UInt8[Array, "h w c"], limit: int
 ) -> UInt8[Array, "h w c"]:
-    """Return an image shifted by up to `limit` pixels along each axis, with repeated edges."""
+    """Shift an image by up to `limit` random pixels along each axis; edge pixels are repeated."""
     height, width, channels = image.shape
     padded = jnp.pad(image, ((limit, limit), (limit, limit), (0, 0)), mode="edge")
     row, column = jax.random.randint(key, (2,), 0, 2 * limit + 1)
@@ -190,7 +191,7 @@ def shift_image(
 def cross_entropy(
     logits: Float[Array, "batch classes"], labels: Int[Array, "batch"]
 ) -> Float[Array, "batch"]:
-    """Return -log p(label) of each image in nats, and 0 for the label -1, which means no class."""
+    """Return -log p(label) of each image in nats; it is 0 for the label -1 (no class)."""
     indices = jnp.maximum(labels, 0)[:, None]
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), indices, 1)[:, 0]
     return jnp.where(labels < 0, 0.0, nll)
@@ -199,13 +200,13 @@ def cross_entropy(
 def classify(
     task: Classifier, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return the cross-entropy "nll" in nats and the indicator "correct" of each image [B, times].
+    """Return {"nll": cross-entropy in nats, "correct": True if classified correctly}, [B, times].
 
     A noisy classifier is evaluated at 10 times per image, one in each tenth of [0, 1]; a classifier
     of clean images is evaluated once.
 
     Args:
-      task: The bound task.
+      task: The task, after `bind` has set the fields that depend on the data set.
       params: The parameters of the classifier.
       batch: A batch of images.
       keys: Random keys, one for each image.
@@ -228,7 +229,7 @@ def classify(
 
 
 def shared_predictions(context: Context) -> dict[str, np.ndarray]:
-    """Return the outputs of `classify` for the split that is evaluated."""
+    """Return the cross-entropy and correctness (see `classify`) for the evaluated split."""
     task = context.task
     assert isinstance(task, Classifier)
     params = context.variables.params
@@ -236,21 +237,21 @@ def shared_predictions(context: Context) -> dict[str, np.ndarray]:
 
 
 def evaluate_accuracy(task: Classifier, context: Context) -> Evaluation:
-    """Return the loss and the accuracy."""
+    """Return the mean cross-entropy in nats ("loss") and the accuracy, from 0 to 1."""
     del task
     values = context.cached(shared_predictions)
     return Evaluation(averages({"loss": values["nll"], "accuracy": values["correct"]}))
 
 
 def hardest_images(task: Classifier, context: Context) -> Evaluation:
-    """Return a sheet of the 40 images with the largest losses, in the order of the split."""
+    """Return a grid of the 40 images with the largest losses, in the order of the split."""
     worst = np.argsort(-context.cached(shared_predictions)["nll"].mean(1))[:40]
     images = to_images(context.held_out.rows(np.sort(worst)).images, task.info.levels)
     return Evaluation(images={"hardest": plots.grid(images, columns=10)})
 
 
 def evaluate_noise_levels(task: Classifier, context: Context) -> Evaluation:
-    """Return the accuracy of a noisy classifier for the times in each tenth of [0, 1]."""
+    """Return the accuracy of a noisy classifier in each tenth of the times t in [0, 1]."""
     del task
     correct = context.cached(shared_predictions)["correct"]
     t = np.arange(NOISE_LEVELS) / NOISE_LEVELS
@@ -260,10 +261,10 @@ def evaluate_noise_levels(task: Classifier, context: Context) -> Evaluation:
 
 
 def without_unlabelled(data: Data) -> Data:
-    """Return the data without the unlabelled images (label -1), and log how many there are.
+    """Remove the images without a class (label -1), and log their number.
 
     Raises:
-      UserError: If no image of a split has a class.
+      UserError: If a split has no image with a class.
     """
     parts: dict[str, Split] = {}
     skipped = []

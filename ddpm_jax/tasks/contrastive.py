@@ -1,7 +1,7 @@
-"""The task of a text encoder, which maps captions and their images to similar embeddings.
+"""The task that trains a text encoder and an image encoder to similar embeddings of each pair.
 
-The loss is that of CLIP (Radford et al. 2021, fig. 3), for embeddings u_i of captions and v_i of
-images, both of length 1, and the learned inverse temperature s:
+A pair is an image and its caption. The loss is that of CLIP (Radford et al. 2021, fig. 3). For
+embeddings u_i of captions and v_i of images, both of norm 1, and a learned inverse temperature s:
 
     L_i = 1/2 [ -log softmax_j(s u_i.v_j)_i - log softmax_j(s v_i.u_j)_i ]                (1)
 
@@ -31,25 +31,25 @@ from ddpm_jax.nn.layers import inner_dtype
 from ddpm_jax.progress import log
 from ddpm_jax.task import AllGather, Context, Evaluate, Evaluation, LossOutput, Task, Variables
 
-CANDIDATES = 64  # images per caption in the metric accuracy_among_64, for any batch size
+CANDIDATES = 64  # number of images that the metric accuracy_among_64 compares with each caption
 
 EVAL_BATCH_SIZE = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive(Task):
-    """A text encoder and an image tower, trained by eq. (1) (Radford et al. 2021).
+    """A text encoder and an image encoder, trained by eq. (1) (Radford et al. 2021).
 
-    The softmax is over the batch of all devices, so that a batch cannot be split for gradient
-    accumulation. Captions are tokens [B, L], or [B, 1 + n, L] with n hard negatives after each
-    caption.
+    The softmax is over the batch of all devices. Therefore gradient accumulation, which splits a
+    batch, is not possible. Captions are tokens [B, L]; with n hard negatives after each caption
+    they are tokens [B, 1 + n, L].
 
     Attributes:
-      network: The networks of the text encoder and the image tower.
-      hard_negatives: Number of hard negatives for each image, which are copies of its caption with
-        one wrong detail; 0 turns them off. Only the data set shapes has hard negatives.
-      info: The description of the data set.
-      batch_size: Number of training images in one step, which are compared with each other.
+      network: The networks of the text encoder and the image encoder.
+      hard_negatives: Number of hard negatives for each image; 0 turns them off. A hard negative is
+        a copy of the caption with one wrong detail. Only the data set shapes has hard negatives.
+      info: Description of the data set: image shape, number of classes and caption length.
+      batch_size: Number of pairs in one training step, over all devices.
     """
 
     network: DualEncoder = DualEncoder()
@@ -60,7 +60,7 @@ class Contrastive(Task):
     run_type: ClassVar[str] = "text encoder"
 
     def adapt_to(self, data: Data) -> "Contrastive":
-        """Return the task, without hard negatives if the data set has none.
+        """Return the task, with hard_negatives=0 (which is logged) if the data set has none.
 
         Raises:
           UserError: If the data set has no captions.
@@ -79,7 +79,7 @@ class Contrastive(Task):
         return with_hard_negatives(data, self.hard_negatives) if self.hard_negatives else data
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "Contrastive":
-        """Return the task for a data set, a precision and a batch size."""
+        """Return the task with its network set up for the caption length and the precision."""
         network = self.network.clone(
             length=info.caption_length, dtype=inner_dtype(precision), parent=None
         )
@@ -110,9 +110,9 @@ class Contrastive(Task):
         Float[Array, "batch n d"] | None,
         Float[Array, ""],
     ]:
-        """Return the embeddings of captions, images and hard negatives, and s of eq. (1).
+        """Return the embeddings of captions, images and hard negatives, and the scale s of eq. (1).
 
-        If the batch has no hard negatives, the third value is None.
+        The third value is None if the batch has no hard negatives.
         """
         images = to_images(batch.images, self.info.levels)
         applied: PyTree = self.network.apply(params, positive_captions(batch.captions), images)
@@ -133,14 +133,14 @@ class Contrastive(Task):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the loss of every pair, eq. (1), with a softmax over the pairs of all devices.
+        """Return the loss of every pair, eq. (1), with the softmax over the pairs of all devices.
 
         Args:
-          variables: The parameters and the extra variables.
-          batch: Images, labels and indices of B examples.
-          keys: One key for each example, [B].
-          train: If True, dropout and the other randomness of training are on.
-          all_gather: The function that gathers the arrays of all devices.
+          variables: The parameters of the two encoders and of the scale s.
+          batch: Images with tokens of their captions and hard negatives.
+          keys: Not used.
+          train: Not used, since the networks have no dropout.
+          all_gather: A function that concatenates arrays [B, ...] of all devices.
         """
         del keys, train
         text, image, negatives, scale = self.embed(variables.params, batch)
@@ -157,7 +157,7 @@ class Contrastive(Task):
         return LossOutput(nll, metrics, {})
 
     def evaluations(self) -> "tuple[Evaluate[Contrastive], ...]":
-        """Return the functions that evaluate the task."""
+        """Return the functions that compute the metrics and images of an evaluation."""
         return evaluate_pairs, nearest_images
 
 
@@ -171,19 +171,19 @@ def contrastive_nll(
     same: Bool[Array, "batch all"],
     negatives: Float[Array, "batch n d"] | None = None,
 ) -> tuple[Float[Array, "batch"], Bool[Array, "batch"]]:
-    """Return the loss of each pair in nats, eq. (1), and true where its caption finds its image.
+    """Return the loss of each pair in nats, eq. (1), [B], and the correctness, [B].
 
-    A caption finds its image if no other image has a larger cosine with the caption.
+    A pair is correct if no other image has a larger cosine with the caption than its own image.
 
     Args:
-      text: Embeddings of the captions, of length 1.
-      image: Embeddings of their images, of length 1.
+      text: Embeddings of the captions, of norm 1.
+      image: Embeddings of their images, of norm 1.
       all_text: Embeddings of all captions that the images are compared with.
       all_image: Embeddings of all images that the captions are compared with.
       scale: The inverse temperature s.
       positions: The index of each pair in `all_text` and `all_image`.
-      same: True where a pair's caption equals one of all captions.
-      negatives: Embeddings of each image's hard negatives; if None, there are no hard negatives.
+      same: True at [i, j] if caption i equals caption j of `all_text`.
+      negatives: Embeddings of the hard negatives of each image; if None, there are none.
     """
     positive = jnp.arange(len(all_text)) == positions[:, None]
     if negatives is None:
@@ -205,24 +205,26 @@ def hard_negative_accuracy(
     image: Float[Array, "batch d"],
     negatives: Float[Array, "batch n d"],
 ) -> Float[Array, "batch"]:
-    """Return 1 for images that are nearer to their caption than to each hard negative, else 0."""
+    """Return 1 for an image closer to its caption than to all its hard negatives, else 0."""
     nearest = jnp.einsum("bd,bmd->bm", image, negatives).max(1)
     return ((text * image).sum(1) > nearest).astype(jnp.float32)
 
 
 def positive_captions(captions: PyTree) -> PyTree:
-    """Return the tokens [B, L] of captions without their hard negatives."""
+    """Return the tokens [B, L] of the true captions, without the hard negatives."""
     return captions if captions.ndim == 2 else captions[:, 0]
 
 
 def embed(
     task: Contrastive, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return the embeddings of every pair, and those of its hard negatives if there are any.
+    """Return "text" and "image", the embeddings of every pair, by name.
+
+    If there are hard negatives, also return "negatives" and "hard_negative_accuracy".
 
     Args:
-      task: The bound task.
-      params: The parameters of both encoders and the scale.
+      task: The task, after `bind` has set the fields that depend on the data set.
+      params: The parameters of both encoders and of the scale s.
       batch: Images with their captions.
       keys: Not used.
     """
@@ -236,7 +238,7 @@ def embed(
 
 
 def shared_embeddings(context: Context) -> dict[str, np.ndarray]:
-    """Return the outputs of `embed` for the split that is evaluated."""
+    """Return the embeddings (see `embed`) of all pairs of the evaluated split."""
     return context.per_example(embed, context.held_out, EVAL_BATCH_SIZE, context.variables.params)
 
 
@@ -252,7 +254,7 @@ def batch_nll(
     captions: UInt8[Array, "batch length"],
     scale: Float[Array, ""],
 ) -> tuple[Float[Array, "batch"], Bool[Array, "batch"]]:
-    """Return the outputs of `contrastive_nll` for pairs that are compared with each other.
+    """Return the loss [B] and the correctness [B] of the pairs of a batch, as `contrastive_nll`.
 
     Args:
       pairs: The embeddings that `embed` returns, by name.
@@ -272,16 +274,16 @@ def split_nll(
     size: int,
     context: Context,
 ) -> tuple[Float[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
-    """Return the outputs of `batch_nll` for a split, in batches of `size` consecutive pairs.
+    """Return the loss [N] and the correctness [N] of all pairs of a split, computed in batches.
 
-    The last batch is filled up with the first pairs. Pairs of a split with fewer than `size` pairs
-    are repeated, as in a training batch of such a split.
+    A batch has `size` consecutive pairs. The last batch is filled up with pairs from the beginning
+    of the split.
 
     Args:
       captions: The tokens of the split's captions [N, L].
       scale: The inverse temperature s.
-      size: The number of pairs that are compared with each other.
-      context: The context of the evaluation.
+      size: The number of pairs in a batch, which are compared with each other.
+      context: The evaluation context (`task.Context`).
     """
     vectors = dict(context.cached(shared_embeddings))
     vectors.pop("hard_negative_accuracy", None)
@@ -297,7 +299,7 @@ def split_nll(
 
 
 def evaluate_pairs(task: Contrastive, context: Context) -> Evaluation:
-    """Return the loss, the scale, and the accuracies of finding the image of a caption."""
+    """Return the loss, the scale s, and the shares of captions whose image is the closest one."""
     held_out, values = context.held_out, context.cached(shared_embeddings)
     compiled = context.compile(temperature_scale, static_argnums=0)
     scale = np.asarray(compiled(task, context.variables.params))
@@ -316,9 +318,10 @@ def evaluate_pairs(task: Contrastive, context: Context) -> Evaluation:
 
 
 def nearest_images(task: Contrastive, context: Context) -> Evaluation:
-    """Return a sheet with a row for each of ten captions: its image, then the 8 nearest images.
+    """Return an image grid: in each row, the image of a caption, then the 8 nearest images.
 
-    The nearest images are those of the first 500 images with the largest cosine.
+    The rows are the first ten captions. The nearest images are those with the largest cosine to the
+    caption, among the first 500 images of the split.
     """
     images = to_images(np.asarray(context.held_out.first(500).images), task.info.levels)
     values = context.cached(shared_embeddings)

@@ -1,4 +1,4 @@
-"""Functions that all denoising tasks share: add noise, predict x0 and eps, weight the error."""
+"""Functions of all denoising tasks: add noise, predict x0 and eps, weight the squared error."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -53,7 +53,7 @@ def add_noise(
     eps: Float[Array, "batch *event"],
     logsnr: Float[Array, "batch"],
 ) -> Corrupted:
-    """Return x_t = alpha x0 + sigma eps of every example, with alpha and sigma given by logsnr."""
+    """Return x_t = alpha x0 + sigma eps for every example; logsnr determines alpha and sigma."""
     return Corrupted(x0, eps, jax.vmap(q_sample)(x0, eps, logsnr), logsnr)
 
 
@@ -71,18 +71,18 @@ def predict(
 ) -> Prediction:
     """Return a network's prediction of x0 and eps for every example.
 
-    If the output has twice the channels of `xt`, its second half v gives the fraction
-    (v + 1) / 2 of the learned variance (Nichol & Dhariwal 2021, eq. 15).
+    If the output has twice the channels of `xt`, its second half v determines the learned
+    variance, by the fraction (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
 
     Args:
       network: The denoising network.
-      prediction: The prediction type: eps, x0 or v.
+      prediction: The prediction type, which is the quantity that the network predicts.
       params: The parameters of the network.
       xt: Noisy examples [B, H, W, C].
       logsnr: The log signal-to-noise ratio of each example [B].
       time: The time [B] that the network is conditioned on.
       labels: Class labels [B]; if None, the network is not class-conditional.
-      context: Features of captions; if None, the network is not conditioned on captions.
+      context: Text features of captions; if None, the network is not conditioned on captions.
       keys: Random keys of dropout, one for each example; if None, dropout is off.
     """
     out = network.apply(params, xt, time, labels, keys, context)
@@ -101,12 +101,12 @@ def predict(
 def weighted_error(
     prediction: Prediction, noisy: Corrupted, weight: Callable[[Array], Array]
 ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-    """Return the weighted and the unweighted mean squared error of eps of every example.
+    """Return the weighted and the unweighted mean squared error of eps, both [B].
 
     Args:
       prediction: The prediction for the noisy examples.
       noisy: The noisy examples.
-      weight: The function of logsnr that gives the weight of the squared error.
+      weight: A function that returns the weight of the squared error for a logsnr.
     """
     mse = jax.vmap(losses.simple)(prediction, noisy.eps)
     return jax.vmap(weight)(noisy.logsnr) * mse, mse

@@ -1,4 +1,4 @@
-"""The diffusion task: training of a denoising network, and the bound of the likelihood."""
+"""The diffusion task: training of a denoising network, and its variational bound."""
 
 import dataclasses
 import functools
@@ -38,24 +38,24 @@ class Diffusion(ImageDenoiser):
 
     Attributes:
       network: The denoising network.
-      schedule: The noise schedule: a table of betas, or logSNR as a function of continuous time.
+      schedule: The noise schedule: discrete, with a table of betas, or continuous in time.
       prediction: Prediction type: the network predicts the noise eps, the image x0, or
         v = alpha eps - sigma x0.
-      variance: Variance of p(x_s | x_t) in the bound of the likelihood; a learned variance is
-        predicted by the network and needs a table of betas (Nichol & Dhariwal 2021).
+      variance: Variance of p(x_s | x_t) in the variational bound; a learned variance is predicted
+        by the network and needs a table of betas (Nichol & Dhariwal 2021).
       vlb_weight: Weight of the bound L_vlb in the loss; it has an effect only if variance=learned.
-      times: Distribution of the training times t: uniform, stratified over the batch, or in
-        proportion to past losses (importance sampling, which needs a table of betas).
-      loss_weight: Weight of the squared error of eps, a function of logSNR: 1 (simple), or the
+      times: Distribution of the training times t: uniform, stratified over the batch, or more
+        frequent where past losses were large (importance sampling, which needs a table of betas).
+      loss_weight: Weight of the squared error of eps as a function of logSNR: 1 (simple), or the
         weight of v-prediction (v), of Min-SNR, of a sigmoid, or of EDM.
-      conditional: Condition the network on class labels, if the data set has them.
-      label_dropout: Share of labels, from 0 to 1, that training replaces by "no class"; guidance
-        by labels needs a value above 0.
-      flip: Mirror each training image left to right with probability 1/2.
-      sampling: The settings of sampling.
-      evaluation: The settings of the evaluation.
-      info: The description of the data set.
-      batch_size: Number of training images in one step.
+      conditional: If True, the network is conditioned on class labels, if the data set has them.
+      label_dropout: Share of labels, from 0 to 1, that training replaces by "no class";
+        classifier-free guidance needs a value above 0.
+      flip: If True, each training image is mirrored left to right with probability 1/2.
+      sampling: Fields of sampling, such as the sampler and the guidance scale.
+      evaluation: Fields of the evaluation, such as the number of samples.
+      info: Description of the data set: image shape, number of classes and caption length.
+      batch_size: Number of images in one training step, over all devices.
     """
 
     network: DenoisingNetwork = UNet()
@@ -75,21 +75,21 @@ class Diffusion(ImageDenoiser):
 
     @property
     def learned_variance(self) -> bool:
-        """True if the network predicts the variance of p(x_s | x_t), too."""
+        """True if the network also predicts the variance of p(x_s | x_t)."""
         return self.variance == "learned"
 
     @property
     def no_label_dropout(self) -> str:
-        """The text "label_dropout=0" if training never drops labels, else ""."""
+        """The text "label_dropout=0" if training never drops labels, else an empty string."""
         return "" if self.label_dropout else "label_dropout=0"
 
     @property
     def table_steps(self) -> int | None:
-        """The number of steps of the schedule's table; None for a continuous schedule."""
+        """The number of steps T of a discrete noise schedule; None for a continuous one."""
         return self.schedule.make().steps
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "Diffusion":
-        """Return the task for a data set, a precision and a batch size."""
+        """Return the task with its network set up for the images, the classes and the precision."""
         network = bind_network(
             self.network,
             info,
@@ -100,11 +100,7 @@ class Diffusion(ImageDenoiser):
         return dataclasses.replace(self, network=network, info=info, batch_size=batch_size)
 
     def check(self) -> None:
-        """Check that the fields fit each other and the data.
-
-        Raises:
-          FieldError: If a field does not fit another field or the data.
-        """
+        """Raise FieldError if a field does not fit another field or the data set."""
         with section("schedule"):
             schedule = self.schedule.make()
         with section("network"):
@@ -120,7 +116,7 @@ class Diffusion(ImageDenoiser):
         check_start(self.prediction, schedule, self.sampling)
 
     def noise_schedule(self, params: PyTree = None) -> Schedule:
-        """Return the schedule, which does not depend on the parameters."""
+        """Return the noise schedule, which does not depend on `params`."""
         del params
         return self.schedule.make()
 
@@ -140,7 +136,7 @@ class Diffusion(ImageDenoiser):
         conditioning: Int[Array, "batch"] | None,
         keys: Key[Array, "batch"] | None = None,
     ) -> Prediction:
-        """Return the prediction of x0 and eps for noisy images.
+        """Return the network's prediction of x0 and eps for noisy images.
 
         Args:
           params: The parameters of the network.
@@ -163,14 +159,14 @@ class Diffusion(ImageDenoiser):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the loss of every image at one random time.
+        """Return the loss and its terms for every image, at one random time per image.
 
         Args:
-          variables: The parameters and the extra variables.
+          variables: The parameters; the extra variables are past losses if times=importance.
           batch: Images, labels and indices of B examples.
-          keys: One key for each example, [B].
-          train: If True, dropout and the other randomness of training are on.
-          all_gather: The function that gathers the arrays of all devices.
+          keys: Random keys, one for each example, [B].
+          train: If True, dropout, label dropout and random flips are on.
+          all_gather: Not used.
         """
         del all_gather
         t_keys, eps_keys, label_keys, flip_keys, drop_keys = split_keys(keys, 5)
@@ -192,13 +188,13 @@ class Diffusion(ImageDenoiser):
         return LossOutput(weight * losses, metrics, times.statistics(t, losses))
 
     def update_extra(self, extra: PyTree, statistics: PyTree) -> PyTree:
-        """Return the state of the distribution of times after a step."""
+        """Return the past losses of importance sampling, updated with those of a training step."""
         return TIMES[self.times].update(extra, statistics)
 
     def corrupted(
         self, batch: Batch, keys: Key[Array, "batch"], t: Float[Array, "batch"]
     ) -> Corrupted:
-        """Return the images of a batch with the noise of their times t."""
+        """Return images with noise added, at the noise level of the time t of each image."""
         schedule = self.noise_schedule()
         images = to_images(batch.images, self.info.levels)
         return corrupt(images, keys, schedule.logsnr(step_time(schedule, t)))
@@ -206,7 +202,7 @@ class Diffusion(ImageDenoiser):
     def objective(
         self, prediction: Prediction, noisy: Corrupted, t: Float[Array, "batch"]
     ) -> tuple[Float[Array, "batch"], dict[str, Float[Array, "batch"]]]:
-        """Return the loss of every image, and its terms by name.
+        """Return the loss [B] of every image, and its terms [B] by name.
 
         The loss is the weighted L_simple (Ho et al. 2020, eq. 14), or L_hybrid if the variance is
         learned (Nichol & Dhariwal 2021, eq. 16).
@@ -222,15 +218,15 @@ class Diffusion(ImageDenoiser):
         return loss.hybrid(losses, vlb, self.vlb_weight), {"mse": mse, "vlb": vlb}
 
     def logsnr_before(self, t: Float[Array, "batch"]) -> Float[Array, "batch"]:
-        """Return the logsnr of one table step earlier, which is +inf (x0) before the first step."""
+        """Return the logsnr one step of the noise schedule before t; +inf at the first step."""
         schedule = self.noise_schedule()
         assert schedule.steps is not None
         return schedule.logsnr(step_time(schedule, t) - 1 / schedule.steps)
 
     def min_log_variance(self) -> Float[Array, ""]:
-        """Return the log of the posterior variance of the table's second step.
+        """Return the log of the posterior variance of the second step of the noise schedule.
 
-        It is also used for the first step, whose posterior variance is 0.
+        It replaces the posterior variance of the first step, which is 0.
         """
         schedule = self.noise_schedule()
         assert schedule.steps is not None
@@ -240,21 +236,21 @@ class Diffusion(ImageDenoiser):
     def step_nats(
         self, prediction: Prediction, noisy: Corrupted, t: Float[Array, "batch"]
     ) -> Float[Array, "batch"]:
-        """Return the term of the bound for the table step of every image, in nats."""
+        """Return the term L_{t-1} or L_0 of the variational bound for every image, in nats."""
         nats = functools.partial(elbo.step_nats, variance=self.variance, levels=self.info.levels)
         return jax.vmap(nats, (0, 0, 0, 0, 0, None))(prediction, *self._step(noisy, t))
 
     def _step(self, noisy: Corrupted, t: Float[Array, "batch"]) -> tuple[Array, ...]:
-        """Return (x0, x_t, logsnr_t, logsnr_s, minimum log variance) of each image's step."""
+        """Return (x0, x_t, logsnr_t, logsnr_s, min_log_variance), inputs of `elbo.step_nats`."""
         return noisy.x0, noisy.xt, noisy.logsnr, self.logsnr_before(t), self.min_log_variance()
 
     def evaluations(self) -> "tuple[Evaluate[Diffusion], ...]":
-        """Return the functions that evaluate the task."""
+        """Return the functions that compute the metrics and images of an evaluation."""
         return evaluate_loss, evaluate_bound, evaluate_noise_levels, *SAMPLE_EVALUATIONS
 
 
 def random_flip(batch: Batch, keys: Key[Array, "batch"]) -> Batch:
-    """Return a batch whose images are mirrored left to right with probability 1/2 each."""
+    """Mirror each image of a batch left to right with probability 1/2."""
     flipped = jax.vmap(jax.random.bernoulli)(keys)[:, None, None, None]
     return batch._replace(images=jnp.where(flipped, batch.images[:, :, ::-1], batch.images))
 
@@ -262,14 +258,14 @@ def random_flip(batch: Batch, keys: Key[Array, "batch"]) -> Batch:
 def held_out_terms(
     task: Diffusion, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return the loss and its terms at stratified times [B, times], and terms of the bound [B].
+    """Return, by name, the loss and its terms at several times [B, times].
 
-    For a schedule with a table of T steps, the result also has, at each time, "kl" (T times the
-    step's term of the bound in nats) and "distortion" (the squared error of x0), and, for each
-    image, "prior" and "decoder" (L_T and L_0 of Ho et al. 2020, eq. 5, in nats).
+    For a schedule with T discrete steps, the result also contains "kl" (T times the term of the
+    variational bound at each time, in nats) and "distortion" (the squared error of x0), both
+    [B, times], and "prior" and "decoder" (L_T and L_0 of Ho et al. 2020, eq. 5, in nats), both [B].
 
     Args:
-      task: The bound task.
+      task: The task, after `bind` has set the fields that depend on the data set.
       params: The parameters of the network.
       batch: A batch of images.
       keys: Random keys, one for each image.
@@ -310,7 +306,7 @@ def held_out_terms(
 
 
 def clip_prediction(prediction: Prediction, noisy: Corrupted) -> Prediction:
-    """Return the prediction with x0 clipped to [-1, 1] and the eps that follows from it."""
+    """Clip x0 of a prediction to [-1, 1], and compute eps from x_t and the clipped x0."""
 
     def clip_one(prediction: Prediction, xt: Array, logsnr: Array) -> Prediction:
         return clip_x0(lambda *_: prediction)(xt, logsnr)
@@ -319,7 +315,7 @@ def clip_prediction(prediction: Prediction, noisy: Corrupted) -> Prediction:
 
 
 def shared_terms(context: Context) -> dict[str, np.ndarray]:
-    """Return `held_out_terms` of the split, or of its first images in a quick evaluation."""
+    """Return `held_out_terms` of the split; during training, of its first 1,000 images."""
     task = context.task
     assert isinstance(task, Diffusion)
     split = context.examples()
@@ -328,14 +324,14 @@ def shared_terms(context: Context) -> dict[str, np.ndarray]:
 
 
 def evaluate_loss(task: Diffusion, context: Context) -> Evaluation:
-    """Return the loss and its terms, averaged over stratified times."""
+    """Return the loss and its terms, averaged over images and times."""
     terms = context.cached(shared_terms)
     names = ("loss", "mse", "vlb") if task.learned_variance else ("loss", "mse")
     return Evaluation(averages({name: terms[name] for name in names}))
 
 
 def evaluate_bound(task: Diffusion, context: Context) -> Evaluation:
-    """Return the variational bound in bits per dimension, if the schedule has a table."""
+    """Return the variational bound in bits per dimension if the schedule has discrete steps."""
     if not task.table_steps:
         return Evaluation()
     terms = context.cached(shared_terms)
@@ -346,7 +342,7 @@ def evaluate_bound(task: Diffusion, context: Context) -> Evaluation:
 
 
 def evaluate_noise_levels(task: Diffusion, context: Context) -> Evaluation:
-    """Return errors and rates by noise level, in a final evaluation."""
+    """In the final evaluation, return the error of eps and bits per dimension by noise level."""
     if not context.full:
         return Evaluation()
     metrics, images = noise_levels(context.cached(shared_terms), int(np.prod(task.info.shape)))

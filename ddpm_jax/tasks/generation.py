@@ -1,8 +1,8 @@
-"""Protocols of a text-to-image system: its generation model and its task.
+"""Protocols of text to image: the generation model, and the task that contains it.
 
-A generation model samples the latents of an autoencoder given the features of a caption: by
-diffusion (Rombach et al. 2022), or by autoregressive sampling of the codes of a quantised
-autoencoder (Ramesh et al. 2021).
+A generation model samples the latents of an autoencoder, conditioned on the text features of a
+caption. It is a diffusion model (Rombach et al. 2022), or an autoregressive model of the codebook
+indices of a quantised autoencoder (Ramesh et al. 2021).
 """
 
 import dataclasses
@@ -23,41 +23,41 @@ from ddpm_jax.tasks.text_encoders import TextEncoder
 
 @runtime_checkable
 class Generator(Protocol):
-    """A generation model: a frozen dataclass, whose methods are pure functions."""
+    """A generation model of latents, given a caption: a frozen dataclass with pure methods."""
 
     @property
     def request_fields(self) -> tuple[str, ...]:
-        """The names of the fields of a request that have an effect, besides the prompts."""
+        """The names of the sampling options that the model supports, besides the prompts."""
 
     @property
     def guidance_scale(self) -> float:
-        """The guidance scale of the settings."""
+        """The guidance scale of the config."""
 
     def bind(self, latents: Latents, precision: str, batch_size: int) -> "Generator":
         """Return the model with its network set up for the latents of an autoencoder."""
 
     def check(self) -> None:
-        """Check that the fields of the bound model fit each other and the latents.
+        """Check that the fields fit each other and the latents, after `bind`.
 
         Raises:
           FieldError: If a field does not fit another field or the latents.
         """
 
     def check_request(self, request: SampleRequest) -> None:
-        """Check that the model supports the fields of a request.
+        """Check that the model supports the sampling options of a request.
 
         Raises:
-          FieldError: If a field has a value that is not supported.
+          FieldError: If an option has a value that is not supported.
         """
 
     def init(self, key: Key[Array, ""], context: Context) -> PyTree:
-        """Return the initial parameters, for captions' features of the shapes of `context`."""
+        """Return initial parameters; `context` gives the shapes of the text features."""
 
     def target(self, frozen: PyTree, images: Float[Array, "batch h w c"]) -> Array:
-        """Return the latents or the code indices of each image, which the model learns to sample.
+        """Return the latents or codebook indices of each image, which the model learns to sample.
 
         Args:
-          frozen: The variables {"params", "extra"} of the autoencoder.
+          frozen: The variables {"params": ..., "extra": ...} of the trained autoencoder.
           images: Images [B, H, W, C] in [-1, 1].
         """
 
@@ -71,19 +71,19 @@ class Generator(Protocol):
         *,
         train: bool,
     ) -> tuple[Float[Array, "batch"], dict[str, Float[Array, "batch"]]]:
-        """Return the loss of every example, and metrics of every example by name.
+        """Return the loss of every example [B], and by name the metrics of every example [B].
 
         Args:
           params: The parameters of the model.
-          target: The latents or codes that the method `target` returns.
-          context: The features of the captions.
-          index: The position of each example in its batch [B].
+          target: The latents or codebook indices that the method `target` returns.
+          context: The text features of the captions (`nn.layers.Context`).
+          index: The position of each example in the training batch or in the evaluated split [B].
           keys: Random keys, one for each example.
-          train: If true, dropout is on.
+          train: If True, dropout is on.
         """
 
     def make_guidance(self, scale: float | None) -> Guidance:
-        """Return the guidance by captions; if `scale` is None, at the scale of the settings."""
+        """Return guidance by captions, with the scale of the config if `scale` is None."""
 
     def sample(
         self,
@@ -96,39 +96,40 @@ class Generator(Protocol):
         request: SampleRequest,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1], one for each key.
+        """Sample one image in [-1, 1] for each key, conditioned on captions.
 
         Args:
           params: The parameters of the model.
-          frozen: The variables {"params", "extra"} of the autoencoder.
+          frozen: The variables {"params": ..., "extra": ...} of the trained autoencoder.
           keys: Random keys, one for each image.
-          context: The features of the captions.
-          null_context: The null conditioning of guidance: features of the empty caption or of a
-            negative prompt.
-          guidance: The guidance that `make_guidance` returns.
-          request: The sampler and the number of steps.
-          compile: The function that compiles functions of the task.
+          context: The text features of the captions (`nn.layers.Context`).
+          null_context: The text features of the empty caption or of a negative prompt, from which
+            guidance leads away.
+          guidance: The guidance method and scale that `make_guidance` returns.
+          request: Sampling options; its sampler and number of steps are used, if they are not None.
+          compile: Compiles a function as `jax.jit` does, once for all its calls.
         """
 
     def about(self) -> Record:
-        """Return the settings of sampling, for the record of an evaluation."""
+        """Return the sampling fields of the config by name; an evaluation stores them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TextToImageEvaluation:
-    """Settings of the evaluation of a text-to-image system.
+    """Fields of the evaluation of a text-to-image task.
 
     Attributes:
       batch_size: Number of images in one batch of an evaluation.
-      num_samples: Number of held-out captions that the final evaluation samples, one image for
-        each; the other evaluations sample at most 64.
+      num_samples: Number of images that the final evaluation samples, one for each held-out
+        caption; evaluations during training sample at most 64 images.
       num_prompts: Number of prompts in each of the four prompt sets of the data set shapes (one
-        shape or two, seen or held-out), whose alignment the final evaluation measures.
-      guidance_scales: Guidance scales at which the final evaluation computes the metrics of
-        samples, besides the guidance scale of sampling; "none" adds no scale.
+        shape or two shapes, seen or held-out combinations). The final evaluation samples an image
+        of each prompt and computes the share of images that show what the prompt says.
+      guidance_scales: Further guidance scales at which the final evaluation computes the metrics
+        of samples, besides the guidance scale of sampling; "none" adds no scale.
       text_encoder: Run directory of the text encoder that computes CLIP scores and Frechet
-        distances, or "none" for the text encoder of this run; metrics of two runs are comparable
-        only if the same text encoder computes them.
+        distances; with "none", the text encoder of this run computes them. Metrics of two runs are
+        comparable only if the same text encoder computes them.
     """
 
     batch_size: EvalBatch = 128
@@ -140,11 +141,11 @@ class TextToImageEvaluation:
 
 @runtime_checkable
 class CaptionTask(SamplingTask, Protocol):
-    """A text-to-image task, as the functions of its evaluation use it."""
+    """The properties and methods of a text-to-image task that its evaluation uses."""
 
     @property
     def evaluation(self) -> TextToImageEvaluation:
-        """The settings of the evaluation."""
+        """The fields of the evaluation."""
 
     @property
     def generator(self) -> Generator:
@@ -156,11 +157,11 @@ class CaptionTask(SamplingTask, Protocol):
 
     @property
     def text_network(self) -> DualEncoder:
-        """The trained text encoder, with its image tower."""
+        """The network of the trained text encoder and its image encoder."""
 
     @property
     def prompts(self) -> Prompts:
-        """The prompts that the final evaluation samples."""
+        """The prompts for which the final evaluation samples images, to check what these show."""
 
     def sample_captions(
         self,
@@ -172,14 +173,14 @@ class CaptionTask(SamplingTask, Protocol):
         guidance: PyTree,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1] of prepared captions, one for each caption.
+        """Sample one image in [-1, 1] for each prepared caption and its key.
 
         Args:
-          variables: The variables of the trained task.
+          variables: The parameters and the extra variables (not trained by gradients) of the task.
           keys: Random keys, one for each image.
-          captions: The captions that the text encoder has prepared, one for each image.
-          null: The prepared captions that guidance leads away from, one for each image.
-          request: The sampler and the number of steps.
-          guidance: The guidance that the generation model's `make_guidance` returns.
-          compile: The function that compiles functions of the task.
+          captions: The captions, converted by `encoder.prepare`, one for each key.
+          null: The empty captions or negative prompts, converted in the same way, one for each key.
+          request: Sampling options; its sampler and number of steps are used, if they are not None.
+          guidance: The guidance that `make_guidance` of the generation model returns.
+          compile: Compiles a function as `jax.jit` does, once for all its calls.
         """

@@ -1,4 +1,4 @@
-"""Plots of metrics by guidance scale."""
+"""Plots of the metrics of samples at several guidance scales."""
 
 from collections.abc import Mapping
 
@@ -10,13 +10,14 @@ from ddpm_jax import plots
 def guidance_plots(
     curve: Mapping[float, Mapping[str, float]], features: str
 ) -> dict[str, np.ndarray]:
-    """Return plots of the Frechet distance against the CLIP score and against alignment.
+    """Return plots, by name, of the Frechet distance against the CLIP score and the alignment.
 
-    Each point of a curve is one guidance scale. If there is no Frechet distance, no plot is made.
+    Each point of a curve is one guidance scale. If the metrics contain no Frechet distance, the
+    result is empty.
 
     Args:
-      curve: The metrics by name, for each guidance scale.
-      features: The name of the network whose features the distance is computed in.
+      curve: The metrics by name for each guidance scale.
+      features: The name of the feature network of the Frechet distance.
     """
     points = [curve[scale] for scale in sorted(curve)]
     distance = f"fd_{features}"

@@ -1,4 +1,4 @@
-"""The protocol of tasks that train a denoising network of images and sample from it."""
+"""The protocol of tasks that train a denoising network and sample images with it."""
 
 import dataclasses
 from typing import Annotated, ClassVar, Protocol, runtime_checkable
@@ -37,26 +37,26 @@ from ddpm_jax.tasks.image_sampler import (
     sampler_of,
 )
 
-DEFAULT_REQUEST = SampleRequest()  # leaves every field to the settings of the task
+DEFAULT_REQUEST = SampleRequest()  # all sampling options have the values in the config
 
-TRACED = 10  # number of an evaluation's samples whose trajectories are recorded
+TRACED = 10  # number of samples of an evaluation whose trajectories are stored
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleEvaluation:
-    """Settings of the evaluation of a denoising network and its samples.
+    """Fields of the evaluation of a denoising network and its samples.
 
     Attributes:
       batch_size: Number of images in one batch of an evaluation.
-      times_per_image: Number of noise levels per image over which the loss and the bound are
-        averaged.
-      num_samples: Number of samples that the final evaluation compares with held-out images, with
-        the classes in turn.
+      times_per_image: Number of times t per image at which the loss and the variational bound are
+        computed; the metrics are averages over these times.
+      num_samples: Number of samples that the final evaluation compares with held-out images; the
+        class of sample i is i modulo the number of classes.
       num_samples_between: Number of samples that each evaluation during training compares with
-        held-out images; 0 leaves the comparison out.
-      features: Networks in whose features samples are compared with images, separated by commas:
-        the experiment of a classifier (trained once if needed), the run directory of a classifier,
-        or inception for FID (with weights that the user provides); "none" for no comparison.
+        held-out images; 0 turns this comparison off.
+      features: Feature networks of the metrics of samples, separated by commas: the experiment of a
+        classifier (which is trained once if needed), the run directory of a classifier, or
+        inception for FID (the user provides the weights); "none" turns these metrics off.
     """
 
     batch_size: EvalBatch = 256
@@ -67,7 +67,7 @@ class SampleEvaluation:
 
 
 def class_labels(labels: Int[Array, "batch"], classes: int) -> Int[Array, "batch"]:
-    """Return labels with -1 replaced by `classes`, the network's label for "no class"."""
+    """Replace the label -1 (no class) by `classes`, the label of the network for "no class"."""
     return jnp.where(labels < 0, classes, labels)
 
 
@@ -77,8 +77,8 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
 
     Attributes:
       network: The denoising network.
-      sampling: The settings of sampling.
-      evaluation: The settings of the evaluation.
+      sampling: The fields of sampling, such as the sampler and the guidance scale.
+      evaluation: The fields of the evaluation.
     """
 
     run_type: ClassVar[str] = "diffusion"
@@ -89,22 +89,22 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
 
     @property
     def sampling(self) -> Sampling:
-        """The settings of sampling."""
+        """The fields of sampling, such as the sampler and the guidance scale."""
 
     @property
     def evaluation(self) -> SampleEvaluation:
-        """The settings of the evaluation."""
+        """The fields of the evaluation, such as the number of samples."""
 
     @property
     def learned_variance(self) -> bool:
-        """True if the network predicts the variance of p(x_s | x_t), too."""
+        """True if the network also predicts the variance of p(x_s | x_t)."""
         return False
 
     @property
     def no_label_dropout(self) -> str:
-        """The field that an error about guidance names if training never drops labels.
+        """The first words of the error about guidance if training never drops labels.
 
-        It is "" if training drops labels, as classifier-free guidance needs.
+        It is an empty string if training drops labels, so that guidance is possible.
         """
 
     @property
@@ -119,22 +119,25 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
 
     @property
     def request_fields(self) -> tuple[str, ...]:
-        """The names of the fields of a request that have an effect."""
+        """The names of the sampling options that the task supports."""
         return "label", "sampler", "steps", "guidance"
 
     def needs(self) -> Needs:
-        """Return the names of the runs of feature networks and of a guidance model."""
+        """Return the feature networks and the guidance model that the config names."""
         return Needs(self.evaluation.features, self.sampling.guidance_model)
 
     def conditioning(self, labels: Int[Array, "batch"]) -> Int[Array, "batch"] | None:
-        """Return the labels that the network is conditioned on, or None if it is unconditional."""
+        """Return the labels [B] for the network, where `classes` is the label "no class".
+
+        Return None if the network is unconditional.
+        """
         return class_labels(labels, self.classes) if self.classes else None
 
     def check_denoiser(self) -> None:
-        """Check that the settings of sampling fit the network and the schedule.
+        """Check that the fields of sampling fit the network and the noise schedule.
 
         Raises:
-          FieldError: If a setting does not fit the network or the schedule.
+          FieldError: If a field does not fit the network or the noise schedule.
         """
         with section("sampling"):
             check_sampling(self.sampling, self.table_steps, self.learned_variance)
@@ -142,7 +145,7 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
             self._check_scale(self.sampling.guidance)
 
     def check_request(self, request: SampleRequest) -> None:
-        """Check that the sampler and the steps of a request fit the network and the schedule.
+        """Check that the requested sampler and number of steps fit the network and the schedule.
 
         Raises:
           FieldError: If the sampler or the number of steps does not fit.
@@ -151,18 +154,18 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
 
     @property
     def table_steps(self) -> int | None:
-        """The number of steps of the schedule's table; None for a continuous schedule."""
+        """The number of steps T of a discrete noise schedule; None for a continuous one."""
         return None
 
     def guidance(self, scale: float | None, model: GuidanceModel | None) -> Guidance:
-        """Return the guidance of sampling.
+        """Return the guidance (method and scale) for `sample`.
 
         Args:
-          scale: The guidance scale; if None, the scale of the settings.
-          model: The guidance model; if None, class labels guide (classifier-free guidance).
+          scale: The guidance scale; if None, the scale of the config.
+          model: The guidance model; if None, guidance is classifier-free, by class labels.
 
         Raises:
-          FieldError: If labels should guide, but are never dropped in training.
+          FieldError: If guidance is classifier-free, but training never drops labels.
         """
         if model is None:
             self._check_scale(self.sampling.guidance if scale is None else scale)
@@ -177,22 +180,22 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
         return Autoguidance(scale, params, self)
 
     def sampler(self, request: SampleRequest = DEFAULT_REQUEST) -> ImageSampler:
-        """Return the sampler of the settings, with the fields that a request overrides."""
+        """Return the sampler of the config, with the options of `request` that are not None."""
         return sampler_of(self, self.sampling.requested(request))
 
     def null(self, labels: PyTree) -> PyTree:
-        """Return the null conditioning of class labels: the label "no class" for each image."""
+        """Return the label "no class" for each image, or None if `labels` is None."""
         return None if labels is None else jnp.full_like(labels, self.classes)
 
     def denoiser(
         self, variables: Variables, request: SampleRequest, guidance: Guidance
     ) -> Denoiser:
-        """Return the guided denoiser of sampling, with thresholding of x0.
+        """Return the denoiser that a sampler calls, with guidance and thresholding of x0.
 
         Args:
-          variables: The variables of the trained task.
-          request: The labels that the network is conditioned on, and the sampler.
-          guidance: The guidance of sampling.
+          variables: The parameters and the extra variables (not trained by gradients) of the task.
+          request: The labels [B] that the network is conditioned on; None if unconditional.
+          guidance: The guidance that the method `guidance` returns.
         """
         labels = request.labels
         return self.sampler(request).denoiser(variables.params, guidance, labels, self.null(labels))
@@ -205,14 +208,14 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
         guidance: Guidance,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1], one for each key.
+        """Sample one image in [-1, 1] for each key.
 
         Args:
-          variables: The variables of the trained task.
+          variables: The parameters and the extra variables (not trained by gradients) of the task.
           keys: Random keys, one for each image.
-          request: The labels, the sampler and the number of steps.
-          guidance: The guidance of sampling.
-          compile: The function that compiles functions of the task.
+          request: The labels, the sampler and the number of steps; None selects the config value.
+          guidance: The guidance that the method `guidance` returns.
+          compile: Compiles a function as `jax.jit` does, once for all its calls.
         """
         sample = compile(ImageSampler.sample, static_argnums=(0, 1))
         labels, sampler = request.labels, self.sampler(request)
@@ -225,12 +228,12 @@ class ImageDenoiser(SamplingTask, DenoisingModel, Protocol):
         index: Int[Array, "batch"],
         context: EvaluationContext,
     ) -> tuple[Float[Array, "batch h w c"], tuple[Array, Array] | None]:
-        """Return samples of an evaluation, with the classes in turn, and the trace of the first.
+        """Return samples for an evaluation, and (x_t, x0) at all steps of the first `TRACED` ones.
 
         Args:
           keys: Random keys, one for each image.
-          index: The index [B] of each sample, which determines its class: index mod classes.
-          context: The context of the evaluation.
+          index: The index [B] of each sample. Its class is the index modulo the number of classes.
+          context: The evaluation context (`task.Context`).
         """
         labels = index % context.classes if context.classes else None
         sample = context.compile(ImageSampler.sample, static_argnums=(0, 1))
@@ -253,14 +256,14 @@ def bind_network(
     conditional: bool,
     learned: bool = False,
 ) -> DenoisingNetwork:
-    """Return a network with the fields that follow from the data set and the precision.
+    """Return a network with the number of outputs, the classes and the precision set.
 
     Args:
       network: The denoising network.
-      info: The description of the data set.
+      info: Description of the data set: image shape, number of classes and caption length.
       precision: The dtype of the network's computation, such as "bfloat16".
-      conditional: If true, the network is conditioned on the data set's classes.
-      learned: If true, the network predicts the variance of p(x_s | x_t), too.
+      conditional: If True, the network is conditioned on the data set's classes.
+      learned: If True, the network also predicts the variance of p(x_s | x_t).
     """
     return network.clone(
         outputs=info.shape[-1] * (2 if learned else 1),

@@ -1,4 +1,4 @@
-"""Sampling with a trained denoising network: the sampler, its grid of noise levels, guidance."""
+"""Sampling with a trained denoising network: sampler, grid of noise levels, guidance, editing."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,10 +27,10 @@ from ddpm_jax.progress import log_once
 from ddpm_jax.system.record import Record
 from ddpm_jax.task import GuidanceModel, SampleRequest
 
-# Numbers that are folded into the key of an image. The steps of a sampler use 0, 1, 2, ...
+# Numbers that are folded into the random key of an image. Sampling steps use 0, 1, 2, ...
 FIRST_NOISE = 2**31 - 1  # for the noise x_T
 RANDOM_CLASS = FIRST_NOISE - 1  # for a random class
-MIN_LOGSNR_OF_EPS = -15.0  # an error of eps causes an error of x0 that is 1,800 times as large
+MIN_LOGSNR_OF_EPS = -15.0  # at this logsnr, sigma / alpha = 1,800 multiplies errors of eps
 
 Thresholding = Literal["clip", "dynamic", "none"]
 THRESHOLDINGS: dict[Thresholding, Callable[[Denoiser], Denoiser]] = {
@@ -42,22 +42,23 @@ THRESHOLDINGS: dict[Thresholding, Callable[[Denoiser], Denoiser]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Settings of sampling, which a request can override.
+    """Fields of sampling. A sampling option of the command line overrides a field.
 
     Attributes:
-      sampler: Sampler: ancestral, ancestral_beta, ancestral_learned, ddim, heun, edm, dpmpp_2m,
-        dpmpp_2m_sde or unipc; some take a number after a colon, such as ddim:0.5 for eta 0.5.
-      steps: Number of steps of the sampler; with a table of T betas, it must be at most T.
-      spacing: Spacing of the steps from noise to data: in t (leading, trailing, linspace or
+      sampler: Name of the sampler: ancestral, ancestral_beta, ancestral_learned, ddim, heun, edm,
+        dpmpp_2m, dpmpp_2m_sde or unipc; some take a parameter after a colon, such as ddim:0.5 for
+        eta = 0.5.
+      steps: Number of sampling steps; at most T if the noise schedule has T discrete steps.
+      spacing: Spacing of the sampling steps: in the time t (leading, trailing, linspace or
         quadratic) or in the noise level (logsnr or rho7).
-      guidance: Guidance scale; 1 means no guidance, and larger values are stronger. For a
-        classifier as the guidance model, 0 means no guidance.
-      guidance_interval: Lowest and highest logSNR at which guidance acts, as LOW,HIGH; with "none",
-        it acts at every noise level.
-      guidance_rescale: Share, from 0 to 1, by which the standard deviation of the guided x0 is set
-        back to that of the conditional x0 (Lin et al. 2024); 0 turns this off.
-      x0_thresholding: Thresholding of the predicted x0: clip to [-1, 1], dynamic thresholding to a
-        percentile of its values, or none.
+      guidance: Guidance scale; 1 means no guidance, and larger values make guidance stronger. If
+        the guidance model is a classifier, 0 means no guidance.
+      guidance_interval: Lowest and highest logSNR at which guidance is applied, as LOW,HIGH; with
+        "none", guidance is applied at every noise level.
+      guidance_rescale: Weight, from 0 (off) to 1, of the guided x0 after rescaling to the standard
+        deviation of the x0 without guidance (Lin et al. 2024, eq. 14-16).
+      x0_thresholding: Limit on the predicted x0: clip (to [-1, 1]), dynamic (to a percentile of its
+        absolute values), or none.
       guidance_model: "labels" for classifier-free guidance, or the run directory of a guidance
         model: a classifier of noisy images, or a weaker diffusion model (autoguidance).
     """
@@ -72,11 +73,11 @@ class Sampling:
     guidance_model: Annotated[str, PATH] = "labels"
 
     def about(self) -> Record:
-        """Return all fields except the guidance model, for the record of an evaluation."""
+        """Return all fields except the guidance model by name; an evaluation stores them."""
         return {name: v for name, v in dataclasses.asdict(self).items() if name != "guidance_model"}
 
     def requested(self, request: SampleRequest) -> "Sampling":
-        """Return the settings with the sampler and the steps of a request, if it has them."""
+        """Return the fields, with the sampler and the steps of a request if they are not None."""
         sampler = self.sampler if request.sampler is None else request.sampler
         steps = self.steps if request.steps is None else request.steps
         return dataclasses.replace(self, sampler=sampler, steps=steps)
@@ -84,12 +85,13 @@ class Sampling:
     def make_guidance(
         self, scale: float | None, model: GuidanceModel | None, conditional: bool
     ) -> Guidance:
-        """Return the guidance, which has no method if the scale is neutral.
+        """Return the guidance; its method is None if the scale means no guidance.
 
         Args:
-          scale: The guidance scale; if None, the scale of the settings.
+          scale: The guidance scale; if None, the field `guidance`.
           model: The guidance model; if None, guidance is classifier-free.
-          conditional: True if the network has conditioning, which classifier-free guidance needs.
+          conditional: True if the network is conditioned on labels or captions, which
+            classifier-free guidance needs.
         """
         scale = self.guidance if scale is None else scale
         method: Method | None = ClassifierFree(scale) if conditional else None
@@ -102,28 +104,29 @@ class Sampling:
 
 @runtime_checkable
 class DenoisingModel(GuidingNetwork, Protocol):
-    """A denoising network with its schedule: a hashable value, so that it can be static to `jit`.
+    """A denoising network with its noise schedule, without parameters.
 
-    Parameters are arguments of its methods.
+    It is hashable, so that it can be a static argument of `jax.jit`. Its methods take the
+    parameters as an argument.
     """
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
-        """The shape of one example: of an image or of latents."""
+        """The shape of one example, which is an image or the latents of one."""
 
     def noise_schedule(self, params: PyTree) -> Schedule:
-        """Return the schedule, which may depend on the parameters."""
+        """Return the noise schedule; it depends on `params` if it is learned."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSampler:
-    """A sampler of a denoising model's images: a hashable value, static to `jax.jit`.
+    """A sampler for a denoising model; hashable, to be a static argument of `jax.jit`.
 
     Attributes:
-      model: The network with its schedule.
-      sampler: The name of the sampler, with its number after a colon if it has one.
-      steps: The number of steps.
-      spacing: The spacing of the steps (`diffusion.grids.grid`).
+      model: The network with its noise schedule.
+      sampler: The name of the sampler, such as "ddim" or, with a parameter, "ddim:0.5".
+      steps: The number of sampling steps.
+      spacing: The spacing of the sampling steps (`diffusion.grids.grid`).
       x0_thresholding: The thresholding of the predicted x0: clip, dynamic or none.
     """
 
@@ -136,13 +139,13 @@ class ImageSampler:
     def denoiser(
         self, params: PyTree, guidance: Guidance, conditioning: PyTree, null: PyTree
     ) -> Denoiser:
-        """Return the guided denoiser with thresholding of x0.
+        """Return the denoiser that the sampler calls, with guidance and thresholding of x0.
 
         Args:
           params: The parameters of the model.
-          guidance: The guidance of sampling.
-          conditioning: Class labels [B] or features of captions; if None, there are none.
-          null: The null conditioning, which replaces `conditioning` in an unconditional call.
+          guidance: The guidance method with its scale.
+          conditioning: Class labels [B] or text features; None for an unconditional network.
+          null: The null conditioning of classifier-free guidance, shaped like `conditioning`.
         """
 
         def predict(xt: Array, logsnr: Array, conditioning: PyTree) -> Prediction:
@@ -159,16 +162,15 @@ class ImageSampler:
         conditioning: PyTree,
         null: PyTree,
     ) -> tuple[Float[Array, "batch *event"], samplers.Trace | None]:
-        """Return samples, and the trace of the first `trace` samples.
+        """Return samples [B, *event], and the trace (x_t and x0 at all steps) of the first ones.
 
         Args:
-          trace: The number of images whose x_t and x0 are returned at every step; if 0, the trace
-            is None.
+          trace: The number of samples in the trace; if 0, the trace is None.
           params: The parameters of the model.
-          guidance: The guidance of sampling.
+          guidance: The guidance method with its scale.
           keys: Random keys, one for each image.
-          conditioning: Class labels [B] or features of captions; if None, there are none.
-          null: The null conditioning, which replaces `conditioning` in an unconditional call.
+          conditioning: Class labels [B] or text features; None for an unconditional network.
+          null: The null conditioning of classifier-free guidance, shaped like `conditioning`.
         """
         logsnrs = grid(self.model.noise_schedule(params), self.steps, self.spacing)
         denoise = self.denoiser(params, guidance, conditioning, null)
@@ -190,21 +192,22 @@ class ImageSampler:
         known: Float[Array, "batch *event"],
         mask: Float[Array, "batch *event"],
     ) -> Float[Array, "batch *event"]:
-        """Return edited images: sampling starts from images with the noise of time t.
+        """Return images that are edited by SDEdit (Meng et al. 2022), [B, *event].
 
-        This is SDEdit (Meng et al. 2022); with a mask it is inpainting.
+        Noise of the time t is added to the images, and sampling starts at t. With a mask, this is
+        inpainting: the pixels whose `mask` is 1 have the values `known` at every step.
 
         Args:
           params: The parameters of the model.
-          guidance: The guidance of sampling.
+          guidance: The guidance method with its scale.
           keys: Random keys, one for each image.
-          conditioning: Class labels [B] or features of captions; if None, there are none.
-          null: The null conditioning, which replaces `conditioning` in an unconditional call.
-          t: The time in [0, 1] at which sampling starts; at 1, pixels whose `mask` is 0 start from
-            noise alone and do not depend on `images`.
+          conditioning: Class labels [B] or text features; None for an unconditional network.
+          null: The null conditioning of classifier-free guidance, shaped like `conditioning`.
+          t: The time in [0, 1] at which sampling starts. At t = 1, pixels whose `mask` is 0 start
+            from pure noise and do not depend on `images`.
           images: The images [B, *event] in [-1, 1] to which noise is added.
-          known: The values in [-1, 1] of the pixels whose `mask` is 1 (inpainting).
-          mask: 1 for pixels that are set to `known`, else 0 [B, *event].
+          known: The values in [-1, 1] of the pixels whose `mask` is 1, [B, *event].
+          mask: 1 for pixels that are set to `known`, 0 for pixels that are sampled [B, *event].
         """
         schedule = self.model.noise_schedule(params)
         first_time = 1 / schedule.steps if schedule.steps else 0.0
@@ -229,7 +232,7 @@ class ImageSampler:
 
 
 def sampler_of(model: DenoisingModel, sampling: Sampling) -> ImageSampler:
-    """Return the sampler of a model for the settings of sampling."""
+    """Return the sampler for a model, with the sampler, steps and spacing of `sampling`."""
     return ImageSampler(
         model, sampling.sampler, sampling.steps, sampling.spacing, sampling.x0_thresholding
     )
@@ -245,10 +248,10 @@ def random_classes(keys: Key[Array, "batch"], classes: int) -> Int[Array, "batch
 
 
 def check_guidance_is_trained(field: str, scale: float) -> None:
-    """Check that the scale is 1 for a network that is never trained without labels.
+    """Raise an error if the guidance scale of a network trained without label dropout is not 1.
 
     Args:
-      field: The field, with its value, by which labels are never dropped in training.
+      field: The field that turns label dropout off, with its value, such as "label_dropout=0".
       scale: The scale of classifier-free guidance.
 
     Raises:
@@ -264,11 +267,11 @@ def check_guidance_is_trained(field: str, scale: float) -> None:
 
 
 def check_start(prediction: PredictionType, schedule: Schedule, sampling: Sampling) -> None:
-    """Check that the prediction determines x0 at the noise level where sampling starts.
+    """Check that the network's output determines x0 at the noise level where sampling starts.
 
     For prediction type eps, x0 = (x_t - sigma eps) / alpha. Where alpha is near 0, a small error of
-    eps is a large error of x0 (Lin et al. 2024, sec. 3.2), unless x0 is thresholded. If the
-    schedule does not end in pure noise, a warning is logged.
+    eps is a large error of x0 (Lin et al. 2024, sec. 3.2), unless x0 is thresholded. A warning is
+    logged if the noise schedule does not end in pure noise.
 
     Raises:
       FieldError: If sampling starts at a noise level where eps does not determine x0.
@@ -294,15 +297,15 @@ def check_start(prediction: PredictionType, schedule: Schedule, sampling: Sampli
 
 
 def check_sampling(sampling: Sampling, steps: int | None, learned_variance: bool) -> None:
-    """Check that the settings of sampling fit the network and the schedule.
+    """Check that the fields of sampling fit the network and the noise schedule.
 
     Args:
-      sampling: The settings of sampling.
-      steps: The number of steps of the schedule's table; None for a continuous schedule.
-      learned_variance: True if the network predicts the variance of p(x_s | x_t), too.
+      sampling: The fields of sampling.
+      steps: The number of steps T of a discrete noise schedule; None for a continuous one.
+      learned_variance: True if the network also predicts the variance of p(x_s | x_t).
 
     Raises:
-      FieldError: If the sampler does not exist or a setting does not fit.
+      FieldError: If the sampler does not exist or a field does not fit.
     """
     name = sampling.sampler
     base = name.partition(":")[0]

@@ -36,27 +36,26 @@ from ddpm_jax.tasks.image_sampler import (
 class LatentDiffusion:
     """A diffusion model of an autoencoder's latents.
 
-    The loss is the weighted mean squared error of eps. In a step, each training image is used at
-    n = `times_per_image` times with independent noise; its caption and its latents are encoded only
-    once. The times of a batch are stratified: one in each of `batch_size * n` equal parts of
-    [0, 1), with the times of an image about 1 / n apart. With n = 2 the gradient varies nearly as
-    little as with twice as many images (measured variances 0.091 and 0.086, and 0.113 if the two
-    times of an image are in adjacent parts).
+    The loss is the weighted mean squared error of eps. In a training step, each image is used at
+    n = `times_per_image` times t with independent noise; its caption and its latents are encoded
+    only once. The times of a batch are stratified: there is one in each of `batch_size * n` equal
+    parts of [0, 1), and the times of one image differ by about 1 / n. For n = 2, the gradient has
+    nearly the same variance (0.091, measured) as for twice as many images (0.086).
 
     Attributes:
-      network: The denoising network, conditioned on captions.
-      schedule: The noise schedule: a table of betas, or logSNR as a function of continuous time.
-      noise_shift: Factor of the signal-to-noise ratio alpha / sigma at every t; values below 1
-        train and sample at noisier levels.
+      network: The denoising network, which is conditioned on text features.
+      schedule: The noise schedule: discrete, with a table of betas, or continuous in time.
+      noise_shift: Factor by which alpha / sigma is multiplied at every t; values below 1 give
+        noisier levels in training and sampling.
       prediction: Prediction type: the network predicts the noise eps, the latents x0, or
         v = alpha eps - sigma x0.
-      loss_weight: Weight of the squared error of eps, a function of logSNR: 1 (simple), or the
+      loss_weight: Weight of the squared error of eps as a function of logSNR: 1 (simple), or the
         weight of v-prediction (v), of Min-SNR, of a sigmoid, or of EDM.
-      times_per_image: Number of times t, with independent noise, at which each image of a training
-        batch is used.
-      sampling: The settings of sampling.
-      latents: The latents of the autoencoder.
-      batch_size: Number of training images in one step.
+      times_per_image: Number n of times t, each with independent noise, at which an image is used
+        in one training step.
+      sampling: Fields of sampling, such as the sampler and the guidance scale.
+      latents: Encoder and decoder of the trained autoencoder.
+      batch_size: Number of images in one training step, over all devices.
     """
 
     network: DenoisingNetwork = UNet()
@@ -77,7 +76,7 @@ class LatentDiffusion:
         return dataclasses.replace(self, network=network, latents=latents, batch_size=batch_size)
 
     def check(self) -> None:
-        """Check that the fields of the bound model fit each other and the latents.
+        """Check that the fields fit each other and the latents, after `bind`.
 
         Raises:
           FieldError: If a field does not fit another field or the latents.
@@ -92,11 +91,11 @@ class LatentDiffusion:
 
     @property
     def request_fields(self) -> tuple[str, ...]:
-        """The names of the fields of a request that have an effect, besides the prompts."""
+        """The names of the sampling options that the model supports, besides the prompts."""
         return ("sampler", "steps", "guidance")
 
     def check_request(self, request: SampleRequest) -> None:
-        """Check that the sampler and the steps of a request fit the network and the schedule.
+        """Check that the requested sampler and number of steps fit the network and the schedule.
 
         Raises:
           FieldError: If the sampler or the number of steps does not fit.
@@ -110,7 +109,7 @@ class LatentDiffusion:
         return self.latents.shape
 
     def noise_schedule(self, params: PyTree) -> Schedule:
-        """Return the schedule, which does not depend on the parameters."""
+        """Return the noise schedule, shifted by `noise_shift`; it does not depend on `params`."""
         del params
         return shifted(self.schedule.make(), self.noise_shift)
 
@@ -122,13 +121,13 @@ class LatentDiffusion:
         conditioning: Context,
         keys: Key[Array, "batch"] | None = None,
     ) -> Prediction:
-        """Return the prediction of x0 and eps for noisy latents.
+        """Return the network's prediction of x0 and eps for noisy latents.
 
         Args:
           params: The parameters of the network.
           xt: Noisy latents [B, rows, columns, d].
           logsnr: The log signal-to-noise ratio of each example [B].
-          conditioning: The features of the captions.
+          conditioning: The text features of the captions.
           keys: Random keys of dropout, one for each example; if None, dropout is off.
         """
         time = self.noise_schedule(params).time(logsnr)
@@ -144,13 +143,13 @@ class LatentDiffusion:
         )
 
     def init(self, key: Key[Array, ""], context: Context) -> PyTree:
-        """Return the initial parameters, for captions' features of the shapes of `context`."""
+        """Return initial parameters; `context` gives the shapes of the text features."""
         size = len(context.mask)
         z = jnp.zeros((size, *self.event_shape))
         return self.network.init(key, z, jnp.zeros(size), None, None, context)
 
     def target(self, frozen: PyTree, images: Float[Array, "batch h w c"]) -> Array:
-        """Return the normalised latents of images in [-1, 1]."""
+        """Return the normalised latents [B, rows, columns, d] of images in [-1, 1]."""
         return self.latents.encode(frozen, images)
 
     def loss(
@@ -163,15 +162,15 @@ class LatentDiffusion:
         *,
         train: bool,
     ) -> tuple[Float[Array, "batch"], dict[str, Float[Array, "batch"]]]:
-        """Return the weighted and the unweighted ("mse") mean squared error of eps per example.
+        """Return the weighted error of eps per example [B], and {"mse": unweighted error [B]}.
 
         Args:
           params: The parameters of the network.
           target: The normalised latents.
-          context: The features of the captions.
-          index: The position of each example in its batch [B].
+          context: The text features of the captions (`nn.layers.Context`).
+          index: The position of each example in the batch [B], which selects its part of [0, 1).
           keys: Random keys, one for each example.
-          train: If true, dropout is on and each image is used at `times_per_image` times.
+          train: If True, dropout is on and each image is used at `times_per_image` times.
         """
         count = self.times_per_image if train else 1
         if count > 1:
@@ -190,11 +189,11 @@ class LatentDiffusion:
 
     @property
     def guidance_scale(self) -> float:
-        """The guidance scale of the settings."""
+        """The guidance scale of the config."""
         return self.sampling.guidance
 
     def make_guidance(self, scale: float | None) -> Guidance:
-        """Return the guidance by captions; if `scale` is None, at the scale of the settings."""
+        """Return guidance by captions, with the scale of the config if `scale` is None."""
         return self.sampling.make_guidance(scale, None, conditional=True)
 
     def sample(
@@ -208,17 +207,18 @@ class LatentDiffusion:
         request: SampleRequest,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return images in [-1, 1], one for each key.
+        """Sample latents by diffusion, and decode them to images in [-1, 1], one for each key.
 
         Args:
           params: The parameters of the network.
-          frozen: The variables {"params", "extra"} of the autoencoder.
+          frozen: The variables {"params": ..., "extra": ...} of the trained autoencoder.
           keys: Random keys, one for each image.
-          context: The features of the captions.
-          null_context: The features that guidance leads away from (the null conditioning).
-          guidance: The guidance that `make_guidance` returns.
-          request: The sampler and the number of steps.
-          compile: The function that compiles functions of the task.
+          context: The text features of the captions (`nn.layers.Context`).
+          null_context: The text features of the empty caption or of a negative prompt, from which
+            guidance leads away.
+          guidance: The guidance method and scale that `make_guidance` returns.
+          request: Sampling options; its sampler and number of steps are used, if they are not None.
+          compile: Compiles a function as `jax.jit` does, once for all its calls.
         """
         sampler = sampler_of(self, self.sampling.requested(request))
         sample = compile(ImageSampler.sample, static_argnums=(0, 1))
@@ -226,5 +226,5 @@ class LatentDiffusion:
         return compile(Latents.decode, static_argnums=0)(self.latents, frozen, z)
 
     def about(self) -> Record:
-        """Return the settings of sampling, for the record of an evaluation."""
+        """Return the sampling fields of the config by name; an evaluation stores them."""
         return self.sampling.about()

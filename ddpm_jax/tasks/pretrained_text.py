@@ -1,8 +1,8 @@
 """Features of captions by a frozen text encoder of `transformers`, such as T5, CLIP or MiniLM.
 
-The encoder is given by its name on the Hugging Face hub or by a directory. It needs
-`pip install 'ddpm_jax[pretrained]'`. It runs once for each caption of a data set; the features are
-stored in the user's cache directory.
+The config gives the name of the encoder on the Hugging Face hub, or a directory. The user must run
+`pip install 'ddpm_jax[pretrained]'`. The encoder runs once for each caption of a data set; the
+features are stored in the user's cache directory.
 """
 
 import functools
@@ -23,18 +23,18 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.progress import log
 
 LENGTH = 64  # maximum number of tokens of a caption
-HUB_TIMEOUT_SECONDS = 2.0  # timeout of the connection to the hub
+HUB_TIMEOUT_SECONDS = 2.0  # timeout of the connection to the Hugging Face hub
 BATCH = 64  # number of captions in one call of the encoder
 PART = 4096  # number of captions whose features are in memory at the same time
-VERSION = "2"  # to be increased when `encode` returns different features for the same text
+VERSION = "2"  # increase it when `encode` returns different features for the same text
 
 
 class Features(NamedTuple):
-    """Features of captions.
+    """Text features of N captions, with at most `LENGTH` tokens each.
 
     Attributes:
-      tokens: The features of every token [N, LENGTH, D].
-      mask: True for tokens of the text, false for padding [N, LENGTH].
+      tokens: The features of every token [N, L, D].
+      mask: True for tokens of the text, False for padding [N, L].
       pooled: The mean of `tokens` over the tokens of the text [N, D].
     """
 
@@ -43,17 +43,17 @@ class Features(NamedTuple):
     pooled: np.ndarray | Array
 
     def at(self, rows: np.ndarray) -> "Features":
-        """Return the features of the captions with the indices `rows`, in float32."""
+        """Return the features of the captions at the indices `rows`, in float32."""
         tokens, mask, pooled = (array[rows] for array in self)
         return Features(tokens.astype(np.float32), mask, pooled.astype(np.float32))
 
 
 class EncodedCaptions:
-    """A sequence of captions that returns features, which are read when it is indexed.
+    """A sequence of captions whose features are read from disk when they are indexed.
 
     Args:
       texts: The texts of the captions [N].
-      features: The features of the distinct captions.
+      features: The features of the distinct texts.
       rows: The index of each caption's features in `features` [N].
     """
 
@@ -76,11 +76,11 @@ class EncodedCaptions:
 
 
 def load_encoder(name: str) -> tuple[Any, Any]:
-    """Return the tokenizer and the encoder of a name on the hub or of a directory.
+    """Return the tokenizer and the encoder, given a name on the Hugging Face hub or a directory.
 
-    They are loaded once and then cached in memory, until the files of the directory change. The
-    name may come from the record of an untrusted run. Therefore no code of the directory is
-    executed: no custom classes, no pickles, no kernels.
+    They are cached in memory until the files of the directory change. The name may come from the
+    config.json of an untrusted run. Therefore no code from the hub or the directory is executed: no
+    custom classes, no pickles, no kernels.
 
     Raises:
       UserError: If `transformers` or PyTorch is not installed, or the encoder cannot be loaded.
@@ -90,7 +90,7 @@ def load_encoder(name: str) -> tuple[Any, Any]:
 
 @functools.lru_cache(maxsize=2)
 def _load_encoder(name: str, files: str) -> tuple[Any, Any]:
-    """Return the result of `load_encoder`, cached by the name and the state of the files."""
+    """Load the tokenizer and the encoder; cache them until `files` (`_files_of(name)`) changes."""
     del files
     missing = [m for m in ("transformers", "torch") if importlib.util.find_spec(m) is None]
     if missing:
@@ -102,7 +102,7 @@ def _load_encoder(name: str, files: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        # With trust_remote_code unset, transformers prompts the user and may then execute code.
+        # If trust_remote_code is unset, transformers prompts the user and may then execute code.
         options = {"trust_remote_code": False, "local_files_only": offline}
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModel.from_pretrained(
@@ -111,7 +111,7 @@ def _load_encoder(name: str, files: str) -> tuple[Any, Any]:
             attn_implementation="eager",  # otherwise config.json may name a kernel on the hub
             **options,
         )
-    except Exception as error:  # transformers documents no common class of its errors
+    except Exception as error:  # the errors of transformers have no common class
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"--config.task.pretrained={name} cannot be loaded: {reason}; give the name of a text "
@@ -128,7 +128,8 @@ def _check_name(name: str) -> bool:
     """Check that an encoder is available, before the slow import of `transformers`.
 
     Returns:
-      True if the hub must not be contacted: for a directory, or if the hub does not answer.
+      True if the encoder must be loaded without the hub, because it is a directory or because the
+      hub does not answer.
 
     Raises:
       UserError: If the directory does not exist, or if the encoder is not in the hub's cache and
@@ -166,14 +167,14 @@ def absolute_name(name: str) -> str:
 
 
 def width_of(name: str) -> int:
-    """Return the number of features per token of an encoder."""
+    """Load an encoder, and return its number of features per token."""
     return int(load_encoder(name)[1].config.hidden_size)
 
 
 def encode(name: str, texts: Sequence[str]) -> Features:
-    """Return the features of texts in float16, on the host.
+    """Return the features of texts in float16, as NumPy arrays.
 
-    The mask of an empty text is false for all tokens, and its pooled features are 0.
+    The mask of an empty text is False for all tokens, and its pooled features are 0.
     """
     import torch
 
@@ -196,7 +197,7 @@ def encode(name: str, texts: Sequence[str]) -> Features:
 
 
 def with_features(name: str, data: Data) -> Data:
-    """Return a data set with captions replaced by their features, from the cache if possible.
+    """Replace the captions of a data set by their features, from the cache if possible.
 
     Raises:
       UserError: If the data set has no captions or is not finite.
@@ -204,7 +205,7 @@ def with_features(name: str, data: Data) -> Data:
     if not data.caption_length:
         raise UserError(
             f"--config.task.pretrained={name} needs captions, and data set {data.name} has no "
-            "captions; give --config.data=folder:PATH of images with captions"
+            "captions; give --config.data=folder:PATH, where PATH has images with captions"
         )
     if len(data.train.images) >= ENDLESS:
         raise UserError(
@@ -229,7 +230,7 @@ def with_features(name: str, data: Data) -> Data:
 
 
 def _cached_features(name: str, texts: list[str]) -> Features:
-    """Return the features of texts from the cache, after computing them if they are missing."""
+    """Return the features of texts from the cache; compute and cache them if they are missing."""
     parts = [name, _version(name), VERSION, str(LENGTH), *texts]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
     directory = cache_dir() / "features"
@@ -264,17 +265,17 @@ def _write(name: str, texts: list[str], paths: list[pathlib.Path]) -> None:
 
 
 def _version(name: str) -> str:
-    """Return a text that identifies the encoder's version: its commit, or its files' state."""
+    """Return the commit of an encoder on the hub, or the state of the files of a directory."""
     if pathlib.Path(name).is_dir():
         return _files_of(name)
     try:
         return str(getattr(load_encoder(name)[1].config, "_commit_hash", None))
-    except UserError:  # `encode` raises it again if the features are not in the cache
+    except UserError:  # `encode` raises it if the features are not in the cache
         return ""
 
 
 def _files_of(name: str) -> str:
-    """Return the sizes and modification times of a directory's files; "" for a name on the hub."""
+    """Return sizes and modification times of a directory's files; empty for a name on the hub."""
     directory = pathlib.Path(name)
     if not directory.is_dir():
         return ""
@@ -283,7 +284,7 @@ def _files_of(name: str) -> str:
 
 
 def _read(paths: list[pathlib.Path], count: int) -> Features | None:
-    """Return the features of `count` texts, or None if a file is missing or invalid."""
+    """Read the features of `count` texts; return None if a file is missing or invalid."""
     try:
         features = Features(*(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths))
     except (OSError, EOFError, ValueError):

@@ -1,6 +1,6 @@
-"""Evaluations of a denoising network by its samples: sheets, trajectories, edits and metrics.
+"""Evaluations of the samples of a denoising network: image grids, trajectories, edits, metrics.
 
-`Context.samples` samples the images of an evaluation once; all functions here share them.
+`Context.samples` samples the images once per evaluation; all functions in this file use them.
 """
 
 import jax.numpy as jnp
@@ -16,16 +16,16 @@ from ddpm_jax.task import Context, Evaluation, Samples
 from ddpm_jax.tasks.image_denoiser import TRACED, ImageDenoiser
 from ddpm_jax.tasks.image_sampler import ImageSampler
 
-SHEET = 100  # number of samples on a sheet
-EDIT_TIMES = (0.3, 0.5, 0.7)  # times t from which images are edited
-BLEND_TIME = 0.5  # time t at which two images are interpolated
+SHEET = 100  # number of samples in the image grid
+EDIT_TIMES = (0.3, 0.5, 0.7)  # times t at which edits of images start
+BLEND_TIME = 0.5  # time t at which sampling from mixtures of two images starts
 ANIMATION_FRAMES = 50  # maximum number of frames of an animation
 
 Images = dict[str, np.ndarray | errors.NonFinite]
 
 
 def number_compared(task: ImageDenoiser, context: Context) -> int:
-    """Return the number of samples that the evaluation compares with held-out images."""
+    """Return the number of samples to compare with held-out images; 0 without feature networks."""
     if not context.resources.features:
         return 0
     evaluation = task.evaluation
@@ -33,7 +33,7 @@ def number_compared(task: ImageDenoiser, context: Context) -> int:
 
 
 def sample_sheet(task: ImageDenoiser, context: Context) -> Evaluation:
-    """Return a sheet of samples, and the settings that they were sampled with."""
+    """Return a grid of 100 samples, and the fields of sampling with which they were sampled."""
     images = context.samples(SHEET).images
     model = context.guidance_model
     about = {**task.sampling.about(), "guidance_model": model.about if model else "labels"}
@@ -41,15 +41,16 @@ def sample_sheet(task: ImageDenoiser, context: Context) -> Evaluation:
 
 
 def trajectories(task: ImageDenoiser, context: Context) -> Evaluation:
-    """Return figures of the sampling trajectories of the first samples, in a final evaluation."""
+    """In the final evaluation, return images of the sampling trajectories of the first samples."""
     del task
     return Evaluation(images=plot_trajectories(context.samples(SHEET)) if context.full else {})
 
 
 def plot_trajectories(samples: Samples) -> Images:
-    """Return a sheet and an animation [F, H, W, C] with rows of x_t above the predicted x0.
+    """Return an image grid and an animation [F, H, W, C]: rows of x_t above rows of predicted x0.
 
-    The last column and the last frame show the samples.
+    The columns of the grid are steps from noise to data. The last column and the last frame show
+    the finished samples.
     """
     assert samples.trace is not None
     xt, x0 = (
@@ -68,15 +69,15 @@ def plot_trajectories(samples: Samples) -> Images:
 
 
 def edits(task: ImageDenoiser, context: Context) -> Evaluation:
-    """Return sheets of edited held-out images, in a final evaluation.
+    """In the final evaluation, return three image grids of edited held-out images.
 
     A class-conditional network gets the label "no class", and inpainting gets only the upper half
-    of an image, so that no input contains what the network should sample. The rows of the sheets:
+    of an image, so that no input contains the content to be sampled. The rows of the grids are:
 
-    inpainting: the images; their upper halves; two samples of the lower halves, from noise alone.
-    image_to_image: the images; samples that start from the noisy image at each of `EDIT_TIMES`.
-    interpolation: samples that start from mixtures of two images, noisy at `BLEND_TIME` with the
-        same noise (Ho et al. 2020, fig. 8); the share of the second image goes from 0 to 1.
+    inpainting: the images; their upper halves; two rows with sampled lower halves.
+    image_to_image: the images; samples that start from noisy images at each of `EDIT_TIMES`.
+    interpolation: samples that start from (1 - s) a + s b of two images a and b, with the same
+        noise of `BLEND_TIME` added; s increases from 0 to 1 (Ho et al. 2020, fig. 8).
     """
     if not context.full:
         return Evaluation()
@@ -134,7 +135,7 @@ def edits(task: ImageDenoiser, context: Context) -> Evaluation:
 
 
 def sample_quality(task: ImageDenoiser, context: Context) -> Evaluation:
-    """Return metrics of samples against images, in the features of networks and in pixels."""
+    """Return metrics that compare samples with images, in network features and in pixels."""
     count = number_compared(task, context)
     if not count:
         return Evaluation()

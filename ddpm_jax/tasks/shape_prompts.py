@@ -1,4 +1,4 @@
-"""The prompts of an evaluation, and the alignment of images with them."""
+"""The prompts of an evaluation, and checks that images show what the prompts say."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ SETS = ("single", "single held out", "relation", "relation held out")  # names i
 
 @runtime_checkable
 class Prompts(Protocol):
-    """Sets of prompts, and criteria of the alignment of images with them: a hashable value."""
+    """Prompts, and a check of whether images show what they say; subclasses are hashable."""
 
     def sets(self, split: str) -> dict[str, list[str]]:
-        """Return the prompts of a split, by the name of the prompt set."""
+        """Return the prompts of a split ("validation" or "test"), by the name of the prompt set."""
 
     def align(
         self, images: Float[np.ndarray, "n h w c"], texts: Sequence[str]
     ) -> dict[str, Bool[np.ndarray, "n"]]:
-        """Return true for each image that shows what its text says, by the name of the criterion.
+        """Return, by the name of a criterion, True for each image that shows what its text says.
 
         Args:
           images: Images [N, H, W, C] in [-1, 1].
@@ -33,24 +33,24 @@ class Prompts(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class NoPrompts:
-    """An empty set of prompts, for data sets without a criterion of alignment."""
+    """No prompts and no criteria, for data sets whose images cannot be checked."""
 
     def sets(self, split: str) -> dict[str, list[str]]:
-        """Return no prompt sets."""
+        """Return an empty dictionary: there are no prompt sets."""
         del split
         return {}
 
     def align(
         self, images: Float[np.ndarray, "n h w c"], texts: Sequence[str]
     ) -> dict[str, Bool[np.ndarray, "n"]]:
-        """Return no criteria."""
+        """Return an empty dictionary: there are no criteria."""
         del images, texts
         return {}
 
 
 @dataclasses.dataclass(frozen=True)
 class ShapePrompts:
-    """Prompts of the data set `shapes`, whose alignment `metrics.alignment` reads from pixels.
+    """Prompts of the data set `shapes`, whose images `metrics.alignment` checks by their pixels.
 
     Attributes:
       count: The number of prompts in each prompt set.
@@ -59,7 +59,7 @@ class ShapePrompts:
     count: int
 
     def sets(self, split: str) -> dict[str, list[str]]:
-        """Return the prompts of a split, by the name of the prompt set."""
+        """Return the prompts of a split ("validation" or "test"), by the name of the prompt set."""
         return {
             name.replace(" ", "_"): [
                 shapes.scene(f"{split} prompts", number, name).caption
@@ -71,9 +71,9 @@ class ShapePrompts:
     def align(
         self, images: Float[np.ndarray, "n h w c"], texts: Sequence[str]
     ) -> dict[str, Bool[np.ndarray, "n"]]:
-        """Return true for each image that its caption describes, by the name of the criterion.
+        """Return, by the name of a criterion, True for each image [N] that its caption describes.
 
-        The second criterion ignores sizes and the background.
+        The second criterion ignores the sizes of shapes and the background.
 
         Args:
           images: Images [N, H, W, C] in [-1, 1].
@@ -85,5 +85,5 @@ class ShapePrompts:
 
 
 def prompts_of(data: str, count: int) -> Prompts:
-    """Return the prompts of a data set by its name, with `count` prompts in each prompt set."""
+    """Return the prompts of the data set with the name `data`, `count` in each prompt set."""
     return ShapePrompts(count) if shapes.is_shapes(data) else NoPrompts()

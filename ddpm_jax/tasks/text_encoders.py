@@ -20,9 +20,9 @@ from ddpm_jax.tasks.pretrained_text import EncodedCaptions, Features, encode, wi
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """A frozen text encoder: a hashable value, static to `jax.jit`.
+    """A frozen text encoder; hashable, to be a static argument of `jax.jit`.
 
-    A batch contains prepared captions: a pytree of arrays whose first axis is the batch axis.
+    A batch contains prepared captions: the input of `encode`, a pytree of arrays [B, ...].
     """
 
     @property
@@ -33,18 +33,18 @@ class TextEncoder(Protocol):
         """Return the data set with prepared captions."""
 
     def prepare(self, texts: Sequence[str]) -> PyTree:
-        """Return texts in the form that `encode` reads, computed on the host."""
+        """Convert texts to prepared captions (the input of `encode`), outside of `jax.jit`."""
 
     def encode(self, params: PyTree, prepared: PyTree) -> Context:
-        """Return the features of prepared captions.
+        """Return the text features of prepared captions.
 
         Args:
-          params: The parameters of the trained dual encoder.
-          prepared: The captions in the form that `prepare` returns.
+          params: The parameters of the text encoder and its image encoder.
+          prepared: The captions, as `prepare` returns them.
         """
 
     def drop(self, prepared: PyTree, dropped: Bool[Array, "batch"]) -> PyTree:
-        """Return the prepared captions, with the empty caption where `dropped` is true."""
+        """Replace the prepared captions by the empty caption where `dropped` is True."""
 
     def texts(self, split: Split, count: int) -> list[str]:
         """Return the texts of the first `count` captions of a split."""
@@ -55,10 +55,10 @@ class TextEncoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class BytesEncoder:
-    """The text tower of a trained dual encoder, whose tokens are bytes.
+    """The text encoder that a `Contrastive` task has trained; its tokens are bytes.
 
     Attributes:
-      network: The network of the dual encoder.
+      network: The network of the text encoder and its image encoder.
     """
 
     network: DualEncoder
@@ -69,18 +69,18 @@ class BytesEncoder:
         return SIZES[self.network.size].features
 
     def prepare_data(self, data: Data) -> Data:
-        """Return the data set unchanged, since its captions are tokens already."""
+        """Return the data set unchanged, because its captions are already tokens."""
         return data
 
     def prepare(self, texts: Sequence[str]) -> UInt8[np.ndarray, "batch length"]:
-        """Return the tokens of texts."""
+        """Return the tokens [B, L] of texts."""
         return tokenize(texts, self.network.length)
 
     def encode(self, params: PyTree, prepared: UInt8[Array, "batch length"]) -> Context:
-        """Return the features of tokens.
+        """Return the text features of tokens.
 
         Args:
-          params: The parameters of the dual encoder.
+          params: The parameters of the text encoder and its image encoder.
           prepared: The tokens [B, L].
         """
         context = self.network.apply(params, prepared, method="encode_text")
@@ -90,7 +90,7 @@ class BytesEncoder:
     def drop(
         self, prepared: UInt8[Array, "batch length"], dropped: Bool[Array, "batch"]
     ) -> UInt8[Array, "batch length"]:
-        """Return the tokens, with padding only (the empty caption) where `dropped` is true."""
+        """Replace the tokens by padding (the empty caption) where `dropped` is True."""
         return jnp.where(dropped[:, None], PADDING, prepared).astype(prepared.dtype)
 
     def texts(self, split: Split, count: int) -> list[str]:
@@ -104,16 +104,16 @@ class BytesEncoder:
         if size(text) > length:
             log_once(
                 f"a prompt has {size(text)} bytes, and the text encoder reads only the first "
-                f"{length}; the rest has no effect"
+                f"{length}; shorten the prompt, since the other bytes have no effect"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedEncoder:
-    """A frozen encoder of `transformers`; the prepared captions of a batch are its features.
+    """A frozen encoder of `transformers`. Prepared captions are its features, computed in advance.
 
     Attributes:
-      name: The name on the hub or the directory of the encoder.
+      name: The name of the encoder on the Hugging Face hub, or its directory.
       width: The number of features per token.
     """
 
@@ -121,39 +121,39 @@ class PretrainedEncoder:
     width: int
 
     def prepare_data(self, data: Data) -> Data:
-        """Return the data set with captions replaced by their features."""
+        """Replace the captions of a data set by their text features."""
         return with_features(self.name, data)
 
     def prepare(self, texts: Sequence[str]) -> Features:
-        """Return the features of texts."""
+        """Return the text features of texts, as `encode` of `pretrained_text` computes them."""
         return encode(self.name, texts)
 
     def encode(self, params: PyTree, prepared: Features) -> Context:
-        """Return the prepared features as a context; `params` is not used."""
+        """Convert prepared features to a `Context` of JAX arrays; `params` is not used."""
         del params
         return Context(*map(jnp.asarray, prepared))
 
     def drop(self, prepared: Features, dropped: Bool[Array, "batch"]) -> Features:
-        """Return the features, with those of the empty caption where `dropped` is true."""
+        """Replace the features by those of the empty caption where `dropped` is True."""
         keep = ~dropped[:, None]
         pooled = jnp.where(keep, prepared.pooled, 0)
         return prepared._replace(mask=prepared.mask & keep, pooled=pooled)
 
     def texts(self, split: Split, count: int) -> list[str]:
-        """Return the texts of the first `count` captions of an adapted split."""
+        """Return the texts of the first `count` captions of a split from `prepare_data`."""
         captions = split.first(count).captions
         assert isinstance(captions, EncodedCaptions)
         return list(captions.texts)
 
     def report_length(self, text: str) -> None:
-        """Log nothing, since the encoder's tokenizer truncates long texts itself."""
+        """Log nothing; the tokenizer of the encoder truncates long texts without a warning."""
 
 
 def encode_captions(encoder: TextEncoder, params: PyTree, prepared: PyTree) -> Context:
-    """Return the features of prepared captions; to be compiled with `encoder` as static."""
+    """Return the text features of prepared captions. When compiled, `encoder` is static."""
     return encoder.encode(params, prepared)
 
 
 def repeat(prepared: PyTree, count: int) -> PyTree:
-    """Return `count` copies of one prepared caption."""
+    """Repeat one prepared caption `count` times along the batch axis."""
     return jax.tree.map(lambda array: np.repeat(array, count, 0), prepared)

@@ -1,7 +1,7 @@
-"""Evaluation of a text-to-image system: its loss, and samples of captions and prompts.
+"""Evaluation of a text-to-image task: its loss, and metrics of samples of captions and prompts.
 
-Each function in `EVALUATIONS` computes one part of the evaluation. To add a metric of samples, add
-a function to `SAMPLE_METRICS`; it is computed at every guidance scale.
+Each function in `EVALUATIONS` computes one part of the evaluation. Each function in
+`SAMPLE_METRICS` computes metrics of samples at every guidance scale.
 """
 
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ from ddpm_jax.tasks.generation import CaptionTask
 from ddpm_jax.tasks.guidance_plots import guidance_plots
 
 BATCH = 64  # number of images that are sampled in one call
-QUICK_SAMPLES = 64  # maximum number of sampled captions in an evaluation that is not final
-SHEET = (8, 8)  # number of captions on the sheet of samples, and of images for each
+QUICK_SAMPLES = 64  # maximum number of sampled captions in an evaluation during training
+SHEET = (8, 8)  # number of captions in the image grid, and number of samples of each caption
 CHUNK = 1000  # number of pairs whose CLIP score is computed in one call
-FEATURES = "text_encoder"  # name, in metrics, of the image tower trained with the text encoder
+FEATURES = "text_encoder"  # name, in metrics, of the features of the image encoder
 
 
 class TextSamples(NamedTuple):
@@ -40,7 +40,7 @@ class TextSamples(NamedTuple):
     Attributes:
       captions: The N held-out captions.
       images: One sample for each caption [N, H, W, C] in [-1, 1].
-      prompts: The texts and one sample for each text, by the name of the prompt set.
+      prompts: By the name of the prompt set, M texts and one sample for each text [M, H, W, C].
     """
 
     captions: list[str]
@@ -48,7 +48,7 @@ class TextSamples(NamedTuple):
     prompts: dict[str, tuple[list[str], Float[np.ndarray, "m h w c"]]]
 
 
-# Functions for `Context.cached`, whose results several parts of an evaluation use.
+# Functions for `Context.cached`: their results are used by several parts of an evaluation.
 
 
 def _task(context: Context) -> CaptionTask:
@@ -56,7 +56,7 @@ def _task(context: Context) -> CaptionTask:
 
 
 def held_out_captions(context: Context) -> list[str]:
-    """Return the captions that are sampled, which are fewer in a quick evaluation."""
+    """Return the captions to sample: `num_samples`; during training, at most `QUICK_SAMPLES`."""
     task = _task(context)
     count = task.evaluation.num_samples
     return task.encoder.texts(
@@ -65,7 +65,7 @@ def held_out_captions(context: Context) -> list[str]:
 
 
 def dual_encoder(context: Context) -> tuple[DualEncoder, PyTree]:
-    """Return the dual encoder that computes metrics, with its parameters."""
+    """Return the text and image encoder that compute metrics, and their parameters."""
     load = context.resources.dual_encoder
     if load is None:
         return _task(context).text_network, context.variables.extra["text"]
@@ -75,24 +75,24 @@ def dual_encoder(context: Context) -> tuple[DualEncoder, PyTree]:
 
 
 def image_features(context: Context) -> FeatureNetwork:
-    """Return the image tower of the dual encoder, whose features compare images."""
+    """Return the image encoder, whose features the Frechet distance compares."""
     return image_tower(FEATURES, *context.cached(dual_encoder))
 
 
 def reference_features(context: Context) -> GroupedMoments:
-    """Return the features of as many held-out images as there are samples."""
+    """Return the feature moments of random held-out images, as many as there are samples."""
     images = context.held_out.random_subset(len(context.cached(held_out_captions))).images
     network, levels = context.cached(image_features), context.data.levels
     return GroupedMoments(network.extract(to_images(images, levels))[0])
 
 
 def default_samples(context: Context) -> TextSamples:
-    """Return the samples at the guidance scale of the settings."""
+    """Return samples of captions and prompts at the guidance scale of the config."""
     return sample_at(_task(context).generator.guidance_scale, context)
 
 
 def default_metrics(context: Context) -> dict[str, float]:
-    """Return the metrics of the samples at the guidance scale of the settings."""
+    """Return the metrics of the samples that `default_samples` returns."""
     return metrics_of(context.cached(default_samples), context)
 
 
@@ -102,9 +102,15 @@ def default_metrics(context: Context) -> dict[str, float]:
 def sample_texts(
     context: Context, sets: Sequence[Sequence[str]], guidance: PyTree
 ) -> list[Float[np.ndarray, "n h w c"]]:
-    """Return the images of each set of texts; the n-th image of every set uses the n-th key.
+    """Return one sample for each text, as one array [N, H, W, C] for each set of texts.
 
-    All batches have the same shape, so that sampling is compiled once.
+    The n-th sample of every set uses the same random key. All batches have the same shape, so that
+    sampling is compiled once.
+
+    Args:
+      context: The evaluation context (`task.Context`).
+      sets: Sets of texts.
+      guidance: The guidance that `make_guidance` of the generation model returns.
     """
     task, encoder = _task(context), _task(context).encoder
     texts = [text for texts in sets for text in texts]
@@ -128,7 +134,7 @@ def sample_texts(
 
 
 def sample_at(scale: float, context: Context) -> TextSamples:
-    """Return samples of captions, and in a final evaluation of prompts, at a guidance scale.
+    """Return samples of captions at a guidance scale, and in the final evaluation of prompts.
 
     Raises:
       NonFinite: If a value of an image is not finite.
@@ -151,11 +157,11 @@ class SampleMetric(Protocol):
     """A function that computes metrics of samples."""
 
     def __call__(self, samples: TextSamples, context: Context) -> dict[str, float]:
-        """Return the metrics of the samples by name."""
+        """Return the metrics of the samples, by name."""
 
 
 def distance_metrics(samples: TextSamples, context: Context) -> dict[str, float]:
-    """Return the Frechet distance of samples to held-out images, in a final evaluation."""
+    """In the final evaluation, return the Frechet distance of samples to held-out images."""
     if not context.full:
         return {}
     network = context.cached(image_features)
@@ -164,12 +170,12 @@ def distance_metrics(samples: TextSamples, context: Context) -> dict[str, float]
 
 
 def clip_metrics(samples: TextSamples, context: Context) -> dict[str, float]:
-    """Return the CLIP score of captions and their samples."""
+    """Return the CLIP score of captions and their samples, with its standard error."""
     return with_error("clip_score", clip_score(samples.captions, samples.images, context))
 
 
 def alignment_metrics(samples: TextSamples, context: Context) -> dict[str, float]:
-    """Return the shares of samples that are aligned with their captions and their prompts."""
+    """Return the shares, from 0 to 1, of samples that show what their captions or prompts say."""
     align = _task(context).prompts.align
     metrics = averages(align(samples.images, samples.captions))
     for name, (texts, images) in samples.prompts.items():
@@ -190,12 +196,12 @@ def metrics_of(samples: TextSamples, context: Context) -> dict[str, float]:
 
 
 def distance_to(reference: GroupedMoments, images: GroupedMoments, name: str) -> dict[str, float]:
-    """Return the Frechet distance as the metric `name`, with its standard error.
+    """Return the Frechet distance of two sets of images as the metric `name`, with its error.
 
-    If there are fewer than 2 images, the metric is left out, and this is logged.
+    If one set has fewer than 2 images, log a warning and return an empty dictionary.
     """
     if min(reference.moments.size, images.moments.size) < 2:
-        log_once(f"metric {name} is left out: it needs at least 2 images on each side")
+        log_once(f"metric {name} is left out: it needs at least 2 images in each of the two sets")
         return {}
     distance = frechet_distance(images, reference)
     return with_error(name, (distance.value, distance.error))
@@ -204,7 +210,7 @@ def distance_to(reference: GroupedMoments, images: GroupedMoments, name: str) ->
 def clip_score(
     texts: Sequence[str], images: Float[np.ndarray, "n h w c"], context: Context
 ) -> Average:
-    """Return the mean of `clip_scores` of captions and images (values in [-1, 1])."""
+    """Return the mean CLIP score of pairs of captions and images (values in [-1, 1])."""
     network, params = context.cached(dual_encoder)
     tokens, parts = tokenize(texts, network.length), []
     compiled = context.compile(cosines, static_argnums=0)
@@ -217,12 +223,12 @@ def clip_score(
 def example_losses(
     task: CaptionTask, variables: Variables, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return the loss and the metrics of every example, without dropout.
+    """Return, by name, the loss and its terms for every example [B], without dropout.
 
     Args:
-      task: The bound task.
-      variables: The variables of the trained task.
-      batch: A batch of examples.
+      task: The task, after `bind` has set the fields that depend on the data set.
+      variables: The parameters and the extra variables (not trained by gradients) of the task.
+      batch: Images with captions in the form that the text encoder takes.
       keys: Random keys, one for each example.
     """
     losses, metrics, _ = task.loss(variables, batch, keys, train=False, all_gather=lambda x: x)
@@ -233,7 +239,7 @@ def example_losses(
 
 
 def caption_loss(task: CaptionTask, context: Context) -> Evaluation:
-    """Return the loss on held-out examples, which are fewer in a quick evaluation."""
+    """Return the loss on held-out examples; during training, on the first 4 batches."""
     size = task.evaluation.batch_size
     examples = context.examples(4 * size)
     return Evaluation(
@@ -242,7 +248,7 @@ def caption_loss(task: CaptionTask, context: Context) -> Evaluation:
 
 
 def sample_sheet(task: CaptionTask, context: Context) -> Evaluation:
-    """Return a sheet of samples with a row for each caption."""
+    """Return an image grid of samples, with one row for each caption."""
     rows, columns = SHEET
     captions = task.encoder.texts(context.held_out, rows)
     repeated = [caption for caption in captions for _ in range(columns)]
@@ -253,9 +259,9 @@ def sample_sheet(task: CaptionTask, context: Context) -> Evaluation:
 
 
 def reference_metrics(task: CaptionTask, context: Context) -> Evaluation:
-    """Return metrics of real images as a reference for those of samples, in a final evaluation.
+    """In the final evaluation, return metrics of real images, to compare with those of samples.
 
-    These are the Frechet distance of training images to held-out images, and the CLIP score of
+    They are the Frechet distance of training images to held-out images, and the CLIP score of
     held-out images and their captions.
     """
     if not context.full:
@@ -275,19 +281,19 @@ def reference_metrics(task: CaptionTask, context: Context) -> Evaluation:
         "generation": task.generator.about(),
         "num_samples": len(captions),
         "reference": f"{context.split} split",
-        "features": {network.name: f"image tower trained with the text encoder of {owner}"},
+        "features": {network.name: f"image encoder trained with the text encoder of {owner}"},
     }
     return Evaluation(metrics, about=about)
 
 
 def sample_metrics(task: CaptionTask, context: Context) -> Evaluation:
-    """Return the metrics of samples at the guidance scale of the settings."""
+    """Return the metrics of samples at the guidance scale of the config."""
     del task
     return Evaluation(dict(context.cached(default_metrics)))
 
 
 def guidance_sweep(task: CaptionTask, context: Context) -> Evaluation:
-    """Return the metrics of samples at every guidance scale, and plots, in a final evaluation."""
+    """In the final evaluation, return metrics of samples at all guidance scales, and plots."""
     if not context.full:
         return Evaluation()
     curve = {task.generator.guidance_scale: context.cached(default_metrics)}

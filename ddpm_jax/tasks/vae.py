@@ -1,4 +1,4 @@
-"""The task of a variational autoencoder: its training, evaluation and samples."""
+"""The task of a variational autoencoder: its loss, evaluation and samples."""
 
 import dataclasses
 from typing import Annotated, ClassVar, NamedTuple
@@ -30,19 +30,19 @@ from ddpm_jax.task import (
 from ddpm_jax.variational import vae
 from ddpm_jax.variational.likelihoods import Bernoulli, Gaussian, Likelihood
 
-IWAE_SAMPLES = (1, 64, 1000)  # numbers k of samples of the importance-weighted bounds
+IWAE_SAMPLES = (1, 64, 1000)  # numbers k of samples of z in the importance-weighted bounds
 
-ACTIVE_VARIANCE = 0.01  # minimum variance of an active dimension (Burda et al. 2016, sec. 4.2)
+ACTIVE_VARIANCE = 0.01  # minimum variance of an active unit of z (Burda et al. 2016, sec. 4.2)
 
 
 class Posterior(NamedTuple):
     """The approximate posterior q(z|x) of a batch.
 
     Attributes:
-      x: The modelled data: the images, binarised or dequantised.
-      mean: The mean of q(z|x).
-      logvar: The logarithm of the variance of q(z|x).
-      z: One sample of q(z|x) per image.
+      x: The binarised or dequantised images [B, H, W, C].
+      mean: The mean of q(z|x) [B, Z].
+      logvar: The log variance of q(z|x) [B, Z].
+      z: One sample of q(z|x) per image [B, Z].
     """
 
     x: Float[Array, "batch h w c"]
@@ -59,11 +59,12 @@ class VAE(SamplingTask):
       network: The network of the encoder and the decoder.
       likelihood: The likelihood p(x|z): Bernoulli for binarised pixels, or Gaussian for
         dequantised pixels.
-      beta: Weight of the KL term in the loss, at least 0; with 1, the loss is the negative ELBO.
-      eval_batch_size: Number of images in one batch of an evaluation.
-      iwae_images: Number of images whose importance-weighted bounds the final evaluation estimates,
-        with 1,000 samples for each.
-      info: The description of the data set.
+      beta: Weight of the KL term in the loss, at least 0; with 1, the loss is the negative evidence
+        lower bound (ELBO).
+      eval_batch_size: Number of images in one batch of an evaluation; it does not change results.
+      iwae_images: Number of test images for which the final evaluation estimates the
+        importance-weighted bounds, with 1,000 samples of z per image.
+      info: Description of the data set: image shape, number of classes and caption length.
     """
 
     network: VAENetwork = VAENetwork()
@@ -74,30 +75,26 @@ class VAE(SamplingTask):
     info: Annotated[DataInfo, BOUND] = UNBOUND
 
     run_type: ClassVar[str] = "vae"
-    init_examples: ClassVar[int] = 1000  # images whose moments initialise the decoder
+    init_examples: ClassVar[int] = 1000  # examples in the batch of `init`
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "VAE":
-        """Return the task for a data set and a precision."""
+        """Return the task with its network set up for the image shape and the precision."""
         del batch_size
         network = self.network.clone(shape=info.shape, dtype=inner_dtype(precision), parent=None)
         return dataclasses.replace(self, network=network, info=info)
 
     def check(self) -> None:
-        """Check that the network can be built for images of this size.
-
-        Raises:
-          FieldError: If a field of the network does not fit the image size.
-        """
+        """Raise FieldError if a field of the network does not fit the size of the images."""
         with section("network"):
             check_shape(self.network)
 
     @property
     def pixels(self) -> Likelihood:
-        """The likelihood for the number of grey levels of the data set."""
+        """The likelihood p(x|z), for the number of grey levels in the data set."""
         return self.likelihood.make(self.info.levels)
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
-        """Return initial variables; the decoder starts from the mean and variance of the batch."""
+        """Return initial parameters; the decoder outputs the mean and the variance of the batch."""
         x = jax.vmap(self.pixels.observe)(jax.random.split(key, len(batch.images)), batch.images)
         params = self.network.init(key, x[:1])
         mean = x.mean(0)
@@ -105,7 +102,7 @@ class VAE(SamplingTask):
         return Variables(with_data_moments(params, self.pixels.bias(mean), logvar), {})
 
     def posterior(self, params: PyTree, batch: Batch, keys: Key[Array, "batch"]) -> Posterior:
-        """Return the parameters and one sample of q(z|x) for every image."""
+        """Return x, and the mean, the log variance and one sample of q(z|x), for every image."""
         observe_keys, z_keys = split_keys(keys, 2)
         x = jax.vmap(self.pixels.observe)(observe_keys, batch.images)
         moments: PyTree = self.network.apply(params, x, method="encode")
@@ -128,7 +125,7 @@ class VAE(SamplingTask):
     def decode(
         self, params: PyTree, z: Float[Array, "batch latent"]
     ) -> Float[Array, "batch h w c"]:
-        """Return the mean of p(x|z) in [-1, 1]."""
+        """Return the mean image of p(x|z) [B, H, W, C] in [-1, 1]."""
         decoded: PyTree = self.network.apply(params, z, method="decode")
         return self.pixels.mean_image(decoded)
 
@@ -144,13 +141,13 @@ class VAE(SamplingTask):
         """Return the negative ELBO of every image in nats, with the KL weighted by beta.
 
         Args:
-          variables: The parameters and the extra variables.
+          variables: The parameters of the encoder and the decoder.
           batch: Images, labels and indices of B examples.
-          keys: One key for each example, [B].
-          train: If True, dropout and the other randomness of training are on.
-          all_gather: The function that gathers the arrays of all devices.
+          keys: Random keys, one for each example, [B].
+          train: Not used, since the networks have no dropout.
+          all_gather: Not used.
         """
-        del train, all_gather  # there is no dropout, and images are not compared
+        del train, all_gather
         posterior = self.posterior(variables.params, batch, keys)
         nll = self.nll(variables.params, posterior.z, posterior.x)
         kl = jax.vmap(vae.kl_to_standard_normal)(posterior.mean, posterior.logvar)
@@ -158,7 +155,7 @@ class VAE(SamplingTask):
         return LossOutput(-vae.elbo(nll, kl, self.beta), metrics, {})
 
     def evaluations(self) -> "tuple[Evaluate[VAE], ...]":
-        """Return the functions that evaluate the task."""
+        """Return the functions that compute the metrics and images of an evaluation."""
         plane = (latent_plane,) if self.network.latents == 2 else ()
         return evaluate_bound, evaluate_importance_weighted, reconstructions, sample_sheet, *plane
 
@@ -170,14 +167,14 @@ class VAE(SamplingTask):
         guidance: PyTree,
         compile: Compile,
     ) -> Float[Array, "batch h w c"]:
-        """Return the mean of p(x|z) for z sampled from the prior, in [-1, 1].
+        """Sample z from the prior N(0, I), and return the mean image of p(x|z) in [-1, 1].
 
         Args:
-          variables: The variables of the trained task.
+          variables: The parameters and the extra variables (not trained by gradients) of the task.
           keys: Random keys, one for each image.
           request: Not used.
           guidance: Not used.
-          compile: The function that compiles functions of the task.
+          compile: Compiles a function as `jax.jit` does, once for all its calls.
         """
         del request, guidance
         return compile(sample_prior, static_argnums=0)(self, variables.params, keys)
@@ -186,7 +183,7 @@ class VAE(SamplingTask):
 def sample_prior(
     task: VAE, params: PyTree, keys: Key[Array, "batch"]
 ) -> Float[Array, "batch h w c"]:
-    """Return the mean of p(x|z) for z ~ N(0, I), in [-1, 1]."""
+    """Sample z ~ N(0, I) for each key, and return the mean image of p(x|z) in [-1, 1]."""
     z = jax.vmap(lambda key: jax.random.normal(key, (task.network.latents,)))(keys)
     return task.decode(params, z)
 
@@ -194,17 +191,17 @@ def sample_prior(
 def decode(
     task: VAE, params: PyTree, z: Float[Array, "batch latent"]
 ) -> Float[Array, "batch h w c"]:
-    """Return `task.decode(params, z)`; a function of this module can be compiled by `Compile`."""
+    """Return `task.decode(params, z)`, as a function that `Compile` can cache."""
     return task.decode(params, z)
 
 
 def bound_terms(
     task: VAE, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return the terms "nll" and "kl" of the ELBO in nats and "mean" of q(z|x) for every image.
+    """Return "nll" and "kl", the terms of the ELBO in nats [B], and "mean" of q(z|x) [B, Z].
 
     Args:
-      task: The bound task.
+      task: The task, after `bind` has set the fields that depend on the data set.
       params: The parameters of the encoder and the decoder.
       batch: A batch of images.
       keys: Random keys, one for each image.
@@ -216,7 +213,7 @@ def bound_terms(
 
 
 def evaluate_bound(task: VAE, context: Context) -> Evaluation:
-    """Return the loss, the ELBO and its terms, and the number of active dimensions of z."""
+    """Return the loss, the negative ELBO, its terms, and the number of active units of z."""
     values = context.per_example(
         bound_terms, context.held_out, task.eval_batch_size, context.variables.params
     )
@@ -236,12 +233,12 @@ def evaluate_bound(task: VAE, context: Context) -> Evaluation:
 def importance_weights(
     task: VAE, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return 1,000 log weights log p(x, z) - log q(z|x) of each image, in nats.
+    """Return {"log_weights": log p(x, z) - log q(z|x) for 1,000 samples of z, in nats [B, 1000]}.
 
-    They are of the same binarised or dequantised x as the terms of `bound_terms`.
+    The binarised or dequantised x is the same as in `bound_terms`.
 
     Args:
-      task: The bound task.
+      task: The task, after `bind` has set the fields that depend on the data set.
       params: The parameters of the encoder and the decoder.
       batch: A batch of images.
       keys: Random keys, one for each image.
@@ -259,7 +256,7 @@ def importance_weights(
 
 
 def evaluate_importance_weighted(task: VAE, context: Context) -> Evaluation:
-    """Return the importance-weighted bounds of the first images, in a final evaluation."""
+    """In the final evaluation, return the importance-weighted bounds of the first images."""
     if not context.full:
         return Evaluation()
     first, size = context.held_out.first(task.iwae_images), task.eval_batch_size
@@ -269,9 +266,10 @@ def evaluate_importance_weighted(task: VAE, context: Context) -> Evaluation:
 
 
 def importance_weighted(log_weights: Float[np.ndarray, "images samples"]) -> dict[str, float]:
-    """Return the negative IWAE bounds for k = 1, 64 and 1,000, and the gap from 1 to 1,000.
+    """Return the negative importance-weighted bounds for k = 1, 64 and 1,000 samples, in nats.
 
-    The bound of k (Burda et al. 2016, eq. 8) is averaged over all disjoint groups of k samples.
+    The bound for k samples (Burda et al. 2016, eq. 8) is averaged over all disjoint groups of k
+    samples. The metric "gap" is the difference between the bounds for 1 and 1,000 samples.
     """
     metrics: dict[str, float] = {}
     bounds = {}
@@ -289,10 +287,10 @@ def importance_weighted(log_weights: Float[np.ndarray, "images samples"]) -> dic
 def reconstruct(
     task: VAE, params: PyTree, batch: Batch, keys: Key[Array, "batch"]
 ) -> dict[str, Array]:
-    """Return "x" and its "reconstruction" from the mean of q(z|x) in [-1, 1] for every image.
+    """Return {"x": image, "reconstruction": decoded mean of q(z|x)}, [B, H, W, C] in [-1, 1].
 
     Args:
-      task: The bound task.
+      task: The task, after `bind` has set the fields that depend on the data set.
       params: The parameters of the encoder and the decoder.
       batch: A batch of images.
       keys: Random keys, one for each image.
@@ -303,7 +301,7 @@ def reconstruct(
 
 
 def reconstructions(task: VAE, context: Context) -> Evaluation:
-    """Return a sheet of the first 40 images, with the reconstructions below each row."""
+    """Return a grid of the first 40 images, with the reconstructions below each row of 10."""
     del task
     values = context.per_example(
         reconstruct, context.held_out.first(40), 40, context.variables.params
@@ -316,7 +314,7 @@ def reconstructions(task: VAE, context: Context) -> Evaluation:
 
 
 def sample_sheet(task: VAE, context: Context) -> Evaluation:
-    """Return a sheet of 100 samples."""
+    """Return an image grid of 100 samples."""
     del task
     return Evaluation(
         images={"samples": plots.image_or_error(plots.grid, context.samples(100).images)}
@@ -324,7 +322,7 @@ def sample_sheet(task: VAE, context: Context) -> Evaluation:
 
 
 def latent_plane(task: VAE, context: Context) -> Evaluation:
-    """Return a sheet of the images that a grid of two-dimensional z decodes to."""
+    """Return a grid of images that are decoded from a regular grid of two-dimensional z."""
     # The inverse normal CDF maps a regular grid to points of equal prior probability.
     axis = jax.scipy.stats.norm.ppf(jnp.linspace(0.02, 0.98, 20))
     plane = jnp.stack(jnp.meshgrid(axis, -axis), -1).reshape(-1, 2)

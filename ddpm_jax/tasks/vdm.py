@@ -1,14 +1,12 @@
-"""Variational diffusion (Kingma et al. 2021): the loss is the bound, and the schedule is learned.
+"""Variational diffusion (Kingma et al. 2021): the loss is a bound, and the schedule is learned.
 
 -log P(x0) <= prior + diffusion + decoder, in nats, where z_t is x_t at time t             (1)
-
     prior      KL(q(z_1 | x0) || N(0, I))
     diffusion  E_t 1/2 (-dlogsnr/dt) |eps - eps_hat|^2     in continuous time, eq. 17
                T E_i KL(q(z_s | z_t, x0) || p(z_s | z_t))  in T steps, s = (i - 1) / T
     decoder    -log P(x0 | z_0), the mass of N(z_0 / alpha, sigma^2 / alpha^2) in x0's bin
 
-The probability-flow ODE, with q(z_0 | x0) as its dequantisation, gives
-
+The probability-flow ODE, where q(z_0 | x0) dequantises x0, gives a second bound:
     -log P(x0) <= E_q [log q(z_0 | x0) - log p(z_0)] + decoder                           (2)
 """
 
@@ -40,28 +38,25 @@ from ddpm_jax.tasks.image_denoiser import ImageDenoiser, SampleEvaluation, bind_
 from ddpm_jax.tasks.image_sampler import Sampling
 from ddpm_jax.tasks.sample_figures import SAMPLE_EVALUATIONS
 
-STEPS = 1000  # number T of steps of the discrete bound
-EVALUATION_PURPOSES = 4  # keys of an image: noise of z_0, times, noise of z_t, ODE's probe
+STEPS = 1000  # number of steps T of the discrete bound
+EVALUATION_PURPOSES = 4  # keys per image: noise of z_0, times, noise of z_t, probe of the ODE
 CURVE_POINTS = 101  # number of points in the plot of the schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class VDM(ImageDenoiser):
-    """Variational diffusion in continuous time (Kingma et al. 2021).
-
-    The network predicts v. The network and the schedule are trained on the continuous bound. With
-    class labels y, it is the bound of -log P(x0 | y).
+    """Variational diffusion, trained by eq. (1) in continuous time (Kingma et al. 2021).
 
     Attributes:
       network: The denoising network, which predicts v.
       logsnr_max: Initial logSNR of the learned schedule at t = 0, the end with the least noise.
       logsnr_min: Initial logSNR of the learned schedule at t = 1, less than `logsnr_max`.
-      conditional: Condition the network on class labels, if the data set has them.
+      conditional: If True, the model is p(x0 | y), if the data set has class labels y.
       ode_images: Number of images whose likelihood is computed by the probability-flow ODE.
-      sampling: The settings of sampling.
-      evaluation: The settings of the evaluation.
-      info: The description of the data set.
-      batch_size: Number of training images in one step.
+      sampling: Fields of sampling, such as the sampler and the guidance scale.
+      evaluation: Fields of the evaluation, such as the number of samples.
+      info: Description of the data set: image shape, number of classes and caption length.
+      batch_size: Number of images in one training step, over all devices.
     """
 
     network: DenoisingNetwork = UNet()
@@ -76,20 +71,16 @@ class VDM(ImageDenoiser):
 
     @property
     def no_label_dropout(self) -> str:
-        """The field that is named in the error for guidance, since training never drops labels."""
+        """The first words of the error about guidance, since training never drops labels."""
         return "sampling.guidance"
 
     def bind(self, info: DataInfo, precision: str, batch_size: int) -> "VDM":
-        """Return the task for a data set, a precision and a batch size."""
+        """Return the task with its network set up for the images, the classes and the precision."""
         network = bind_network(self.network, info, precision, conditional=self.conditional)
         return dataclasses.replace(self, network=network, info=info, batch_size=batch_size)
 
     def check(self) -> None:
-        """Check that the fields fit each other and the data.
-
-        Raises:
-          FieldError: If a field does not fit another field or the data.
-        """
+        """Raise FieldError if a field does not fit another field or the data set."""
         if not self.logsnr_min < self.logsnr_max:
             raise FieldError(
                 f"logsnr_min={self.logsnr_min:g}: must be less than logsnr_max={self.logsnr_max:g}",
@@ -100,7 +91,7 @@ class VDM(ImageDenoiser):
         self.check_denoiser()
 
     def noise_schedule(self, params: PyTree) -> schedules.Schedule:
-        """Return the learned schedule, whose parameters are in `params`."""
+        """Return the learned noise schedule, whose parameters are `params["schedule"]`."""
         return schedules.learned(params["schedule"])
 
     def init(self, key: Key[Array, ""], batch: Batch) -> Variables:
@@ -123,12 +114,12 @@ class VDM(ImageDenoiser):
         conditioning: Int[Array, "batch"] | None,
         keys: Key[Array, "batch"] | None = None,
     ) -> Prediction:
-        """Return the prediction of x0 and eps for noisy images.
+        """Return the network's prediction of x0 and eps for noisy images.
 
         Args:
           params: The parameters of the network and of the schedule.
           xt: Noisy images [B, H, W, C].
-          logsnr: The log signal-to-noise ratio of each image [B], which gives the network's time.
+          logsnr: The log signal-to-noise ratio of each image [B]; it determines the input time.
           conditioning: Class labels [B]; if None, the network is not class-conditional.
           keys: Random keys of dropout, one for each example; if None, dropout is off.
         """
@@ -146,14 +137,14 @@ class VDM(ImageDenoiser):
         train: bool,
         all_gather: AllGather,
     ) -> LossOutput:
-        """Return the bound in bits per dimension of every example.
+        """Return the bound of eq. (1) and its terms for every image, in bits per dimension.
 
         Args:
-          variables: The parameters and the extra variables.
+          variables: The parameters of the network and of the schedule.
           batch: Images, labels and indices of B examples.
-          keys: One key for each example, [B].
-          train: If True, dropout and the other randomness of training are on.
-          all_gather: The function that gathers the arrays of all devices.
+          keys: Random keys, one for each example, [B].
+          train: If True, dropout is on.
+          all_gather: Not used.
         """
         del all_gather
         params, x0 = variables.params, to_images(batch.images, self.info.levels)
@@ -172,10 +163,10 @@ class VDM(ImageDenoiser):
     def end_terms(
         self, params: PyTree, x0: Float[Array, "batch h w c"], eps: Float[Array, "batch h w c"]
     ) -> tuple[Float[Array, "batch"], Float[Array, "batch"], Float[Array, "batch h w c"]]:
-        """Return (prior, decoder, z_0): the first and the last term of eq. (1) in nats, and z_0.
+        """Return the prior and decoder terms of eq. (1) in nats, both [B], and z_0 [B, H, W, C].
 
         Args:
-          params: The parameters, which contain those of the schedule.
+          params: The parameters of the network and of the schedule.
           x0: Images [B, H, W, C] in [-1, 1].
           eps: The standard normal noise of z_0 [B, H, W, C].
         """
@@ -195,7 +186,7 @@ class VDM(ImageDenoiser):
         labels: Int[Array, "batch"] | None,
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch"]:
-        """Return the diffusion term of eq. (1) in continuous time, at one time per image, in nats.
+        """Return an estimate, in nats, of the continuous diffusion term from one time per image.
 
         Args:
           params: The parameters of the network and of the schedule.
@@ -212,21 +203,18 @@ class VDM(ImageDenoiser):
         return jax.vmap(elbo.continuous_kl)(prediction, noisy.eps, slope)
 
     def evaluations(self) -> "tuple[Evaluate[VDM], ...]":
-        """Return the functions that evaluate the task."""
+        """Return the functions that compute the metrics and images of an evaluation."""
         return evaluate_bounds, evaluate_ode, evaluate_schedule, *SAMPLE_EVALUATIONS
 
 
 def bounds(task: VDM, params: PyTree, batch: Batch, keys: Key[Array, "batch"]) -> dict[str, Array]:
-    """Return the terms of both bounds of each image in nats.
-
-    "prior" and "decoder" are terms of both bounds; "continuous" and "discrete" are the diffusion
-    terms of eq. (1) in continuous time and in `STEPS` steps.
+    """Return the terms of eq. (1) in nats [B], by name; "discrete" is the term in `STEPS` steps.
 
     Args:
-      task: The task, bound to a data set.
+      task: The task, after `bind` has set the fields that depend on the data set.
       params: The parameters of the network and of the schedule.
       batch: Images, labels and indices of B examples.
-      keys: One key for each example, [B].
+      keys: Random keys, one for each example, [B].
     """
     x0, labels = to_images(batch.images, task.info.levels), task.conditioning(batch.labels)
     schedule, count = task.noise_schedule(params), task.evaluation.times_per_image
@@ -257,10 +245,10 @@ def ode_nll(
     batch: Batch,
     keys: Key[Array, "batch"],
 ) -> dict[str, Array]:
-    """Return the ODE's bound, eq. (2), of each image in nats ("ode"), and the network's "calls".
+    """Return "ode", the bound of eq. (2) in nats [B], and "calls" of the network [B].
 
     Args:
-      task: The bound task.
+      task: The task, after `bind` has set the fields that depend on the data set.
       params: The parameters of the network and of the schedule.
       tolerance: The error tolerance of the ODE solver.
       batch: A batch of images.
@@ -269,7 +257,7 @@ def ode_nll(
     shape, schedule = task.info.shape, task.noise_schedule(params)
     x0, labels = to_images(batch.images, task.info.levels), task.conditioning(batch.labels)
     end_keys, _, _, probe_keys = split_keys(keys, EVALUATION_PURPOSES)
-    eps = normal(end_keys, shape)  # the same z_0 as in `bounds`
+    eps = normal(end_keys, shape)  # z_0 is the same as in `bounds`
     probe = jax.vmap(lambda key: jax.random.rademacher(key, shape, eps.dtype))(probe_keys)
     _, decoder, z0 = task.end_terms(params, x0, eps)
     clean, noisy = schedule.logsnr(jnp.zeros(())), schedule.logsnr(jnp.ones(()))
@@ -285,12 +273,12 @@ def ode_nll(
 
 
 def schedule_curve(task: VDM, params: PyTree) -> Float[Array, "points"]:
-    """Return the logsnr of the learned schedule at evenly spaced times from 0 to 1."""
+    """Return the logsnr of the learned noise schedule at evenly spaced times from 0 to 1."""
     return task.noise_schedule(params).logsnr(jnp.linspace(0, 1, CURVE_POINTS))
 
 
 def shared_bounds(context: Context) -> dict[str, np.ndarray]:
-    """Return `bounds` of the split, or of its first images in a quick evaluation."""
+    """Return `bounds` of the split; during training, of its first 1,000 images."""
     task = context.task
     assert isinstance(task, VDM)
     split, size = context.examples(), task.evaluation.batch_size
@@ -298,12 +286,12 @@ def shared_bounds(context: Context) -> dict[str, np.ndarray]:
 
 
 def bits_scale(task: VDM) -> float:
-    """Return the factor from nats of an image to bits per dimension: 1 / (dimensions log 2)."""
+    """Return the factor 1 / (D log 2) that converts nats to bits per dimension, for D values."""
     return float(1 / (int(np.prod(task.info.shape)) * np.log(2)))
 
 
 def evaluate_bounds(task: VDM, context: Context) -> Evaluation:
-    """Return the continuous and the discrete bound in bits per dimension, and their terms."""
+    """Return both bounds of eq. (1) and the terms of the continuous one, in bits per dimension."""
     nats = context.cached(shared_bounds)
     ends = nats["prior"] + nats["decoder"]
     values = {"loss": ends + nats["continuous"]}
@@ -314,7 +302,7 @@ def evaluate_bounds(task: VDM, context: Context) -> Evaluation:
 
 
 def evaluate_ode(task: VDM, context: Context) -> Evaluation:
-    """Return the likelihood by the ODE and its numerical error, in a final evaluation."""
+    """In the final evaluation, return the bound of eq. (2) and the numerical error of the ODE."""
     if not context.full:
         return Evaluation()
 
@@ -324,7 +312,7 @@ def evaluate_ode(task: VDM, context: Context) -> Evaluation:
 
     exact = solve(task.ode_images, probability_flow.TOLERANCE)
     checked = min(task.ode_images, task.evaluation.batch_size)
-    # The change between two tolerances is an upper estimate of the solver's error.
+    # The difference between two tolerances is an upper estimate of the error of the solver.
     change = exact["ode"][:checked] - solve(checked, 10 * probability_flow.TOLERANCE)["ode"]
     metrics = averages({"bits_per_dim_ode": exact["ode"]}, bits_scale(task))
     metrics["ode_calls"] = float(exact["calls"].mean())
@@ -334,7 +322,7 @@ def evaluate_ode(task: VDM, context: Context) -> Evaluation:
 
 
 def evaluate_schedule(task: VDM, context: Context) -> Evaluation:
-    """Return the end points of the learned schedule, and in a final evaluation its plot."""
+    """Return the largest and smallest logsnr; in the final evaluation, also plot the schedule."""
     highest, lowest = (float(end) for end in fetch(context.variables.params["schedule"]["ends"]))
     metrics = {"logsnr_highest": highest, "logsnr_lowest": lowest}
     if not context.full:
@@ -351,10 +339,10 @@ def rounding_nll(
     """Return -log P(x0 | z_0) of one image in nats, the decoder term of eq. (1).
 
     Args:
-      z0: z_0 [*event].
+      z0: The noisy image z_0 [*event].
       x0: The image [*event] in [-1, 1].
       logsnr: The log signal-to-noise ratio of z_0.
-      levels: The number of grey levels, whose bins partition [-1, 1].
+      levels: The number of grey levels of x0, each of which has a bin.
     """
     alpha, sigma = alpha_sigma(logsnr)
     prediction = Prediction(z0 / alpha, jnp.zeros_like(z0))

@@ -305,7 +305,7 @@ def test_a_generator_that_does_not_fit_its_latents_or_its_schedule_raises_a_user
     parts = {"task.autoencoder_network": Autoencoder(channels=(8, 8), latent_channels=2)}
     eps = {"task.generator.prediction": "eps"}
     for fields, message in (
-        (MODELS["autoregressive"], r"network\.codes=0: .* quantised autoencoder"),
+        (MODELS["autoregressive"], r"network\.codes=0: .* autoencoder with a codebook"),
         (eps, r"prediction=eps: .* eps does not determine the image"),
         (
             {**eps, "task.generator.sampling.steps": "1001"},
@@ -322,7 +322,7 @@ def test_a_generator_that_does_not_fit_its_latents_or_its_schedule_raises_a_user
 def test_a_generator_that_cannot_be_built_raises_an_error_before_its_parts_are_trained(tmp_path):
     experiment = load_experiment("text_to_image_shapes")
     for fields, message in (
-        ({"generator.task.generator": "autoregressive"}, "quantised autoencoder"),
+        ({"generator.task.generator": "autoregressive"}, "autoencoder with a codebook"),
         ({"generator.task.generator.network.channels": "6"}, "channels=6: must be a multiple of 4"),
     ):
         config = override(experiment.config, fields, {}, experiment.alternatives)
