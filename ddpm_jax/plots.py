@@ -305,10 +305,7 @@ def is_error(name: str, metrics: Iterable[str]) -> bool:
 
 
 def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
-    """Return (name, text) for each metric, where the text is "value" or "value +- error".
-
-    The error is the standard error; it is omitted if it is not known.
-    """
+    """Return (name, text) of each metric; the text is "value" or "value +- standard error"."""
     rows = []
     for name, value in metrics.items():
         if is_error(name, metrics) or not isinstance(value, (int, float)):

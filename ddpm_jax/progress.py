@@ -31,7 +31,7 @@ class Clock:
     """A progress bar, and a clock of the time for steps, evaluations and checkpoints.
 
     Args:
-      step: Number of the step at the start, 0 if nothing has been done before.
+      step: Number of the step at the start, 0 for a new run.
       total: Number of the step at the end.
       show: Whether to show a progress bar, or log lines if stderr is not a terminal.
       unit: Word for a step in the progress bar and in log lines, such as "step" or "image".
@@ -53,10 +53,7 @@ class Clock:
             self._bar = tqdm(total=total, initial=step, unit=unit, dynamic_ncols=True)
 
     def show(self, step: int, loss: float | None = None) -> None:
-        """Show in the progress bar or a log line that `step` is complete.
-
-        If `loss` is not None, the loss is shown, too.
-        """
+        """Show in the bar or a log line that `step` is complete, with `loss` if it is not None."""
         if self._bar is not None:
             if loss is not None:
                 self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
@@ -101,7 +98,7 @@ class Clock:
 
     @contextlib.contextmanager
     def pause(self, activity: str) -> Iterator[None]:
-        """Return a context manager that counts the time inside as `activity`, not as training."""
+        """Return a context manager that counts its duration as `activity`, not as training."""
         start = time.perf_counter()
         try:
             yield
@@ -111,7 +108,7 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Return a context manager that counts the time inside as training that waits for data."""
+        """Return a context manager that counts its duration as training that waits for data."""
         start = time.perf_counter()
         try:
             yield

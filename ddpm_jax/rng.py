@@ -30,9 +30,9 @@ def example_keys(
 
 
 def split_keys(keys: Key[Array, "batch"], count: int) -> tuple[Key[Array, "batch"], ...]:
-    """Split the key of each example into `count` keys; return an array [B] of each of them.
+    """Split the key of each example into `count` keys, one for each use such as times or noise.
 
-    Each array is for one use of random numbers, such as training times or noise.
+    Return `count` arrays of keys, [B].
     """
     split = jax.vmap(lambda key: jax.random.split(key, count))(keys)
     return tuple(split[:, purpose] for purpose in range(count))

@@ -42,7 +42,7 @@ def step_kl(
 ) -> Scalar:
     """Return L_{t-1} = KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats, where q and p are Gaussian.
 
-    If p has the variance of q, L_{t-1} is 1/2 (SNR_s - SNR_t) |x0 - x0_hat|^2 (Kingma et al.
+    If q and p have equal variances, L_{t-1} is 1/2 (SNR_s - SNR_t) |x0 - x0_hat|^2 (Kingma et al.
     2021):
 
     >>> prediction, xt = Prediction(x0=jnp.ones(1), eps=jnp.zeros(1)), jnp.zeros(1)

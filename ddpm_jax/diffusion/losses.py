@@ -40,8 +40,8 @@ def variance_bound(
 ) -> Scalar:
     """Return an estimate of the variational bound that trains only the learned variance.
 
-    The estimate is T times one term of the bound, which is unbiased if t is uniform, in bits per
-    dimension. The predicted mean has a stop-gradient (Nichol & Dhariwal 2021, sec. 3.1).
+    The estimate, in bits per dimension, is T times one term of the bound, and unbiased if t is
+    uniform. The predicted mean has a stop-gradient (Nichol & Dhariwal 2021, sec. 3.1).
 
     Args:
       prediction: The prediction of the denoiser at x_t, with a learned variance.

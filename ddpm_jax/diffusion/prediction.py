@@ -79,7 +79,9 @@ def to_prediction(
 def from_prediction(
     prediction_type: PredictionType, prediction: Prediction, logsnr: Array
 ) -> Float[Array, "..."]:
-    """Return eps, x0 or v of a `Prediction`; this is the inverse of `to_prediction`.
+    """Convert a `Prediction` to the output of a network (eps, x0 or v).
+
+    This is the inverse of `to_prediction`.
 
     >>> prediction = Prediction(x0=jnp.array([0.0]), eps=jnp.array([2.0]))
     >>> print(from_prediction("v", prediction, -jnp.log(3.0)).round(3))  # alpha = 1 / 2

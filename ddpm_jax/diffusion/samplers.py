@@ -120,10 +120,7 @@ def _step(
     sampler: Sampler, denoise: Denoiser, keys: Key[Array, "batch"], state: PyTree,
     times: tuple[Array | int, Array, Array],
 ) -> tuple[PyTree, Prediction]:  # fmt: skip
-    """Sample noise and return the state at x_s and the prediction at x_t.
-
-    `times` is (index of the sampling step, logsnr_t, logsnr_s).
-    """
+    """Take sampling step `times` = (index, logsnr_t, logsnr_s); return the state and prediction."""
     index, logsnr_t, logsnr_s = times
     noise = jax.vmap(
         lambda key, x: jax.random.normal(jax.random.fold_in(key, index), x.shape, x.dtype)
@@ -187,10 +184,7 @@ def ddim(eta: float = 0.0) -> Sampler:
 
 
 def heun() -> Sampler:
-    """Return the sampler with Heun's second-order ODE solver (Karras et al. 2022, alg. 1).
-
-    The sampler calls the denoiser twice per step, and once in the step to +inf.
-    """
+    """Return Heun's sampler, which calls the denoiser twice per step (Karras et al. 2022)."""
 
     def step(
         denoise: Denoiser, state: State, noise: Array, logsnr_t: Scalar, logsnr_s: Scalar

@@ -96,7 +96,7 @@ def linear(lowest: float = -15.0, highest: float = 15.0) -> Schedule:
 
 
 def cosine(lowest: float = -15.0, highest: float = 15.0) -> Schedule:
-    """Return the cosine noise schedule in a range of logsnr (Kingma & Gao 2023, app. D.2).
+    """Return the cosine schedule from logsnr `highest` to `lowest` (Kingma & Gao 2023, app. D.2).
 
     alpha = cos(angle), sigma = sin(angle), angle = a + t (b - a), so logsnr = -2 log tan(angle)
     with tan(a) = exp(-highest / 2) and tan(b) = exp(-lowest / 2).
@@ -128,7 +128,7 @@ def sigmoid(
     start: float = -3.0, end: float = 3.0, tau: float = 1.0,
     lowest: float = -15.0, highest: float = 15.0,
 ) -> Schedule:  # fmt: skip
-    """Return the sigmoid noise schedule in a range of logsnr (Jabri et al. 2023, alg. 1).
+    """Return the sigmoid schedule from logsnr `highest` to `lowest` (Jabri et al. 2023, alg. 1).
 
     alpha_bar(u) = (S(end) - S(u)) / (S(end) - S(start)), S(u) = 1 / (1 + exp(-u / tau)), and
     S(x) - S(y) = sinh((x - y) / 2 tau) / (2 cosh(x / 2 tau) cosh(y / 2 tau)). Therefore
@@ -165,9 +165,9 @@ def sigmoid(
 
 
 def _distance(log_ratio: float, width: float) -> float:
-    """Return 2 d, where log_ratio = log(sinh(e) / sinh(d)) and d + e = width / 2.
+    """Return 2 d, where d and e of `sigmoid` satisfy log_ratio = log(sinh(e) / sinh(d)).
 
-    For -log_ratio instead of log_ratio, the function returns 2 e.
+    d + e is width / 2. For -log_ratio instead of log_ratio, the function returns 2 e.
     """
     high = np.exp(log_ratio) + np.cosh(width / 2)
     return float(2 * np.arctanh(np.sinh(width / 2) / high))
@@ -176,7 +176,7 @@ def _distance(log_ratio: float, width: float) -> float:
 def shifted(schedule: Schedule, factor: float) -> Schedule:
     """Return `schedule` with alpha / sigma multiplied by `factor` (Hoogeboom et al. 2023, eq. 3).
 
-    If `schedule` suits n x n pixels, then the result with factor 1 / k suits k n x k n pixels.
+    If `schedule` suits images of n x n pixels, factor 1 / k suits images of k n x k n pixels.
 
     >>> print(f"{shifted(linear(-4.0, 4.0), 0.5).logsnr(0.5):.3f}")  # 0 + 2 log(0.5)
     -1.386
@@ -227,7 +227,7 @@ def edm(
 def learned_init(
     key: Key[Array, ""], width: int = 64, lowest: float = -5.0, highest: float = 13.3
 ) -> dict[str, Array]:
-    """Return initial parameters for `learned`; with these, the schedule is nearly linear.
+    """Return initial parameters for `learned`, with which the noise schedule is nearly linear.
 
     Args:
       key: The key of the random weights.
@@ -283,7 +283,7 @@ class LinearBetas:
     last: Beta = 0.02
 
     def make(self) -> Schedule:
-        """Return the functions of this noise schedule; see `linear_betas`.
+        """Return logsnr(t) and its inverse for this noise schedule (see `linear_betas`).
 
         Raises:
           FieldError: If a beta is 1 or more.
@@ -305,16 +305,16 @@ class CosineBetas:
     steps: NoiseSteps = 1000
 
     def make(self) -> Schedule:
-        """Return the functions of this noise schedule; see `cosine_betas`."""
+        """Return logsnr(t) and its inverse for this noise schedule (see `cosine_betas`)."""
         return from_betas(cosine_betas(self.steps))
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A continuous noise schedule whose logsnr falls linearly from 15 to -15."""
+    """A continuous noise schedule whose logsnr falls linearly in t from 15 to -15."""
 
     def make(self) -> Schedule:
-        """Return the functions of this noise schedule; see `linear`."""
+        """Return logsnr(t) and its inverse for this noise schedule (see `linear`)."""
         return linear()
 
 
@@ -323,7 +323,7 @@ class Cosine:
     """The continuous cosine noise schedule, with logsnr from 15 to -15."""
 
     def make(self) -> Schedule:
-        """Return the functions of this noise schedule; see `cosine`."""
+        """Return logsnr(t) and its inverse for this noise schedule (see `cosine`)."""
         return cosine()
 
 
@@ -332,7 +332,7 @@ class Sigmoid:
     """The continuous sigmoid noise schedule, with logsnr from 15 to -15."""
 
     def make(self) -> Schedule:
-        """Return the functions of this noise schedule; see `sigmoid`."""
+        """Return logsnr(t) and its inverse for this noise schedule (see `sigmoid`)."""
         return sigmoid()
 
 
@@ -341,7 +341,7 @@ class EDM:
     """The continuous noise schedule with the noise levels of EDM (Karras et al. 2022)."""
 
     def make(self) -> Schedule:
-        """Return the functions of this noise schedule; see `edm`."""
+        """Return logsnr(t) and its inverse for this noise schedule (see `edm`)."""
         return edm()
 
 

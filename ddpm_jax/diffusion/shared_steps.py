@@ -78,10 +78,10 @@ def init_two_step(xT: Array) -> TwoStepState:
 def extrapolation(
     state: TwoStepState, prediction: Prediction, logsnr_t: Scalar, logsnr_s: Scalar
 ) -> Array:
-    """Return (x0 - previous x0) / 2r, r = previous h / h (Lu et al. 2022b, alg. 2).
+    """Return the second-order correction of the predicted x0 (Lu et al. 2022b, alg. 2).
 
-    h is the difference logsnr_s - logsnr_t, and "previous" is the previous sampling step. The
-    result is 0 in the first step and in the step to +inf.
+    (x0 - previous x0) / 2r, r = previous h / h, where h is logsnr_s - logsnr_t and "previous" is
+    the previous sampling step. The result is 0 in the first step and in the step to +inf.
 
     Args:
       state: The state, which contains the previous x0 and the logsnr of the previous x0.

@@ -18,7 +18,7 @@ from ddpm_jax.diffusion.grids import stratum_time
 def uniform_times(
     keys: Key[Array, "batch"], index: Int[Array, "batch"], size: int
 ) -> Float[Array, "batch"]:
-    """Return independent times t ~ U(0, 1); `index` and `size` are not used."""
+    """Return an independent time t ~ U(0, 1) for each key; `index` and `size` are not used."""
     del index, size
     return jax.vmap(jax.random.uniform)(keys)
 
@@ -58,8 +58,8 @@ def importance_times(
     """Sample a time for each key, with a higher probability where losses are large.
 
     A time is in bin i with probability p_i ~ sqrt(mean squared loss of bin i) (Nichol & Dhariwal
-    2021, eq. 18), mixed with 0.1 % of a uniform distribution. Until every bin has received
-    `capacity` losses, p is uniform.
+    2021, eq. 18), mixed with 0.1 % of a uniform distribution. Until the history contains the
+    maximum number of losses in every bin, p is uniform.
 
     Returns:
       The times, and the weights 1 / (p_i bins), with which the weighted loss is unbiased.
@@ -98,7 +98,7 @@ def add_losses(
 
 @runtime_checkable
 class TimeSampler(Protocol):
-    """A sampler of training times, whose methods receive a state and return the new state."""
+    """A sampler of training times, whose state is created by `init` and changed by `update`."""
 
     def init(self, steps: int | None) -> PyTree:
         """Return the state before the first training step.
@@ -122,7 +122,7 @@ class TimeSampler(Protocol):
         """
 
     def statistics(self, t: Float[Array, "batch"], losses: Float[Array, "batch"]) -> PyTree:
-        """Return what `update` needs to know of the times and the unweighted losses of a batch."""
+        """Return arrays for `update`, computed from the times and unweighted losses of a batch."""
         del t, losses
         return {}
 

@@ -1,7 +1,7 @@
 """Likelihoods p(x|z) of images, whose parameters are the output of a decoder.
 
-A `Likelihood` contains functions that convert grey values to the x that the model describes, and
-the output of a decoder to a loss in nats and to an image.
+A `Likelihood` contains functions that convert grey values to x (binarised or dequantised pixels),
+and the output of a decoder to a loss in nats and to an image.
 """
 
 import dataclasses
@@ -20,7 +20,9 @@ Output = tuple[Float[Array, "..."], Float[Array, ""]]
 
 
 class Likelihood(NamedTuple):
-    """The likelihood p(x|z) of one image; `out` is the output of the decoder.
+    """The likelihood p(x|z), where x is a binarised or dequantised image.
+
+    In the list of functions, `out` is the output of the decoder.
 
     Attributes:
       observe: The function (random key, image with uint8 grey values) -> x.
@@ -101,7 +103,7 @@ def gaussian(levels: int, std: float | None) -> Likelihood:
 
 @dataclasses.dataclass(frozen=True)
 class Bernoulli:
-    """The Bernoulli likelihood of dynamically binarised pixels; see `bernoulli`."""
+    """The Bernoulli likelihood of pixels that every epoch binarises at random; see `bernoulli`."""
 
     def make(self, levels: int) -> Likelihood:
         """Return the likelihood of images with `levels` grey values."""
@@ -110,7 +112,7 @@ class Bernoulli:
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """The Gaussian likelihood of dequantised grey values; see `gaussian`.
+    """The Gaussian likelihood of grey values to which uniform noise is added; see `gaussian`.
 
     Attributes:
       std: Standard deviation of a pixel with values in [-1, 1]. If none, one standard deviation of

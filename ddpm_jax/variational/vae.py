@@ -125,7 +125,7 @@ def iwae_bound(log_weights: Float[Array, "samples"]) -> Float[Array, ""]:
 def density_to_bits_per_dim(
     nats: Float[Array, "*batch"], dims: int, levels: int
 ) -> Float[Array, "*batch"]:
-    """Convert -log p(x) of a density on [-1, 1]^dims to bits per dimension of grey values.
+    """Convert nats = -log p(x) of a density on [-1, 1]^dims to bits per dimension of grey values.
 
     x is a vector of grey values, each with uniform noise of the width 2 / levels of a bin. Then the
     probability P of the grey values satisfies -log P <= nats + dims log(levels / 2) (Theis et al.

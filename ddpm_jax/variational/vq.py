@@ -65,9 +65,9 @@ def commitment(z: Float[Array, "*z"], quantised: Float[Array, "*z"]) -> Float[Ar
 def update(book: Codebook, z: Float[Array, "vectors d"], decay: float = 0.99) -> Codebook:
     """Return the codebook after an update with the V vectors z of a batch, eq. (4), g = `decay`.
 
-    If N_k falls below `DEAD`, e_k is replaced by a vector of the batch, number k s modulo V, where
-    s is `_stride(V)`. The replacements are then evenly distributed over the images of the batch,
-    and over the rows and columns of an image.
+    If N_k falls below `DEAD`, e_k is replaced by the vector z with index k s modulo V, where s is
+    `_stride(V)`. The replacements are then evenly distributed over the images of the batch, and
+    over the rows and columns of an image.
     """
     count, vectors = len(book.codes), len(z)
     assigned = jax.nn.one_hot(nearest(z, book.codes), count, dtype=z.dtype)
