@@ -1,4 +1,4 @@
-"""Image grids, plots and tables, and the files that they are written to."""
+"""Functions that make image grids, plots and tables, and functions that write images to files."""
 
 import bisect
 import json
@@ -15,7 +15,7 @@ from ddpm_jax.errors import NonFinite, printable
 from ddpm_jax.fields import Json
 from ddpm_jax.system.files import SOFTWARE, write_with
 
-if TYPE_CHECKING:  # importing it is slow
+if TYPE_CHECKING:  # importing matplotlib is slow
     import matplotlib.axes
     import matplotlib.figure
 
@@ -36,10 +36,10 @@ def check_finite(images: Float[np.ndarray, "*batch"]) -> None:
 
 
 def to_uint8(images: Float[np.ndarray, "*batch"]) -> UInt8[np.ndarray, "*batch"]:
-    """Return images with values of [-1, 1] as integers 0 ... 255; other values are clipped.
+    """Return images with values in [-1, 1] as integers 0 ... 255; other values are clipped.
 
     Raises:
-      NonFinite: If a value is NaN or infinite, because it would become a valid colour.
+      NonFinite: If a value is NaN or infinite. Without this check it would become a valid colour.
     """
     check_finite(images)
     levels = np.round((np.clip(images, -1, 1) + 1) * 127.5)
@@ -49,7 +49,7 @@ def to_uint8(images: Float[np.ndarray, "*batch"]) -> UInt8[np.ndarray, "*batch"]
 def image_or_error(
     function: Callable[P, np.ndarray], *args: P.args, **kwargs: P.kwargs
 ) -> np.ndarray | NonFinite:
-    """Return the image that `function` computes, or the NonFinite error that it raises."""
+    """Return the image that `function` computes, or the `NonFinite` that `function` raises."""
     try:
         return function(*args, **kwargs)
     except NonFinite as error:
@@ -61,12 +61,12 @@ def grid(
     columns: int | None = None,
     side: int = 56,
 ) -> UInt8[np.ndarray, "H W c"]:
-    """Return a grid of images, filled row by row, with lines between them.
+    """Return one image, a grid of images that is filled row by row, with lines between the images.
 
     Args:
-      images: Images with values in [-1, 1], or in 0 ... 255 if they are uint8.
-      columns: Number of images in a row; None: about the number of rows.
-      side: Approximate minimum side of an image, in pixels; smaller images are enlarged by an
+      images: Images with values in [-1, 1], or uint8 images with values in 0 ... 255.
+      columns: Number of images in a row. If None, the grid has about as many columns as rows.
+      side: Approximate minimum side of an image, in pixels. Smaller images are enlarged by an
         integer factor.
 
     Raises:
@@ -91,10 +91,12 @@ def captioned(
     rows: list[tuple[str, Float[np.ndarray, "n h w c"] | UInt8[np.ndarray, "n h w c"]]],
     side: int = 64,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Return rows of images, each below its caption, which is shortened to the width of the row.
+    """Return one image that shows rows of images, with a caption above each row.
+
+    A caption that is wider than its row is shortened.
 
     Args:
-      rows: Pairs of a caption and images, as in `grid`.
+      rows: For each row, the pair (caption, images), with images as in `grid`.
       side: Approximate minimum side of an image, in pixels, as in `grid`.
 
     Raises:
@@ -120,7 +122,7 @@ def captioned(
 
 
 def _shorten(caption: str, width: int, length: Callable[[str], float]) -> str:
-    """Return a caption in one line, shortened to `width` pixels, which `length` measures."""
+    """Return a caption as a line of at most `width` pixels; `length(text)` is a width in pixels."""
     text = printable(" ".join(caption.split()))
     if len(text) <= width and length(text) <= width:
         return text
@@ -133,7 +135,7 @@ def _shorten(caption: str, width: int, length: Callable[[str], float]) -> str:
 
 
 def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w c"]) -> None:
-    """Write a grey or colour image as a PNG with this program's mark (`files.SOFTWARE`)."""
+    """Write a PNG file of a grey or colour image, with `files.SOFTWARE` in the file's metadata."""
     from PIL import Image, PngImagePlugin
 
     metadata = PngImagePlugin.PngInfo()
@@ -143,7 +145,7 @@ def save_png(path: pathlib.Path, image: UInt8[np.ndarray, "h w c"]) -> None:
 
 
 def save_gif(path: pathlib.Path, frames: UInt8[np.ndarray, "f h w c"]) -> None:
-    """Write an animation of ten frames per second; the last frame is shown for two seconds."""
+    """Write a GIF file that shows ten frames per second, and the last frame for two seconds."""
     from PIL import Image
 
     images = [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
@@ -157,7 +159,10 @@ def save_gif(path: pathlib.Path, frames: UInt8[np.ndarray, "f h w c"]) -> None:
 
 
 def save_image(stem: pathlib.Path, image: np.ndarray) -> pathlib.Path:
-    """Write an image [H, W, C] as STEM.png, or an animation [F, H, W, C] as STEM.gif."""
+    """Write an image [H, W, C] to STEM.png or an animation [F, H, W, C] to STEM.gif.
+
+    `stem` is the path without a suffix. Return the path of the written file.
+    """
     animation = image.ndim == 4
     path = stem.with_name(stem.name + (".gif" if animation else ".png"))
     (save_gif if animation else save_png)(path, image)
@@ -165,20 +170,20 @@ def save_image(stem: pathlib.Path, image: np.ndarray) -> pathlib.Path:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Json]]:
-    """Return the lines of a .jsonl file, or an empty list if the file does not exist."""
+    """Return the JSON object of each line of a file; return [] if the file does not exist."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def curves(path: pathlib.Path, lines: Iterable[dict[str, Json]], title: str) -> None:
-    """Write a plot with one panel for each metric over steps, with one curve for each split.
+    """Write a plot of metrics over training steps: a panel per metric, with a curve per data split.
 
-    If no metric has values at two steps, no file is written.
+    If no metric has values at two or more training steps, the function writes no file.
 
     Args:
       path: Path of the PNG file.
-      lines: Lines of `metrics.jsonl`, each with the entry `step`.
+      lines: Lines of `metrics.jsonl`: metrics by name, such as "train/loss", and the entry "step".
       title: Title of the plot.
     """
     from matplotlib.figure import Figure
@@ -215,14 +220,14 @@ def curves(path: pathlib.Path, lines: Iterable[dict[str, Json]], title: str) -> 
         axis.legend()
     for axis in axes.flat[len(series) :]:
         axis.remove()
-    figure.suptitle(printable(title), parse_math=False)  # users chose its names
+    figure.suptitle(printable(title), parse_math=False)  # a user's text can contain "$"
     write_with(path, lambda file: figure.savefig(file, dpi=100, format="png"))
 
 
 def new_axis(
     width: float, height: float
 ) -> tuple["matplotlib.figure.Figure", "matplotlib.axes.Axes"]:
-    """Return a figure of a width and a height in inches, and its only axis."""
+    """Return a new figure, whose width and height are in inches, and the only axes in it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=100)
@@ -231,7 +236,7 @@ def new_axis(
 
 
 def figure_pixels(figure: "matplotlib.figure.Figure") -> UInt8[np.ndarray, "h w c"]:
-    """Return the pixels of a figure."""
+    """Return the RGB pixels of a figure, [H, W, 3]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -243,11 +248,11 @@ def figure_pixels(figure: "matplotlib.figure.Figure") -> UInt8[np.ndarray, "h w 
 def lines(
     x: Float[np.ndarray, "points"], ys: dict[str, np.ndarray], xlabel: str, title: str
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Return a plot of curves that have the same values of x.
+    """Return the pixels of a plot of curves that have the same values of x.
 
     Args:
       x: Values of x.
-      ys: Values of y of each curve, by the curve's name in the legend.
+      ys: Name of each curve in the legend, with the curve's values of y, [points].
       xlabel: Label of the x axis.
       title: Title of the plot.
     """
@@ -265,10 +270,10 @@ def paths(
     labels: tuple[str, str],
     title: str,
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Return a plot of lines through points (x, y), with a label at each point.
+    """Return the pixels of a plot of lines through points (x, y), with a label at each point.
 
     Args:
-      lines: x values, y values and point labels of each line, by the line's name in the legend.
+      lines: Name of each line in the legend, with (x values, y values, labels of the points).
       labels: Labels of the x axis and the y axis.
       title: Title of the plot.
     """
@@ -287,7 +292,7 @@ def paths(
 
 
 def table(rows: list[tuple[str, str]], title: str) -> str:
-    """Return a table of two columns as text: the title, then one line for each row."""
+    """Return a table of two columns as text, with the title in the first line."""
     rows = [(printable(name), printable(value)) for name, value in rows]
     width = max((len(name) for name, _ in rows), default=0)
     lines = [f"  {name:<{width}}  {value}" for name, value in rows]
@@ -295,20 +300,19 @@ def table(rows: list[tuple[str, str]], title: str) -> str:
 
 
 def is_error(name: str, metrics: Iterable[str]) -> bool:
-    """Return whether `name` is the standard error of another one of `metrics`."""
+    """Return whether `name` is "X_error", the standard error of a metric X in `metrics`."""
     return name.endswith("_error") and name.removesuffix("_error") in metrics
 
 
 def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
-    """Return (name, text) of each metric, the text with the standard error if there is one."""
+    """Return (name, text) of each metric; the text is "value" or "value +- standard error"."""
     rows = []
     for name, value in metrics.items():
         if is_error(name, metrics) or not isinstance(value, (int, float)):
             continue
         error = metrics.get(f"{name}_error")
-        if (
-            error and 0 < error < math.inf
-        ):  # two digits of the error, and as many decimals of the value
+        if error and 0 < error < math.inf:
+            # The error has two digits, and the value as many decimals as the error.
             decimals = max(1 - math.floor(math.log10(error)), 0)
             text = f"{value:.{decimals}f} +- {error:.{decimals}f}"
             if decimals > 6:
@@ -322,12 +326,12 @@ def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
 def comparison_rows(
     runs: Mapping[str, dict[str, float]], names: Sequence[str], prefix: str = ""
 ) -> list[tuple[str, str]]:
-    """Return (run, text) for each run or setting, where the text lists some of its metrics.
+    """Return (name, text) for each run, where the text lists the values of some metrics.
 
     Args:
-      runs: Metrics of each run, by the run's name.
-      names: Names of the listed metrics; metrics that a run does not have are omitted.
-      prefix: Prefix of the names in `runs`, such as "test/", which is not shown.
+      runs: Name of each run, or of each value that is compared, with its metrics.
+      names: Names of the metrics in the text. A metric that a run does not have is omitted.
+      prefix: Prefix of the metrics in `runs`, such as "test/", which the text omits.
     """
     rows = []
     for run, metrics in runs.items():

@@ -1,4 +1,4 @@
-"""Log lines and the progress bar of a run: loss, steps per second, remaining time."""
+"""Log lines and a progress bar with the loss, the steps per second and the remaining time."""
 
 import contextlib
 import functools
@@ -13,35 +13,35 @@ SECONDS_BETWEEN_LINES = 10.0  # if stderr is not a terminal
 
 
 def log(line: str) -> None:
-    """Print a line to stderr, only in the first process; errors of writing are ignored."""
+    """Print a line to stderr, only in process 0. If writing fails, the error is ignored."""
     if is_main():
         terminal.print_error(line)
 
 
-log_once = functools.cache(log)  # prints each line once per process
+log_once = functools.cache(log)  # does not print a line that it has already printed
 
 
 def print_result(text: str) -> None:
-    """Print a result to stdout, only in the first process."""
+    """Print a result to stdout, only in process 0."""
     if is_main():
         terminal.show(text)
 
 
 class Clock:
-    """The progress bar, and the seconds spent on steps, evaluations and checkpoints.
+    """A progress bar, and a clock of the time for steps, evaluations and checkpoints.
 
     Args:
-      step: Step at which the run starts.
-      total: Step at which the run ends.
-      show: Show a progress bar, or log lines if stderr is not a terminal.
-      unit: Noun for a step in the bar and the lines.
+      step: Number of the step at the start, 0 for a new run.
+      total: Number of the step at the end.
+      show: Whether to show a progress bar, or log lines if stderr is not a terminal.
+      unit: Word for a step in the progress bar and in log lines, such as "step" or "image".
     """
 
     def __init__(self, step: int, total: int, show: bool = True, unit: str = "step") -> None:
         self._unit = unit
         self._first, self._total = step, total
         self._lap_step, self._lap_start = step, time.perf_counter()
-        self._start: float | None = None  # of timing, after the first call, which compiles
+        self._start: float | None = None  # time after the first step, which includes compilation
         self._paused: dict[str, float] = {}
         self._waited = 0.0
         self._last_line = time.perf_counter()
@@ -53,7 +53,7 @@ class Clock:
             self._bar = tqdm(total=total, initial=step, unit=unit, dynamic_ncols=True)
 
     def show(self, step: int, loss: float | None = None) -> None:
-        """Show that `step` is complete, with its loss if given."""
+        """Show in the bar or a log line that `step` is complete, with `loss` if it is not None."""
         if self._bar is not None:
             if loss is not None:
                 self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
@@ -78,7 +78,12 @@ class Clock:
             log(line)
 
     def lap(self, step: int) -> dict[str, float]:
-        """Return the seconds since the last lap, by activity, and the steps per second."""
+        """Return the timing since the last call of `lap`, or since the start.
+
+        Returns:
+          "seconds" (without pauses), "steps_per_second", "data_seconds" (in `waiting`), and
+          "ACTIVITY_seconds" for each activity of `pause`.
+        """
         now = time.perf_counter()
         paused, self._paused = self._paused, {}
         if self._start is not None:
@@ -93,7 +98,7 @@ class Clock:
 
     @contextlib.contextmanager
     def pause(self, activity: str) -> Iterator[None]:
-        """Count the time in this context as `activity`, not as training."""
+        """Return a context manager that counts its duration as `activity`, not as training."""
         start = time.perf_counter()
         try:
             yield
@@ -103,7 +108,7 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time in this context as training that waits for data."""
+        """Return a context manager that counts its duration as training that waits for data."""
         start = time.perf_counter()
         try:
             yield
@@ -111,7 +116,7 @@ class Clock:
             self._waited += time.perf_counter() - start
 
     def close(self) -> None:
-        """Close the progress bar, which stays on the terminal."""
+        """Close the progress bar, which remains visible on the terminal."""
         if self._bar is not None:
             self._bar.close()
 

@@ -1,6 +1,7 @@
-"""Random keys as data: every key depends only on (seed, purpose, step, index of the example).
+"""Random keys that depend only on (seed, purpose, step, index of the example).
 
-A run is therefore the same on any number of devices, and a resumed run needs no generator state.
+The random numbers of a run are therefore the same on any number of devices, and a checkpoint does
+not contain the state of a random number generator.
 """
 
 import jax
@@ -10,22 +11,28 @@ INIT, TRAIN, EVALUATE, SAMPLE = range(4)
 
 
 def purpose_key(seed: int, purpose: int) -> Key[Array, ""]:
-    """Return the root key of one purpose: `INIT`, `TRAIN`, `EVALUATE` or `SAMPLE`."""
+    """Return the key from which all keys of a purpose are derived.
+
+    `purpose` is `INIT` (initial parameters), `TRAIN`, `EVALUATE` or `SAMPLE`.
+    """
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
 def example_keys(
     key: Key[Array, ""], step: Int[Array, ""] | int, index: Int[Array, "batch"]
 ) -> Key[Array, "batch"]:
-    """Return a key for every example of a step: fold_in(fold_in(key, step), index).
+    """Return the key fold_in(fold_in(key, step), index) for every example of a training step.
 
-    In sampling, the index is the number of the image, so that image 7 does not depend on the
-    size of the batch that contains it.
+    In sampling, `index` is the number of the image, so that image 7 does not depend on the size of
+    the batch that contains image 7.
     """
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)
 
 
 def split_keys(keys: Key[Array, "batch"], count: int) -> tuple[Key[Array, "batch"], ...]:
-    """Return `count` arrays of keys, one array for each use of random numbers by an example."""
+    """Split the key of each example into `count` keys, one for each use such as times or noise.
+
+    Return `count` arrays of keys, [B].
+    """
     split = jax.vmap(lambda key: jax.random.split(key, count))(keys)
     return tuple(split[:, purpose] for purpose in range(count))

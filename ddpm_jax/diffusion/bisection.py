@@ -8,7 +8,11 @@ from jaxtyping import Array
 
 
 def inverse_of_decreasing(decreasing: Callable[[Array], Array], value: Array) -> Array:
-    """Return t in [0, 1] with decreasing(t) = value, for each element, with error at most 2^-41."""
+    """Return the t in [0, 1] with decreasing(t) = value, by 40 bisections of [0, 1].
+
+    The function `decreasing` maps t to values element by element. The result has the shape of
+    `value` and an error of at most 2^-41.
+    """
 
     def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends

@@ -4,7 +4,7 @@
     L_T = KL(q(x_T | x_0) || N(0, I)),  L_{t-1} = KL(q(x_s | x_t, x_0) || p(x_s | x_t)),
     L_0 = -log p(x_0 | x_1), for discrete grey values x_0
 
-Time t is noisier than time s; s is the step before t.
+x_t is noisier than x_s, and s is one step of the noise schedule before t.
 """
 
 import jax
@@ -19,7 +19,9 @@ Scalar = Float[Array, ""]
 
 
 def prior_kl(x0: Float[Array, "*event"], logsnr_1: Scalar) -> Scalar:
-    """Return L_T = KL(N(alpha x_0, sigma^2 I) || N(0, I)) at the noisiest time t = 1, in nats.
+    """Return L_T = KL(N(alpha x_0, sigma^2 I) || N(0, I)) in nats.
+
+    alpha and sigma belong to `logsnr_1`, the log signal-to-noise ratio at the noisiest time t = 1.
 
     >>> print(f"{prior_kl(jnp.ones(1), jnp.array(0.0)):.4f}")  # alpha^2 = 1/2: log(2) / 2
     0.3466
@@ -38,9 +40,10 @@ def step_kl(
     logsnr_s: Scalar,
     variance: Variance = "posterior",
 ) -> Scalar:
-    """Return L_{t-1} = KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of two Gaussians, in nats.
+    """Return L_{t-1} = KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats, where q and p are Gaussian.
 
-    With the posterior variance it is 1/2 (SNR_s - SNR_t) |x0 - x0_hat|^2 (Kingma et al. 2021):
+    If q and p have equal variances, L_{t-1} is 1/2 (SNR_s - SNR_t) |x0 - x0_hat|^2 (Kingma et al.
+    2021):
 
     >>> prediction, xt = Prediction(x0=jnp.ones(1), eps=jnp.zeros(1)), jnp.zeros(1)
     >>> nats = step_kl(prediction, jnp.zeros(1), xt, jnp.log(1.0), jnp.log(3.0))
@@ -51,9 +54,10 @@ def step_kl(
       prediction: The prediction of the denoiser at x_t.
       x0: The clean data, [*event].
       xt: The noisy data, [*event].
-      logsnr_t: The log signal-to-noise ratio at the noisier time t; finite.
-      logsnr_s: The log signal-to-noise ratio at the cleaner time s; finite.
-      variance: The variance of p(x_s | x_t); see `reverse_log_variance`.
+      logsnr_t: The log signal-to-noise ratio of x_t; it must be finite.
+      logsnr_s: The log signal-to-noise ratio of the cleaner x_s; it must be finite.
+      variance: The variance of p(x_s | x_t): "posterior", "beta" or "learned" (see
+        `reverse_log_variance`).
 
     Raises:
       ValueError: If `variance` is "learned" and the prediction has no learned variance.
@@ -71,8 +75,8 @@ def decoder_nll(
 ) -> Scalar:
     """Return L_0 = -log p(x_0 | x_1) of discrete grey values, in nats (Ho et al. 2020, eq. 13).
 
-    p is the mass of N(prediction.x0, std^2) in the bin around each value. The first and the last
-    bin extend to infinity, so that the masses of all values sum to 1.
+    p is the probability of the bin around each grey value under N(prediction.x0, std^2). The first
+    and the last bin extend to infinity, so that the probabilities of all grey values sum to 1.
 
     >>> prediction = Prediction(x0=jnp.zeros(1), eps=jnp.zeros(1))
     >>> print(f"{decoder_nll(prediction, jnp.ones(1), 0.1, levels=2):.4f}")  # log 2
@@ -101,9 +105,10 @@ def decoder_nll(
 
 
 def _log_ndtr(x: Float[Array, "*event"]) -> Float[Array, "*event"]:
-    """Return the log of the normal distribution function, with an accurate derivative.
+    """Return the log of the standard normal's distribution function, with an accurate derivative.
 
-    Below -16 it is the asymptotic series, since the derivative of jax's `log_ndtr` cancels there.
+    Below -16 the result is an asymptotic series, because the derivative of jax's `log_ndtr` is
+    inaccurate there.
     """
     tail = x < -16
     x_tail, x_body = jnp.where(tail, x, -16.0), jnp.where(tail, 0.0, x)
@@ -123,26 +128,29 @@ def step_nats(
     variance: Variance = "posterior",
     levels: int = 256,
 ) -> Scalar:
-    """Return the term of the bound of one step, in nats: L_0 if `logsnr_s` is +inf, else L_{t-1}.
+    """Return one term of the variational bound, in nats.
+
+    The term is L_0 if `logsnr_s` is +inf, else L_{t-1}.
 
     Args:
       prediction: The prediction of the denoiser at x_t.
       x0: The clean data, [*event]: multiples of 2 / (levels - 1) from -1 to 1.
       xt: The noisy data, [*event].
-      logsnr_t: The log signal-to-noise ratio at the noisier time t.
-      logsnr_s: The log signal-to-noise ratio at the cleaner time s; +inf for the last step.
-      min_log_variance: The log of the variance that replaces the posterior variance in the last
-        step, where the posterior variance is 0. It is the posterior variance of the second step
-        (code of Ho et al. 2020 and of Nichol & Dhariwal 2021). In the last step a fixed variance
-        equals it, and a learned one is between it and beta.
-      variance: The variance of p(x_s | x_t); see `reverse_log_variance`.
+      logsnr_t: The log signal-to-noise ratio of x_t.
+      logsnr_s: The log signal-to-noise ratio of the cleaner x_s; +inf in L_0, where x_s is x_0.
+      min_log_variance: The log of the variance of p(x_0 | x_1) in L_0, where the posterior
+        variance is 0. Callers use the log of the posterior variance at t = 2 (code of Ho et al.
+        2020 and of Nichol & Dhariwal 2021). If the variance is learned, its log in L_0 is between
+        `min_log_variance` and log beta.
+      variance: The variance of p(x_s | x_t) in L_{t-1}: "posterior", "beta" or "learned" (see
+        `reverse_log_variance`).
       levels: The number of grey values.
 
     Raises:
       ValueError: If `variance` is "learned" and the prediction has no learned variance.
     """
-    # In the branch that is not selected, x0 replaces the prediction, so that the gradient of that
-    # branch, which is multiplied by 0, is finite.
+    # The term that is not selected is computed with x0 instead of the prediction, so that its
+    # gradient, which is multiplied by 0, is finite.
     clean = jnp.isposinf(logsnr_s)
     finite = jnp.where(clean, logsnr_t + 1.0, logsnr_s)
     for_kl = prediction._replace(x0=jnp.where(clean, x0, prediction.x0))
@@ -157,9 +165,10 @@ def step_nats(
 
 
 def continuous_kl(prediction: Prediction, eps: Float[Array, "*event"], slope: Scalar) -> Scalar:
-    """Return the integrand over t of the continuous-time diffusion loss, in nats.
+    """Return the integrand of the continuous-time diffusion loss at time t, in nats.
 
-    1/2 (-dlogsnr/dt) |eps - eps_hat|^2 (Kingma et al. 2021, eq. 17); `slope` is dlogsnr/dt at t.
+    The loss is the integral over t of 1/2 (-dlogsnr/dt) |eps - eps_hat|^2 (Kingma et al. 2021,
+    eq. 17). `slope` is dlogsnr/dt at t.
 
     >>> prediction = Prediction(x0=jnp.zeros(2), eps=jnp.zeros(2))
     >>> print(continuous_kl(prediction, jnp.array([3.0, 4.0]), jnp.array(-2.0)))
@@ -169,7 +178,7 @@ def continuous_kl(prediction: Prediction, eps: Float[Array, "*event"], slope: Sc
 
 
 def bits_per_dim(nats: Float[Array, "*batch"], dims: int) -> Float[Array, "*batch"]:
-    """Convert nats to bits per dimension: nats / (dims log 2).
+    """Convert nats to bits per dimension, nats / (dims log 2), for `dims` dimensions per example.
 
     >>> print(f"{bits_per_dim(10 * jnp.log(2.0), dims=5):.1f}")
     2.0

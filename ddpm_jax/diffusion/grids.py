@@ -1,4 +1,4 @@
-"""Grids of logsnr along which samplers step, and uniformly sampled steps of a table of betas."""
+"""Grids of logsnr for samplers, and the conversion of times to steps of a noise schedule."""
 
 from typing import Literal, get_args
 
@@ -13,36 +13,36 @@ Spacing = Literal["leading", "trailing", "linspace", "quadratic", "logsnr", "rho
 
 
 def grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Float[Array, "grid"]:
-    """Return the increasing grid of logsnr of a sampler with `steps` steps: [steps + 1].
+    """Return the increasing logsnr that a sampler visits in `steps` sampling steps, [steps + 1].
 
-    The last entry is +inf, the clean data, where no sampler calls the denoiser. The spacings, with
-    the steps of a table that they visit if it has T = 1000 steps and `steps` is 10:
+    The last entry is +inf, the clean data, where no sampler calls the denoiser. The list shows the
+    steps of a noise schedule with T = 1000 that each spacing visits if `steps` is 10:
 
     leading    901, 801, ..., 1: every (T / steps)-th step, ending with step 1
     trailing   1000, 900, ..., 100: every (T / steps)-th step, starting with step T
-    linspace   1000, 889, ..., 1: uniform, with both ends
+    linspace   1000, 889, ..., 1: uniform from step T to step 1
     quadratic  801, 633, ..., 1: squares up to 0.8 T (code of Song et al. 2021, app. D.2)
-    logsnr     uniform in logsnr, with both ends
-    rho7       uniform in (sigma / alpha)^(1/7), with both ends (Karras et al. 2022, eq. 5)
+    logsnr     uniform in logsnr from step T to step 1
+    rho7       uniform in (sigma / alpha)^(1/7) from step T to step 1 (Karras et al. 2022, eq. 5)
 
     Sampling starts with pure noise, but the first entries of `leading` and `quadratic` are less
     noisy than t = 1. With at most `FEW_STEPS` steps, a first entry that exceeds
-    `PURE_NOISE_LOGSNR` is therefore replaced by logsnr(1). Grids of more steps are as published.
+    `PURE_NOISE_LOGSNR` is therefore replaced by logsnr(1). Longer grids remain as published.
 
     >>> from ddpm_jax.diffusion import schedules
     >>> print(grid(schedules.linear(-8.0, 8.0), 4))
     [-8. -4.  0.  4. inf]
 
     Raises:
-      ValueError: If `steps` is less than 1 or more than the table has, or `spacing` is unknown.
+      ValueError: If `steps` is less than 1 or greater than T, or if `spacing` is unknown.
     """
     total = schedule.steps
     if steps < 1:
         raise ValueError(f"the number of sampling steps must be at least 1, not {steps}")
     if total is not None and steps > total:
         raise ValueError(
-            f"the number of sampling steps must be at most {total}, the steps of the schedule, "
-            f"not {steps}"
+            f"the number of sampling steps must be at most {total}, the number of steps of the "
+            f"noise schedule, not {steps}"
         )
     if spacing in ("logsnr", "rho7"):
         return jnp.append(_between_ends(schedule, steps, spacing), jnp.inf)
@@ -54,7 +54,10 @@ def grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Float
 
 
 def _times(total: int | None, steps: int, spacing: Spacing) -> np.ndarray:
-    """Return the decreasing times of the spacings that are defined by t; `total` is T or None."""
+    """Return the decreasing times t, [steps], of a spacing that is defined by t.
+
+    `total` is the number of steps T of the noise schedule; None if the schedule is continuous.
+    """
     first = 1 / total if total else 0.0  # the cleanest time
     if spacing == "leading":
         descending = np.arange(steps)[::-1]
@@ -75,7 +78,7 @@ def _times(total: int | None, steps: int, spacing: Spacing) -> np.ndarray:
 
 
 def _between_ends(schedule: Schedule, steps: int, spacing: Spacing) -> Array:
-    """Return the finite entries of the spacings that are uniform in a function of logsnr."""
+    """Return the finite entries, [steps], of a grid that is uniform in a function of logsnr."""
     first = 1 / schedule.steps if schedule.steps else 0.0  # the cleanest time
     high, low = (schedule.logsnr(jnp.asarray(end)) for end in (first, 1.0))
     fractions = jnp.linspace(0.0, 1.0, steps)
@@ -88,19 +91,19 @@ def _between_ends(schedule: Schedule, steps: int, spacing: Spacing) -> Array:
 def grid_from(
     logsnrs: Float[Array, "grid"], start: Scalar
 ) -> tuple[Float[Array, "longer"], Int[Array, ""]]:
-    """Return a grid that starts at `start` and goes on with the cleaner entries of `logsnrs`.
+    """Return a grid that begins at the logsnr `start` and continues with entries of `logsnrs`.
 
-    An entry is omitted if its distance from `start` is less than a tenth of the step that led to
-    it, because a multistep sampler extrapolates by the ratio of two steps. The step from `start`
-    to +inf always remains.
+    The grid continues with the entries that are cleaner than `start`. The first of them is omitted
+    if its distance from `start` is less than a tenth of its distance from the entry before it,
+    because a multistep sampler extrapolates by the ratio of two steps. +inf always remains.
 
     Args:
-      logsnrs: An increasing grid, as `grid` returns it.
-      start: A finite logsnr. Like `logsnrs`, it may be traced.
+      logsnrs: An increasing grid that ends with +inf, from the function `grid`.
+      start: A finite logsnr, which may be a traced value.
 
     Returns:
-      A grid with one more entry than `logsnrs`, and the index of the entry that is `start`.
-      The entries increase from that index on; earlier entries do not belong to the grid.
+      An array with one more entry than `logsnrs`, and the index of `start` in this array. The
+      grid consists of the entries from this index on; a sampler must skip the earlier entries.
     """
     finite = logsnrs[:-1]
     gaps = jnp.diff(finite, prepend=finite[:1])
@@ -110,7 +113,7 @@ def grid_from(
 
 
 def step_number(t: Float[Array, "*batch"], steps: int) -> Float[Array, "*batch"]:
-    """Convert t ~ U[0, 1) to a uniformly distributed step in 1 ... `steps`."""
+    """Convert times t ~ U[0, 1) to numbers of steps that are uniform in 1 ... `steps`."""
     # The product t * steps may round up to `steps`.
     return jnp.clip(jnp.floor(t * steps) + 1, 1, steps)
 
@@ -118,22 +121,22 @@ def step_number(t: Float[Array, "*batch"], steps: int) -> Float[Array, "*batch"]
 def stratum_time(
     index: Int[Array, "..."], offset: Float[Array, "*batch"], count: int
 ) -> Float[Array, "*batch"]:
-    """Return (index + offset) / count, a time in part `index` of `count` equal parts of [0, 1).
+    """Return the time (index + offset) / count in one of `count` equal parts of [0, 1).
 
-    A sum that rounds to `count` gives the largest number below 1.
+    If the sum rounds to `count`, the result is the largest number below 1.
 
     Args:
       index: The number of the part, 0 ... count - 1.
-      offset: The position in the part, in [0, 1).
-      count: The number of parts.
+      offset: The relative position of the time in its part, in [0, 1).
+      count: The number of equal parts.
     """
     return jnp.minimum((index + offset) / count, 1 - jnp.finfo(offset.dtype).epsneg)
 
 
 def step_time(schedule: Schedule, t: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """Convert t ~ U[0, 1) to the time i / T of a uniform step i of a table of T betas.
+    """Convert times t ~ U[0, 1) to times i / T, where the steps i are uniform in 1 ... T.
 
-    If the schedule is continuous, return t.
+    T is the number of steps of the noise schedule. If the schedule is continuous, return t.
     """
     if schedule.steps is None:
         return t

@@ -1,11 +1,12 @@
-"""Guidance, which combines denoisers: scale 0 is unconditional and scale 1 conditional.
+"""Guidance: functions that combine denoisers, and the pytree `Guidance` that samplers use.
 
-With a classifier and an unconditional denoiser, scale 1 is Bayes' rule, p(x | y) ~ p(x) p(y | x),
-and scale 0 is the denoiser alone. In autoguidance, scale 0 is the worse model and scale 1 the
-guided model alone.
+Classifier-free guidance is eps = eps_null + scale (eps_cond - eps_null): scale 0 is unconditional,
+and scale 1 is the conditional model without guidance. In autoguidance, scale 0 is the worse model
+and scale 1 the guided model alone. In classifier guidance, scale 0 is the denoiser alone; if the
+denoiser is unconditional, scale 1 is Bayes' rule, p(x | y) ~ p(x) p(y | x).
 
-The functions combine denoisers. `Guidance` is the pytree that a sampler gets. Its scale and the
-parameters of the guidance model are data, so that a new scale needs no new compilation.
+The guidance model is the classifier or the worse model. The guidance scale and the parameters of
+the guidance model are data of the pytree, so that a new scale needs no new compilation.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ddpm_jax.diffusion.prediction import Denoiser, Prediction, with_x0
 from ddpm_jax.diffusion.process import alpha_sigma
 
-STATIC = {"static": True}  # metadata of a field that is static, not data of the pytree
+STATIC = {"static": True}  # metadata of a dataclass field that is not data of the pytree
 
 # A network with its parameters: (x_t [B, *event], logsnr [B], conditioning) -> Prediction
 Predict = Callable[[Array, Array, PyTree], Prediction]
@@ -28,8 +29,8 @@ Predict = Callable[[Array, Array, PyTree], Prediction]
 def combine(conditional: Prediction, unconditional: Prediction, scale: float | Array) -> Prediction:
     """Return unconditional + scale (conditional - unconditional) (Ho & Salimans 2022, eq. 6).
 
-    In autoguidance, the prediction of the worse model replaces the unconditional one (Karras et
-    al. 2024).
+    A learned variance is that of `conditional`. In autoguidance, `unconditional` is the prediction
+    of the worse model (Karras et al. 2024).
 
     >>> conditional, unconditional = (Prediction(*jnp.full((2, 1), x)) for x in (1.0, 0.5))
     >>> print(combine(conditional, unconditional, 3.0).x0)
@@ -45,12 +46,12 @@ def combine(conditional: Prediction, unconditional: Prediction, scale: float | A
 def classifier_free(
     conditional: Denoiser, unconditional: Denoiser, scale: float | Array
 ) -> Denoiser:
-    """Return a denoiser with classifier-free guidance; see `combine`."""
+    """Return a denoiser that combines the predictions of two denoisers by `combine`."""
     return lambda xt, logsnr: combine(conditional(xt, logsnr), unconditional(xt, logsnr), scale)
 
 
 def within_interval(guided: Denoiser, plain: Denoiser, low: float, high: float) -> Denoiser:
-    """Return a denoiser with guidance in an interval of noise levels (Kynkaanniemi et al. 2024).
+    """Return a denoiser with guidance only in an interval of logsnr (Kynkaanniemi et al. 2024).
 
     Args:
       guided: The denoiser for low <= logsnr <= high, where logsnr is the same for all images.
@@ -74,10 +75,11 @@ def rescaled(
     logsnr: Array,
     fraction: float = 0.7,
 ) -> Prediction:
-    """Rescale the guided x0 of each image towards the std that it has without guidance.
+    """Return the guided prediction after its x0 is rescaled towards the std of the unguided x0.
 
-    x0 = f (std_conditional / std_guided) x0 + (1 - f) x0, f = `fraction` (Lin et al. 2024, eq.
-    14-16). An image whose pixels are all equal (up to rounding) has no std and does not change.
+    new x0 = f (std_conditional / std_guided) x0 + (1 - f) x0, where f is `fraction` and each std
+    is over the pixels of one image (Lin et al. 2024, eq. 14-16). An image whose pixels are all
+    equal (up to rounding) does not change, because its std is 0.
 
     Args:
       guided: The prediction with guidance, [B, *event].
@@ -110,8 +112,8 @@ def classifier(
 
     Args:
       denoise: The denoiser without guidance.
-      log_likelihood: A function (xt, logsnr) -> log p(y | x_t) of each image, [B], in nats.
-      scale: The scale of guidance.
+      log_likelihood: A function (x_t, logsnr) -> log p(y | x_t) of each image, [B], in nats.
+      scale: The guidance scale; 0 turns guidance off.
     """
 
     def guided(xt: Array, logsnr: Array) -> Prediction:
@@ -126,45 +128,45 @@ def classifier(
 
 @runtime_checkable
 class Method(Protocol):
-    """A method of guidance, as a registered pytree.
+    """A guidance method, whose class must be registered as a pytree.
 
     Attributes:
-      neutral: The scale at which the guided denoiser equals the denoiser without guidance.
-      scale: The scale of guidance.
+      neutral: The guidance scale at which guidance does not change the prediction.
+      scale: The guidance scale.
     """
 
     neutral: ClassVar[float]
 
     @property
     def scale(self) -> float | Array:
-        """The scale of guidance."""
+        """The guidance scale."""
 
     def predictions(
         self, predict: Predict, xt: Array, logsnr: Array, conditioning: PyTree, null: PyTree
     ) -> tuple[Prediction, Prediction]:
-        """Return the prediction without guidance, and the guided prediction.
+        """Return the prediction without guidance and the prediction with guidance.
 
         Args:
-          predict: The network that is guided.
-          xt: The noisy images, [B, *event].
+          predict: The guided network, a function (x_t, logsnr [B], conditioning) -> prediction.
+          xt: The noisy images x_t, [B, *event].
           logsnr: The log signal-to-noise ratio of x_t, the same for all images.
           conditioning: The conditioning of the network: labels [B], or features of captions.
-          null: The null conditioning, with the shapes of `conditioning`.
+          null: The conditioning for unconditional predictions, shaped like `conditioning`.
         """
 
 
 @runtime_checkable
 class GuidingNetwork(Protocol):
-    """A network that predicts x0 and eps, for given parameters."""
+    """The interface of a worse model for autoguidance, which predicts x0 and eps."""
 
     def predict(
         self, params: PyTree, xt: Array, logsnr: Float[Array, "batch"], conditioning: PyTree
     ) -> Prediction:
-        """Return the prediction of x_0 and eps.
+        """Return the prediction of x0 and eps.
 
         Args:
           params: The parameters of the network.
-          xt: The noisy images, [B, *event].
+          xt: The noisy images x_t, [B, *event].
           logsnr: The log signal-to-noise ratio of each image, [B].
           conditioning: The conditioning of the network: labels [B], or features of captions.
         """
@@ -172,7 +174,7 @@ class GuidingNetwork(Protocol):
 
 @runtime_checkable
 class NoisyClassifier(Protocol):
-    """A classifier of noisy images, for given parameters."""
+    """The interface of a classifier of noisy images x_t."""
 
     def log_likelihood(
         self, params: PyTree, xt: Array, logsnr: Float[Array, ""], labels: Int[Array, "batch"]
@@ -181,7 +183,7 @@ class NoisyClassifier(Protocol):
 
         Args:
           params: The parameters of the classifier.
-          xt: The noisy images, [B, *event].
+          xt: The noisy images x_t, [B, *event].
           logsnr: The log signal-to-noise ratio of x_t, the same for all images.
           labels: The class of each image, [B].
         """
@@ -190,10 +192,10 @@ class NoisyClassifier(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClassifierFree:
-    """Classifier-free guidance by the network's own conditioning (Ho & Salimans 2022).
+    """Classifier-free guidance (Ho & Salimans 2022).
 
     Attributes:
-      scale: The scale of guidance: 0 is unconditional, 1 is conditional.
+      scale: The guidance scale: 0 is unconditional, 1 is conditional without guidance.
     """
 
     scale: float | Array
@@ -203,14 +205,14 @@ class ClassifierFree:
     def predictions(
         self, predict: Predict, xt: Array, logsnr: Array, conditioning: PyTree, null: PyTree
     ) -> tuple[Prediction, Prediction]:
-        """Return the conditional and the guided prediction, from one batch of twice the size.
+        """Return the conditional prediction without guidance and the guided prediction.
 
         Args:
-          predict: The network, called as (x_t, logsnr [B], conditioning).
-          xt: x_t of a batch, [B, *event].
-          logsnr: The log signal-to-noise ratio, the same for all examples.
-          conditioning: What the network is conditioned on, such as labels [B].
-          null: The null conditioning, of the same structure.
+          predict: The network, which is called once, with a batch of twice the size.
+          xt: The noisy images x_t, [B, *event].
+          logsnr: The log signal-to-noise ratio of x_t, the same for all images.
+          conditioning: The conditioning of the network, such as labels [B].
+          null: The conditioning for unconditional predictions, shaped like `conditioning`.
         """
         size = len(xt)
         both = predict(
@@ -229,10 +231,10 @@ class ClassifierGuidance:
     """Guidance by a classifier of noisy images (Dhariwal & Nichol 2021, alg. 2).
 
     Attributes:
-      scale: The scale of guidance: 0 is the network alone; 1 is Bayes' rule if the network is
+      scale: The guidance scale: 0 is the network alone; 1 is Bayes' rule if the network is
         unconditional.
       params: The parameters of the classifier.
-      classifier: The classifier; the conditioning must be labels.
+      classifier: The classifier of noisy images.
     """
 
     scale: float | Array
@@ -244,14 +246,14 @@ class ClassifierGuidance:
     def predictions(
         self, predict: Predict, xt: Array, logsnr: Array, conditioning: PyTree, null: PyTree
     ) -> tuple[Prediction, Prediction]:
-        """Return the network's and the guided prediction.
+        """Return the prediction without guidance and the prediction with guidance.
 
         Args:
-          predict: The network, called as (x_t, logsnr [B], conditioning).
-          xt: x_t of a batch, [B, *event].
-          logsnr: The log signal-to-noise ratio, the same for all examples.
-          conditioning: What the network is conditioned on, such as labels [B].
-          null: The null conditioning, of the same structure.
+          predict: The guided network, a function (x_t, logsnr [B], conditioning) -> prediction.
+          xt: The noisy images x_t, [B, *event].
+          logsnr: The log signal-to-noise ratio of x_t, the same for all images.
+          conditioning: The labels, [B], of the network and the classifier.
+          null: Null conditioning, which this method does not use.
         """
         del null
         prediction = predict(xt, jnp.full(len(xt), logsnr), conditioning)
@@ -269,7 +271,7 @@ class Autoguidance:
     """Guidance by a worse model of the same data (Karras et al. 2024).
 
     Attributes:
-      scale: The scale of guidance: 0 is the worse model, 1 is the guided model.
+      scale: The guidance scale: 0 is the worse model alone, 1 is the guided model alone.
       params: The parameters of the worse model.
       network: The worse model.
     """
@@ -283,14 +285,14 @@ class Autoguidance:
     def predictions(
         self, predict: Predict, xt: Array, logsnr: Array, conditioning: PyTree, null: PyTree
     ) -> tuple[Prediction, Prediction]:
-        """Return the network's and the guided prediction.
+        """Return the prediction without guidance and the prediction with guidance.
 
         Args:
-          predict: The network, called as (x_t, logsnr [B], conditioning).
-          xt: x_t of a batch, [B, *event].
-          logsnr: The log signal-to-noise ratio, the same for all examples.
-          conditioning: What the network is conditioned on, such as labels [B].
-          null: The null conditioning, of the same structure.
+          predict: The guided network, a function (x_t, logsnr [B], conditioning) -> prediction.
+          xt: The noisy images x_t, [B, *event].
+          logsnr: The log signal-to-noise ratio of x_t, the same for all images.
+          conditioning: The conditioning of both networks, such as labels [B].
+          null: Null conditioning, which this method does not use.
         """
         del null
         logsnrs = jnp.full(len(xt), logsnr)
@@ -302,14 +304,13 @@ class Autoguidance:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """The guidance of a sampler.
+    """The guidance that a sampler uses.
 
     Attributes:
-      method: The method of guidance. If None, sampling has no guidance and calls the network once
-        per step.
-      interval: The lowest and the highest logsnr with guidance (`within_interval`). If None,
-        guidance is applied at every logsnr.
-      rescale: The fraction of `rescaled`, from 0 (no rescaling) to 1.
+      method: The guidance method. If None, sampling has no guidance.
+      interval: The lowest and the highest logsnr at which guidance is applied. If None, guidance
+        is applied at every logsnr.
+      rescale: The weight of the rescaled prediction, from 0 (no rescaling) to 1 (see `rescaled`).
     """
 
     method: Method | None = None
@@ -317,12 +318,12 @@ class Guidance:
     rescale: float = dataclasses.field(default=0.0, metadata=STATIC)
 
     def denoiser(self, predict: Predict, conditioning: PyTree, null: PyTree) -> Denoiser:
-        """Return the guided denoiser of a network.
+        """Return a denoiser that applies this guidance to the predictions of a network.
 
         Args:
-          predict: The network.
+          predict: The guided network, a function (x_t, logsnr [B], conditioning) -> prediction.
           conditioning: The conditioning of the network: labels [B], or features of captions.
-          null: The null conditioning, with the shapes of `conditioning`.
+          null: The conditioning for unconditional predictions, shaped like `conditioning`.
         """
         method = self.method
 

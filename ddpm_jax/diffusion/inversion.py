@@ -1,4 +1,4 @@
-"""Inversion of DDIM, from images to noise, and interpolation between two noises."""
+"""Inversion of DDIM, which maps images to noise, and spherical interpolation of noise."""
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,15 @@ from ddpm_jax.diffusion.process import alpha_sigma
 def invert(
     denoise: Denoiser, logsnrs: Float[Array, "grid"], x0: Float[Array, "batch *event"]
 ) -> Float[Array, "batch *event"]:
-    """Return the noise from which `samplers.ddim()` samples x0, approximately (Song et al. 2021).
+    """Return noise from which `samplers.ddim()` approximately samples x0 (Song et al. 2021).
 
-    The steps of DDIM are taken backwards, with the prediction at the cleaner end of each step.
+    The function takes the steps of DDIM backwards, each with the prediction at its cleaner end.
 
     Args:
-      denoise: The denoiser; it is not called at +inf.
-      logsnrs: The increasing grid of `samplers.sample`. x0 belongs to the last entry, +inf, and
-        the first step from there uses the prediction at the largest finite entry.
-      x0: The images.
+      denoise: The denoiser, which is called with finite logsnr only.
+      logsnrs: The increasing grid with which `samplers.sample` is called. The inversion starts with
+        alpha x0 at the largest finite entry; the last entry, +inf, is not used.
+      x0: The images, [B, *event].
     """
     down = logsnrs[:-1][::-1]
     alpha, _ = alpha_sigma(down[0])
@@ -37,20 +37,21 @@ def invert(
 def slerp(
     a: Float[Array, "*event"], b: Float[Array, "*event"], fraction: float | Array
 ) -> Float[Array, "*event"]:
-    """Return a point of the great circle from a to b, which is noise if a and b are noise.
+    """Return the spherical interpolation between a and b (Shoemake 1985, sec. 3.3).
 
-    (sin((1 - f) angle) a + sin(f angle) b) / sin(angle), f = `fraction` (Shoemake 1985, sec. 3.3)
+    (sin((1 - f) angle) a + sin(f angle) b) / sin(angle), where f is `fraction` and `angle` is the
+    angle between a and b. The result has about the norm of a and b, unlike linear interpolation.
 
-    If a and b are parallel or opposite, or one of them is 0, the great circle is not unique, and
-    the result is the point (1 - f) a + f b of the straight line.
+    If a and b are parallel or opposite, or if a or b is 0, the arc from a to b is not unique, and
+    the result is the linear interpolation (1 - f) a + f b.
 
     >>> print(slerp(jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]), 0.5).round(4))
     [0.7071 0.7071]
 
     Args:
-      a: The first noise.
-      b: The second noise.
-      fraction: The position between a (0) and b (1).
+      a: The noise at fraction 0, [*event].
+      b: The noise at fraction 1, [*event].
+      fraction: The position between a and b, from 0 to 1.
     """
     square_a, square_b = jnp.sum(jnp.square(a)), jnp.sum(jnp.square(b))
     nonzero = (square_a > 0) & (square_b > 0)

@@ -1,6 +1,6 @@
-"""Training losses of one example.
+"""Training losses of one example, and weights of the squared error of eps.
 
-Every loss in this module is a weight times the mean squared error of eps:
+The squared errors of v and x0 are multiples of the squared error of eps:
 
     |v - v_hat|^2 = |eps - eps_hat|^2 / alpha^2,  |x0 - x0_hat|^2 = |eps - eps_hat|^2 / SNR  (1)
 """
@@ -38,20 +38,19 @@ def variance_bound(
     steps: int,
     levels: int = 256,
 ) -> Scalar:
-    """Return an estimate of L_vlb in bits per dimension that trains only the learned variance.
+    """Return an estimate of the variational bound that trains only the learned variance.
 
-    It is `steps` times the term of one step, which is unbiased for a uniformly sampled step. The
-    predicted mean has a stop-gradient (Nichol & Dhariwal 2021, sec. 3.1).
+    The estimate, in bits per dimension, is T times one term of the bound, and unbiased if t is
+    uniform. The predicted mean has a stop-gradient (Nichol & Dhariwal 2021, sec. 3.1).
 
     Args:
       prediction: The prediction of the denoiser at x_t, with a learned variance.
-      x0: The clean data, [*event].
+      x0: The clean data, [*event]: multiples of 2 / (levels - 1) from -1 to 1.
       xt: The noisy data, [*event].
-      logsnr_t: The log signal-to-noise ratio at the noisier time t.
-      logsnr_s: The log signal-to-noise ratio at the cleaner time s; +inf for the last step.
-      min_log_variance: The log of the variance that replaces the posterior variance in the last
-        step; see `elbo.step_nats`.
-      steps: The number of steps of the table of betas.
+      logsnr_t: The log signal-to-noise ratio of x_t.
+      logsnr_s: The log signal-to-noise ratio of the cleaner x_s; +inf if x_s is x_0.
+      min_log_variance: The log of the smallest variance of p(x_0 | x_1); see `elbo.step_nats`.
+      steps: The number of steps T of the noise schedule.
       levels: The number of grey values of the data.
     """
     stop = jax.lax.stop_gradient
@@ -63,23 +62,23 @@ def variance_bound(
 def hybrid(mse: Array, vlb: Array, vlb_weight: float = 1e-3) -> Array:
     """Return L_hybrid = L_simple + vlb_weight L_vlb (Nichol & Dhariwal 2021, eq. 16).
 
-    `mse` is L_simple, which may be weighted, and `vlb` is the result of `variance_bound`.
+    `mse` is L_simple or a weighted squared error, and `vlb` is the result of `variance_bound`.
     """
     return mse + vlb_weight * vlb
 
 
-# Weights of the squared error of eps.
+# Weights of the squared error of eps; logsnr is the log signal-to-noise ratio of x_t.
 
 
 def unit_weight(logsnr: Scalar) -> Scalar:
-    """Return 1, the weight of L_simple."""
+    """Return 1, the weight of the squared error of eps in L_simple."""
     return jnp.ones_like(logsnr)
 
 
 def v_weight(logsnr: Scalar) -> Scalar:
-    """Return 1 / alpha^2, which makes the loss the squared error of v, eq. (1).
+    """Return the weight 1 / alpha^2 of the squared error of eps, which gives that of v, eq. (1).
 
-    It weights the error of x0 by SNR + 1 and is EDM's weight for sigma_data = 1.
+    For the squared error of x0 the same weight is SNR + 1, which is EDM's for sigma_data = 1.
 
     >>> print(f"{v_weight(jnp.array(0.0)):.2f}")  # alpha^2 = 1/2
     2.00
@@ -88,7 +87,9 @@ def v_weight(logsnr: Scalar) -> Scalar:
 
 
 def min_snr(logsnr: Scalar, gamma: float = 5.0) -> Scalar:
-    """Return min(SNR, gamma) / SNR (Hang et al. 2023, eq. 8, for eps).
+    """Return the min-SNR weight of the squared error of eps (Hang et al. 2023, eq. 8).
+
+    min(SNR, gamma) / SNR, which is min(SNR, gamma) for the squared error of x0.
 
     >>> print(f"{min_snr(jnp.log(10.0)):.2f}")
     0.50
@@ -97,15 +98,18 @@ def min_snr(logsnr: Scalar, gamma: float = 5.0) -> Scalar:
 
 
 def sigmoid_weight(logsnr: Scalar, bias: float = -1.0) -> Scalar:
-    """Return S(bias - logsnr) (Kingma & Gao 2023, sec. 3; Hoogeboom et al. 2024, eq. 8)."""
+    """Return the sigmoid weight 1 / (1 + exp(logsnr - bias)) of the squared error of eps.
+
+    See Kingma & Gao 2023, sec. 3, and Hoogeboom et al. 2024, eq. 8.
+    """
     return jax.nn.sigmoid(bias - logsnr)
 
 
 def edm_weight(logsnr: Scalar, sigma_data: float = 0.5) -> Scalar:
-    """Return 1 + sigma^2 / sigma_data^2, sigma^2 = 1 / SNR (Karras et al. 2022, tab. 1).
+    """Return EDM's weight of the squared error of eps (Karras et al. 2022, tab. 1).
 
-    EDM multiplies the error of x0 by (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. By eq. (1)
-    the error of eps then has this weight divided by SNR.
+    EDM multiplies the squared error of x0 by w = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2,
+    with sigma^2 = 1 / SNR. By eq. (1) the weight for eps is w / SNR = 1 + sigma^2 / sigma_data^2.
     """
     return 1 + jnp.exp(-logsnr) / sigma_data**2
 

@@ -1,12 +1,14 @@
-"""The type that losses, bounds, samplers and guidance exchange: `Prediction(x0, eps)`.
+"""The type `Prediction` (x0 and eps), which losses, bounds, samplers and guidance use.
+
+A network predicts one of eps, x0 and v. `to_prediction` converts its output to x0 and eps:
 
     eps:  x0 = (x_t - sigma eps) / alpha
     x0:   eps = (x_t - alpha x0) / sigma
     v:    v = alpha eps - sigma x0;  x0 = alpha x_t - sigma v,  eps = sigma x_t + alpha v
 
-EDM's preconditioned network F with sigma_data = 1 is -v: its D = c_skip x + c_out F is
-alpha x_t + sigma F in these coordinates (Karras et al. 2022, eq. 7; Salimans & Ho 2022).
-Data with another sigma_data must be divided by sigma_data first.
+EDM's preconditioned network F with sigma_data = 1 predicts -v, because EDM's denoiser
+D = c_skip x + c_out F is alpha x_t + sigma F for x = x_t / alpha (Karras et al. 2022, eq. 7;
+Salimans & Ho 2022). Data with another sigma_data must be divided by sigma_data first.
 """
 
 from collections.abc import Callable
@@ -23,13 +25,14 @@ Variance = Literal["posterior", "beta", "learned"]
 
 
 class Prediction(NamedTuple):
-    """The data and the noise that a denoiser predicts for x_t: alpha x0 + sigma eps = x_t.
+    """The data x0 and the noise eps that a denoiser predicts, with alpha x0 + sigma eps = x_t.
 
     Attributes:
       x0: The predicted data, of the shape of x_t.
       eps: The predicted noise, of the shape of x_t.
-      variance_fraction: A learned position in [0, 1] between the log of the posterior variance (0)
-        and log beta (1) (Nichol & Dhariwal 2021, eq. 15); None if the variance is not learned.
+      variance_fraction: The learned variance of p(x_s | x_t), as a fraction: 0 is the posterior
+        variance, 1 is beta, and the log of the variance is interpolated (Nichol & Dhariwal 2021,
+        eq. 15). If None, the variance is not learned.
     """
 
     x0: Float[Array, "..."]
@@ -37,7 +40,7 @@ class Prediction(NamedTuple):
     variance_fraction: Float[Array, "..."] | None = None
 
 
-# A function of (x_t, logsnr) that contains its parameters and conditioning.
+# A function (x_t [B, *event], logsnr) -> Prediction, which includes parameters and conditioning.
 Denoiser = Callable[[Array, Array], Prediction]
 
 
@@ -47,7 +50,7 @@ def to_prediction(
     xt: Float[Array, "*event"],
     logsnr: Array,
 ) -> Prediction:
-    """Convert the output of a network to a `Prediction`.
+    """Convert the output of a network (eps, x0 or v) to a `Prediction` of x0 and eps.
 
     >>> xt, v = jnp.array([2**0.5]), jnp.array([0.0])
     >>> x0, eps, _ = to_prediction("v", v, xt, jnp.array(0.0))  # alpha = sigma = sqrt(1 / 2)
@@ -76,7 +79,9 @@ def to_prediction(
 def from_prediction(
     prediction_type: PredictionType, prediction: Prediction, logsnr: Array
 ) -> Float[Array, "..."]:
-    """Convert a `Prediction` to the output of a network: the inverse of `to_prediction`.
+    """Convert a `Prediction` to the output of a network (eps, x0 or v).
+
+    This is the inverse of `to_prediction`.
 
     >>> prediction = Prediction(x0=jnp.array([0.0]), eps=jnp.array([2.0]))
     >>> print(from_prediction("v", prediction, -jnp.log(3.0)).round(3))  # alpha = 1 / 2
@@ -102,10 +107,10 @@ def _unknown(prediction_type: str) -> str:
 def with_x0(
     prediction: Prediction, x0: Float[Array, "..."], xt: Float[Array, "..."], logsnr: Array
 ) -> Prediction:
-    """Replace x0 in a prediction, and eps by the noise that x_t and the new x0 imply.
+    """Return a prediction with a new x0 and with eps = (x_t - alpha x0) / sigma.
 
     Args:
-      prediction: The prediction, whose `variance_fraction` stays the same.
+      prediction: The old prediction, whose `variance_fraction` does not change.
       x0: The new x0, [*event].
       xt: The input x_t of the denoiser, [*event].
       logsnr: The log signal-to-noise ratio of x_t.
@@ -115,7 +120,7 @@ def with_x0(
 
 
 def clip_x0(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
-    """Return a denoiser that clips x0 to [low, high] and adapts eps to it."""
+    """Return a denoiser that clips the predicted x0 to [low, high] and recomputes eps from x0."""
 
     def clipped(xt: Array, logsnr: Array) -> Prediction:
         prediction = denoise(xt, logsnr)
@@ -127,8 +132,8 @@ def clip_x0(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser
 def threshold_x0(denoise: Denoiser, percentile: float = 99.5, max_value: float = 1.0) -> Denoiser:
     """Return a denoiser with dynamic thresholding of x0 (Saharia et al. 2022, sec. 2.3).
 
-    x0 is clipped to [-s, s] and multiplied by max_value / s, where s is the larger one of
-    `max_value` and the percentile of |x0| over the pixels of the image.
+    The predicted x0 of each image is clipped to [-s, s] and multiplied by max_value / s, where s
+    is the maximum of `max_value` and the percentile of |x0| over the pixels of the image.
     """
 
     def threshold(x0: Array) -> Array:
@@ -143,7 +148,10 @@ def threshold_x0(denoise: Denoiser, percentile: float = 99.5, max_value: float =
 
 
 def inpaint(denoise: Denoiser, images: Float[Array, "..."], mask: Float[Array, "..."]) -> Denoiser:
-    """Return a denoiser whose x0 equals `images` at the pixels where `mask` is 1."""
+    """Return a denoiser whose x0 is mask * images + (1 - mask) * predicted x0, for inpainting.
+
+    `images` has the shape of x_t; `mask` is 1 at given pixels and 0 at pixels to be sampled.
+    """
 
     def constrained(xt: Array, logsnr: Array) -> Prediction:
         prediction = denoise(xt, logsnr)
@@ -157,17 +165,18 @@ def reverse_log_variance(
 ) -> Array:
     """Return the log of the variance of p(x_s | x_t) (Ho et al. 2020, sec. 3.2).
 
-    "posterior" is the variance of q(x_s | x_t, x_0), "beta" that of the forward step, and
-    "learned" interpolates between their logs (Nichol & Dhariwal 2021, eq. 15).
+    "posterior" is the variance of q(x_s | x_t, x_0), "beta" is the variance of the forward step
+    from s to t, and "learned" interpolates between the logs of these two variances (Nichol &
+    Dhariwal 2021, eq. 15).
 
     Args:
-      prediction: The prediction at x_t; only its `variance_fraction` is used.
+      prediction: The prediction at x_t, of which only `variance_fraction` is used.
       variance: The choice of the variance: "posterior", "beta" or "learned".
-      logsnr_t: The log signal-to-noise ratio of the noisier x_t; finite.
-      logsnr_s: The log signal-to-noise ratio of the cleaner x_s; finite.
+      logsnr_t: The log signal-to-noise ratio of the noisier x_t; it must be finite.
+      logsnr_s: The log signal-to-noise ratio of the cleaner x_s; it must be finite.
 
     Raises:
-      ValueError: If the variance is "learned" and the network has not learned one, or if
+      ValueError: If `variance` is "learned" and the prediction has no `variance_fraction`, or if
         `variance` is unknown.
     """
     _, posterior = q_posterior(jnp.zeros(()), jnp.zeros(()), logsnr_t, logsnr_s)

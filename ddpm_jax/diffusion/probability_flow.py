@@ -5,8 +5,8 @@ In logsnr, with alpha^2 = S(logsnr) and sigma^2 = S(-logsnr), the flow is
     dx / dlogsnr = f(x, logsnr) = (sigma^2 x - sigma eps) / 2                            (1)
     log p(x_clean) = log p(x_noisy) - integral of div f from noisy to clean logsnr       (2)
 
-where p(x_noisy) is N(0, I) at the noisy end. The divergence is Hutchinson's estimate
-v^T (df / dx) v with random signs v, which is unbiased.
+where p(x_noisy) is taken to be N(0, I). The divergence div f is replaced by Hutchinson's unbiased
+estimate v^T (df / dx) v, where the entries of v are random signs.
 """
 
 import jax
@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 
 
 def flow(denoise: Denoiser, x: Float[Array, "batch *event"], logsnr: Scalar) -> Array:
-    """Return dx / dlogsnr, eq. (1)."""
+    """Return the velocity dx / dlogsnr of the probability-flow ODE, eq. (1), [B, *event]."""
     _, sigma = alpha_sigma(logsnr)
     return 0.5 * (jnp.square(sigma) * x - sigma * denoise(x, logsnr).eps)
 
@@ -35,19 +35,20 @@ def log_density(
     noisy: Scalar,
     tolerance: float | Array = TOLERANCE,
 ) -> tuple[Float[Array, "batch"], Float[Array, ""]]:
-    """Return log p(x) in nats, eq. (2), and the number of evaluations of the flow.
+    """Return log p(x) in nats, eq. (2), [B], and the number of calls of the denoiser.
 
-    The adaptive solver controls the error of the whole batch, so that an image's likelihood
-    depends on its batch to about the tolerance. For exactly known models of 17 grey values
-    (1 to 768 dimensions, float32) the error of the mean was at most 0.025 bits per dimension at
-    tolerance 1e-3, 0.004 at 1e-4, and 0.0003 at 1e-5 with twice the evaluations.
+    The solver adapts its steps to the error of the whole batch. The likelihood of an image
+    therefore depends on the other images of the batch, by about the tolerance. For models with a
+    known likelihood (17 grey values, 1 to 768 dimensions, float32) the error of the mean was at
+    most 0.025 bits per dimension at tolerance 1e-3, 0.004 at 1e-4, and 0.0003 at 1e-5, where the
+    solver needs twice the calls.
 
     Args:
       denoise: The denoiser.
-      x: The data at logsnr `clean`.
-      probe: Hutchinson's v: each entry is -1 or 1, with equal probability.
-      clean: The logsnr of x.
-      noisy: The logsnr at which p is taken to be N(0, I); less than `clean`.
+      x: The data at logsnr `clean`, [B, *event].
+      probe: Hutchinson's v, [B, *event]: each entry is -1 or 1 with equal probability.
+      clean: The log signal-to-noise ratio of x.
+      noisy: The logsnr at which p is taken to be N(0, I); it is less than `clean`.
       tolerance: The absolute and relative tolerance of the solver.
     """
     import diffrax

@@ -1,7 +1,7 @@
 """The forward process and its posterior, for one example (Ho et al. 2020, sec. 2).
 
     x_t = alpha x_0 + sigma eps,  alpha^2 = S(logsnr),  sigma^2 = S(-logsnr)             (1)
-    q(x_s | x_t, x_0) = N(mean, variance),  s cleaner than t                             (2)
+    q(x_s | x_t, x_0) = N(mean, variance),  where x_s is cleaner than x_t                (2)
     mean = (alpha_t sigma_s^2 / alpha_s sigma_t^2) x_t + alpha_s c x_0,
     variance = sigma_s^2 c,  c = 1 - exp(logsnr_t - logsnr_s)
     beta = 1 - alpha_t^2 / alpha_s^2, the variance that the step from s to t adds        (3)
@@ -17,7 +17,7 @@ Scalar = Float[Array, ""]
 
 
 def alpha_sigma(logsnr: Float[Array, "*batch"]) -> tuple[Float[Array, "*batch"], ...]:
-    """Return (alpha, sigma) of eq. (1), which are exact at logsnr +inf and -inf, too.
+    """Return (alpha, sigma) of eq. (1), which are exact also at logsnr +inf and -inf.
 
     >>> alpha, sigma = alpha_sigma(jnp.log(3.0))  # SNR = alpha^2 / sigma^2 = 3
     >>> print(f"{alpha**2:.2f} {sigma**2:.2f}")
@@ -30,7 +30,7 @@ def alpha_sigma(logsnr: Float[Array, "*batch"]) -> tuple[Float[Array, "*batch"],
 def q_sample(
     x0: Float[Array, "*event"], eps: Float[Array, "*event"], logsnr: Scalar
 ) -> Float[Array, "*event"]:
-    """Return a sample of q(x_t | x_0), eq. (1), for the given noise (Ho et al. 2020, eq. 4).
+    """Return the x_t of eq. (1) for given noise eps (Ho et al. 2020, eq. 4).
 
     >>> xt = q_sample(jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0]), jnp.log(3.0))
     >>> print(f"{xt[0]:.3f} {xt[1]:.3f}")  # sigma = sqrt(1 / 4), alpha = sqrt(3 / 4)
@@ -64,5 +64,5 @@ def q_posterior(
 
 
 def step_beta(logsnr_t: Scalar, logsnr_s: Scalar) -> Scalar:
-    """Return the variance that the forward step from s to t adds, eq. (3)."""
+    """Return beta, the variance that the forward step from s to t adds, eq. (3)."""
     return -jnp.expm1(jax.nn.log_sigmoid(logsnr_t) - jax.nn.log_sigmoid(logsnr_s))

@@ -1,12 +1,12 @@
-"""Samplers: a step from x_t to the cleaner x_s, and the loop that takes all steps.
+"""Samplers, which step from x_t to a cleaner x_s, and the loop over all sampling steps.
 
-In the coordinates of `Prediction`, with h = (logsnr_s - logsnr_t) / 2 > 0,
+With the predicted x0 and eps at x_t, and h = (logsnr_s - logsnr_t) / 2 > 0,
 
     DDIM:           x_s = alpha_s x0 + sigma_s eps                                       (1)
     ODE in x0:      x_s = sigma_s / sigma_t x_t + alpha_s (1 - e^-h) x0 + O(h^2)         (2)
 
-which are the same step. A step to logsnr +inf returns x0: it adds no noise, is of first order,
-and does not call the denoiser at +inf.
+(1) and (2) are the same step, up to O(h^2). A step to logsnr +inf returns the predicted x0: the
+step adds no noise, is of first order, and does not call the denoiser at +inf.
 """
 
 from collections.abc import Callable
@@ -32,13 +32,13 @@ Scalar = Float[Array, ""]
 
 
 class State(NamedTuple):
-    """The state of a single-step sampler."""
+    """The state of a single-step sampler, which is the current x_t."""
 
     x: Float[Array, "batch *event"]
 
 
 class Trace(NamedTuple):
-    """The intermediate results of a sampler: x_t and the predicted x0 of every step."""
+    """The x_t at the start of every sampling step, and the x0 that is predicted from this x_t."""
 
     xt: Float[Array, "steps batch *event"]
     x0: Float[Array, "steps batch *event"]
@@ -52,7 +52,7 @@ def sample(
     xT: Float[Array, "batch *event"],
     first: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "batch *event"]:
-    """Sample images with the steps of `sampler` along the grid `logsnrs`, in one loop.
+    """Return images that `sampler` computes from the noise xT, in steps along the grid `logsnrs`.
 
     >>> from ddpm_jax.diffusion import grids, prediction, schedules
     >>> def denoise(xt, logsnr):  # exact for data that are 0.5 everywhere
@@ -66,11 +66,11 @@ def sample(
       sampler: The sampler.
       denoise: The denoiser, which is called with x_t [B, *event] and the same finite logsnr for
         all images.
-      logsnrs: The grid, which increases from noise to data, as `grids.grid` returns it.
-      keys: A key for each image, for the noise that the steps add.
-      xT: The initial noise.
-      first: The index of the entry of `logsnrs` that is the logsnr of xT, which may be traced. The
-        entries before it are not used. If None, it is 0.
+      logsnrs: The logsnr of every step, increasing from noise to +inf, from `grids.grid`.
+      keys: A random key for each image, [B], for the noise that the steps add.
+      xT: The initial noise, [B, *event].
+      first: The index of the logsnr of xT in `logsnrs`, which may be a traced value. Earlier
+        entries of `logsnrs` are not used. If None, all entries are used.
     """
 
     def step_from_first(i: Array, state: PyTree) -> PyTree:
@@ -96,16 +96,15 @@ def sample_and_trace(
     xT: Float[Array, "batch *event"],
     count: int | None = None,
 ) -> tuple[Float[Array, "batch *event"], Trace]:
-    """Return the images that `sample` returns, and x_t and x0 of every step.
+    """Return the same images as `sample`, and the x_t and the predicted x0 of every step.
 
     Args:
       sampler: The sampler.
       denoise: The denoiser.
-      logsnrs: The grid, which increases from noise to data.
-      keys: A key for each image, for the noise that the steps add.
-      xT: The initial noise.
-      count: The number of images, from the first one on, whose trace is returned. If None, the
-        trace of all images is returned.
+      logsnrs: The logsnr of every step, increasing from noise to +inf, from `grids.grid`.
+      keys: A random key for each image, [B], for the noise that the steps add.
+      xT: The initial noise, [B, *event].
+      count: The trace contains the first `count` images. If None, it contains all images.
     """
 
     def step(state: PyTree, times: tuple[Array, Array, Array]) -> tuple[PyTree, Trace]:
@@ -121,7 +120,7 @@ def _step(
     sampler: Sampler, denoise: Denoiser, keys: Key[Array, "batch"], state: PyTree,
     times: tuple[Array | int, Array, Array],
 ) -> tuple[PyTree, Prediction]:  # fmt: skip
-    """Sample the noise of a step and take the step; `times` is (index, logsnr_t, logsnr_s)."""
+    """Take sampling step `times` = (index, logsnr_t, logsnr_s); return the state and prediction."""
     index, logsnr_t, logsnr_s = times
     noise = jax.vmap(
         lambda key, x: jax.random.normal(jax.random.fold_in(key, index), x.shape, x.dtype)
@@ -130,13 +129,12 @@ def _step(
 
 
 def ancestral(variance: Variance = "posterior", noise_scale: float = 1.0) -> Sampler:
-    """Return ancestral sampling, x_s ~ p(x_s | x_t) (Ho et al. 2020, alg. 2).
+    """Return the ancestral sampler, which samples x_s ~ p(x_s | x_t) (Ho et al. 2020, alg. 2).
 
     Args:
-      variance: The variance of p: "posterior" (the smaller one), "beta" (the larger one) or
-        "learned".
-      noise_scale: A factor of the noise, from 0 to 1. Less than 1 does not sample p; it shows how
-        the noise matters.
+      variance: The variance of p: "posterior", "beta" (which is larger) or "learned".
+      noise_scale: A factor of the added noise, from 0 to 1. With a factor below 1 the sampler
+        does not sample p; such factors show the effect of the noise.
 
     Raises:
       ValueError: If `noise_scale` is not between 0 and 1.
@@ -159,14 +157,15 @@ def ancestral(variance: Variance = "posterior", noise_scale: float = 1.0) -> Sam
 
 
 def ddim(eta: float = 0.0) -> Sampler:
-    """Return DDIM (Song et al. 2021, eq. 12 and 16).
+    """Return the DDIM sampler (Song et al. 2021, eq. 12 and 16).
 
-    x_s = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + std noise,  std = eta std_posterior
+    x_s = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + std noise,  std = eta std_posterior, where
+    std_posterior is the standard deviation of q(x_s | x_t, x_0)
 
-    With eta = 0 it is a step of the ODE, with eta = 1 it is `ancestral`.
+    With eta = 0 the sampler adds no noise, eq. (1); with eta = 1 it equals `ancestral`.
 
     Raises:
-      ValueError: If `eta` is not between 0 and 1, the range in which x_s has the marginal variance.
+      ValueError: If `eta` is not between 0 and 1; above 1 the square root may not exist.
     """
     check_range("DDIM's eta", eta, 1.0)
 
@@ -185,7 +184,7 @@ def ddim(eta: float = 0.0) -> Sampler:
 
 
 def heun() -> Sampler:
-    """Return Heun's second-order ODE solver, two calls per step (Karras et al. 2022, alg. 1)."""
+    """Return Heun's sampler, which calls the denoiser twice per step (Karras et al. 2022)."""
 
     def step(
         denoise: Denoiser, state: State, noise: Array, logsnr_t: Scalar, logsnr_s: Scalar
@@ -203,20 +202,21 @@ def edm(
     high: float = 50.0,
     noise_scale: float = 1.003,
 ) -> Sampler:
-    """Return EDM's stochastic sampler: added noise, then Heun's step (Karras et al. 2022, alg. 2).
+    """Return EDM's stochastic sampler (Karras et al. 2022, alg. 2).
 
-    The noise increases sigma to sigma (1 + gamma), where gamma = min(churn / steps, sqrt(2) - 1)
-    if low <= sigma <= high, else 0.
+    Every step adds noise and then takes Heun's step. The noise increases sigma = exp(-logsnr / 2)
+    to sigma (1 + gamma), where gamma = min(churn / steps, sqrt(2) - 1) if low <= sigma <= high,
+    else 0.
 
     Args:
-      steps: The number of steps of the grid.
-      churn: The maximum of the sum of gamma over all steps.
+      steps: The number of sampling steps.
+      churn: The maximum of the sum of gamma over all steps, EDM's S_churn.
       low: The lowest sigma at which noise is added.
       high: The highest sigma at which noise is added.
-      noise_scale: A factor of the added noise.
+      noise_scale: A factor of the standard deviation of the added noise, EDM's S_noise.
 
     Raises:
-      ValueError: If a number is negative or not finite, or `low` exceeds `high`.
+      ValueError: If an argument is negative or not finite, or if `low` exceeds `high`.
     """
     for name, value in (("churn", churn), ("noise scale", noise_scale)):
         check_range(f"EDM's {name}", value)
@@ -241,10 +241,11 @@ def edm(
 
 
 def dpmpp_2m() -> Sampler:
-    """Return DPM-Solver++(2M), a two-step method, one call per step (Lu et al. 2022b, alg. 2).
+    """Return the two-step sampler DPM-Solver++(2M) (Lu et al. 2022b, alg. 2).
 
     x_s = sigma_s / sigma_t x_t + alpha_s (1 - e^-h) D,  D = x0 + (x0 - previous x0) / 2r,
-    r = previous h / h
+    r = previous h / h, where "previous" is the previous sampling step. In the first and the last
+    step D is x0. The sampler calls the denoiser once per step.
     """
 
     def step(
@@ -261,9 +262,10 @@ def dpmpp_2m() -> Sampler:
 
 
 def dpmpp_2m_sde() -> Sampler:
-    """Return the SDE form of DPM-Solver++(2M) (Lu et al. 2022b, app. D, eq. 22).
+    """Return the stochastic form of DPM-Solver++(2M) (Lu et al. 2022b, app. D, eq. 22).
 
-    x_s = sigma_s / sigma_t e^-h x_t + alpha_s (1 - e^-2h) D + sigma_s sqrt(1 - e^-2h) noise
+    x_s = sigma_s / sigma_t e^-h x_t + alpha_s (1 - e^-2h) D + sigma_s sqrt(1 - e^-2h) noise,
+    with the D of `dpmpp_2m`
     """
 
     def step(
@@ -281,18 +283,17 @@ def dpmpp_2m_sde() -> Sampler:
 
 
 class SamplerEntry(NamedTuple):
-    """An entry of `SAMPLERS`.
+    """A sampler of the option `--sampler`, such as `ddim` or `ddim:0.5`.
 
     Attributes:
-      make: A function (steps, number) -> sampler.
-      default: The number of a name without one. If None, the name takes no number.
+      make: A function (sampling steps, number after the colon) -> sampler.
+      default: The number if the name has no colon. If None, the sampler accepts no number.
     """
 
     make: Callable[[int, float], Sampler]
     default: float | None = None
 
 
-# The samplers that `--sampler` accepts.
 SAMPLERS: dict[str, SamplerEntry] = {
     "ancestral": SamplerEntry(lambda steps, noise: ancestral("posterior", noise), 1.0),
     "ancestral_beta": SamplerEntry(lambda steps, noise: ancestral("beta", noise), 1.0),
@@ -307,10 +308,12 @@ SAMPLERS: dict[str, SamplerEntry] = {
 
 
 def named(name: str, steps: int) -> Sampler:
-    """Return the sampler of a name, such as "ddim", or "ddim:0.5" for eta 0.5.
+    """Return the sampler with a name such as "ddim", or "ddim:0.5" for eta = 0.5.
+
+    `steps` is the number of sampling steps.
 
     Raises:
-      KeyError: If there is no sampler of that name.
+      KeyError: If `SAMPLERS` does not contain the name before the colon.
       ValueError: If no number follows the colon, or the sampler does not accept the number.
     """
     base, colon, text = name.partition(":")
@@ -318,9 +321,11 @@ def named(name: str, steps: int) -> Sampler:
     if not colon:
         return make(steps, default or 0.0)
     if default is None:
-        raise ValueError(f"{base} takes no number; use {base}")
+        raise ValueError(f"the sampler {base} takes no number; use {base}")
     try:
         value = float(text)
     except ValueError:
-        raise ValueError(f'"{text}" is not a number; use {base}:NUMBER or {base}') from None
+        raise ValueError(
+            f'"{text}" after {base}: is not a number; use {base}:NUMBER or {base}'
+        ) from None
     return make(steps, value)

@@ -3,7 +3,7 @@
     logsnr(t) = log(alpha(t)^2 / sigma(t)^2),  t in [0, 1],  t = 1 is pure noise         (1)
     logsnr(i / T) = log(alpha_bar_i / (1 - alpha_bar_i)) for a table of T betas          (2)
 
-The module `grids` chooses the logsnr of the steps of a sampler.
+The module `grids` chooses the logsnr of sampling steps. S is the logistic function.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from ddpm_jax.fields import AtMost, FieldError, MoreThan, NoiseSteps
 
 Scalar = Float[Array, ""]
 
-PURE_NOISE_LOGSNR = -5.0  # up to this logsnr x_t counts as pure noise; alpha is 0.08
+PURE_NOISE_LOGSNR = -5.0  # x_t counts as pure noise at this or a smaller logsnr (alpha <= 0.08)
 
-FEW_STEPS = 4  # up to this number of steps, grids are changed to start at pure noise
+FEW_STEPS = 4  # grids of at most this number of sampling steps always start at pure noise
 
 Beta = Annotated[float, MoreThan(0.0), AtMost(0.99)]
 
@@ -34,9 +34,9 @@ class Schedule(NamedTuple):
     """A noise schedule.
 
     Attributes:
-      logsnr: The function t in [0, 1] -> logsnr, decreasing, for arrays of any shape.
-      time: The inverse of `logsnr`.
-      steps: The number of steps T of a table of betas; None if the schedule is continuous.
+      logsnr: The decreasing function from t in [0, 1] to logsnr, for arrays of any shape.
+      time: The inverse function, from logsnr to t.
+      steps: The number of steps T of a discrete noise schedule; None for a continuous one.
     """
 
     logsnr: Callable[[ArrayLike], Array]
@@ -45,9 +45,9 @@ class Schedule(NamedTuple):
 
 
 def from_betas(betas: np.ndarray) -> Schedule:
-    """Return the schedule of a table of betas, eq. (2), with logsnr(0) = +inf.
+    """Return the noise schedule with the given betas [T], eq. (2), and logsnr(0) = +inf.
 
-    `logsnr` and `time` round to the nearest step.
+    Its functions `logsnr` and `time` round their arguments to the nearest step.
 
     >>> schedule = from_betas(np.array([0.5, 0.5]))
     >>> print(f"{jnp.exp(schedule.logsnr(1.0)):.4f}")  # SNR, alpha_bar = 1/4
@@ -82,9 +82,9 @@ def from_betas(betas: np.ndarray) -> Schedule:
 
 
 def linear(lowest: float = -15.0, highest: float = 15.0) -> Schedule:
-    """Return the schedule whose logsnr falls linearly from `highest` to `lowest`.
+    """Return the noise schedule whose logsnr falls linearly from `highest` to `lowest`.
 
-    It is the initial schedule of VDM (Kingma et al. 2021).
+    The learned schedule of VDM is linear before training (Kingma et al. 2021).
 
     >>> print(linear(-4.0, 4.0).logsnr(jnp.array([0.0, 0.5, 1.0])))
     [ 4.  0. -4.]
@@ -96,7 +96,7 @@ def linear(lowest: float = -15.0, highest: float = 15.0) -> Schedule:
 
 
 def cosine(lowest: float = -15.0, highest: float = 15.0) -> Schedule:
-    """Return the cosine schedule, truncated to a range of logsnr (Kingma & Gao 2023, app. D.2).
+    """Return the cosine schedule from logsnr `highest` to `lowest` (Kingma & Gao 2023, app. D.2).
 
     alpha = cos(angle), sigma = sin(angle), angle = a + t (b - a), so logsnr = -2 log tan(angle)
     with tan(a) = exp(-highest / 2) and tan(b) = exp(-lowest / 2).
@@ -128,23 +128,23 @@ def sigmoid(
     start: float = -3.0, end: float = 3.0, tau: float = 1.0,
     lowest: float = -15.0, highest: float = 15.0,
 ) -> Schedule:  # fmt: skip
-    """Return the sigmoid schedule, truncated to a range of logsnr (Jabri et al. 2023, alg. 1).
+    """Return the sigmoid schedule from logsnr `highest` to `lowest` (Jabri et al. 2023, alg. 1).
 
     alpha_bar(u) = (S(end) - S(u)) / (S(end) - S(start)), S(u) = 1 / (1 + exp(-u / tau)), and
     S(x) - S(y) = sinh((x - y) / 2 tau) / (2 cosh(x / 2 tau) cosh(y / 2 tau)). Therefore
     logsnr = log sinh(e) - log sinh(d) + constant, with d = (u - start) / 2 tau and
-    e = (end - u) / 2 tau, which does not cancel.
+    e = (end - u) / 2 tau. This form avoids the cancellation of 1 - alpha_bar.
 
     Args:
-      start: The argument u of the sigmoid at t = 0, before truncation.
-      end: The argument u of the sigmoid at t = 1, before truncation.
+      start: The u at t = 0, before u is restricted to the range of logsnr.
+      end: The u at t = 1, before u is restricted to the range of logsnr.
       tau: The temperature of the sigmoid.
       lowest: The logsnr at t = 1.
       highest: The logsnr at t = 0.
     """
     width = (end - start) / tau
     shift = float(np.log(np.cosh(0.5 * start / tau)) - np.log(np.cosh(0.5 * end / tau)))
-    # Distances, in units of tau, of the truncated ends from `start` and from `end`.
+    # Distances of u, in units of tau: at t = 0 from `start`, and at t = 1 from `end`.
     d_0, e_1 = (_distance(ratio, width) for ratio in (highest - shift, shift - lowest))
     length = _distance(lowest - shift, width) - d_0
 
@@ -165,9 +165,9 @@ def sigmoid(
 
 
 def _distance(log_ratio: float, width: float) -> float:
-    """Return 2 d where log_ratio = log(sinh(e) / sinh(d)) and d + e = width / 2.
+    """Return 2 d, where d and e of `sigmoid` satisfy log_ratio = log(sinh(e) / sinh(d)).
 
-    With the opposite sign of `log_ratio` it returns 2 e.
+    d + e is width / 2. For -log_ratio instead of log_ratio, the function returns 2 e.
     """
     high = np.exp(log_ratio) + np.cosh(width / 2)
     return float(2 * np.arctanh(np.sinh(width / 2) / high))
@@ -176,7 +176,7 @@ def _distance(log_ratio: float, width: float) -> float:
 def shifted(schedule: Schedule, factor: float) -> Schedule:
     """Return `schedule` with alpha / sigma multiplied by `factor` (Hoogeboom et al. 2023, eq. 3).
 
-    A schedule that suits images of side n suits images of side k n with the factor 1 / k.
+    If `schedule` suits images of n x n pixels, factor 1 / k suits images of k n x k n pixels.
 
     >>> print(f"{shifted(linear(-4.0, 4.0), 0.5).logsnr(0.5):.3f}")  # 0 + 2 log(0.5)
     -1.386
@@ -192,9 +192,9 @@ def shifted(schedule: Schedule, factor: float) -> Schedule:
 def edm(
     mean: float = -1.2, std: float = 1.2, lowest: float = 0.002, highest: float = 80.0
 ) -> Schedule:
-    """Return the schedule of EDM's training distribution (Karras et al. 2022, table 1).
+    """Return the noise schedule of EDM's training distribution (Karras et al. 2022, table 1).
 
-    With t uniform, log(sigma / alpha) ~ N(mean, std^2), truncated to a range of sigma / alpha.
+    For uniform t, log(sigma / alpha) ~ N(mean, std^2), truncated to a range of sigma / alpha.
 
     Args:
       mean: The mean of log(sigma / alpha).
@@ -227,7 +227,7 @@ def edm(
 def learned_init(
     key: Key[Array, ""], width: int = 64, lowest: float = -5.0, highest: float = 13.3
 ) -> dict[str, Array]:
-    """Return initial parameters of a `learned` schedule, which is at first nearly linear.
+    """Return initial parameters for `learned`, with which the noise schedule is nearly linear.
 
     Args:
       key: The key of the random weights.
@@ -245,11 +245,11 @@ def learned_init(
 
 
 def learned(params: dict[str, Array]) -> Schedule:
-    """Return the schedule of VDM's monotone network with learned ends (Kingma et al. 2021, app. H).
+    """Return VDM's learned noise schedule, a monotone network (Kingma et al. 2021, app. H).
 
     f(t) = softplus(slope) t + sum_j softplus(outer_j) S(softplus(inner_j) t + bias_j);
-    logsnr = highest + (lowest - highest) (f(t) - f(0)) / (f(1) - f(0)). The inverse is computed
-    by bisection.
+    logsnr = highest + (lowest - highest) (f(t) - f(0)) / (f(1) - f(0)), where all constants are
+    learned (`learned_init`). The inverse is computed by bisection.
     """
     highest, lowest = params["ends"]
     rate, bias = jax.nn.softplus(params["inner"][0]), params["inner"][1]
@@ -270,12 +270,12 @@ def learned(params: dict[str, Array]) -> Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class LinearBetas:
-    """A table of betas that rise linearly (Ho et al. 2020, sec. 4); see `linear_betas`.
+    """A discrete noise schedule with linearly rising betas (Ho et al. 2020, sec. 4).
 
     Attributes:
-      steps: Number of steps T of the table.
-      first: First beta of a table of 1,000 steps.
-      last: Last beta of a table of 1,000 steps.
+      steps: Number of steps T of the noise schedule.
+      first: First beta if T is 1,000; for another T it is multiplied by 1,000 / T.
+      last: Last beta if T is 1,000; for another T it is multiplied by 1,000 / T.
     """
 
     steps: NoiseSteps = 1000
@@ -283,7 +283,7 @@ class LinearBetas:
     last: Beta = 0.02
 
     def make(self) -> Schedule:
-        """Return the schedule.
+        """Return logsnr(t) and its inverse for this noise schedule (see `linear_betas`).
 
         Raises:
           FieldError: If a beta is 1 or more.
@@ -296,52 +296,52 @@ class LinearBetas:
 
 @dataclasses.dataclass(frozen=True)
 class CosineBetas:
-    """A table of betas of a squared cosine (Nichol & Dhariwal 2021, eq. 17); see `cosine_betas`.
+    """A discrete noise schedule whose alpha_bar is cos^2 (Nichol & Dhariwal 2021, eq. 17).
 
     Attributes:
-      steps: Number of steps T of the table.
+      steps: Number of steps T of the noise schedule.
     """
 
     steps: NoiseSteps = 1000
 
     def make(self) -> Schedule:
-        """Return the schedule."""
+        """Return logsnr(t) and its inverse for this noise schedule (see `cosine_betas`)."""
         return from_betas(cosine_betas(self.steps))
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A continuous schedule whose logsnr falls linearly; see `linear`."""
+    """A continuous noise schedule whose logsnr falls linearly in t from 15 to -15."""
 
     def make(self) -> Schedule:
-        """Return the schedule."""
+        """Return logsnr(t) and its inverse for this noise schedule (see `linear`)."""
         return linear()
 
 
 @dataclasses.dataclass(frozen=True)
 class Cosine:
-    """The continuous cosine schedule; see `cosine`."""
+    """The continuous cosine noise schedule, with logsnr from 15 to -15."""
 
     def make(self) -> Schedule:
-        """Return the schedule."""
+        """Return logsnr(t) and its inverse for this noise schedule (see `cosine`)."""
         return cosine()
 
 
 @dataclasses.dataclass(frozen=True)
 class Sigmoid:
-    """The continuous sigmoid schedule; see `sigmoid`."""
+    """The continuous sigmoid noise schedule, with logsnr from 15 to -15."""
 
     def make(self) -> Schedule:
-        """Return the schedule."""
+        """Return logsnr(t) and its inverse for this noise schedule (see `sigmoid`)."""
         return sigmoid()
 
 
 @dataclasses.dataclass(frozen=True)
 class EDM:
-    """The continuous schedule with the noise levels of Karras et al. 2022; see `edm`."""
+    """The continuous noise schedule with the noise levels of EDM (Karras et al. 2022)."""
 
     def make(self) -> Schedule:
-        """Return the schedule."""
+        """Return logsnr(t) and its inverse for this noise schedule (see `edm`)."""
         return edm()
 
 

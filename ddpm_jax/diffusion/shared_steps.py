@@ -1,4 +1,4 @@
-"""Steps of samplers: their type, Heun's step, the two-step extrapolation, UniPC, a range check."""
+"""The type `Sampler`, Heun's step, the two-step extrapolation, UniPC, and a check of numbers."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,11 +14,13 @@ Scalar = Float[Array, ""]
 
 
 class Sampler(NamedTuple):
-    """A sampler, as two functions.
+    """A sampler, which consists of two functions.
 
     Attributes:
-      init: A function xT -> state; the state has a field x.
-      step: A function (denoise, state, noise, logsnr_t, logsnr_s) -> (state at s, prediction at t).
+      init: A function from the initial noise xT to the initial state. A state has the field x, the
+        current x_t.
+      step: The function (denoise, state at x_t, noise, logsnr_t, logsnr_s) -> (state at x_s,
+        prediction at x_t).
     """
 
     init: Callable[[Array], PyTree]
@@ -30,11 +32,11 @@ def heun_step(
 ) -> tuple[Array, Prediction]:
     """Take Heun's step of the ODE dy / dsigma = eps with y = x / alpha, sigma = exp(-logsnr / 2).
 
-    A step to +inf is Euler's step, which ends at x0.
+    A step to logsnr +inf is Euler's step, whose result is the predicted x0.
 
     Args:
       denoise: The denoiser, which is called at both ends of the step, but not at +inf.
-      x: x_t of a batch, [B, *event].
+      x: The noisy images x_t, [B, *event].
       logsnr_t: The log signal-to-noise ratio at the start of the step.
       logsnr_s: The log signal-to-noise ratio at the cleaner end of the step.
 
@@ -59,8 +61,8 @@ class TwoStepState(NamedTuple):
 
     Attributes:
       x: The current x_t.
-      x0: The predicted x0 of the previous step.
-      logsnr: The logsnr of that prediction; NaN before the first step.
+      x0: The x0 that the previous sampling step predicted.
+      logsnr: The logsnr at which `x0` was predicted; NaN before the first step.
     """
 
     x: Float[Array, "batch *event"]
@@ -69,19 +71,20 @@ class TwoStepState(NamedTuple):
 
 
 def init_two_step(xT: Array) -> TwoStepState:
-    """Return the state before the first step."""
+    """Return the state of a two-step sampler before the first step, with the initial noise xT."""
     return TwoStepState(xT, jnp.zeros_like(xT), jnp.full((), jnp.nan, xT.dtype))
 
 
 def extrapolation(
     state: TwoStepState, prediction: Prediction, logsnr_t: Scalar, logsnr_s: Scalar
 ) -> Array:
-    """Return (x0 - previous x0) / 2r, r = previous h / h; 0 in the first and in the last step.
+    """Return the second-order correction of the predicted x0 (Lu et al. 2022b, alg. 2).
 
-    h is the step in logsnr (Lu et al. 2022b, alg. 2).
+    (x0 - previous x0) / 2r, r = previous h / h, where h is logsnr_s - logsnr_t and "previous" is
+    the previous sampling step. The result is 0 in the first step and in the step to +inf.
 
     Args:
-      state: The state, with the previous x0 and its logsnr.
+      state: The state, which contains the previous x0 and the logsnr of the previous x0.
       prediction: The prediction at x_t.
       logsnr_t: The log signal-to-noise ratio at the start of the step.
       logsnr_s: The log signal-to-noise ratio at the cleaner end of the step.
@@ -93,15 +96,15 @@ def extrapolation(
 
 
 class UniPCState(NamedTuple):
-    """The state of UniPC; a logsnr of a step before the first one is NaN.
+    """The state of UniPC, with results of the last two sampling steps.
 
     Attributes:
-      x: The current x_t, before its correction.
+      x: The current x_t, before UniPC corrects it.
       x_before: The corrected x_t of the previous step.
-      x0: The predicted x0 of the previous step.
-      x0_before: The predicted x0 of the step before that.
-      logsnr: The logsnr of `x0`.
-      logsnr_before: The logsnr of `x0_before`.
+      x0: The x0 that the previous step predicted.
+      x0_before: The x0 that the step before the previous step predicted.
+      logsnr: The logsnr at which `x0` was predicted; NaN before the first step.
+      logsnr_before: The logsnr at which `x0_before` was predicted; NaN before the second step.
     """
 
     x: Float[Array, "batch *event"]
@@ -113,9 +116,10 @@ class UniPCState(NamedTuple):
 
 
 def unipc() -> Sampler:
-    """Return UniPC of order 2 with B(h) = e^h - 1, one call per step (Zhao et al. 2023).
+    """Return the sampler UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, alg. 1-2).
 
-    The evaluation at x_t corrects the step that led to x_t and predicts the next one (alg. 1-2).
+    The sampler calls the denoiser once per step. The prediction at x_t is used twice: to correct
+    x_t, and to compute x_s.
     """
 
     def init(xT: Array) -> UniPCState:
@@ -159,7 +163,7 @@ def check_range(name: str, value: float, maximum: float = float("inf")) -> None:
     """Check that `value` is finite and 0 <= value <= maximum.
 
     Raises:
-      ValueError: If it is not.
+      ValueError: If `value` is not in this range; the message begins with `name`.
     """
     if not (0 <= value <= maximum and value < float("inf")):
         allowed = (

@@ -1,7 +1,8 @@
 """Samplers of the training times t: uniform, stratified, and importance sampling.
 
-A `TimeSampler` returns a time for every example, and a weight by which its loss is multiplied.
-The weights make the mean loss of a batch an unbiased estimate of the mean over uniform t.
+A `TimeSampler` returns a time and a weight for every example. The loss of the example is
+multiplied by the weight, so that the mean loss of a batch is an unbiased estimate of the mean loss
+over uniform t.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from ddpm_jax.diffusion.grids import stratum_time
 def uniform_times(
     keys: Key[Array, "batch"], index: Int[Array, "batch"], size: int
 ) -> Float[Array, "batch"]:
-    """Return independent times t ~ U(0, 1); `index` and `size` are not used."""
+    """Return an independent time t ~ U(0, 1) for each key; `index` and `size` are not used."""
     del index, size
     return jax.vmap(jax.random.uniform)(keys)
 
@@ -25,20 +26,21 @@ def uniform_times(
 def stratified_times(
     keys: Key[Array, "batch"], index: Int[Array, "batch"], size: int
 ) -> Float[Array, "batch"]:
-    """Return t_i = (i + u_i) / size < 1 with u_i ~ U(0, 1): one time in each part of [0, 1).
+    """Return t_i = (i + u_i) / size, one time in each of `size` equal parts of [0, 1).
 
-    This replaces VDM's antithetic sampling, which has the same u for all examples (Kingma et al.
-    2021, app. I.1). Independent u_i allow a batch to be partitioned across devices.
+    i is the `index` of an example, and u_i ~ U(0, 1). This replaces VDM's antithetic sampling,
+    which has the same u for all examples (Kingma et al. 2021, app. I.1). Independent u_i allow a
+    batch to be partitioned across devices.
     """
     return stratum_time(index, jax.vmap(jax.random.uniform)(keys), size)
 
 
 class LossHistory(NamedTuple):
-    """The last losses at each of `bins` times, for `importance_times`.
+    """The last losses in each of `bins` equal parts of [0, 1), for `importance_times`.
 
     Attributes:
       losses: The last losses of each bin, in a circular buffer.
-      counts: The number of losses that each bin has received.
+      counts: The number of losses that have been added to each bin since the start of training.
     """
 
     losses: Float[Array, "bins capacity"]
@@ -46,18 +48,21 @@ class LossHistory(NamedTuple):
 
 
 def empty_history(bins: int, capacity: int = 10) -> LossHistory:
-    """Return a history without losses, which stores the last `capacity` losses of each bin."""
+    """Return an empty history, with space for the last `capacity` losses of each bin."""
     return LossHistory(jnp.zeros((bins, capacity)), jnp.zeros(bins, jnp.int32))
 
 
 def importance_times(
     history: LossHistory, keys: Key[Array, "batch"]
 ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-    """Return times that are more frequent where losses are large, and their weights.
+    """Sample a time for each key, with a higher probability where losses are large.
 
-    A time is in bin i with probability p_i ~ sqrt(mean of the bin's squared losses) (Nichol &
-    Dhariwal 2021, eq. 18), mixed with 0.1 % of a uniform distribution. Until every bin has a full
-    history, p is uniform. The weight 1 / (p_i bins) makes the weighted loss unbiased.
+    A time is in bin i with probability p_i ~ sqrt(mean squared loss of bin i) (Nichol & Dhariwal
+    2021, eq. 18), mixed with 0.1 % of a uniform distribution. Until the history contains the
+    maximum number of losses in every bin, p is uniform.
+
+    Returns:
+      The times, and the weights 1 / (p_i bins), with which the weighted loss is unbiased.
     """
     bins, capacity = history.losses.shape
     root = jnp.sqrt(jnp.mean(jnp.square(history.losses), -1))
@@ -76,7 +81,7 @@ def importance_times(
 def add_losses(
     history: LossHistory, times: Float[Array, "batch"], losses: Float[Array, "batch"]
 ) -> LossHistory:
-    """Add the unweighted losses of a batch to a history; they replace the oldest ones."""
+    """Return the history after the unweighted losses of a batch replace the oldest losses."""
     bins, capacity = history.losses.shape
 
     def add(history: LossHistory, pair: tuple[Array, Array]) -> tuple[LossHistory, None]:
@@ -93,13 +98,13 @@ def add_losses(
 
 @runtime_checkable
 class TimeSampler(Protocol):
-    """A sampler of training times; its state is an argument and a result of its methods."""
+    """A sampler of training times, whose state is created by `init` and changed by `update`."""
 
     def init(self, steps: int | None) -> PyTree:
-        """Return the state before the first step.
+        """Return the state before the first training step.
 
         Args:
-          steps: The number of steps of the schedule's table; None if the schedule is continuous.
+          steps: The number of steps T of a discrete noise schedule; None for a continuous one.
         """
         del steps
         return {}
@@ -111,18 +116,23 @@ class TimeSampler(Protocol):
 
         Args:
           state: The state of the time sampler.
-          keys: A key for every example.
-          index: The position of every example in the order of training.
-          batch_size: The number of examples of the batch over all devices.
+          keys: One random key for each example, [B].
+          index: The index of each example in the order of training, [B].
+          batch_size: The number of examples of the batch on all devices together.
         """
 
     def statistics(self, t: Float[Array, "batch"], losses: Float[Array, "batch"]) -> PyTree:
-        """Return the statistics that `update` needs of a batch with unweighted losses."""
+        """Return arrays for `update`, computed from the times and unweighted losses of a batch."""
         del t, losses
         return {}
 
     def update(self, state: PyTree, statistics: PyTree) -> PyTree:
-        """Return the state after a step, given the statistics of the batch over all devices."""
+        """Return the state after a training step.
+
+        Args:
+          state: The state before the training step.
+          statistics: The result of `statistics` for the batch on all devices together.
+        """
         del statistics
         return state
 
@@ -134,13 +144,13 @@ class UniformTimes(TimeSampler):
     def sample(
         self, state: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
     ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-        """Return uniform times with weight 1.
+        """Return independent uniform times, [B], and the weights 1, [B].
 
         Args:
-          state: The state of the sampler of times.
-          keys: One key for each example, [B].
-          index: The index of each example in the global batch, [B].
-          batch_size: The number of examples of the global batch.
+          state: Not used.
+          keys: One random key for each example, [B].
+          index: Not used.
+          batch_size: Not used.
         """
         del state
         return uniform_times(keys, index, batch_size), jnp.ones(len(keys))
@@ -148,18 +158,18 @@ class UniformTimes(TimeSampler):
 
 @dataclasses.dataclass(frozen=True)
 class StratifiedTimes(TimeSampler):
-    """Times in equal parts of [0, 1), one part per example of a batch; see `stratified_times`."""
+    """Times in equal parts of [0, 1), with one part for each example of a batch."""
 
     def sample(
         self, state: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
     ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-        """Return stratified times with weight 1.
+        """Return stratified times, [B], and the weights 1, [B]; see `stratified_times`.
 
         Args:
-          state: The state of the sampler of times.
-          keys: One key for each example, [B].
-          index: The index of each example in the global batch, [B].
-          batch_size: The number of examples of the global batch.
+          state: Not used.
+          keys: One random key for each example, [B].
+          index: The index of each example in the order of training, [B].
+          batch_size: The number of examples of the batch on all devices together.
         """
         del state
         return stratified_times(keys, index % batch_size, batch_size), jnp.ones(len(keys))
@@ -167,20 +177,17 @@ class StratifiedTimes(TimeSampler):
 
 @dataclasses.dataclass(frozen=True)
 class ImportanceTimes(TimeSampler):
-    """Importance-sampled times, with a history of the losses of every step of the table.
-
-    See `importance_times`.
-    """
+    """Times with a higher probability at the steps of the noise schedule where losses are large."""
 
     def init(self, steps: int | None) -> PyTree:
-        """Return an empty history.
+        """Return an empty history with one bin for each of the `steps` steps.
 
         Raises:
-          ValueError: If the schedule is continuous.
+          ValueError: If `steps` is None, because the noise schedule is continuous.
         """
         if steps is None:
             raise ValueError(
-                "importance sampling of times requires a table of betas; use the schedule "
+                "importance sampling of times requires a discrete noise schedule; use the schedule "
                 "linear_betas or cosine_betas, or the times uniform or stratified"
             )
         return {"history": empty_history(steps)}
@@ -188,23 +195,23 @@ class ImportanceTimes(TimeSampler):
     def sample(
         self, state: PyTree, keys: Key[Array, "batch"], index: Int[Array, "batch"], batch_size: int
     ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
-        """Return importance-sampled times and their weights.
+        """Return importance-sampled times and the weights of their losses; see `importance_times`.
 
         Args:
-          state: The state of the sampler of times.
-          keys: One key for each example, [B].
-          index: The index of each example in the global batch, [B].
-          batch_size: The number of examples of the global batch.
+          state: The history of losses, from `init` or `update`.
+          keys: One random key for each example, [B].
+          index: Not used.
+          batch_size: Not used.
         """
         del index, batch_size
         return importance_times(state["history"], keys)
 
     def statistics(self, t: Float[Array, "batch"], losses: Float[Array, "batch"]) -> PyTree:
-        """Return the times and the losses of a batch."""
+        """Return the times and the unweighted losses of a batch as a dict."""
         return {"t": t, "losses": losses}
 
     def update(self, state: PyTree, statistics: PyTree) -> PyTree:
-        """Return the history with the losses of a batch."""
+        """Return the history after the losses of a batch replace the oldest losses."""
         return {"history": add_losses(state["history"], statistics["t"], statistics["losses"])}
 
 

@@ -1,1 +1,1 @@
-"""The maths of variational inference: Bayes, the ELBO, likelihoods and quantisation."""
+"""The maths of variational inference: Bayes' rule, the ELBO, likelihoods, vector quantisation."""

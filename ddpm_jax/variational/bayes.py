@@ -3,7 +3,7 @@
     p(z|x) = p(x|z) p(z) / p(x)                                                          (1)
     log p(x) = ELBO(q) + KL(q(z) || p(z|x))                                              (2)
 
-The tests and `notebooks/tour.ipynb` compare the ELBO with them.
+The tests and `notebooks/tour.ipynb` compare the ELBO with these exact values.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Beta(NamedTuple):
 
 
 def coin_posterior(prior: Beta, heads: int, tails: int) -> Beta:
-    """Return the posterior of the probability of heads after the tosses, eq. (1).
+    """Return the posterior of the probability of heads after heads + tails tosses, eq. (1).
 
     >>> coin_posterior(Beta(1, 1), heads=7, tails=3)  # the prior is uniform
     Beta(a=8, b=4)
@@ -31,10 +31,11 @@ def coin_posterior(prior: Beta, heads: int, tails: int) -> Beta:
 
 
 def coin_log_evidence(prior: Beta, heads: int, tails: int) -> Float[Array, ""]:
-    """Return log p(heads) in nats, for `heads` in n = heads + tails tosses in any order.
+    """Return the log probability of `heads` heads in n = heads + tails tosses, in nats.
 
-    log C(n, heads) + log B(a + heads, b + tails) - log B(a, b). Under a uniform prior every
-    number of heads has the same evidence:
+    log C(n, heads) + log B(a + heads, b + tails) - log B(a, b), where C is the binomial
+    coefficient and B the beta function. If the prior is uniform, all n + 1 results are equally
+    probable:
 
     >>> print(f"{1 / jnp.exp(coin_log_evidence(Beta(1, 1), heads=7, tails=3)):.2f}")  # n + 1
     11.00
@@ -45,7 +46,9 @@ def coin_log_evidence(prior: Beta, heads: int, tails: int) -> Float[Array, ""]:
 
 
 class LinearGaussian(NamedTuple):
-    """The model z ~ N(0, I), x | z ~ N(weights z + bias, variance I): a VAE with an exact solution.
+    """The model z ~ N(0, I), x | z ~ N(W z + bias, variance I), whose posterior is known exactly.
+
+    W is the field `weights`.
 
     >>> model = LinearGaussian(jnp.eye(1), jnp.zeros(1), jnp.array(1.0))
     >>> mean, covariance = linear_gaussian_posterior(model, x=jnp.array([2.0]))

@@ -1,7 +1,7 @@
 """Likelihoods p(x|z) of images, whose parameters are the output of a decoder.
 
-A `Likelihood` converts grey values to the modelled x, and the output of a decoder to nats and to
-an image.
+A `Likelihood` contains functions that convert grey values to x (binarised or dequantised pixels),
+and the output of a decoder to a loss in nats and to an image.
 """
 
 import dataclasses
@@ -15,21 +15,23 @@ from jaxtyping import Array, Float, Key, UInt8
 from ddpm_jax.fields import Positive
 from ddpm_jax.variational import vae
 
-# The output of a decoder for one image: (logits or mean [H, W, C], logvar of all pixels).
+# The output of a decoder for one image: (logits or mean, [H, W, C]; log variance of every pixel).
 Output = tuple[Float[Array, "..."], Float[Array, ""]]
 
 
 class Likelihood(NamedTuple):
-    """The likelihood p(x|z) of one image; `out` is the output of the decoder.
+    """The likelihood p(x|z), where x is a binarised or dequantised image.
+
+    In the list of functions, `out` is the output of the decoder.
 
     Attributes:
-      observe: A function (key, image) -> x, where the image has uint8 grey values.
-      nll: A function (out, x) -> -log p(x|z) in nats.
-      mean_image: A function out -> the mean of p(x|z) in [-1, 1].
-      show: A function x -> x in [-1, 1].
-      bias: A function (mean of x over the data) -> the initial bias of the decoder's output.
-      bits_per_dim: A function (nats, dims) -> bits per dimension; None if p(x|z) does not bound
-        the probability of the grey values.
+      observe: The function (random key, image with uint8 grey values) -> x.
+      nll: The function (out, x) -> -log p(x|z) in nats.
+      mean_image: The function out -> mean of p(x|z), as an image with values in [-1, 1].
+      to_image: The function x -> image with values in [-1, 1].
+      bias: The function (mean of x over the data) -> initial bias of the output of the decoder.
+      bits_per_dim: The function (nats, number of dimensions) -> bits per dimension. If None, p(x|z)
+        does not bound the probability of the grey values.
     """
 
     observe: Callable[[Key[Array, ""], UInt8[Array, "h w c"]], Float[Array, "h w c"]]
@@ -41,11 +43,11 @@ class Likelihood(NamedTuple):
 
 
 def bernoulli(levels: int) -> Likelihood:
-    """Return the likelihood of dynamically binarised pixels.
+    """Return the Bernoulli likelihood of dynamically binarised pixels.
 
-    A pixel is 1 with probability grey value / (levels - 1). It is sampled anew in every epoch
-    (Salakhutdinov & Murray 2008; Burda et al. 2016), from 16 random bits, since two pixels per
-    random word are twice as fast. Black is always 0 and white always 1.
+    A pixel of x is 1 with probability grey value / (levels - 1), else 0. Every epoch samples the
+    pixels again (Salakhutdinov & Murray 2008; Burda et al. 2016). A pixel uses 16 random bits,
+    because sampling one 32-bit word for two pixels is twice as fast.
     """
 
     def observe(key: Key[Array, ""], image: UInt8[Array, "h w c"]) -> Float[Array, "h w c"]:
@@ -69,13 +71,15 @@ def bernoulli(levels: int) -> Likelihood:
 
 
 def gaussian(levels: int, std: float | None) -> Likelihood:
-    """Return the Gaussian likelihood of grey values on [-1, 1] plus uniform noise of a bin's width.
+    """Return the Gaussian likelihood of dequantised grey values.
+
+    x is 2 (grey value + u) / levels - 1 in [-1, 1], where u ~ U(0, 1) is sampled for each pixel.
 
     Args:
       levels: The number of grey values.
       std: The fixed standard deviation of a pixel; -log p is then the squared error / (2 std^2)
-        plus a constant. If None, the same variance for all pixels is learned; its optimum is the
-        mean squared error (Rybkin et al. 2021).
+        plus a constant. If None, one variance for all pixels is learned; the optimal variance is
+        the mean squared error (Rybkin et al. 2021).
     """
 
     def observe(key: Key[Array, ""], image: UInt8[Array, "h w c"]) -> Float[Array, "h w c"]:
@@ -99,7 +103,7 @@ def gaussian(levels: int, std: float | None) -> Likelihood:
 
 @dataclasses.dataclass(frozen=True)
 class Bernoulli:
-    """The likelihood of dynamically binarised pixels; see `bernoulli`."""
+    """The Bernoulli likelihood of pixels that every epoch binarises at random; see `bernoulli`."""
 
     def make(self, levels: int) -> Likelihood:
         """Return the likelihood of images with `levels` grey values."""
@@ -108,10 +112,11 @@ class Bernoulli:
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """The Gaussian likelihood of dequantised grey values; see `gaussian`.
+    """The Gaussian likelihood of grey values to which uniform noise is added; see `gaussian`.
 
     Attributes:
-      std: Standard deviation of a pixel with values in [-1, 1]. If none, it is learned.
+      std: Standard deviation of a pixel with values in [-1, 1]. If none, one standard deviation of
+        all pixels is learned.
     """
 
     std: Positive | None = None

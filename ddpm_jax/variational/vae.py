@@ -42,15 +42,15 @@ def bernoulli_nll(logits: Float[Array, "*event"], x: Float[Array, "*event"]) -> 
     """Return -log p(x) of independent Bernoulli pixels in nats, summed over pixels.
 
     x softplus(-logit) + (1 - x) softplus(logit), computed without cancellation as
-    log(1 + exp(-|logit|)) + |logit| w, where w = 1 - x for a positive logit, else x. It is exact
-    for every logit, and for an infinite one whose pixel has probability 1.
+    log(1 + exp(-|logit|)) + |logit| w, where w = 1 - x for a positive logit, else x. The result is
+    exact for every finite logit, and for an infinite logit if the pixel has probability 1.
 
     >>> print(f"{bernoulli_nll(jnp.zeros(3), jnp.ones(3)):.4f}")  # 3 log 2
     2.0794
 
     Args:
-      logits: The log-odds of x = 1.
-      x: 0 or 1; for a value between them the result is the cross-entropy.
+      logits: The log-odds of x = 1, [*event].
+      x: The pixels, 0 or 1, [*event]. For values between 0 and 1 the result is the cross-entropy.
     """
     largest = jnp.finfo(logits.dtype).max
     logits = jnp.clip(logits, -largest, largest)  # 0 * inf is not 0
@@ -65,14 +65,14 @@ def gaussian_nll(
 ) -> Float[Array, ""]:
     """Return -log N(x; mean, exp(logvar)) in nats, summed over dimensions.
 
-    With a constant logvar it is the squared error divided by 2 exp(logvar), plus a constant.
+    For a constant logvar, the result is the squared error / (2 exp(logvar)) plus a constant.
 
     >>> print(f"{gaussian_nll(jnp.zeros(2), jnp.array(0.0), jnp.zeros(2)):.4f}")  # log(2 pi)
     1.8379
 
     Args:
       mean: The mean, [*event].
-      logvar: The log of the variance, [*event], or a scalar for all dimensions.
+      logvar: The log of the variance, [*event] or a scalar, which applies to all dimensions.
       x: The data, [*event].
     """
     return 0.5 * jnp.sum(jnp.square(x - mean) * jnp.exp(-logvar) + logvar + LOG_2PI)
@@ -81,10 +81,10 @@ def gaussian_nll(
 def elbo(
     nll: Float[Array, "*batch"], kl: Float[Array, "*batch"], beta: float = 1.0
 ) -> Float[Array, "*batch"]:
-    """Return the ELBO, -nll - beta kl in nats, eq. (1).
+    """Return the evidence lower bound (ELBO), -nll - beta kl in nats, eq. (1) for beta = 1.
 
-    Another beta than 1 gives the objective of the beta-VAE (Higgins et al. 2017). With beta > 1 it
-    is less than the ELBO; with beta = 0 it is that of an autoencoder.
+    For beta > 1 the result is the objective of the beta-VAE, which is less than the ELBO (Higgins
+    et al. 2017). For beta = 0 it is the objective of an autoencoder.
 
     >>> print(elbo(nll=jnp.array(80.0), kl=jnp.array(20.0)))
     -100.0
@@ -101,10 +101,10 @@ def log_weight(
     """Return log p(x|z) p(z) / q(z|x) in nats, whose mean over q(z|x) is the ELBO.
 
     Args:
-      nll: -log p(x|z) in nats.
-      z: A sample of q(z|x) = N(mean, exp(logvar)).
-      mean: The mean of q(z|x).
-      logvar: The log of the variance of q(z|x).
+      nll: The negative log-likelihood -log p(x|z) in nats, a scalar.
+      z: A sample of q(z|x) = N(mean, exp(logvar)), [*latent].
+      mean: The mean of q(z|x), [*latent].
+      logvar: The log of the variance of q(z|x), [*latent].
     """
     return -nll - gaussian_nll(jnp.zeros_like(z), jnp.zeros(()), z) + gaussian_nll(mean, logvar, z)
 
@@ -112,8 +112,9 @@ def log_weight(
 def iwae_bound(log_weights: Float[Array, "samples"]) -> Float[Array, ""]:
     """Return the importance-weighted bound log (1/k) sum_i w_i in nats, eq. (3).
 
-    With k = 1 it is an estimate of the ELBO. Its expectation does not decrease with k and
-    converges to log p(x) (Burda et al. 2016, eq. 8).
+    The argument contains k values log w_i from `log_weight`. With k = 1 the result is an estimate
+    of the ELBO. The expectation of the result does not decrease with k and converges to log p(x)
+    (Burda et al. 2016, eq. 8).
 
     >>> print(f"{iwae_bound(jnp.log(jnp.array([1.0, 3.0]))):.4f}")  # log 2
     0.6931
@@ -124,10 +125,11 @@ def iwae_bound(log_weights: Float[Array, "samples"]) -> Float[Array, ""]:
 def density_to_bits_per_dim(
     nats: Float[Array, "*batch"], dims: int, levels: int
 ) -> Float[Array, "*batch"]:
-    """Convert -log p of a density on [-1, 1]^dims to bits per dimension of `levels` grey values.
+    """Convert nats = -log p(x) of a density on [-1, 1]^dims to bits per dimension of grey values.
 
-    The data are grey values plus uniform noise of the width of a bin, 2 / levels. Then
-    -log P <= nats + dims log(levels / 2) for the discrete P (Theis et al. 2016, sec. 3.1).
+    x is a vector of grey values, each with uniform noise of the width 2 / levels of a bin. Then the
+    probability P of the grey values satisfies -log P <= nats + dims log(levels / 2) (Theis et al.
+    2016, sec. 3.1).
 
     >>> print(density_to_bits_per_dim(10 * jnp.log(2.0), dims=10, levels=256))  # uniform density
     8.0

@@ -150,7 +150,7 @@ def test_a_grid_of_ten_steps_has_the_steps_of_the_paper(spacing, expected):
 def test_a_grid_increases_to_the_clean_data(name, spacing, steps):
     any_schedule = SCHEDULES[name]()
     if any_schedule.steps is not None and steps > any_schedule.steps:
-        with pytest.raises(ValueError, match=f"at most {any_schedule.steps}, the steps"):
+        with pytest.raises(ValueError, match=f"at most {any_schedule.steps}, the number"):
             grids.grid(any_schedule, steps, spacing)
         return
     logsnrs = grids.grid(any_schedule, steps, spacing)
