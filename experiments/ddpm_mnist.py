@@ -5,8 +5,8 @@
 The network is the U-Net of `ddpm_digits` (1.0 M parameters); `space_to_depth=2` turns squares of
 2x2 pixels into channels. It is trained on the squared error of v for 5,000 steps of 64 images.
 
-Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, on MNIST's 10,000 test images: 2,000 samples
-by DPM-Solver++(2M) in 20 steps with guidance 1.2; +- is one standard error.
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, on MNIST's 10,000 test images. The 2,000
+samples use DPM-Solver++(2M) with 20 steps and guidance 1.2; +- is one standard error.
 
     classified as their class by classifier_mnist                    98.15 +- 0.30 %
     Frechet distance to the test images (classifier_mnist)           1.87 +- 0.33

@@ -1,4 +1,4 @@
-"""Train an experiment: a single run, or several runs in one directory each."""
+"""Train an experiment: a single run, or several runs in separate directories."""
 
 import contextlib
 import pathlib
@@ -36,7 +36,7 @@ from ddpm_jax.training.records import reporting_write_errors, write_json
 def train(
     experiment: Experiment, config: AnyConfig, workdir: pathlib.Path, options: Options
 ) -> Record | None:
-    """Train an experiment to its end; return its summary, or None if the user stopped it.
+    """Train an experiment; return its summary.json, or None if the user stopped the training.
 
     Args:
       experiment: The experiment.
@@ -52,7 +52,7 @@ def train(
 
 
 def train_run(run: Run) -> Record | None:
-    """Train one run to its end; return its summary, or None if the user stopped it."""
+    """Train one run; return its summary.json, or None if the user stopped the training."""
     run = run.bound()
     check_effects(run.config, run.options.overrides)
     run = run._replace(config=resources.prepare(run.config, run.loaded))
@@ -110,7 +110,7 @@ def train_several(
 
 
 def check_several(config: SeveralRuns, runs: dict[str, Run]) -> None:
-    """Check every run of an experiment, and the other runs that it names, before any training.
+    """Check every run of an experiment, and the runs that its config names, before any training.
 
     Args:
       config: Config of the experiment.
@@ -131,13 +131,14 @@ def check_several(config: SeveralRuns, runs: dict[str, Run]) -> None:
 
 @contextlib.contextmanager
 def full_paths(config: AnyConfig, part: Config | None = None) -> Iterator[None]:
-    """Replace the paths of fields in errors about one of several runs by their full paths.
+    """Replace field paths in errors of the body by their paths in the experiment's config.
 
-    For example, `--config.train.steps` of the run `text` becomes `--config.text.train.steps`.
+    For example, `--config.train.steps` of the run `text`, which is one of several runs, becomes
+    `--config.text.train.steps`.
 
     Args:
       config: Config of the experiment.
-      part: Config of the run; if None, the errors concern all runs.
+      part: Config of the run that the body checks; if None, the body concerns all runs.
 
     Raises:
       ConfigError: If the body raises a UserError.
@@ -160,12 +161,12 @@ def full_paths(config: AnyConfig, part: Config | None = None) -> Iterator[None]:
 def report(
     experiment: Experiment, config: SeveralRuns, summaries: dict[str, Record], context: Context
 ) -> Record:
-    """Print and write the report of an experiment of several runs; return its summary.
+    """Print and write the results of an experiment of several runs; return its summary.
 
     Args:
       experiment: The experiment.
       config: Config of the experiment.
-      summaries: Summaries of the runs by the names of their directories.
+      summaries: Contents of the runs' summary.json by the names of their directories.
       context: Directory, options and data set of the experiment.
     """
     assert experiment.report is not None
