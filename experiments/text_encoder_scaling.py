@@ -203,7 +203,7 @@ CONFIG = Scaling(
 
 
 def report(config: Scaling, summaries: dict[str, dict[str, Json]], context: Context) -> Report:
-    """Return a table with a row per pair of networks, and plots of the two families of curves."""
+    """Return a table with a row per pair of networks, and a plot for each family of curves."""
     del context
     pairs = {
         (size, channels): summaries[f"{size}_{channels}"]

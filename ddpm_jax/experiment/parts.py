@@ -105,7 +105,7 @@ def load_parts(needs: Needs) -> PyTree:
 
 
 def load_dual_encoder(directory: str) -> tuple[nn.Module, PyTree]:
-    """Return a run's network of text encoder and image encoder, and its averaged parameters."""
+    """Return (network, averaged parameters) of a run that trained a text and an image encoder."""
     config, state = load_state(pathlib.Path(directory))
     assert isinstance(config.task, WithNetwork)
     return config.task.network, evaluated_params(state, config)

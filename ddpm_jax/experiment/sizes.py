@@ -91,7 +91,7 @@ def _check_bytes(need: int, what: str, message: str) -> None:
     memory = _memory()
     if need > TIMES_MEMORY * memory:
         raise UserError(
-            f"{message}: {what} would need {_size(need)}, and there are {_size(memory)} of memory; "
+            f"{message}: {what} would need {_size(need)}, and the memory has {_size(memory)}; "
             "give a smaller number"
         )
     if need > memory / 2:

@@ -145,7 +145,7 @@ def test_an_invalid_data_dir_of_a_record_is_an_error_of_one_line(data_dir, untru
     result = launch_here("--mode=eval", f"--workdir={untrusted}")
     expect_one_line(
         result,
-        "does not contain mnist; give --data_dir|the value of data_dir (has a wrong type|holds control)",
+        "does not contain mnist; give --data_dir|data_dir (has a wrong type|holds control)",
     )
 
 

@@ -303,7 +303,7 @@ def test_only_the_distance_of_inception_features_is_named_fid(tmp_path, monkeypa
     assert feature_networks.check_features(config, Loaded(data)) == config
     logged = capfd.readouterr().err
     assert (
-        "the Inception weights are missing: download pt_inception-2015-12-05-6726825d.pth" in logged
+        "weights are missing: download pt_inception-2015-12-05-6726825d.pth" in logged
     )
     assert len(logged.splitlines()) == 1
     arguments = (config, Loaded(data), Options(), train_alone)
