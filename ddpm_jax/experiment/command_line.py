@@ -181,7 +181,7 @@ SYNONYMS = {
 
 
 def path_of(word: str, arguments: list[str]) -> str:
-    """Return the path of the config field that a word probably means; "" if no field matches."""
+    """Return the path of the config field that `word` may mean; return "" if no field matches."""
     import_jax()
     chosen = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("experiment=")]
     name = chosen[-1] if chosen and chosen[-1] in EXPERIMENTS else "ddpm_digits"
