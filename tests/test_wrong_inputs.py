@@ -362,7 +362,7 @@ DAMAGED = [
     ({"config": {"task.network": 3}}, "its task.network must be a section"),
     ({"config": {"train": None}}, "its train must be a section"),
     ({"config": {"optimizer.lr_schedule": "linear"}}, "its optimizer.lr_schedule must be one of"),
-    ({"config": {"data.name": "a\nb"}}, "its data.name must be a text without control"),
+    ({"config": {"data.name": "a\nb"}}, "its data.name must be text without control"),
     ({"config": {"nonsense": 1}}, "unknown config fields: nonsense"),
     ({"config": {"task.network.nonsense": 1}}, "unknown config fields: task.network.nonsense"),
     ({"config": {"task.likelihood.nonsense": 1}}, "unknown config .*: task.likelihood.nonsense"),
