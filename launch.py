@@ -33,15 +33,16 @@ Cluster = tuple[str | None, int | None, int | None]
 
 
 def default_workdir(name: str) -> pathlib.Path:
-    """Return the directory of an experiment's run if --workdir is not given."""
+    """Return the run directory if --workdir is not given: runs/NAME, or runs/NAME-debug."""
     return pathlib.Path("runs") / (f"{name}-debug" if FLAGS.debug else name)
 
 
 def find_run() -> "Recorded":
-    """Return the recorded run that --workdir and --experiment name.
+    """Return the trained run in --workdir or, without this flag, in the default directory.
 
     Raises:
-      UserError: If there is no such run, or it belongs to another experiment.
+      UserError: If the directory holds no run or a run of another experiment, or if neither
+        --workdir nor --experiment is given.
     """
     from ddpm_jax.experiment.recorded import read_model
 
@@ -53,10 +54,14 @@ def find_run() -> "Recorded":
 
 
 def apply_overrides(run: "Recorded", overrides: dict[str, str]) -> "Recorded":
-    """Return a recorded run with the config overrides of the command line.
+    """Return a trained run with the overrides of the command line applied to its config.
+
+    Args:
+      run: Run as its directory records it.
+      overrides: Values as text by the paths of their fields, such as {"train.steps": "100"}.
 
     Raises:
-      UserError: If an override is a field that must not change after training.
+      UserError: If a field must not change after training, or has no effect.
     """
     from ddpm_jax.config import marked_paths, override
     from ddpm_jax.experiment.effects import check_effects
@@ -83,7 +88,13 @@ def apply_overrides(run: "Recorded", overrides: dict[str, str]) -> "Recorded":
 
 
 def train(overrides: dict[str, str], options: "Options", cluster: Cluster | None) -> None:
-    """Train the experiment that the command line names."""
+    """Train the experiment that --experiment names.
+
+    Args:
+      overrides: Values as text by the paths of their fields, such as {"train.steps": "100"}.
+      options: Options of the command line that are not fields of the config.
+      cluster: Address and size of the cluster; None if the run has one process.
+    """
     from ddpm_jax.config import override
     from ddpm_jax.config_records import restore
     from ddpm_jax.experiment import inputs, preflight, run
@@ -111,7 +122,7 @@ def train(overrides: dict[str, str], options: "Options", cluster: Cluster | None
 
 
 def sample(run: "Recorded", options: "Options") -> None:
-    """Sample images of a trained run into a file."""
+    """Sample --num_samples images (per prompt) of a trained run and write them to a file."""
     from ddpm_jax.experiment import sample, sizes
     from ddpm_jax.experiment.load import load_recorded
     from ddpm_jax.experiment.requests import Request
@@ -130,7 +141,7 @@ def sample(run: "Recorded", options: "Options") -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command line."""
+    """Read the flags; then train, evaluate or sample."""
     define_flags()
     os.environ["MPLBACKEND"] = "agg"  # figures are written to files, so no display is needed
     if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(arguments):
@@ -170,7 +181,7 @@ def main(arguments: list[str]) -> None:
 
 
 def report(arguments: list[str]) -> int:
-    """Run `main` and return the exit code; write an error as one line to stderr.
+    """Run `main` and return the exit code of the process; write an error to stderr as one line.
 
     The exit code is 0 for success, 1 if the run was stopped, 2 for a user's mistake, and 130 for
     Ctrl-C.
@@ -210,7 +221,7 @@ def _is_lost_process(error: Exception) -> bool:
 
 
 def _leave(code: int) -> None:
-    """End the process with an exit code, without waiting for the other processes of the run."""
+    """End the process; after an error, do not wait until the other processes of the run end."""
     terminal.flush()
     distributed = code != 0 and FLAGS["distributed"].value
     if distributed:

@@ -1,7 +1,9 @@
 """Variational autoencoders, denoising diffusion and text-to-image generation in JAX.
 
-run = ddpm_jax.load_run("runs/ddpm_digits")
-images = run.sample(16, seed=0)
+Load a trained run from its directory and sample 16 images [16, H, W, C] in [-1, 1]:
+
+    run = ddpm_jax.load_run("runs/ddpm_digits")
+    images = run.sample(16, seed=0)
 """
 
 import importlib
@@ -12,7 +14,7 @@ __all__ = ["load_run"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load_run` on first use, so that importing the package does not import jax."""
+    """Import `load_run` when it is first used; importing the package alone does not import jax."""
     if name == "load_run":
         return importlib.import_module("ddpm_jax.experiment.load").load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,14 +1,14 @@
-"""The autoencoder of `text_to_image_shapes`, whose latents have a quarter of the image's side.
+"""The autoencoder of `text_to_image_shapes`; the latents have a quarter of the image's side.
 
     python launch.py --experiment=autoencoder_shapes
-    python launch.py --experiment=autoencoder_shapes --config.task.codes=256     # quantised
+    python launch.py --experiment=autoencoder_shapes --config.task.codes=256     # codebook of 256
 
 Measured on one CPU core (AMD EPYC, jax 0.10.2; another training ran on the second core), seed 0,
 with the settings of `text_to_image_shapes`: 4,000 steps of 16 images took 6 min 48 s. On the 2,048
 test images: PSNR 32.02 +- 0.05 dB, SSIM 0.9508 +- 0.0006, KL 725.9 +- 0.7 nats, Frechet distance
-0.00025 +- 0.00002 (text_encoder).
+0.00025 +- 0.00002 in the features of the text encoder's run.
 
-Results for other numbers of steps, KL weights, codes, and 64x64 images:
+Results for other numbers of steps, KL weights and codebook sizes, and for 64x64 images:
 docs/results/autoencoder_shapes.md
 """
 

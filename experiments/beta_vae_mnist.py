@@ -13,10 +13,11 @@ commit 4aefa19 (19 minutes at low priority beside other programs). Values are in
     active units       40      34      27      15      10       6
 
 A larger beta lowers the KL and raises the reconstruction error, and only beta = 1 minimises their
-sum.
+sum, the -ELBO.
 
 There is one run for each beta, with the settings of `vae_mnist`, in a separate sub-directory. An
-interrupted run resumes, and `--mode=sample --workdir=runs/beta_vae_mnist/beta_4` samples from one.
+interrupted run resumes. `--mode=sample --workdir=runs/beta_vae_mnist/beta_4` samples from the model
+with beta = 4.
 """
 
 import numpy as np
@@ -58,7 +59,7 @@ CONFIG = Sweep(
 
 
 def report(config: Sweep, summaries: dict[str, dict[str, Json]], context: Context) -> Report:
-    """Return a table and a plot of the reconstruction error and the KL of every beta."""
+    """Return a table of the metrics of every beta, and a plot of the error against KL."""
     runs = list(zip(config.values, summaries.values(), strict=True))
     title = f"beta-VAE on {runs[0][1]['data']}, {config.base.train.steps} steps each"
     metrics = {f"beta {beta:g}": summary["metrics"] for beta, summary in runs}
@@ -72,7 +73,14 @@ def report(config: Sweep, summaries: dict[str, dict[str, Json]], context: Contex
 
 
 def plot(runs: list[tuple[float, dict[str, Json]]], title: str) -> np.ndarray:
-    """Return a plot of the reconstruction error against the KL, with a line of equal ELBO."""
+    """Return a plot uint8 [H, W, 3] of reconstruction error against KL, one point for each beta.
+
+    The dotted line joins points whose ELBO equals the best ELBO of the runs.
+
+    Args:
+      runs: Pairs (beta, content of the run's summary.json).
+      title: Title of the plot.
+    """
     figure, axis = plots.new_axis(6.0, 4.5)
     kl = [summary["metrics"]["test/kl"] for _, summary in runs]
     nll = [summary["metrics"]["test/nll"] for _, summary in runs]

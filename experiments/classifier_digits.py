@@ -3,15 +3,14 @@ r"""A small classifier of the 8x8 digits, used as a feature network in the evalu
     python launch.py --experiment=classifier_digits
 
 Measured on 2 CPU cores (AMD EPYC, jax 0.10.2): accuracy 99.4 +- 0.4 % on the 360 test digits. The
-classifier is trained on 1,294 digits (143 more are the validation split), which takes 22 s on an
-idle machine.
+training on 1,294 digits takes 22 s on an idle machine; 143 other digits are the validation split.
 
     python launch.py --experiment=classifier_digits --config.task.schedule=cosine \
         --workdir=runs/noisy
 
 This command trains a classifier of noisy images x_t under a cosine schedule, which can guide
-diffusion models (results: docs/results/ddpm_digits.md). Its accuracy for t in 0 to 0.1, 0.1 to
-0.2, ..., 0.9 to 1 (seed 0, commit 4aefa19, trained on 1,437 digits) is 98.1, 97.2, 95.3, 91.4,
+diffusion models (results: docs/results/ddpm_digits.md). Its accuracy for time t in 0 to 0.1, 0.1
+to 0.2, ..., 0.9 to 1 (seed 0, commit 4aefa19, trained on 1,437 digits) is 98.1, 97.2, 95.3, 91.4,
 75.3, 57.5, 43.9, 30.8, 18.1, 8.9 %.
 """
 

@@ -2,14 +2,15 @@
 
     python launch.py --experiment=ddpm_cifar10
 
-The 35.7 M-parameter U-Net; linear betas, T = 1,000; eps; Adam 2e-4 after 5,000 steps of
-warm-up, gradients clipped at 1; batch 128; EMA of decay 0.9999 (a half-life of 887,000
-images); dropout 0.1; half of the images mirrored; 800,000 steps; the ancestral sampler of
-variance beta.
+The U-Net has 35.7 M parameters and predicts eps under linear betas with T = 1,000. The training
+has 800,000 steps of 128 images: Adam with learning rate 2e-4 after 5,000 steps of warm-up, gradient
+norms clipped at 1, dropout 0.1, random horizontal flips, and an EMA of decay 0.9999 (a half-life of
+887,000 images). Sampling uses the ancestral sampler with variance beta.
 
 Three settings differ from the paper: 5,000 of the 50,000 training images are the validation split
-(`--config.data.validation=0` trains on all); t is stratified over a batch (`--config.task.times=
-uniform`); and the half-life of the EMA is at most 5 % of the images seen so far.
+(`--config.data.validation=0` trains on all images); t is stratified over a batch
+(`--config.task.times=uniform`); and the half-life of the EMA is at most 5 % of the images seen so
+far.
 
 This project has not trained it, because no GPU was available.
 Published: FID 3.17 against the training set's statistics, at most 3.75 bits/dim.

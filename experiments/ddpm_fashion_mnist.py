@@ -1,4 +1,4 @@
-"""Class-conditional denoising diffusion on Fashion-MNIST: the recipe of `ddpm_mnist`.
+"""Class-conditional denoising diffusion on Fashion-MNIST, with the settings of `ddpm_mnist`.
 
     python launch.py --experiment=ddpm_fashion_mnist
 

@@ -1,16 +1,17 @@
-r"""The generation model of `text_to_image_shapes`, on a trained text encoder and autoencoder.
+r"""The generation model of `text_to_image_shapes`; needs a trained text encoder and autoencoder.
 
     python launch.py --experiment=generator_shapes --config.task.text_encoder=DIR \
         --config.task.autoencoder=DIR
 
 `--config.task.generator.network=dit` trains a DiT instead of the U-Net.
-`--config.task.generator=autoregressive` trains a transformer on the codes of an autoencoder that
-was trained with `--config.task.codes=256`.
+`--config.task.generator=autoregressive` trains a transformer on the codebook indices of an
+autoencoder that was trained with `--config.task.codes=256`.
 
 Measured on one CPU core (AMD EPYC, jax 0.10.2; another training ran on the second core), seed 0:
-the default U-Net, 5,300 steps of 32 images, took 79 min 58 s with its evaluation. Samples of
-SDE-DPM-Solver++(2M), 20 steps, guidance 2, on the test split (128 prompts of each type, 256
-captions). The percentages are shares of samples that show everything that the prompt states:
+the default U-Net, 5,300 steps of 32 images, took 79 min 58 s with its evaluation. Samples
+use SDE-DPM-Solver++(2M) with 20 steps and guidance 2 for 128 test prompts of each type and 256 test
+captions. The percentages are shares of samples that show everything that the prompt states; a
+held-out pair is a pair of colour and shape that is not in the training images:
 
     prompts with one shape                                          93 +- 2 %
     one shape, held-out pair of colour and shape                    84 +- 3 %
@@ -18,7 +19,8 @@ captions). The percentages are shares of samples that show everything that the p
     two shapes, with a held-out pair of colour and shape            66 +- 4 %
     test captions                                                   69 +- 3 %
     CLIP score (of test images: 87.9)                               86.7 +- 0.6
-    Frechet distance (text_encoder; of training images: 0.061)      0.034 +- 0.008
+    Frechet distance in the features of the text encoder's run
+    (of training images: 0.061)                                     0.034 +- 0.008
 
 Other guidance scales, samplers, networks and data sets, and the choice of the settings:
 docs/results/generator_shapes.md

@@ -4,9 +4,9 @@
 
 One model is trained as in `ddpm_digits` and sampled in several ways with the same number of steps:
 DDIM with eta 0 (an ODE solver, whose steps preserve the variance of x_t without noise), with eta up
-to 1 (which is the ancestral sampler), the ancestral sampler with the larger variance beta, and the
-ancestral sampler with half of its noise or none. The last two replace a sample of p(x_s | x_t) by
-its mean, or by a value nearer to the mean. Every such step loses variance that no later step
+to 1 (eta = 1 is the ancestral sampler), the ancestral sampler with the larger variance beta, and
+the ancestral sampler with half of its noise or none. The last two replace a sample of p(x_s | x_t)
+by its mean, or by a value nearer to the mean. Every such step loses variance that no later step
 restores, and the samples are smoother than the data. (A test shows this for Gaussian data, whose
 exact denoiser is known: after 200 steps without noise, less than a fifth of the std remains.)
 
@@ -73,8 +73,8 @@ class SamplerStudy:
     Attributes:
       data: The data set, which must have labels.
       model: The diffusion model, which must be conditional and evaluated by a classifier.
-      num_samples: Number of samples for each sampler.
-      steps: Number of steps of every sampler.
+      num_samples: Number of images that each sampler samples.
+      steps: Number of sampling steps of every sampler.
       samplers: Names of the samplers, with their arguments.
     """
 
@@ -85,7 +85,7 @@ class SamplerStudy:
     samplers: tuple[str, ...] = ("ddim",)
 
     def parts(self, workdir: pathlib.Path) -> dict[str, Config]:
-        """Return the model's config.
+        """Return the config of the only run, the diffusion model, by the name of its directory.
 
         Raises:
           FieldError: If a sampler does not fit the model, or the model is not conditional or not
@@ -120,7 +120,7 @@ class SamplerStudy:
         return {"model": self.model.on(self.data)}
 
     def complete(self, part: str, configs: dict[str, Config]) -> Config:
-        """Return the model's bound config.
+        """Return the config of the diffusion model unchanged, after checking that it has labels.
 
         Raises:
           UserError: If the data set has no labels.
@@ -199,7 +199,13 @@ CONFIG = SamplerStudy(
 def compare_samplers(
     config: SamplerStudy, context: Context, network: FeatureNetwork
 ) -> tuple[dict[str, dict[str, float]], list[np.ndarray]]:
-    """Return the metrics of every sampler by its name, and ten samples of every sampler."""
+    """Return the metrics by sampler, and up to ten images [n, H, W, C] in [-1, 1] per sampler.
+
+    Args:
+      config: Config of the study.
+      context: Directory, options and data set of the experiment.
+      network: Feature network in which samples are compared with the data.
+    """
     # Without resources, the guidance is classifier-free, whose neutral scale is 1.
     trained = dataclasses.replace(load_run(context.workdir / "model"), resources=Resources())
     classes = trained.task.info.classes
@@ -226,7 +232,7 @@ def compare_samplers(
 
 
 def report(config: SamplerStudy, summaries: dict[str, dict[str, Json]], context: Context) -> Report:
-    """Return a table of metrics and a grid of samples, with a row for every sampler."""
+    """Return a table of metrics and a grid of samples; each sampler has a row in both."""
     del summaries
     data, model = context.loaded.data, config.model.on(config.data)
     model = bind(model, info_of(data))

@@ -7,7 +7,8 @@ this experiment, every pair of a text encoder and a generation model is trained 
 of steps on `shapes`, with one shared autoencoder, and sampled at several guidance scales. The
 result is two families of curves of alignment against Frechet distance: one for the text encoders
 with the largest generation model, and one for the generation models with the largest text encoder.
-All distances are computed in the features of the image tower of the largest text encoder.
+All distances are computed in the features of the image encoder that was trained with the largest
+text encoder.
 
 Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, with the command above, in 2 h 37 min at low
 priority beside other programs (47 min on an idle machine). A larger generation model lowers the
@@ -59,10 +60,10 @@ class Scaling:
 
     Attributes:
       data: The data set, which must be shapes or shapes:SIZE.
-      autoencoder: The recipe of the autoencoder that all generation models share.
-      text: The recipe of the text encoders; `text_sizes` replaces their size.
-      generator: The recipe of the generation models; `channels` replaces their channels.
-      text_sizes: Sizes of the text encoders, from small to large; the largest computes metrics.
+      autoencoder: The config of the autoencoder that all generation models share.
+      text: The config of the text encoders; `text_sizes` replaces the field `size`.
+      generator: The config of the generation models; `channels` replaces the field `channels`.
+      text_sizes: Sizes of the text encoders, from small to large. Metrics use the largest one.
       channels: Channels of the generation models' U-Nets, from small to large.
     """
 
@@ -113,7 +114,7 @@ class Scaling:
         return runs
 
     def complete(self, part: str, configs: dict[str, RunConfig]) -> RunConfig:
-        """Return a part's bound config; a generator gets the networks of its other parts."""
+        """Return the config of a run; a generation model gets the other runs' networks."""
         size = part.partition("_")[0]
         if size not in self.text_sizes:
             return configs[part]
@@ -202,7 +203,7 @@ CONFIG = Scaling(
 
 
 def report(config: Scaling, summaries: dict[str, dict[str, Json]], context: Context) -> Report:
-    """Return a table of all pairs and the two families of curves."""
+    """Return a table with a row per pair of networks, and a plot for each family of curves."""
     del context
     pairs = {
         (size, channels): summaries[f"{size}_{channels}"]
@@ -238,7 +239,10 @@ def report(config: Scaling, summaries: dict[str, dict[str, Json]], context: Cont
 
 
 def curve(summary: dict[str, Json]) -> tuple[list[float], list[float], list[str]]:
-    """Return the lists (share aligned, Frechet distance, guidance scale), ordered by scale."""
+    """Return the share of aligned samples, the Frechet distance, and the guidance scale as lists.
+
+    The entries are sorted by scale. `summary` is the content of the run's summary.json.
+    """
     metrics = {name.removeprefix("test/"): value for name, value in summary["metrics"].items()}
     scales = sorted(
         {float(name.partition("/")[0][9:]) for name in metrics if name.startswith("guidance_")}

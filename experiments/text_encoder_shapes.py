@@ -2,14 +2,14 @@
 
     python launch.py --experiment=text_encoder_shapes
 
-It trains for 800 steps by default. `text_to_image_shapes` trains it for 400 steps, which are enough
-for its generation model.
+This experiment trains the text encoder for 800 steps. `text_to_image_shapes` trains it for 400
+steps, which are enough for the generation model.
 
 Measured on one CPU core (AMD EPYC, jax 0.10.2; another training ran on the second core), seed 0:
-400 steps of 128 pairs took 9 min 31 s. On 2,048 test pairs, half of which have a held-out
-combination, 88.1 +- 0.7 % of captions retrieve their image among 64 images, and 78.6 +- 0.9 % of
-images have a higher similarity to their caption than to a hard negative, which is a caption with
-one wrong statement.
+400 steps of 128 pairs took 9 min 31 s. On 2,048 test pairs, half of which have a pair of colour and
+shape that is not in the training images, 88.1 +- 0.7 % of captions retrieve their image among 64
+images, and 78.6 +- 0.9 % of images have a higher similarity to their caption than to a hard
+negative, which is a caption with one wrong statement.
 
 Other numbers of steps, and the types of hard negatives: docs/results/text_encoder_shapes.md
 """

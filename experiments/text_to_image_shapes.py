@@ -1,4 +1,4 @@
-r"""Text to image from three parts: text encoder, autoencoder, generation model.
+r"""Text to image with three runs: a text encoder, an autoencoder, and a generation model.
 
     python launch.py --experiment=text_to_image_shapes
     python launch.py --experiment=text_to_image_shapes --mode=sample --guidance=4 \
@@ -14,10 +14,10 @@ cores without other programs, commit 4aefa19 took 40 min 44 s including compilat
 
 With guidance 2 (chosen on validation prompts), these shares of samples show everything that the
 prompt states (128 test prompts of each type, 256 captions): one shape 93 %, one shape with a
-held-out pair of colour and shape 84 %, two shapes and their relation 81 %, two shapes with a
-held-out pair 66 %, test captions 69 %. The text encoder retrieves the image among 64 images for
-88.1 +- 0.7 % of captions, and gives 78.6 +- 0.9 % of images a higher similarity to their caption
-than to a hard negative. The autoencoder's PSNR is 32.02 +- 0.05 dB.
+held-out pair of colour and shape (not in the training images) 84 %, two shapes and their relation
+81 %, two shapes with a held-out pair 66 %, test captions 69 %. The text encoder retrieves the image
+among 64 images for 88.1 +- 0.7 % of captions, and gives 78.6 +- 0.9 % of images a higher similarity
+to their caption than to a hard negative. The autoencoder's PSNR is 32.02 +- 0.05 dB.
 
 Other results of the parts, and the division of the time: docs/results/text_encoder_shapes.md,
 docs/results/autoencoder_shapes.md, docs/results/generator_shapes.md
@@ -49,8 +49,8 @@ from ddpm_jax.training.settings import Train
 
 CONFIG = Chain(
     data=Dataset("shapes"),
-    # The text encoder and the autoencoder train for fewer steps than in their own experiments,
-    # because the generation model gains more from the same time.
+    # The text encoder and the autoencoder train for fewer steps than in `text_encoder_shapes` and
+    # `autoencoder_shapes`, because the generation model gains more from the same time.
     text=Recipe(
         task=Contrastive(
             network=DualEncoder(size="small", channels=(32, 64, 128), embedding_dim=64),
@@ -126,6 +126,7 @@ CONFIG = Chain(
         train=Train(steps=5300, batch_size=32, eval_every=1800, checkpoint_every=500),
     ),
 )
+# Metrics of each run in the printed table.
 HEADLINES = {
     "text": ("accuracy_among_64", "hard_negative_accuracy"),
     "autoencoder": ("psnr", "ssim"),
@@ -134,7 +135,7 @@ HEADLINES = {
 
 
 def report(config: Chain, summaries: dict[str, dict[str, Json]], context: Context) -> Report:
-    """Return the main metrics of the three parts, and copy the generator's images."""
+    """Return a table of the main metrics of the three runs; copy the generation model's images."""
     del config
     with reporting_write_errors(context.workdir):
         (context.workdir / "images").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""A convolutional VAE on the grey values of Fashion-MNIST, with one learned output variance.
+"""A convolutional VAE on the grey values of Fashion-MNIST, with one learned variance.
 
     python launch.py --experiment=vae_fashion_mnist
 

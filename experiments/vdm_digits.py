@@ -4,20 +4,21 @@
 
 Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0: 1,000 steps on 1,294 digits (143 more are
 the validation split) took 13 min with the evaluation, beside two other heavy programs (6 min on an
-idle machine, with a fifth of the solver's evaluations). Bits/dim of the 360 test digits (17 grey
-levels, log2 17 = 4.09) by three estimates that share the prior and the decoder p(x | z_0):
+idle machine, when the ODE solver evaluated the network a fifth as often). Bits/dim of the 360 test
+digits (17 grey levels, log2 17 = 4.09) by three estimates that share the prior and the decoder
+p(x | z_0):
 
     continuous-time bound          2.183 +- 0.014
-    discrete bound, T = 1,000      2.195 +- 0.014
+    discrete-time bound, T = 1,000 2.195 +- 0.014
     probability flow, 120 digits   2.191 +- 0.027   (dequantised by q(z_0 | x_0))
 
 The ODE solver calls the network 582 times per batch. Its error is at most 0.005 bits/dim, measured
-as the mean change if its tolerance is raised from 1e-5 to 1e-4.
+as the mean change if the solver's tolerance is raised from 1e-5 to 1e-4.
 
-For comparison, `ddpm_digits`, which has another loss weight, reaches 3.25 +- 0.20, and `vae_digits`
-3.66 +- 0.02. Samples of this unconditional model are worse than those of models with other loss
-weights: the Frechet distance (classifier_digits) is 20.1 +- 2.3, which is 3.6 +- 1.3 times that of
-training images.
+For comparison, `ddpm_digits`, which has another loss weight, reaches 3.25 +- 0.20 bits/dim, and
+`vae_digits` 3.66 +- 0.02. Samples of this unconditional model are worse than those of models with
+other loss weights: the Frechet distance (classifier_digits) is 20.1 +- 2.3, which is 3.6 +- 1.3
+times that of training images.
 """
 
 from ddpm_jax.experiment.types import Config, Dataset, Experiment

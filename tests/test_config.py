@@ -220,7 +220,7 @@ def test_a_mark_on_a_section_applies_to_all_of_its_fields():
 
 def test_the_help_of_a_field_is_its_entry_in_the_docstring_of_its_class():
     rows = {path: (hint, default, text) for path, hint, default, text in describe(Whole())}
-    chosen = "Type of this section, which decides its fields."
+    chosen = "Type of this section; it decides the fields."
     assert rows["network"] == ("small|deep", "small", chosen)
     assert rows["extra"] == ("deep|none", "none", chosen)
     assert rows["network.width"] == ("int", "4", "Units of every layer.")

@@ -56,7 +56,7 @@ WRONG = [
     (f"{DDPM} --config.task.vlb_weight=2", "no effect: the variance is not learned"),
     ("--experiment=autoencoder_shapes --debug --config.task.commitment_weight=1", "no effect"),
     ("--experiment=autoencoder_shapes --debug --config.task.codes=8 --config.task.kl_weight=1",
-     "no effect: codes have no KL"),
+     "no effect: a codebook has no KL"),
     (f"{DDPM} --config.task.network.attention_sizes=5", "no feature map has the side 5"),
     # Contradictions. The message begins with the field that the user has set.
     (f"{DDPM} --config.task.label_dropout=0", r"--config\.task\.label_dropout=0: the network is n"),

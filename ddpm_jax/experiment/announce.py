@@ -7,14 +7,14 @@ from ddpm_jax.errors import printable
 from ddpm_jax.parallel import hardware
 from ddpm_jax.progress import log
 
-SHOWN_CLASSES = 20  # class names that are logged at the start of a run
+SHOWN_CLASSES = 20  # largest number of class names in the log of a run's start
 
 
 def log_start(name: str, loaded: Loaded, workdir: pathlib.Path) -> None:
     """Log the data set of a run, the devices, and the directory of its files.
 
     Args:
-      name: Title of the run.
+      name: Title of the run, such as text_to_image_shapes/autoencoder.
       loaded: Data set of the run.
       workdir: Directory of the run.
     """
@@ -33,7 +33,7 @@ def log_start(name: str, loaded: Loaded, workdir: pathlib.Path) -> None:
 
 
 def _classes(names: tuple[str, ...]) -> str:
-    """Return the number of classes and the first class names."""
+    """Return a text such as "3 classes: cat, dog, fish", or "no classes"."""
     if not names:
         return "no classes"
     shown = ", ".join(printable(name) for name in names[:SHOWN_CLASSES])

@@ -1,4 +1,4 @@
-"""A chain of three runs: a text encoder, an autoencoder, and a generation model built on both."""
+"""The config of three runs: a text encoder, an autoencoder, and a generation model using both."""
 
 import dataclasses
 import pathlib
@@ -7,18 +7,19 @@ from ddpm_jax.config import replace
 from ddpm_jax.experiment.types import Config, Dataset, Recipe, with_parts
 from ddpm_jax.fields import FieldError
 
-RUNS = ("text_encoder", "autoencoder")  # fields of the generator's task that the chain sets
+RUNS = ("text_encoder", "autoencoder")  # fields of the generation model that `Chain.parts` sets
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """The config of text-to-image training from scratch: three runs, one after another.
+    """The config of text-to-image training from scratch: three runs, trained one after another.
 
     Attributes:
       data: The data set of all three runs, which must have captions.
-      text: The recipe of the text encoder.
-      autoencoder: The recipe of the autoencoder.
-      generator: The recipe of the generation model in the autoencoder's latent space.
+      text: The config of the text encoder, without the data set.
+      autoencoder: The config of the autoencoder, without the data set.
+      generator: The config of the generation model in the autoencoder's latent space, without the
+        data set.
     """
 
     data: Dataset
@@ -27,10 +28,11 @@ class Chain:
     generator: Recipe
 
     def parts(self, workdir: pathlib.Path) -> dict[str, Config]:
-        """Return the config of every run by the name of its directory.
+        """Return the configs of the three runs by the names of their directories in `workdir`.
 
         Raises:
-          FieldError: If a recipe names a directory of a run that the chain itself trains.
+          FieldError: If a config names a trained text encoder or autoencoder, because this
+            experiment trains both.
         """
         task = self.generator.task
         for name in RUNS:
@@ -53,7 +55,7 @@ class Chain:
         }
 
     def complete(self, part: str, configs: dict[str, Config]) -> Config:
-        """Return a part's bound config; the generator gets the networks of the other parts."""
+        """Return the config of a run; the generation model gets the other runs' networks."""
         if part != "generator":
             return configs[part]
         return with_parts(configs[part], configs["text"], configs["autoencoder"])

@@ -57,17 +57,17 @@ def _define_run_flags() -> None:
 
 def _define_process_flags() -> None:
     _bool("distributed", "This process is one of several processes of a run (docs/clusters.md).")
-    text = "Address HOST:PORT of process 0; needed only where it is not detected."
+    text = "Address HOST:PORT of process 0; needed only if jax does not detect it."
     _string("coordinator", text)
     _integer("num_processes", None, "Number of processes of the run.", 1, None)
     _integer("process_id", None, "Index of this process, starting at 0.", 0, None)
 
 
 def _define_data_flags() -> None:
-    _string("data_dir", "Directory of TFDS data sets; a missing one is prepared there.")
+    _string("data_dir", "Directory of TFDS data sets; a missing data set is prepared there.")
     _bool("strict_data", "Fail if the data set is missing, instead of using the fallback.")
     _integer("seed", 0, "Seed of all random numbers.", 0, 2**32 - 1)
-    text = "eval: split of the data. Choose settings on validation, report results on test."
+    text = "eval: split of the data. Choose settings on validation; report results on test."
     _enum("split", "test", ["validation", "test"], text)
 
 
@@ -82,10 +82,10 @@ def _define_sample_flags() -> None:
     _string("sampler", "sample: name of the sampler. Default: the run's setting.")
     text = "sample: number of sampling steps. Default: the run's setting."
     _integer("steps", None, text, 1, 1_000_000)
-    text = "sample: guidance scale; 1 disables guidance, or 0 if a classifier guides."
+    text = "sample: guidance scale. 1 disables guidance; 0 disables classifier guidance."
     flags.DEFINE_float("guidance", None, text, flag_values=FLAGS)
     _string("prompt", "sample: text that the images show.")
-    _string("negative_prompt", "sample: text that guidance leads away from.")
+    _string("negative_prompt", "sample: text that replaces the null conditioning of guidance.")
     _string("prompt_file", "sample: text file with one prompt per line.")
 
 
@@ -115,7 +115,7 @@ def _integer(name: str, default: int | None, text: str, low: int, high: int | No
 
 
 def parse(arguments: list[str]) -> dict[str, str]:
-    """Set FLAGS from the arguments and return the config's overrides {path: text}.
+    """Set FLAGS and return the overrides of config fields, such as {"train.steps": "100"}.
 
     Raises:
       UserError: If a flag is unknown, a value is invalid, or an argument is not a flag.
@@ -135,7 +135,7 @@ def parse(arguments: list[str]) -> dict[str, str]:
             text = word.partition("=")[2] or next(words, "")
             raise UserError(f"--config is not a flag by itself; {config_flag(text, arguments)}")
         elif word.lstrip("-").partition("=")[0] == "undefok":
-            raise UserError("--undefok: an unknown flag is always an error; leave it out")
+            raise UserError("--undefok: an unknown flag is always an error; leave --undefok out")
         else:
             other_words.append(word)
     try:
@@ -181,7 +181,7 @@ SYNONYMS = {
 
 
 def path_of(word: str, arguments: list[str]) -> str:
-    """Return the path of the config field that a word probably means, or "" if none matches."""
+    """Return the path of the config field that `word` may mean; return "" if no field matches."""
     import_jax()
     chosen = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("experiment=")]
     name = chosen[-1] if chosen and chosen[-1] in EXPERIMENTS else "ddpm_digits"
@@ -192,13 +192,13 @@ def path_of(word: str, arguments: list[str]) -> str:
         "train": 0,
         "optimizer": 0,
         "ema": 1,
-    }  # users mean these sections most often
+    }  # fields of these sections are the most likely ones
     rank = {path: (first.get(path.split(".")[0], 2), path.count(".")) for path in paths}
     return min(paths, key=lambda path: rank[path]) if paths else ""
 
 
 def config_flag(text: str, arguments: list[str]) -> str:
-    """Return a hint how to write `text`, such as steps=5, as a flag of the config."""
+    """Return how to write `text` as a flag: for "steps=5", "give --config.train.steps=5"."""
     name, _, value = text.partition("=")
     path = path_of(name, arguments) or "PATH"
     return f"give --config.{path}={value or 'VALUE'}"
@@ -215,7 +215,7 @@ def _explain(flag: flags.Flag[Setting], message: str) -> str:
 
 
 def help_text(arguments: list[str], title: str) -> str:
-    """Return the help of all flags and experiments and, with --experiment, of its fields."""
+    """Return the text of --help: flags, experiments and, with --experiment, its config fields."""
     lines = [title, "", "flags:"]
     for name in FLAGS:
         flag = FLAGS[name]
@@ -250,7 +250,7 @@ def help_text(arguments: list[str], title: str) -> str:
 
 
 def describe(config: Setting) -> list[tuple[str, str, str, str]]:
-    """Return (path, type, default, help) of every section and field that a user can set."""
+    """Return a row (path, type, default, help) for every section and field that a user can set."""
     rows: list[tuple[str, str, str, str]] = []
     choices = {p: (value, hint) for p, value, hint in sections_of(config) if has_choice(hint)}
     for path, (value, hint) in choices.items():
@@ -258,7 +258,7 @@ def describe(config: Setting) -> list[tuple[str, str, str, str]]:
         if type(None) in typing.get_args(bare_type(hint)):
             names += "|none"
         rows.append(
-            (path, names, choice_name(value), "Type of this section, which decides its fields.")
+            (path, names, choice_name(value), "Type of this section; it decides the fields.")
         )
     for field in fields_of(config):
         if not SET_BY_PROGRAM & field.marks:
@@ -267,7 +267,7 @@ def describe(config: Setting) -> list[tuple[str, str, str, str]]:
 
 
 def as_typed(value: object) -> str:
-    """Return a field's value as it is written on the command line."""
+    """Return the text of a field's value for the command line, such as "1,2" for (1, 2)."""
     if isinstance(value, tuple):
         return ",".join(map(as_typed, value)) or "none"
     if value is None or isinstance(value, bool):
@@ -279,7 +279,7 @@ def prompts_of(file: str) -> tuple[str, ...]:
     """Return the prompts of a text file: its lines that are not empty.
 
     Raises:
-      UserError: If the file cannot be read or has no prompts, or --prompt is given, too.
+      UserError: If the file cannot be read or holds no prompt, or if --prompt is also given.
     """
     if FLAGS.prompt is not None:
         raise UserError("--prompt and --prompt_file cannot be combined; give one of them")
@@ -300,7 +300,7 @@ def check_modes() -> None:
     """Check that every given flag has an effect in the chosen mode.
 
     Raises:
-      UserError: If a flag has no effect.
+      UserError: If a flag has no effect in this mode.
     """
 
     def refuse(name: str, needed: str) -> None:
@@ -314,12 +314,12 @@ def check_modes() -> None:
     if FLAGS["split"].present and FLAGS.mode != "eval":
         refuse("split", "--mode=eval")
     if FLAGS["seed"].present and FLAGS.mode == "eval":
-        raise UserError("--seed: an evaluation uses the seed of the run; leave it out")
+        raise UserError("--seed: an evaluation uses the seed of the run; leave --seed out")
     for name in ("profile", "wandb", "strict_data"):
         if FLAGS[name].value and FLAGS.mode != "train":
             refuse(name, "--mode=train")
     if FLAGS.data_dir and FLAGS.mode == "sample":
-        raise UserError("--data_dir: sampling reads no data set; leave it out")
+        raise UserError("--data_dir: sampling reads no data set; leave --data_dir out")
     given = [flag for flag in ("coordinator", "num_processes", "process_id") if FLAGS[flag].present]
     if given and not FLAGS.distributed:
         refuse(given[0], "--distributed")

@@ -1,4 +1,4 @@
-"""Refuse config fields that the user set although they have no effect or contradict others."""
+"""Report config fields that the user set and that have no effect or contradict other fields."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, TypeAlias
@@ -53,12 +53,12 @@ NO_EFFECT = (
     NoEffect(
         "task.network.text_refiner_blocks",
         lambda v, c: True,
-        "the network reads no captions; leave it out",
+        "the network reads no captions; leave the field out",
     ),
     NoEffect(
         "task.generator.sampling.guidance_model",
         lambda v, c: True,
-        "classifier-free guidance by the caption is used; leave it out",
+        "text-to-image models use classifier-free guidance; leave the field out",
     ),
     NoEffect(
         "task.vlb_weight",
@@ -66,7 +66,9 @@ NO_EFFECT = (
         "the variance is not learned; give task.variance=learned",
     ),
     NoEffect(
-        "task.kl_weight", lambda v, c: v["task.codes"] > 0, "codes have no KL; give task.codes=0"
+        "task.kl_weight",
+        lambda v, c: v["task.codes"] > 0,
+        "a codebook has no KL term; give task.codes=0",
     ),
     NoEffect(
         "task.commitment_weight",
@@ -80,7 +82,7 @@ def check_effects(config: Config, overrides: Collection[str]) -> None:
     """Check that every field that the user set has an effect.
 
     Args:
-      config: Config, bound to its data set.
+      config: Config whose task is bound to its data set.
       overrides: Paths of the fields that the user set.
 
     Raises:
@@ -90,7 +92,7 @@ def check_effects(config: Config, overrides: Collection[str]) -> None:
     for idle in NO_EFFECT:
         if idle.path in overrides and idle.when(values, config.task.info.classes):
             raise UserError(
-                f"--config.{idle.path}={values[idle.path]}: has no effect: {idle.reason}"
+                f"--config.{idle.path}={values[idle.path]} has no effect: {idle.reason}"
             )
 
 
@@ -98,7 +100,7 @@ def check_sweep(config: AnyConfig, overrides: Mapping[str, str]) -> None:
     """Check that the command line does not set the field that a sweep varies.
 
     Raises:
-      UserError: If it does.
+      UserError: If the command line sets the varied field.
     """
     path = f"base.{config.field}" if isinstance(config, Sweep) else ""
     if path in overrides:
@@ -109,11 +111,11 @@ def check_sweep(config: AnyConfig, overrides: Mapping[str, str]) -> None:
 
 
 def start_with_user_field(error: ConfigError, overrides: dict[str, str]) -> UserError:
-    """Return an error about contradicting fields that begins with a field that the user set.
+    """Return an error about contradicting fields whose message begins with a field of the user.
 
     Args:
-      error: Error that begins with one of the contradicting fields and lists the others.
-      overrides: Values that the user set, by path.
+      error: Error whose message begins with one of the fields and whose `others` are the rest.
+      overrides: Values that the user set, as text, by the paths of their fields.
     """
     first = str(error).removeprefix("--config.").partition("=")[0]
     if first in overrides:

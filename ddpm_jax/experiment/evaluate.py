@@ -1,4 +1,4 @@
-"""Evaluate a trained run on a split."""
+"""Evaluate a trained run on its validation split or its test split."""
 
 import pathlib
 
@@ -21,14 +21,15 @@ from ddpm_jax.training.step import evaluated_params
 
 
 def evaluate(run: Recorded, options: Options) -> dict[str, float]:
-    """Evaluate the newest checkpoint in full on a split, and write eval.json and images.
+    """Evaluate the newest checkpoint on all of a split, and write eval.json and images.
 
     Args:
-      run: Recorded run, with the config that the evaluation uses.
+      run: Run as its directory records it, with the config that the evaluation uses.
       options: Options of the command line.
 
     Returns:
-      The metrics by name; empty if the user stopped the training of a feature network.
+      The metrics by name. The dict is empty if the evaluation had to train a feature network and
+      the user stopped that training.
 
     Raises:
       UserError: If the run has no validation split and `options.split` is "validation", or the
@@ -86,13 +87,13 @@ def evaluate(run: Recorded, options: Options) -> dict[str, float]:
 
 
 def get_recorded(record: Record, section: str, field: str) -> object:
-    """Return a field of a recorded config, or None if the record does not have it."""
+    """Return a field of the config in a run's record; return None if the record lacks the field."""
     values = record["config"].get(section)
     return values.get(field) if isinstance(values, dict) else None
 
 
 def _write_evaluation(workdir: pathlib.Path, evaluation: Evaluation, eval_record: Record) -> None:
-    """Write eval.json and the images of an evaluation."""
+    """Write the images of an evaluation, and `eval_record` as eval.json, to a run directory."""
     check_entries(workdir)
     for name, image in evaluation.images.items():
         if isinstance(image, errors.NonFinite):

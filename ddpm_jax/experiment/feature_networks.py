@@ -1,4 +1,4 @@
-"""Feature networks: classifiers trained once per data set and cached, and the Inception network."""
+"""Feature networks of metrics: classifiers, trained once per data set and cached, and Inception."""
 
 import fcntl
 import functools
@@ -43,7 +43,7 @@ from ddpm_jax.training.records import check_same, read_record
 from ddpm_jax.training.step import evaluated_params
 
 FLAG = "--config.task.evaluation.features"
-# Version of cached classifiers: raise it when the same config would train a different classifier.
+# Version of cached classifiers: increase it if the same config now trains another classifier.
 CACHE_VERSION = "4"
 READ_ERRORS = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
@@ -53,24 +53,25 @@ def check_features(config: Config, loaded: Loaded) -> Config:
     """Check the feature networks that a config names.
 
     Args:
-      config: Config, bound to its data set.
+      config: Config whose task is bound to its data set.
       loaded: Data set of the run.
 
     Returns:
-      The config with absolute paths. If the data set has no labels, the experiments of classifiers
-      are removed from `task.evaluation.features`.
+      The config in which `task.evaluation.features` has absolute paths. If the data set has no
+      labels, names of classifier experiments are removed, because they cannot be trained.
 
     Raises:
-      UserError: If a named directory holds no classifier of such images, a name is unknown, or
-        the file of Inception weights is damaged.
+      UserError: If a directory does not hold a classifier of images with this shape and these
+        classes, a name is unknown, or the file of Inception weights is damaged.
     """
     features = []
     for name in config.task.needs().features:
         if name == "inception":
             if not from_main(lambda: os.path.exists(inception_file())):
                 log_once(
-                    f"FID is not computed: download {INCEPTION} from the releases of pytorch-fid "
-                    f"into {inception_file().parent}"
+                    "FID is not computed, because the Inception weights are missing: "
+                    f"download {INCEPTION} from the releases of pytorch-fid into "
+                    f"{inception_file().parent}"
                 )
             else:
                 _check_inception(inception_file(), _stamp(inception_file()))
@@ -100,7 +101,7 @@ def _classifiers() -> list[str]:
 
 
 def check_classifier(flag: str, directory: pathlib.Path, info: DataInfo) -> None:
-    """Check that a directory holds a trained classifier for a data set.
+    """Check that a directory holds a finished run of a classifier for a data set.
 
     Args:
       flag: Flag with its value, which begins every error message.
@@ -108,7 +109,8 @@ def check_classifier(flag: str, directory: pathlib.Path, info: DataInfo) -> None
       info: Shape and number of classes of the data set.
 
     Raises:
-      UserError: If there is no trained classifier, or its image shape or classes differ.
+      UserError: If there is no such run or no checkpoint, or the classifier has another image shape
+        or number of classes.
     """
     classifier = read_named(
         flag,
@@ -118,18 +120,18 @@ def check_classifier(flag: str, directory: pathlib.Path, info: DataInfo) -> None
     )
     if classifier.run_config.task.run_type != "classifier":
         raise UserError(
-            f"{flag}: holds a run of {classifier.title}, which is not a classifier; give the "
-            "directory of a classifier"
+            f"{flag}: the directory holds a run of {classifier.title}, which is not a classifier; "
+            "give the directory of a classifier's run"
         )
     trained_on = classifier.run_config.task.info
     if trained_on.shape != info.shape:
         raise UserError(
-            f"{flag}: was trained on images of shape {list(trained_on.shape)}, not "
+            f"{flag}: the run was trained on images of shape {list(trained_on.shape)}, not "
             f"{list(info.shape)}; give a run on the same data"
         )
     if info.classes and trained_on.classes != info.classes:
         raise UserError(
-            f"{flag}: was trained on {trained_on.classes} classes, and the data set has "
+            f"{flag}: the run was trained on {trained_on.classes} classes, and the data set has "
             f"{info.classes}; give a run on the same data"
         )
     if not any(directory.glob("checkpoints/[0-9]*")):
@@ -138,7 +140,7 @@ def check_classifier(flag: str, directory: pathlib.Path, info: DataInfo) -> None
 
 @functools.lru_cache(maxsize=1)
 def _check_inception(path: pathlib.Path, stamp: tuple[int, int]) -> None:
-    """Raise UserError unless the file holds the Inception weights; `stamp` keys the cache."""
+    """Raise UserError unless the file, cached by its `stamp`, holds the Inception weights."""
     try:
         from_torch(read_tensors(path))
     except UserError as error:
@@ -160,13 +162,13 @@ def _stamp(path: pathlib.Path) -> tuple[int, int]:
 def load_features(
     config: Config, loaded: Loaded, options: Options, train: TrainAlone
 ) -> tuple[Callable[[], FeatureNetwork], ...] | None:
-    """Return functions that load the feature networks; train those that are not cached.
+    """Return functions that load the feature networks; train classifiers that are not cached.
 
     Args:
       config: Config, as `check_features` returns it.
       loaded: Data set of the run.
       options: Options of the command line.
-      train: Trains a run; returns None if the user stopped it.
+      train: Function that trains a run; it returns None if the user stopped the training.
 
     Returns:
       One function without arguments for each network, or None if the user stopped the training
@@ -193,14 +195,14 @@ def train_once(
     """Return the cached run directory of a classifier; train the classifier if it is not cached.
 
     The directory's name is a hash of everything that the run depends on: the config, the seed, and
-    the data set with the sizes of its splits. For `folder:PATH`, the images are hashed and the path
-    is not. A cached run that cannot be read is removed and trained again.
+    the data set with the sizes of its splits. For `folder:PATH`, the hash depends on the images but
+    not on PATH. A cached run that cannot be read is removed and trained again.
 
     Args:
       experiment: Experiment of the classifier.
       loaded: Data set that the classifier is trained on.
       options: Options of the command line.
-      train: Trains a run; returns None if the user stopped it.
+      train: Function that trains a run; it returns None if the user stopped the training.
 
     Returns:
       The directory, or None if the user stopped the training.
@@ -232,9 +234,9 @@ def train_once(
 
 
 def _why_unusable(directory: pathlib.Path, record: Record) -> str:
-    """Return why a directory cannot be used for the run of `record`, or "" if it can.
+    """Return why a directory cannot hold the run that `record` describes; return "" if it can.
 
-    An empty directory and an interrupted run of the same record can be used.
+    An empty directory can be used, and so can an interrupted run with the same record.
     """
 
     def check() -> list[str]:
@@ -260,7 +262,7 @@ def _why_unusable(directory: pathlib.Path, record: Record) -> str:
 
 
 def _remove_unless_locked(directory: pathlib.Path) -> bool:
-    """Remove a run directory unless a process trains in it; return True if it was removed."""
+    """Remove a run directory that no process has locked; return True if it was removed."""
     try:
         with (directory / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -281,7 +283,12 @@ def inception_file() -> pathlib.Path:
 
 
 def inception(params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
-    """Return Inception's logits and features of images in [-1, 1], rounded to 256 levels."""
+    """Return Inception's logits [batch, 1008] and features [batch, 2048] of images.
+
+    Args:
+      params: Parameters of Inception.
+      x: Images in [-1, 1], which are rounded to 256 levels first.
+    """
     pixels = jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5)
     features, logits = Inception().apply(params, pixels)
     assert isinstance(features, jax.Array)
@@ -293,7 +300,7 @@ def load_inception() -> FeatureNetwork:
     """Return the feature network "inception" with the weights in `inception_file()`.
 
     Raises:
-      UserError: If the file is missing or holds other weights.
+      UserError: If the file does not hold the Inception weights.
     """
     params = from_torch(read_tensors(inception_file()))
     return feature_network("inception", inception, make().place(params), batch_size=50)._replace(

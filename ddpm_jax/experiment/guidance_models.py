@@ -10,7 +10,8 @@ DIR     If DIR is a run of a weaker diffusion model, which is smaller or trained
         autoguidance (Karras et al. 2024), weaker + scale (run - weaker) for the same label. Scale
         1 disables it.
 
-The two runs may differ in schedule, prediction type and network, because both take logsnr.
+The two runs may differ in schedule, prediction type and network, because the input of both
+networks is the log signal-to-noise ratio logsnr.
 """
 
 import functools
@@ -30,17 +31,18 @@ FLAG = "--config.task.sampling.guidance_model"
 
 
 def check_guidance(config: Config, loaded: Loaded) -> Config:
-    """Check the guidance model of a config; its parameters are loaded once for the check.
+    """Check the guidance model that a config names; load its parameters once for this check.
 
     Args:
-      config: Config, bound to its data set.
+      config: Config whose task is bound to its data set.
       loaded: Data set of the run.
 
     Returns:
-      The config with the absolute path of the guidance model's run.
+      The config with the absolute path of the guidance model's run. With `labels`, the config does
+      not change.
 
     Raises:
-      UserError: If there is no such run, or it cannot guide a run of this config.
+      UserError: If there is no such run, or its model cannot guide the sampling of this config.
     """
     name = config.task.needs().guidance_model
     if name == LABELS:
@@ -53,8 +55,8 @@ def check_guidance(config: Config, loaded: Loaded) -> Config:
     data = run.record["data"]
     if data.get("classes") != list(loaded.data.classes):
         raise UserError(
-            f"{FLAG}={directory}: was trained on {data['title']}, whose classes are not those of "
-            f"{loaded.data.title}; give a run on the same data"
+            f"{FLAG}={directory}: the run was trained on {data['title']}, whose classes are not "
+            f"those of {loaded.data.title}; give a run on the same data"
         )
     return config
 
@@ -63,7 +65,7 @@ def check_guidance(config: Config, loaded: Loaded) -> Config:
 def _check_parameters(
     directory: pathlib.Path, config: Config, stamp: tuple[tuple[str, int], ...]
 ) -> None:
-    """Raise UserError unless a run's parameters can be read; `stamp` keys the cache."""
+    """Raise UserError unless a run's checkpoint, cached by its `stamp_of`, can be read."""
     del stamp
     load_state(directory, config)
 
@@ -83,9 +85,10 @@ def check_not_guided_by_itself(config: Config, workdir: pathlib.Path) -> None:
 
 
 def guidance_of(config: Config) -> Callable[[], GuidanceModel | None]:
-    """Return a function that loads the guidance model of a bound config.
+    """Return a function that loads the guidance model of a config whose task is bound.
 
-    The function returns None for classifier-free guidance, which needs no other model.
+    The function returns None for classifier-free guidance, which needs no guidance
+    model.
     """
     name = config.task.needs().guidance_model
     if name == LABELS:
@@ -100,11 +103,11 @@ def load_guidance_model(directory: str, info: DataInfo, classes: int) -> Guidanc
 
     Args:
       directory: Run directory of the guidance model.
-      info: Data set of the guided run.
-      classes: Number of classes of the guided run's network; 0 if it is unconditional.
+      info: Properties of the data set of the run that is guided.
+      classes: Number of classes of the guided network; 0 if the network is unconditional.
 
     Raises:
-      UserError: If `read_guidance_run` raises it, or there is no checkpoint.
+      UserError: If `read_guidance_run` raises it, or the run has no checkpoint.
     """
     run = read_guidance_run(directory, info, classes)
     with flagged(f"{FLAG}={directory}"):
@@ -119,11 +122,12 @@ def read_guidance_run(directory: str, info: DataInfo, classes: int) -> Recorded:
 
     Args:
       directory: Run directory of the guidance model.
-      info: Data set of the guided run.
-      classes: Number of classes of the guided run's network; 0 if it is unconditional.
+      info: Properties of the data set of the run that is guided.
+      classes: Number of classes of the guided network; 0 if the network is unconditional.
 
     Raises:
-      UserError: If there is no run in the directory, or it cannot guide such a run.
+      UserError: If there is no run in the directory, or its model cannot guide a run with this data
+        set and this number of classes.
     """
     flag, workdir = f"{FLAG}={directory}", expand_path(FLAG, directory)
     missing = f"there is no run; train the guidance model first, or give {FLAG}={LABELS}"
@@ -139,12 +143,13 @@ def read_guidance_run(directory: str, info: DataInfo, classes: int) -> Recorded:
     if task.info.shape != info.shape:
         shape, expected = ("x".join(map(str, sizes)) for sizes in (task.info.shape, info.shape))
         raise UserError(
-            f"{flag}: was trained on images of {shape}, not {expected}; give a run on the same data"
+            f"{flag}: the run was trained on images of {shape}, not {expected}; give a run on the "
+            "same data"
         )
     expected_classes = info.classes if task.run_type == "classifier" else classes
     if task.classes != expected_classes:
         raise UserError(
-            f"{flag}: its network has {task.classes} classes and must have {expected_classes}; "
+            f"{flag}: the network has {task.classes} classes and must have {expected_classes}; "
             "give a run on the same data with the same --config.task.conditional"
         )
     return run

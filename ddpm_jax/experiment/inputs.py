@@ -1,4 +1,4 @@
-"""Set up jax, load the data set of a run, and build its record."""
+"""Set up jax, load the data set of a run, and build the run's record (config.json)."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ def set_up_jax(
     """Set XLA flags, connect to the other processes, and enable jax's compilation cache.
 
     Args:
-      debug: Disable most compiler optimisations: compilation takes half the time and programs are
+      debug: Disable most compiler optimisations: compilation takes half the time and programs run
         slower, which suits runs of a few steps.
       cluster: The coordinator's HOST:PORT, the number of processes, and the index of this process.
         jax detects the values that are None from the cluster's environment. If `cluster` is None,
@@ -56,12 +56,12 @@ def set_up_jax(
 def load_data(
     experiment: Experiment, dataset: Dataset, workdir: pathlib.Path, options: Options
 ) -> Loaded:
-    """Load the data set that a config names, or the experiment's fallback if it is missing.
+    """Load the data set that a config names; if it is missing, load the experiment's fallback.
 
-    A resumed run loads the data set of its record, even if the missing data set is now available.
+    A resumed run that used the fallback uses it again, even if the data set is now available.
 
     Args:
-      experiment: Experiment, which may name a fallback.
+      experiment: Experiment, whose field `fallback` may name another data set.
       dataset: Section `data` of the config.
       workdir: Directory of the run.
       options: Options of the command line.
@@ -101,21 +101,24 @@ def load_again(
 ) -> Data:
     """Load the data set of an earlier run.
 
-    A record may come from an untrusted source. Therefore its `data_dir` is used only for data sets
-    of the TFDS catalogue, and nothing is prepared there.
+    A record may come from an untrusted source. Therefore the `data_dir` of the record is used only
+    for data sets of the TFDS catalogue, and no data set is prepared there.
 
     Args:
       record: Content of the run's config.json.
-      options: Options of the command line; its `data_dir` replaces the recorded one.
-      validation: Number of validation images, as `load` takes it.
-      moved: Present name of the data set; if None, the recorded name is used.
+      options: Options of the command line; their `data_dir` replaces that of the record.
+      validation: Number of images held out for validation (`types.Dataset.validation`).
+      moved: New name of a data set that was moved; if None, the name in the record is used.
 
     Raises:
-      UserError: If the data set is not available, or the record does not name it.
+      UserError: If the data set is not available, or the record does not name a data set.
     """
     name, data_dir = moved or record["data"].get("name"), options.data_dir
     if not isinstance(name, str):
-        raise UserError("config.json names no data set; it is damaged, or of another version")
+        raise UserError(
+            "config.json does not name a data set, because it is damaged or of another version; "
+            "give another run"
+        )
     recorded_dir = record.get("data_dir")
     if is_of_tfds(name) and not data_dir and recorded_dir is not None:
         check_recorded_dir(name, recorded_dir)
@@ -123,8 +126,8 @@ def load_again(
     source, _, argument = name.partition(":")
     if source == "folder" and not moved and not os.path.isdir(os.path.expanduser(argument)):
         raise UserError(
-            f"there is no folder {printable(argument)}, which holds the data of this run; if it "
-            "was moved, give its new path as --config.data=folder:PATH"
+            f"there is no folder {printable(argument)}, which held the data set of this run; if "
+            "it was moved, give its new path as --config.data=folder:PATH"
         )
     return _load(name, data_dir, bool(record.get("debug")), validation)
 
@@ -136,7 +139,7 @@ def _load(
     validation: int | None,
     may_prepare: bool = True,
 ) -> Data:
-    """Load a data set; for --debug, cut its test and validation splits."""
+    """Load a data set; for --debug, keep only the first images of the other splits."""
     data = load(name, data_dir, validation, may_prepare)
     if not debug:
         return data
@@ -146,7 +149,7 @@ def _load(
 
 
 def load_for(dataset: Dataset, like: Loaded, options: Options) -> Data:
-    """Return the data set of `abstract_state`, split by the validation field of `dataset`."""
+    """Load the data set of `like` again, with as many validation images as `dataset` sets."""
     return _load(like.data.name, like.data_dir, options.debug, dataset.validation)
 
 
@@ -154,9 +157,9 @@ def config_with(experiment: Experiment, debug: bool, values: Mapping[str, object
     """Return the config of an experiment with some fields replaced.
 
     Args:
-      experiment: Experiment of one run.
-      debug: If true, apply the experiment's debug values first.
-      values: Values of fields by their paths.
+      experiment: Experiment that trains a single run.
+      debug: If true, set the experiment's values for --debug first.
+      values: Values of fields by their paths, which are set last.
     """
     config = override(experiment.config, {}, experiment.debug if debug else {})
     assert isinstance(config, Config)
@@ -171,10 +174,10 @@ def record_of(
     Args:
       name: Name of the experiment.
       config: Config of the run, or of an experiment of several runs.
-      dataset: Section `data` of the config, which may differ from the loaded data set.
+      dataset: Section `data` of the config; a fallback may have replaced the data set it names.
       loaded: Loaded data set.
       options: Options of the command line.
-      part: Name of the part, for one run of an experiment of several runs.
+      part: Name of the run within an experiment of several runs; "" for any other run.
     """
     return {
         "format": FORMAT,

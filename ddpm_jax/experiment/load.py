@@ -16,17 +16,17 @@ def load_run(workdir: str | os.PathLike[str], parallel: str = "jit") -> TrainedR
 
     Args:
       workdir: Directory of the run.
-      parallel: How the variables are placed on the devices, one of `parallel.PARALLEL`.
+      parallel: How arrays are partitioned across devices: "jit", "pmap" or "fsdp".
 
     Raises:
-      UserError: If there is no run or no checkpoint, or the directory holds several models and
-        none of them is the one that samples.
+      UserError: If the directory holds no run or no checkpoint, or holds an experiment of several
+        runs for which `Experiment.samples` names no run.
     """
     return load_recorded(read_model(pathlib.Path(workdir).expanduser()), parallel)
 
 
 def load_recorded(run: Recorded, parallel: str = "jit") -> TrainedRun:
-    """Return a recorded run with its newest checkpoint, using the config of `run`."""
+    """Return the trained run that consists of a run's config and its newest checkpoint."""
     config, state = load_state(run.workdir, run.run_config, parallel)
     checked_task(config)
     variables = Variables(evaluated_params(state, config), state.extra)

@@ -13,19 +13,19 @@ from ddpm_jax.experiment.types import BuiltOnParts, Config, WithNetwork, with_pa
 from ddpm_jax.task import Needs
 from ddpm_jax.training.step import evaluated_params
 
-# Experiments that train the parts, named in error messages.
+# Experiments that train a text encoder or an autoencoder, for error messages.
 EXPERIMENTS = {"text encoder": "text_encoder_shapes", "autoencoder": "autoencoder_shapes"}
 
 
 def check_dual_encoder(config: Config, path: str) -> Config:
-    """Check the text encoder that computes metrics; return the config with its absolute path.
+    """Check the run of the text encoder that metrics use; return the config with its full path.
 
     Args:
-      config: Config, bound to its data set.
-      path: Path of the config field that names the text encoder's run.
+      config: Config whose task is bound to its data set.
+      path: Path of the config field that names the directory of the text encoder's run.
 
     Raises:
-      UserError: If `read_finished_part` raises it.
+      UserError: If the directory holds no finished text encoder of such images and captions.
     """
     directory = config.task.needs().dual_encoder
     run = read_finished_part(path, directory, "text encoder", config.task.info)
@@ -33,12 +33,13 @@ def check_dual_encoder(config: Config, path: str) -> Config:
 
 
 def check_parts_of(config: Config) -> Config:
-    """Check a generation model's parts; return its config with the fields that follow from them.
+    """Check the runs of a generation model's text encoder and autoencoder; complete its config.
 
-    The config of a trained run has these fields already and is returned unchanged.
+    The returned config has the absolute paths of both runs and the fields that follow from their
+    networks. The config of a trained generation model has them already and does not change.
 
     Raises:
-      UserError: If `read_finished_part` raises it.
+      UserError: If a directory holds no finished run of the required type on such data.
     """
     task, info, needs = config.task, config.task.info, config.task.needs()
     assert isinstance(task, BuiltOnParts)
@@ -54,17 +55,17 @@ def check_parts_of(config: Config) -> Config:
 
 
 def read_finished_part(path: str, directory: str, run_type: str, info: DataInfo) -> Recorded:
-    """Return the recorded run of a finished part that a config field names.
+    """Return the finished run of a text encoder or an autoencoder that a config field names.
 
     Args:
-      path: Path of the config field.
-      directory: Value of the field.
-      run_type: Required kind of network: "text encoder" or "autoencoder".
-      info: Data set of the config.
+      path: Path of the config field, such as task.autoencoder.
+      directory: Value of the field: the directory of the run.
+      run_type: Required type of the run: "text encoder" or "autoencoder".
+      info: Properties of the data set of the config.
 
     Raises:
-      UserError: If there is no such run, it is not finished, it is another kind of network, or
-        its images or captions have another size.
+      UserError: If the run does not exist, is not finished or has another type, or its images or
+        captions have another size.
     """
     flag = f"--config.{path}"
     workdir = expand_path(flag, directory).absolute()
@@ -72,14 +73,16 @@ def read_finished_part(path: str, directory: str, run_type: str, info: DataInfo)
     advice = f"train one first: python launch.py --experiment={EXPERIMENTS[run_type]}"
     run = read_named(flag, workdir, f"there is no finished run; {advice}")
     if run.run_config.task.run_type != run_type:
-        raise UserError(f"{flag}: holds a run of {run.title}, not of a trained {run_type}")
+        raise UserError(
+            f"{flag}: the directory holds a run of {run.title}, not of a {run_type}; {advice}"
+        )
     trained_on = run.run_config.task.info
     for name in ("shape", "levels", "caption_length"):
         if name == "caption_length" and run_type == "autoencoder":
             continue
         if getattr(trained_on, name) != getattr(info, name):
             raise UserError(
-                f"{flag}: was trained on data whose {name.replace('_', ' ')} is "
+                f"{flag}: the run was trained on data whose {name.replace('_', ' ')} is "
                 f"{getattr(trained_on, name)}, not {getattr(info, name)}; give a run on the same "
                 "data"
             )
@@ -87,7 +90,12 @@ def read_finished_part(path: str, directory: str, run_type: str, info: DataInfo)
 
 
 def load_parts(needs: Needs) -> PyTree:
-    """Return the variables of a generation model's parts, as `Task.load_extra` takes them."""
+    """Return the trained variables of the text encoder and the autoencoder that `needs` names.
+
+    Returns:
+      {"text": parameters, "autoencoder": {"params": parameters, "extra": extra variables}}. The
+      extra variables, such as a codebook, are not trained by gradients.
+    """
     text, text_state = load_state(pathlib.Path(needs.text_encoder))
     autoencoder, state = load_state(pathlib.Path(needs.autoencoder))
     return {
@@ -97,7 +105,7 @@ def load_parts(needs: Needs) -> PyTree:
 
 
 def load_dual_encoder(directory: str) -> tuple[nn.Module, PyTree]:
-    """Return the dual encoder (text and image tower) of a run, and its averaged parameters."""
+    """Return (network, averaged parameters) of a run that trained a text and an image encoder."""
     config, state = load_state(pathlib.Path(directory))
     assert isinstance(config.task, WithNetwork)
     return config.task.network, evaluated_params(state, config)

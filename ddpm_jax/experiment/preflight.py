@@ -12,6 +12,7 @@ from ddpm_jax.fields import LARGEST_INT
 from ddpm_jax.system.record import Record
 from ddpm_jax.training.records import FORMAT, LAST_OF_FORMAT_1, read_record
 
+# Allowed types of the values in config.json, of its entry "data", and of those in summary.json.
 RECORD_TYPES: dict[str, tuple[type, ...]] = {
     "format": (int,),
     "experiment": (str,),
@@ -49,11 +50,11 @@ SUMMARY_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def read_run(workdir: pathlib.Path, complete: bool = False) -> Record | None:
-    """Return the checked record of a run directory, or None if there is no config.json.
+    """Return the checked content of config.json; return None if the file does not exist.
 
     Args:
       workdir: Directory of the run.
-      complete: If true, the record must describe its data set well enough to build the task.
+      complete: If true, the file must contain the values of the data set that a task depends on.
 
     Raises:
       UserError: If config.json cannot be read, or a value has a wrong type.
@@ -67,19 +68,19 @@ def read_run(workdir: pathlib.Path, complete: bool = False) -> Record | None:
             check_types(record, RECORD_TYPES)
             check_types(record["data"], DATA_TYPES, "data ")
             if not all(isinstance(name, str) for name in record["data"].get("classes", ())):
-                raise ValueError("its data classes are not strings")
+                raise ValueError("the data classes are not strings")
             if complete:
                 _check_data(record["data"])
             if not 0 <= record["seed"] < 2**32:
-                raise ValueError("its seed must be between 0 and 4294967295")
+                raise ValueError("the seed must be between 0 and 4294967295")
     return record
 
 
 def check_format(workdir: pathlib.Path, record: Record) -> None:
-    """Check that the record of a run has the format that this version writes.
+    """Check that the record (config.json) of a run has the format number of this version.
 
     Raises:
-      UserError: If it has another format.
+      UserError: If the record has another format number.
     """
     version = record.get("format", 1)
     if version == 1:
@@ -95,21 +96,21 @@ def check_format(workdir: pathlib.Path, record: Record) -> None:
 
 
 def _check_data(data: Record) -> None:
-    """Raise ValueError unless a record describes its data set well enough to build the task."""
+    """Raise ValueError unless the values of the data set on which a task depends are valid."""
     if not {"name", "title", "shape", "levels"} <= set(data):
-        raise ValueError("its data has no name, title, shape or levels")
+        raise ValueError("the data has no name, title, shape or levels")
     if len(data["shape"]) != 3 or not all(
         type(size) is int and 1 <= size <= LARGEST_INT for size in data["shape"]
     ):
-        raise ValueError(f"its data shape must be three whole numbers from 1 to {LARGEST_INT:,}")
+        raise ValueError(f"the data shape must be three whole numbers from 1 to {LARGEST_INT:,}")
     if not 2 <= data["levels"] <= LARGEST_INT:
-        raise ValueError("its data levels must be at least 2")
+        raise ValueError("the data levels must be at least 2")
     if not 0 <= data.get("caption_length", 0) <= LARGEST_INT:
-        raise ValueError("its data caption_length must be at least 0")
+        raise ValueError("the data caption_length must be at least 0")
 
 
 def read_summary(workdir: pathlib.Path) -> Record | None:
-    """Return the checked summary of a run directory, or None if there is no summary.json.
+    """Return the checked content of summary.json; return None if the file does not exist.
 
     Raises:
       UserError: If summary.json cannot be read, or a value has a wrong type.
@@ -117,42 +118,42 @@ def read_summary(workdir: pathlib.Path) -> Record | None:
     path = workdir / "summary.json"
     if not os.path.exists(path):
         return None
-    advice = "remove that file, and the same command evaluates again"
+    advice = "remove that file and run the same command, which evaluates again"
     with _readable(path, advice):
         summary = json.loads(path.read_bytes())
         if not isinstance(summary, dict):
-            raise ValueError("it is not a JSON object")
+            raise ValueError("the content is not a JSON object")
         missing = [name for name in SUMMARY_TYPES if name not in summary]
         if missing:
-            raise ValueError(f"it has no {missing[0]}")
+            raise ValueError(f"the value {missing[0]} is missing")
         check_types(summary, SUMMARY_TYPES)
         for name, value in summary["metrics"].items():
             if type(value) not in (int, float) or not math.isfinite(value):
-                raise ValueError(f"its metric {ascii(name)[:60]} is not a finite number")
+                raise ValueError(f"the metric {ascii(name)[:60]} is not a finite number")
     return summary
 
 
 def check_types(values: Record, types: dict[str, tuple[type, ...]], of: str = "") -> None:
-    """Check the types of those values that are present; True is not a number.
+    """Check the types of the values that are present. A boolean is not a valid integer.
 
     Args:
       values: Values by name.
       types: Allowed types by name.
-      of: Text before the name in error messages.
+      of: Text before the name of a value in error messages, such as "data ".
 
     Raises:
       ValueError: If a value has a wrong type, or a string has control characters.
     """
     for name, allowed in types.items():
         if name in values and type(values[name]) not in allowed:
-            raise ValueError(f"its {of}{name} has a wrong type")
+            raise ValueError(f"the value of {of}{name} has a wrong type")
         if isinstance(values.get(name), str) and any(ord(char) < 32 for char in values[name]):
-            raise ValueError(f"its {of}{name} holds control characters")
+            raise ValueError(f"the value of {of}{name} holds control characters")
 
 
 @contextlib.contextmanager
 def _readable(path: pathlib.Path, advice: str = "give another run's directory") -> Iterator[None]:
-    """Raise errors about a JSON file as a UserError of one line."""
+    """Convert errors of the body, which reads a JSON file, to a UserError with the file's name."""
     try:
         yield
     except UserError:
@@ -168,12 +169,12 @@ def _readable(path: pathlib.Path, advice: str = "give another run's directory") 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> Record:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError("it names a value twice")
+        raise ValueError("a name occurs twice in one object")
     return values
 
 
 def check_parts(workdir: pathlib.Path, experiment: str, parts: Iterable[str]) -> None:
-    """Check the directories of an experiment of several runs before the first run is trained.
+    """Check the run directories of an experiment of several runs before any run is trained.
 
     Args:
       workdir: Directory of the experiment.

@@ -1,4 +1,4 @@
-"""Read a run's directory: its record, its config and its newest checkpoint."""
+"""Read a run directory: the record (config.json), the config and the newest checkpoint."""
 
 import contextlib
 import os
@@ -33,9 +33,9 @@ class Recorded(NamedTuple):
     Attributes:
       workdir: Directory of the run.
       experiment: Experiment of the run.
-      part: Name of the part, or "" if the experiment is a single run.
+      part: Name of the run within an experiment of several runs; "" for any other run.
       record: Content of config.json.
-      config: Config of one run, bound to its data set, or of an experiment of several runs.
+      config: Config of one run, whose task is bound to its data set, or of several runs.
     """
 
     workdir: pathlib.Path
@@ -46,12 +46,12 @@ class Recorded(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The name of the experiment, followed by the part if there is one."""
+        """The title of the run: EXPERIMENT, or EXPERIMENT/PART for one of several runs."""
         return title_of(self.experiment.name, self.part)
 
     @property
     def run_config(self) -> Config:
-        """The config of a single run; `read_model` and `read_named` return only single runs."""
+        """The config of a single run; `read_model` and `read_named` return only such runs."""
         assert isinstance(self.config, Config)
         return self.config
 
@@ -60,16 +60,17 @@ def read(workdir: pathlib.Path) -> Recorded:
     """Return the recorded run in a directory.
 
     Raises:
-      UserError: If there is no run, its record is damaged, or its experiment is unknown.
+      UserError: If the directory holds no run, config.json is damaged, or the experiment is
+        unknown.
     """
     record = read_run(workdir, complete=True)
     if record is None:
-        raise UserError(f"there is no run in {workdir}; train one, or give its --workdir")
+        raise UserError(f"there is no run in {workdir}; train one, or give another --workdir")
     return _restore_run(workdir, record)
 
 
 def _restore_run(workdir: pathlib.Path, record: Record) -> Recorded:
-    """Return the run of a checked record, with its config restored."""
+    """Return the run that a checked record describes; build its config from the record."""
     name, part = record["experiment"], record.get("part", "")
     if name not in names():
         raise UserError(
@@ -95,16 +96,17 @@ def _restore_run(workdir: pathlib.Path, record: Record) -> Recorded:
 def read_named(
     flag: str, workdir: pathlib.Path, missing: str, *, finished: bool = True
 ) -> Recorded:
-    """Return the recorded run of one model that a flag names.
+    """Return the run of a single model in a directory that a flag names.
 
     Args:
       flag: Flag with its value, which begins every error message.
       workdir: Directory of the run.
-      missing: Error message if there is no such run.
-      finished: If true, the run must be finished.
+      missing: Error message if the directory holds no run, or no finished run although
+        `finished` is true.
+      finished: If true, the run must be finished: summary.json exists.
 
     Raises:
-      UserError: If `read` raises it, or the directory holds several models.
+      UserError: If `read` raises it, the run is not finished, or it trains several models.
     """
     with flagged(flag):
         record = read_run(workdir, complete=True)
@@ -112,16 +114,16 @@ def read_named(
             raise UserError(missing)
         run = _restore_run(workdir, record)
         if not isinstance(run.config, Config):
-            raise UserError(f"{run.title} trains several models; give the directory of one")
+            raise UserError(f"{run.title} trains several models; give the directory of one model")
         return run
 
 
 @contextlib.contextmanager
 def flagged(flag: str) -> Iterator[None]:
-    """Put the flag that names a run before the message of a UserError in the body.
+    """Insert `flag`, which names a run, at the start of the message of a UserError of the body.
 
     Raises:
-      UserError: If the body raises it.
+      UserError: If the body raises a UserError.
     """
     try:
         yield
@@ -130,7 +132,10 @@ def flagged(flag: str) -> Iterator[None]:
 
 
 def read_model(workdir: pathlib.Path, name: str | None = None) -> Recorded:
-    """Return the recorded run of one model; of an experiment of several runs, its sampled part.
+    """Return the run of a single model in a directory.
+
+    If the directory holds an experiment of several runs, return the run that `Experiment.samples`
+    names.
 
     Args:
       workdir: Directory of the run or of the experiment.
@@ -142,7 +147,9 @@ def read_model(workdir: pathlib.Path, name: str | None = None) -> Recorded:
     """
     run = read(workdir)
     if name not in (None, run.experiment.name):
-        raise UserError(f"{workdir} holds a run of {run.experiment.name}, not of {name}")
+        raise UserError(
+            f"{workdir} holds a run of {run.experiment.name}, not of {name}; give another --workdir"
+        )
     if isinstance(run.config, Config):
         return run
     if not run.experiment.samples:
@@ -156,16 +163,16 @@ def read_model(workdir: pathlib.Path, name: str | None = None) -> Recorded:
 
 
 def _like_of(configs: Iterable[Config], values: Record) -> Config | None:
-    """Return the first config whose task has the fields of a recorded config, or None.
+    """Return the first config whose task has the same fields as the recorded values, or None.
 
-    It serves parts that the default config of a sweep does not have.
+    This config is used for a run of a sweep whose value is not in the default config.
     """
     names = values["task"].keys() if isinstance(values.get("task"), dict) else set()
     return next((c for c in configs if to_record(c)["task"].keys() == names), None)
 
 
 def info_from(record: Record) -> DataInfo:
-    """Return the `DataInfo` of a run's data set from the run's record."""
+    """Return the properties of a run's data set (image shape, classes, ...) from its record."""
     data = record["data"]
     height, width, channels = data["shape"]
     classes, length = len(data.get("classes", ())), data.get("caption_length", 0)
@@ -179,17 +186,17 @@ def load_state(
     parallel: str = "jit",
     for_training: bool = False,
 ) -> tuple[Config, TrainState]:
-    """Return the config and the newest training state of a run directory.
+    """Return the config of a run and the training state in its newest checkpoint.
 
     Args:
       workdir: Directory of the run.
-      config: Bound config to use; if None, the recorded config is used.
-      parallel: How the state is placed on the devices, one of `parallel.PARALLEL`.
-      for_training: If true, restore the whole state. If false, the fields that only training
-        reads, which are most of a checkpoint, are None.
+      config: Config whose task is bound to its data set; if None, the recorded config is used.
+      parallel: How the state is partitioned across devices: "jit", "pmap" or "fsdp".
+      for_training: If true, restore the whole state. If false, arrays that only training reads are
+        not restored and are None in the result; they are most of a checkpoint.
 
     Raises:
-      UserError: If there is no run, or no checkpoint yet.
+      UserError: If the directory holds no run, or the run has no checkpoint yet.
     """
     config = read(workdir).run_config if config is None else config
     check_average(config)
@@ -212,7 +219,7 @@ def check_average(config: Config) -> None:
     """Check that `ema.evaluated` names an average that the config computes.
 
     Raises:
-      UserError: If it does not.
+      UserError: If the config does not compute this average.
     """
     try:
         _ = config.ema.index
@@ -221,15 +228,15 @@ def check_average(config: Config) -> None:
 
 
 def stamp_of(workdir: pathlib.Path) -> tuple[tuple[str, int], ...]:
-    """Return (name, modification time in nanoseconds) of every checkpoint of a run.
+    """Return a pair (name, modification time in nanoseconds) for every checkpoint of a run.
 
-    The value changes when the run is trained further. All processes return that of process 0.
+    The value changes when the run is trained further. Every process returns the value of process 0.
     """
 
     def stamps() -> list[tuple[str, int]]:
         entries = []
         for path in sorted((workdir / "checkpoints").glob("[0-9]*")):
-            with contextlib.suppress(OSError):  # a running training may delete it
+            with contextlib.suppress(OSError):  # a running training may delete a checkpoint
                 entries.append((path.name, path.lstat().st_mtime_ns))
         return entries
 

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def names() -> list[str]:
-    """Return the names of all experiments, sorted."""
+    """Return the sorted names of all experiments: the files in experiments/, without .py."""
     return sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
 
 
@@ -22,12 +22,12 @@ def names() -> list[str]:
 def load_experiment(name: str) -> Any:
     """Return the `Experiment` that experiments/NAME.py defines.
 
-    The name may come from the record of an untrusted run, so only files of that folder are
-    imported. The type `Experiment` is not imported here, because it needs jax, and the command line
-    imports this module before jax.
+    The name may come from the record of an untrusted run, so only files of experiments/
+    are imported. The type `Experiment` is not imported here, because it needs jax, and the command
+    line imports this module before jax.
 
     Raises:
-      UserError: If there is no such file.
+      UserError: If the file does not exist.
     """
     if name not in names():
         raise UserError(f'there is no experiment "{name}"{suggestion(name, names())}')

@@ -1,6 +1,6 @@
-"""Requests for samples: the sampling flags of the command line, checked against a task.
+"""Requests for samples: the values of the sampling flags, checked against a task.
 
-Only this module refers to these flags. A task receives a `SampleRequest` and a guidance.
+Only this module names these flags. A task receives a `SampleRequest` and a guidance method.
 """
 
 from typing import NamedTuple, TypedDict
@@ -13,20 +13,20 @@ from ddpm_jax.fields import FieldError
 from ddpm_jax.task import GuidanceModel, SampleRequest, SamplingTask, Task, sample_classes
 from ddpm_jax.tasks.image_sampler import random_classes
 
-# Advice in the error for tasks that sample no images, by what the task provides.
+# Advice in the error message for a run that samples no images, by `Task.run_type`.
 ADVICE = {"autoencoder": "train a generation model on it, or use --mode=eval"}
 
 
 class Request(NamedTuple):
-    """Settings of `--mode=sample`; a field that is None takes the setting of the run.
+    """Options of sampling. If a field is None, the value in the config of the run is used.
 
     Attributes:
       label: Class of all samples; if None, every sample gets a random class.
-      sampler: Name of the sampler, with its argument, such as "ddim:0.5".
+      sampler: Name of the sampler, with its argument if it has one, such as "ddim:0.5".
       steps: Number of sampling steps.
       guidance: Guidance scale.
       prompt: Text that the samples show.
-      negative_prompt: Text that guidance leads away from.
+      negative_prompt: Text that replaces the null conditioning of classifier-free guidance.
     """
 
     label: int | None = None
@@ -38,7 +38,7 @@ class Request(NamedTuple):
 
 
 class RequestFields(TypedDict, total=False):
-    """The fields of a `Request` as keyword arguments."""
+    """The fields of a `Request` as keyword arguments, for type checkers."""
 
     label: int | None
     sampler: str | None
@@ -52,9 +52,9 @@ class Resolved(NamedTuple):
     """A request that was checked against a task.
 
     Attributes:
-      task: The task.
-      request: The request without labels, which differ between batches.
-      guidance: The guidance that the task samples with.
+      task: The task that samples.
+      request: The request as the task takes it, without labels; `labels` returns those of a batch.
+      guidance: The guidance method of sampling, with its scale.
       classes: Number of classes that can be requested; 0 if samples have no classes.
       label: Class of all samples; if None, every sample gets a random class.
     """
@@ -66,7 +66,7 @@ class Resolved(NamedTuple):
     label: int | None
 
     def labels(self, keys: Key[Array, "batch"]) -> Int[Array, "batch"] | None:
-        """Return the class of every sample of a batch, or None if samples have no classes."""
+        """Return the classes [batch] of samples, given one key per sample; None without classes."""
         if not self.classes:
             return None
         if self.label is not None:
@@ -75,12 +75,12 @@ class Resolved(NamedTuple):
 
 
 def resolve(task: Task, request: Request, model: GuidanceModel | None = None) -> Resolved:
-    """Return a request after checking it against a task.
+    """Check a request against a task, and return it in the form that the task takes.
 
     Args:
-      task: Task, bound to its data set.
-      request: The request.
-      model: Guidance model of the run, or None.
+      task: Task that is bound to its data set.
+      request: Options of sampling.
+      model: Guidance model of the run; None if no other network guides sampling.
 
     Raises:
       UserError: If a field of the request has no effect for the task, or the task does not support
@@ -117,7 +117,7 @@ def resolve(task: Task, request: Request, model: GuidanceModel | None = None) ->
 
 
 def _check_classes(task: SamplingTask, request: Request, classes: int, guided: bool) -> None:
-    """Raise UserError if the request has a label or guidance that the run does not support."""
+    """Raise UserError if the run does not support the request's label or guidance scale."""
     has_guidance = classes > 0 or guided or "prompt" in task.request_fields
     for flag, possible in (("guidance", has_guidance), ("label", classes > 0)):
         if getattr(request, flag) is not None and not possible:

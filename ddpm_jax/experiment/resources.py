@@ -1,4 +1,8 @@
-"""Resources: the other trained runs that a run needs, checked, trained if missing, and loaded."""
+"""Resources of a run: networks of other runs that its sampling and its evaluation use.
+
+They are feature networks, a guidance model, and the text encoder and autoencoder of a generation
+model. This module checks the other runs and trains feature networks that are missing.
+"""
 
 import functools
 from collections.abc import Collection
@@ -18,17 +22,17 @@ from ddpm_jax.task import Resources
 
 
 def prepare(config: Config, loaded: Loaded, pending: Collection[str] = ()) -> Config:
-    """Check the other runs that a bound config names; return the config with their absolute paths.
+    """Check the other runs that a config names; return the config with their absolute paths.
 
-    Nothing is trained here.
+    No run is trained.
 
     Args:
-      config: Config, bound to its data set.
+      config: Config whose task is bound to its data set.
       loaded: Data set of the run.
       pending: Directories of runs that the same command trains first; these are not checked.
 
     Raises:
-      UserError: If a named run does not exist, or does not fit the config.
+      UserError: If a run does not exist, or its data or network does not fit the config.
     """
     config = replace(config, {"task": config.task.adapt_to(loaded.data)})
     needs = config.task.needs()
@@ -42,16 +46,17 @@ def prepare(config: Config, loaded: Loaded, pending: Collection[str] = ()) -> Co
 
 
 def load(config: Config, loaded: Loaded, options: Options, train: TrainAlone) -> Resources | None:
-    """Return the resources of a prepared config; train its feature networks if they are missing.
+    """Return the resources of a run; train feature networks that are missing.
 
     Args:
       config: Config, as `prepare` returns it.
       loaded: Data set of the run.
       options: Options of the command line.
-      train: Trains a run; returns None if the user stopped it.
+      train: Function that trains a run; it returns None if the user stopped the training.
 
     Returns:
-      The resources, or None if the user stopped the training of a feature network.
+      Functions that load the networks, or None if the user stopped the training of a feature
+      network.
     """
     resources = for_sampling(config)
     if not config.task.needs().features:
@@ -61,7 +66,7 @@ def load(config: Config, loaded: Loaded, options: Options, train: TrainAlone) ->
 
 
 def for_sampling(config: Config) -> Resources:
-    """Return those resources of a prepared config that sampling needs."""
+    """Return the resources of a config (as `prepare` returns it) without feature networks."""
     needs = config.task.needs()
     resources = Resources()
     if needs.guidance_model != LABELS:

@@ -1,4 +1,4 @@
-"""Train an experiment: a single run, or several runs in one directory each."""
+"""Train an experiment: a single run, or several runs in separate directories."""
 
 import contextlib
 import pathlib
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ddpm_jax import plots
 from ddpm_jax.config import hints_of, marked_paths
+from ddpm_jax.config_records import default_record
 from ddpm_jax.data.types import Loaded
 from ddpm_jax.errors import ConfigError, UserError
 from ddpm_jax.experiment import resources
@@ -36,7 +37,7 @@ from ddpm_jax.training.records import reporting_write_errors, write_json
 def train(
     experiment: Experiment, config: AnyConfig, workdir: pathlib.Path, options: Options
 ) -> Record | None:
-    """Train an experiment to its end; return its summary, or None if the user stopped it.
+    """Train an experiment; return its summary.json, or None if the user stopped the training.
 
     Args:
       experiment: The experiment.
@@ -52,7 +53,7 @@ def train(
 
 
 def train_run(run: Run) -> Record | None:
-    """Train one run to its end; return its summary, or None if the user stopped it."""
+    """Train one run; return its summary.json, or None if the user stopped the training."""
     run = run.bound()
     check_effects(run.config, run.options.overrides)
     run = run._replace(config=resources.prepare(run.config, run.loaded))
@@ -99,7 +100,7 @@ def train_several(
     check_several(config, runs)
     check_parts(workdir, experiment.name, parts)
     record = record_of(experiment.name, config, config.data, loaded, options)
-    with opened(workdir, record, marked_paths(config, MAY_CHANGE)):
+    with opened(workdir, record, marked_paths(config, MAY_CHANGE), default_record(config)):
         summaries = {}
         for part, run in runs.items():
             summary = train_run(run)
@@ -110,7 +111,7 @@ def train_several(
 
 
 def check_several(config: SeveralRuns, runs: dict[str, Run]) -> None:
-    """Check every run of an experiment, and the other runs that it names, before any training.
+    """Check every run of an experiment, and the runs that its config names, before any training.
 
     Args:
       config: Config of the experiment.
@@ -131,13 +132,14 @@ def check_several(config: SeveralRuns, runs: dict[str, Run]) -> None:
 
 @contextlib.contextmanager
 def full_paths(config: AnyConfig, part: Config | None = None) -> Iterator[None]:
-    """Replace the paths of fields in errors about one of several runs by their full paths.
+    """Replace field paths in errors of the body by their paths in the experiment's config.
 
-    For example, `--config.train.steps` of the run `text` becomes `--config.text.train.steps`.
+    For example, `--config.train.steps` of the run `text`, which is one of several runs, becomes
+    `--config.text.train.steps`.
 
     Args:
       config: Config of the experiment.
-      part: Config of the run; if None, the errors concern all runs.
+      part: Config of the run that the body checks; if None, the body concerns all runs.
 
     Raises:
       ConfigError: If the body raises a UserError.
@@ -160,12 +162,12 @@ def full_paths(config: AnyConfig, part: Config | None = None) -> Iterator[None]:
 def report(
     experiment: Experiment, config: SeveralRuns, summaries: dict[str, Record], context: Context
 ) -> Record:
-    """Print and write the report of an experiment of several runs; return its summary.
+    """Print and write the results of an experiment of several runs; return its summary.
 
     Args:
       experiment: The experiment.
       config: Config of the experiment.
-      summaries: Summaries of the runs by the names of their directories.
+      summaries: Contents of the runs' summary.json by the names of their directories.
       context: Directory, options and data set of the experiment.
     """
     assert experiment.report is not None

@@ -26,16 +26,16 @@ def sample(
 ) -> pathlib.Path:
     """Sample images with a trained run and write them to a .png or .npz file; return its path.
 
-    Image i depends on the seed and on i, but not on `count`.
+    Image i depends on the seed and on i, but not on the number of images.
 
     Args:
-      load: Returns the trained run; called after the output is known to be writable.
+      load: Function that returns the trained run. It is called after the output file is checked.
       workdir: Directory of the run.
       options: Options of the command line.
-      request: Settings of the samples.
+      request: Options of sampling.
       count: Number of images; if there are prompts, the number of images of each prompt.
       out: Output file; if None, `images/sampled.png` in the run directory.
-      prompts: Prompts that replace the prompt of the request; each one is a row of a .png.
+      prompts: Prompts that replace the prompt of the request. Each prompt has a row in a .png.
       overwrite: If true, replace the output file even if another program wrote it.
 
     Raises:

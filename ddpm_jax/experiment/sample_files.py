@@ -1,4 +1,4 @@
-"""The output file of `--mode=sample`, which always holds the images sampled so far."""
+"""The output file of `--mode=sample`, which is written repeatedly during sampling."""
 
 import contextlib
 import math
@@ -19,9 +19,9 @@ from ddpm_jax.progress import Clock, log
 from ddpm_jax.system import interrupts
 from ddpm_jax.system.files import check_writable, has_our_mark, write_npz
 
-# Minimum; writes are also at least ten times as far apart as one write takes.
+# The pause between writes is at least this, and at least ten times the duration of a write.
 SECONDS_BETWEEN_WRITES = 10.0
-NO_LABEL = -1
+NO_LABEL = -1  # label of an image without a class
 WAITING = "waiting for the images that are being sampled; press Ctrl-C again to end at once"
 
 STOPPED = "by SIGTERM"
@@ -62,7 +62,7 @@ def check_out(out: pathlib.Path, default: pathlib.Path, overwrite: bool) -> None
 
 
 class SampleFile:
-    """An output file of sampled images that is rewritten while sampling goes on.
+    """An output file of sampled images that is written repeatedly during sampling.
 
     Each write replaces the whole file, so that it always holds the images sampled so far. The first
     write is about ten seconds after the start, and the last one holds all images.
@@ -85,7 +85,7 @@ class SampleFile:
         self._next = time.monotonic() + SECONDS_BETWEEN_WRITES
 
     def add(self, images: Float[np.ndarray, "n h w c"], labels: np.ndarray | None) -> None:
-        """Add images in [-1, 1] and their labels; write the file if enough time has passed.
+        """Add images in [-1, 1] and their labels [n]; write the file if the last write is long ago.
 
         Raises:
           NonFinite: If a value is not finite.
@@ -104,7 +104,7 @@ class SampleFile:
             self._next = start + seconds + max(SECONDS_BETWEEN_WRITES, 10 * seconds)
 
     def write(self) -> None:
-        """Write all images sampled so far.
+        """Write all images sampled so far to the file.
 
         Raises:
           OSError: If the file cannot be written.
@@ -127,7 +127,7 @@ class SampleFile:
 
     @contextlib.contextmanager
     def write_on_exit(self) -> Iterator[Clock]:
-        """Write the images sampled so far if the body ends early; yield the progress clock.
+        """Yield a progress clock; if the body ends early, write the images sampled so far.
 
         SIGTERM and the first Ctrl-C wait for the batch that is being sampled. The second Ctrl-C
         ends the process at once, as does SIGTERM before the first batch is sampled, for example
@@ -167,7 +167,7 @@ class SampleFile:
 
 @contextlib.contextmanager
 def _handled(number: int, handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Handle a signal in the body; signals can be handled in the main thread only."""
+    """Call `handler` for a signal during the body; have no effect outside the main thread."""
     try:
         before = signal.signal(number, handler)
     except ValueError:

@@ -20,13 +20,13 @@ IMAGES_PER_STEP = 2 * 10  # images that a trajectory stores per sampling step: x
 def check_sizes(task: Task, config: Config, parallel: str = "jit") -> None:
     """Check that the parameters, the optimizer state, the averages and one batch fit into memory.
 
-    A run that needs more than four times the memory is refused; more than half of it is logged.
-    Nothing of that size is allocated for the check.
+    A run that needs more than four times the memory is refused. A warning is logged if the run
+    needs more than half of the memory. The check does not allocate these arrays.
 
     Args:
       task: Task of the config.
-      config: Config, bound to its data set.
-      parallel: How the state is partitioned across devices, one of `parallel.PARALLEL`.
+      config: Config whose task is bound to its data set.
+      parallel: How the state is partitioned across devices: "jit", "pmap" or "fsdp".
 
     Raises:
       UserError: If the run needs too much memory.
@@ -66,7 +66,7 @@ def check_images(count: int, shape: tuple[int, ...], flag: str, value: int | Non
       count: Number of images.
       shape: Shape of one image.
       flag: Flag that determines the number of images.
-      value: Value of the flag; if None, it is `count`.
+      value: Value of the flag for the error message; if None, the value is `count`.
 
     Raises:
       UserError: If the images need more than four times the memory.
@@ -81,17 +81,17 @@ def check_images(count: int, shape: tuple[int, ...], flag: str, value: int | Non
 
 
 def _check_bytes(need: int, what: str, message: str) -> None:
-    """Refuse or log a need of memory.
+    """Raise UserError if arrays are far larger than the memory; log a warning if they may be.
 
     Args:
-      need: Bytes that are needed.
-      what: Description of what needs them.
+      need: Size of the arrays in bytes.
+      what: Description of the arrays.
       message: Start of the error message.
     """
     memory = _memory()
     if need > TIMES_MEMORY * memory:
         raise UserError(
-            f"{message}: {what} would need {_size(need)}, and there are {_size(memory)} of memory; "
+            f"{message}: {what} would need {_size(need)}, and the memory has {_size(memory)}; "
             "give a smaller number"
         )
     if need > memory / 2:
@@ -115,7 +115,7 @@ def _host_memory() -> int:
 
 
 def _size(count: int) -> str:
-    """Return a number of bytes with its unit."""
+    """Return a number of bytes as text with a unit, such as "1.5 GiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"

@@ -31,7 +31,7 @@ from ddpm_jax.training.run_dir import RunDir, non_writing_run_dir, open_run
 
 
 def check(run: Run) -> None:
-    """Check a bound run before it is trained.
+    """Check a run, whose config is bound to its data set, before it is trained.
 
     Raises:
       UserError: If the batch cannot be divided among the devices, fields contradict each other, or
@@ -50,18 +50,18 @@ def record(run: Run) -> Record:
 
 
 def open_directory(run: Run) -> RunDir:
-    """Open the directory of a run."""
+    """Create or open the directory of a run, and lock it."""
     may_change = marked_paths(run.config, MAY_CHANGE)
     return open_run_dir(run.workdir, record(run), may_change, default_record(run.config))
 
 
 def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> Record | None:
-    """Train a run to its end and evaluate it; return the summary, or None if the user stopped it.
+    """Train and evaluate a run; return its summary.json, or None if the user stopped it.
 
     Args:
-      run: Bound run.
+      run: Run whose config is bound to its data set.
       data: Data set of the run, as `Task.prepare_data` returns it.
-      resources: Resources that the task needs from other runs.
+      resources: Functions that load the networks of other runs that the task uses.
       directory: Open directory of the run, which is closed at the end.
 
     Raises:
@@ -124,23 +124,42 @@ def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> Re
 
 
 def train_alone(run: Run, data: Data) -> Record | None:
-    """Train a bound run that needs no resources; return its summary, or None if it was stopped."""
+    """Train a run, bound to its data set, that uses no other run; return what `fit_run` returns."""
     check(run)
     return fit_run(run, data, Resources(), open_directory(run))
 
 
 @contextlib.contextmanager
-def opened(workdir: pathlib.Path, record: Record, may_change: set[str]) -> Iterator[None]:
-    """Open the directory of an experiment of several runs and lock it during the body."""
-    with contextlib.closing(open_run_dir(workdir, record, may_change)) as directory:
+def opened(
+    workdir: pathlib.Path, record: Record, may_change: set[str], defaults: Record
+) -> Iterator[None]:
+    """Open the directory of an experiment of several runs, and lock it during the body.
+
+    Args:
+      workdir: Directory of the experiment.
+      record: Content of config.json for the experiment.
+      may_change: Paths of config fields that may differ from an earlier run in the directory.
+      defaults: Record of the config with the defaults of all fields.
+    """
+    with contextlib.closing(open_run_dir(workdir, record, may_change, defaults)) as directory:
         processes.from_main(directory.write_record)
         yield
 
 
-def open_run_dir(workdir: pathlib.Path, record: Record, may_change: set[str]) -> RunDir:
-    """Open a run directory. Only process 0 opens it; the other processes write nothing."""
+def open_run_dir(
+    workdir: pathlib.Path, record: Record, may_change: set[str], defaults: Record
+) -> RunDir:
+    """Create or open a run directory, and lock it; only process 0 writes to the directory.
+
+    Args:
+      workdir: Directory of the run.
+      record: Content of config.json for the run.
+      may_change: Paths of config fields that may differ from an earlier run in the directory.
+      defaults: Record of the config with the defaults of all fields.
+    """
     directory: RunDir = processes.on_main(
-        lambda: open_run(workdir, record, may_change), non_writing_run_dir(workdir, record)
+        lambda: open_run(workdir, record, may_change, defaults),
+        non_writing_run_dir(workdir, record),
     )
     return directory
 

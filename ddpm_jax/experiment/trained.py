@@ -27,11 +27,11 @@ class TrainedRun:
     """A trained run, loaded from its newest checkpoint.
 
     Attributes:
-      config: Config of the run, bound to its data set.
-      variables: Averaged parameters, and the variables that are not differentiated.
+      config: Config of the run, whose task is bound to its data set.
+      variables: Averaged parameters (EMA), and extra variables, which gradients do not train.
       step: Training step of the checkpoint.
-      title: Name of the experiment, followed by the part if there is one.
-      resources: Resources that the task needs from other runs.
+      title: EXPERIMENT, or EXPERIMENT/PART for one of several runs.
+      resources: Functions that load the networks of other runs that sampling uses.
     """
 
     config: Config
@@ -47,11 +47,11 @@ class TrainedRun:
 
     @functools.cached_property
     def guidance_model(self) -> GuidanceModel | None:
-        """The guidance model, loaded once for this run, or None if no other run guides it."""
+        """The guidance model, loaded once; None if no other network guides the sampling."""
         return self.resources.guidance()
 
     def resolve(self, request: Request) -> Resolved:
-        """Return a request after checking it against the task.
+        """Check a request against the task, and return it in the form that the task takes.
 
         Raises:
           UserError: If the run does not support a field of the request.
@@ -71,12 +71,13 @@ class TrainedRun:
 
         Args:
           count: Total number of samples.
-          request: Settings of the samples.
+          request: Options of sampling.
           seed: Seed of the samples.
-          partitioner: Partitioner of the batches; if None, the devices of the variables are used.
+          partitioner: Partitions a batch across devices; if None, the variables' devices are used.
 
         Yields:
-          Images [B, H, W, C] in [-1, 1], and their classes [B], or None if they have no classes.
+          A pair (images [B, H, W, C] in [-1, 1], classes [B]). The classes are None if the model
+          has no classes.
 
         Raises:
           UserError: If the run does not support a field of the request.
@@ -101,7 +102,7 @@ class TrainedRun:
     def sample(
         self, count: int, *, seed: int = 0, **request: Unpack[RequestFields]
     ) -> Float[np.ndarray, "count h w c"]:
-        """Return samples [count, H, W, C] in [-1, 1].
+        """Return sampled images [count, H, W, C] in [-1, 1].
 
         Args:
           count: Number of samples.
@@ -123,11 +124,12 @@ class TrainedRun:
         """Return the denoiser that sampling uses, with guidance.
 
         Args:
-          labels: Classes [B], or None for an unconditional network.
+          labels: Classes [B] of the images; None for an unconditional network.
           **request: Fields of `requests.Request`, such as guidance.
 
         Returns:
-          A function (x_t [B, H, W, C], logsnr) -> Prediction(x0, eps).
+          A function (x_t, logsnr) -> Prediction(x0, eps). The images x_t, x0 and eps have the shape
+          [B, H, W, C], and logsnr is the log signal-to-noise ratio of x_t.
 
         Raises:
           UserError: If the task has no denoiser, or does not support a field of the request.

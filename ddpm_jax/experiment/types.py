@@ -1,4 +1,4 @@
-"""The types of experiments: their configs, sections, parts and reports."""
+"""Types of experiments: configs, runs, options and reports."""
 
 import dataclasses
 import pathlib
@@ -25,13 +25,13 @@ T_co = TypeVar("T_co", bound=Task, covariant=True, default=Task)
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Settings of the data set of a run.
+    """The section `data` of a config: the data set of a run, and its validation split.
 
     Attributes:
       name: Name of the data set: digits, shapes, folder:PATH, or a TFDS name such as mnist.
       validation: Number of training images held out for validation. With none, the validation
-        split of the data set is used or, if it has none, a tenth of the training images, at most
-        5,000. With 0, no image is held out, and nothing is evaluated before the end.
+        split of the data set is used; if it does not exist, a tenth of the training images, at
+        most 5,000. With 0, there is no validation split and no evaluation before the end.
     """
 
     name: Annotated[str, PATH] = "digits"
@@ -40,7 +40,7 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Generic[T_co]):
-    """The config of one run without the data set, which several runs share.
+    """The config of one run without the data set, for experiments whose runs share a data set.
 
     Attributes:
       task: The task, with its network.
@@ -55,7 +55,7 @@ class Recipe(Generic[T_co]):
     train: Train = Train()
 
     def on(self, data: Dataset) -> "Config[T_co]":
-        """Return the config of a run on a data set."""
+        """Return the complete config of a run on the data set `data`."""
         return Config(data, self.task, self.optimizer, self.ema, self.train)
 
 
@@ -90,11 +90,11 @@ class SeveralRuns(Protocol):
         """Return the configs of the runs by their directories in `workdir`, in training order."""
 
     def complete(self, part: str, configs: dict[str, Config]) -> Config:
-        """Return a part's bound config with the fields that follow from the other parts.
+        """Return the config of a run with the fields that follow from the other runs.
 
         Args:
-          part: Name of the part.
-          configs: Bound configs of all parts by their names.
+          part: Name of the run's directory.
+          configs: Configs of all runs, bound to the data set (see `bind`), by these names.
         """
 
 
@@ -127,10 +127,10 @@ class Options(NamedTuple):
       data_dir: Directory of TFDS data sets; if None, the default directory of TFDS.
       strict_data: If true, a missing data set is an error even if there is a fallback.
       debug: If true, the tiny variant of the experiment is trained.
-      profile: If true, some steps are traced by jax's profiler.
+      profile: If true, jax's profiler traces some training steps.
       wandb: If true, the run is also logged to Weights & Biases.
       split: Split that --mode=eval uses: "validation" or "test".
-      overrides: Paths of the config fields that the user set.
+      overrides: Paths of the config fields that the user set on the command line.
     """
 
     seed: int = 0
@@ -178,7 +178,7 @@ class Sweep:
         return self.base.data
 
     def complete(self, part: str, configs: dict[str, Config]) -> Config:
-        """Return a part's config unchanged: the runs of a sweep do not depend on each other."""
+        """Return a run's config unchanged, because it does not depend on the other runs."""
         return configs[part]
 
     def parts(self, workdir: pathlib.Path) -> dict[str, Config]:
@@ -221,12 +221,12 @@ class Experiment(Generic[C]):
     """An experiment, which a file of experiments/ defines as `EXPERIMENT`.
 
     Attributes:
-      config: A `Config`, or a config of several runs.
-      debug: Values of fields by their paths for `--debug`, a tiny variant that ends in seconds.
-      alternatives: Tuned alternatives of sections, by the paths of the sections.
+      config: The config of a single run, or of several runs (`SeveralRuns`).
+      debug: Values of fields by path that `--debug` sets, for a run that ends in seconds.
+      alternatives: Sections by path that `--config.SECTION=NAME` can choose, with tuned values.
       fallback: Data set to use if the default one is not available and cannot be downloaded.
-      report: Returns the `Report` of several runs from (config, summaries by part, context).
-      samples: The part of several runs that --mode=sample and --mode=eval use; "" if none is.
+      report: Function (config, summary.json of each run by name, context) -> `Report`.
+      samples: Name of the run that --mode=sample uses; "" if the user must choose one of the runs.
       name: Name of the file, set by the registry.
     """
 
@@ -245,7 +245,7 @@ class Experiment(Generic[C]):
 
 
 def bind(config: Config[T], info: DataInfo) -> Config[T]:
-    """Return a config with the `BOUND` fields of its task set for a data set."""
+    """Return the config with its task bound: fields that depend on the data set are set."""
     task = config.task.bind(info, config.train.precision, config.train.batch_size)
     return dataclasses.replace(config, task=task)
 
@@ -256,10 +256,10 @@ class BuiltOnParts(Protocol):
 
     @property
     def parts_bound(self) -> bool:
-        """True if the fields that follow from the parts are set."""
+        """True if the fields that depend on the text encoder and the autoencoder are set."""
 
     def with_parts(self, text: Task, autoencoder: Task) -> Task:
-        """Return the task with the networks of a text encoder's and an autoencoder's task."""
+        """Return the task with the networks of a text encoder and of an autoencoder."""
 
 
 @runtime_checkable
@@ -268,14 +268,14 @@ class WithNetwork(Protocol):
 
     @property
     def network(self) -> nn.Module:
-        """The network."""
+        """The network, a Flax module."""
 
 
 def with_parts(config: Config, text: Config, autoencoder: Config) -> Config:
-    """Return a generation model's config with the networks of its parts.
+    """Return a generation model's config with the networks of the two runs that it uses.
 
     Args:
-      config: Bound config of the generation model.
+      config: Config of the generation model, whose task is bound to its data set.
       text: Config of the text encoder's run.
       autoencoder: Config of the autoencoder's run.
     """
@@ -285,7 +285,7 @@ def with_parts(config: Config, text: Config, autoencoder: Config) -> Config:
 
 
 def checked_task(config: Config[T]) -> T:
-    """Check the fields of a bound config's task, and return the task.
+    """Check the fields of a config's task, which is bound to its data set; return the task.
 
     Raises:
       ConfigError: If fields contradict each other or the data set.
@@ -299,20 +299,20 @@ def checked_task(config: Config[T]) -> T:
 
 
 def title_of(experiment: str, part: str) -> str:
-    """Return the title of a run: EXPERIMENT, or EXPERIMENT/PART if it is a part."""
+    """Return the title of a run: EXPERIMENT, or EXPERIMENT/PART for one of several runs."""
     return f"{experiment}/{part}" if part else experiment
 
 
 class Run(NamedTuple):
-    """A run to train.
+    """A run to train: a config, a data set and a directory.
 
     Attributes:
       name: Name of the experiment.
-      config: Config of the run; `bound` binds it to the data set.
+      config: Config of the run. `bound` sets the task's fields that depend on the data set.
       workdir: Directory of the run.
       loaded: Data set of the run.
       options: Options of the command line.
-      part: Name of the part, or "" if the experiment is a single run.
+      part: Name of the run within an experiment of several runs; "" for any other run.
     """
 
     name: str
@@ -324,15 +324,16 @@ class Run(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The name of the experiment, followed by the part if there is one."""
+        """The title of the run: EXPERIMENT, or EXPERIMENT/PART for one of several runs."""
         return title_of(self.name, self.part)
 
     def bound(self) -> "Run":
-        """Return the run with its config bound to the data set."""
+        """Return the run with the task of its config bound to the data set (see `bind`)."""
         return self._replace(config=bind(self.config, info_of(self.loaded.data)))
 
 
-# A function that trains a bound run, and returns its summary, or None if the user stopped it.
+# A function that trains a run, bound to its data set. It returns the content of summary.json, or
+# None if the user stopped the training.
 TrainAlone = Callable[[Run, Data], Record | None]
 
 

@@ -100,7 +100,11 @@ class Diffusion(ImageDenoiser):
         return dataclasses.replace(self, network=network, info=info, batch_size=batch_size)
 
     def check(self) -> None:
-        """Raise FieldError if a field does not fit another field or the data set."""
+        """Check that the fields fit each other and the data set.
+
+        Raises:
+          FieldError: If a field does not fit another field or the data set.
+        """
         with section("schedule"):
             schedule = self.schedule.make()
         with section("network"):

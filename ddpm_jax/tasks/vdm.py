@@ -80,7 +80,11 @@ class VDM(ImageDenoiser):
         return dataclasses.replace(self, network=network, info=info, batch_size=batch_size)
 
     def check(self) -> None:
-        """Raise FieldError if a field does not fit another field or the data set."""
+        """Check that the fields fit each other and the data set.
+
+        Raises:
+          FieldError: If a field does not fit another field or the data set.
+        """
         if not self.logsnr_min < self.logsnr_max:
             raise FieldError(
                 f"logsnr_min={self.logsnr_min:g}: must be less than logsnr_max={self.logsnr_max:g}",
@@ -234,8 +238,8 @@ def bounds(task: VDM, params: PyTree, batch: Batch, keys: Key[Array, "batch"]) -
         return continuous, discrete
 
     continuous, discrete = jax.lax.map(at_time, jnp.arange(count))
-    ends = {"prior": prior, "decoder": decoder}
-    return {**ends, "continuous": continuous.mean(0), "discrete": discrete.mean(0)}
+    means = {"continuous": continuous.mean(0), "discrete": discrete.mean(0)}
+    return {"prior": prior, "decoder": decoder, **means}
 
 
 def ode_nll(

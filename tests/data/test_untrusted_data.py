@@ -104,7 +104,9 @@ def test_a_record_can_only_name_data_sets_of_tfds(name, untrusted, launch_here):
     record(untrusted, name=name, data_dir=str(untrusted / "data"))
     result = launch_here("--mode=eval", f"--workdir={untrusted}")
     assert safe(untrusted)
-    expect_one_line(result, "is not part of TFDS|its data name (has a wrong type|holds control)")
+    expect_one_line(
+        result, "is not part of TFDS|the value of data name (has a wrong type|holds control)"
+    )
 
 
 @pytest.mark.parametrize("form", ["pythonClassName", "python_class_name", "type"])
@@ -143,7 +145,7 @@ def test_an_invalid_data_dir_of_a_record_is_an_error_of_one_line(data_dir, untru
     result = launch_here("--mode=eval", f"--workdir={untrusted}")
     expect_one_line(
         result,
-        "does not contain mnist; give --data_dir|its data_dir (has a wrong type|holds control)",
+        "does not contain mnist; give --data_dir|data_dir (has a wrong type|holds control)",
     )
 
 

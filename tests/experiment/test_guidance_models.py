@@ -163,7 +163,7 @@ def record(directory, experiment="ddpm_digits", like="", changes=None, shape=(8,
         ),
         (
             dict(changes={"task.conditional": False}),
-            "its network has 0 classes and must have 10",
+            "the network has 0 classes and must have 10",
         ),
         (dict(), "there is no checkpoint"),
     ],

@@ -191,7 +191,7 @@ def test_control_characters_of_a_summary_reach_no_terminal(launch_here, run):
         path.write_text(json.dumps({**summary, name: EVIL}))
         result = launch_here(*DIGITS, "--workdir=run")
         assert harmless(result)
-        expect_one_line(result, f"its {name} holds control characters")
+        expect_one_line(result, f"the value of {name} holds control characters")
 
 
 def test_control_characters_of_a_path_reach_no_terminal(launch_here, run, tmp_path):

@@ -302,7 +302,7 @@ def test_only_the_distance_of_inception_features_is_named_fid(tmp_path, monkeypa
     config = bind(replace(config, {"task.evaluation.features": ("inception",)}), info_of(data))
     assert feature_networks.check_features(config, Loaded(data)) == config
     logged = capfd.readouterr().err
-    assert "FID is not computed: download pt_inception-2015-12-05-6726825d.pth" in logged
+    assert "weights are missing: download pt_inception-2015-12-05-6726825d.pth" in logged
     assert len(logged.splitlines()) == 1
     arguments = (config, Loaded(data), Options(), train_alone)
     assert feature_networks.load_features(*arguments) == ()
