@@ -37,20 +37,21 @@ def default_record(config: Setting) -> dict[str, Json]:
     """Return the record of a config whose fields all have the defaults of their classes.
 
     The sections have the classes that they have in `config`. A section has no "type" if its default
-    is of another class.
+    is of another class, and a field without a default is left out.
     """
-    default, record = type(config)(), to_record(config)
+    record: dict[str, Json] = {}
+    defaults = {f.name: f.default for f in dataclasses.fields(typing.cast(typing.Any, config))}
     for name, hint in hints_of(type(config)).items():
-        value = getattr(config, name)
-        if name not in record or value is None:
+        value, default = getattr(config, name), defaults[name]
+        if BOUND in marks_of(hint):
             continue
         if is_section(value, hint):
-            inner = default_record(value)
-            if has_choice(hint) and type(value) is type(getattr(default, name)):
+            inner = {} if value is None else default_record(value)
+            if has_choice(hint) and value is not None and type(value) is type(default):
                 inner = {"type": choice_name(value), **inner}
             record[name] = inner
-        else:
-            record[name] = to_record(default)[name]
+        elif default is not dataclasses.MISSING:
+            record[name] = list(default) if isinstance(default, tuple) else default
     return record
 
 

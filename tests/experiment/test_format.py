@@ -204,3 +204,16 @@ def test_a_stored_run_resumes(launch_here, run):
     summary = json_of(run / "summary.json")
     assert summary["step"] == RESUMED_STEPS
     assert summary.keys() >= json_of(STORED / "summary.json").keys()
+
+
+def test_a_run_resumes_although_its_record_lacks_later_fields(launch_here, run):
+    record = json_of(run / "config.json")
+    del record["config"]["train"]["steps_per_call"]  # 1, the default of the field
+    del record["config"]["task"]["vlb_weight"]
+    del record["data"]["title"]
+    (run / "config.json").write_text(json.dumps(record))
+    result = launch_here(*FLAGS, f"--workdir={run}")
+    assert result.returncode == 0, result.stderr
+    result = launch_here(*FLAGS, f"--workdir={run}", "--config.train.steps_per_call=2")
+    assert result.returncode == 2
+    assert "train.steps_per_call was 1, is 2 now" in result.stderr
