@@ -122,10 +122,10 @@ FLAGS = [
     (["--mode=sample", "--workdir=x", "--num_samples=0"], "--num_samples=0"),
     # Numbers out of range, and sizes that do not fit into memory.
     ([*DIGITS, "--config.train.batch_size=1e12"], "batch_size=1e12: must be at most 2,147,483,647"),
-    ([*DIGITS, "--config.train.batch_size=2000000000"], "batch_size=2000000000.*GiB of memory"),
+    ([*DIGITS, "--config.train.batch_size=2000000000"], "batch_size=2000000000.*GiB, and the memory has"),
     (
         [*DIGITS, "--config.task.network.hidden=1e9"],
-        "parameters, optimizer and averages of .* GiB of memory",
+        "parameters, optimizer and averages of .* the memory has .* GiB",
     ),
     ([*DIGITS, "--config.task.network.hidden=1000000,1000000"], "the network is too large"),
     ([*DIGITS, "--config.task.network.latents=2147483647"], "the network is too large"),
@@ -362,7 +362,7 @@ DAMAGED = [
     ({"config": {"task.network": 3}}, "its task.network must be a section"),
     ({"config": {"train": None}}, "its train must be a section"),
     ({"config": {"optimizer.lr_schedule": "linear"}}, "its optimizer.lr_schedule must be one of"),
-    ({"config": {"data.name": "a\nb"}}, "its data.name must be text without control"),
+    ({"config": {"data.name": "a\nb"}}, "its data.name must be a text without control"),
     ({"config": {"nonsense": 1}}, "unknown config fields: nonsense"),
     ({"config": {"task.network.nonsense": 1}}, "unknown config fields: task.network.nonsense"),
     ({"config": {"task.likelihood.nonsense": 1}}, "unknown config .*: task.likelihood.nonsense"),
@@ -567,8 +567,8 @@ PLACES = [
     (HERE, "run holds checkpoints but no config.json", has("run/checkpoints/3/model.pt")),
     (HERE, "config.json is damaged or was not written by", has("run/config.json", "{}")),
     (HERE, "config.json is damaged or was not written by", has("run/config.json", "[" * 9**5)),
-    (HERE, "config.json is not a file", has_folder("run/config.json")),
-    (SAMPLE_HERE, "config.json is not a file", has_folder("run/config.json")),
+    (HERE, "config.json is not a regular file", has_folder("run/config.json")),
+    (SAMPLE_HERE, "config.json is not a regular file", has_folder("run/config.json")),
     (HERE, "run is a file; give a directory", has("run")),
     (HERE, "run holds other runs, such as one; give", has("run/one/config.json", "{}")),
     (HERE, "run is a link to nowhere, which does not exist", has_dangling_link("run")),
@@ -618,7 +618,7 @@ FAULTS = [
     (["--mode=sample"], "images is a file", has("images")),
     (["--mode=sample"], "checkpoints is a file", has("checkpoints")),
     (["--mode=sample"], "sampled.png is a directory", has_folder("images/sampled.png")),
-    (["--mode=sample"], "config.json is not a file", has_pipe("config.json")),
+    (["--mode=sample"], "config.json is not a regular file", has_pipe("config.json")),
 ]
 
 

@@ -16,7 +16,7 @@ def load_run(workdir: str | os.PathLike[str], parallel: str = "jit") -> TrainedR
 
     Args:
       workdir: Directory of the run.
-      parallel: How arrays are partitioned across devices: "jit", "pmap" or "fsdp".
+      parallel: How arrays are partitioned across devices, a value of the flag `--parallel`.
 
     Raises:
       UserError: If the directory holds no run or no checkpoint, or holds an experiment of several

@@ -238,8 +238,8 @@ def bounds(task: VDM, params: PyTree, batch: Batch, keys: Key[Array, "batch"]) -
         return continuous, discrete
 
     continuous, discrete = jax.lax.map(at_time, jnp.arange(count))
-    means = {"continuous": continuous.mean(0), "discrete": discrete.mean(0)}
-    return {"prior": prior, "decoder": decoder, **means}
+    ends = {"prior": prior, "decoder": decoder}
+    return {**ends, "continuous": continuous.mean(0), "discrete": discrete.mean(0)}
 
 
 def ode_nll(

@@ -210,7 +210,6 @@ def test_a_run_resumes_although_its_record_lacks_later_fields(launch_here, run):
     record = json_of(run / "config.json")
     del record["config"]["train"]["steps_per_call"]  # 1, the default of the field
     del record["config"]["task"]["vlb_weight"]
-    del record["data"]["title"]
     (run / "config.json").write_text(json.dumps(record))
     result = launch_here(*FLAGS, f"--workdir={run}")
     assert result.returncode == 0, result.stderr
