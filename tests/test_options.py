@@ -60,7 +60,7 @@ WRONG = [
     (f"{DDPM} --config.task.network.attention_sizes=5", "no feature map has the side 5"),
     # Contradictions. The message begins with the field that the user has set.
     (f"{DDPM} --config.task.label_dropout=0", r"--config\.task\.label_dropout=0: the network is n"),
-    (f"{DDPM} --config.task.network.head_channels=3", r"task\.network\.head_channels=3: must divide"),
+    (f"{DDPM} --config.task.network.head_channels=3", r"head_channels=3: must divide"),
     (f"{DDPM} --config.task.network.space_to_depth=3",
      r"--config\.task\.network\.space_to_depth=3: .*multipliers"),
     ("--experiment=vae_fashion_mnist --debug --config.data=digits --config.task.network.hidden="

@@ -122,7 +122,7 @@ FLAGS = [
     (["--mode=sample", "--workdir=x", "--num_samples=0"], "--num_samples=0"),
     # Numbers out of range, and sizes that do not fit into memory.
     ([*DIGITS, "--config.train.batch_size=1e12"], "batch_size=1e12: must be at most 2,147,483,647"),
-    ([*DIGITS, "--config.train.batch_size=2000000000"], "batch_size=2000000000.*GiB, and the memory has"),
+    ([*DIGITS, "--config.train.batch_size=2000000000"], "batch_size=2000000000.*GiB, and the"),
     (
         [*DIGITS, "--config.task.network.hidden=1e9"],
         "parameters, optimizer and averages of .* the memory has .* GiB",

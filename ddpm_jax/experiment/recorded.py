@@ -191,7 +191,7 @@ def load_state(
     Args:
       workdir: Directory of the run.
       config: Config whose task is bound to its data set; if None, the recorded config is used.
-      parallel: How the state is partitioned across devices: "jit", "pmap" or "fsdp".
+      parallel: How the state is partitioned across devices, a value of the flag `--parallel`.
       for_training: If true, restore the whole state. If false, arrays that only training reads are
         not restored and are None in the result; they are most of a checkpoint.
 

@@ -26,7 +26,7 @@ def check_sizes(task: Task, config: Config, parallel: str = "jit") -> None:
     Args:
       task: Task of the config.
       config: Config whose task is bound to its data set.
-      parallel: How the state is partitioned across devices: "jit", "pmap" or "fsdp".
+      parallel: How the state is partitioned across devices, a value of the flag `--parallel`.
 
     Raises:
       UserError: If the run needs too much memory.

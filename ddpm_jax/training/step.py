@@ -133,7 +133,7 @@ def train_step(
       config: The sections of the config that training reads.
       seed: The seed of all random numbers.
       state: The state before the training step.
-      batch: The batch, or the part of the batch on this device if the step runs by `pmap`.
+      batch: The batch, or the part of the batch on this device if the step runs once per device.
         `batch.index` contains the index of each example in the full batch.
       collectives: The collective operations by which the devices exchange arrays.
 

@@ -67,9 +67,7 @@ def moved_run(trained, tmp_path, monkeypatch):
 
 def test_a_missing_folder_is_an_error_of_one_line(moved_run, launch_here):
     result = launch_here("--mode=eval", "--workdir=run")
-    message = (
-        "there is no folder .*gone, which held the data .*; .* give its new path as --config.data=folder"
-    )
+    message = "there is no folder .*gone, which held the data .*; .* as --config.data=folder"
     expect_one_line(result, message)
 
 
