@@ -1,8 +1,9 @@
 """`shapes`: an endless set of images of simple shapes with captions, 32x32 pixels.
 
-The images of `shapes:64` have 64x64 pixels.  An image has one to three circles, squares or
-triangles, in one or two groups of equal shapes.  The caption states the number, size, colour and
-shape of each group, and the relation of two groups:
+The images of `shapes:64` have 64x64 pixels.  An image has one to three shapes in one or two groups.
+The shapes of a group are all circles, all squares or all triangles, of one size and colour.  The
+caption states the number, size, colour and shape of each group and, of most images with two groups,
+their relation:
 
     a small red circle to the left of a large blue square on a green background
 

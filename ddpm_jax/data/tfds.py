@@ -317,7 +317,7 @@ def _with_image(
 
 
 def _label(record: Record, name: str | None) -> Label:
-    """Return feature `name` of a record, which is its label; return None if it has no label."""
+    """Return the label of a record, which is its feature `name`; None if `name` is None."""
     if name is None:
         return None
     words, numbers = record[name].bytes_list.value, record[name].int64_list.value

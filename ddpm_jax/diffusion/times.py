@@ -127,11 +127,11 @@ class TimeSampler(Protocol):
         return {}
 
     def update(self, state: PyTree, statistics: PyTree) -> PyTree:
-        """Return the state after a training step.
+        """Return the state of the time sampler after a training step.
 
         Args:
-          state: The state before the training step.
-          statistics: The result of `statistics` for the batch on all devices together.
+          state: The state of the time sampler before the training step.
+          statistics: The result of the method `statistics` for the global batch of all devices.
         """
         del statistics
         return state

@@ -140,7 +140,10 @@ def check_classifier(flag: str, directory: pathlib.Path, info: DataInfo) -> None
 
 @functools.lru_cache(maxsize=1)
 def _check_inception(path: pathlib.Path, stamp: tuple[int, int]) -> None:
-    """Raise UserError unless the file, cached by its `stamp`, holds the Inception weights."""
+    """Raise UserError unless a file holds the Inception weights.
+
+    The result is cached for each path and `stamp` (`_stamp`): an unchanged file is checked once.
+    """
     try:
         from_torch(read_tensors(path))
     except UserError as error:

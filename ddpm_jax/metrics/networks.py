@@ -91,7 +91,7 @@ class ImageFeatures:
     network: nn.Module
 
     def __call__(self, params: PyTree, x: Float[Array, "batch h w c"]) -> tuple[Array, Array]:
-        """Return logits [B, 1], which are 0, and the embeddings [B, D] of images."""
+        """Return (logits, embeddings) of images, as classifiers do; the logits [B, 1] are zeros."""
         features = self.network.apply(params, x, method="embed_image")
         assert isinstance(features, jax.Array)
         return jnp.zeros((len(x), 1)), features

@@ -68,7 +68,8 @@ def evaluation_times(
     The times of image i are (j + s_ij) / count for j = 0 ... count - 1, where
     s_ij = (i (sqrt(5) - 1) / 2 + u_ij / 997) modulo 1 with uniform u_ij in [0, 1). The first term
     is a low-discrepancy sequence. It is computed in integers (Knuth 1998, sec. 6.4:
-    2654435769 / 2^32), so that its rounding errors do not grow with i.
+    2654435769 / 2^32), so that its rounding errors do not grow with i. The second term makes
+    the times random; it is small, so that they remain evenly spaced.
 
     Args:
       index: Index of each image in the split, [B].

@@ -90,10 +90,10 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(x)[0])
 
     def check(self) -> None:
-        """Check that the network can be built for images of this size.
+        """Check that the network can be built for images of the size in its field `shape`.
 
         Raises:
-          FieldError: If the height or the width is not a multiple of f.
+          FieldError: If the height or the width is not a multiple of f, the downsampling factor.
         """
         factor, (height, width, _) = 2 ** len(self.channels), self.shape
         if height % factor or width % factor:

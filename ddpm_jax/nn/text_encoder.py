@@ -1,4 +1,6 @@
-"""The text encoder: a transformer over the words of captions, which are given as bytes.
+"""The text encoder: a transformer whose tokens are the words of a caption.
+
+A caption is given as bytes, and the first layer computes the features of a word from its bytes.
 
 It is a small version of the text encoder of CLIP (Radford et al. 2021, sec. 2.4).  It computes
 features of each word, for the cross-attention of a generation model, and one feature vector of the

@@ -50,7 +50,7 @@ class TextRefiner(nn.Module):
 def refine_text(
     context: Context, size: int, width: int, depth: int, heads: int, dtype: DTypeLike | None
 ) -> Context:
-    """Return the text features of B images after the text refiner.
+    """Return the text features of the captions of B images, after the text refiner (`TextRefiner`).
 
     Call this function in a compact method of a Flax module; the text refiner becomes the submodule
     `refiner` of that module.

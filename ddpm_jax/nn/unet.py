@@ -186,9 +186,9 @@ class UNet(nn.Module):
         """Check that the network can be built for images of `shape` [H, W, C].
 
         Raises:
-          FieldError: If the sides of the images are not divisible by the product of all reductions
-            of the size, a number of channels is not a multiple of 4 or of `head_channels`, or no
-            feature map has a height in `attention_sizes`.
+          FieldError: If the height or the width is not divisible by the total downsampling factor, a
+            number of channels is not a multiple of 4 or of `head_channels`, or an entry of
+            `attention_sizes` is not the height of a feature map.
         """
         halvings, side = len(self.multipliers) - 1, self.space_to_depth
         (height, width, _), multipliers = shape, ",".join(map(str, self.multipliers))

@@ -40,7 +40,7 @@ class ValueAndGrad(Protocol):
 
 @runtime_checkable
 class Compute(Protocol):
-    """A function that one device calls to compute the gradient of the loss of a global batch."""
+    """A function that every device calls with its part of a global batch."""
 
     def __call__(
         self, collectives: "Collectives", params: PyTree, extra: PyTree, batch: PyTree, keys: PyTree

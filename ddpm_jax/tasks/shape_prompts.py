@@ -71,9 +71,10 @@ class ShapePrompts:
     def align(
         self, images: Float[np.ndarray, "n h w c"], texts: Sequence[str]
     ) -> dict[str, Bool[np.ndarray, "n"]]:
-        """Return, by the name of a criterion, True for each image [N] that its caption describes.
+        """Return whether each image shows what its caption states, bool [N], by two criteria.
 
-        The second criterion ignores the sizes of shapes and the background.
+        The dictionary has the keys "aligned", and "aligned_except_size_and_background", which
+        ignores the sizes of shapes and the background.
 
         Args:
           images: Images [N, H, W, C] in [-1, 1].

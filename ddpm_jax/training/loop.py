@@ -253,7 +253,11 @@ class _Hooks(NamedTuple):
                 self.checkpoints.save(step, state, self.accumulator.host(), metrics)
 
     def _may_save(self, step: int) -> bool:
-        """Return False if the checkpoint exists or metrics of earlier steps cannot be written."""
+        """Return whether the checkpoint of `step` may be saved.
+
+        It may not if it exists already, or if the disk is full and metrics of earlier steps cannot
+        be written: a run that resumes from the checkpoint would lack them.
+        """
         if step == 0 or self.checkpoints.newest() == step:
             return False
         if self.run.flush():
