@@ -186,8 +186,8 @@ class UNet(nn.Module):
         """Check that the network can be built for images of `shape` [H, W, C].
 
         Raises:
-          FieldError: If the height or the width is not divisible by the total downsampling factor, a
-            number of channels is not a multiple of 4 or of `head_channels`, or an entry of
+          FieldError: If the height or the width is not divisible by the total downsampling factor,
+            a number of channels is not a multiple of 4 or of `head_channels`, or an entry of
             `attention_sizes` is not the height of a feature map.
         """
         halvings, side = len(self.multipliers) - 1, self.space_to_depth
