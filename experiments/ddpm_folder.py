@@ -6,7 +6,12 @@ The names of sub-folders are class labels (README, "Own data"); a folder without
 an unconditional model. With labels, samples are compared with images in the features of a
 classifier that is trained once on the same folder. Its name is part of the metrics' names, such as
 `fd_classifier_folder_birds` for a folder `birds`. The height and the width of the images must be
-multiples of 4. The size of the network suits images of 32x32 pixels.
+multiples of 4. The size of the network suits images of 32x32 pixels. 2,000 steps are what two CPU
+cores do in less than an hour; give more on a GPU.
+
+Measured on 2 CPU cores (AMD EPYC, jax 0.10.2), seed 0, with 3,438 emoji of 32x32 pixels in ten
+classes, in 43 min while other programs used the cores: 4.4 +- 0.5 bits/dim. Faces and people are
+recognisable, images of the other classes are not. Samples and metrics: docs/results/ddpm_folder.md
 """
 
 from ddpm_jax.diffusion.schedules import CosineBetas
@@ -63,7 +68,7 @@ CONFIG = Config(
         grad_clip_norm=1.0,
     ),
     ema=EMA(half_life_images=50_000.0),
-    train=Train(steps=5000, batch_size=64, eval_every=1000, checkpoint_every=500),
+    train=Train(steps=2000, batch_size=64, eval_every=1000, checkpoint_every=500),
 )
 EXPERIMENT = Experiment(
     CONFIG,

@@ -9,7 +9,7 @@ attention with 64 channels per head at 16x16 and 8x8. With `--config.task.times=
 
 Measured on one NVIDIA H200 in 4 min, after 2,500 steps: 3.61 +- 0.18 bits/dim
 (docs/results/ddpm_cifar10.md). On 2 CPU cores (AMD EPYC, jax 0.10.2), a training step takes
-STEPIDDPM: use a GPU.
+59 s: use a GPU.
 Published: 3.17 bits/dim and FID 3.19 of L_hybrid.
 """
 
