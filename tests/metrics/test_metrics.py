@@ -111,7 +111,7 @@ def test_kid_and_its_jackknife_agree_with_their_definitions():
     variance += 8 * np.var([unbiased(a, np.delete(b, i, 0)) for i in range(9)])
     assert 0.7 * variance < error**2 <= variance  # the jackknife counts the quadratic part twice
     assert distances.kernel_distance(a[:3], b).error is None
-    with pytest.raises(ValueError, match="at least 2 features"):
+    with pytest.raises(ValueError, match="at least 2 images"):
         distances.kernel_distance(a[:1], b)
 
 

@@ -102,14 +102,14 @@ def test_a_grey_channel_is_repeated_and_other_numbers_of_channels_raise_an_error
     assert features.dtype == logits.dtype == jnp.float32
     repeated = extract(params, jnp.repeat(grey, 3, -1))[0]
     np.testing.assert_allclose(features, repeated, rtol=1e-4, atol=1e-4)
-    with pytest.raises(UserError, match="1 or 3 channels, not 4"):
+    with pytest.raises(UserError, match="4 channels: Inception requires 1 or 3"):
         jax.eval_shape(Inception().apply, params, jnp.zeros((1, 8, 8, 4)))
 
 
 @pytest.mark.parametrize("key", ["Mixed_6c.branch7x7_2.bn.running_var", "fc.weight"])
 def test_a_missing_or_misshapen_weight_is_named_in_an_error_of_one_line(state, key):
     without = {name: value for name, value in state.items() if name != key}
-    for wrong, word in ((without, "there is no"), ({**state, key: np.zeros((2, 2))}, "(2, 2)")):
+    for wrong, word in ((without, "has no array"), ({**state, key: np.zeros((2, 2))}, "(2, 2)")):
         with pytest.raises(UserError) as caught:
             from_torch(wrong)
         assert f'"{key}"' in str(caught.value)
