@@ -106,7 +106,7 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_both_resume(tmp_
     assert both[0].wait(timeout=120) != 0, logs(workdir)
     assert time.monotonic() - killed < 60
     time.sleep(2)  # the exit watchdog, another process, prints the message
-    assert "start all of them again" in (tmp_path / "run0.log").read_text()
+    assert "start all processes again" in (tmp_path / "run0.log").read_text()
     last = checkpoint_steps(workdir)[-1]  # an incomplete checkpoint has another name
     steps = last + 40
     both = start_two(workdir, steps=steps)
