@@ -5,7 +5,15 @@ import os
 import typing
 from typing import TypeVar
 
-from ddpm_jax.config import Setting, alternatives_of, choice_name, has_choice, hints_of, is_section
+from ddpm_jax.config import (
+    Setting,
+    alternatives_of,
+    choice_name,
+    fields_of,
+    has_choice,
+    hints_of,
+    is_section,
+)
 from ddpm_jax.errors import UserError
 from ddpm_jax.fields import BOUND, Hint, Json, Value, bare_type, from_json, marks_of, shorten
 
@@ -33,26 +41,15 @@ def to_record(config: Setting) -> dict[str, Json]:
     return record
 
 
-def default_record(config: Setting) -> dict[str, Json]:
-    """Return the record of a config whose fields all have the defaults of their classes.
-
-    The sections have the classes that they have in `config`. A section has no "type" if its default
-    is of another class, and a field without a default is left out.
-    """
-    record: dict[str, Json] = {}
-    defaults = {f.name: f.default for f in dataclasses.fields(typing.cast(typing.Any, config))}
-    for name, hint in hints_of(type(config)).items():
-        value, default = getattr(config, name), defaults[name]
-        if BOUND in marks_of(hint):
-            continue
-        if is_section(value, hint):
-            inner = {} if value is None else default_record(value)
-            if has_choice(hint) and value is not None and type(value) is type(default):
-                inner = {"type": choice_name(value), **inner}
-            record[name] = inner
-        elif default is not dataclasses.MISSING:
-            record[name] = list(default) if isinstance(default, tuple) else default
-    return record
+def defaults_by_path(config: Setting) -> dict[str, Setting]:
+    """Return the defaults that the classes of the sections give to the fields, by path."""
+    defaults: dict[str, Setting] = {}
+    for field in fields_of(config):
+        by_name = {f.name: f.default for f in dataclasses.fields(field.owner)}
+        default = by_name[field.path.rpartition(".")[2]]
+        if BOUND not in field.marks and default is not dataclasses.MISSING:
+            defaults[field.path] = default
+    return defaults
 
 
 def restore(like: T | type[T], values: Json, directory: str | os.PathLike[str]) -> T:

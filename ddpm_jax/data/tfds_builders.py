@@ -96,7 +96,7 @@ def prepare(
     name: str,
     builder: Builder,
     root: pathlib.Path,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None],
     manual_dir: str | None = None,
 ) -> Builder:
     """Download and prepare a data set below `root`, and return a builder that reads it.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ddpm_jax import plots
 from ddpm_jax.config import hints_of, marked_paths
-from ddpm_jax.config_records import default_record
+from ddpm_jax.config_records import defaults_by_path
 from ddpm_jax.data.types import Loaded
 from ddpm_jax.errors import ConfigError, UserError
 from ddpm_jax.experiment import resources
@@ -100,7 +100,7 @@ def train_several(
     check_several(config, runs)
     check_parts(workdir, experiment.name, parts)
     record = record_of(experiment.name, config, config.data, loaded, options)
-    with opened(workdir, record, marked_paths(config, MAY_CHANGE), default_record(config)):
+    with opened(workdir, record, marked_paths(config, MAY_CHANGE), defaults_by_path(config)):
         summaries = {}
         for part, run in runs.items():
             summary = train_run(run)

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from ddpm_jax import plots
 from ddpm_jax.config import marked_paths
-from ddpm_jax.config_records import default_record
+from ddpm_jax.config_records import defaults_by_path
 from ddpm_jax.data.types import Data
 from ddpm_jax.errors import UserError
 from ddpm_jax.experiment import preflight, sizes
@@ -52,7 +52,7 @@ def record(run: Run) -> Record:
 def open_directory(run: Run) -> RunDir:
     """Create or open the directory of a run, and lock it."""
     may_change = marked_paths(run.config, MAY_CHANGE)
-    return open_run_dir(run.workdir, record(run), may_change, default_record(run.config))
+    return open_run_dir(run.workdir, record(run), may_change, defaults_by_path(run.config))
 
 
 def fit_run(run: Run, data: Data, resources: Resources, directory: RunDir) -> Record | None:
@@ -139,7 +139,7 @@ def opened(
       workdir: Directory of the experiment.
       record: Content of config.json for the experiment.
       may_change: Paths of config fields that may differ from an earlier run in the directory.
-      defaults: Record of the config with the defaults of all fields.
+      defaults: Defaults of the config fields by path.
     """
     with contextlib.closing(open_run_dir(workdir, record, may_change, defaults)) as directory:
         processes.from_main(directory.write_record)
@@ -155,7 +155,7 @@ def open_run_dir(
       workdir: Directory of the run.
       record: Content of config.json for the run.
       may_change: Paths of config fields that may differ from an earlier run in the directory.
-      defaults: Record of the config with the defaults of all fields.
+      defaults: Defaults of the config fields by path.
     """
     directory: RunDir = processes.on_main(
         lambda: open_run(workdir, record, may_change, defaults),

@@ -115,14 +115,13 @@ def check_same(
     """Check that the config, the seed and the data of this command are those of an earlier run.
 
     A config field that `earlier` lacks, because it was added to the program later, has its default.
-    A description of the data that `earlier` lacks is not compared.
 
     Args:
       workdir: The run directory, for error messages.
       earlier: The content of config.json in the run directory.
       record: The content that config.json would have for this command.
       may_change: Paths of the config fields that may differ, such as "train.steps".
-      defaults: The record of the config with the defaults of all fields (`default_record`).
+      defaults: Defaults of the config fields by path (`config_records.defaults_by_path`).
 
     Raises:
       UserError: If other values differ. The message lists up to four of these values.
@@ -134,11 +133,10 @@ def check_same(
         )
     old = {"part": earlier.get("part", ""), "seed": earlier.get("seed")}
     new = {"part": record.get("part", ""), "seed": record["seed"]}
-    old |= flatten(json.loads(_json(defaults or {}))) | flatten(earlier.get("config", {}))
+    old |= json.loads(_json(defaults or {})) | flatten(earlier.get("config", {}))
     new |= flatten(record["config"])
     old |= {f"data {key}": value for key, value in earlier.get("data", {}).items()}
-    described = earlier.get("data", {}).keys()
-    new |= {f"data {key}": record["data"][key] for key in record["data"] if key in described}
+    new |= {f"data {key}": value for key, value in record["data"].items()}
     same = json.loads(_json(new))
     if same.get("data fingerprint") and same["data fingerprint"] == old.get("data fingerprint"):
         # The fingerprints are equal, so the data are the same under another name.

@@ -238,8 +238,7 @@ def open_run(
       record: The content of config.json for this run: experiment, config, seed, data.
       may_change: Paths of config fields that may differ from config.json in the directory, such as
         "train.steps".
-      defaults: The record of the config with the defaults of all fields, for fields that
-        config.json in the directory lacks.
+      defaults: Defaults of the config fields by path, for fields that config.json lacks.
 
     Raises:
       UserError: If the directory contains a run with another experiment, config, seed or data set,

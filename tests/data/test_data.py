@@ -340,7 +340,7 @@ def prepared(original_files, tmp_path_factory):
     root = tmp_path_factory.mktemp("tfds")
     for name in ("mnist", "fashion_mnist"):
         builder = library().builder(name, data_dir=root)
-        prepare(name, builder, root, manual_dir=str(original_files / name))
+        prepare(name, builder, root, print, manual_dir=str(original_files / name))
     return root
 
 
@@ -392,7 +392,7 @@ def test_a_file_with_a_wrong_checksum_is_refused(original_files, tmp_path):
     path.write_bytes(content)
     builder = library().builder("mnist", data_dir=tmp_path / "tfds")
     with pytest.raises(UserError, match="wrong checksum"):
-        prepare("mnist", builder, tmp_path / "tfds", manual_dir=str(files))
+        prepare("mnist", builder, tmp_path / "tfds", print, manual_dir=str(files))
 
 
 def test_cifar10s_binary_records_become_images(original_files, tmp_path):
