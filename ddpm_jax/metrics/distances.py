@@ -158,6 +158,11 @@ class Jackknife(NamedTuple):
             return None
         return math.sqrt(sum((len(values) - 1) * values.var() for values in self.without))
 
+    @property
+    def estimate(self) -> tuple[float, float | None]:
+        """The value and its standard error, as `averages.with_error` takes them."""
+        return self.value, self.error
+
     def divided_by(self, denominator: "Jackknife") -> "Jackknife | None":
         """Return the ratio d(a, c) / d(b, c) of this distance to `denominator`.
 

@@ -187,7 +187,7 @@ def frechet_of_samples(sets: Comparison) -> MetricValues:
     """Compute the Frechet distance between samples and held-out images."""
     if not sets.has_images(2, "sampled", "held-out"):
         return MetricValues({}, (sets.distance_name,))
-    return MetricValues(_with_jackknife_error(sets.distance_name, sets.distance))
+    return MetricValues(with_error(sets.distance_name, sets.distance.estimate))
 
 
 def frechet_ratio(sets: Comparison) -> MetricValues:
@@ -199,11 +199,11 @@ def frechet_ratio(sets: Comparison) -> MetricValues:
     if sets.size < len(sets.samples):
         of_samples = frechet_distance(sets.matched_sample_features.grouped, held_out)
     of_training = frechet_distance(sets.training_features.grouped, held_out)
-    metrics = _with_jackknife_error(f"{name}_of_training", of_training)
+    metrics = with_error(f"{name}_of_training", of_training.estimate)
     ratio = of_samples.divided_by(of_training)
     if ratio is None:
         return MetricValues(metrics, (f"{name}_ratio",))
-    metrics |= _with_jackknife_error(f"{name}_ratio", ratio)
+    metrics |= with_error(f"{name}_ratio", ratio.estimate)
     return MetricValues({**metrics, f"{name}_ratio_images": float(sets.size)})
 
 
@@ -247,7 +247,7 @@ def fid_to_training(sets: Comparison) -> MetricValues:
     train = _split_chunks(sets.data.train.random_subset(MAX_TRAINING_IMAGES), sets.data.levels)
     training = extract_features(sets.network, train).grouped
     distance = frechet_distance(sets.sample_features.grouped, training)
-    return MetricValues(_with_jackknife_error("fid_to_training", distance))
+    return MetricValues(with_error("fid_to_training", distance.estimate))
 
 
 def classifier_shares(sets: Comparison) -> MetricValues:
@@ -334,10 +334,6 @@ def quality(
         sizes = ", ".join(f"{count} {name}" for name, count in sets.counts.items())
         log(f"{', '.join(missing)} are not computed: there are too few images ({sizes})")
     return Quality(metrics, sheet)
-
-
-def _with_jackknife_error(name: str, distance: Jackknife) -> dict[str, float]:
-    return with_error(name, (distance.value, distance.error))
 
 
 def _sample_chunks(images: np.ndarray, indices: np.ndarray) -> Iterator[np.ndarray]:

@@ -337,7 +337,7 @@ def evaluate_frechet_distance(task: LatentAutoencoder, context: Context) -> Eval
     plots.check_finite(images)
     sets = [GroupedMoments(tower.extract(part)[0]) for part in (images, originals)]
     distance = frechet_distance(sets[0], sets[1], paired=True)
-    return Evaluation(with_error(name, (distance.value, distance.error)), about=about)
+    return Evaluation(with_error(name, distance.estimate), about=about)
 
 
 def reconstruction_sheet(task: LatentAutoencoder, context: Context) -> Evaluation:

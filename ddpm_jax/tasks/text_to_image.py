@@ -204,7 +204,7 @@ def distance_to(reference: GroupedMoments, images: GroupedMoments, name: str) ->
         log_once(f"metric {name} is left out: it needs at least 2 images in each of the two sets")
         return {}
     distance = frechet_distance(images, reference)
-    return with_error(name, (distance.value, distance.error))
+    return with_error(name, distance.estimate)
 
 
 def clip_score(
